@@ -1,0 +1,27 @@
+"""Run the migrations: on the connection given by the program, or on one of their own.
+
+Copies that start together take turns: `balance_app.database.migrate` holds an advisory lock.
+"""
+
+import asyncio
+
+from sqlalchemy import Connection
+
+import balance_app.balances.tables  # noqa: F401 - declares its tables in `metadata`
+from alembic import context
+from balance_app.database import metadata, migrate
+from balance_app.settings import load_settings
+
+
+def run(connection: Connection) -> None:
+    """Run what is missing, in one transaction."""
+    context.configure(connection=connection, target_metadata=metadata)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+given = context.config.attributes.get("connection")
+if given is not None:
+    run(given)
+else:
+    asyncio.run(migrate(load_settings()))

@@ -1,0 +1,138 @@
+"""The user under test, before and after the burst: the calls that are not part of it."""
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+from loadtest.preconditions import CannotRunError, Target
+
+_CALL_TIMEOUT_SECONDS = 30
+_ENTRIES_PER_PAGE = 1000
+
+
+class ServiceModel(BaseModel):
+    """Something the service says: camelCase, of exactly the declared types; more members may come.
+
+    Strict, so that a balance given as "9998" or 9998.0 is not taken for an integer.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, alias_generator=to_camel)
+
+
+Model = TypeVar("Model", bound=ServiceModel)
+
+
+class Account(ServiceModel):
+    """A user's balance as of a version; the version counts the user's entries."""
+
+    user_id: int
+    balance: int
+    version: int
+
+
+class Entry(ServiceModel):
+    """One line of the user's statement: the change and the balance after it."""
+
+    version: int
+    amount: int
+    balance: int
+
+
+class EntriesPage(ServiceModel):
+    """Entries in ascending versions; `next` is the cursor of the page that follows, if any."""
+
+    entries: list[Entry]
+    next: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What the service remembers after the burst: the user and the entries that came with it."""
+
+    account: Account
+    new_entries: list[Entry]
+
+
+class Accounts:
+    """Creates and reads users of the service at one target.
+
+    Every method raises CannotRunError, with a readable sentence, when the service is away, refuses,
+    or answers something that is not its contract.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    async def create(self, balance: int) -> Account:
+        """Create a user with an opening balance."""
+        async with self._client() as client:
+            body = await self._call(
+                client, "POST", "/api/users", HTTPStatus.CREATED, json={"balance": balance}
+            )
+        return self._read(Account, body)
+
+    async def find(self, user_id: int) -> Account:
+        """Read a user."""
+        async with self._client() as client:
+            body = await self._call(client, "GET", f"/api/users/{user_id}", HTTPStatus.OK)
+        return self._read(Account, body)
+
+    async def ledger(self, before: Account, *, at_most: int) -> Ledger:
+        """Read the user again with the entries made since, in pages, about `at_most` of them.
+
+        More entries than that would be wrong anyway, and reading is bounded.
+        """
+        entries: list[Entry] = []
+        cursor: int | None = before.version
+        path = f"/api/users/{before.user_id}"
+        async with self._client() as client:
+            account = self._read(Account, await self._call(client, "GET", path, HTTPStatus.OK))
+            for _ in range(at_most // _ENTRIES_PER_PAGE + 2):
+                query = f"?after={cursor}&limit={_ENTRIES_PER_PAGE}"
+                body = await self._call(client, "GET", f"{path}/entries{query}", HTTPStatus.OK)
+                page = self._read(EntriesPage, body)
+                entries += page.entries
+                cursor = page.next
+                if cursor is None:
+                    break
+        return Ledger(account, entries)
+
+    def _client(self) -> httpx.AsyncClient:
+        # trust_env=False: a proxy in the environment must not stand before a loopback address.
+        return httpx.AsyncClient(
+            base_url=self._target.url, timeout=_CALL_TIMEOUT_SECONDS, trust_env=False
+        )
+
+    async def _call(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        expected: HTTPStatus,
+        json: object = None,
+    ) -> bytes:
+        place = f"{method} {self._target.url}{path}"
+        try:
+            response = await client.request(method, path, json=json)
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise CannotRunError(f"{place} got no answer: {reason}.") from error
+        if response.status_code != expected:
+            raise CannotRunError(
+                f"{place} answered {response.status_code} instead of {expected.value}: "
+                f"{response.text[:300]}"
+            )
+        return response.content
+
+    def _read(self, model: type[Model], body: bytes) -> Model:
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as error:
+            raise CannotRunError(
+                f"{self._target.url} does not speak this service's contract: "
+                f"{body[:200].decode(errors='replace')!r} is no {model.__name__}."
+            ) from error

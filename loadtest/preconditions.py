@@ -1,0 +1,117 @@
+"""What must hold before a single request is sent: loopback targets that answer, enough files."""
+
+import asyncio
+import resource
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Self
+from urllib.parse import urlsplit
+
+_PROBE_TIMEOUT_SECONDS = 5
+_FILES_BESIDE_CONNECTIONS = 64
+
+
+class CannotRunError(Exception):
+    """The load test cannot be run; the message is one sentence that says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One address of the service; several may be the same service's copies."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Read a base URL such as `http://127.0.0.1:3000`.
+
+        Raises:
+            CannotRunError: it isn't a plain base URL, or not a loopback address.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        else:
+            if parts.scheme != "http" or parts.path.strip("/") or parts.query or parts.username:
+                host = None
+        if host is None:
+            raise CannotRunError(f"{url} is not a base URL: write it like http://127.0.0.1:3000.")
+        if not _is_loopback(host):
+            raise CannotRunError(
+                f"{host} is not this machine: the burst is only ever fired at a loopback address "
+                "(localhost, 127.0.0.0/8 or ::1)."
+            )
+        return cls(host, 80 if port is None else port)
+
+    @property
+    def authority(self) -> str:
+        """Return `host:port` as URLs and the Host header write it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Return the base URL, without a slash at the end."""
+        return f"http://{self.authority}"
+
+
+def absent(target: Target) -> CannotRunError:
+    """Return the error for a target where nobody listens."""
+    return CannotRunError(f"No service answers at {target.url}: start it with `make run`.")
+
+
+async def locate(target: Target) -> Target:
+    """Connect once and return the target with the numeric address that accepted.
+
+    A name is resolved here, once, instead of ten thousand times while the burst connects.
+
+    Raises:
+        CannotRunError: nobody listens there, or the name leads away from this machine.
+    """
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_SECONDS):
+            _, writer = await asyncio.open_connection(target.host, target.port)
+    except OSError as error:
+        raise absent(target) from error
+    address: str = writer.get_extra_info("peername")[0]
+    writer.close()
+    await writer.wait_closed()
+    if not _is_loopback(address):
+        raise CannotRunError(f"{target.host} leads to {address}, which is not a loopback address.")
+    return Target(address, target.port)
+
+
+def allow_open_files(connections: int) -> None:
+    """Raise this process's soft limit of open files far enough for so many connections.
+
+    Raises:
+        CannotRunError: the hard limit is below what is needed.
+    """
+    needed = connections + _FILES_BESIDE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise CannotRunError(
+            f"{connections} connections need {needed} open files and this shell allows {hard}: "
+            f"raise it with `ulimit -n {max(needed, 20_000)}` (as root, or in the shell's limits) "
+            f"or reuse fewer connections with `--connections {max(1, hard // 2)}`."
+        )
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (OSError, ValueError) as error:
+        raise CannotRunError(
+            f"{connections} connections need {needed} open files and raising the limit from {soft} "
+            f"failed ({error}): raise it with `ulimit -n {needed}` or use `--connections`."
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,65 @@
+"""Shows on stderr how far a burst is: bars on a terminal, a line now and then elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from loadtest.burst import Order, Progress
+
+_BARS_EVERY_SECONDS = 0.1
+_LINES_EVERY_SECONDS = 2.0
+
+
+@asynccontextmanager
+async def shown(progress: Progress, order: Order, console: Console) -> AsyncIterator[None]:
+    """Show a burst's progress for as long as the block runs; a quiet console shows nothing."""
+    if console.quiet:
+        yield
+        return
+    show = _show_bars if console.is_terminal else _show_lines
+    task = asyncio.create_task(show(progress, order, console))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _show_bars(progress: Progress, order: Order, console: Console) -> None:
+    # No refreshing thread of rich's own: it would fight the burst for the interpreter.
+    bars = Bars(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,
+    )
+    opened = bars.add_task("connections opened", total=order.connections)
+    answered = bars.add_task("answers received", total=order.requests, start=False, visible=False)
+    with bars:
+        try:
+            while True:
+                bars.update(opened, completed=progress.opened)
+                if progress.opened >= order.connections:
+                    bars.start_task(answered)
+                    bars.update(answered, completed=progress.answered, visible=True)
+                bars.refresh()
+                await asyncio.sleep(_BARS_EVERY_SECONDS)
+        finally:
+            bars.update(opened, completed=progress.opened)
+            bars.update(answered, completed=progress.answered, refresh=True)
+
+
+async def _show_lines(progress: Progress, order: Order, console: Console) -> None:
+    while True:
+        await asyncio.sleep(_LINES_EVERY_SECONDS)
+        console.print(
+            f"{progress.opened} of {order.connections} connections opened, "
+            f"{progress.answered} of {order.requests} answers received"
+        )

@@ -1,0 +1,168 @@
+"""What people and machines are told when a burst has been judged."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loadtest.burst import Answer, Order, Volley
+from loadtest.verdict import Expectation, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long answers took, in seconds, and how many requests a second were answered."""
+
+    requests_per_second: float
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, volley: Volley) -> "Timing":
+        """Measure a volley; all numbers are 0 when nothing was answered."""
+        seconds = sorted(outcome.seconds for outcome in _answers(volley)) or [0.0]
+        rate = len(_answers(volley)) / volley.wall_seconds if volley.wall_seconds else 0.0
+        return cls(rate, *(_nearest_rank(seconds, share) for share in (0.50, 0.95, 0.99, 1.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A judged burst, ready to be told."""
+
+    order: Order
+    expected: Expectation
+    volley: Volley
+    verdict: Verdict
+
+    def print(self, console: Console) -> None:
+        """Print title, checks, timing, everything that is wrong, and the verdict as last line."""
+        console.print()
+        console.print(Text(self._title(), style="bold"))
+        frame = box.SIMPLE if console.is_terminal else None
+        console.print(self._checks(frame))
+        console.print(self._measurements(frame))
+        for problem in self.verdict.problems:
+            console.print(Text(f"wrong: {problem}", style="red"))
+        console.print(self._last_line())
+
+    def as_json(self) -> str:
+        """Return the same as one JSON object; times are seconds."""
+        expected, verdict, volley = self.expected, self.verdict, self.volley
+        timing = Timing.of(volley)
+        return json.dumps(
+            {
+                "verdict": "pass" if verdict.passed else "fail",
+                "problems": verdict.problems,
+                "userId": expected.before.user_id,
+                "amount": expected.amount,
+                "openingBalance": expected.before.balance,
+                "requests": expected.requests,
+                "connections": self.order.connections,
+                "accepted": {"measured": verdict.accepted, "expected": expected.accepted},
+                "refused": {"measured": verdict.refused, "expected": expected.refused},
+                "others": verdict.others,
+                "balance": {"measured": verdict.balance, "expected": expected.balance},
+                "newEntries": {"measured": verdict.new_entries, "expected": expected.accepted},
+                "wallSeconds": volley.wall_seconds,
+                "openingSeconds": volley.opening_seconds,
+                "clientCpuSeconds": volley.cpu_seconds,
+                "requestsPerSecond": timing.requests_per_second,
+                "latencySeconds": {
+                    "p50": timing.p50,
+                    "p95": timing.p95,
+                    "p99": timing.p99,
+                    "max": timing.max,
+                },
+                "requestsPerCopy": dict(_requests_per_copy(volley)),
+            }
+        )
+
+    def _title(self) -> str:
+        amount, before, order = self.expected.amount, self.expected.before, self.order
+        what = f"withdrawals of {-amount} from" if amount < 0 else f"deposits of {amount} to"
+        spread = (
+            "at one moment, each on its own connection"
+            if order.connections >= order.requests
+            else f"over {order.connections} connections"
+        )
+        return (
+            f"{order.requests} {what} user {before.user_id} "
+            f"(balance {before.balance} before), {spread}"
+        )
+
+    def _checks(self, frame: box.Box | None) -> Table:
+        expected, verdict = self.expected, self.verdict
+        table = Table("", box=frame, pad_edge=False)
+        for heading in ("measured", "expected"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for label, measured, wanted in (
+            ("accepted", verdict.accepted, expected.accepted),
+            ("refused: insufficient funds", verdict.refused, expected.refused),
+            *((kind, count, 0) for kind, count in verdict.others.most_common()),
+            ("balance left", verdict.balance, expected.balance),
+            ("new entries", verdict.new_entries, expected.accepted),
+        ):
+            right = measured == wanted
+            mark = Text("ok", style="green") if right else Text("wrong", style="bold red")
+            shown = "unread" if measured is None else str(measured)
+            table.add_row(Text(label), shown, str(wanted), mark)
+        return table
+
+    def _measurements(self, frame: box.Box | None) -> Table:
+        volley, timing = self.volley, Timing.of(self.volley)
+        table = Table(box=frame, pad_edge=False, show_header=False)
+        table.add_row(
+            "release to last answer",
+            f"{volley.wall_seconds:.2f} s, {timing.requests_per_second:.0f} requests/s",
+        )
+        table.add_row(
+            "latency",
+            f"p50 {_milliseconds(timing.p50)}, p95 {_milliseconds(timing.p95)}, "
+            f"p99 {_milliseconds(timing.p99)}, max {_milliseconds(timing.max)}",
+        )
+        copies = (f"{name} {count}" for name, count in _requests_per_copy(volley))
+        table.add_row("answers per copy", Text(", ".join(copies) or "none"))
+        table.add_row(
+            "this client",
+            f"{volley.opening_seconds:.2f} s to open the connections, "
+            f"{volley.cpu_seconds:.2f} s of CPU in all",
+        )
+        return table
+
+    def _last_line(self) -> Text:
+        verdict = self.verdict
+        word, style = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
+        unread = "unread"
+        facts = [
+            f"{verdict.accepted} accepted",
+            f"{verdict.refused} refused for insufficient funds",
+            *([f"{verdict.others.total()} otherwise"] if verdict.others else []),
+            f"balance {unread if verdict.balance is None else verdict.balance}",
+            f"{unread if verdict.new_entries is None else verdict.new_entries} new entries",
+        ]
+        return Text.assemble((word, style), "  ", ", ".join(facts))
+
+
+def _answers(volley: Volley) -> list[Answer]:
+    return [outcome for outcome in volley.outcomes if isinstance(outcome, Answer)]
+
+
+def _requests_per_copy(volley: Volley) -> list[tuple[str, int]]:
+    return sorted(Counter(answer.server_id for answer in _answers(volley)).items())
+
+
+def _nearest_rank(ascending: list[float], share: float) -> float:
+    """Return the smallest value that at least `share` of all values do not exceed."""
+    return ascending[math.ceil(share * len(ascending)) - 1]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"

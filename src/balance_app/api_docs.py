@@ -1,0 +1,162 @@
+"""The OpenAPI page at `/docs`: complete, runnable, and readable without the internet."""
+
+from pathlib import Path
+from typing import Any
+
+import fastapi_offline
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+from starlette.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+
+from balance_app.errors import (
+    PROBLEM_JSON,
+    DatabaseAway,
+    NotFound,
+    Overloaded,
+    Problem,
+    all_problems,
+    explain,
+)
+
+DESCRIPTION = """
+Users' balances, changed in real time and never below zero.
+
+* Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
+  `applied` whether anything took effect (`"no"` or `"unknown"`). The list is at
+  [/problems](/problems).
+* **422** is wrong whatever the state; **409** is well formed, but the state says no;
+  **503** is a database that is away or a full house: wait `Retry-After` seconds.
+* Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
+  answer is the same every time.
+
+In a terminal:
+
+    curl --json '{"userId": 1, "amount": -2}' http://localhost:3000/api/balance
+"""
+
+
+def problems(
+    *kinds: type[Problem], always: tuple[type[Problem], ...] = (DatabaseAway, Overloaded)
+) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI responses for these problems and those of every use of the database."""
+    by_status: dict[int, list[type[Problem]]] = {}
+    for kind in (*kinds, *always):
+        by_status.setdefault(kind.status, []).append(kind)
+    return {
+        status: {
+            "description": "; or ".join(f"`{kind.code}`: {explain(kind)[0]}" for kind in group),
+            "content": {
+                PROBLEM_JSON: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "examples": {kind.code: {"value": kind.example().body()} for kind in group},
+                }
+            },
+        }
+        for status, group in sorted(by_status.items())
+    }
+
+
+def json_request(model: type[BaseModel], *, takes_key: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI description of a body that `json_body.read_json` reads."""
+    schema = model.model_json_schema()
+    example = {
+        name: field["examples"][0]
+        for name, field in schema["properties"].items()
+        if "examples" in field
+    }
+    described: dict[str, Any] = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": example}},
+        }
+    }
+    if takes_key:
+        described["parameters"] = [
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "description": "makes the request safe to repeat; any name you have not used",
+                "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+            }
+        ]
+    return described
+
+
+def add_docs(app: FastAPI) -> None:
+    """Add `/docs`, its assets, and the explanations of the problems."""
+    assets = Path(fastapi_offline.__file__).parent / "static"
+    app.mount("/docs/assets", StaticFiles(directory=assets), name="docs-assets")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=app.title,
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon.png",
+            swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
+        )
+
+    @app.get("/problems", tags=["about"])
+    async def list_problems() -> list[dict[str, Any]]:
+        """List every problem that this service answers with."""
+        return [_about(kind) for kind in all_problems()]
+
+    @app.get("/problems/{code}", tags=["about"], responses=problems(NotFound, always=()))
+    async def explain_problem(code: str) -> dict[str, Any]:
+        """Explain one problem: what it means and what to do about it."""
+        for kind in all_problems():
+            if kind.code == code:
+                return _about(kind)
+        raise NotFound("There is no such problem.")
+
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = generate()
+        described["components"]["schemas"]["Problem"] = _PROBLEM_SCHEMA
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend it
+
+
+_PROBLEM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "A problem (RFC 9457), with members of its kind beside these.",
+    "required": ["type", "title", "status", "detail", "code", "applied"],
+    "properties": {
+        "type": {"type": "string", "description": "where this kind of problem is explained"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "what happened here, for people"},
+        "code": {"type": "string", "enum": [kind.code for kind in all_problems()]},
+        "applied": {
+            "type": "string",
+            "enum": ["no", "unknown"],
+            "description": "whether the request may have changed something",
+        },
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["pointer", "code"],
+                "properties": {"pointer": {"type": "string"}, "code": {"type": "string"}},
+            },
+        },
+    },
+}
+
+
+def _about(kind: type[Problem]) -> dict[str, Any]:
+    what, advice = explain(kind)
+    return {
+        "type": f"/problems/{kind.code}",
+        "code": kind.code,
+        "status": kind.status,
+        "title": kind.title,
+        "means": what,
+        "advice": advice,
+    }

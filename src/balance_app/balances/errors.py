@@ -1,0 +1,111 @@
+"""What the state of an account can say against a request."""
+
+from typing import Self
+
+from typing_extensions import override
+
+from balance_app.errors import Problem
+
+
+class UserNotFound(Problem):
+    """There is no user with this id.
+
+    Nothing was changed. `POST /api/users` makes one, `GET /api/users` lists them.
+    """
+
+    status, code, title = 404, "user-not-found", "User not found"
+
+    def __init__(self, user_id: int) -> None:
+        super().__init__(f"There is no user {user_id}.", userId=user_id)
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls(404)
+
+
+class KeyNotFound(Problem):
+    """Nothing is recorded under this idempotency key.
+
+    No request with it has taken effect so far. If one may still be under way, send it again with
+    the same key: then exactly one takes effect.
+    """
+
+    status, code, title = 404, "key-not-found", "Key not found"
+
+    def __init__(self) -> None:
+        super().__init__("Nothing is recorded under this key.")
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls()
+
+
+class InsufficientFunds(Problem):
+    """The balance is too small for this withdrawal.
+
+    Nothing was changed. `balance` at `version` is what refused it, `shortfall` what is missing.
+    Under an `Idempotency-Key` the refusal is remembered for 7 days; try again with a new key.
+    """
+
+    status, code, title = 409, "insufficient-funds", "Insufficient funds"
+
+    def __init__(self, *, user_id: int, balance: int, version: int, amount: int) -> None:
+        shortfall = -(balance + amount)
+        super().__init__(
+            f"User {user_id} has {balance}; withdrawing {-amount} needs {shortfall} more.",
+            userId=user_id,
+            balance=balance,
+            version=version,
+            amount=amount,
+            shortfall=shortfall,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls(user_id=1, balance=0, version=5001, amount=-2)
+
+
+class BalanceLimitExceeded(Problem):
+    """The balance would pass 2^53-1, the largest integer that JSON carries exactly everywhere.
+
+    Nothing was changed. `balance` at `version` is what refused it, `excess` what is too much.
+    """
+
+    status, code, title = 409, "balance-limit-exceeded", "Balance limit exceeded"
+
+    def __init__(
+        self, *, user_id: int, balance: int, version: int, amount: int, excess: int
+    ) -> None:
+        super().__init__(
+            f"User {user_id} has {balance}; {amount} more would pass the limit by {excess}.",
+            userId=user_id,
+            balance=balance,
+            version=version,
+            amount=amount,
+            excess=excess,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls(user_id=1, balance=2**53 - 1, version=2, amount=1, excess=1)
+
+
+class IdempotencyKeyReused(Problem):
+    """This idempotency key belongs to a request with another content.
+
+    Nothing was changed. Use a new key for every new request, the same one only to repeat it.
+    """
+
+    status, code, title = 422, "idempotency-key-reused", "Idempotency key reused"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used before, with another content.")
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls()

@@ -1,0 +1,294 @@
+"""Every statement on users, entries and idempotency keys, each with the invariant it keeps."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Literal
+
+import asyncpg
+
+from balance_app.balances.errors import (
+    BalanceLimitExceeded,
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    KeyNotFound,
+    UserNotFound,
+)
+from balance_app.database import Connection, Database, read, write
+from balance_app.errors import Overloaded
+from balance_app.json_body import MAX_INTEGER
+
+MAX_RACES: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user's balance after `version` entries."""
+
+    user_id: int
+    balance: int
+    version: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a user's ledger: `balance` is what it left."""
+
+    version: int
+    amount: int
+    balance: int
+    at: datetime
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a request: the state it made, or the state that refused it."""
+
+    kind: Literal["opened", "accepted", "refused"]
+    user_id: int
+    amount: int
+    balance: int
+    version: int
+    at: datetime | None
+    key: str | None
+    replayed: bool = False
+
+
+class BalanceRepository:
+    """Reads and changes of balances; every call is one transaction or none."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
+        """Add `amount` (negative withdraws) to a balance, at most once per `key`.
+
+        Returns:
+            The accepted or refused outcome; under a key used before, the one it had then.
+
+        Raises:
+            UserNotFound: there is no such user.
+            IdempotencyKeyReused: the key belongs to another request.
+            DatabaseAway: see `balance_app.database`.
+        """
+        if key is None:
+            return await self._database.run(lambda con: _change(con, user_id, amount))
+        return await self._database.run(lambda con: _change_once(con, user_id, amount, key))
+
+    async def open(self, balance: int, key: str | None) -> Outcome:
+        """Create a user with an opening `balance`, at most once per `key`.
+
+        Raises:
+            IdempotencyKeyReused: the key belongs to another request.
+        """
+        return await self._database.run(lambda con: _open(con, balance, key))
+
+    async def outcome(self, key: str) -> Outcome:
+        """Return what became of the request with this key.
+
+        Raises:
+            KeyNotFound: nothing is recorded under it.
+        """
+        outcome = await self._database.run(lambda con: _recall(con, key))
+        if outcome is None:
+            raise KeyNotFound
+        return outcome
+
+    async def account(self, user_id: int) -> Account:
+        """Return a user's account.
+
+        Raises:
+            UserNotFound: there is no such user.
+        """
+        rows = await self._database.run(lambda con: read(con, ACCOUNT, user_id))
+        if not rows:
+            raise UserNotFound(user_id)
+        return Account(*rows[0])
+
+    async def accounts(self, *, after: int, limit: int) -> list[Account]:
+        """Return up to `limit` accounts with ids above `after`, in order."""
+        rows = await self._database.run(lambda con: read(con, ACCOUNTS, after, limit))
+        return [Account(*row) for row in rows]
+
+    async def entries(self, user_id: int, *, after: int, limit: int) -> list[Entry]:
+        """Return up to `limit` entries with versions above `after`, in order.
+
+        Raises:
+            UserNotFound: there is no such user.
+        """
+        rows = await self._database.run(lambda con: read(con, ENTRIES, user_id, after, limit))
+        if not rows:
+            await self.account(user_id)
+        return [Entry(*row) for row in rows]
+
+
+# The balance is never negative and never passes 2^53-1: waiting for the row's lock, PostgreSQL
+# checks the condition again on the row as the change before left it. Balance, version and
+# entry move together or not at all. No row back means: no such user, or this change did not fit.
+CHANGE: Final = """
+WITH changed AS (
+    UPDATE users SET balance = balance + $2, version = version + 1
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    RETURNING id, version, balance
+)
+INSERT INTO entries (user_id, version, amount, balance)
+SELECT id, version, $2, balance FROM changed
+RETURNING balance, version, at
+"""
+
+# A refusal proves itself: its balance and version are read together, in a snapshot taken after
+# the change was found not to fit. (The UPDATE's own snapshot may be older than what refused it.)
+STATE: Final = "SELECT balance, version FROM users WHERE id = $1"
+
+
+async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
+    for _ in range(MAX_RACES):
+        row = await write(connection, CHANGE, user_id, amount)
+        if row is not None:
+            balance, version, at = row
+            return Outcome("accepted", user_id, amount, balance, version, at, None)
+        states = await read(connection, STATE, user_id)
+        if not states:
+            raise UserNotFound(user_id)
+        balance, version = states[0]
+        if not 0 <= balance + amount <= MAX_INTEGER:
+            return Outcome("refused", user_id, amount, balance, version, None, None)
+        # Neither: another change came between the two looks, and now this one fits.
+    raise _lost_every_race()
+
+
+# As CHANGE, and the key is written in the same transaction: its uniqueness makes the whole
+# statement fail when another transaction has used it meanwhile.
+CHANGE_ONCE: Final = """
+WITH changed AS (
+    UPDATE users SET balance = balance + $2, version = version + 1
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE key = $3)
+    RETURNING id, version, balance
+), entry AS (
+    INSERT INTO entries (user_id, version, amount, balance, key)
+    SELECT id, version, $2, balance, $3 FROM changed
+    RETURNING user_id, version, amount, balance, key, at
+)
+INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+SELECT key, 'accepted', user_id, amount, balance, version, at FROM entry
+RETURNING balance, version, at
+"""
+
+# A refusal is as final as an acceptance: whichever is written first under a key stands.
+REFUSE_ONCE: Final = """
+INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
+SELECT $3::text, 'refused', id, $2::bigint, balance, version FROM users
+WHERE id = $1 AND NOT balance + $2 BETWEEN 0 AND 9007199254740991
+ON CONFLICT (key) DO NOTHING
+RETURNING balance, version, at
+"""
+
+# What is told again must be as durable as it was promised to be. Locking the account's row is
+# a write, so the answer waits for the log (and a synchronous standby) up to and past the
+# outcome it reports; a bare SELECT can see a commit that a failover would still lose.
+RECALL: Final = """
+SELECT outcome, user_id, amount, k.balance, k.version, k.at, key
+FROM idempotency_keys k JOIN users u ON u.id = k.user_id
+WHERE key = $1
+FOR NO KEY UPDATE OF u
+"""
+
+
+async def _change_once(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
+    for _ in range(MAX_RACES):
+        try:
+            row = await write(connection, CHANGE_ONCE, user_id, amount, key)
+        except asyncpg.UniqueViolationError:
+            row = None
+        if row is not None:
+            balance, version, at = row
+            return Outcome("accepted", user_id, amount, balance, version, at, key)
+        known = await _recall(connection, key)
+        if known is not None:
+            if known.kind == "opened" or (known.user_id, known.amount) != (user_id, amount):
+                raise IdempotencyKeyReused
+            return known
+        row = await write(connection, REFUSE_ONCE, user_id, amount, key)
+        if row is not None:
+            balance, version, at = row
+            return Outcome("refused", user_id, amount, balance, version, at, key)
+        if not await read(connection, STATE, user_id):
+            raise UserNotFound(user_id)
+    raise _lost_every_race()
+
+
+async def _recall(connection: Connection, key: str) -> Outcome | None:
+    row = await write(connection, RECALL, key)
+    if row is None:
+        return None
+    kind, user_id, amount, balance, version, at, _ = row
+    return Outcome(kind, user_id, amount, balance, version, at, key, replayed=True)
+
+
+# The opening balance is entry 1, so that a user's entries always sum to the balance.
+OPEN: Final = """
+WITH opened AS (
+    INSERT INTO users (balance, version) VALUES ($1, 1)
+    RETURNING id, balance, version, created_at
+), entry AS (
+    INSERT INTO entries (user_id, version, amount, balance, key, at)
+    SELECT id, version, balance, balance, $2::text, created_at FROM opened
+), known AS (
+    INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+    SELECT $2, 'opened', id, balance, balance, version, created_at FROM opened
+    WHERE $2 IS NOT NULL
+)
+SELECT id, balance, version, created_at FROM opened
+"""
+
+
+async def _open(connection: Connection, balance: int, key: str | None) -> Outcome:
+    for _ in range(MAX_RACES):
+        known = None if key is None else await _recall(connection, key)
+        if known is not None:
+            if known.kind != "opened" or known.amount != balance:
+                raise IdempotencyKeyReused
+            return known
+        try:
+            row = await write(connection, OPEN, balance, key)
+        except asyncpg.UniqueViolationError:
+            continue  # another request with this key was faster: recall what it did
+        if row is not None:
+            return Outcome("opened", row["id"], balance, balance, 1, row["created_at"], key)
+    raise _lost_every_race()
+
+
+ACCOUNT: Final = "SELECT id, balance, version, created_at FROM users WHERE id = $1"
+
+ACCOUNTS: Final = """
+SELECT id, balance, version, created_at FROM users WHERE id > $1 ORDER BY id LIMIT $2
+"""
+
+ENTRIES: Final = """
+SELECT version, amount, balance, at, key FROM entries
+WHERE user_id = $1 AND version > $2 ORDER BY version LIMIT $3
+"""
+
+
+def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
+    """Return the problem that a refused outcome is."""
+    if outcome.amount < 0:
+        return InsufficientFunds(
+            user_id=outcome.user_id,
+            balance=outcome.balance,
+            version=outcome.version,
+            amount=outcome.amount,
+        )
+    return BalanceLimitExceeded(
+        user_id=outcome.user_id,
+        balance=outcome.balance,
+        version=outcome.version,
+        amount=outcome.amount,
+        excess=outcome.balance + outcome.amount - MAX_INTEGER,
+    )
+
+
+def _lost_every_race() -> Overloaded:
+    return Overloaded(f"The account changed under each of {MAX_RACES} tries.")

@@ -1,0 +1,180 @@
+"""The routes of balances, and the one of them that must be fast."""
+
+from typing import Final, cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from balance_app.api_docs import json_request, problems
+from balance_app.balances.errors import (
+    BalanceLimitExceeded,
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    KeyNotFound,
+    UserNotFound,
+)
+from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.balances.schemas import (
+    AccountAnswer,
+    AccountsAnswer,
+    ChangeAnswer,
+    ChangeRequest,
+    EntriesAnswer,
+    KeyAnswer,
+    OpenRequest,
+    PageQuery,
+    PathKey,
+    PathUserId,
+    account_body,
+    encode,
+    entry_body,
+    idempotency_key,
+    outcome_body,
+    outcome_status,
+)
+from balance_app.errors import (
+    PROBLEM_JSON,
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedRequest,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
+from balance_app.json_body import read_json
+from balance_app.settings import Settings
+
+BODY_PROBLEMS: Final = (
+    MalformedRequest,
+    RequestTimeout,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    InvalidRequest,
+)
+
+router = APIRouter(prefix="/api", tags=["balances"])
+
+
+def _repository(request: Request) -> BalanceRepository:
+    return cast("BalanceRepository", request.app.state.balances)
+
+
+def _settings(request: Request) -> Settings:
+    return cast("Settings", request.app.state.settings)
+
+
+@router.post(
+    "/balance",
+    response_model=ChangeAnswer,
+    responses=problems(
+        *BODY_PROBLEMS,
+        UserNotFound,
+        InsufficientFunds,
+        BalanceLimitExceeded,
+        IdempotencyKeyReused,
+    ),
+    openapi_extra=json_request(ChangeRequest, takes_key=True),
+)
+async def change_balance(request: Request) -> Response:
+    """Change a user's balance now: add `amount`, or withdraw when it is negative.
+
+    The answer tells the balance after exactly this change, and its place (`version`) in the
+    user's ledger. With an `Idempotency-Key` the request may be sent again and again: it takes
+    effect once, and every answer is the first one, byte for byte.
+    """
+    key = idempotency_key(request)
+    asked = await read_json(request, ChangeRequest, within_seconds=_settings(request).body_seconds)
+    return _tell(await _repository(request).change(asked.user_id, asked.amount, key))
+
+
+@router.post(
+    "/users",
+    status_code=201,
+    response_model=AccountAnswer,
+    responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused),
+    openapi_extra=json_request(OpenRequest, takes_key=True),
+)
+async def open_account(request: Request) -> Response:
+    """Create a user; the opening balance becomes entry 1 of the ledger."""
+    key = idempotency_key(request)
+    asked = await read_json(request, OpenRequest, within_seconds=_settings(request).body_seconds)
+    return _tell(await _repository(request).open(asked.balance, key))
+
+
+@router.get("/users", response_model=AccountsAnswer, responses=problems(InvalidRequest))
+async def list_accounts(request: Request, page: PageQuery) -> Response:
+    """List users by id; `next` is the `after` of the following page."""
+    accounts = await _repository(request).accounts(after=page.after, limit=page.limit + 1)
+    shown = accounts[: page.limit]
+    return _json(
+        {
+            "users": [account_body(account) for account in shown],
+            "next": shown[-1].user_id if len(accounts) > page.limit else None,
+        }
+    )
+
+
+@router.get(
+    "/users/{userId}",
+    response_model=AccountAnswer,
+    responses=problems(UserNotFound, InvalidRequest),
+)
+async def read_account(request: Request, user_id: PathUserId) -> Response:
+    """Read a user's balance; the `ETag` is its version."""
+    account = await _repository(request).account(user_id)
+    return _json(account_body(account), headers={"ETag": f'"{account.version}"'})
+
+
+@router.get(
+    "/users/{userId}/entries",
+    response_model=EntriesAnswer,
+    responses=problems(UserNotFound, InvalidRequest),
+)
+async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -> Response:
+    """List a user's ledger from the opening balance on; the version is the cursor."""
+    entries = await _repository(request).entries(user_id, after=page.after, limit=page.limit + 1)
+    shown = entries[: page.limit]
+    return _json(
+        {
+            "entries": [entry_body(entry) for entry in shown],
+            "next": shown[-1].version if len(entries) > page.limit else None,
+        }
+    )
+
+
+@router.get(
+    "/changes/{key:path}",
+    response_model=KeyAnswer,
+    responses=problems(KeyNotFound, InvalidRequest),
+)
+async def read_outcome(request: Request, key: PathKey) -> Response:
+    """Tell what became of the request with this key; resolves an `applied: "unknown"`."""
+    outcome = await _repository(request).outcome(key)
+    return _json(
+        {
+            "key": key,
+            "outcome": outcome.kind,
+            "status": outcome_status(outcome),
+            "answer": outcome_body(outcome),
+        }
+    )
+
+
+def _tell(outcome: Outcome) -> Response:
+    """Return the answer to a request that changes something."""
+    refused = outcome.kind == "refused"
+    headers = {} if refused else {"ETag": f'"{outcome.version}"'}
+    if outcome.kind == "opened":
+        headers["Location"] = f"/api/users/{outcome.user_id}"
+    if outcome.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(
+        encode(outcome_body(outcome)),
+        status_code=outcome_status(outcome),
+        headers=headers,
+        media_type=PROBLEM_JSON if refused else "application/json",
+    )
+
+
+def _json(body: dict[str, object], headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(body), headers=headers, media_type="application/json")

@@ -1,0 +1,210 @@
+"""What comes in and what goes out, in JSON."""
+
+import json
+import re
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import Path, Query
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request
+
+from balance_app.balances.repository import Account, Entry, Outcome, refusal
+from balance_app.errors import InvalidRequest
+from balance_app.json_body import MAX_INTEGER, StrictModel
+
+KEY_PATTERN: Final = r"^[!-~]{1,255}$"
+_KEY: Final = re.compile(KEY_PATTERN)
+
+
+def _not_zero(amount: int) -> int:
+    if amount == 0:
+        raise PydanticCustomError("zero", "a change of 0 is no change")
+    return amount
+
+
+def _decimal(value: object) -> object:
+    """Let only plain decimal digits through: pydantic alone also reads `1_0`, `+1` and `1.0`."""
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        raise PydanticCustomError("int_parsing", "not an integer")
+    return value
+
+
+Decimal = BeforeValidator(_decimal)
+UserId = Annotated[int, Field(ge=1, le=MAX_INTEGER, examples=[1])]
+PathUserId = Annotated[int, Decimal, Path(alias="userId", ge=1, le=MAX_INTEGER, examples=[1])]
+PathKey = Annotated[
+    str,
+    Path(
+        pattern=KEY_PATTERN,
+        description="the `Idempotency-Key` that the change was sent with",
+        examples=["order-42"],
+    ),
+]
+
+
+class ChangeRequest(StrictModel):
+    """A change of one user's balance."""
+
+    user_id: UserId
+    amount: Annotated[
+        int,
+        Field(
+            ge=-MAX_INTEGER,
+            le=MAX_INTEGER,
+            description="added to the balance; negative withdraws; not 0",
+            json_schema_extra={"not": {"const": 0}},
+            examples=[-2],
+        ),
+        AfterValidator(_not_zero),
+    ]
+
+
+class OpenRequest(StrictModel):
+    """A new user."""
+
+    balance: Annotated[
+        int, Field(ge=0, le=MAX_INTEGER, description="the opening balance", examples=[10000])
+    ] = 0
+
+
+class Page(BaseModel):
+    """Which part of a list: the items after a cursor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[
+        int,
+        Decimal,
+        Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0 for the first"),
+    ] = 0
+    limit: Annotated[int, Decimal, Field(ge=1, le=1000, description="items on the page")] = 100
+
+
+PageQuery = Annotated[Page, Query()]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel)
+
+
+class ChangeDetails(_Answer):
+    """The change itself."""
+
+    amount: int
+    at: datetime
+    key: str | None
+
+
+class ChangeAnswer(_Answer):
+    """The balance after an accepted change."""
+
+    user_id: int
+    balance: int
+    version: int
+    change: ChangeDetails
+
+
+class AccountAnswer(_Answer):
+    """A user's account."""
+
+    user_id: int
+    balance: int
+    version: int
+    created_at: datetime
+
+
+class AccountsAnswer(_Answer):
+    """A page of accounts; `next` is the cursor of the page after it, null on the last."""
+
+    users: list[AccountAnswer]
+    next: int | None
+
+
+class EntryAnswer(_Answer):
+    """One line of the ledger: `balance` is what it left; version 1 is the opening balance."""
+
+    version: int
+    amount: int
+    balance: int
+    at: datetime
+    key: str | None
+
+
+class EntriesAnswer(_Answer):
+    """A page of entries; `next` is the cursor of the page after it, null on the last."""
+
+    entries: list[EntryAnswer]
+    next: int | None
+
+
+class KeyAnswer(_Answer):
+    """What became of the request with a key: the status and the body it was answered with."""
+
+    key: str
+    outcome: Literal["opened", "accepted", "refused"]
+    status: int
+    answer: dict[str, Any]
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Return the request's `Idempotency-Key`.
+
+    Raises:
+        InvalidRequest: it is not 1 to 255 visible ASCII characters, or sent twice.
+    """
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
+        raise InvalidRequest(("header:Idempotency-Key", "not-a-key"))
+    return keys[0]
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """Return compact JSON; equal bodies give equal bytes."""
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def outcome_status(outcome: Outcome) -> int:
+    """Return the HTTP status that tells this outcome."""
+    return {"opened": 201, "accepted": 200, "refused": 409}[outcome.kind]
+
+
+def outcome_body(outcome: Outcome) -> dict[str, Any]:
+    """Return the body that tells this outcome, the first time and every time after."""
+    if outcome.kind == "refused":
+        return refusal(outcome).body()
+    state = {"userId": outcome.user_id, "balance": outcome.balance, "version": outcome.version}
+    if outcome.kind == "opened":
+        return {**state, "createdAt": _instant(outcome.at)}
+    change = {"amount": outcome.amount, "at": _instant(outcome.at), "key": outcome.key}
+    return {**state, "change": change}
+
+
+def account_body(account: Account) -> dict[str, Any]:
+    """Return an `AccountAnswer`."""
+    return {
+        "userId": account.user_id,
+        "balance": account.balance,
+        "version": account.version,
+        "createdAt": _instant(account.created_at),
+    }
+
+
+def entry_body(entry: Entry) -> dict[str, Any]:
+    """Return an `EntryAnswer`."""
+    return {
+        "version": entry.version,
+        "amount": entry.amount,
+        "balance": entry.balance,
+        "at": _instant(entry.at),
+        "key": entry.key,
+    }
+
+
+def _instant(at: datetime | None) -> str | None:
+    """Return RFC 3339 in UTC with microseconds, always the same characters for one instant."""
+    return None if at is None else at.isoformat(timespec="microseconds").replace("+00:00", "Z")

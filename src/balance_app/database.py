@@ -1,0 +1,342 @@
+"""The one pool of the running service, and the knowledge whether PostgreSQL answers.
+
+Few connections serve many requests: a row's lock is held through the flush of its commit, so more
+connections only add waiters inside PostgreSQL. Requests wait here instead, first come first served,
+and a connection goes from one request straight to the next. What waits for a database that stops
+answering is told so at once, as nothing of it was sent; then one probe looks for the database's
+return, so that neither a hang nor a storm of connection attempts can build up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from time import monotonic
+from typing import Final, TypeAlias, TypeVar
+
+import asyncpg
+import structlog
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from asyncpg.pool import PoolConnectionProxy
+from sqlalchemy import MetaData, pool
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from alembic import command
+from balance_app.errors import Applied, DatabaseAway, Overloaded
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+Result = TypeVar("Result")
+
+PROBE_SECONDS: Final = 0.1
+MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+
+class UnusableDatabaseError(Exception):
+    """The database answers, but waiting can't help: a wrong password, a schema too new."""
+
+
+def alembic_config() -> Config:
+    """Return alembic's configuration, in a checkout or in an installed package."""
+    here = Path(__file__).parent
+    scripts = here / "_alembic"
+    config = Config()
+    config.set_main_option("path_separator", "os")
+    config.set_main_option(
+        "script_location", str(scripts if scripts.is_dir() else here.parents[1] / "alembic")
+    )
+    return config
+
+
+def alembic_head() -> str | None:
+    """Return the newest revision that this program knows."""
+    return ScriptDirectory.from_config(alembic_config()).get_current_head()
+
+
+async def migrate(settings: Settings) -> None:
+    """Bring the schema to this program's head; any number of copies may try at once."""
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
+        poolclass=pool.NullPool,
+    )
+    config = alembic_config()
+
+    def upgrade(connection: object) -> None:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    # The lock has a connection of its own: it outlives every transaction of the migrations.
+    guard = await asyncpg.connect(**settings.connect_arguments())
+    try:
+        await guard.execute("SET lock_timeout = 0")
+        await guard.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        async with engine.connect() as connection:
+            await connection.run_sync(upgrade)
+    finally:
+        guard.terminate()
+        await engine.dispose()
+
+
+def is_away(error: BaseException) -> Applied | None:
+    """Say whether `error` means that the database is away, and if so whether a write took effect.
+
+    None: no, the statement itself is at fault. `no`: the server said that it rolled back, or
+    nothing was sent. `unknown`: the connection ended before an answer came.
+    """
+    if isinstance(error, asyncpg.PostgresError):
+        return _server_said(getattr(error, "severity", None), error.sqlstate or "")
+    if isinstance(error, ValueError):  # asyncpg's DataError: an argument of the wrong type
+        return None
+    if isinstance(error, TimeoutError | OSError | asyncpg.InterfaceError):
+        return "unknown"
+    return None
+
+
+def _server_said(severity: str | None, state: str) -> Applied | None:
+    # Appendix A of the PostgreSQL manual lists the codes.
+    if severity in {"FATAL", "PANIC"}:
+        # A connection refused (57P03, class 53) is plain; other ends may follow a commit.
+        return "no" if state.startswith(("53", "57P03")) else "unknown"
+    if state.startswith(("08", "57P")):
+        return "unknown"
+    if state.startswith(("25006", "40", "53", "55P03", "57014", "58")):
+        return "no"
+    return None
+
+
+class Database:
+    """The pool, the line in front of it, and the probe that watches for a lost database."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
+            **settings.connect_arguments(),
+            min_size=0,
+            max_size=settings.db_pool_size,
+            max_inactive_connection_lifetime=0,
+            command_timeout=settings.db_statement_seconds,
+            reset=_keep_session,
+        )
+        self._free = settings.db_pool_size
+        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
+        self._away: str | None = "The service has not reached its database yet."
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, patience_seconds: float = 5.0) -> None:
+        """Migrate and connect; a database that is away is waited for in the background.
+
+        Raises:
+            UnusableDatabaseError: the database answers but can't be used.
+        """
+        await self._pool
+        self._watch = asyncio.create_task(self._bring_up())
+        done, _ = await asyncio.wait({self._watch}, timeout=patience_seconds)
+        if done:
+            await self._watch
+
+    async def stop(self) -> None:
+        """Close every connection; what is still waiting is refused."""
+        self._refuse_all("The service is stopping.")
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
+        self._pool.terminate()
+
+    @property
+    def away(self) -> str | None:
+        """Why the database can't be used, in a sentence; None when it can."""
+        return self._away
+
+    async def run(self, operation: Callable[[Connection], Awaitable[Result]]) -> Result:
+        """Run `operation` on a connection when its turn comes.
+
+        Raises:
+            DatabaseAway: it can't be reached; nothing of the operation was sent.
+            Overloaded: too many wait, or this one waited too long.
+        """
+        connection = await self._turn()
+        try:
+            return await operation(connection)
+        except DatabaseAway as problem:
+            if isinstance(problem.__cause__, TimeoutError | asyncpg.ReadOnlySQLTransactionError):
+                connection.terminate()
+                self._lose("The database does not answer.")
+            raise
+        finally:
+            await self._pass_on(connection)
+
+    # -- the line -----------------------------------------------------------------------------
+
+    async def _turn(self) -> Connection:
+        if self._away is not None:
+            raise DatabaseAway(self._away, applied="no")
+        if self._free:
+            self._free -= 1
+            return await self._acquire()
+        if len(self._waiting) >= self._settings.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait already.")
+        since = monotonic()
+        turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            connection = await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                await self._pass_on(turn.result())
+            raise
+        if connection is None:
+            connection = await self._acquire()
+        if monotonic() - since > self._settings.max_waiting_seconds:
+            await self._pass_on(connection)
+            raise Overloaded(f"No turn within {self._settings.max_waiting_seconds:g} s.")
+        return connection
+
+    async def _acquire(self) -> Connection:
+        try:
+            return await self._pool.acquire(timeout=self._settings.db_connect_seconds)
+        except BaseException as error:
+            away = is_away(error)
+            if away:
+                self._lose("The database can't be reached.")
+            await self._pass_on(None)
+            if away:
+                raise DatabaseAway("The database can't be reached.", applied="no") from error
+            raise
+
+    async def _pass_on(self, connection: Connection | None) -> None:
+        """Give the turn, and the connection if it still works, to the first who waits."""
+        if connection is not None and _is_closed(connection):
+            connection = None  # the pool took its place back when it closed
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(connection)
+                return
+        self._free += 1
+        if connection is not None:
+            await self._pool.release(connection)
+
+    # -- away and back ------------------------------------------------------------------------
+
+    def _lose(self, reason: str) -> None:
+        """Refuse everybody until a probe finds the database again."""
+        if self._away is None:
+            log.warning("database away", reason=reason, waiting=len(self._waiting))
+            self._watch = asyncio.create_task(self._probe())
+        self._refuse_all(reason)
+
+    def _refuse_all(self, reason: str) -> None:
+        self._away = reason
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(DatabaseAway(reason, applied="no"))
+
+    async def _bring_up(self) -> None:
+        told = False
+        while True:
+            try:
+                await migrate(self._settings)
+            except _CANNOT_BE_MENDED_BY_WAITING as error:
+                raise UnusableDatabaseError(f"The database can't be used: {error}") from error
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                if not told:
+                    told = True
+                    log.warning("database away at start, waiting for it", error=repr(error))
+                self._away = "The database can't be reached."
+                await asyncio.sleep(PROBE_SECONDS)
+            else:
+                self._away = None
+                return
+
+    async def _probe(self) -> None:
+        arguments = {**self._settings.connect_arguments(), "timeout": 1.0}
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            try:
+                connection = await asyncpg.connect(**arguments)
+                try:
+                    read_only = await connection.fetchval("SELECT pg_is_in_recovery()", timeout=1.0)
+                finally:
+                    connection.terminate()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the database is not back
+                log.debug("database still away", error=repr(error))
+            else:
+                if not read_only:
+                    log.info("database back")
+                    self._away = None
+                    return
+
+
+_CANNOT_BE_MENDED_BY_WAITING: Final = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
+    CommandError,  # alembic's: the schema is newer than this program
+)
+
+
+def _is_closed(connection: Connection) -> bool:
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:  # it closed, and the pool has taken it back already
+        return True
+
+
+async def _keep_session(_connection: object) -> None:
+    """Skip the pool's RESET, which costs a round trip: no statement here changes the session."""
+
+
+async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:
+    """Run a statement that changes something, as one transaction; return its first row.
+
+    Raises:
+        DatabaseAway: with `applied` "no" when the server rolled it back, "unknown" when the
+            connection ended or the time was up before its answer.
+    """
+    try:
+        return await connection.fetchrow(sql, *arguments)
+    except Exception as error:
+        applied = is_away(error)
+        if applied is None:
+            raise
+        raise DatabaseAway(_SENTENCES[applied], applied=applied) from error
+
+
+async def read(connection: Connection, sql: str, *arguments: object) -> list[asyncpg.Record]:
+    """Run a statement that changes nothing; return its rows.
+
+    Raises:
+        DatabaseAway: always with `applied` "no".
+    """
+    try:
+        return await connection.fetch(sql, *arguments)
+    except Exception as error:
+        if is_away(error) is None:
+            raise
+        raise DatabaseAway(_SENTENCES["no"], applied="no") from error
+
+
+_SENTENCES: Final[dict[Applied, str]] = {
+    "no": "The database could not do it now; nothing was changed.",
+    "unknown": "The database went away before it answered; the change may have been made.",
+}

@@ -1,0 +1,191 @@
+"""Errors as people and programs meet them: problem details (RFC 9457) under `/problems/`.
+
+An error is a class. Its first docstring line says what happened, the rest what to do about it;
+both are shown by `GET /problems/{code}` and on the docs page.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from starlette.responses import Response
+from typing_extensions import override
+
+Applied = Literal["no", "unknown"]
+PROBLEM_JSON = "application/problem+json"
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's own word
+    """Something kept the request from being done."""
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(
+        self, detail: str, *, headers: Mapping[str, str] | None = None, **members: object
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = headers
+        self.members = members
+
+    def body(self) -> dict[str, Any]:
+        """Return the problem object; equal problems give equal bytes."""
+        return {
+            "type": f"/problems/{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            **self.members,
+            "applied": self.members.get("applied", "no"),
+        }
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return one such problem for the docs page."""
+        return cls(explain(cls)[0])
+
+    def response(self) -> Response:
+        """Return the answer that carries this problem."""
+        return Response(
+            json.dumps(self.body(), separators=(",", ":")),
+            status_code=self.status,
+            headers=self.headers,
+            media_type=PROBLEM_JSON,
+        )
+
+
+class MalformedRequest(Problem):
+    """The request can't be read: its body is not JSON, or not UTF-8.
+
+    Nothing was changed. Send one JSON value, encoded in UTF-8.
+    """
+
+    status, code, title = 400, "malformed-request", "Malformed request"
+
+
+class InvalidRequest(Problem):
+    """The request is wrong whatever the state: sending it again can't help.
+
+    Nothing was changed. `errors` lists each fault: `pointer` says where (a JSON Pointer into the
+    body, or `header:` or `query:` or `path:` and a name), `code` says what.
+    """
+
+    status, code, title = 422, "invalid-request", "Invalid request"
+
+    def __init__(self, *errors: tuple[str, str]) -> None:
+        faults = [{"pointer": pointer, "code": code} for pointer, code in errors]
+        first = f"{errors[0][0] or 'the body'}: {errors[0][1]}" if errors else "unknown"
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        super().__init__(f"Wrong in {first}{more}.", errors=faults)
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls(("/amount", "not-an-integer"))
+
+
+class NotFound(Problem):
+    """There is nothing at this address.
+
+    `/docs` lists what there is.
+    """
+
+    status, code, title = 404, "not-found", "Not found"
+
+
+class MethodNotAllowed(Problem):
+    """The address exists, but not for this method.
+
+    The `Allow` header names the methods it has.
+    """
+
+    status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class RequestTimeout(Problem):
+    """The body of the request did not arrive in time.
+
+    Nothing was changed. Send the request again.
+    """
+
+    status, code, title = 408, "request-timeout", "Request timeout"
+
+
+class BodyTooLarge(Problem):
+    """The body of the request is larger than 16 KiB.
+
+    Nothing was changed. No request of this service needs as much.
+    """
+
+    status, code, title = 413, "body-too-large", "Body too large"
+
+
+class UnsupportedMediaType(Problem):
+    """The body is not declared as JSON.
+
+    Nothing was changed. Send `Content-Type: application/json` (`curl --json` does).
+    """
+
+    status, code, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class DatabaseAway(Problem):
+    """The database can't be reached, or did not answer in time.
+
+    `applied` says whether the request may have had an effect: `no`, or `unknown`. Wait
+    `Retry-After` seconds and send it again; after `unknown` with the same `Idempotency-Key`, so
+    that it takes effect once (or ask `GET /api/changes/{key}`).
+    """
+
+    status, code, title = 503, "database-away", "Database away"
+
+    def __init__(self, detail: str, *, applied: Applied) -> None:
+        super().__init__(detail, headers={"Retry-After": "1"}, applied=applied)
+        self.applied = applied
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("The database can't be reached.", applied="no")
+
+
+class Overloaded(Problem):
+    """The house is full: more requests wait than the service can answer soon.
+
+    Nothing was changed. Wait `Retry-After` seconds and send the request again.
+    """
+
+    status, code, title = 503, "overloaded", "Overloaded"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "1"})
+
+
+class InternalError(Problem):
+    """The service made a mistake; its log tells more under the id in `X-Request-Id`.
+
+    `applied` is `unknown` for a request that changes something. Please report it.
+    """
+
+    status, code, title = 500, "internal-error", "Internal error"
+
+
+def all_problems() -> Iterator[type[Problem]]:
+    """Yield every kind of problem this program can answer with, by status and code."""
+
+    def below(kind: type[Problem]) -> Iterator[type[Problem]]:
+        for child in kind.__subclasses__():
+            yield child
+            yield from below(child)
+
+    yield from sorted(below(Problem), key=lambda kind: (kind.status, kind.code))
+
+
+def explain(kind: type[Problem]) -> tuple[str, str]:
+    """Return what happened (one sentence) and what to do about it, from the class's docstring."""
+    what, _, advice = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
+    return what, " ".join(advice.split())

@@ -1,0 +1,86 @@
+"""Whether this copy lives, and whether it should be sent requests."""
+
+from typing import Any, cast
+
+import structlog
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from balance_app.database import Database, read
+from balance_app.errors import Problem
+
+log = structlog.get_logger(__name__)
+
+router = APIRouter(tags=["health"])
+
+_READY_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Every check holds.",
+        "content": {
+            "application/json": {
+                "example": {"status": "ok", "server": "app1", "checks": {"database": "ok"}}
+            }
+        },
+    },
+    503: {
+        "description": "At least one check fails; `checks` says which, and why.",
+        "content": {
+            "application/json": {
+                "example": {
+                    "status": "unavailable",
+                    "server": "app1",
+                    "checks": {
+                        "stopping": "ok",
+                        "database": "The database can't be reached.",
+                        "schema": "not known",
+                    },
+                }
+            }
+        },
+    },
+}
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    """Say that the process runs and answers; nothing else is looked at."""
+    return JSONResponse({"status": "ok", "server": request.app.state.settings.server_id})
+
+
+@router.get("/readyz", responses=_READY_ANSWERS)
+async def readyz(request: Request) -> Response:
+    """Say whether requests should come here: database reachable, schema right, not stopping."""
+    state = request.app.state
+    checks = {"stopping": "This copy is stopping." if state.stopping.is_set() else "ok"}
+    checks |= await _database_checks(state.database, state.schema_head)
+    ready = all(said == "ok" for said in checks.values())
+    return JSONResponse(
+        {
+            "status": "ok" if ready else "unavailable",
+            "server": state.settings.server_id,
+            "checks": checks,
+        },
+        status_code=200 if ready else 503,
+        headers={} if ready else {"Retry-After": "1"},
+    )
+
+
+router.add_api_route("/health", readyz, responses=_READY_ANSWERS, name="health")
+
+
+async def _database_checks(database: Database, head: str | None) -> dict[str, str]:
+    try:
+        rows = await database.run(lambda con: read(con, SCHEMA_VERSION))
+    except Problem as problem:
+        return {"database": problem.detail, "schema": "not known"}
+    except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
+        log.warning("readiness check failed", error=repr(error))
+        return {"database": "The database refused the question.", "schema": "not known"}
+    found = cast("str | None", rows[0]["version_num"]) if rows else None
+    if found != head:
+        return {"database": "ok", "schema": f"The schema is at {found}, this program needs {head}."}
+    return {"database": "ok", "schema": "ok"}
+
+
+SCHEMA_VERSION = "SELECT version_num FROM alembic_version"

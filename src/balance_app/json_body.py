@@ -1,0 +1,151 @@
+"""Strict JSON bodies: what is not exactly right is refused, and never echoed."""
+
+import asyncio
+import json
+from typing import Any, Final, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+from starlette.requests import ClientDisconnect, Request
+
+from balance_app.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedRequest,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
+
+MAX_BODY_BYTES: Final = 16 * 1024
+MAX_INTEGER: Final = 2**53 - 1  # the largest that every JSON reader keeps exact (RFC 8259, 6)
+
+
+class StrictModel(BaseModel):
+    """A JSON object in camelCase: no unknown fields, no conversions (`2.0` is not an integer)."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", strict=True, frozen=True
+    )
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+async def read_json(request: Request, model: type[Model], *, within_seconds: float) -> Model:
+    """Read the request's body as one `model`.
+
+    Raises:
+        UnsupportedMediaType: it is not declared as JSON in UTF-8.
+        BodyTooLarge: more than `MAX_BODY_BYTES`.
+        RequestTimeout: it did not arrive `within_seconds`.
+        MalformedRequest: not JSON.
+        InvalidRequest: JSON, but not this model.
+    """
+    _require_json(request.headers.get("content-type"))
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
+        raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
+    return parse_json(await _read_body(request, within_seconds), model)
+
+
+def parse_json(raw: bytes, model: type[Model]) -> Model:
+    """Parse `raw` as one `model`; raises as `read_json` does."""
+    try:
+        value = _DECODER.decode(raw.decode())
+    except _DuplicateKeyError:
+        raise InvalidRequest(("", "duplicate-key")) from None
+    except RecursionError:
+        raise MalformedRequest("The JSON in the body is nested too deeply.") from None
+    except ValueError:
+        raise MalformedRequest("The body is not JSON in UTF-8.") from None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise InvalidRequest(*_faults(error)) from None
+
+
+async def _read_body(request: Request, within_seconds: float) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(within_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"The body did not arrive within {within_seconds:g} s.", headers={"Connection": "close"}
+        ) from None
+    except ClientDisconnect:
+        raise MalformedRequest("The connection closed before the body was complete.") from None
+    return b"".join(chunks)
+
+
+def _require_json(content_type: str | None) -> None:
+    media_type, _, parameters = (content_type or "").lower().partition(";")
+    media_type = media_type.strip()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        raise UnsupportedMediaType("Send the body as Content-Type: application/json.")
+    charset = parameters.partition("charset=")[2].strip().strip('"')
+    if charset not in {"", "utf-8", "utf8"}:
+        raise UnsupportedMediaType("Send the body in UTF-8.")
+
+
+class _DuplicateKeyError(Exception):
+    """An object names a field twice; readers differ in which one they believe."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _DuplicateKeyError
+    return fields
+
+
+def _integer(digits: str) -> int:
+    # Python refuses to read thousands of digits; beyond 20 the value no longer matters.
+    return int(digits[:20])
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    message = f"{name} is not JSON"
+    raise ValueError(message)
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_constant=_refuse_constant
+)
+
+FAULT_CODES: Final = {
+    "extra_forbidden": "unknown-field",
+    "missing": "required",
+    "int_type": "not-an-integer",
+    "int_from_float": "not-an-integer",
+    "int_parsing": "not-an-integer",
+    "int_parsing_size": "out-of-range",
+    "greater_than": "out-of-range",
+    "greater_than_equal": "out-of-range",
+    "less_than": "out-of-range",
+    "less_than_equal": "out-of-range",
+    "model_type": "not-an-object",
+    "model_attributes_type": "not-an-object",
+    "zero": "zero",
+}
+
+
+def _faults(error: ValidationError) -> list[tuple[str, str]]:
+    """Name each fault by place and kind; the caller's own text is never repeated."""
+    return [
+        (_pointer(fault["loc"], fault["type"]), FAULT_CODES.get(fault["type"], fault["type"]))
+        for fault in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+
+
+def _pointer(location: tuple[int | str, ...], kind: str) -> str:
+    # An unknown field's name is the caller's text (any bytes it likes), so its parent is named.
+    parts = location[:-1] if kind == "extra_forbidden" else location
+    return "".join(f"/{part}" for part in parts)

@@ -1,0 +1,112 @@
+"""The application: the only place where its parts are put together."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from balance_app import api_docs, health
+from balance_app.balances import router as balances
+from balance_app.balances.repository import BalanceRepository
+from balance_app.database import Database, alembic_head
+from balance_app.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+    Problem,
+)
+from balance_app.front import Front
+from balance_app.json_body import FAULT_CODES
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application of one copy; its lifespan migrates and connects."""
+    app = FastAPI(
+        title="balance_app",
+        summary="Exact balances in real time.",
+        description=api_docs.DESCRIPTION,
+        version="0.1.0",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
+    )
+    app.state.settings = settings
+    app.state.stopping = asyncio.Event()
+    app.include_router(balances.router)
+    app.include_router(health.router)
+    api_docs.add_docs(app)
+    app.add_exception_handler(Problem, _tell_problem)
+    app.add_exception_handler(RequestValidationError, _tell_invalid)
+    app.add_exception_handler(HTTPException, _tell_http)
+    app.add_middleware(
+        Front,
+        direct={("POST", "/api/balance"): balances.change_balance},
+        log_requests=settings.log_requests,
+    )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    database = Database(settings)
+    app.state.database = database
+    app.state.balances = BalanceRepository(database)
+    app.state.schema_head = alembic_head()
+    try:
+        await database.start()
+        # With ten thousand sockets open the default thresholds walk over all of them again and
+        # again, and never find anything to free.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        yield
+    finally:
+        app.state.stopping.set()
+        await database.stop()
+
+
+async def _tell_problem(_request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, Problem)  # noqa: S101 - registered for nothing else
+    return problem.response()
+
+
+async def _tell_invalid(_request: Request, error: Exception) -> Response:
+    """Name the faults FastAPI found, without repeating the caller's input (it may be NaN)."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
+    faults = [
+        (
+            f"{fault['loc'][0]}:{'/'.join(str(part) for part in fault['loc'][1:2])}"
+            if fault["type"] != "extra_forbidden"
+            else f"{fault['loc'][0]}:",
+            FAULT_CODES.get(fault["type"], fault["type"]),
+        )
+        for fault in error.errors()
+    ]
+    return InvalidRequest(*faults).response()
+
+
+async def _tell_http(_request: Request, error: Exception) -> Response:
+    """Turn the framework's own refusals into problems."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+    match error.status_code:
+        case 404:
+            problem: Problem = NotFound("There is nothing at this address.")
+        case 405:
+            problem = MethodNotAllowed(
+                "This address does not take this method.", headers=error.headers
+            )
+        case _:
+            problem = MalformedRequest("The request can't be read.")
+    return problem.response()

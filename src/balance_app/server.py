@@ -1,0 +1,104 @@
+"""One copy of the service: its sockets, its signals, uvicorn."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from balance_app.main import create_app
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 4096  # a burst knocks faster than one process opens
+
+
+class PortTakenError(Exception):
+    """Another program listens on the port already."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, told to stop by signals without dying of them."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._stopping.set()
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle SIGINT and SIGTERM; unlike uvicorn's own, end with exit code 0 after them."""
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGINT, signal.SIGTERM)
+        for number in handled:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+
+def serve(settings: Settings) -> None:
+    """Run one copy until SIGINT or SIGTERM.
+
+    Raises:
+        PortTakenError: naming the port.
+        UnusableDatabaseError: the database answers but can't be used.
+    """
+    sockets = [listen(settings.host, settings.port)]
+    if settings.shared_port is not None:
+        sockets.append(listen(settings.host, settings.shared_port, shared=True))
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        headers=[("X-Server-Id", settings.server_id)],
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=settings.stop_seconds,
+    )
+    server = _Server(config, app.state.stopping)
+    try:
+        server.run(sockets=sockets)
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Bind a TCP socket; `shared` lets the kernel spread connections over all who do so.
+
+    Raises:
+        PortTakenError: naming the port.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise PortTakenError(
+            f"Can't listen on {host}:{port}: {error.strerror}. "
+            "Stop the program that has it, or choose another port."
+        ) from None
+    return listener

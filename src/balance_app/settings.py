@@ -1,0 +1,135 @@
+"""Configuration by environment (and `.env`), checked once when the program starts."""
+
+import socket
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Settings(BaseSettings):
+    """Every knob of one copy; the field's name in capitals is its environment variable."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    database_url: SecretStr | None = Field(
+        None, description="postgresql://user:password@host:port/name; wins over the DB_* parts"
+    )
+    db_host: str | None = Field(None, description="host name, address, or socket directory")
+    db_port: Port = 5432
+    db_user: str = "postgres"
+    db_password: SecretStr | None = None
+    db_name: str = "postgres"
+
+    db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
+        3, description="connections per copy: one works, one waits for the row, one spare"
+    )
+    db_connect_seconds: Seconds = 1.5
+    db_statement_seconds: Seconds = Field(2.5, description="an answer later than this is 'away'")
+    db_lock_seconds: Seconds = Field(2.0, description="longest wait for a locked row")
+    max_waiting: Annotated[int, Field(ge=1)] = Field(
+        20_000, description="requests that may wait for a connection; one more is a full house"
+    )
+    max_waiting_seconds: Seconds = 60.0
+
+    server_id: str = Field(default_factory=socket.gethostname, pattern=r"^[!-~]{1,100}$")
+    host: str = "127.0.0.1"
+    port: Port = 3000
+    shared_port: Port | None = Field(
+        None, description="a second port that several copies listen on together (SO_REUSEPORT)"
+    )
+    body_seconds: Seconds = Field(5.0, description="longest time for a request body to arrive")
+    stop_seconds: Annotated[int, Field(ge=1, le=60)] = Field(
+        3, description="how long requests under way may take to end after SIGTERM"
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_requests: bool = False
+
+    @field_validator("log_level", "log_format", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is None:
+            return None
+        scheme, separator, rest = url.get_secret_value().partition("://")
+        if not separator or scheme.partition("+")[0] not in {"postgres", "postgresql"}:
+            raise ValueError("must start with postgresql://")
+        dsn = f"postgresql://{rest}"
+        try:
+            urlsplit(dsn)
+        except ValueError:
+            # The parser's own message quotes the URL, password included.
+            raise ValueError("is not a URL") from None
+        return SecretStr(dsn)
+
+    @model_validator(mode="after")
+    def _lock_wait_ends_first(self) -> Self:
+        if self.db_lock_seconds >= self.db_statement_seconds:
+            raise ValueError(
+                f"DB_LOCK_SECONDS ({self.db_lock_seconds:g}) must be below "
+                f"DB_STATEMENT_SECONDS ({self.db_statement_seconds:g}), "
+                "or a locked row looks like a database that is away"
+            )
+        return self
+
+    @property
+    def database_is_configured(self) -> bool:
+        """Whether a database was named, by URL or by host."""
+        return self.database_url is not None or self.db_host is not None
+
+    def connect_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `asyncpg.connect` for this database."""
+        common: dict[str, Any] = {
+            "timeout": self.db_connect_seconds,
+            "server_settings": {
+                "application_name": f"balance_app {self.server_id}"[:63],
+                "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
+            },
+        }
+        if self.database_url is not None:
+            return {"dsn": self.database_url.get_secret_value(), **common}
+        return {
+            "host": self.db_host,
+            "port": self.db_port,
+            "user": self.db_user,
+            "password": self.db_password.get_secret_value() if self.db_password else None,
+            "database": self.db_name,
+            **common,
+        }
+
+
+class BadSettingsError(Exception):
+    """The environment holds values that can't be used; the message names each one."""
+
+
+def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's value
+    """Read the environment and `.env`; keyword arguments win.
+
+    Raises:
+        BadSettingsError: one sentence per wrong value, never with the value of a secret.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        sentences = [
+            f"{'_'.join(str(part) for part in problem['loc']).upper() or 'Settings'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors(include_url=False, include_input=False)
+        ]
+        raise BadSettingsError("\n".join(sentences)) from None

@@ -1,0 +1,436 @@
+"""An exact check of what the clients of one account saw against the ledger it left behind.
+
+Every answer names the version it made or saw, so the versions put all changes in one total order,
+with the reads and refusals of a state between the change that made it and the next. A history is
+linearizable (Herlihy and Wing, 1990) when that order contradicts no answer and turns no real-time
+pair around: nothing answered before something else was sent may stand after it. In general, when
+the order has to be guessed, deciding this is NP-complete (Gibbons and Korach, 1997). Here the order
+is given: each operation only has to be held against the highest version known before it was sent,
+and a sort with bisection does that in O(n log n).
+
+The rules on time are complete: of a pair that is turned around, the one sent later is a read or a
+refusal (`STALE_READ`, `STALE_REFUSAL`) or a change; then the one answered earlier is a change too
+(`ORDER_BROKEN`) or saw a state (`FUTURE_READ`). An answer that contradicts the ledger is reported
+for that, and then bounds nothing else.
+
+Times are monotonic seconds of one clock; equal times count as simultaneous.
+"""
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum, unique
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import inf
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A change that was acknowledged; `replayed` when the answer repeats that of an earlier try."""
+
+    key: str
+    amount: int
+    version: int
+    balance: int
+    sent: float
+    answered: float
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A change refused for insufficient funds, with the state that refused it."""
+
+    key: str
+    amount: int
+    version: int
+    balance: int
+    sent: float
+    answered: float
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A change that may have taken effect at any time after it was sent, or never."""
+
+    key: str
+    amount: int
+    sent: float
+    answered: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotApplied:
+    """A try that the service said it did not apply; another try of its key may still succeed."""
+
+    key: str
+    amount: int
+    sent: float
+    answered: float
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A state of the account that was read."""
+
+    version: int
+    balance: int
+    sent: float
+    answered: float
+
+
+Operation = Accepted | Refused | Unknown | NotApplied | Read
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the ledger: the change that made `version`, and the balance after it."""
+
+    version: int
+    amount: int
+    balance: int
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the account itself says."""
+
+    version: int
+    balance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The whole ledger and the account's state, read together when all operations were over.
+
+    Entries up to `opening_version` were there before the first operation was sent.
+    """
+
+    entries: tuple[Entry, ...]
+    final: State
+    opening_version: int = 1
+
+
+@unique
+class Kind(StrEnum):
+    """What is wrong."""
+
+    VERSION_GAP = "version gap"
+    VERSION_DUPLICATE = "version duplicate"
+    CHAIN_BROKEN = "chain broken"
+    NEGATIVE_BALANCE = "negative balance"
+    FINAL_STATE = "final state differs"
+    KEY_TWICE = "key twice"
+    PHANTOM = "phantom entry"
+    LOST_CHANGE = "lost change"
+    ALTERED_CHANGE = "altered change"
+    VERSION_SHARED = "version shared"
+    REPLAY_DIFFERS = "replay differs"
+    REFUSED_IN_LEDGER = "refused in ledger"
+    NOT_APPLIED_IN_LEDGER = "not applied in ledger"
+    NO_SUCH_STATE = "no such state"
+    GROUNDLESS_REFUSAL = "groundless refusal"
+    STALE_READ = "stale read"
+    STALE_REFUSAL = "stale refusal"
+    FUTURE_READ = "future read"
+    ORDER_BROKEN = "order broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong, told in one sentence."""
+
+    kind: Kind
+    text: str
+
+
+def check(ledger: Ledger, operations: Iterable[Operation]) -> list[Violation]:
+    """Return all that is wrong with the operations of one account; nothing when all is right.
+
+    `operations` must hold every try that was sent to the account between the opening version and
+    the reading of the ledger, in any order.
+    """
+    history = _History(ledger, tuple(operations))
+    return [violation for rule in _RULES for violation in rule(history)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Effect:
+    """A change in the ledger, and the earliest time at which it can have taken effect."""
+
+    version: int
+    key: str
+    sent: float
+
+
+class _Highest:
+    """The highest value among the marks before a position."""
+
+    def __init__(self, marks: Iterable[tuple[float, float]]) -> None:
+        ordered = sorted(marks)
+        self._positions = [position for position, _ in ordered]
+        self._highest = list(accumulate((value for _, value in ordered), max))
+
+    def before(self, position: float) -> float:
+        """Return the highest value strictly before the position, or minus infinity."""
+        count = bisect_left(self._positions, position)
+        return self._highest[count - 1] if count else -inf
+
+
+class _History:
+    """The ledger and the operations, sorted out for the rules."""
+
+    def __init__(self, ledger: Ledger, operations: tuple[Operation, ...]) -> None:
+        self.final = ledger.final
+        self.opening_version = ledger.opening_version
+        self.entries = sorted(ledger.entries, key=lambda entry: entry.version)
+        self.rows = frozenset(ledger.entries)
+        self.states = {State(entry.version, entry.balance) for entry in ledger.entries}
+        self.by_key: defaultdict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            if entry.key is not None:
+                self.by_key[entry.key].append(entry)
+
+        self.accepted = [op for op in operations if isinstance(op, Accepted)]
+        self.refused = [op for op in operations if isinstance(op, Refused)]
+        self.not_applied = [op for op in operations if isinstance(op, NotApplied)]
+        self.decided = [op for op in operations if isinstance(op, Accepted | Refused)]
+        self.sightings = [op for op in operations if isinstance(op, Read | Refused)]
+        self.sources: defaultdict[str, list[Accepted | Unknown]] = defaultdict(list)
+        for op in operations:
+            if isinstance(op, Accepted | Unknown):
+                self.sources[op.key].append(op)
+
+    @cached_property
+    def true_accepted(self) -> list[Accepted]:
+        """The acknowledged changes that stand in the ledger as they were acknowledged."""
+        return [op for op in self.accepted if _entry_of(op) in self.rows]
+
+    @cached_property
+    def true_sightings(self) -> list[Read | Refused]:
+        """The reads and refusals of states that existed."""
+        return [op for op in self.sightings if _state_of(op) in self.states]
+
+    @cached_property
+    def effects(self) -> list[_Effect]:
+        """The changes of this run, each with its bounds in time.
+
+        An answer that is no replay means that this very try took effect. With replays only, any
+        try of the key may have been the one: one whose answer was lost, but also the replayed one
+        (a service that lost its database in the middle tries again and finds its own change).
+        """
+        first = [op for op in self.true_accepted if not op.replayed]
+        known = {op.key for op in first}
+        effects = [_Effect(op.version, op.key, op.sent) for op in first]
+        for key, entries in self.by_key.items():
+            if key in known or key not in self.sources:
+                continue
+            sent = min(op.sent for op in self.sources[key])
+            effects += [
+                _Effect(entry.version, key, sent)
+                for entry in entries
+                if entry.version > self.opening_version
+            ]
+        return effects
+
+    @cached_property
+    def acknowledged(self) -> _Highest:
+        """The highest version that was acknowledged before a time."""
+        marks = [(op.answered, op.version) for op in self.true_accepted]
+        return _Highest([(-inf, self.opening_version), *marks])
+
+    @cached_property
+    def known(self) -> _Highest:
+        """The highest version that anybody knew of before a time."""
+        answers = [*self.true_accepted, *self.true_sightings]
+        marks = [(op.answered, op.version) for op in answers]
+        return _Highest([(-inf, self.opening_version), *marks])
+
+
+def _versions_are_dense(history: _History) -> Iterator[Violation]:
+    """The ledger has the versions 1..n, each once."""
+    previous = 0
+    for entry in history.entries:
+        if entry.version == previous:
+            yield Violation(Kind.VERSION_DUPLICATE, f"{entry} has a version that is already taken.")
+        elif entry.version != previous + 1:
+            yield Violation(Kind.VERSION_GAP, f"{entry} follows version {previous}.")
+        previous = entry.version
+    if not history.entries:
+        yield Violation(Kind.VERSION_GAP, "The ledger has no opening entry.")
+
+
+def _balances_chain(history: _History) -> Iterator[Violation]:
+    """Each balance is the one before it plus the amount."""
+    for before, after in pairwise([Entry(0, 0, 0, None), *history.entries]):
+        follows = after.version == before.version + 1
+        if follows and after.balance != before.balance + after.amount:
+            yield Violation(
+                Kind.CHAIN_BROKEN, f"{after} does not follow from the balance {before.balance}."
+            )
+
+
+def _balances_are_not_negative(history: _History) -> Iterator[Violation]:
+    """No balance is negative."""
+    for entry in history.entries:
+        if entry.balance < 0:
+            yield Violation(Kind.NEGATIVE_BALANCE, f"{entry} has a negative balance.")
+
+
+def _final_state_is_the_sum(history: _History) -> Iterator[Violation]:
+    """The account has the version of the last entry and the sum of all."""
+    version = max((entry.version for entry in history.entries), default=0)
+    expected = State(version, sum(entry.amount for entry in history.entries))
+    if history.final != expected:
+        yield Violation(
+            Kind.FINAL_STATE, f"The account says {history.final}, its ledger {expected}."
+        )
+
+
+def _keys_have_one_effect(history: _History) -> Iterator[Violation]:
+    """Each key is in the ledger at most once."""
+    for key, entries in history.by_key.items():
+        if len(entries) > 1:
+            versions = ", ".join(str(entry.version) for entry in entries)
+            yield Violation(Kind.KEY_TWICE, f"Key {key!r} made the versions {versions}.")
+
+
+def _entries_have_a_source(history: _History) -> Iterator[Violation]:
+    """Each entry of the run was asked for by a try that may have taken effect."""
+    denied = {op.key for op in history.refused} | {op.key for op in history.not_applied}
+    for entry in history.entries:
+        if entry.version <= history.opening_version:
+            continue
+        sources = history.sources.get(entry.key, []) if entry.key is not None else []
+        if not sources and entry.key in denied:
+            continue  # the rules on refused and not applied keys tell it better
+        # An acknowledged source with another amount is an altered change, told by its own rule.
+        if not any(isinstance(op, Accepted) or op.amount == entry.amount for op in sources):
+            yield Violation(Kind.PHANTOM, f"Nobody asked for {entry}.")
+
+
+def _accepted_are_in_the_ledger(history: _History) -> Iterator[Violation]:
+    """Each acknowledged change is in the ledger as it was acknowledged."""
+    for op in history.accepted:
+        if op.key not in history.by_key:
+            yield Violation(Kind.LOST_CHANGE, f"{op} is not in the ledger.")
+        elif _entry_of(op) not in history.rows:
+            yield Violation(
+                Kind.ALTERED_CHANGE, f"{op} is in the ledger as {history.by_key[op.key][0]}."
+            )
+
+
+def _accepted_versions_differ(history: _History) -> Iterator[Violation]:
+    """Two acknowledged changes never share a version."""
+    keys = Counter(version for version, _ in {(op.version, op.key) for op in history.accepted})
+    for version, count in keys.items():
+        if count > 1:
+            yield Violation(
+                Kind.VERSION_SHARED, f"Version {version} was acknowledged to {count} keys."
+            )
+
+
+def _keys_have_one_answer(history: _History) -> Iterator[Violation]:
+    """All decisions on one key say the same."""
+    answers: defaultdict[str, set[tuple[str, int, int, int]]] = defaultdict(set)
+    for op in history.decided:
+        answers[op.key].add((type(op).__name__, op.amount, op.version, op.balance))
+    for key, different in answers.items():
+        if len(different) > 1:
+            yield Violation(Kind.REPLAY_DIFFERS, f"Key {key!r} was answered {sorted(different)}.")
+
+
+def _refused_left_no_trace(history: _History) -> Iterator[Violation]:
+    """No refused key is in the ledger."""
+    for op in history.refused:
+        if op.key in history.by_key:
+            yield Violation(
+                Kind.REFUSED_IN_LEDGER, f"{op} is in the ledger as {history.by_key[op.key][0]}."
+            )
+
+
+def _not_applied_left_no_trace(history: _History) -> Iterator[Violation]:
+    """No key entered the ledger when all its tries were said not to be applied."""
+    for op in history.not_applied:
+        entry = history.by_key[op.key][-1] if op.key in history.by_key else None
+        if entry and entry.version > history.opening_version and op.key not in history.sources:
+            yield Violation(Kind.NOT_APPLIED_IN_LEDGER, f"{op} is in the ledger as {entry}.")
+
+
+def _sightings_are_real(history: _History) -> Iterator[Violation]:
+    """Each state that was named existed."""
+    for op in history.sightings:
+        if _state_of(op) not in history.states:
+            yield Violation(Kind.NO_SUCH_STATE, f"{op} names a state that never was.")
+
+
+def _refusals_have_grounds(history: _History) -> Iterator[Violation]:
+    """Each refusal names a balance that is too small."""
+    for op in history.refused:
+        if op.balance + op.amount >= 0:
+            yield Violation(Kind.GROUNDLESS_REFUSAL, f"{op} had enough funds.")
+
+
+def _sightings_are_fresh(history: _History) -> Iterator[Violation]:
+    """Nobody is shown a state older than one known before the question was sent."""
+    for op in history.true_sightings:
+        if isinstance(op, Refused) and op.replayed:
+            continue  # it repeats what was true for the first try
+        known = history.known.before(op.sent)
+        if op.version < known:
+            kind = Kind.STALE_READ if isinstance(op, Read) else Kind.STALE_REFUSAL
+            yield Violation(kind, f"{op} was sent when version {known} was already known.")
+
+
+def _sightings_are_not_ahead(history: _History) -> Iterator[Violation]:
+    """Nobody is shown a state before all the changes that led to it were sent."""
+    sent = _Highest((effect.version, effect.sent) for effect in history.effects)
+    for op in history.true_sightings:
+        latest = sent.before(op.version + 1)
+        if op.answered < latest:
+            yield Violation(
+                Kind.FUTURE_READ, f"{op} saw the effect of a change that was sent at {latest}."
+            )
+
+
+def _changes_keep_real_time_order(history: _History) -> Iterator[Violation]:
+    """A change sent after another was acknowledged has a higher version."""
+    for effect in history.effects:
+        acknowledged = history.acknowledged.before(effect.sent)
+        if effect.version <= acknowledged:
+            yield Violation(
+                Kind.ORDER_BROKEN,
+                f"{effect} was sent when version {acknowledged} was already acknowledged.",
+            )
+
+
+_RULES: tuple[Callable[[_History], Iterator[Violation]], ...] = (
+    _versions_are_dense,
+    _balances_chain,
+    _balances_are_not_negative,
+    _final_state_is_the_sum,
+    _keys_have_one_effect,
+    _entries_have_a_source,
+    _accepted_are_in_the_ledger,
+    _accepted_versions_differ,
+    _keys_have_one_answer,
+    _refused_left_no_trace,
+    _not_applied_left_no_trace,
+    _sightings_are_real,
+    _refusals_have_grounds,
+    _sightings_are_fresh,
+    _sightings_are_not_ahead,
+    _changes_keep_real_time_order,
+)
+
+
+def _entry_of(op: Accepted) -> Entry:
+    return Entry(op.version, op.amount, op.balance, op.key)
+
+
+def _state_of(op: Read | Refused) -> State:
+    return State(op.version, op.balance)

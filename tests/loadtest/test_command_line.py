@@ -1,0 +1,95 @@
+"""What the load test refuses to do, and how it says so."""
+
+import json
+import resource
+import socket
+
+import pytest
+
+from loadtest.__main__ import EXIT_NOT_RUN, main
+from loadtest.preconditions import CannotRunError, Target, allow_open_files
+
+
+def test_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nobody listens, one sentence says so and how to start the service."""
+    with socket.socket() as bound_but_deaf:
+        bound_but_deaf.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound_but_deaf.getsockname()[1]}"
+        assert main([url]) == EXIT_NOT_RUN
+    said = capsys.readouterr()
+    assert said.err == f"No service answers at {url}: start it with `make run`.\n"
+    assert said.out == ""
+
+
+def test_reason_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json the reason for not running is one JSON object on stdout as well."""
+    assert main(["http://192.0.2.1:3000", "--json"]) == EXIT_NOT_RUN
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "not-run"
+    assert "loopback" in report["problems"][0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com",
+        "http://192.168.0.1:3000",
+        "http://localhost.example.com",
+        "http://127.0.0.1@192.0.2.1",
+        "https://127.0.0.1:3000",
+        "http://127.0.0.1:3000/api",
+        "127.0.0.1:3000",
+        "http://127.0.0.1:99999",
+        "http://[::1",
+        "",
+    ],
+)
+def test_refused_urls(url: str) -> None:
+    """Only plain base URLs of this machine's loopback are accepted."""
+    with pytest.raises(CannotRunError):
+        Target.parse(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:3000", "http://127.0.0.1:3000/", "http://127.8.9.1:80", "http://[::1]:3000"],
+)
+def test_accepted_urls(url: str) -> None:
+    """Every loopback address is accepted and written back as it was."""
+    assert Target.parse(url).url == url.rstrip("/")
+
+
+def test_open_files_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A low soft limit is raised as far as the burst needs."""
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 20_000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    allow_open_files(10_000)
+    assert raised[0][0] > 10_000
+    assert raised[0][1] == 20_000
+
+
+def test_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard limit below the need is refused with both ways out."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    with pytest.raises(CannotRunError, match=r"ulimit -n 20000.*--connections 512"):
+        allow_open_files(10_000)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--requests=0",
+        "--requests=1000001",
+        "--amount=0",
+        "--balance=-1",
+        "--timeout=nan",
+        "--connections=x",
+    ],
+)
+def test_impossible_options(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An impossible option is refused in the usual way of the command line."""
+    with pytest.raises(SystemExit) as ended:
+        main([option])
+    assert ended.value.code == EXIT_NOT_RUN
+    assert "error: argument" in capsys.readouterr().err

@@ -1,0 +1,373 @@
+"""The whole load test against a tiny service that is right, or wrong in exactly one way."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from loadtest.__main__ import EXIT_FAILED, EXIT_PASSED, main
+
+Json = dict[str, Any]
+REQUESTS = 200
+
+
+class FakeService:
+    """One user in memory behind just enough HTTP/1.1; subclasses misbehave by overriding.
+
+    `keys` collects the Idempotency-Keys received, `peers` the clients' addresses of changes. The
+    port that took a request is the copy's X-Server-Id.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.balance = 0
+        self.version = 1
+        self.entries: list[Json] = []
+        self.keys: list[str] = []
+        self.peers: set[object] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=512)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield
+        finally:
+            server.close()
+            await asyncio.gather(*self._serving, return_exceptions=True)
+
+    def change(self, amount: int) -> tuple[int, Json] | None:
+        """Decide one change; None drops the connection instead of answering."""
+        if self.affords(amount):
+            return self.accept(amount)
+        return self.refuse(amount)
+
+    def affords(self, amount: int) -> bool:
+        return self.balance + amount >= 0
+
+    def accept(self, amount: int) -> tuple[int, Json]:
+        self.balance += amount
+        self.version += 1
+        self.entries.append({"version": self.version, "amount": amount, "balance": self.balance})
+        return 200, self.user()
+
+    def refuse(self, amount: int) -> tuple[int, Json]:
+        return 409, {
+            "code": "insufficient-funds",
+            "userId": 7,
+            "balance": self.balance,
+            "version": self.version,
+            "amount": amount,
+            "shortfall": -(self.balance + amount),
+            "applied": "no",
+        }
+
+    def user(self) -> Json:
+        return {"userId": 7, "balance": self.balance, "version": self.version}
+
+    def page(self, after: int, limit: int) -> tuple[int, Json]:
+        newer = [entry for entry in self.entries if entry["version"] > after]
+        more = len(newer) > limit
+        return 200, {
+            "entries": newer[:limit],
+            "next": newer[limit - 1]["version"] if more else None,
+        }
+
+    async def _answer(self, method: str, path: str, body: Json) -> tuple[int, Json] | None:
+        if method == "POST" and path == "/api/balance":
+            return self.change(body["amount"])
+        if method == "POST" and path == "/api/users":
+            self.balance, self.version, self.entries = body["balance"], 1, []
+            return 201, self.user()
+        if match := re.fullmatch(r"/api/users/7/entries\?after=(\d+)&limit=(\d+)", path):
+            return self.page(int(match[1]), int(match[2]))
+        if path == "/api/users/7":
+            return 200, self.user()
+        return 404, {"code": "user-not-found"}
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await self._serve_one(reader, writer):
+                pass
+        writer.close()
+        self._serving.discard(task)
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, path, _ = head.split(" ", 2)
+        length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
+        body = json.loads(await reader.readexactly(int(length[1]))) if length else {}
+        self.keys += re.findall(r"idempotency-key: (\S+)", head, re.IGNORECASE)
+        if path == "/api/balance":
+            self.peers.add(writer.get_extra_info("peername"))
+        answer = await self._answer(method, path, body)
+        if answer is None:
+            return False
+        status, members = answer
+        port = writer.get_extra_info("sockname")[1]
+        content = json.dumps(members).encode()
+        writer.write(
+            f"HTTP/1.1 {status} Said\r\nX-Server-Id: {port}\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        return True
+
+
+async def judged(service: FakeService, capsys: pytest.CaptureFixture[str], *options: str) -> Json:
+    """Run the load test, half of whose 200 withdrawals of 2 can be afforded; return its JSON."""
+    async with service.running():
+        arguments = [service.url, f"--requests={REQUESTS}", "--balance=200", "--json"]
+        # In a thread: the load test runs an event loop of its own, as it does on the command line.
+        code = await asyncio.to_thread(main, [*arguments, *options])
+    report: Json = json.loads(capsys.readouterr().out)
+    assert code == (EXIT_PASSED if report["verdict"] == "pass" else EXIT_FAILED)
+    return report
+
+
+def assert_failed(report: Json, *fragments: str) -> None:
+    """The verdict is a failure and its problems say each of the fragments."""
+    assert report["verdict"] == "fail"
+    problems = "\n".join(report["problems"])
+    for fragment in fragments:
+        assert fragment in problems
+
+
+async def test_right_service_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A service that does exactly right passes, with one connection for each request."""
+    service = FakeService()
+    report = await judged(service, capsys)
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["problems"] == []
+    assert report["accepted"] == report["refused"] == {"measured": 100, "expected": 100}
+    assert report["balance"] == {"measured": 0, "expected": 0}
+    assert report["newEntries"] == {"measured": 100, "expected": 100}
+    assert list(report["requestsPerCopy"].values()) == [REQUESTS]
+    assert len(service.peers) == REQUESTS
+    assert service.keys == []
+
+
+async def test_few_connections_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept-alive connections are reused for all requests, each with a key of its own."""
+    service = FakeService()
+    report = await judged(service, capsys, "--connections=7", "--keys")
+    assert report["verdict"] == "pass", report["problems"]
+    assert len(service.peers) == 7
+    assert len(set(service.keys)) == REQUESTS
+
+
+async def test_existing_user(capsys: pytest.CaptureFixture[str]) -> None:
+    """For an existing user the expected numbers come from the balance read before."""
+    service = FakeService()
+    service.balance, service.version = 31, 4
+    report = await judged(service, capsys, "--user=7")
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["accepted"]["expected"] == 15
+    assert report["balance"] == {"measured": 1, "expected": 1}
+
+
+async def test_several_pages_of_entries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Entries are read to the last page."""
+    report = await judged(FakeService(), capsys, "--requests=2100", "--balance=4200")
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["newEntries"]["measured"] == 2100
+
+
+async def test_deposits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every deposit must be accepted."""
+    report = await judged(FakeService(), capsys, "--amount=3")
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["balance"] == {"measured": 800, "expected": 800}
+
+
+async def test_two_urls_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Several base URLs are fired at in turn."""
+    service = FakeService()
+    async with service.running():
+        report = await judged(service, capsys, f"--url={service.url}")
+    assert report["verdict"] == "pass", report["problems"]
+    assert list(report["requestsPerCopy"].values()) == [REQUESTS // 2, REQUESTS // 2]
+
+
+async def test_one_accept_too_many_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A service that lets the balance go below zero once fails."""
+
+    class Generous(FakeService):
+        def affords(self, amount: int) -> bool:
+            return self.balance + amount >= -2
+
+    report = await judged(Generous(), capsys)
+    assert_failed(report, "101 were accepted instead of 100", "final balance is -2", "101 new")
+
+
+async def test_wrong_refusal_code_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A refusal with another problem code is not counted as insufficient funds."""
+
+    class Vague(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            status, body = super().refuse(amount)
+            return status, body | {"code": "conflict"}
+
+    report = await judged(Vague(), capsys)
+    assert report["others"] == {"409 conflict": 100}
+    assert_failed(report, "0 were refused", "100 ended otherwise: 409 conflict")
+
+
+async def test_refusal_that_could_be_afforded_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A refusal whose own balance would have sufficed fails."""
+
+    class Contradicting(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            status, body = super().refuse(amount)
+            return status, body | {"balance": 2, "version": self.version - 1}
+
+    assert_failed(await judged(Contradicting(), capsys), "100 refusals do not prove themselves")
+
+
+async def test_lost_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A service that acknowledges a change and forgets its entry fails."""
+
+    class Forgetful(FakeService):
+        def accept(self, amount: int) -> tuple[int, Json]:
+            answer = super().accept(amount)
+            self.entries = [entry for entry in self.entries if entry["version"] != 50]
+            return answer
+
+    report = await judged(Forgetful(), capsys)
+    assert report["newEntries"] == {"measured": 99, "expected": 100}
+    assert_failed(report, "99 new entries", "1 acknowledged changes have no entry: version 50")
+
+
+async def test_duplicate_version_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two accepted answers with the same version fail, though all counts are right."""
+
+    class Repeating(FakeService):
+        def accept(self, amount: int) -> tuple[int, Json]:
+            status, body = super().accept(amount)
+            if body["version"] == 50:
+                body |= {"version": 49, "balance": body["balance"] + 2}
+            return status, body
+
+    report = await judged(Repeating(), capsys)
+    assert report["accepted"]["measured"] == 100
+    assert_failed(report, "Accepted answers share a version, as 49")
+
+
+async def test_skipped_version_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepted answers that skip a version fail."""
+
+    class Skipping(FakeService):
+        def accept(self, amount: int) -> tuple[int, Json]:
+            self.version += self.version == 50
+            return super().accept(amount)
+
+    assert_failed(await judged(Skipping(), capsys), "Accepted answers skip a version")
+
+
+async def test_answered_balance_off_by_two_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """One accepted answer with a balance that its version cannot have fails."""
+
+    class Miscounting(FakeService):
+        def accept(self, amount: int) -> tuple[int, Json]:
+            status, body = super().accept(amount)
+            return status, body | {"balance": body["balance"] + 2 * (body["version"] == 50)}
+
+    assert_failed(await judged(Miscounting(), capsys), "1 accepted answers contradict the chain")
+
+
+async def test_final_balance_off_by_two_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A final balance that the accepted changes do not add up to fails."""
+
+    class Drifting(FakeService):
+        def user(self) -> Json:
+            return super().user() | {"balance": self.balance or 2}
+
+    assert_failed(await judged(Drifting(), capsys), "final balance is 2 instead of 0")
+
+
+async def test_wrong_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """An entry whose balance does not follow from the one before fails."""
+
+    class Misnoting(FakeService):
+        def page(self, after: int, limit: int) -> tuple[int, Json]:
+            self.entries[10]["balance"] += 2
+            return super().page(after, limit)
+
+    assert_failed(await judged(Misnoting(), capsys), "1 entries contradict the chain")
+
+
+async def test_dropped_connection_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A connection that is closed without an answer is counted and fails."""
+
+    class Dropping(FakeService):
+        def change(self, amount: int) -> tuple[int, Json] | None:
+            answer = super().change(amount)
+            return None if self.version == 50 else answer
+
+    report = await judged(Dropping(), capsys)
+    assert report["others"] == {"connection closed before an answer": 1}
+    assert_failed(report, "99 were accepted instead of 100")
+
+
+async def test_unavailable_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 503 is an outcome of its own, never taken for a refusal."""
+
+    class Overloaded(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            del amount
+            return 503, {"code": "overloaded", "applied": "no"}
+
+    report = await judged(Overloaded(), capsys)
+    assert report["refused"]["measured"] == 0
+    assert_failed(report, "100 ended otherwise: 503 overloaded")
+
+
+async def test_silence_fails_within_the_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+    """A service that stops answering ends the test at the timeout, with what was unanswered."""
+
+    class Silent(FakeService):
+        async def _answer(self, method: str, path: str, body: Json) -> tuple[int, Json] | None:
+            if path == "/api/balance" and self.version >= 50:
+                await asyncio.sleep(1.5)
+                return None
+            return await super()._answer(method, path, body)
+
+    report = await judged(Silent(), capsys, "--timeout=1")
+    assert report["others"] == {"no answer within the time limit": 151}
+    assert_failed(report, "49 were accepted instead of 100", "49 new entries instead of 100")
+
+
+async def test_death_in_the_burst_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A service that cannot be asked afterwards fails, and the answers are still reported."""
+
+    class Dying(FakeService):
+        def page(self, after: int, limit: int) -> tuple[int, Json]:
+            del after, limit
+            return 503, {"code": "database-unavailable"}
+
+    report = await judged(Dying(), capsys)
+    assert report["accepted"]["measured"] == 100
+    assert report["newEntries"]["measured"] is None
+    assert_failed(report, "The state after the burst could not be read", "answered 503")
+
+
+async def test_plain_text_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal the report is plain text that ends with the verdict."""
+    service = FakeService()
+    async with service.running():
+        arguments = [service.url, f"--requests={REQUESTS}", "--balance=200"]
+        assert await asyncio.to_thread(main, arguments) == EXIT_PASSED
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert text.splitlines()[-1] == (
+        "PASS  100 accepted, 100 refused for insufficient funds, balance 0, 100 new entries"
+    )
