@@ -1,0 +1,60 @@
+"""What the tests run on: one real PostgreSQL, an empty database for each test that asks."""
+
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from itertools import count
+from pathlib import Path
+
+import httpx
+import pytest
+
+from balance_app.embedded import EmbeddedPostgres
+from tests.processes import DATABASE_VARIABLES, Copy, connect
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+async def postgres() -> AsyncIterator[dict[str, str]]:
+    """The DB_* variables of a PostgreSQL: the configured one, or an embedded one of our own."""
+    configured = {name: os.environ[name] for name in DATABASE_VARIABLES if os.environ.get(name)}
+    if "DB_HOST" in configured:
+        yield configured
+        return
+    # A short path of its own: the server's socket lies in its data directory.
+    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
+        Path(top).chmod(0o711)  # as root, the server runs as another user
+        server = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
+        await server.start()
+        try:
+            yield server.environment()
+        finally:
+            await server.stop()
+
+
+@pytest.fixture
+async def database(postgres: dict[str, str]) -> AsyncIterator[dict[str, str]]:
+    """The DB_* variables of an empty database."""
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    admin = await connect(postgres)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    try:
+        yield {**postgres, "DB_NAME": name}
+    finally:
+        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await admin.close()
+
+
+@pytest.fixture
+async def copy(database: dict[str, str]) -> AsyncIterator[Copy]:
+    """One running copy of the service on an empty database."""
+    async with Copy(database) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(copy: Copy) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of that copy."""
+    async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+        yield client

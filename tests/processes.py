@@ -1,0 +1,148 @@
+"""Real servers for the tests: PostgreSQL and copies of the service, as processes."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+import asyncpg
+import httpx
+
+START_SECONDS = 60
+DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DATABASE_URL")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, outside the range of the clients' own."""
+    # Clients' ports come from 32768 up; a port below can't be taken by one in between.
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            if port not in _given:
+                _given.add(port)
+                return port
+    raise RuntimeError("no free port")
+
+
+_given: set[int] = set()
+
+
+class Copy:
+    """One copy of the service, as a process of its own."""
+
+    def __init__(
+        self, database: dict[str, str], name: str = "app1", log: Path | None = None, **env: str
+    ) -> None:
+        self.name = name
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if k not in DATABASE_VARIABLES},
+            **database,
+            "SERVER_ID": name,
+            "PORT": str(self.port),
+            "LOG_FORMAT": "json",
+            **env,
+        }
+        self.process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    async def launch(self) -> None:
+        """Start the process; do not wait for it."""
+        log = asyncio.subprocess.DEVNULL if self._log is None else self._log.open("ab").fileno()
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balance_app", "serve"),
+            env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=Path(__file__).parents[1],
+        )
+
+    async def ready(self, within_seconds: float = START_SECONDS) -> None:
+        """Wait until `/readyz` says so."""
+        deadline = monotonic() + within_seconds
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+            while monotonic() < deadline:
+                assert self.process is not None
+                if self.process.returncode is not None:
+                    raise AssertionError(f"{self.name} ended: {self.process.returncode}")
+                with suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/readyz")).is_success:
+                        return
+                await asyncio.sleep(0.05)
+        raise AssertionError(f"{self.name} is not ready within {within_seconds} s")
+
+    async def stop(self, number: int = signal.SIGTERM, within_seconds: float = 10) -> int:
+        """Signal the process, wait for its end (by force if need be), return the exit code."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+            try:
+                await asyncio.wait_for(self.process.wait(), within_seconds)
+            except TimeoutError:
+                self.process.kill()
+                await self.process.wait()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    async def kill(self) -> None:
+        """End the process with SIGKILL."""
+        await self.stop(signal.SIGKILL)
+
+    async def __aenter__(self) -> Self:
+        await self.launch()
+        try:
+            await self.ready()
+        except BaseException:
+            await self.kill()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+
+@asynccontextmanager
+async def running(copies: list[Copy]) -> AsyncIterator[list[Copy]]:
+    """Run several copies, started together."""
+    try:
+        for copy in copies:
+            await copy.launch()
+        await asyncio.gather(*(copy.ready() for copy in copies))
+        yield copies
+    finally:
+        await asyncio.gather(*(copy.stop() for copy in copies if copy.process is not None))
+
+
+async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect to the database that these DB_* variables name."""
+    if "DATABASE_URL" in database:
+        return await asyncpg.connect(database["DATABASE_URL"])
+    return await asyncpg.connect(
+        host=database["DB_HOST"],
+        port=int(database.get("DB_PORT", "5432")),
+        user=database.get("DB_USER", "postgres"),
+        password=database.get("DB_PASSWORD"),
+        database=database.get("DB_NAME", "postgres"),
+    )
