@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
@@ -41,9 +41,16 @@ class Copy:
     """One copy of the service, as a process of its own."""
 
     def __init__(
-        self, database: dict[str, str], name: str = "app1", log: Path | None = None, **env: str
+        self,
+        database: dict[str, str],
+        name: str = "app1",
+        *,
+        log: Path | None = None,
+        program: Sequence[str] = ("-m", "balance_app", "serve"),
+        **env: str,
     ) -> None:
         self.name = name
+        self._program = program
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -53,6 +60,7 @@ class Copy:
             "SERVER_ID": name,
             "PORT": str(self.port),
             "LOG_FORMAT": "json",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             **env,
         }
         self.process: asyncio.subprocess.Process | None = None
@@ -64,15 +72,15 @@ class Copy:
 
     async def launch(self) -> None:
         """Start the process; do not wait for it."""
-        log = asyncio.subprocess.DEVNULL if self._log is None else self._log.open("ab").fileno()
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "balance_app", "serve"),
-            env=self._environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=Path(__file__).parents[1],
-        )
+        with (self._log or Path(os.devnull)).open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *self._program),
+                env=self._environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=Path(__file__).parents[1],
+            )
 
     async def ready(self, within_seconds: float = START_SECONDS) -> None:
         """Wait until `/readyz` says so."""

@@ -20,7 +20,6 @@ cli = typer.Typer(
 @cli.command()
 def serve() -> None:
     """Run one copy of the service; it is configured by the environment (see .env.example)."""
-    from balance_app.database import UnusableDatabaseError
     from balance_app.logs import configure_logs
     from balance_app.server import PortTakenError
     from balance_app.server import serve as run
@@ -31,7 +30,7 @@ def serve() -> None:
     configure_logs(settings)
     try:
         run(settings)
-    except (PortTakenError, UnusableDatabaseError) as error:
+    except PortTakenError as error:
         _fail(str(error))
 
 

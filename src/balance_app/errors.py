@@ -5,10 +5,10 @@ both are shown by `GET /problems/{code}` and on the docs page.
 """
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from typing_extensions import override
 
@@ -51,7 +51,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     def response(self) -> Response:
         """Return the answer that carries this problem."""
         return Response(
-            json.dumps(self.body(), separators=(",", ":")),
+            to_json(self.body()),
             status_code=self.status,
             headers=self.headers,
             media_type=PROBLEM_JSON,
@@ -172,6 +172,14 @@ class InternalError(Problem):
     """
 
     status, code, title = 500, "internal-error", "Internal error"
+
+    @classmethod
+    def after(cls, method: str) -> Self:
+        """Return the problem for a request of this method."""
+        return cls(
+            "The service made a mistake; its log has the details under this request's id.",
+            applied="no" if method in {"GET", "HEAD", "OPTIONS"} else "unknown",
+        )
 
 
 def all_problems() -> Iterator[type[Problem]]:

@@ -7,14 +7,16 @@ router has, without the search for it.
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import count
 from time import perf_counter
 from typing import Final
 from uuid import uuid4
 
 import structlog
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from balance_app.errors import InternalError, Problem
 from balance_app.logs import REQUEST_ID
@@ -23,25 +25,27 @@ log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+_BOOT: Final = uuid4().hex[:12]  # makes the numbers of this process unlike any other's
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,100}")
 
 
 class Front:
-    """ASGI middleware around the whole application."""
+    """The ASGI application that a server calls; all else of the application is behind it."""
 
     def __init__(
-        self, app: ASGIApp, *, direct: Mapping[tuple[str, str], Handler], log_requests: bool
+        self, app: FastAPI, *, direct: Mapping[tuple[str, str], Handler], log_requests: bool
     ) -> None:
-        self._app = app
+        self.app = app
         self._direct = direct
         self._log_requests = log_requests
+        self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI)."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = _callers_id(scope) or next(self._ids)
         header = (b"x-request-id", request_id)
         REQUEST_ID.set(request_id.decode())
         status = 0
@@ -57,17 +61,18 @@ class Front:
         try:
             handler = self._direct.get((scope["method"], scope["path"]))
             if handler is None:
-                await self._app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
             else:
+                scope["app"] = self.app
                 response = await handler(Request(scope, receive))
                 await response(scope, receive, send_with_id)
         except Problem as problem:
             await problem.response()(scope, receive, send_with_id)
         except Exception:
             log.exception("internal error", method=scope["method"], path=scope["path"])
-            if status:
-                raise
-            await _internal_error(scope["method"]).response()(scope, receive, send_with_id)
+            if not status:
+                mistake = InternalError.after(scope["method"])
+                await mistake.response()(scope, receive, send_with_id)
         finally:
             if self._log_requests:
                 log.info(
@@ -79,16 +84,9 @@ class Front:
                 )
 
 
-def _request_id(scope: Scope) -> bytes:
-    """Return the caller's `X-Request-Id` when it is sane, else a new one."""
+def _callers_id(scope: Scope) -> bytes | None:
+    """Return the caller's `X-Request-Id` when it is sane."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return bytes(value)
-    return uuid4().hex.encode()
-
-
-def _internal_error(method: str) -> InternalError:
-    return InternalError(
-        "The service made a mistake; its log has the details under this request's id.",
-        applied="no" if method in {"GET", "HEAD", "OPTIONS"} else "unknown",
-    )
+    return None

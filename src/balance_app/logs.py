@@ -60,9 +60,11 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
-    # uvicorn tells each step of its life and alembic each step of its plan; our lines say enough.
-    for chatty in ("uvicorn", "uvicorn.error", "alembic", "httpx"):
+    # They tell each step of what they do; our own lines say enough.
+    for chatty in ("alembic", "httpx", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
+    # The application logs its own failures, with their reason; uvicorn would add a traceback.
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

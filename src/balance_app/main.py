@@ -15,8 +15,9 @@ from starlette.responses import Response
 from balance_app import api_docs, health
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database, alembic_head
+from balance_app.database import Database, UnusableDatabaseError, alembic_head
 from balance_app.errors import (
+    InternalError,
     InvalidRequest,
     MalformedRequest,
     MethodNotAllowed,
@@ -30,8 +31,11 @@ from balance_app.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Return the application of one copy; its lifespan migrates and connects."""
+def create_app(settings: Settings, stopping: asyncio.Event) -> Front:
+    """Return the application of one copy; its lifespan migrates and connects.
+
+    `stopping` is set from outside when the copy is told to stop.
+    """
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
@@ -42,19 +46,19 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.settings = settings
-    app.state.stopping = asyncio.Event()
+    app.state.stopping = stopping
     app.include_router(balances.router)
     app.include_router(health.router)
     api_docs.add_docs(app)
     app.add_exception_handler(Problem, _tell_problem)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_exception_handler(HTTPException, _tell_http)
-    app.add_middleware(
-        Front,
+    app.add_exception_handler(Exception, _tell_internal)
+    return Front(
+        app,
         direct={("POST", "/api/balance"): balances.change_balance},
         log_requests=settings.log_requests,
     )
-    return app
 
 
 @asynccontextmanager
@@ -65,7 +69,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.balances = BalanceRepository(database)
     app.state.schema_head = alembic_head()
     try:
-        await database.start()
+        try:
+            await database.start()
+        except UnusableDatabaseError as error:
+            log.error("can't start", reason=str(error))  # noqa: TRY400 - the sentence says it all
+            raise
+        except Exception:
+            log.exception("can't start")
+            raise
         # With ten thousand sockets open the default thresholds walk over all of them again and
         # again, and never find anything to free.
         gc.collect()
@@ -80,6 +91,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _tell_problem(_request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)  # noqa: S101 - registered for nothing else
     return problem.response()
+
+
+async def _tell_internal(request: Request, _error: Exception) -> Response:
+    return InternalError.after(request.method).response()
 
 
 async def _tell_invalid(_request: Request, error: Exception) -> Response:

@@ -53,14 +53,14 @@ def serve(settings: Settings) -> None:
 
     Raises:
         PortTakenError: naming the port.
-        UnusableDatabaseError: the database answers but can't be used.
+        SystemExit: the start failed; the log has the reason.
     """
     sockets = [listen(settings.host, settings.port)]
     if settings.shared_port is not None:
         sockets.append(listen(settings.host, settings.shared_port, shared=True))
-    app = create_app(settings)
+    stopping = asyncio.Event()
     config = uvicorn.Config(
-        app,
+        create_app(settings, stopping),
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         http="httptools",
         ws="none",
@@ -68,11 +68,12 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         headers=[("X-Server-Id", settings.server_id)],
         backlog=BACKLOG,
         timeout_graceful_shutdown=settings.stop_seconds,
     )
-    server = _Server(config, app.state.stopping)
+    server = _Server(config, stopping)
     try:
         server.run(sockets=sockets)
     finally:

@@ -2,6 +2,8 @@
 
 import httpx
 
+LIMIT = 2**53 - 1
+
 
 async def test_the_first_user_is_there(client: httpx.AsyncClient) -> None:
     """An empty database comes up with user 1, who has 10000."""
@@ -15,11 +17,93 @@ async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.Async
     """A change tells the balance and version it made, and becomes the user's next entry."""
     answer = await client.post("/api/balance", json={"userId": 1, "amount": -2})
     assert answer.status_code == 200
+    assert answer.headers["etag"] == '"2"'
     body = answer.json()
-    assert (body["userId"], body["balance"], body["version"]) == (1, 9_998, 2)
-    assert body["change"]["amount"] == -2
+    change = body.pop("change")
+    assert body == {"userId": 1, "balance": 9_998, "version": 2}
+    assert (change["amount"], change["key"]) == (-2, None)
     entries = (await client.get("/api/users/1/entries")).json()["entries"]
     assert [(e["version"], e["amount"], e["balance"]) for e in entries] == [
         (1, 10_000, 10_000),
         (2, -2, 9_998),
     ]
+    assert entries[1]["at"] == change["at"]
+
+
+async def test_a_refusal_proves_itself(client: httpx.AsyncClient) -> None:
+    """Insufficient funds names the balance and version that refused, and changes nothing (M3)."""
+    answer = await client.post("/api/balance", json={"userId": 1, "amount": -10_001})
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json() == {
+        "type": "/problems/insufficient-funds",
+        "title": "Insufficient funds",
+        "status": 409,
+        "detail": "User 1 has 10000; withdrawing 10001 needs 1 more.",
+        "code": "insufficient-funds",
+        "userId": 1,
+        "balance": 10_000,
+        "version": 1,
+        "amount": -10_001,
+        "shortfall": 1,
+        "applied": "no",
+    }
+    assert (await client.get("/api/users/1")).json()["version"] == 1
+
+
+async def test_the_last_unit_can_be_spent(client: httpx.AsyncClient) -> None:
+    """A balance goes down to 0 and not below."""
+    assert (await client.post("/api/balance", json={"userId": 1, "amount": -10_000})).json()[
+        "balance"
+    ] == 0
+    assert (await client.post("/api/balance", json={"userId": 1, "amount": -1})).status_code == 409
+
+
+async def test_a_balance_has_an_upper_limit(client: httpx.AsyncClient) -> None:
+    """2^53-1 can be reached, not passed: JSON readers would round it."""
+    reached = await client.post("/api/balance", json={"userId": 1, "amount": LIMIT - 10_000})
+    assert reached.json()["balance"] == LIMIT
+    passed = await client.post("/api/balance", json={"userId": 1, "amount": 1})
+    assert (passed.status_code, passed.json()["code"]) == (409, "balance-limit-exceeded")
+    assert passed.json()["excess"] == 1
+
+
+async def test_an_unknown_user_is_said_to_be_so(client: httpx.AsyncClient) -> None:
+    """404 for every route that names a user who is not there."""
+    for answer in (
+        await client.post("/api/balance", json={"userId": 99, "amount": 1}),
+        await client.get("/api/users/99"),
+        await client.get("/api/users/99/entries"),
+        await client.get("/api/users/99/entries", params={"after": 5}),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (404, "user-not-found")
+
+
+async def test_users_are_created_and_listed_by_cursor(client: httpx.AsyncClient) -> None:
+    """A new user has the next id and an opening entry; pages join without gap or overlap."""
+    made = await client.post("/api/users", json={"balance": 3})
+    assert made.status_code == 201
+    assert made.headers["location"] == "/api/users/2"
+    assert (await client.get(made.headers["location"])).json() == made.json()
+    assert (await client.post("/api/users", json={})).json()["balance"] == 0
+    seen = []
+    after: int | None = 0
+    while after is not None:
+        page = (await client.get("/api/users", params={"after": after, "limit": 2})).json()
+        seen += [user["userId"] for user in page["users"]]
+        after = page["next"]
+    assert seen == [1, 2, 3]
+
+
+async def test_the_ledger_is_read_by_version(client: httpx.AsyncClient) -> None:
+    """The version is the cursor; a page that is exactly full is the last when nothing follows."""
+    for _ in range(3):
+        await client.post("/api/balance", json={"userId": 1, "amount": -1})
+    first = (await client.get("/api/users/1/entries", params={"limit": 2})).json()
+    assert [entry["version"] for entry in first["entries"]] == [1, 2]
+    assert first["next"] == 2
+    rest = (await client.get("/api/users/1/entries", params={"limit": 2, "after": 2})).json()
+    assert [entry["balance"] for entry in rest["entries"]] == [9_998, 9_997]
+    assert rest["next"] is None
+    beyond = (await client.get("/api/users/1/entries", params={"after": 4})).json()
+    assert beyond == {"entries": [], "next": None}

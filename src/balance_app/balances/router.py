@@ -3,6 +3,7 @@
 from typing import Final, cast
 
 from fastapi import APIRouter
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -27,7 +28,6 @@ from balance_app.balances.schemas import (
     PathKey,
     PathUserId,
     account_body,
-    encode,
     entry_body,
     idempotency_key,
     outcome_body,
@@ -169,7 +169,7 @@ def _tell(outcome: Outcome) -> Response:
     if outcome.replayed:
         headers["Idempotent-Replayed"] = "true"
     return Response(
-        encode(outcome_body(outcome)),
+        to_json(outcome_body(outcome)),
         status_code=outcome_status(outcome),
         headers=headers,
         media_type=PROBLEM_JSON if refused else "application/json",
@@ -177,4 +177,4 @@ def _tell(outcome: Outcome) -> Response:
 
 
 def _json(body: dict[str, object], headers: dict[str, str] | None = None) -> Response:
-    return Response(encode(body), headers=headers, media_type="application/json")
+    return Response(to_json(body), headers=headers, media_type="application/json")

@@ -1,6 +1,5 @@
 """What comes in and what goes out, in JSON."""
 
-import json
 import re
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
@@ -163,11 +162,6 @@ def idempotency_key(request: Request) -> str | None:
     return keys[0]
 
 
-def encode(body: dict[str, Any]) -> bytes:
-    """Return compact JSON; equal bodies give equal bytes."""
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
 def outcome_status(outcome: Outcome) -> int:
     """Return the HTTP status that tells this outcome."""
     return {"opened": 201, "accepted": 200, "refused": 409}[outcome.kind]
@@ -179,8 +173,8 @@ def outcome_body(outcome: Outcome) -> dict[str, Any]:
         return refusal(outcome).body()
     state = {"userId": outcome.user_id, "balance": outcome.balance, "version": outcome.version}
     if outcome.kind == "opened":
-        return {**state, "createdAt": _instant(outcome.at)}
-    change = {"amount": outcome.amount, "at": _instant(outcome.at), "key": outcome.key}
+        return {**state, "createdAt": outcome.at}
+    change = {"amount": outcome.amount, "at": outcome.at, "key": outcome.key}
     return {**state, "change": change}
 
 
@@ -190,7 +184,7 @@ def account_body(account: Account) -> dict[str, Any]:
         "userId": account.user_id,
         "balance": account.balance,
         "version": account.version,
-        "createdAt": _instant(account.created_at),
+        "createdAt": account.created_at,
     }
 
 
@@ -200,11 +194,6 @@ def entry_body(entry: Entry) -> dict[str, Any]:
         "version": entry.version,
         "amount": entry.amount,
         "balance": entry.balance,
-        "at": _instant(entry.at),
+        "at": entry.at,
         "key": entry.key,
     }
-
-
-def _instant(at: datetime | None) -> str | None:
-    """Return RFC 3339 in UTC with microseconds, always the same characters for one instant."""
-    return None if at is None else at.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,0 +1,81 @@
+# What one can do here; `make help` is made from the ## comments.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run load test check lint format bench reset psql lock clean \
+	docker-up docker-down docker-reset docker-logs
+
+# The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+COPIES ?= 5
+PORT ?= 3000
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+help: ## what one can do here
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements-dev.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/it ..."; exit 1; }
+	@echo "Making the environment in $(VENV) (once; half a minute or so) ..."
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --only-binary :all: -r requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .
+	@touch $@
+
+run: $(READY) ## start PostgreSQL and five copies: http://localhost:3000 (Ctrl-C stops)
+	@exec $(BIN)/balance-app up --copies $(COPIES) --port $(PORT)
+
+load: $(READY) ## fire 10 000 withdrawals at the running copies, and print the verdict
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest http://127.0.0.1:$(PORT) $(LOAD)
+
+test: $(READY) ## run all tests against a real PostgreSQL
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m pytest $(TESTS)
+
+check: lint test ## what CI runs: linters and tests
+
+lint: $(READY) ## ruff, mypy, the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python bench/balances.py
+
+reset: $(READY) ## delete the data of `make run`
+	@$(BIN)/balance-app reset
+
+psql: $(READY) ## a prompt in the database of `make run`
+	@$(BIN)/balance-app psql
+
+lock: ## renew the lock files (needs uv)
+	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
+		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
+		--no-emit-index-url --no-header pyproject.toml --extra local --group dev \
+		-c requirements.lock -o requirements-dev.lock
+
+clean: ## delete the environment and the caches, but no data
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+docker-up: ## the same in containers: http://localhost:3001 to 3005
+	docker compose up --detach --build --wait
+
+docker-down: ## stop the containers, keep the data
+	docker compose down
+
+docker-reset: ## stop the containers, delete the data
+	docker compose down --volumes
+
+docker-logs: ## follow the logs; of one copy: make docker-logs COPY=app3
+	docker compose logs --follow --tail 100 $(COPY)

@@ -1,0 +1,227 @@
+"""How fast balances change, as ratios to what the machine allows: `make bench`.
+
+(a) Changes per second of one hot user over HTTP, from 100 kept-alive connections to one copy,
+    against pgbench running the same statement on the same server: the ceiling.
+(b) Wall and CPU seconds of 10 000 requests at one moment against one copy, beside the same copy
+    without its database call, and a bare ASGI callable.
+
+All are measured in turn, several rounds; ratios are taken within a round, medians are told.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from balance_app.balances.repository import CHANGE
+from balance_app.embedded import EmbeddedPostgres, binaries
+
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+HOT_REQUESTS = 10_000
+HOT_CONNECTIONS = 100
+BURST = 10_000
+PGBENCH_CLIENTS = (1, 2, 4, HOT_CONNECTIONS)
+PGBENCH_SECONDS = 3
+HERE = Path(__file__).parent
+PLENTY = 10**12
+
+
+async def main() -> None:
+    """Measure everything and print it."""
+    with tempfile.TemporaryDirectory(prefix="balance-app-bench-") as top:
+        Path(top).chmod(0o711)
+        postgres = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
+        await postgres.start()
+        try:
+            tell_machine(Path(top))
+            await hot_user(postgres)
+            await burst(postgres)
+        finally:
+            await postgres.stop()
+
+
+def tell_machine(where: Path) -> None:
+    """Print what this was measured on."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    fsync = subprocess.run(
+        [binaries() / "pg_test_fsync", "-s", "1", "-f", where / "fsync"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    fdatasync = re.search(r"fdatasync\s+[\d.]+ ops/sec\s+(\d+) usecs/op", fsync)
+    print(f"machine: {os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}")
+    print(f"Python {platform.python_version()}, fdatasync {fdatasync[1] if fdatasync else '?'} µs")
+    print(f"{ROUNDS} rounds; medians (lowest to highest)\n")
+
+
+async def hot_user(postgres: EmbeddedPostgres) -> None:
+    """Measure (a)."""
+    rates: dict[str, list[float]] = {}
+    async with running("service", postgres) as service:
+        for _ in range(ROUNDS):
+            user = await service.open(PLENTY)
+            for clients in PGBENCH_CLIENTS:
+                rate = await pgbench(postgres, user, clients)
+                rates.setdefault(f"pgbench, {clients} clients", []).append(rate)
+            shot = await service.fire(user, HOT_REQUESTS, HOT_CONNECTIONS)
+            assert shot["got"] == {"200": HOT_REQUESTS}, shot["got"]
+            rates.setdefault("HTTP, 100 connections", []).append(HOT_REQUESTS / shot["wall"])
+    print("(a) changes per second of one user")
+    for name, values in rates.items():
+        print(f"    {name:24} {spread(values, '{:7.0f}')}")
+    http = rates.pop("HTTP, 100 connections")
+    best = [max(round_) for round_ in zip(*rates.values(), strict=True)]
+    same = rates[f"pgbench, {HOT_CONNECTIONS} clients"]
+    print(f"    HTTP / best pgbench      {spread(ratios(http, best), '{:7.2f}')}")
+    print(f"    HTTP / pgbench at 100    {spread(ratios(http, same), '{:7.2f}')}\n")
+
+
+async def burst(postgres: EmbeddedPostgres) -> None:
+    """Measure (b)."""
+    print(f"(b) {BURST} requests at one moment, seconds")
+    print(f"    {'':10} {'wall':24} {'server CPU':24} {'PostgreSQL CPU':24} client CPU")
+    walls: dict[str, list[float]] = {}
+    for kind in ("service", "constant", "bare"):
+        walls[kind] = []
+    rows: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in walls}
+    for _ in range(ROUNDS):
+        for kind, measured in rows.items():
+            async with running(kind, postgres) as server:
+                user = await server.open(BURST) if kind == "service" else 1
+                before = (server.cpu_seconds(), cpu_of_tree(postgres.process.pid))
+                shot = await server.fire(user, BURST, BURST)
+                half = BURST // 2
+                right = {"200": half, "409": half} if kind == "service" else {"200": BURST}
+                assert shot["got"] == right, shot["got"]
+                measured.append(
+                    (
+                        shot["wall"],
+                        server.cpu_seconds() - before[0],
+                        cpu_of_tree(postgres.process.pid) - before[1],
+                        shot["cpu"],
+                    )
+                )
+    for kind, measured in rows.items():
+        columns = "".join(
+            f"{spread(column, '{:.2f}'):25}" for column in zip(*measured, strict=True)
+        )
+        print(f"    {kind:10} {columns}")
+    wall = {kind: [row[0] for row in measured] for kind, measured in rows.items()}
+    for other in ("constant", "bare"):
+        ratio = spread(ratios(wall["service"], wall[other]), "{:.2f}")
+        print(f"    service / {other}, wall: {ratio}")
+
+
+class Server:
+    """A running server under measurement."""
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url = url
+        self._process = psutil.Process(pid)
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time it has used."""
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+    async def open(self, balance: int) -> int:
+        """Create a user and return its id."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.post(f"{self.url}/api/users", json={"balance": balance})
+            return int(answer.json()["userId"])
+
+    async def fire(self, user: int, requests: int, connections: int) -> dict[str, Any]:
+        """Fire from another process; return its wall and CPU seconds and the statuses."""
+        client = await asyncio.create_subprocess_exec(
+            *(sys.executable, HERE / "fire.py", self.url, str(user)),
+            *(str(requests), str(connections)),
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        )
+        out, _ = await client.communicate()
+        shot: dict[str, Any] = json.loads(out)
+        return shot
+
+
+@asynccontextmanager
+async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server]:
+    """Run the service or a stand-in."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, HERE / "stand_ins.py", kind),
+        env={**os.environ, **postgres.environment(), "PORT": str(port), "LOG_LEVEL": "warning"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for _ in range(200):
+                with suppress(httpx.HTTPError):
+                    if (await client.get(f"{url}/readyz")).is_success:
+                        break
+                await asyncio.sleep(0.1)
+        yield Server(url, process.pid)
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
+    """Return how often per second pgbench runs the statement of a change."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        script.write(CHANGE.replace("$1", str(user)).replace("$2", "-2") + ";")
+        script.flush()
+        process = await asyncio.create_subprocess_exec(
+            *(binaries() / "pgbench", "--no-vacuum", "--protocol=prepared"),
+            *(f"--client={clients}", f"--jobs={min(clients, 2)}", f"--time={PGBENCH_SECONDS}"),
+            *(f"--host={postgres.socket_directory}", "--username=postgres"),
+            *(f"--file={script.name}", "postgres"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await process.communicate()
+    found = re.search(r"tps = ([\d.]+)", out.decode())
+    assert found, out
+    return float(found[1])
+
+
+def cpu_of_tree(pid: int) -> float:
+    """Return the CPU seconds of PostgreSQL: its server and backends, those that ended included."""
+    parent = psutil.Process(pid)
+    times = parent.cpu_times()
+    total = times.user + times.system + times.children_user + times.children_system
+    for child in parent.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            used = child.cpu_times()
+            total += used.user + used.system
+    return float(total)
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Return the ratios round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(values: list[float] | tuple[float, ...], form: str) -> str:
+    """Return the median, lowest and highest."""
+    shown: Callable[[float], str] = form.format
+    return f"{shown(statistics.median(values))} ({min(values):.4g} to {max(values):.4g})"
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

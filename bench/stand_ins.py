@@ -1,0 +1,58 @@
+"""The service, and two stand-ins that do less of it, to see where the time goes.
+
+`service`: a copy as it is. `constant`: the same, but each change is answered with a constant
+instead of asking the database. `bare`: an ASGI callable that reads the body and answers `{}`.
+"""
+
+import sys
+from datetime import UTC, datetime
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from balance_app import main, server
+from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.settings import load_settings
+
+
+class Constant(BalanceRepository):
+    """Every change is accepted at once."""
+
+    async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
+        """Answer without asking the database."""
+        return Outcome("accepted", user_id, amount, 1, 2, datetime.now(UTC), key)
+
+
+async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer everything with `{}`."""
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    while (await receive()).get("more_body"):
+        pass
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+if __name__ == "__main__":
+    settings = load_settings()
+    match sys.argv[1]:
+        case "service":
+            server.serve(settings)
+        case "constant":
+            vars(main)["BalanceRepository"] = Constant
+            server.serve(settings)
+        case "bare":
+            uvicorn.run(
+                bare,
+                host=settings.host,
+                port=settings.port,
+                loop="uvloop",
+                http="httptools",
+                backlog=server.BACKLOG,
+                access_log=False,
+                log_level="warning",
+            )

@@ -1,0 +1,146 @@
+"""One key has one effect and one answer (M5)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from tests.processes import Copy, connect, running
+from tests.system.sizes import size
+
+KEYS = size(small=40, full=200)
+TRIES = 100
+
+
+@pytest.fixture
+async def two_copies(database: dict[str, str]) -> AsyncIterator[list[Copy]]:
+    async with running([Copy(database, "app1"), Copy(database, "app2")]) as copies:
+        yield copies
+
+
+async def test_a_hundred_tries_at_once_have_one_effect(
+    two_copies: list[Copy], database: dict[str, str]
+) -> None:
+    """Each key is sent 100 times at once; half of the keys ask for more than there is."""
+    bodies = await hammer(two_copies)
+    assert all(len(set(answers)) == 1 for answers in bodies)
+    accepted = [answers[0] for answers in bodies if answers[0][0] == 200]
+    assert len(accepted) == KEYS // 2
+    connection = await connect(database)
+    effects = await connection.fetch(
+        "SELECT count(*) AS n FROM entries WHERE key IS NOT NULL GROUP BY key"
+    )
+    balance = await connection.fetchval("SELECT balance FROM users WHERE id = 1")
+    await connection.close()
+    assert [row["n"] for row in effects] == [1] * (KEYS // 2)
+    assert balance == 10_000 - KEYS // 2
+
+
+async def test_without_the_key_the_same_has_many_effects(database: dict[str, str]) -> None:
+    """The control: a copy that does not remember keys gives many answers to one key."""
+    async with Copy(database, program=("-m", "tests.unguarded", "key")) as copy:
+        bodies = await hammer([copy], keys=2)
+    assert any(len(set(answers)) > 1 for answers in bodies)
+
+
+async def hammer(copies: list[Copy], keys: int = KEYS) -> list[list[tuple[int, bytes]]]:
+    """Send each of several keys many times at once; return the answers by key."""
+
+    async def send(http: httpx.AsyncClient, number: int, attempt: int) -> tuple[int, bytes]:
+        amount = -1 if number % 2 else -20_000
+        answer = await http.post(
+            f"{copies[attempt % len(copies)].url}/api/balance",
+            json={"userId": 1, "amount": amount},
+            headers={"Idempotency-Key": f"key-{number}"},
+        )
+        return answer.status_code, answer.content
+
+    limits = httpx.Limits(max_connections=TRIES)
+    async with httpx.AsyncClient(trust_env=False, timeout=60, limits=limits) as http:
+        return [
+            await asyncio.gather(*(send(http, number, attempt) for attempt in range(TRIES)))
+            for number in range(keys)
+        ]
+
+
+async def test_a_refusal_stands_when_the_money_comes(client: httpx.AsyncClient) -> None:
+    """Refuse, deposit, the same key again: the same refusal, byte for byte."""
+    withdraw = {"userId": 1, "amount": -10_001}
+    key = {"Idempotency-Key": "rent"}
+    first = await client.post("/api/balance", json=withdraw, headers=key)
+    deposit = await client.post("/api/balance", json={"userId": 1, "amount": 50_000})
+    again = await client.post("/api/balance", json=withdraw, headers=key)
+    assert (first.status_code, deposit.status_code, again.status_code) == (409, 200, 409)
+    assert again.content == first.content
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert (await client.get("/api/users/1")).json()["balance"] == 60_000
+
+
+async def test_an_accepted_change_is_told_again(client: httpx.AsyncClient) -> None:
+    """The answer is the first one, though the balance has moved on since."""
+    change = {"userId": 1, "amount": -1}
+    first = await client.post("/api/balance", json=change, headers={"Idempotency-Key": "a"})
+    await client.post("/api/balance", json=change)
+    again = await client.post("/api/balance", json=change, headers={"Idempotency-Key": "a"})
+    assert again.content == first.content
+    assert again.headers["etag"] == first.headers["etag"] == '"2"'
+    assert again.json()["change"]["key"] == "a"
+
+
+@pytest.mark.parametrize("first_amount", [-1, -20_000])
+async def test_a_key_belongs_to_its_request(client: httpx.AsyncClient, first_amount: int) -> None:
+    """A key used with another content is refused, whatever became of the first."""
+    other = (await client.post("/api/users", json={"balance": 5})).json()["userId"]
+    key = {"Idempotency-Key": "k"}
+    await client.post("/api/balance", json={"userId": 1, "amount": first_amount}, headers=key)
+    for changed in (
+        {"userId": 1, "amount": first_amount - 1},
+        {"userId": other, "amount": first_amount},
+    ):
+        answer = await client.post("/api/balance", json=changed, headers=key)
+        assert (answer.status_code, answer.json()["code"]) == (422, "idempotency-key-reused")
+    opened = await client.post("/api/users", json={"balance": 1}, headers=key)
+    assert (opened.status_code, opened.json()["code"]) == (422, "idempotency-key-reused")
+
+
+async def test_a_user_is_created_once_per_key(client: httpx.AsyncClient) -> None:
+    """Creating can be repeated too, also many times at once."""
+
+    async def create() -> httpx.Response:
+        return await client.post(
+            "/api/users", json={"balance": 7}, headers={"Idempotency-Key": "new"}
+        )
+
+    answers = await asyncio.gather(*(create() for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.content for answer in answers}) == 1
+    assert len((await client.get("/api/users")).json()["users"]) == 2
+    reused = await client.post(
+        "/api/balance", json={"userId": 1, "amount": 7}, headers={"Idempotency-Key": "new"}
+    )
+    assert reused.json()["code"] == "idempotency-key-reused"
+
+
+async def test_the_outcome_of_a_key_can_be_asked_for(client: httpx.AsyncClient) -> None:
+    """`GET /api/changes/{key}` tells the answer that was given, accepted or refused."""
+    for key, amount in (("yes/1", -1), ("no", -20_000)):
+        first = await client.post(
+            "/api/balance", json={"userId": 1, "amount": amount}, headers={"Idempotency-Key": key}
+        )
+        told = (await client.get(f"/api/changes/{key}")).json()
+        assert told["answer"] == first.json()
+        assert told["status"] == first.status_code
+    unknown = await client.get("/api/changes/never")
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "key-not-found")
+
+
+async def test_a_key_of_an_unknown_user_stays_free(client: httpx.AsyncClient) -> None:
+    """A 404 is not remembered: the key decides nothing yet."""
+    key = {"Idempotency-Key": "k"}
+    lost = await client.post("/api/balance", json={"userId": 2, "amount": 1}, headers=key)
+    assert lost.json()["code"] == "user-not-found"
+    await client.post("/api/users", json={"balance": 0})
+    found = await client.post("/api/balance", json={"userId": 2, "amount": 1}, headers=key)
+    assert found.status_code == 200

@@ -1,0 +1,60 @@
+"""What the containers and `.env` are told must keep pace with the settings."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from balance_app.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
+COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+DEPENDS_ON_THE_PLACE = {"DATABASE_URL", "DB_HOST", "DB_PASSWORD", "SERVER_ID", "SHARED_PORT"}
+
+
+def variables() -> dict[str, str]:
+    return dict(re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+
+
+def test_every_setting_is_in_the_example_and_nothing_else() -> None:
+    """Who adds, renames or removes a setting says so in .env.example."""
+    assert sorted(variables()) == sorted(name.upper() for name in Settings.model_fields)
+
+
+def test_the_example_shows_the_defaults() -> None:
+    """A value in .env.example is the one that holds when the line stays a comment."""
+    for name, shown in variables().items():
+        if name not in DEPENDS_ON_THE_PLACE:
+            default = Settings.model_fields[name.lower()].default
+            shown_as_setting = type(default)(shown) if shown != "false" else False
+            assert shown_as_setting == default, name
+
+
+def test_the_example_can_be_read_with_all_its_comments_taken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line is one that the program accepts."""
+    for name in variables():
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text(
+        re.sub(r"^#([A-Z_]+=)", r"\1", EXAMPLE, flags=re.MULTILINE), encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
+    assert settings.db_host == "localhost"
+    assert settings.db_password is not None
+    assert settings.db_password.get_secret_value() == "PASSWORD"
+
+
+def test_the_copies_differ_in_name_and_port_only() -> None:
+    """Equal copies: what one is told, all are told."""
+    blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
+    assert [number for number, _ in blocks] == ["1", "2", "3", "4", "5"]
+    told = {
+        block.replace("    build: .\n", "")
+        .replace(f"SERVER_ID: app{number} ", "SERVER_ID: app# ")
+        .replace(f":300{number}:", ":300#:")
+        for number, block in blocks
+    }
+    assert len(told) == 1

@@ -1,0 +1,128 @@
+"""The schema, and what stands in front of the database."""
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+from alembic.util import CommandError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from alembic import command
+from balance_app import database as db
+from balance_app.settings import Settings, load_settings
+from tests.processes import Copy, connect
+
+
+def settings_for(database: dict[str, str]) -> Settings:
+    return load_settings(**{name.lower(): value for name, value in database.items()})
+
+
+async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
+    """The migrations make exactly what `balances.tables` declares."""
+    settings = settings_for(database)
+    await db.migrate(settings)
+    config = db.alembic_config()
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
+    )
+
+    def check(connection: object) -> None:
+        config.attributes["connection"] = connection
+        command.check(config)
+
+    async with engine.connect() as connection:
+        await connection.run_sync(check)
+    await engine.dispose()
+
+
+async def test_migrations_can_be_taken_back(database: dict[str, str]) -> None:
+    """Down to nothing and up again; a schema from the future is refused."""
+    settings = settings_for(database)
+    await db.migrate(settings)
+    connection = await connect(database)
+    await connection.execute("UPDATE alembic_version SET version_num = 'future'")
+    with pytest.raises(CommandError, match="future"):
+        await db.migrate(settings)
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "rewriting",
+    ["UPDATE entries SET amount = 1", "DELETE FROM entries", "TRUNCATE entries"],
+)
+async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: str) -> None:
+    """PostgreSQL itself refuses to rewrite an entry (M4)."""
+    await db.migrate(settings_for(database))
+    connection = await connect(database)
+    with pytest.raises(asyncpg.RaiseError, match="append-only"):
+        await connection.execute(rewriting)
+    await connection.close()
+
+
+@pytest.mark.parametrize("balance", [-1, 2**53])
+async def test_the_check_is_the_last_net(database: dict[str, str], balance: int) -> None:
+    """No statement, however wrong, can store a balance that must not be (M2)."""
+    await db.migrate(settings_for(database))
+    connection = await connect(database)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute("UPDATE users SET balance = $1", balance)
+    await connection.close()
+
+
+async def test_a_full_house_says_so(database: dict[str, str]) -> None:
+    """Who finds too many waiting gets a 503 at once, and nothing is changed for it (B1)."""
+    async with Copy(database, DB_POOL_SIZE="1", MAX_WAITING="1") as copy:
+        holder = await connect(database)
+        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+
+            async def change() -> httpx.Response:
+                return await client.post("/api/balance", json={"userId": 1, "amount": -1})
+
+            async with holder.transaction():
+                await holder.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
+                first = asyncio.create_task(change())
+                second = asyncio.create_task(change())
+                await _until_somebody_waits_for_a_lock(holder)
+                refused = await change()
+            answers = [await first, await second]
+            assert [answer.status_code for answer in answers] == [200, 200]
+            assert refused.status_code == 503
+            assert refused.json()["code"] == "overloaded"
+            assert refused.json()["applied"] == "no"
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/api/users/1")).json()["balance"] == 9_998
+        await holder.close()
+
+
+async def _until_somebody_waits_for_a_lock(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    async with asyncio.timeout(10):
+        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110 - a fact in the database has no event
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"DB_NAME": "no_such_database"}, "no_such_database"),
+        ({"DB_HOST": ""}, "No database is configured"),
+        ({"PORT": "70000"}, "PORT"),
+    ],
+)
+async def test_what_waiting_cannot_mend_ends_the_copy(
+    database: dict[str, str], tmp_path: Path, wrong: dict[str, str], said: str
+) -> None:
+    """A copy that can never serve ends at once, with a sentence and no traceback."""
+    log = tmp_path / "log"
+    copy = Copy({**database, **wrong}, log=log)
+    copy._environment |= wrong
+    await copy.launch()
+    assert copy.process is not None
+    code = await asyncio.wait_for(copy.process.wait(), 30)
+    assert code in {1, 2, 3}
+    assert said in log.read_text()
+    assert "Traceback" not in log.read_text()

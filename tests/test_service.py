@@ -1,0 +1,104 @@
+"""What every route has: health, request ids, logs, clear errors, a clean end."""
+
+import json
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from balance_app.errors import InternalError
+from balance_app.front import Front
+from balance_app.server import PortTakenError, listen
+from tests.processes import Copy, connect
+
+
+async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
+    """Ready when all is well; a schema that is not this program's is said in a sentence."""
+    for path in ("/health", "/readyz"):
+        answer = await client.get(path)
+        assert answer.status_code == 200
+        assert answer.json()["checks"] == {"stopping": "ok", "database": "ok", "schema": "ok"}
+    connection = await connect(database)
+    await connection.execute("UPDATE alembic_version SET version_num = 'older'")
+    await connection.close()
+    answer = await client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["checks"]["database"] == "ok"
+    assert "older" in answer.json()["checks"]["schema"]
+    assert (await client.get("/livez")).status_code == 200
+
+
+async def test_every_answer_names_its_server_and_request(client: httpx.AsyncClient) -> None:
+    """The caller's request id is kept when it is sane, else a new one is made."""
+    mine = await client.get("/api/users/1", headers={"X-Request-Id": "abc-1"})
+    assert (mine.headers["x-request-id"], mine.headers["x-server-id"]) == ("abc-1", "app1")
+    others = [
+        (await client.get("/api/users/1", headers={"X-Request-Id": hostile})).headers[
+            "x-request-id"
+        ]
+        for hostile in ("", "a b", "x" * 101)
+    ]
+    assert len({*others, ""}) == 4
+    lost = await client.get("/nowhere", headers={"X-Request-Id": "abc-2"})
+    assert lost.headers["x-request-id"] == "abc-2"
+
+
+async def test_logs_are_json_with_server_and_request(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """Off a terminal each line is an object that names the server, and the request it is about."""
+    log = tmp_path / "log"
+    async with (
+        Copy(database, "app7", log=log, LOG_REQUESTS="true") as copy,
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        await client.get(f"{copy.url}/api/users/1", headers={"X-Request-Id": "find-me"})
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["server"] for line in lines} == {"app7"}
+    (found,) = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (found["event"], found["path"], found["status"]) == ("request", "/api/users/1", 200)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(("method", "applied"), [("GET", "no"), ("POST", "unknown")])
+async def test_a_mistake_is_a_problem_too(method: str, applied: str, *, direct: bool) -> None:
+    """An unforeseen exception is answered with a problem, not with a broken connection."""
+
+    async def mistaken(_request: Request) -> Response:
+        raise ZeroDivisionError
+
+    app = FastAPI()
+    app.add_exception_handler(Exception, _internal)
+    app.router.add_route("/x", mistaken, methods=["GET", "POST"])
+    front = Front(app, direct={(method, "/x"): mistaken} if direct else {}, log_requests=False)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://here"
+    ) as client:
+        answer = await client.request(method, "/x")
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "internal-error"
+    assert answer.json()["applied"] == applied
+    assert answer.headers["x-request-id"]
+
+
+async def _internal(request: Request, _error: Exception) -> Response:
+    return InternalError.after(request.method).response()
+
+
+def test_a_taken_port_is_said_in_a_sentence() -> None:
+    """The sentence names the port and what to do; shared ports may be taken twice."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortTakenError, match=rf"{port}: Address already in use\. Stop"):
+            listen("127.0.0.1", port)
+    with (
+        listen("127.0.0.1", 0, shared=True) as first,
+        listen("127.0.0.1", first.getsockname()[1], shared=True),
+    ):
+        pass

@@ -1,0 +1,101 @@
+"""Copies of the service with one guard taken out: `python -m tests.unguarded GUARD`.
+
+A test of safety that passes without the guard is no test. Each guard here is the difference to an
+implementation that looks right.
+"""
+
+import sys
+from collections.abc import Callable
+
+from balance_app import server
+from balance_app.balances import repository
+from balance_app.balances.repository import Outcome
+from balance_app.database import Connection, read, write
+from balance_app.json_body import MAX_INTEGER
+from balance_app.settings import load_settings
+
+READ_FIRST = "SELECT balance, version FROM users WHERE id = $1"
+
+THEN_WRITE = """
+WITH changed AS (
+    UPDATE users SET balance = $3, version = version + 1 WHERE id = $1
+    RETURNING id, version, balance
+)
+INSERT INTO entries (user_id, version, amount, balance)
+SELECT id, version, $2, balance FROM changed
+RETURNING balance, version, at
+"""
+
+OWN_SNAPSHOT = """
+WITH seen AS (
+    SELECT balance, version FROM users WHERE id = $1
+), changed AS (
+    UPDATE users SET balance = balance + $2, version = version + 1
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    RETURNING id, version, balance
+), entry AS (
+    INSERT INTO entries (user_id, version, amount, balance)
+    SELECT id, version, $2, balance FROM changed
+    RETURNING balance, version, at
+)
+SELECT e.balance, e.version, e.at, s.balance AS seen_balance, s.version AS seen_version
+FROM seen s LEFT JOIN entry e ON true
+"""
+
+NO_KEYS = """
+WITH changed AS (
+    UPDATE users SET balance = balance + $2, version = version + 1
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    RETURNING id, version, balance
+)
+INSERT INTO entries (user_id, version, amount, balance, key)
+SELECT id, version, $2, balance, $3 FROM changed
+RETURNING balance, version, at
+"""
+
+
+async def read_then_write(connection: Connection, user_id: int, amount: int) -> Outcome:
+    """Decide in Python, between two statements."""
+    balance, version = (await read(connection, READ_FIRST, user_id))[0]
+    if not 0 <= balance + amount <= MAX_INTEGER:
+        return Outcome("refused", user_id, amount, balance, version, None, None)
+    row = await write(connection, THEN_WRITE, user_id, amount, balance + amount)
+    assert row is not None
+    balance, version, at = row
+    return Outcome("accepted", user_id, amount, balance, version, at, None)
+
+
+async def own_snapshot(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
+    """Quote the state that the statement itself saw when it refuses."""
+    row = await write(connection, OWN_SNAPSHOT, user_id, amount)
+    assert row is not None
+    balance, version, at, seen_balance, seen_version = row
+    if at is None:
+        return Outcome("refused", user_id, amount, seen_balance, seen_version, None, key)
+    return Outcome("accepted", user_id, amount, balance, version, at, key)
+
+
+def condition() -> None:
+    """Withdraw without the condition in the UPDATE: the lost update."""
+    vars(repository)["_change"] = read_then_write
+
+
+def fresh_look() -> None:
+    """Refuse without a second look."""
+    vars(repository)["_change_once"] = own_snapshot
+
+
+def key() -> None:
+    """Accept without remembering keys."""
+    vars(repository)["CHANGE_ONCE"] = NO_KEYS
+
+
+GUARDS: dict[str, Callable[[], None]] = {
+    "condition": condition,
+    "fresh-look": fresh_look,
+    "key": key,
+}
+
+if __name__ == "__main__":
+    GUARDS[sys.argv[1]]()
+    server.serve(load_settings())
