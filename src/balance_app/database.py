@@ -164,16 +164,21 @@ class Database:
         """Why the database can't be used, in a sentence; None when it can."""
         return self._away
 
-    async def run(self, operation: Callable[[Connection], Awaitable[Result]]) -> Result:
-        """Run `operation` on a connection when its turn comes.
+    async def run(
+        self, operation: Callable[[Connection], Awaitable[Result]], *, urgent: bool = False
+    ) -> Result:
+        """Run `operation` on a connection when its turn comes; `urgent` goes to the head.
 
         Raises:
             DatabaseAway: it can't be reached; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
-        connection = await self._turn()
+        connection = await self._turn(urgent=urgent)
         try:
             return await operation(connection)
+        except asyncio.CancelledError:
+            connection.terminate()  # it is in the middle of something
+            raise
         except DatabaseAway as problem:
             if isinstance(problem.__cause__, TimeoutError | asyncpg.ReadOnlySQLTransactionError):
                 connection.terminate()
@@ -184,7 +189,7 @@ class Database:
 
     # -- the line -----------------------------------------------------------------------------
 
-    async def _turn(self) -> Connection:
+    async def _turn(self, *, urgent: bool) -> Connection:
         if self._away is not None:
             raise DatabaseAway(self._away, applied="no")
         if self._free:
@@ -194,7 +199,7 @@ class Database:
             raise Overloaded(f"{len(self._waiting)} requests wait already.")
         since = monotonic()
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        (self._waiting.appendleft if urgent else self._waiting.append)(turn)
         try:
             connection = await turn
         except asyncio.CancelledError:
@@ -213,7 +218,8 @@ class Database:
             return await self._pool.acquire(timeout=self._settings.db_connect_seconds)
         except BaseException as error:
             away = is_away(error)
-            if away:
+            # A server that is merely full still serves the connections that there are.
+            if away and not isinstance(error, asyncpg.TooManyConnectionsError):
                 self._lose("The database can't be reached.")
             await self._pass_on(None)
             if away:
