@@ -153,7 +153,7 @@ class Database:
 
     async def stop(self) -> None:
         """Close every connection; what is still waiting is refused."""
-        self._refuse_all("The service is stopping.")
+        self.refuse_all("The service is stopping.")
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait({self._watch})
@@ -186,6 +186,14 @@ class Database:
             raise
         finally:
             await self._pass_on(connection)
+
+    def refuse_all(self, reason: str) -> None:
+        """Refuse who waits and who comes; what has its connection goes on."""
+        self._away = reason
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(DatabaseAway(reason, applied="no"))
 
     # -- the line -----------------------------------------------------------------------------
 
@@ -246,14 +254,7 @@ class Database:
         if self._away is None:
             log.warning("database away", reason=reason, waiting=len(self._waiting))
             self._watch = asyncio.create_task(self._probe())
-        self._refuse_all(reason)
-
-    def _refuse_all(self, reason: str) -> None:
-        self._away = reason
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(DatabaseAway(reason, applied="no"))
+        self.refuse_all(reason)
 
     async def _bring_up(self) -> None:
         told = False

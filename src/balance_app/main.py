@@ -82,10 +82,24 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
+        log.info("started", address=f"http://{settings.host}:{settings.port}", version=app.version)
+        refusal = asyncio.create_task(
+            _refuse_in_time(database, app.state.stopping, settings.stop_seconds / 2)
+        )
         yield
+        refusal.cancel()
     finally:
         app.state.stopping.set()
         await database.stop()
+        log.info("stopped")
+
+
+async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: float) -> None:
+    """Refuse who still waits half-way through a stop: at its end there is no time to say so."""
+    await stopping.wait()
+    log.info("stopping")
+    await asyncio.sleep(seconds)
+    database.refuse_all("This copy is stopping.")
 
 
 async def _tell_problem(_request: Request, problem: Exception) -> Response:

@@ -1,0 +1,56 @@
+FROM python:3.13-slim AS builder
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ONLY_BINARY=:all: \
+    PIP_REQUIRE_HASHES=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+WORKDIR /build
+
+# The dependencies come before the source: a changed line of code does not install them again.
+COPY requirements.lock ./
+RUN python -m venv --without-pip /opt/venv \
+ && pip --python /opt/venv/bin/python install --no-deps -r requirements.lock
+
+# What builds the wheel is taken out of the developers' lock, hashes and all, and stays in this
+# stage. One that is missing in the list fails here: pip refuses what has no hash.
+COPY requirements-dev.lock ./
+RUN awk '/^[a-z]/ { wanted = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/ } \
+         wanted' requirements-dev.lock > build.lock \
+ && python -m venv --without-pip /opt/build \
+ && pip --python /opt/build/bin/python install -r build.lock
+
+COPY pyproject.toml README.md LICENSE ./
+COPY alembic alembic
+COPY src src
+RUN /opt/build/bin/hatchling build -t wheel \
+ && PIP_REQUIRE_HASHES=0 pip --python /opt/venv/bin/python install --no-deps --no-index dist/*.whl
+
+
+FROM python:3.13-slim
+
+LABEL org.opencontainers.image.title="balance_app" \
+      org.opencontainers.image.description="Exact user balances in real time on PostgreSQL" \
+      org.opencontainers.image.licenses="MIT"
+
+RUN useradd --uid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin app
+
+COPY --from=builder /opt/venv /opt/venv
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOST=0.0.0.0 \
+    PORT=3000
+
+WORKDIR /app
+USER 10001
+EXPOSE 3000
+
+# The copy itself is asked, over HTTP, whether it is ready: database reachable, schema right.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["balance-app", "healthcheck"]
+
+# For PID 1 the kernel ignores signals that nobody handles: run it with an init (`--init`).
+CMD ["balance-app", "serve"]
