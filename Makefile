@@ -20,8 +20,8 @@ help: ## what one can do here
 
 $(READY): requirements-dev.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/it ..."; exit 1; }
-	@echo "Making the environment in $(VENV) (once; half a minute or so) ..."
-	@"$(PYTHON)" -m venv --clear $(VENV)
+	@echo "Installing what is locked into $(VENV) (once; a minute or so) ..."
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--require-hashes --only-binary :all: -r requirements-dev.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
