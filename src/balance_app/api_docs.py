@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 from balance_app.errors import (
     PROBLEM_JSON,
     DatabaseAway,
+    InvalidRequest,
     NotFound,
     Overloaded,
     Problem,
@@ -105,7 +106,9 @@ def add_docs(app: FastAPI) -> None:
         """List every problem that this service answers with."""
         return [_about(kind) for kind in all_problems()]
 
-    @app.get("/problems/{code}", tags=["about"], responses=problems(NotFound, always=()))
+    @app.get(
+        "/problems/{code}", tags=["about"], responses=problems(NotFound, InvalidRequest, always=())
+    )
     async def explain_problem(code: str) -> dict[str, Any]:
         """Explain one problem: what it means and what to do about it."""
         for kind in all_problems():
@@ -117,37 +120,38 @@ def add_docs(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         described = generate()
-        described["components"]["schemas"]["Problem"] = _PROBLEM_SCHEMA
+        described["components"]["schemas"]["Problem"] = _problem_schema()
         return described
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend it
 
 
-_PROBLEM_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "description": "A problem (RFC 9457), with members of its kind beside these.",
-    "required": ["type", "title", "status", "detail", "code", "applied"],
-    "properties": {
-        "type": {"type": "string", "description": "where this kind of problem is explained"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "what happened here, for people"},
-        "code": {"type": "string", "enum": [kind.code for kind in all_problems()]},
-        "applied": {
-            "type": "string",
-            "enum": ["no", "unknown"],
-            "description": "whether the request may have changed something",
-        },
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["pointer", "code"],
-                "properties": {"pointer": {"type": "string"}, "code": {"type": "string"}},
+def _problem_schema() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "A problem (RFC 9457), with members of its kind beside these.",
+        "required": ["type", "title", "status", "detail", "code", "applied"],
+        "properties": {
+            "type": {"type": "string", "description": "where this kind of problem is explained"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string", "description": "what happened here, for people"},
+            "code": {"type": "string", "enum": [kind.code for kind in all_problems()]},
+            "applied": {
+                "type": "string",
+                "enum": ["no", "unknown"],
+                "description": "whether the request may have changed something",
+            },
+            "errors": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["pointer", "code"],
+                    "properties": {"pointer": {"type": "string"}, "code": {"type": "string"}},
+                },
             },
         },
-    },
-}
+    }
 
 
 def _about(kind: type[Problem]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 
 from balance_app.errors import (
@@ -23,9 +24,7 @@ MAX_INTEGER: Final = 2**53 - 1  # the largest that every JSON reader keeps exact
 class StrictModel(BaseModel):
     """A JSON object in camelCase: no unknown fields, no conversions (`2.0` is not an integer)."""
 
-    model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", strict=True, frozen=True
-    )
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", strict=True, frozen=True)
 
 
 Model = TypeVar("Model", bound=StrictModel)
@@ -41,7 +40,7 @@ async def read_json(request: Request, model: type[Model], *, within_seconds: flo
         MalformedRequest: not JSON.
         InvalidRequest: JSON, but not this model.
     """
-    _require_json(request.headers.get("content-type"))
+    _require_json(request.headers)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
         raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
@@ -83,16 +82,20 @@ async def _read_body(request: Request, within_seconds: float) -> bytes:
     return b"".join(chunks)
 
 
-def _require_json(content_type: str | None) -> None:
-    media_type, _, parameters = (content_type or "").lower().partition(";")
+def _require_json(headers: Headers) -> None:
+    declared = headers.getlist("content-type")
+    media_type, _, parameters = (declared[0] if len(declared) == 1 else "").lower().partition(";")
     media_type = media_type.strip()
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")
     ):
         raise UnsupportedMediaType("Send the body as Content-Type: application/json.")
-    charset = parameters.partition("charset=")[2].strip().strip('"')
-    if charset not in {"", "utf-8", "utf8"}:
-        raise UnsupportedMediaType("Send the body in UTF-8.")
+    for parameter in parameters.split(";") if parameters else ():
+        name, _, value = parameter.partition("=")
+        if name.strip() == "charset" and value.strip().strip('"') not in {"utf-8", "utf8"}:
+            raise UnsupportedMediaType("Send the body in UTF-8.")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
 
 
 class _DuplicateKeyError(Exception):
@@ -122,6 +125,8 @@ _DECODER: Final = json.JSONDecoder(
 
 FAULT_CODES: Final = {
     "extra_forbidden": "unknown-field",
+    "string_unicode": "unknown-field",  # a name with a lone surrogate
+    "string_pattern_mismatch": "not-a-key",  # idempotency keys alone have a pattern
     "missing": "required",
     "int_type": "not-an-integer",
     "int_from_float": "not-an-integer",

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from balance_app import api_docs, health
 from balance_app.balances import router as balances
@@ -43,6 +44,7 @@ def create_app(settings: Settings, stopping: asyncio.Event) -> Front:
         version="0.1.0",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=_lifespan,
     )
     app.state.settings = settings
@@ -126,7 +128,7 @@ async def _tell_invalid(_request: Request, error: Exception) -> Response:
     return InvalidRequest(*faults).response()
 
 
-async def _tell_http(_request: Request, error: Exception) -> Response:
+async def _tell_http(request: Request, error: Exception) -> Response:
     """Turn the framework's own refusals into problems."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
     match error.status_code:
@@ -134,8 +136,21 @@ async def _tell_http(_request: Request, error: Exception) -> Response:
             problem: Problem = NotFound("There is nothing at this address.")
         case 405:
             problem = MethodNotAllowed(
-                "This address does not take this method.", headers=error.headers
+                "This address does not take this method.",
+                headers=_allow(request) or error.headers,
             )
         case _:
             problem = MalformedRequest("The request can't be read.")
     return problem.response()
+
+
+def _allow(request: Request) -> dict[str, str]:
+    """Return `Allow` with every documented method of an address; the router knows of one route."""
+    app: FastAPI = request.app
+    methods = {
+        method.upper()
+        for template, operations in app.openapi()["paths"].items()
+        if compile_path(template)[0].match(request.url.path)
+        for method in operations
+    }
+    return {"Allow": ", ".join(sorted(methods))} if methods else {}

@@ -12,6 +12,7 @@ import structlog
 import uvicorn
 
 from balance_app.main import create_app
+from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -62,7 +63,7 @@ def serve(settings: Settings) -> None:
     config = uvicorn.Config(
         create_app(settings, stopping),
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http=LimitedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -4,7 +4,7 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Path, Query
+from fastapi import Depends, Path, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
@@ -26,14 +26,14 @@ def _not_zero(amount: int) -> int:
 
 def _decimal(value: object) -> object:
     """Let only plain decimal digits through: pydantic alone also reads `1_0`, `+1` and `1.0`."""
-    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+    if isinstance(value, str) and not re.fullmatch(r"0|[1-9][0-9]*", value, re.ASCII):
         raise PydanticCustomError("int_parsing", "not an integer")
     return value
 
 
 Decimal = BeforeValidator(_decimal)
 UserId = Annotated[int, Field(ge=1, le=MAX_INTEGER, examples=[1])]
-PathUserId = Annotated[int, Decimal, Path(alias="userId", ge=1, le=MAX_INTEGER, examples=[1])]
+PathUserId = Annotated[int, Path(alias="userId", ge=1, le=MAX_INTEGER, examples=[1]), Decimal]
 PathKey = Annotated[
     str,
     Path(
@@ -76,13 +76,20 @@ class Page(BaseModel):
 
     after: Annotated[
         int,
-        Decimal,
         Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0 for the first"),
+        Decimal,
     ] = 0
-    limit: Annotated[int, Decimal, Field(ge=1, le=1000, description="items on the page")] = 100
+    limit: Annotated[int, Field(ge=1, le=1000, description="items on the page"), Decimal] = 100
 
 
-PageQuery = Annotated[Page, Query()]
+async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
+    """Return the page that is asked for; a parameter sent twice asks for two."""
+    if len(request.query_params) != len(request.query_params.multi_items()):
+        raise InvalidRequest(("query:", "duplicate-parameter"))
+    return page
+
+
+PageQuery = Annotated[Page, Depends(_page)]
 
 
 class _Answer(BaseModel):
@@ -157,9 +164,10 @@ def idempotency_key(request: Request) -> str | None:
     keys = request.headers.getlist("idempotency-key")
     if not keys:
         return None
-    if len(keys) > 1 or not _KEY.fullmatch(keys[0]):
+    key = keys[0].strip(" \t")  # not part of a header's value (RFC 9110, 5.5)
+    if len(keys) > 1 or not _KEY.fullmatch(key):
         raise InvalidRequest(("header:Idempotency-Key", "not-a-key"))
-    return keys[0]
+    return key
 
 
 def outcome_status(outcome: Outcome) -> int:

@@ -1,0 +1,801 @@
+"""Requests that no honest client sends, each with the refusal it has to get."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+from tests.processes import Copy, connect
+
+_numbers = count(1)
+
+MAX: Final = 2**53 - 1
+CHANGE: Final = b'{"userId":1,"amount":-2}'
+OPEN: Final = b'{"balance":7}'
+GOOD: Final = {"/api/balance": CHANGE, "/api/users": OPEN}
+
+
+@asynccontextmanager
+async def one_copy(
+    postgres: dict[str, str], *, body_seconds: str = "5"
+) -> AsyncIterator[tuple[Copy, dict[str, str]]]:
+    """Run one copy on an empty database, for as many tests as share it."""
+    name = f"hostile_{os.getpid()}_{next(_numbers)}"
+    admin = await connect(postgres)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    database = {**postgres, "DB_NAME": name}
+    try:
+        async with Copy(database, BODY_SECONDS=body_seconds) as copy:
+            yield copy, database
+    finally:
+        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await admin.close()
+
+
+# -- sending bytes, whatever they are ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first answer on a connection, and all that came after it until the connection closed.
+
+    `status` 0: it closed without an answer.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    rest: bytes
+    raw: bytes
+
+
+async def exchange(port: int, *parts: bytes, pause_seconds: float = 0) -> Answer:
+    """Send `parts`, read until the server closes, and return what it answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    raw = bytearray()
+
+    async def receive() -> None:
+        try:
+            while piece := await reader.read(65536):
+                raw.extend(piece)
+        except ConnectionError:
+            pass  # it closed before it had read all that was sent
+
+    async def send() -> None:
+        try:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause_seconds)
+        except ConnectionError:
+            pass
+
+    try:
+        async with asyncio.timeout(20):
+            sending = asyncio.create_task(send())
+            await receive()
+            sending.cancel()
+            await asyncio.wait({sending})
+    except TimeoutError:
+        raise AssertionError(f"the connection stays open after {bytes(raw[:300])!r}") from None
+    finally:
+        writer.close()
+    return _parse(bytes(raw))
+
+
+def _parse(raw: bytes) -> Answer:
+    head, separator, rest = raw.partition(b"\r\n\r\n")
+    if not separator:
+        return Answer(0, {}, b"", raw, raw)
+    if head.startswith(b"HTTP/1.1 100 "):
+        return _parse(rest)
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        assert name not in headers, f"{name} is there twice"
+        headers[name] = value
+    length = int(headers.get("content-length", "0"))
+    return Answer(int(first.split()[1]), headers, rest[:length], rest[length:], raw)
+
+
+def request(
+    method: str = "POST",
+    path: str | bytes = "/api/balance",
+    body: bytes = b"",
+    *headers: str | bytes,
+    content_type: str | None = "application/json",
+    keep: bool = False,
+) -> bytes:
+    """Return the bytes of a request that asks for the connection to be closed after it."""
+    lines: list[str | bytes] = ["Host: localhost"]
+    if not keep:
+        lines.append("Connection: close")
+    if body or method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+        if content_type is not None:
+            lines.append(f"Content-Type: {content_type}")
+    return raw_request(method, path, *lines, *headers, body=body)
+
+
+def raw_request(
+    method: str, path: str | bytes, *headers: str | bytes, body: bytes = b"", version: str = "1.1"
+) -> bytes:
+    """Return the bytes of a request, with these headers and no others."""
+    start = b"%b %b HTTP/%b" % (method.encode(), _bytes(path), version.encode())
+    return b"\r\n".join([start, *map(_bytes, headers), b"", body])
+
+
+def chunked(body: bytes, size: int = 4096) -> bytes:
+    """Return `body` in the chunked transfer coding."""
+    pieces = (body[at : at + size] for at in range(0, len(body), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("latin-1")
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hostile request and its refusal.
+
+    `code` None: the HTTP parser refuses it, the application never sees it.
+    `fault`: pointer and code of the first of `errors`.
+    `poison`: the hostile part, which no answer may repeat.
+    """
+
+    id: str
+    request: bytes
+    status: int
+    code: str | None
+    fault: tuple[str, str] | None = None
+    poison: bytes = b""
+    allow: frozenset[str] = frozenset()
+
+
+MALFORMED: Final = (400, "malformed-request")
+INVALID: Final = (422, "invalid-request")
+MEDIA: Final = (415, "unsupported-media-type")
+LARGE: Final = (413, "body-too-large")
+NOWHERE: Final = (404, "not-found")
+METHOD: Final = (405, "method-not-allowed")
+PARSER: Final = (400, None)
+
+NOT_JSON_NUMBERS: Final = (
+    *("NaN", "-NaN", "nan", "Nan", "Infinity", "-Infinity", "+Infinity", "infinity", "inf"),
+    *("00", "01", "-01", "+1", "++1", "--1", "-", "1_0", "1 0", "1,0", "0x10", "0b1", "0o7", "10n"),
+    *(".5", "5.", "1e", "1e+", "e1", "1f", "undefined", "None", "True", "'2'", "(1)", "1;", "٢"),
+)
+NOT_INTEGERS: Final = (
+    *("1e400", "-1e400", "1e0", "1E2", "2.0", "-2.0", "0.0", "-0.0", "1e-400", "0.1", "1e15"),
+    "1." + "0" * 400,
+    *("true", "false", "null", '"2"', '"-2"', '""', '"NaN"', '"\\u0000"', '"\\ud800"', '"1e2"'),
+    *("[]", "{}", "[1]", "[[[[1]]]]", '{"a":1}', '{"userId":1}', "[null]"),
+)
+TOO_BIG: Final = {
+    "2^53": 2**53,
+    "-2^53": -(2**53),
+    "2^63-1": 2**63 - 1,
+    "2^63": 2**63,
+    "-2^63": -(2**63),
+    "-2^63-1": -(2**63) - 1,
+    "2^64": 2**64,
+    "20 digits": 10**19,
+    "400 digits": 10**399,
+    "-400 digits": -(10**399),
+    "4000 digits": 10**3999,
+}
+FIELDS: Final = {
+    "userId": ("/api/balance", b'{"userId":%b,"amount":-2}'),
+    "amount": ("/api/balance", b'{"userId":1,"amount":%b}'),
+    "balance": ("/api/users", b'{"balance":%b}'),
+}
+
+
+def numbers() -> Iterator[Case]:
+    """Every odd kind of number, as each of the three numbers this API reads."""
+    for field, (path, template) in FIELDS.items():
+        for literal in NOT_JSON_NUMBERS:
+            yield _field(field, literal, path, template, MALFORMED, None)
+        for literal in NOT_INTEGERS:
+            yield _field(field, literal, path, template, INVALID, "not-an-integer")
+        for name, value in TOO_BIG.items():
+            digits = str(value)
+            yield _field(field, digits, path, template, INVALID, "out-of-range", name)
+        digits = "1" + "0" * 4999
+        yield _field(field, digits, path, template, INVALID, "out-of-range", "5000 digits")
+    for field, literal in {"userId": "0", "balance": "-1"}.items():
+        yield _field(field, literal, *FIELDS[field], INVALID, "out-of-range")
+    for field in ("userId", "balance"):
+        yield _field(field, str(-MAX), *FIELDS[field], INVALID, "out-of-range")
+    yield _field("userId", "-0", *FIELDS["userId"], INVALID, "out-of-range")
+    yield _field("userId", "-1", *FIELDS["userId"], INVALID, "out-of-range")
+    for literal in ("0", "-0"):
+        yield _field("amount", literal, *FIELDS["amount"], INVALID, "zero")
+    # Well formed, but the state says no.
+    missing = FIELDS["userId"][1] % str(MAX).encode()
+    yield Case("userId=2^53-1", request(body=missing), 404, "user-not-found")
+    deposit = FIELDS["amount"][1] % str(MAX).encode()
+    yield Case("amount=2^53-1", request(body=deposit), 409, "balance-limit-exceeded")
+    withdrawal = FIELDS["amount"][1] % str(-MAX).encode()
+    yield Case("amount=-(2^53-1)", request(body=withdrawal), 409, "insufficient-funds")
+
+
+def _field(  # noqa: PLR0913, PLR0917 - one row of the table
+    field: str,
+    literal: str,
+    path: str,
+    template: bytes,
+    refusal: tuple[int, str],
+    fault: str | None,
+    name: str | None = None,
+) -> Case:
+    body = template % literal.encode()
+    return Case(
+        f"{field}={name or literal[:24]}",
+        request(path=path, body=body),
+        *refusal,
+        fault=None if fault is None else (f"/{field}", fault),
+        poison=literal.encode(),
+    )
+
+
+def malformed_bodies() -> Iterator[Case]:
+    """What is not one JSON text in UTF-8, on both routes that read a body."""
+    for path, good in GOOD.items():
+        name = b'"amount"' if path == "/api/balance" else b'"balance"'
+        bodies = {
+            "empty": b"",
+            "spaces": b" \t\r\n ",
+            "NUL": b"\0",
+            "word": b"poison",
+            "form": b"userId=1&amount=-2",
+            "xml": b"<userId>1</userId>",
+            "yaml": b"userId: 1\namount: -2",
+            "trailing word": good + b"poison",
+            "trailing NUL": good + b"\0",
+            "trailing comma": good + b",",
+            "trailing brace": good + b"}",
+            "two values": good + good,
+            "two lines": good + b"\n" + good,
+            "comma inside": good[:-1] + b",}",
+            "comma first": b"{," + good[1:],
+            "two commas": good[:-1] + b",," + b'"a":1}',
+            "no end": good[:-1],
+            "no start": good[1:],
+            "no colon": good.replace(b":", b" ", 1),
+            "two colons": good.replace(b":", b"::", 1),
+            "equals": good.replace(b":", b"=", 1),
+            "line comment": b"// poison\n" + good,
+            "block comment": b"/* poison */" + good,
+            "hash comment": good + b"# poison",
+            "single quotes": good.replace(b'"', b"'"),
+            "no quotes": good.replace(b'"', b""),
+            "curly quotes": good.replace(b'"', "“".encode()),
+            "open string": b'{"poison',
+            "bad escape": b'{"\\x61":1,' + good[1:],
+            "short escape": b'{"\\u12":1,' + good[1:],
+            "newline in name": good.replace(name, name[:-1] + b'\n"'),
+            "raw NUL in name": good.replace(name, name[:-1] + b'\0"'),
+            "vertical tab": b"\x0b" + good,
+            "form feed": b"\x0c" + good,
+            "no-break space": "\u00a0".encode() + good,
+            "line separator": "\u2028".encode() + good,
+            "zero-width space": good + "\u200b".encode(),
+            "BOM": b"\xef\xbb\xbf" + good,
+            "UTF-16": good.decode().encode("utf-16"),
+            "UTF-16LE": good.decode().encode("utf-16-le"),
+            "UTF-16BE": good.decode().encode("utf-16-be"),
+            "UTF-32": good.decode().encode("utf-32"),
+            "UTF-7": b"+AHs-" + good[1:],
+            "Latin-1 name": good.replace(name, name[:-1] + b'\xe9"'),
+            "byte FF": good + b"\xff",
+            "overlong NUL": good.replace(name, name[:-1] + b'\xc0\x80"'),
+            "surrogate in UTF-8": good.replace(name, name[:-1] + b'\xed\xa0\x80"'),
+            "beyond Unicode": good.replace(name, name[:-1] + b'\xf4\x90\x80\x80"'),
+            "half a character": good.replace(name, name[:-1] + b'\xe2\x82"'),
+            "deep arrays": b"[" * 8000,
+            "deep arrays, closed": b"[" * 8000 + b"]" * 8000,
+            "deep objects": b'{"a":' * 2000,
+            "deep objects, closed": b'{"a":' * 2000 + b"1" + b"}" * 2000,
+            "deep field": good[:-1] + b',"a":' + b"[" * 7000 + b"]" * 7000 + b"}",
+            "gzip": bytes.fromhex("1f8b08000000000000ff"),
+            "msgpack": bytes.fromhex("82a675736572496401a6616d6f756e74fe"),
+        }
+        for kind, body in bodies.items():
+            yield Case(
+                f"{path} {kind}", request(path=path, body=body), *MALFORMED, poison=b"poison"
+            )
+
+
+def wrong_objects() -> Iterator[Case]:
+    """JSON, but not the object that was asked for."""
+    for path, good in GOOD.items():
+        values = {
+            "null": b"null",
+            "true": b"true",
+            "number": b"1",
+            "float": b"1e400",
+            "string": b'"poison"',
+            "array": b"[]",
+            "array of one": b"[" + good + b"]",
+            "array of fields": b'["userId","amount"]',
+            "500 arrays": b"[" * 500 + b"]" * 500,
+        }
+        for kind, body in values.items():
+            yield _body(path, f"top {kind}", body, ("", "not-an-object"))
+        extra = {
+            "poison": b"poison",
+            "empty": b"",
+            "long": b"poison" * 2000,
+            "NUL": b"poison\\u0000",
+            "control": b"poison\\u001b[31m",
+            "markup": b"<script>alert(poison)</script>",
+            "pointer": b"/poison/~0~1",
+            "prototype": b"__proto__",
+            "class": b"__class__",
+            "emoji": "💰".encode(),
+            "escaped pair": b"\\ud83d\\udcb0",
+            "snake case": b"user_id",
+            "upper case": b"AMOUNT",
+            "title case": b"UserId",
+            "lower case": b"userid",
+            "space after": b"amount ",
+            "fullwidth": "\uff41mount".encode(),
+            "version": b"version",
+        }
+        for kind, field in extra.items():
+            body = b'{"%b":1,%b' % (field, good[1:])
+            poison = field[:30] if b"poison" in field or b"proto" in field else b""
+            yield _body(path, f"unknown {kind}", body, ("", "unknown-field"), poison)
+        for surrogate in (b"\\ud800", b"\\udfff", b"poison\\udc00x", b"\\udcff\\ud800"):
+            body = b'{"%b":1,%b' % (surrogate, good[1:])
+            yield _body(
+                path, f"unknown {surrogate.decode()}", body, ("", "unknown-field"), b"poison"
+            )
+        first = good[1:-1].split(b",")[0]
+        field = first.split(b":")[0]
+        escaped = b'"\\u%04x%b' % (field[1], field[2:])
+        twice = {
+            "same": first,
+            "other value": field + b":9",
+            "null": field + b":null",
+            "escaped": escaped + b":9",
+            "nested": b'"a":{"b":1,"b":1}',
+            "nested in array": b'"a":[[{"poison":1,"poison":2}]]',
+            "empty": b'"":1,"":1',
+            "surrogate": b'"\\ud800":1,"\\ud800":1',
+            "normalized": b'"poison":1,"p\\u006fison":1',
+        }
+        for kind, addition in twice.items():
+            body = good[:-1] + b"," + addition + b"}"
+            yield _body(path, f"twice {kind}", body, ("", "duplicate-key"), b"poison")
+    bodies = {
+        "nothing": (b"{}", ("/userId", "required")),
+        "no userId": (b'{"amount":-2}', ("/userId", "required")),
+        "no amount": (b'{"userId":1}', ("/amount", "required")),
+        "both null": (b'{"userId":null,"amount":null}', ("/userId", "not-an-integer")),
+        "in snake case": (b'{"user_id":1,"amount":-2}', None),
+        "in capitals": (b'{"UserId":1,"Amount":-2}', None),
+        "of the other route": (b'{"balance":7}', None),
+        "wrapped": (b'{"body":{"userId":1,"amount":-2}}', None),
+    }
+    for kind, (body, fault) in bodies.items():
+        yield _body("/api/balance", f"fields {kind}", body, fault)
+    yield _body("/api/users", "fields of the other route", CHANGE, ("", "unknown-field"))
+    yield _body("/api/users", "fields wrapped", b'{"body":{"balance":7}}', ("", "unknown-field"))
+    yield _body("/api/users", "fields id", b'{"id":1,"balance":7}', ("", "unknown-field"))
+
+
+def _body(
+    path: str, name: str, body: bytes, fault: tuple[str, str] | None, poison: bytes = b""
+) -> Case:
+    return Case(f"{path} {name}", request(path=path, body=body), *INVALID, fault, poison)
+
+
+def media_types() -> Iterator[Case]:
+    """Bodies that are not declared as JSON in UTF-8."""
+    types = (
+        *("text/plain", "text/json", "text/html", "application/x-www-form-urlencoded", "poison"),
+        *("multipart/form-data; boundary=x", "multipart/form-data", "application/xml", "image/png"),
+        *("application/octet-stream", "application/jsonp", "application/json5", "*/*", "json", ""),
+        *("application/json; charset=latin-1", "application/json; charset=utf-16", "application"),
+        *('application/json; charset="utf-32"', "application/json; CHARSET=ISO-8859-1"),
+        *("application/json, text/plain", "text/plain; a=application/json", "application/json/x"),
+        *("application /json", "x-application/json", "application/json+xml", "\xe9/json", ";"),
+    )
+    for path, good in GOOD.items():
+        for media_type in types:
+            yield Case(
+                f"{path} as {media_type or 'empty'!r}",
+                request(path=path, body=good, content_type=media_type),
+                *MEDIA,
+                poison=b"poison",
+            )
+        yield Case(f"{path} as nothing", request(path=path, body=good, content_type=None), *MEDIA)
+        pairs = (("application/json", "text/plain"), ("text/plain", "application/json"))
+        for one, two in pairs:
+            sent = request("POST", path, good, f"Content-Type: {two}", content_type=one)
+            yield Case(f"{path} as {one} and {two}", sent, *MEDIA)
+        for coding in ("gzip", "br", "poison"):
+            sent = request("POST", path, good, f"Content-Encoding: {coding}")
+            yield Case(f"{path} encoded as {coding}", sent, *MEDIA, poison=b"poison")
+
+
+def sizes() -> Iterator[Case]:
+    """Bodies above 16 KiB, and heads above any use."""
+    for path, good in GOOD.items():
+        for size in (16 * 1024 + 1, 17_000):
+            body = good.ljust(size)
+            yield Case(f"{path} {size} bytes", request(path=path, body=body), *LARGE)
+            lines = ("Host: localhost", "Connection: close", "Content-Type: application/json")
+            head = raw_request("POST", path, *lines, "Transfer-Encoding: chunked")
+            yield Case(f"{path} {size} bytes in chunks", head + chunked(body), *LARGE)
+    for length in ("16385", "99999999999", str(2**63), str(2**64 - 1)):
+        lines = ("Host: localhost", "Connection: close", "Content-Type: application/json")
+        sent = raw_request("POST", "/api/balance", *lines, f"Content-Length: {length}")
+        yield Case(f"declares {length} bytes, sends none", sent, *LARGE)
+
+
+def methods() -> Iterator[Case]:
+    """Methods that an address doesn't have, and words that are no methods."""
+    addresses = {
+        "/api/balance": {"POST"},
+        "/api/users": {"GET", "POST"},
+        "/api/users/1": {"GET"},
+        "/api/users/1/entries": {"GET"},
+        "/api/changes/k": {"GET"},
+        "/problems": {"GET"},
+        "/livez": {"GET"},
+        "/docs": {"GET"},
+        "/docs/assets/swagger-ui.css": {"GET"},
+    }
+    for path, allowed in addresses.items():
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"):
+            if method not in allowed:
+                sent = request(method, path, CHANGE if method != "GET" else b"")
+                yield Case(f"{method} {path}", sent, *METHOD, allow=frozenset(allowed))
+    for method in ("HEAD", "QUERY", "PURGE", "CONNECT"):
+        yield Case(f"{method} /api/balance", request(method), *METHOD, allow=frozenset({"POST"}))
+    for method in ("FOO", "post", "P0ST", "POST\t", "", "POST POST", "\xe9", "GET\0", "A" * 9000):
+        head = b"\r\n".join(
+            [method.encode("latin-1") + b" /api/users HTTP/1.1", b"Host: a", b"", b""]
+        )
+        yield Case(f"method {method[:10]!r}", head, *PARSER)
+    yield Case("CONNECT poison:443", request("CONNECT", "poison:443"), *PARSER, poison=b"poison")
+    yield Case("OPTIONS *", request("OPTIONS", "*"), *NOWHERE)
+
+
+def keys() -> Iterator[Case]:
+    """What can't be an idempotency key, in the header and in the path."""
+    fault = ("header:Idempotency-Key", "not-a-key")
+    values: dict[str, str | bytes] = {
+        "empty": "",
+        "space": " ",
+        "256 characters": "k" * 256,
+        "8000 characters": "k" * 8000,
+        "space inside": "poison key",
+        "tab inside": "poison\tkey",
+        "Latin-1": b"poison\xe9",
+        "UTF-8": "poison€".encode(),
+        "invalid UTF-8": b"poison\xff\xfe",
+        "no-break space": b"poison\xa0",
+        "C1 control": b"poison\x85",
+    }
+    for path, good in GOOD.items():
+        for name, value in values.items():
+            header = b"Idempotency-Key: " + _bytes(value)
+            sent = request("POST", path, good, header)
+            yield Case(f"{path} key {name}", sent, *INVALID, fault, b"poison")
+        for name, first, second in (
+            ("same", "poison", "poison"),
+            ("other", "poison", "other"),
+            ("empty", "poison", ""),
+        ):
+            two = (f"Idempotency-Key: {first}", f"idempotency-KEY: {second}")
+            yield Case(
+                f"{path} two keys, {name}", request("POST", path, good, *two), *INVALID, fault
+            )
+        for control in (b"\0", b"\x01", b"\x1f", b"\x7f", b"\r", b"\n", b"\x0b"):
+            sent = request("POST", path, good, b"Idempotency-Key: poi%bson" % control)
+            yield Case(f"{path} key with {control!r}", sent, *PARSER, poison=b"poison")
+        sent = request("POST", path, good, "Idempotency-Key: poison", " folded")
+        yield Case(f"{path} key folded", sent, *PARSER, poison=b"poison")
+    wrong: tuple[str, ...] = (
+        "",
+        "%00",
+        "poison%00",
+        "poison%20key",
+        "%20",
+        "%09",
+        "k" * 256,
+        "k" * 5000,
+    )
+    wrong += ("%C3%A9", "%F0%9F%92%B0", "%FF", "%ED%A0%80", "%7F")
+    for key in wrong:
+        sent = request("GET", f"/api/changes/{key}")
+        at = ("path:key", "not-a-key")
+        yield Case(f"change {key[:20]} ({len(key)})", sent, *INVALID, at, b"poison")
+    for key in (
+        "poison",
+        "a/b/c",
+        "..",
+        "%2e%2e/x",
+        "%2525",
+        "~",
+        "'--",
+        "%22;",
+        "k" * 255,
+        "/",
+        "x%0A",
+    ):
+        sent = request("GET", f"/api/changes/{key}")
+        yield Case(f"no change {key[:20]}", sent, 404, "key-not-found", None, b"poison")
+
+
+def addresses() -> Iterator[Case]:
+    """User ids in paths, queries, and addresses that lead nowhere."""
+    wrong = (
+        *(
+            "0",
+            "-1",
+            "-0",
+            "+1",
+            "1.0",
+            "1e3",
+            "1_0",
+            "0x1",
+            "01",
+            "abc",
+            "poison",
+            "null",
+            "true",
+            "NaN",
+        ),
+        *("%00", "1%00", "%201", "1%20", "1%0A", "%2e%2e", "%D9%A1", "%EF%BC%91", "%C2%B2", "%FF"),
+        *(
+            str(2**53),
+            str(2**63),
+            str(2**64),
+            "9" * 400,
+            "9" * 5000,
+            "9" * 60_000,
+            "1,2",
+            "1;2",
+            "*",
+        ),
+        *("%7BuserId%7D", "[1]", "1'--", "%25", "%zz", "1%", "@1", "$1", "(1)", "1:1"),
+    )
+    for user in wrong:
+        for path in (f"/api/users/{user}", f"/api/users/{user}/entries"):
+            yield Case(
+                f"GET {path.replace(user, user[:20])} ({len(user)})",
+                request("GET", path),
+                *INVALID,
+                ("path:userId", "out-of-range" if _is_decimal(user) else "not-an-integer"),
+                user.encode() if len(user) > 5 else b"",
+            )
+    for missing in (404_404, MAX):
+        for path in (f"/api/users/{missing}", f"/api/users/{missing}/entries"):
+            yield Case(f"GET {path}", request("GET", path), 404, "user-not-found")
+    nowhere = (
+        *("/", "/api", "/api/", "//", "//api/users", "/api//users", "/API/users", "/api/Users"),
+        *("/api/users/1/", "/api/users/", "/api/balance/", "/api/users//entries", "/api/user"),
+        *(
+            "/api/users/1/entries/",
+            "/api/users/1/entries/1",
+            "/api/users/1%2Fbalance",
+            "/api/poison",
+        ),
+        *("/api/balance%00", "/api/balance%20", "/api/balance;a=1", "/%61pi/poison", "/.env"),
+        *("/docs/", "/docs/assets", "/docs/assets/", "/docs/poison", "/problems/poison"),
+        *("/problems/", "/problems/%00", "/problems/..%2f", "/wp-login.php", "/poison" * 1000),
+        *("/%FF", "/%00", "/%ED%A0%80", "/%", "/%0d%0aSet-Cookie:poison=1", "/..;/api/users"),
+        "/api/changes/%0D%0Apoison:1",
+    )
+    for path in nowhere:
+        yield Case(f"GET {path[:40]}", request("GET", path), *NOWHERE, poison=b"poison")
+    yield Case("POST /api/balance/", request(path="/api/balance/", body=CHANGE), *NOWHERE)
+    yield Case("POST /api/users/", request(path="/api/users/", body=OPEN), *NOWHERE)
+    up = ("..", "%2e%2e", "%2E.", "..%2f", "..%5c", "....//", "..%00", "%252e%252e", "..%c0%af")
+    for step in up:
+        for target in ("etc/passwd", "__init__.py"):
+            path = f"/docs/assets/{'/'.join([step] * 6)}/{target}"
+            yield Case(f"GET {path}", request("GET", path), *NOWHERE)
+    for path in (
+        "//etc/passwd",
+        "/%2fetc/passwd",
+        "/%00",
+        "/a%00.css",
+        "/" + "a" * 5000,
+        "/file:x",
+    ):
+        yield Case(f"GET assets {path[:20]}", request("GET", f"/docs/assets{path}"), *NOWHERE)
+    for raw in (
+        b"/api/users/\xe9",
+        b"/api/users/\xff\xfe",
+        b"/api/users?\xe9",
+        b"api/users",
+        b"http://",
+    ):
+        yield Case(f"target {raw!r}", request("GET", raw), *PARSER)
+    yield Case("target of 100 kB", request("GET", "/" + "a" * 100_000), *PARSER)
+
+
+def queries() -> Iterator[Case]:
+    """Cursors and limits of every odd kind."""
+    numbers = (
+        *(
+            "-1",
+            "-0",
+            "+1",
+            "00",
+            "01",
+            "%2B1",
+            "abc",
+            "poison",
+            "",
+            "%20",
+            "1%20",
+            "1_0",
+            "1.0",
+            "1e2",
+            "0x1",
+        ),
+        *("null", "true", "NaN", "Infinity", "%00", "1%00", "%D9%A1", "%EF%BC%91", "%FF", "%C2%B9"),
+        *("1,2", "1;limit=2", "[1]", "%zz", "%", "'", "1'--", "%F0%9F%92%B0"),
+        *(str(2**53), str(2**63), str(2**64), "9" * 400, "9" * 5000),
+    )
+    for path in ("/api/users", "/api/users/1/entries"):
+        for name in ("after", "limit"):
+            for number in numbers:
+                yield Case(
+                    f"{path}?{name}={number[:20]} ({len(number)})",
+                    request("GET", f"{path}?{name}={number}"),
+                    *INVALID,
+                    (
+                        f"query:{name}",
+                        "out-of-range" if _is_decimal(number) else "not-an-integer",
+                    ),
+                    number.encode() if len(number) > 5 else b"",
+                )
+        for limit in ("0", "1001", "1000000"):
+            fault = ("query:limit", "out-of-range")
+            yield Case(
+                f"{path}?limit={limit}", request("GET", f"{path}?limit={limit}"), *INVALID, fault
+            )
+        unknown: tuple[str, ...] = (
+            "poison=1",
+            "poison",
+            "AFTER=1",
+            "after[]=1",
+            "after%00=1",
+            "=1",
+            "%00=1",
+            "%FF=1",
+        )
+        unknown += ("offset=1", "limit=1&poison=2", "__proto__=1", "a" * 8000 + "=1", " after=1")
+        for query in unknown:
+            sent = request("GET", f"{path}?{query.replace(' ', '+')}")
+            yield Case(f"{path}?{query[:20]}", sent, *INVALID, None, b"poison")
+        for query in ("after=0&after=0", "after=1&after=0", "limit=1&after=0&limit=2"):
+            yield Case(f"{path}?{query}", request("GET", f"{path}?{query}"), *INVALID)
+
+
+def _is_decimal(text: str) -> bool:
+    return text.isascii() and text.isdigit() and (text == "0" or not text.startswith("0"))
+
+
+def framing() -> Iterator[Case]:
+    """HTTP that two readers could take for two things: refused, and the connection closed."""
+    common = ("Host: localhost", "Content-Type: application/json")
+    right = f"Content-Length: {len(CHANGE)}"
+    lengths: dict[str, list[str | bytes]] = {
+        "negative": ["Content-Length: -1"],
+        "plus": [f"Content-Length: +{len(CHANGE)}"],
+        "hexadecimal": ["Content-Length: 0x18"],
+        "decimal point": [f"Content-Length: {len(CHANGE)}.0"],
+        "list": [f"Content-Length: {len(CHANGE)}, {len(CHANGE)}"],
+        "spaced": ["Content-Length: 2 4"],
+        "word": ["Content-Length: poison"],
+        "empty": ["Content-Length:"],
+        "2^64": [f"Content-Length: {2**64}"],
+        "400 digits": ["Content-Length: " + "9" * 400],
+        "superscript": [b"Content-Length: 2\xb2"],
+        "twice the same": [right, right],
+        "twice, other": [right, "Content-Length: 0"],
+        "twice, smaller first": ["Content-Length: 2", right],
+        "space before colon": [f"Content-Length : {len(CHANGE)}"],
+    }
+    for name, lines in lengths.items():
+        sent = raw_request("POST", "/api/balance", *common, *lines, body=CHANGE)
+        yield Case(f"length {name}", sent, *PARSER, poison=b"poison")
+    codings: dict[str, list[str | bytes]] = {
+        "and length": ["Transfer-Encoding: chunked", right],
+        "and length, other order": [right, "Transfer-Encoding: chunked"],
+        "and length 0": ["Content-Length: 0", "Transfer-Encoding: chunked"],
+        "unknown": ["Transfer-Encoding: poison"],
+        "not last": ["Transfer-Encoding: chunked, gzip"],
+        "prefixed": ["Transfer-Encoding: xchunked"],
+        "in quotes": ['Transfer-Encoding: "chunked"'],
+        "identity": ["Transfer-Encoding: identity"],
+        "space before colon": ["Transfer-Encoding : chunked"],
+        "tab before colon": ["Transfer-Encoding\t: chunked"],
+        "vertical tab": [b"Transfer-Encoding: \x0bchunked"],
+        "folded": ["Transfer-Encoding:", " chunked"],
+    }
+    for name, lines in codings.items():
+        sent = raw_request("POST", "/api/balance", *common, *lines, body=chunked(CHANGE))
+        yield Case(f"coding {name}", sent, *PARSER, poison=b"poison")
+    size = b"%x" % len(CHANGE)
+    chunks = {
+        "no size": b"\r\n" + CHANGE,
+        "negative": b"-" + size + b"\r\n" + CHANGE,
+        "prefixed": b"0x" + size + b"\r\n" + CHANGE,
+        "no digit": b"poison\r\n" + CHANGE,
+        "64 bits": b"1" + b"0" * 16 + b"\r\n" + CHANGE,
+        "spaced": size + b" 1\r\n" + CHANGE,
+        "bare line feed": size + b"\n" + CHANGE + b"\n0\n\n",
+        "too short": b"2\r\n" + CHANGE + b"\r\n0\r\n\r\n",
+        "no end of chunk": size + b"\r\n" + CHANGE + b"0\r\n\r\n",
+    }
+    for name, body in chunks.items():
+        sent = raw_request("POST", "/api/balance", *common, "Transfer-Encoding: chunked", body=body)
+        yield Case(f"chunk {name}", sent, *PARSER, poison=b"poison")
+    heads = {
+        "nonsense": b"poison\r\n\r\n",
+        "HTTP/1.10": b"GET /api/users HTTP/1.10\r\nHost: a\r\n\r\n",
+        "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "HTTP/9.9": b"GET /api/users HTTP/9.9\r\nHost: a\r\n\r\n",
+        "HTTPS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        "line feeds alone": request(body=CHANGE).replace(b"\r\n", b"\n"),
+        "no colon": b"GET /api/users HTTP/1.1\r\nHost localhost\r\n\r\n",
+        "no name": b"GET /api/users HTTP/1.1\r\n: poison\r\n\r\n",
+        "space in name": b"GET /api/users HTTP/1.1\r\nHo st: poison\r\n\r\n",
+        "byte FF in name": b"GET /api/users HTTP/1.1\r\nHo\xffst: poison\r\n\r\n",
+        "NUL in value": b"GET /api/users HTTP/1.1\r\nHost: poi\0son\r\n\r\n",
+        "first line folded": b"GET /api/users HTTP/1.1\r\n Host: poison\r\n\r\n",
+    }
+    for name, sent in heads.items():
+        yield Case(f"head {name}", sent, *PARSER, poison=b"poison")
+
+
+def headers() -> Iterator[Case]:
+    """Other headers: what is wrong in them neither helps nor hurts, and none comes back."""
+    ids = (
+        "poison id",
+        "poison\ttab",
+        b"poison\xe9",
+        "poison" * 100,
+        "",
+        "a" * 101,
+        "poison, poison",
+    )
+    for value in ids:
+        line = b"X-Request-Id: " + _bytes(value)
+        sent = request("GET", "/api/users/0", b"", line)
+        yield Case(f"request id {value[:10]!r}", sent, *INVALID, None, _bytes(value))
+    for name in ("Host", "Origin", "Referer", "X-Forwarded-Host", "X-Forwarded-Prefix", "Cookie"):
+        sent = request("GET", "/nowhere/", b"", f"{name}: poison.example")
+        if name == "Host":
+            sent = raw_request("GET", "/nowhere/", "Host: poison.example", "Connection: close")
+        yield Case(f"header {name}", sent, *NOWHERE, poison=b"poison")
+    for name in ("X-HTTP-Method-Override", "X-Original-URL", "X-Rewrite-URL"):
+        sent = request("GET", "/api/users/0", CHANGE, f"{name}: POST /api/balance")
+        yield Case(f"header {name}", sent, *INVALID)
+    many = [f"X-{number}: {number}" for number in range(1000)]
+    yield Case("1000 headers", request("GET", "/api/users/0", b"", *many), *INVALID)
+
+
+def all_cases() -> list[Case]:
+    """Return the whole table."""
+    groups = (numbers, malformed_bodies, wrong_objects, media_types, sizes, methods, keys)
+    more = (addresses, queries, framing, headers)
+    return [case for group in (*groups, *more) for case in group()]

@@ -1,0 +1,173 @@
+"""What the documentation says is what the service does."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import jsonschema_rs
+import pytest
+
+import balance_app.main  # noqa: F401 - with it every problem is known
+from balance_app.errors import PROBLEM_JSON, all_problems, explain
+from tests.balances.hostile import one_copy
+from tests.processes import Copy
+
+KINDS: Final = {kind.code: kind for kind in all_problems()}
+
+# What no schema can say: a key belongs to one content for ever (each request gets its own), and
+# 2.0 is not an integer here (to JSON Schema it is one: such numbers are sent as integers).
+HOOKS: Final = """
+import re
+import uuid
+
+import schemathesis
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    key = (case.headers or {}).get("Idempotency-Key")
+    if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):
+        case.headers["Idempotency-Key"] = uuid.uuid4().hex
+    if isinstance(case.body, dict):
+        case.body = {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in case.body.items()
+        }
+"""
+
+
+@pytest.fixture(scope="module")
+async def copy(postgres: dict[str, str]) -> AsyncIterator[Copy]:
+    """One copy for the whole file."""
+    async with one_copy(postgres) as (running, _):
+        yield running
+
+
+async def test_the_service_keeps_to_its_openapi_document(copy: Copy, tmp_path: Path) -> None:
+    """Schemathesis finds no undocumented answer, no wrong body, no 5xx, nothing wrongly taken."""
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    tester = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{copy.url}/openapi.json"),
+        *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
+        *("--max-examples", "60", "--generation-deterministic", "--seed", "1"),
+        *("--continue-on-failure", "--no-color"),
+        cwd=tmp_path,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": _path_with(tmp_path)},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await asyncio.wait_for(tester.communicate(), 120)
+    finally:
+        if tester.returncode is None:
+            tester.kill()
+            await tester.wait()
+    assert tester.returncode == 0, said.decode()
+    tested = re.search(r"Tested: (\d+)", said.decode())
+    assert tested is not None, said.decode()
+    assert int(tested[1]) == len(list(_operations(await _document(copy))))
+
+
+def _path_with(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+async def test_every_problem_is_explained(client: httpx.AsyncClient) -> None:
+    """`/problems` lists every kind there is; the address in `type` tells the same of each."""
+    listed = {about["code"]: about for about in (await client.get("/problems")).json()}
+    assert listed.keys() == KINDS.keys()
+    for code, kind in KINDS.items():
+        about = listed[code]
+        means, advice = explain(kind)
+        assert (about["status"], about["title"]) == (kind.status, kind.title)
+        assert (about["means"], about["advice"]) == (means, advice)
+        assert means.endswith(".")
+        assert advice.endswith(".")
+        answer = await client.get(about["type"])
+        assert (answer.status_code, answer.json()) == (200, about)
+
+
+async def test_the_schema_of_a_problem_names_every_code(copy: Copy) -> None:
+    """A client generated from the document knows every code it may meet."""
+    schema = (await _document(copy))["components"]["schemas"]["Problem"]
+    assert set(schema["properties"]["code"]["enum"]) == KINDS.keys()
+
+
+async def test_every_documented_example_is_true(copy: Copy) -> None:
+    """Each fits its schema; a problem's has the code, status and text of its kind."""
+    document = await _document(copy)
+    seen = set()
+    for name, status, media_type, content in _contents(document):
+        examples = {key: one["value"] for key, one in content.get("examples", {}).items()}
+        if "example" in content:
+            examples[""] = content["example"]
+        for key, example in examples.items():
+            schema = {**content.get("schema", {}), "components": document["components"]}
+            jsonschema_rs.validate(schema, example)
+            if media_type == PROBLEM_JSON:
+                assert example["code"] == key
+                assert example == KINDS[key].example().body()
+                assert example["status"] == int(status), name
+                seen.add(key)
+    # These can happen at any address, or at none that is documented.
+    assert KINDS.keys() - seen <= {"internal-error", "method-not-allowed"}
+
+
+async def test_every_refusal_is_documented_as_a_problem(copy: Copy) -> None:
+    """4xx answers are problem+json with the Problem schema, and nothing of the framework's own."""
+    document = await _document(copy)
+    for name, status, media_type, content in _contents(document):
+        if status.startswith("4"):
+            assert (name, status, media_type) == (name, status, PROBLEM_JSON)
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+async def test_numbers_are_documented_with_their_limits(copy: Copy) -> None:
+    """Every integer of a request has a least and a greatest value in the document."""
+    for name, operation in _operations(await _document(copy)):
+        for parameter in operation.get("parameters", ()):
+            if parameter["schema"].get("type") == "integer":
+                assert {"minimum", "maximum"} <= parameter["schema"].keys(), (name, parameter)
+
+
+async def test_the_docs_page_needs_no_internet(client: httpx.AsyncClient) -> None:
+    """The page names this service's own addresses only, and all of them answer."""
+    page = (await client.get("/docs")).text
+    assert not re.findall(r"""["'(](?:https?:)?//[^"')]*""", page)
+    named = set(re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page))
+    assert len(named) >= 4, page
+    for address in named:
+        answer = await client.get(address)
+        assert (answer.status_code, len(answer.content) > 0) == (200, True), address
+        if address.endswith(".css"):
+            assert not re.findall(
+                r"""url\(\s*(?!["']?(?:data:|#))[^)]*|@import[^;]*""", answer.text
+            )
+
+
+async def _document(copy: Copy) -> dict[str, Any]:
+    async with httpx.AsyncClient(base_url=copy.url, trust_env=False) as client:
+        document: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return document
+
+
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield f"{method} {path}", operation
+
+
+def _contents(document: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Yield operation, status ("" for its request), media type and content of each body."""
+    for name, operation in _operations(document):
+        bodies = {"": operation.get("requestBody", {}), **operation["responses"]}
+        for status, body in bodies.items():
+            for media_type, content in body.get("content", {}).items():
+                yield name, status, media_type, content
