@@ -65,6 +65,8 @@ def _settings(request: Request) -> Settings:
 
 @router.post(
     "/balance",
+    summary="Change a balance",
+    response_description="The change is made, and on disk.",
     response_model=ChangeAnswer,
     responses=problems(
         *BODY_PROBLEMS,
@@ -89,6 +91,8 @@ async def change_balance(request: Request) -> Response:
 
 @router.post(
     "/users",
+    summary="Create a user",
+    response_description="The user exists.",
     status_code=201,
     response_model=AccountAnswer,
     responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused),
@@ -101,7 +105,13 @@ async def open_account(request: Request) -> Response:
     return _tell(await _repository(request).open(asked.balance, key))
 
 
-@router.get("/users", response_model=AccountsAnswer, responses=problems(InvalidRequest))
+@router.get(
+    "/users",
+    summary="List users",
+    response_description="One page of users.",
+    response_model=AccountsAnswer,
+    responses=problems(InvalidRequest),
+)
 async def list_accounts(request: Request, page: PageQuery) -> Response:
     """List users by id; `next` is the `after` of the following page."""
     accounts = await _repository(request).accounts(after=page.after, limit=page.limit + 1)
@@ -116,6 +126,8 @@ async def list_accounts(request: Request, page: PageQuery) -> Response:
 
 @router.get(
     "/users/{userId}",
+    summary="Read a user",
+    response_description="The user's account.",
     response_model=AccountAnswer,
     responses=problems(UserNotFound, InvalidRequest),
 )
@@ -127,6 +139,8 @@ async def read_account(request: Request, user_id: PathUserId) -> Response:
 
 @router.get(
     "/users/{userId}/entries",
+    summary="Read a ledger",
+    response_description="One page of the user's ledger.",
     response_model=EntriesAnswer,
     responses=problems(UserNotFound, InvalidRequest),
 )
@@ -144,6 +158,8 @@ async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -
 
 @router.get(
     "/changes/{key:path}",
+    summary="Ask for an outcome",
+    response_description="What became of the request.",
     response_model=KeyAnswer,
     responses=problems(KeyNotFound, InvalidRequest),
 )

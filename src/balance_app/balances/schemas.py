@@ -92,6 +92,15 @@ async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
 PageQuery = Annotated[Page, Depends(_page)]
 
 
+Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]
+AnyUserId = Annotated[int, Field(examples=[1])]
+AnyBalance = Annotated[int, Field(examples=[9998])]
+AnyVersion = Annotated[int, Field(examples=[2], description="how many entries the user has")]
+AnyAmount = Annotated[int, Field(examples=[-2])]
+AnyKey = Annotated[str | None, Field(examples=["order-42"], description="its Idempotency-Key")]
+Cursor = Annotated[int | None, Field(examples=[None], description="`after` of the next page")]
+
+
 class _Answer(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel)
 
@@ -99,60 +108,62 @@ class _Answer(BaseModel):
 class ChangeDetails(_Answer):
     """The change itself."""
 
-    amount: int
-    at: datetime
-    key: str | None
+    amount: AnyAmount
+    at: Instant
+    key: AnyKey
 
 
 class ChangeAnswer(_Answer):
     """The balance after an accepted change."""
 
-    user_id: int
-    balance: int
-    version: int
+    user_id: AnyUserId
+    balance: AnyBalance
+    version: AnyVersion
     change: ChangeDetails
 
 
 class AccountAnswer(_Answer):
     """A user's account."""
 
-    user_id: int
-    balance: int
-    version: int
-    created_at: datetime
+    user_id: AnyUserId
+    balance: AnyBalance
+    version: AnyVersion
+    created_at: Instant
 
 
 class AccountsAnswer(_Answer):
     """A page of accounts; `next` is the cursor of the page after it, null on the last."""
 
     users: list[AccountAnswer]
-    next: int | None
+    next: Cursor
 
 
 class EntryAnswer(_Answer):
     """One line of the ledger: `balance` is what it left; version 1 is the opening balance."""
 
-    version: int
-    amount: int
-    balance: int
-    at: datetime
-    key: str | None
+    version: AnyVersion
+    amount: AnyAmount
+    balance: AnyBalance
+    at: Instant
+    key: AnyKey
 
 
 class EntriesAnswer(_Answer):
     """A page of entries; `next` is the cursor of the page after it, null on the last."""
 
     entries: list[EntryAnswer]
-    next: int | None
+    next: Cursor
 
 
 class KeyAnswer(_Answer):
     """What became of the request with a key: the status and the body it was answered with."""
 
-    key: str
-    outcome: Literal["opened", "accepted", "refused"]
-    status: int
-    answer: dict[str, Any]
+    key: Annotated[str, Field(examples=["order-42"])]
+    outcome: Annotated[Literal["opened", "accepted", "refused"], Field(examples=["accepted"])]
+    status: Annotated[int, Field(examples=[200])]
+    answer: Annotated[
+        dict[str, Any], Field(examples=[{"userId": 1, "balance": 9998, "version": 2}])
+    ]
 
 
 def idempotency_key(request: Request) -> str | None:
