@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from pathlib import Path
 from time import monotonic
 from typing import Final, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from asyncpg.pool import PoolConnectionProxy
 from sqlalchemy import MetaData, pool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from alembic import command
@@ -100,11 +102,17 @@ def is_away(error: BaseException) -> Applied | None:
     None: no, the statement itself is at fault. `no`: the server said that it rolled back, or
     nothing was sent. `unknown`: the connection ended before an answer came.
     """
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig.__cause__ or error.orig  # a migration's: SQLAlchemy wraps it twice
     if isinstance(error, asyncpg.PostgresError):
         return _server_said(getattr(error, "severity", None), error.sqlstate or "")
     if isinstance(error, ValueError):  # asyncpg's DataError: an argument of the wrong type
         return None
-    if isinstance(error, TimeoutError | OSError | asyncpg.InterfaceError):
+    # asyncpg's InternalClientError: the server said good-bye (FATAL) while the connection was
+    # idle, and the next statement met a connection that is ending.
+    if isinstance(
+        error, TimeoutError | OSError | asyncpg.InterfaceError | asyncpg.InternalClientError
+    ):
         return "unknown"
     return None
 
@@ -127,7 +135,7 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
-            **settings.connect_arguments(),
+            **settings.statement_arguments(),
             min_size=0,
             max_size=settings.db_pool_size,
             max_inactive_connection_lifetime=0,
@@ -138,6 +146,7 @@ class Database:
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._away: str | None = "The service has not reached its database yet."
         self._watch: asyncio.Task[None] | None = None
+        self._serving = False
 
     async def start(self, patience_seconds: float = 5.0) -> None:
         """Migrate and connect; a database that is away is waited for in the background.
@@ -148,6 +157,7 @@ class Database:
         await self._pool
         self._watch = asyncio.create_task(self._bring_up())
         done, _ = await asyncio.wait({self._watch}, timeout=patience_seconds)
+        self._serving = True
         if done:
             await self._watch
 
@@ -177,11 +187,14 @@ class Database:
         try:
             return await operation(connection)
         except asyncio.CancelledError:
-            connection.terminate()  # it is in the middle of something
+            _terminate(connection)  # it is in the middle of something
             raise
         except DatabaseAway as problem:
-            if isinstance(problem.__cause__, TimeoutError | asyncpg.ReadOnlySQLTransactionError):
-                connection.terminate()
+            cause = problem.__cause__
+            silent = isinstance(cause, TimeoutError | asyncpg.ReadOnlySQLTransactionError)
+            if silent or (cause is not None and is_away(cause) == "unknown"):
+                _terminate(connection)
+            if silent:
                 self._lose("The database does not answer.")
             raise
         finally:
@@ -253,24 +266,30 @@ class Database:
         """Refuse everybody until a probe finds the database again."""
         if self._away is None:
             log.warning("database away", reason=reason, waiting=len(self._waiting))
-            self._watch = asyncio.create_task(self._probe())
+            # Of its own context: what it logs is not about the request that found out.
+            self._watch = asyncio.create_task(self._probe(), context=Context())
         self.refuse_all(reason)
 
     async def _bring_up(self) -> None:
-        told = False
+        told = None
         while True:
             try:
                 await migrate(self._settings)
-            except _CANNOT_BE_MENDED_BY_WAITING as error:
-                raise UnusableDatabaseError(f"The database can't be used: {error}") from error
             except Exception as error:
-                if not is_away(error):
+                away = is_away(error)
+                # Whoever starts this copy is told; once it serves, an operator may still mend it.
+                if not away and not self._serving:
+                    if isinstance(error, _CANNOT_BE_MENDED_BY_WAITING):
+                        raise UnusableDatabaseError(
+                            f"The database can't be used: {error}"
+                        ) from error
                     raise
-                if not told:
-                    told = True
-                    log.warning("database away at start, waiting for it", error=repr(error))
-                self._away = "The database can't be reached."
-                await asyncio.sleep(PROBE_SECONDS)
+                reason = "can't be reached" if away else "can't be used; the log says why"
+                if reason != told:
+                    told = reason
+                    log.warning("waiting for the database", reason=reason, error=repr(error))
+                self._away = f"The database {reason}."
+                await asyncio.sleep(PROBE_SECONDS if away else 1.0)
             else:
                 self._away = None
                 return
@@ -307,6 +326,11 @@ def _is_closed(connection: Connection) -> bool:
         return connection.is_closed()
     except asyncpg.InterfaceError:  # it closed, and the pool has taken it back already
         return True
+
+
+def _terminate(connection: Connection) -> None:
+    if not _is_closed(connection):
+        connection.terminate()
 
 
 async def _keep_session(_connection: object) -> None:

@@ -122,6 +122,8 @@ class EmbeddedPostgres:
             )
         if not (self.data / "PG_VERSION").exists():
             await asyncio.to_thread(self._initialise)
+        if self._user is not None:
+            shutil.chown(self.socket_directory, self._user, self._user)
         # A lock file of a dead server may name a pid that lives again as something else.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         options = [f"--{name}={value}" for name, value in self._options.items()]
@@ -213,9 +215,16 @@ class EmbeddedPostgres:
         name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
         short = Path(tempfile.gettempdir()) / f"balance-app-{os.geteuid()}-{name}"
         short.mkdir(mode=0o700, exist_ok=True)
-        if short.stat().st_uid != os.geteuid():
+        # As root, `start` gives it to the user that the server runs as.
+        if short.stat().st_uid not in {os.geteuid(), _uid(self._user)}:
             raise EmbeddedError(f"{short} belongs to somebody else.")
         return short
+
+
+def _uid(user: str | None) -> int | None:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(user).pw_uid if user else None
+    return None
 
 
 def stop_with_parent(number: int) -> Callable[[], None] | None:

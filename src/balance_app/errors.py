@@ -138,7 +138,8 @@ class DatabaseAway(Problem):
 
     `applied` says whether the request may have had an effect: `no`, or `unknown`. Wait
     `Retry-After` seconds and send it again; after `unknown` with the same `Idempotency-Key`, so
-    that it takes effect once (or ask `GET /api/changes/{key}`).
+    that it takes effect once. `GET /api/changes/{key}` tells an outcome that is recorded; that
+    none is recorded yet decides nothing while the first try may still be under way.
     """
 
     status, code, title = 503, "database-away", "Database away"

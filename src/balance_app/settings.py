@@ -93,6 +93,17 @@ class Settings(BaseSettings):
         """Whether a database was named, by URL or by host."""
         return self.database_url is not None or self.db_host is not None
 
+    def statement_arguments(self) -> dict[str, Any]:
+        """Return `connect_arguments` for connections whose statements are short.
+
+        A statement in a crowd at one row waits for locks twice, in line and for the row, each up
+        to DB_LOCK_SECONDS. The server ends it before this side gives the whole database up.
+        """
+        arguments = self.connect_arguments()
+        seconds = (self.db_lock_seconds + self.db_statement_seconds) / 2
+        arguments["server_settings"]["statement_timeout"] = f"{round(seconds * 1000)}ms"
+        return arguments
+
     def connect_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `asyncpg.connect` for this database."""
         common: dict[str, Any] = {

@@ -1,8 +1,10 @@
 """Every statement on users, entries and idempotency keys, each with the invariant it keeps."""
 
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Literal
+from time import monotonic
+from typing import Any, Final, Literal
 
 import asyncpg
 
@@ -14,10 +16,11 @@ from balance_app.balances.errors import (
     UserNotFound,
 )
 from balance_app.database import Connection, Database, read, write
-from balance_app.errors import Overloaded
+from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.json_body import MAX_INTEGER
 
 MAX_RACES: Final = 1000
+HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class BalanceRepository:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._held: dict[int, float] = {}
 
     async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
         """Add `amount` (negative withdraws) to a balance, at most once per `key`.
@@ -73,8 +77,38 @@ class BalanceRepository:
             DatabaseAway: see `balance_app.database`.
         """
         if key is None:
-            return await self._database.run(lambda con: _change(con, user_id, amount))
-        return await self._database.run(lambda con: _change_once(con, user_id, amount, key))
+            return await self._database.run(
+                lambda con: self._unless_held(user_id, _change(con, user_id, amount))
+            )
+        return await self._database.run(
+            lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key))
+        )
+
+    async def _unless_held(self, user_id: int, change: Coroutine[Any, Any, Outcome]) -> Outcome:
+        """Let one request at a time find out whether an account is still held by somebody else.
+
+        All others of that account are refused at their turn: they would only keep the few
+        connections from those who change other accounts.
+        """
+        until = self._held.get(user_id)
+        if until is not None:
+            if monotonic() < until:
+                change.close()
+                raise DatabaseAway("The account is locked; nothing was changed.", applied="no")
+            self._held[user_id] = monotonic() + 4 * HELD_SECONDS
+        held = False
+        try:
+            return await change
+        except DatabaseAway as problem:
+            held = isinstance(
+                problem.__cause__, asyncpg.LockNotAvailableError | asyncpg.QueryCanceledError
+            )
+            raise
+        finally:
+            if held:
+                self._held[user_id] = monotonic() + HELD_SECONDS
+            else:
+                self._held.pop(user_id, None)
 
     async def open(self, balance: int, key: str | None) -> Outcome:
         """Create a user with an opening `balance`, at most once per `key`.

@@ -1,0 +1,98 @@
+"""Processes are killed under load: nothing that was acknowledged is lost, nothing is done twice."""
+
+import asyncio
+from random import choice, uniform
+
+from balance_app.embedded import EmbeddedPostgres
+from tests.history import Kind, check
+from tests.processes import Copy, connect, running
+from tests.system.client import Load, open_account, read_ledger
+from tests.system.databases import accepting, kill, own_postgres
+from tests.system.sizes import size, tell
+
+COPY_KILLS = size(small=4, full=20)
+DATABASE_KILLS = size(small=2, full=5)
+OPENING_BALANCE = 100
+
+
+async def test_killed_copies_lose_nothing(database: dict[str, str]) -> None:
+    """Copies die in the middle of changes; the others go on and each change happens once."""
+    copies = [Copy(database, f"app{number}") for number in range(1, 4)]
+    async with running(copies):
+        account = await open_account(copies[0].url, OPENING_BALANCE)
+        async with Load([copy.url for copy in copies], account) as load:
+            for _ in range(COPY_KILLS):
+                await load.progress(50)
+                await asyncio.sleep(uniform(0, 0.3))
+                victim = choice(copies)
+                await victim.kill()
+                await load.progress(20)  # the others serve on
+                await victim.launch()
+                await victim.ready()
+            await load.progress(50)
+        ledger = await read_ledger(copies[0].url, account)
+    tell(f"{COPY_KILLS} copies killed: {load.figures()}")
+    assert load.unexpected == []
+    assert check(ledger, load.operations) == []
+    assert load.answers["cut"], "no kill met a request under way"
+    assert load.slowest_seconds < 5
+
+
+async def test_a_killed_database_loses_nothing() -> None:
+    """PostgreSQL dies in the middle of commits; the copies wait, and all answers stay true."""
+    # Commits take as long as on a slow disk, so that each kill meets some.
+    async with own_postgres(commit_delay="5000", commit_siblings="0") as server:
+        copies = [Copy(server.environment(), f"app{number}") for number in (1, 2)]
+        async with running(copies):
+            account = await open_account(copies[0].url, OPENING_BALANCE)
+            async with Load([copy.url for copy in copies], account) as load:
+                seconds = await _kill_database(server, load, DATABASE_KILLS)
+            ledger = await read_ledger(copies[0].url, account)
+    after = ", ".join(f"{each:.2f}" for each in seconds)
+    tell(f"{DATABASE_KILLS} database kills, first answer after {after} s: {load.figures()}")
+    assert load.unexpected == []
+    assert check(ledger, load.operations) == []
+    assert load.answers["503 no"], "no kill met a request under way"
+    assert load.answers["503 unknown"], "no kill met a change under way"
+    assert load.answers["cut"] == load.answers["no connection"] == 0
+    assert load.slowest_seconds < 5
+    assert max(seconds) < 3  # 1 s is promised; the rest is for a busy machine
+
+
+async def test_without_durable_commits_the_same_loses_changes() -> None:
+    """The control: when commits don't wait for the log, the history shows what was lost."""
+    async with own_postgres(
+        synchronous_commit="off",
+        # Nobody else writes the log to disk before its buffers are full.
+        wal_buffers="64MB",
+        wal_writer_delay="10s",
+        wal_writer_flush_after="1GB",
+        bgwriter_lru_maxpages="0",
+        autovacuum="off",
+    ) as server:
+        copies = [Copy(server.environment())]
+        async with running(copies):
+            account = await open_account(copies[0].url, OPENING_BALANCE)
+            connection = await connect(server.environment())
+            await connection.execute("CHECKPOINT")  # the account itself must not be lost
+            await connection.close()
+            async with Load([copies[0].url], account) as load:
+                await _kill_database(server, load, 1)
+            ledger = await read_ledger(copies[0].url, account)
+    lost = [each for each in check(ledger, load.operations) if each.kind == Kind.LOST_CHANGE]
+    tell(f"without durable commits {len(lost)} changes are lost: {load.figures()}")
+    assert lost
+
+
+async def _kill_database(server: EmbeddedPostgres, load: Load, times: int) -> list[float]:
+    """Kill PostgreSQL under load and start it again; return the seconds to the first answers."""
+    seconds = []
+    for _ in range(times):
+        await load.progress(100)
+        await asyncio.sleep(uniform(0, 0.3))
+        await kill(server)
+        starting = asyncio.create_task(server.start())
+        seconds.append(await load.first_answer_after(await accepting(server)))
+        await starting
+    await load.progress(100)
+    return seconds

@@ -1,0 +1,192 @@
+"""`balance-app up`: the whole thing on one machine, from the first start to the last stop."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import psutil
+
+from tests.processes import DATABASE_VARIABLES, free_port
+from tests.system.sizes import tell
+
+COPIES = 2
+READY_SECONDS = 60
+STOP_SECONDS = 5
+
+
+async def test_a_dead_copy_comes_back_and_interrupt_ends_everything(tmp_path: Path) -> None:
+    """All copies serve one port, a killed one is reported and replaced, Ctrl-C leaves nothing."""
+    async with _up(tmp_path) as launched:
+        pids = {name: await launched.ready(name) for name in ("app1", "app2")}
+        assert len(set(pids.values())) == COPIES
+        assert await launched.withdraw(2) == 9_998
+
+        psutil.Process(pids["app1"]).kill()
+        await launched.says(r"app1 was ended by SIGKILL; again in [\d.]+ s")
+        assert await launched.ready("app1", but_not=pids["app1"])
+        assert await launched.withdraw(2, copy=1) == 9_996
+
+        family = launched.family()
+        assert any(process.name() == "postgres" for process in family)
+        took = await launched.end(signal.SIGINT)
+        assert launched.process.returncode == 0
+        await launched.says("Stopped.")
+    tell(f"everything stopped in {took:.2f} s")
+    assert took < STOP_SECONDS
+    assert _alive(family, within_seconds=0) == []
+
+
+async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> None:
+    """What was changed survives the end of everything, until it is reset."""
+    async with _up(tmp_path) as launched:
+        for name in ("app1", "app2"):
+            await launched.ready(name)
+        assert await launched.withdraw(5) == 9_995
+        code, said = await _run(tmp_path, "reset", "--yes")
+        assert code == 1
+        assert said.startswith(f"PostgreSQL (pid {launched.postgres().pid}) is using {tmp_path}")
+        family = launched.family()
+        took = await launched.end(signal.SIGKILL)
+        assert _alive(family, within_seconds=STOP_SECONDS) == []
+    tell(f"the launcher was gone after {took:.2f} s")
+
+    async with _up(tmp_path) as launched:
+        await launched.ready("app1")
+        assert await launched.withdraw(1, copy=1) == 9_994
+        assert await launched.end(signal.SIGTERM) < STOP_SECONDS
+        assert launched.process.returncode == 0
+
+    assert await _run(tmp_path, "reset", "--yes") == (0, f"Deleted {tmp_path}/postgres.\n")
+    assert not (tmp_path / "postgres").exists()
+
+
+async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Nothing is started when a port is taken; one line says which, and what to do."""
+    port = _neighbours(COPIES + 1)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port + 2))
+        other.listen()
+        code, said = await _run(tmp_path, "up", "--copies", str(COPIES), "--port", str(port))
+    assert code == 1
+    assert said.startswith(f"Can't listen on 127.0.0.1:{port + 2}: ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Launched:
+    """A running `balance-app up`, and what it says."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, output: Path) -> None:
+        self.process = process
+        self.port = port
+        self._output = output
+
+    async def says(self, pattern: str) -> re.Match[str]:
+        """Wait until a line says this."""
+        deadline = monotonic() + READY_SECONDS
+        while monotonic() < deadline:
+            if found := re.search(pattern, self._output.read_text()):
+                return found
+            assert self.process.returncode is None, self._output.read_text()
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"never said {pattern!r}:\n{self._output.read_text()}")
+
+    async def ready(self, name: str, *, but_not: int = 0) -> int:
+        """Wait until a copy is said to be ready; return its pid."""
+        other = rf"(?!{but_not}\))"
+        said = await self.says(rf"{name} ready at http\S+ \([\d.]+ s, pid {other}(\d+)\)")
+        return int(said[1])
+
+    async def withdraw(self, amount: int, *, copy: int = 0) -> int:
+        """Withdraw from user 1 through the shared port, or a copy's own; return the balance."""
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+            answer = await http.post(
+                f"http://127.0.0.1:{self.port + copy}/api/balance",
+                json={"userId": 1, "amount": -amount},
+            )
+        return int(answer.raise_for_status().json()["balance"])
+
+    def family(self) -> list[psutil.Process]:
+        """Return the launcher and all that it started."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def postgres(self) -> psutil.Process:
+        """Return PostgreSQL's own first process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.name() == "postgres")
+
+    async def end(self, number: int) -> float:
+        """Signal the launcher alone, wait for its end; return the seconds it took."""
+        asked = monotonic()
+        self.process.send_signal(number)
+        await asyncio.wait_for(self.process.wait(), 30)
+        return monotonic() - asked
+
+
+@asynccontextmanager
+async def _up(data: Path) -> AsyncIterator[_Launched]:
+    port = _neighbours(COPIES + 1)
+    output = data / "output"
+    with output.open("wb") as stdout:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balance_app"),
+            *("up", "--copies", str(COPIES), "--port", str(port)),
+            env=_environment(data),
+            cwd=data,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stdout,
+            start_new_session=True,
+        )
+    launched = _Launched(process, port, output)
+    try:
+        yield launched
+    finally:
+        if process.returncode is None:
+            family = launched.family()
+            await launched.end(signal.SIGTERM)
+            for process_left in _alive(family, within_seconds=1):
+                process_left.kill()
+
+
+async def _run(data: Path, *arguments: str) -> tuple[int, str]:
+    """Run `balance-app`; return its exit code and all it said."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balance_app", *arguments),
+        env=_environment(data),
+        cwd=data,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+def _environment(data: Path) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in DATABASE_VARIABLES}
+    return {**inherited, "BALANCE_APP_DATA": str(data), "COLUMNS": "300"}
+
+
+def _alive(family: list[psutil.Process], *, within_seconds: float) -> list[psutil.Process]:
+    """Return those processes that have not ended in that time."""
+    return list(psutil.wait_procs(family, timeout=within_seconds)[1])
+
+
+def _neighbours(number: int) -> int:
+    """Return the first of several free ports in a row."""
+    ports = [free_port()]
+    while len(ports) < number:
+        port = free_port()
+        ports = [*ports, port] if port == ports[-1] + 1 else [port]
+    return ports[0]

@@ -1,0 +1,33 @@
+"""Copies that start together on an empty database."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from balance_app.database import alembic_head
+from tests.processes import Copy, connect, running
+from tests.system.sizes import size
+
+COPIES = 8
+STARTS = size(small=2, full=20)
+
+
+@pytest.mark.parametrize("turn", range(1, STARTS + 1))
+async def test_eight_copies_start_at_once(database: dict[str, str], turn: int) -> None:
+    """All come up healthy, and the database was prepared exactly once."""
+    copies = [Copy(database, f"app{turn}-{number}") for number in range(1, COPIES + 1)]
+    async with running(copies), httpx.AsyncClient(trust_env=False, timeout=5) as http:
+        answers = await asyncio.gather(*(http.get(f"{copy.url}/health") for copy in copies))
+        assert [answer.status_code for answer in answers] == [200] * COPIES
+        assert all(copy.process and copy.process.returncode is None for copy in copies)
+        connection = await connect(database)
+        try:
+            users = await connection.fetch("SELECT id, balance, version FROM users")
+            entries = await connection.fetch("SELECT user_id, version, amount FROM entries")
+            revisions = await connection.fetch("SELECT version_num FROM alembic_version")
+        finally:
+            await connection.close()
+    assert [tuple(user) for user in users] == [(1, 10_000, 1)]
+    assert [tuple(entry) for entry in entries] == [(1, 1, 10_000)]
+    assert [tuple(revision) for revision in revisions] == [(alembic_head(),)]
