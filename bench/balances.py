@@ -47,8 +47,10 @@ async def main() -> None:
         await postgres.start()
         try:
             tell_machine(Path(top))
-            await hot_user(postgres)
-            await burst(postgres)
+            if "burst" not in sys.argv:
+                await hot_user(postgres)
+            if "hot" not in sys.argv:
+                await burst(postgres)
         finally:
             await postgres.stop()
 

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from balance_app import main, server
 from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 
 
@@ -39,6 +40,7 @@ async def bare(scope: Scope, receive: Receive, send: Send) -> None:
 
 if __name__ == "__main__":
     settings = load_settings()
+    configure_logs(settings)
     match sys.argv[1]:
         case "service":
             server.serve(settings)

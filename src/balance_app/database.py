@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from pathlib import Path
 from time import monotonic
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 Result = TypeVar("Result")
+# what to do on a connection, where its result is waited for, and until when (monotonic)
+_Waiter: TypeAlias = "tuple[Callable[[Connection], Awaitable[Any]], asyncio.Future[Any], float]"
 
 PROBE_SECONDS: Final = 0.1
 MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
@@ -142,8 +144,8 @@ class Database:
             command_timeout=settings.db_statement_seconds,
             reset=_keep_session,
         )
-        self._free = settings.db_pool_size
-        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
+        self._waiting: deque[_Waiter] = deque()
+        self._clerks: set[asyncio.Task[None] | None] = set()
         self._away: str | None = "The service has not reached its database yet."
         self._watch: asyncio.Task[None] | None = None
         self._serving = False
@@ -183,82 +185,80 @@ class Database:
             DatabaseAway: it can't be reached; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
-        connection = await self._turn(urgent=urgent)
-        try:
-            return await operation(connection)
-        except asyncio.CancelledError:
-            _terminate(connection)  # it is in the middle of something
-            raise
-        except DatabaseAway as problem:
-            cause = problem.__cause__
-            silent = isinstance(cause, TimeoutError | asyncpg.ReadOnlySQLTransactionError)
-            if silent or (cause is not None and is_away(cause) == "unknown"):
-                _terminate(connection)
-            if silent:
-                self._lose("The database does not answer.")
-            raise
-        finally:
-            await self._pass_on(connection)
+        if self._away is not None:
+            raise DatabaseAway(self._away, applied="no")
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        waiter = (operation, answer, monotonic() + self._settings.max_waiting_seconds)
+        if len(self._clerks) < self._settings.db_pool_size:
+            # Of its own context: a clerk serves many requests.
+            clerk = asyncio.create_task(self._serve_line(waiter), context=Context())
+            self._clerks.add(clerk)
+        elif len(self._waiting) >= self._settings.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests wait already.")
+        else:
+            (self._waiting.appendleft if urgent else self._waiting.append)(waiter)
+        return await answer
 
     def refuse_all(self, reason: str) -> None:
         """Refuse who waits and who comes; what has its connection goes on."""
         self._away = reason
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_exception(DatabaseAway(reason, applied="no"))
+            _, answer, _ = self._waiting.popleft()
+            if not answer.done():
+                answer.set_exception(DatabaseAway(reason, applied="no"))
 
     # -- the line -----------------------------------------------------------------------------
 
-    async def _turn(self, *, urgent: bool) -> Connection:
-        if self._away is not None:
-            raise DatabaseAway(self._away, applied="no")
-        if self._free:
-            self._free -= 1
-            return await self._acquire()
-        if len(self._waiting) >= self._settings.max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests wait already.")
-        since = monotonic()
-        turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        (self._waiting.appendleft if urgent else self._waiting.append)(turn)
+    async def _serve_line(self, waiter: _Waiter | None) -> None:
+        """Be a clerk: with one connection, serve one after the other until nobody waits.
+
+        The next operation's statement is on its way before the last one's answer is looked at.
+        """
+        connection: Connection | None = None
         try:
-            connection = await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                await self._pass_on(turn.result())
-            raise
-        if connection is None:
-            connection = await self._acquire()
-        if monotonic() - since > self._settings.max_waiting_seconds:
-            await self._pass_on(connection)
-            raise Overloaded(f"No turn within {self._settings.max_waiting_seconds:g} s.")
-        return connection
+            while waiter is not None:
+                operation, answer, until = waiter
+                try:
+                    if answer.done():
+                        pass  # who asked is gone
+                    elif monotonic() > until:
+                        answer.set_exception(Overloaded("No turn came in time."))
+                    else:
+                        if connection is None or _is_closed(connection):
+                            connection = await self._acquire()
+                        result = await operation(connection)
+                        if not answer.done():
+                            answer.set_result(result)
+                except Exception as error:  # noqa: BLE001 - it belongs to who asked
+                    self._learn_from(error, connection)
+                    if not answer.done():
+                        answer.set_exception(error)
+                waiter = self._waiting.popleft() if self._waiting else None
+        finally:
+            self._clerks.discard(asyncio.current_task())
+            if connection is not None:
+                await self._pool.release(connection)
 
     async def _acquire(self) -> Connection:
         try:
             return await self._pool.acquire(timeout=self._settings.db_connect_seconds)
-        except BaseException as error:
-            away = is_away(error)
+        except Exception as error:
+            if not is_away(error):
+                raise
             # A server that is merely full still serves the connections that there are.
-            if away and not isinstance(error, asyncpg.TooManyConnectionsError):
+            if not isinstance(error, asyncpg.TooManyConnectionsError):
                 self._lose("The database can't be reached.")
-            await self._pass_on(None)
-            if away:
-                raise DatabaseAway("The database can't be reached.", applied="no") from error
-            raise
+            raise DatabaseAway("The database can't be reached.", applied="no") from error
 
-    async def _pass_on(self, connection: Connection | None) -> None:
-        """Give the turn, and the connection if it still works, to the first who waits."""
-        if connection is not None and _is_closed(connection):
-            connection = None  # the pool took its place back when it closed
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(connection)
-                return
-        self._free += 1
-        if connection is not None:
-            await self._pool.release(connection)
+    def _learn_from(self, error: Exception, connection: Connection | None) -> None:
+        cause = error.__cause__
+        if connection is None or not isinstance(error, DatabaseAway) or cause is None:
+            return
+        silent = isinstance(cause, TimeoutError | asyncpg.ReadOnlySQLTransactionError)
+        if silent or is_away(cause) == "unknown":
+            _terminate(connection)
+        if silent:
+            self._lose("The database does not answer.")
 
     # -- away and back ------------------------------------------------------------------------
 
@@ -276,13 +276,12 @@ class Database:
             try:
                 await migrate(self._settings)
             except Exception as error:
-                away = is_away(error)
+                hopeless = isinstance(error, _CANNOT_BE_MENDED_BY_WAITING)
+                away = is_away(error) is not None and not hopeless
                 # Whoever starts this copy is told; once it serves, an operator may still mend it.
+                if hopeless and not self._serving:
+                    raise UnusableDatabaseError(f"The database can't be used: {error}") from error
                 if not away and not self._serving:
-                    if isinstance(error, _CANNOT_BE_MENDED_BY_WAITING):
-                        raise UnusableDatabaseError(
-                            f"The database can't be used: {error}"
-                        ) from error
                     raise
                 reason = "can't be reached" if away else "can't be used; the log says why"
                 if reason != told:

@@ -6,8 +6,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
-from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from balance_app.errors import (
     BodyTooLarge,
@@ -40,10 +39,12 @@ async def read_json(request: Request, model: type[Model], *, within_seconds: flo
         MalformedRequest: not JSON.
         InvalidRequest: JSON, but not this model.
     """
-    _require_json(request.headers)
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
-        raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
+    _require_json(header_values(request, b"content-type"))
+    if header_values(request, b"content-encoding") not in ([], [b"identity"]):
+        raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
+    for declared in header_values(request, b"content-length"):
+        if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
     return parse_json(await _read_body(request, within_seconds), model)
 
 
@@ -64,38 +65,45 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
 
 
 async def _read_body(request: Request, within_seconds: float) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
+    body = b""
+    more = True
     try:
         async with asyncio.timeout(within_seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > MAX_BODY_BYTES:
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise MalformedRequest("The connection closed before the body was complete.")
+                body += message.get("body", b"")
+                if len(body) > MAX_BODY_BYTES:
                     raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
-                chunks.append(chunk)
+                more = message.get("more_body", False)
     except TimeoutError:
         raise RequestTimeout(
             f"The body did not arrive within {within_seconds:g} s.", headers={"Connection": "close"}
         ) from None
-    except ClientDisconnect:
-        raise MalformedRequest("The connection closed before the body was complete.") from None
-    return b"".join(chunks)
+    return body
 
 
-def _require_json(headers: Headers) -> None:
-    declared = headers.getlist("content-type")
-    media_type, _, parameters = (declared[0] if len(declared) == 1 else "").lower().partition(";")
+def header_values(request: Request, name: bytes) -> list[bytes]:
+    """Return each value of a header (`name` in lower case) as it was sent."""
+    return [value for key, value in request.scope["headers"] if key == name]
+
+
+def _require_json(declared: list[bytes]) -> None:
+    if declared == [b"application/json"]:
+        return
+    media_type, _, parameters = (
+        (declared[0] if len(declared) == 1 else b"").decode("latin-1").lower().partition(";")
+    )
     media_type = media_type.strip()
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")
     ):
         raise UnsupportedMediaType("Send the body as Content-Type: application/json.")
-    for parameter in parameters.split(";") if parameters else ():
+    for parameter in parameters.split(";"):
         name, _, value = parameter.partition("=")
         if name.strip() == "charset" and value.strip().strip('"') not in {"utf-8", "utf8"}:
             raise UnsupportedMediaType("Send the body in UTF-8.")
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
 
 
 class _DuplicateKeyError(Exception):

@@ -12,10 +12,10 @@ from starlette.requests import Request
 
 from balance_app.balances.repository import Account, Entry, Outcome, refusal
 from balance_app.errors import InvalidRequest
-from balance_app.json_body import MAX_INTEGER, StrictModel
+from balance_app.json_body import MAX_INTEGER, StrictModel, header_values
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
-_KEY: Final = re.compile(KEY_PATTERN)
+_KEY: Final = re.compile(KEY_PATTERN.encode())
 
 
 def _not_zero(amount: int) -> int:
@@ -172,13 +172,13 @@ def idempotency_key(request: Request) -> str | None:
     Raises:
         InvalidRequest: it is not 1 to 255 visible ASCII characters, or sent twice.
     """
-    keys = request.headers.getlist("idempotency-key")
+    keys = header_values(request, b"idempotency-key")
     if not keys:
         return None
-    key = keys[0].strip(" \t")  # not part of a header's value (RFC 9110, 5.5)
+    key = keys[0].strip(b" \t")  # not part of a header's value (RFC 9110, 5.5)
     if len(keys) > 1 or not _KEY.fullmatch(key):
         raise InvalidRequest(("header:Idempotency-Key", "not-a-key"))
-    return key
+    return key.decode("ascii")
 
 
 def outcome_status(outcome: Outcome) -> int:
