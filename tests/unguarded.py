@@ -4,15 +4,18 @@ A test of safety that passes without the guard is no test. Each guard here is th
 implementation that looks right.
 """
 
+import asyncio
+import os
 import sys
+import time
 from collections.abc import Callable
 
-from balance_app import server
+from balance_app import database, server
 from balance_app.balances import repository
 from balance_app.balances.repository import Outcome
 from balance_app.database import Connection, read, write
 from balance_app.json_body import MAX_INTEGER
-from balance_app.settings import load_settings
+from balance_app.settings import Settings, load_settings
 
 READ_FIRST = "SELECT balance, version FROM users WHERE id = $1"
 
@@ -90,10 +93,25 @@ def key() -> None:
     vars(repository)["CHANGE_ONCE"] = NO_KEYS
 
 
+def migration_lock() -> None:
+    """Migrate without taking turns, all at the moment that MIGRATE_AT names (epoch seconds)."""
+    guarded = database.migrate
+    moment = float(os.environ["MIGRATE_AT"])
+    time.sleep(max(0.0, moment - 2 - time.time()))
+
+    async def migrate(settings: Settings) -> None:
+        await asyncio.sleep(max(0.0, moment - time.time()))
+        vars(database)["MIGRATION_LOCK"] = os.getpid()  # a lock that nobody else takes
+        await guarded(settings)
+
+    vars(database)["migrate"] = migrate
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-look": fresh_look,
     "key": key,
+    "migration-lock": migration_lock,
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Copies that start together on an empty database."""
 
 import asyncio
+import time
 
 import httpx
 import pytest
@@ -31,3 +32,20 @@ async def test_eight_copies_start_at_once(database: dict[str, str], turn: int) -
     assert [tuple(user) for user in users] == [(1, 10_000, 1)]
     assert [tuple(entry) for entry in entries] == [(1, 1, 10_000)]
     assert [tuple(revision) for revision in revisions] == [(alembic_head(),)]
+
+
+async def test_without_the_lock_some_copies_fail(database: dict[str, str]) -> None:
+    """The control: copies that migrate at one moment without taking turns meet, and die of it."""
+    unguarded = ("-m", "tests.unguarded", "migration-lock")
+    moment = str(time.time() + 12)  # all have started by then
+    copies = [
+        Copy(database, f"app{number}", program=unguarded, MIGRATE_AT=moment)
+        for number in range(1, COPIES + 1)
+    ]
+    try:
+        for copy in copies:
+            await copy.launch()
+        started = await asyncio.gather(*(copy.ready() for copy in copies), return_exceptions=True)
+        assert any(isinstance(each, AssertionError) for each in started)
+    finally:
+        await asyncio.gather(*(copy.stop() for copy in copies))
