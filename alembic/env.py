@@ -5,10 +5,10 @@ Copies that start together take turns: `balance_app.database.migrate` holds an a
 
 import asyncio
 
+from alembic import context
 from sqlalchemy import Connection
 
 import balance_app.balances.tables  # noqa: F401 - declares its tables in `metadata`
-from alembic import context
 from balance_app.database import metadata, migrate
 from balance_app.settings import load_settings
 

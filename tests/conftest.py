@@ -1,16 +1,14 @@
 """What the tests run on: one real PostgreSQL, an empty database for each test that asks."""
 
 import os
-import tempfile
 from collections.abc import AsyncIterator
 from itertools import count
-from pathlib import Path
 
 import httpx
 import pytest
 
-from balance_app.embedded import EmbeddedPostgres
 from tests.processes import DATABASE_VARIABLES, Copy, connect
+from tests.system.databases import own_postgres
 
 _numbers = count(1)
 
@@ -22,15 +20,8 @@ async def postgres() -> AsyncIterator[dict[str, str]]:
     if "DB_HOST" in configured:
         yield configured
         return
-    # A short path of its own: the server's socket lies in its data directory.
-    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
-        Path(top).chmod(0o711)  # as root, the server runs as another user
-        server = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
-        await server.start()
-        try:
-            yield server.environment()
-        finally:
-            await server.stop()
+    async with own_postgres(max_connections="200") as server:
+        yield server.environment()
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
+from alembic import command
 from alembic.util import CommandError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from alembic import command
 from balance_app import database as db
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect

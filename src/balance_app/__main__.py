@@ -1,6 +1,7 @@
 """The command line: `balance-app --help`."""
 
 import asyncio
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -97,6 +98,28 @@ def reset(
     except EmbeddedError as error:
         _fail(str(error))
     typer.echo(f"Deleted {where}." if removed else f"There is nothing at {where}.")
+
+
+@cli.command()
+def psql() -> None:
+    """Open a prompt in the embedded database, while `up` runs."""
+    from balance_app.embedded import (
+        EmbeddedError,
+        EmbeddedPostgres,
+        binaries,
+        data_directory,
+        running_server,
+    )
+
+    where = data_directory()
+    try:
+        if running_server(where) is None:
+            _fail(f"No PostgreSQL runs on {where}: start it with `balance-app up`.")
+        socket_directory = EmbeddedPostgres(where).socket_directory
+        program = str(binaries() / "psql")
+    except EmbeddedError as error:
+        _fail(str(error))
+    os.execv(program, ["psql", f"--host={socket_directory}", "--username=postgres"])  # noqa: S606
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
+from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
@@ -27,7 +28,6 @@ from sqlalchemy import MetaData, pool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from alembic import command
 from balance_app.errors import Applied, DatabaseAway, Overloaded
 from balance_app.settings import Settings
 
