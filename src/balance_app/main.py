@@ -86,7 +86,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.set_threshold(50_000, 20, 100)
         log.info("started", address=f"http://{settings.host}:{settings.port}", version=app.version)
         refusal = asyncio.create_task(
-            _refuse_in_time(database, app.state.stopping, settings.stop_seconds / 2)
+            _refuse_in_time(database, app.state.stopping, settings.stop_seconds / 6)
         )
         yield
         refusal.cancel()
@@ -97,7 +97,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: float) -> None:
-    """Refuse who still waits half-way through a stop: at its end there is no time to say so."""
+    """Refuse who still waits soon after the signal, so that there is time left to say so to all."""
     await stopping.wait()
     log.info("stopping")
     await asyncio.sleep(seconds)
