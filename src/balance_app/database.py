@@ -146,6 +146,7 @@ class Database:
         )
         self._waiting: deque[_Waiter] = deque()
         self._clerks: set[asyncio.Task[None] | None] = set()
+        # why the database can't be used, in a sentence; None when it can
         self._away: str | None = "The service has not reached its database yet."
         self._watch: asyncio.Task[None] | None = None
         self._serving = False
@@ -170,11 +171,6 @@ class Database:
             self._watch.cancel()
             await asyncio.wait({self._watch})
         self._pool.terminate()
-
-    @property
-    def away(self) -> str | None:
-        """Why the database can't be used, in a sentence; None when it can."""
-        return self._away
 
     async def run(
         self, operation: Callable[[Connection], Awaitable[Result]], *, urgent: bool = False

@@ -8,14 +8,11 @@ import sys
 from collections.abc import Generator
 from types import FrameType
 
-import structlog
 import uvicorn
 
 from balance_app.main import create_app
 from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
-
-log = structlog.get_logger(__name__)
 
 BACKLOG = 4096  # a burst knocks faster than one process opens
 

@@ -17,6 +17,7 @@ from balance_app.balances.errors import (
 )
 from balance_app.balances.repository import BalanceRepository, Outcome
 from balance_app.balances.schemas import (
+    KEY_PATTERN,
     AccountAnswer,
     AccountsAnswer,
     ChangeAnswer,
@@ -75,7 +76,7 @@ def _settings(request: Request) -> Settings:
         BalanceLimitExceeded,
         IdempotencyKeyReused,
     ),
-    openapi_extra=json_request(ChangeRequest, takes_key=True),
+    openapi_extra=json_request(ChangeRequest, key_pattern=KEY_PATTERN),
 )
 async def change_balance(request: Request) -> Response:
     """Change a user's balance now: add `amount`, or withdraw when it is negative.
@@ -96,7 +97,7 @@ async def change_balance(request: Request) -> Response:
     status_code=201,
     response_model=AccountAnswer,
     responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused),
-    openapi_extra=json_request(OpenRequest, takes_key=True),
+    openapi_extra=json_request(OpenRequest, key_pattern=KEY_PATTERN),
 )
 async def open_account(request: Request) -> Response:
     """Create a user; the opening balance becomes entry 1 of the ledger."""
