@@ -14,6 +14,7 @@ from balance_app import database, server
 from balance_app.balances import repository
 from balance_app.balances.repository import Outcome
 from balance_app.database import Connection, read, write
+from balance_app.jobs.registry import Registry
 from balance_app.json_body import MAX_INTEGER
 from balance_app.settings import Settings, load_settings
 
@@ -116,4 +117,4 @@ GUARDS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     GUARDS[sys.argv[1]]()
-    server.serve(load_settings())
+    server.serve(load_settings(), Registry([]))

@@ -21,17 +21,25 @@ cli = typer.Typer(
 @cli.command()
 def serve() -> None:
     """Run one copy of the service; it is configured by the environment (see .env.example)."""
+    from balance_app.jobs.housekeeping import JOBS
+    from balance_app.jobs.registry import DeclarationError, Registry
     from balance_app.logs import configure_logs
     from balance_app.server import PortTakenError
     from balance_app.server import serve as run
 
     settings = load_settings()
+    if settings.jobs_enabled and os.getpid() == 1:
+        _fail(
+            "As process 1 this copy could not be ended by the kernel when it stands still, and a "
+            "job might run twice: start the container with an init (`docker run --init`), or "
+            "without jobs (JOBS_ENABLED=false)."
+        )
     if not settings.database_is_configured:
         _fail("No database is configured: set DATABASE_URL or DB_HOST, or use `balance-app up`.")
     configure_logs(settings)
     try:
-        run(settings)
-    except PortTakenError as error:
+        run(settings, Registry(JOBS))
+    except (PortTakenError, DeclarationError) as error:
         _fail(str(error))
 
 

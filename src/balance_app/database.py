@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import Context
 from pathlib import Path
 from time import monotonic
@@ -144,10 +145,17 @@ class Database:
             command_timeout=settings.db_statement_seconds,
             reset=_keep_session,
         )
+        self._lent: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
+            **settings.job_arguments(),
+            min_size=0,
+            max_size=settings.job_connections,
+            max_inactive_connection_lifetime=60,
+        )
         self._waiting: deque[_Waiter] = deque()
         self._clerks: set[asyncio.Task[None] | None] = set()
         # why the database can't be used, in a sentence; None when it can
         self._away: str | None = "The service has not reached its database yet."
+        self._stopping = False
         self._watch: asyncio.Task[None] | None = None
         self._serving = False
 
@@ -158,6 +166,7 @@ class Database:
             UnusableDatabaseError: the database answers but can't be used.
         """
         await self._pool
+        await self._lent
         self._watch = asyncio.create_task(self._bring_up())
         done, _ = await asyncio.wait({self._watch}, timeout=patience_seconds)
         self._serving = True
@@ -166,16 +175,35 @@ class Database:
 
     async def stop(self) -> None:
         """Close every connection; what is still waiting is refused."""
-        self.refuse_all("The service is stopping.")
+        self._stop_serving("The service is stopping.")
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait({self._watch})
         self._pool.terminate()
+        self._lent.terminate()
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[Connection]:
+        """Lend a connection for longer work; there are few, apart from those that serve the line.
+
+        It is closed, and what was not committed is rolled back, when the work ends by an exception.
+        """
+        connection = await self._lent.acquire()
+        try:
+            yield connection
+        except BaseException:
+            _terminate(connection)
+            raise
+        finally:
+            await self._lent.release(connection)
 
     async def run(
         self, operation: Callable[[Connection], Awaitable[Result]], *, urgent: bool = False
     ) -> Result:
-        """Run `operation` on a connection when its turn comes; `urgent` goes to the head.
+        """Run `operation` on a connection when its turn comes.
+
+        What is `urgent` goes to the head of the line, however long it is, and is still done while
+        the copy stops.
 
         Raises:
             DatabaseAway: it can't be reached; nothing of the operation was sent.
@@ -183,21 +211,31 @@ class Database:
         """
         if self._away is not None:
             raise DatabaseAway(self._away, applied="no")
+        if self._stopping and not urgent:
+            raise DatabaseAway("This copy is stopping.", applied="no")
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waiter = (operation, answer, monotonic() + self._settings.max_waiting_seconds)
         if len(self._clerks) < self._settings.db_pool_size:
             # Of its own context: a clerk serves many requests.
             clerk = asyncio.create_task(self._serve_line(waiter), context=Context())
             self._clerks.add(clerk)
-        elif len(self._waiting) >= self._settings.max_waiting:
+        elif len(self._waiting) >= self._settings.max_waiting and not urgent:
             raise Overloaded(f"{len(self._waiting)} requests wait already.")
         else:
             (self._waiting.appendleft if urgent else self._waiting.append)(waiter)
         return await answer
 
-    def refuse_all(self, reason: str) -> None:
-        """Refuse who waits and who comes; what has its connection goes on."""
+    def refuse_requests(self) -> None:
+        """Refuse who waits and who comes, but for what is urgent: this copy stops."""
+        self._stopping = True
+        self._refuse_all("This copy is stopping.")
+
+    def _stop_serving(self, reason: str) -> None:
         self._away = reason
+        self._refuse_all(reason)
+
+    def _refuse_all(self, reason: str) -> None:
+        """Refuse who waits; what has its connection goes on."""
         while self._waiting:
             _, answer, _ = self._waiting.popleft()
             if not answer.done():
@@ -264,7 +302,7 @@ class Database:
             log.warning("database away", reason=reason, waiting=len(self._waiting))
             # Of its own context: what it logs is not about the request that found out.
             self._watch = asyncio.create_task(self._probe(), context=Context())
-        self.refuse_all(reason)
+        self._stop_serving(reason)
 
     async def _bring_up(self) -> None:
         told = None

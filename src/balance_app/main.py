@@ -26,17 +26,23 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.front import Front
+from balance_app.jobs.registry import Registry
+from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, stopping: asyncio.Event) -> Front:
-    """Return the application of one copy; its lifespan migrates and connects.
+def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) -> Front:
+    """Return the application of one copy; its lifespan migrates, connects, and runs jobs.
 
     `stopping` is set from outside when the copy is told to stop.
+
+    Raises:
+        DeclarationError: a job can't work with these settings.
     """
+    registry.check(min_seconds=settings.job_min_seconds)
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
@@ -49,6 +55,7 @@ def create_app(settings: Settings, stopping: asyncio.Event) -> Front:
     )
     app.state.settings = settings
     app.state.stopping = stopping
+    app.state.registry = registry
     app.include_router(balances.router)
     app.include_router(health.router)
     api_docs.add_docs(app)
@@ -67,7 +74,9 @@ def create_app(settings: Settings, stopping: asyncio.Event) -> Front:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     database = Database(settings)
+    scheduler = Scheduler(settings, database, app.state.registry) if settings.jobs_enabled else None
     app.state.database = database
+    app.state.scheduler = scheduler
     app.state.balances = BalanceRepository(database)
     app.state.schema_head = alembic_head()
     try:
@@ -85,13 +94,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
         log.info("started", address=f"http://{settings.host}:{settings.port}", version=app.version)
+        if scheduler is not None:
+            scheduler.start()
         refusal = asyncio.create_task(
             _refuse_in_time(database, app.state.stopping, settings.stop_seconds / 6)
         )
+        handing_back = asyncio.create_task(_hand_back(scheduler, app.state.stopping))
         yield
         refusal.cancel()
-    finally:
         app.state.stopping.set()
+        await handing_back
+        if scheduler is not None:
+            await scheduler.part()
+    finally:
         await database.stop()
         log.info("stopped")
 
@@ -101,7 +116,14 @@ async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: 
     await stopping.wait()
     log.info("stopping")
     await asyncio.sleep(seconds)
-    database.refuse_all("This copy is stopping.")
+    database.refuse_requests()
+
+
+async def _hand_back(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
+    """Give the jobs to other copies at once after the signal, while requests are still answered."""
+    await stopping.wait()
+    if scheduler is not None:
+        await scheduler.stop()
 
 
 async def _tell_problem(_request: Request, problem: Exception) -> Response:

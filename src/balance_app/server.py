@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from balance_app.jobs.registry import Registry
 from balance_app.main import create_app
 from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
@@ -46,10 +47,11 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def serve(settings: Settings) -> None:
-    """Run one copy until SIGINT or SIGTERM.
+def serve(settings: Settings, registry: Registry) -> None:
+    """Run one copy, with the jobs of `registry`, until SIGINT or SIGTERM.
 
     Raises:
+        DeclarationError: a job can't work with these settings.
         PortTakenError: naming the port.
         SystemExit: the start failed; the log has the reason.
     """
@@ -58,7 +60,7 @@ def serve(settings: Settings) -> None:
         sockets.append(listen(settings.host, settings.shared_port, shared=True))
     stopping = asyncio.Event()
     config = uvicorn.Config(
-        create_app(settings, stopping),
+        create_app(settings, stopping, registry),
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         http=LimitedProtocol,
         ws="none",

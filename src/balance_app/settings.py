@@ -53,6 +53,24 @@ class Settings(BaseSettings):
         3, description="how long requests under way may take to end after SIGTERM"
     )
 
+    jobs_enabled: bool = Field(True, description="false: this copy serves requests only")
+    job_min_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        120.0, description="a run lasts at least this long, unless its job says otherwise"
+    )
+    job_lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = Field(
+        6.0, description="a copy that gives no sign of life for this long has lost its jobs"
+    )
+    job_heartbeat_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    job_settling_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        5.0, description="how far apart copies may come up and still share evenly"
+    )
+    job_step_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
+        0.25, description="how much longer a copy waits for a job than one that runs one job less"
+    )
+    job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="connections that the transactions of this copy's jobs may use"
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_requests: bool = False
@@ -88,6 +106,16 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _heart_beats_thrice(self) -> Self:
+        if self.job_heartbeat_seconds * 3 > self.job_lease_seconds:
+            raise ValueError(
+                f"JOB_HEARTBEAT_SECONDS ({self.job_heartbeat_seconds:g}) must be at most a third "
+                f"of JOB_LEASE_SECONDS ({self.job_lease_seconds:g}), "
+                "or one lost heartbeat loses the lease"
+            )
+        return self
+
     @property
     def database_is_configured(self) -> bool:
         """Whether a database was named, by URL or by host."""
@@ -102,6 +130,17 @@ class Settings(BaseSettings):
         arguments = self.connect_arguments()
         seconds = (self.db_lock_seconds + self.db_statement_seconds) / 2
         arguments["server_settings"]["statement_timeout"] = f"{round(seconds * 1000)}ms"
+        return arguments
+
+    def job_arguments(self) -> dict[str, Any]:
+        """Return `connect_arguments` for the transactions of jobs.
+
+        The server ends one whose copy has stood still for as long as a lease: what it holds locked
+        is free again when its job is taken over.
+        """
+        arguments = self.connect_arguments()
+        milliseconds = f"{round(self.job_lease_seconds * 1000)}ms"
+        arguments["server_settings"]["idle_in_transaction_session_timeout"] = milliseconds
         return arguments
 
     def connect_arguments(self) -> dict[str, Any]:

@@ -1,0 +1,363 @@
+"""The board: what every job and every copy is doing at one moment, for people to look at.
+
+A copy keeps each job's line as it was written last, and asks PostgreSQL only for the rows that
+have changed since its last look: ten thousand jobs cost little more than ten. Each look is one
+statement, so one snapshot; all times are differences to that statement's own clock.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+import asyncpg
+from pydantic_core import from_json, to_json
+
+from balance_app.database import Database, read
+from balance_app.errors import Problem
+from balance_app.jobs.schedule import ScheduleError, parse
+from balance_app.settings import Settings
+
+State = Literal["running", "waiting", "paused"]
+
+_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+_AT_ONCE: Final = 200  # lines written before others get their turn
+_XIDS: Final = 2**32
+
+
+class Limits(NamedTuple):
+    """The durations that a reason to wait depends on."""
+
+    settling: timedelta
+    # ready for longer than this, and not running: nobody comes for it
+    overdue: timedelta
+
+
+class Fleet(NamedTuple):
+    """What the live copies can run, and since when the eldest of them is up."""
+
+    # jobs up to a number, but for those
+    abilities: frozenset[tuple[int, frozenset[str]]]
+    since: datetime | None
+
+    def can_run(self, number: int, name: str) -> bool:
+        """Say whether some live copy has the code of a job."""
+        return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
+
+
+class Line(NamedTuple):
+    """One job as JSON, until when it may stand so, and what the sums need of it."""
+
+    text: bytes
+    stands_until: datetime
+    state: State
+    overdue: bool
+    # the copy that runs it
+    holder: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything at one moment: a `StatusAnswer` as JSON, and each job's part of it by name."""
+
+    text: bytes
+    jobs: Mapping[str, bytes]
+
+
+class Board:
+    """The jobs and copies as they are now, seen from one copy."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._lease = timedelta(seconds=settings.job_lease_seconds)
+        settling = timedelta(seconds=settings.job_settling_seconds)
+        self._limits = Limits(settling, overdue=self._lease + settling)
+        self._turn = asyncio.Lock()
+        self._looks = 0
+        self._last: Snapshot | Problem | None = None
+        # what is known from the last look: since which transaction, of which server
+        self._horizon: str | None = None
+        self._booted_at: datetime | None = None
+        self._rows: dict[str, asyncpg.Record] = {}
+        self._lines: dict[str, Line] = {}
+        self._lacks: dict[str, frozenset[str]] = {}
+        self._fleet: Fleet | None = None
+
+    async def look(self) -> Snapshot:
+        """Return everything as it is now; those who ask at the same time share one look.
+
+        Raises:
+            DatabaseAway: it can't be reached.
+        """
+        seen = self._looks
+        async with self._turn:
+            # A look that began before the question came may be older than what it asks about.
+            if self._looks == seen or self._last is None:
+                self._looks += 1
+                self._last = None
+                try:
+                    self._last = await self._look()
+                except Problem as problem:
+                    self._last = problem
+            if isinstance(self._last, Problem):
+                raise self._last
+            return self._last
+
+    async def _look(self) -> Snapshot:
+        header = await self._fetch()
+        if header["jobs"] != len(self._rows):  # a row was deleted
+            self._horizon = None
+            header = await self._fetch()
+        now: datetime = header["now"]
+        copies = from_json(header["copies"])
+        fleet = self._learn_fleet(copies)
+        if fleet != self._fleet:
+            self._fleet = fleet
+            self._lines.clear()
+        await self._write_lines(now, fleet)
+        await asyncio.sleep(0)
+        counts = {"running": 0, "waiting": 0, "paused": 0, "overdue": 0}
+        runs: Counter[str | None] = Counter()
+        for (state, overdue, holder), number in Counter(
+            line[2:] for line in self._lines.values()
+        ).items():
+            counts[state] += number
+            counts["overdue"] += number * overdue
+            runs[holder] += number
+        for copy in copies:
+            copy["running"] = runs[copy["id"]]
+        head = to_json({"now": now, "counts": counts, "copies": copies})
+        await asyncio.sleep(0)
+        jobs = {name: self._lines[name].text for name in self._rows}
+        return Snapshot(head[:-1] + b',"jobs":[' + b",".join(jobs.values()) + b"]}", jobs)
+
+    async def _fetch(self) -> asyncpg.Record:
+        """Bring the rows up to now; return what else the statement said."""
+        rows = await self._database.run(
+            lambda con: read(
+                con, CHANGED, self._horizon, self._booted_at, self._lease, list(self._lacks)
+            )
+        )
+        (header,) = (row for row in rows if row["now"] is not None)
+        if self._horizon is None or header["booted_at"] != self._booted_at:
+            self._rows.clear()
+            self._lines.clear()
+        known = len(self._rows)
+        for row in rows:
+            if row["name"] is not None:
+                self._rows[row["name"]] = row
+                self._lines.pop(row["name"], None)
+        if len(self._rows) > known:
+            self._rows = dict(sorted(self._rows.items()))
+        self._horizon = str(int(header["horizon"]) % _XIDS)
+        self._booted_at = header["booted_at"]
+        return header
+
+    def _learn_fleet(self, copies: Iterable[dict[str, Any]]) -> Fleet:
+        """Return what the live copies can do, and take out of `copies` what is not for people."""
+        lacks: dict[str, frozenset[str]] = {}
+        abilities = set()
+        since = []
+        for copy in copies:
+            lacked, knows_to = copy.pop("lacks"), copy.pop("knowsTo")
+            copy["startedAt"] = datetime.fromisoformat(copy["startedAt"]).astimezone(UTC)
+            known = self._lacks[copy["id"]] if lacked is None else frozenset(lacked)
+            lacks[copy["id"]] = known
+            if copy["live"]:
+                abilities.add((knows_to, known))
+                since.append(copy["startedAt"])
+        self._lacks = lacks
+        return Fleet(frozenset(abilities), min(since, default=None))
+
+    async def _write_lines(self, now: datetime, fleet: Fleet) -> None:
+        """Write the lines that no longer stand, a few at a time."""
+        written = 0
+        for name, row in self._rows.items():
+            line = self._lines.get(name)
+            if line is None or line.stands_until <= now:
+                self._lines[name] = _write(row, now, fleet, self._limits)
+                written += 1
+                if written % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
+
+
+# A row that was written by a transaction older than any that ran during the last look was seen
+# by it, or is older still; all others are asked for. The rows and the header are one snapshot.
+# What a copy lacks never changes: it is asked for once.
+#
+# $1 the last look's oldest transaction (none: all rows), $2 the server that was asked,
+# $3 the lease, $4 the copies whose lacks are known
+CHANGED: Final = """
+WITH header AS (
+    SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
+           pg_snapshot_xmin(pg_current_snapshot())::text AS horizon
+), changed AS (
+    SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
+           paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
+           cancel_by, done, total, note, alive_at,
+           last_outcome, last_server, last_started_at, last_ended_at, last_result
+    FROM jobs
+    WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
+       OR age(jobs.xmin) <= age($1::text::xid)
+)
+SELECT header.*, changed.*
+FROM (
+    SELECT header.*, (SELECT count(*) FROM jobs) AS jobs,
+           (SELECT coalesce(json_agg(json_build_object(
+                'id', id,
+                'server', server,
+                'startedAt', started_at,
+                'seenSecondsAgo', greatest(round(extract(epoch FROM now - seen_at), 3), 0)::float8,
+                'live', seen_at + $3::interval > now,
+                'running', 0,
+                'knowsTo', knows_to,
+                'lacks', CASE WHEN id <> ALL ($4::uuid[]) THEN lacks END
+            ) ORDER BY server, started_at), '[]')::text
+            FROM copies WHERE seen_at > now - greatest($3, interval '1 minute')) AS copies
+    FROM header
+) AS header
+FULL JOIN changed ON false
+"""
+
+
+def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> Line:
+    """Return a job's line; what it says is true from `now` on, until something changes."""
+    state: State = "waiting"
+    if row["holder"] is not None and row["lease_until"] > now:
+        state = "running"
+    elif row["paused_at"] is not None:
+        state = "paused"
+    running = state == "running"
+    waiting = None
+    stands_until = now if running else _NEVER
+    if state == "paused":
+        waiting = _wait("paused", _paused(row))
+    elif state == "waiting":
+        waiting, stands_until = _why(row, now, fleet, limits)
+    body = {
+        "name": row["name"],
+        "state": state,
+        "description": row["description"],
+        "schedule": {"text": row["schedule"], "words": _in_words(row["schedule"])},
+        "server": row["server"] if running else None,
+        "startedAt": row["started_at"] if running else None,
+        "elapsedSeconds": _seconds(row["started_at"], now) if running else None,
+        "progress": (
+            {"done": row["done"], "total": row["total"], "note": row["note"] or ""}
+            if running and row["done"] is not None
+            else None
+        ),
+        "cancelBy": row["cancel_by"] if running else None,
+        "dueAt": row["due_at"],
+        "readyAt": row["ready_at"],
+        "attempt": row["attempt"],
+        "fence": row["fence"],
+        "requestedBy": row["requested_by"],
+        "paused": (
+            {"by": row["paused_by"], "at": row["paused_at"], "reason": row["pause_reason"]}
+            if row["paused_at"] is not None
+            else None
+        ),
+        "waiting": waiting,
+        "lastRun": (
+            {
+                "outcome": row["last_outcome"],
+                "server": row["last_server"],
+                "startedAt": row["last_started_at"],
+                "endedAt": row["last_ended_at"],
+                "seconds": _seconds(row["last_started_at"], row["last_ended_at"]),
+                "result": row["last_result"],
+            }
+            if row["last_outcome"] is not None
+            else None
+        ),
+    }
+    holder = str(row["holder"]) if running else None
+    return Line(to_json(body), stands_until, state, bool(waiting and waiting["overdue"]), holder)
+
+
+def _why(
+    row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
+) -> tuple[dict[str, Any], datetime]:
+    """Return why a job waits, and until when that may be so."""
+    lost = row["holder"] is not None
+    ready_at: datetime = row["lease_until"] if lost else row["ready_at"]
+    overdue_at = ready_at + limits.overdue
+    settles_at = _settles_at(row, fleet, limits)
+    stands_until = min(
+        (at for at in (ready_at, overdue_at, settles_at) if at is not None and at > now),
+        default=_NEVER,
+    )
+    again = {"failed": "failed", "timed_out": "timed out"}.get(row["last_outcome"], "ended early")
+    until = None
+    if not fleet.can_run(row["number"], row["name"]):
+        reason, sentence = "no-code", "No live copy has its code."
+    elif lost:
+        reason, sentence = (
+            "lost",
+            f"{row['server']} gave no sign of life; another copy takes over.",
+        )
+    elif ready_at > now:
+        until = ready_at
+        reason, sentence = (
+            ("retry", f"The last run {again}; it is tried again at {_said(ready_at)}.")
+            if row["attempt"]
+            else ("not-due", f"Not due before {_said(ready_at)}.")
+        )
+    elif settles_at is not None and settles_at > now:
+        until = settles_at
+        reason, sentence = (
+            "settling",
+            f"Due, but copies are coming up: they share what is due at {_said(settles_at)}.",
+        )
+    elif row["requested_by"] is not None:
+        reason, sentence = "requested", f"{row['requested_by']} asked for a run: a copy takes it."
+    elif row["attempt"] and row["last_outcome"] == "interrupted":
+        reason, sentence = (
+            "handed-back",
+            f"{row['last_server']} handed it back: another copy goes on with it.",
+        )
+    elif row["attempt"]:
+        reason, sentence = "retry", f"The last run {again}; it is tried again now."
+    else:
+        reason, sentence = "due", f"Due since {_said(ready_at)}: a copy takes it."
+    return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
+
+
+def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
+    """Return until when a job that is ready is left alone because all copies have just come up."""
+    if row["seen_at"] is None or fleet.since is None:
+        return None
+    if row["alive_at"] is not None and row["alive_at"] > fleet.since:
+        return None
+    return min(row["seen_at"], fleet.since) + limits.settling  # type: ignore[no-any-return]
+
+
+def _wait(
+    reason: str, sentence: str, until: datetime | None = None, *, overdue: bool = False
+) -> dict[str, Any]:
+    return {"reason": reason, "until": until, "overdue": overdue, "sentence": sentence}
+
+
+def _paused(row: asyncpg.Record) -> str:
+    because = f": {row['pause_reason']}" if row["pause_reason"] else "."
+    return f"Paused by {row['paused_by']} at {_said(row['paused_at'])}{because}"
+
+
+def _said(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _seconds(start: datetime, end: datetime) -> float:
+    return round(max((end - start).total_seconds(), 0.0), 3)
+
+
+@lru_cache(maxsize=1000)
+def _in_words(schedule: str) -> str:
+    try:
+        return parse(schedule).in_words()
+    except ScheduleError:  # of a newer program
+        return schedule

@@ -1,0 +1,240 @@
+"""The heart of a copy: it renews the leases of its runs, and ends what it can't renew.
+
+The heart beats in a thread with a connection of its own, so that a job that blocks the event loop
+loses nothing. A good heartbeat is trusted for as long as a lease, counted from the moment it was
+sent: the server granted the lease later than that, so trust ends before the lease. Shortly before
+trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: a
+timer that each good heartbeat sets anew raises SIGALRM, whose default action ends the process
+before it executes one more instruction, even when it had been stopped in between.
+"""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Final
+
+import asyncpg
+import structlog
+
+from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+HANG_SECONDS: Final = 60.0
+AGAIN_SECONDS: Final = 0.2
+STOP_SECONDS: Final = 0.5
+NOTHING_SAID: Final = Progress(None, None, None)
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A lease on one job, as far as this copy trusts it (monotonic seconds)."""
+
+    name: str
+    fence: int
+    trusted_until: float
+    # called in the event loop, with what to say: stop now
+    stop: Callable[[str, str], None]
+    # is code of the run still executing?
+    executing: bool = True
+    told: bool = False
+    progress: Progress = NOTHING_SAID
+
+
+class Heart:
+    """Renews leases until it is stopped; all its methods may be called from any thread."""
+
+    def __init__(self, settings: Settings, me: Me, *, dead_man: bool = True) -> None:
+        self._settings = settings
+        self._me = me
+        self._dead_man = dead_man
+        self._lease_seconds = settings.job_lease_seconds
+        # how long before the end of trust runs are told to stop
+        self._margin_seconds = min(1.0, self._lease_seconds / 6)
+        self._lock = threading.Lock()
+        self._leases: set[Lease] = set()
+        self._clock: tuple[datetime, float] | None = None
+        self._service: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._soon: asyncio.Event | None = None
+        self._stopped = False
+        self._answered_at = monotonic()
+        self._thread: threading.Thread | None = None
+
+    def start(self, known: Known) -> None:
+        """Begin to beat; called in the event loop of the service, in the main thread."""
+        if self._dead_man:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        self._service = asyncio.get_running_loop()
+        self._answered_at = monotonic()
+        self._thread = threading.Thread(target=self._run, args=(known,), name="heart", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread; leases that are still held stay armed, and run out."""
+        self._stopped = True
+        self.beat_soon()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+
+    def hold(
+        self, name: str, fence: int, sent_at: float, stop: Callable[[str, str], None]
+    ) -> Lease:
+        """Take charge of a lease that was asked for at `sent_at` (monotonic)."""
+        lease = Lease(name, fence, sent_at + self._lease_seconds, stop)
+        with self._lock:
+            self._leases.add(lease)
+            self._arm()
+        return lease
+
+    def ended(self, lease: Lease) -> None:
+        """Note that the run's code has ended: nothing needs to be killed for it any more."""
+        with self._lock:
+            lease.executing = False
+            self._arm()
+
+    def release(self, lease: Lease) -> None:
+        """Let go of a lease: the job is free, or no longer this copy's."""
+        with self._lock:
+            lease.executing = False
+            self._leases.discard(lease)
+            self._arm()
+
+    def end_within(self, seconds: float) -> None:
+        """End this process within that time, unless it ends by itself before."""
+        with self._lock:
+            self._dead_man, armed = False, self._dead_man
+            if armed:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def beat_soon(self) -> None:
+        """Do not wait for the next beat's time."""
+        if self._loop is not None and self._soon is not None:
+            with suppress(RuntimeError):  # the thread has ended
+                self._loop.call_soon_threadsafe(self._soon.set)
+
+    def set_clock(self, now: datetime, at: float) -> None:
+        """Note that the server's clock said `now` at `at` (monotonic)."""
+        self._clock = (now, at)
+
+    def server_time(self) -> datetime:
+        """Return what the server's clock says now, to some milliseconds."""
+        assert self._clock is not None  # noqa: S101 - nothing runs before the first look
+        now, at = self._clock
+        return now + timedelta(seconds=monotonic() - at)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _run(self, known: Known) -> None:
+        try:
+            asyncio.run(self._live(known))
+        except Exception:
+            log.exception("the heart has stopped")  # and the timer ends what it held
+
+    async def _live(self, known: Known) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._soon = asyncio.Event()
+        watch = asyncio.create_task(self._distrust())
+        connection: asyncpg.Connection[asyncpg.Record] | None = None
+        try:
+            while not self._stopped:
+                started = monotonic()
+                pause = self._settings.job_heartbeat_seconds
+                try:
+                    if connection is None or connection.is_closed():
+                        connection = await self._connect()
+                    if self._service_answers() and not await self._beat(connection, known):
+                        pause = AGAIN_SECONDS
+                except Exception as error:  # noqa: BLE001 - whatever it is, it beats again
+                    log.warning("no heartbeat", error=repr(error))
+                    pause = AGAIN_SECONDS
+                    if connection is not None:
+                        connection.terminate()
+                rest = max(AGAIN_SECONDS, started + pause - monotonic())
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._soon.wait(), rest)
+                self._soon.clear()
+            if connection is not None and not connection.is_closed():
+                with suppress(Exception):  # it would be taken for lost, by people alone
+                    await connection.execute(LEAVE, self._me.id, timeout=0.5)
+        finally:
+            watch.cancel()
+            if connection is not None:
+                connection.terminate()
+
+    async def _connect(self) -> "asyncpg.Connection[asyncpg.Record]":
+        arguments = self._settings.connect_arguments()
+        arguments["timeout"] = min(arguments["timeout"], self._lease_seconds / 6)
+        return await asyncpg.connect(**arguments)
+
+    async def _beat(self, connection: "asyncpg.Connection[asyncpg.Record]", known: Known) -> bool:
+        """Renew all leases; False: a row was locked, try again soon."""
+        with self._lock:
+            leases = {(lease.name, lease.fence): lease for lease in self._leases}
+        beats = [Beat(*key, lease.progress) for key, lease in leases.items()]
+        sent_at = monotonic()
+        now, pulses = await asyncio.wait_for(
+            heartbeat(connection, self._me, timedelta(seconds=self._lease_seconds), known, beats),
+            self._settings.job_heartbeat_seconds,
+        )
+        self.set_clock(now, monotonic())
+        with self._lock:
+            for pulse in pulses:
+                if pulse.renewed:
+                    leases[pulse.name, pulse.fence].trusted_until = sent_at + self._lease_seconds
+            self._arm()
+        for pulse in pulses:
+            lease = leases[pulse.name, pulse.fence]
+            if pulse.cancel_by is not None:
+                self._tell(lease, "cancelled", f"cancelled by {pulse.cancel_by}")
+            elif not pulse.renewed and not pulse.ours:
+                self._tell(lease, "interrupted", "its lease was over")
+        return all(pulse.renewed or not pulse.ours for pulse in pulses)
+
+    async def _distrust(self) -> None:
+        """Tell runs to stop shortly before their lease can't be trusted any more."""
+        while True:
+            with self._lock:
+                executing = [lease for lease in self._leases if lease.executing]
+            deadlines = [lease.trusted_until - self._margin_seconds for lease in executing]
+            now = monotonic()
+            for lease, deadline in zip(executing, deadlines, strict=True):
+                if deadline <= now:
+                    self._tell(lease, "interrupted", "its lease could not be renewed")
+            ahead = [deadline - now for deadline in deadlines if deadline > now]
+            # A lease that is taken meanwhile lasts longer than this sleep.
+            await asyncio.sleep(min([self._settings.job_heartbeat_seconds, *ahead]))
+
+    def _tell(self, lease: Lease, outcome: str, reason: str) -> None:
+        if not lease.told and self._service is not None:
+            lease.told = True
+            with suppress(RuntimeError):  # the loop has ended, and its runs with it
+                self._service.call_soon_threadsafe(lease.stop, outcome, reason)
+
+    def _service_answers(self) -> bool:
+        """Ask the service's event loop for a sign of life; a hang is a death."""
+        assert self._service is not None  # noqa: S101 - started in it
+        self._service.call_soon_threadsafe(self._note_answer)
+        silent_seconds = monotonic() - self._answered_at
+        if silent_seconds > HANG_SECONDS:
+            log.error("the event loop hangs: no more heartbeats", seconds=round(silent_seconds))
+            return False
+        return True
+
+    def _note_answer(self) -> None:
+        self._answered_at = monotonic()
+
+    def _arm(self) -> None:
+        """Set the dead man's timer to the earliest end of trust in what still executes."""
+        if not self._dead_man:
+            return
+        ends = [lease.trusted_until for lease in self._leases if lease.executing]
+        # A time of zero would disarm it.
+        left = max(0.001, min(ends) - monotonic()) if ends else 0
+        signal.setitimer(signal.ITIMER_REAL, left)

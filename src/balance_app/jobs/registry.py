@@ -1,0 +1,154 @@
+"""Jobs as code declares them; what can't work is refused before anything runs."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from typing_extensions import override
+
+from balance_app.jobs.schedule import Cron, Every, Schedule
+
+Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+
+
+class DeclarationError(ValueError):
+    """A job is declared in a way that can't work; the message names it and the wrong value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A function with a name and a schedule. Durations are in seconds; None: no such limit."""
+
+    name: str
+    function: Function
+    schedule: Schedule
+    timeout_seconds: float | None
+    retry_after_seconds: float | None
+    # None: as the settings say
+    min_seconds: float | None
+    jitter_seconds: float
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is a coroutine function; any other runs in a thread."""
+        return inspect.iscoroutinefunction(self.function)
+
+    @property
+    def description(self) -> str:
+        """The function's docstring, for people."""
+        return inspect.getdoc(self.function) or ""
+
+
+def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a job
+    *,
+    name: str,
+    every: timedelta | None = None,
+    cron: str | None = None,
+    tz: str | None = None,
+    timeout: timedelta | None = None,
+    retry_after: timedelta | None = None,
+    min_duration: timedelta | None = None,
+    jitter: timedelta = timedelta(0),
+) -> Callable[[Function], Job]:
+    """Declare a function as a job.
+
+    Args:
+        name: lower-case letters, digits and hyphens; unique in the whole fleet.
+        every: the interval between ticks, at least a second.
+        cron: instead, five fields as in crontab(5).
+        tz: the zone in which they are read (default UTC).
+        timeout: a run that lasts longer is stopped, and `timed_out`.
+        retry_after: a run that failed or timed out is tried again after this, unless its next
+            tick comes first.
+        min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
+        jitter: each tick starts up to this much later, at random.
+
+    Raises:
+        DeclarationError: one sentence that names the job and the value.
+    """
+
+    def declare(function: Function) -> Job:
+        if not _NAME.fullmatch(name):
+            raise DeclarationError(
+                f"A job can't be named {name!r}: a name is up to 63 lower-case letters, digits "
+                "and hyphens, and begins with a letter."
+            )
+        if not callable(function):
+            raise DeclarationError(f"Job {name}: {function!r} is not a function.")
+        if (every is None) == (cron is None):
+            raise DeclarationError(f"Job {name}: give either every= or cron=.")
+        if every is not None and tz is not None:
+            raise DeclarationError(f"Job {name}: tz={tz!r} has a meaning only with cron=.")
+        for label, value in {
+            "timeout": timeout,
+            "retry_after": retry_after,
+            "min_duration": min_duration,
+        }.items():
+            if value is not None and value <= timedelta(0):
+                raise DeclarationError(f"Job {name}: {label} is {value}; it must be above zero.")
+        if jitter < timedelta(0) or (every is not None and jitter >= every):
+            raise DeclarationError(
+                f"Job {name}: jitter is {jitter}; it must be between zero and the interval."
+            )
+        if timeout and min_duration and timeout <= min_duration:
+            raise DeclarationError(
+                f"Job {name}: timeout ({timeout}) must be above min_duration ({min_duration}), "
+                "or no run can succeed."
+            )
+        try:
+            schedule = Every(every) if every is not None else Cron(cron or "", tz or "UTC")
+        except ValueError as error:
+            raise DeclarationError(f"Job {name}: {error}") from None
+        return Job(
+            name=name,
+            function=function,
+            schedule=schedule,
+            timeout_seconds=timeout.total_seconds() if timeout else None,
+            retry_after_seconds=retry_after.total_seconds() if retry_after else None,
+            min_seconds=min_duration.total_seconds() if min_duration else None,
+            jitter_seconds=jitter.total_seconds(),
+        )
+
+    return declare
+
+
+class Registry(Mapping[str, Job]):
+    """The jobs that a copy has the code of, by name."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs: dict[str, Job] = {}
+        for each in jobs:
+            if each.name in self._jobs:
+                raise DeclarationError(f"Two jobs are named {each.name}.")
+            self._jobs[each.name] = each
+
+    def check(self, *, min_seconds: float) -> None:
+        """Refuse jobs that can't work when a run lasts at least that long by default.
+
+        Raises:
+            DeclarationError: naming the job and the values.
+        """
+        for each in self._jobs.values():
+            least = min_seconds if each.min_seconds is None else each.min_seconds
+            if each.timeout_seconds is not None and each.timeout_seconds <= least:
+                raise DeclarationError(
+                    f"Job {each.name}: its timeout ({each.timeout_seconds:g} s) must be above its "
+                    f"least duration ({least:g} s, by JOB_MIN_SECONDS), or no run can succeed."
+                )
+
+    @override
+    def __getitem__(self, name: str) -> Job:
+        return self._jobs[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._jobs)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._jobs)

@@ -1,0 +1,436 @@
+"""Every statement that moves a job from one state to another, each with the invariant it keeps.
+
+PostgreSQL's clock decides, read where it counts (`clock_timestamp()`): `now()` is the time at which
+a transaction began, and one that was delayed could take or revive a lease by it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import asyncpg
+from pydantic_core import from_json, to_json
+
+from balance_app.database import Connection, Database, read, write
+from balance_app.jobs.schedule import Every, parse
+
+LOST_LIMIT: Final = 3
+DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
+
+
+class Me(NamedTuple):
+    """This copy, as it signs its leases: an id of this boot, and a name for people."""
+
+    id: UUID
+    server: str
+
+
+class Known(NamedTuple):
+    """What a copy knew when it started, by PostgreSQL's clock: it claims nothing else."""
+
+    booted_at: datetime
+    # jobs are numbered in the order of first declaration: up to this one, but for those
+    knows_to: int
+    lacks: list[str]
+
+
+class Turn(NamedTuple):
+    """What decides when a copy may take a job; all of it is about this copy alone."""
+
+    # how long it waits because of what it runs already
+    wait: timedelta
+    # the round it is in, and how long it waits for those who are in an earlier one
+    round: int
+    tie: timedelta
+    # up for longer than the settling time?
+    settled: bool
+    settling: timedelta
+    # may it take what another has lost?
+    takes_over: bool
+
+
+class Claimed(NamedTuple):
+    """A run that this copy now holds the lease of."""
+
+    name: str
+    fence: int
+    due_at: datetime
+    attempt: int
+    resumed: Any
+    cancel_by: str | None
+    schedule: str
+    anchor_at: datetime
+    started_at: datetime
+    round: int
+
+
+class Look(NamedTuple):
+    """What a look at the jobs found: a run, or when to look again."""
+
+    now: datetime
+    claimed: Claimed | None
+    # a job was lost once too often, or while it was paused: it stays where it is
+    laid_aside: str | None
+    # until the next job could be this copy's, if one is known
+    wait_seconds: float | None
+    # something runs somewhere: it may be handed back at any moment
+    busy: bool
+
+
+class Skipped(NamedTuple):
+    """Ticks that did not run, and why."""
+
+    first: datetime
+    last: datetime
+    ticks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a run ended, and what becomes of its job."""
+
+    outcome: str
+    result: str | None
+    seconds_ago: float
+    # of its next tick; without one the same tick goes on
+    due_at: datetime | None = None
+    # when it may start; without one at once
+    ready_at: datetime | None = None
+    keeps_checkpoint: bool = False
+    skipped: Sequence[Skipped] = ()
+
+
+class Progress(NamedTuple):
+    """How far a run says it is."""
+
+    done: int | None
+    total: int | None
+    note: str | None
+
+
+class Beat(NamedTuple):
+    """What a heartbeat says of one run."""
+
+    name: str
+    fence: int
+    progress: Progress
+
+
+class Pulse(NamedTuple):
+    """What became of a heartbeat for one run."""
+
+    name: str
+    fence: int
+    renewed: bool
+    # not renewed, but not lost either: somebody held the row locked
+    ours: bool
+    cancel_by: str | None
+
+
+class JobRepository:
+    """Claims, endings and checkpoints of one copy's runs; each is one statement."""
+
+    def __init__(self, database: Database, me: Me, lease: timedelta) -> None:
+        self._database = database
+        self.me = me
+        self._lease = lease
+
+    async def declare(self, jobs: Mapping[str, tuple[str, str]]) -> Known:
+        """Bring the rows up to the jobs (name: schedule, description) that the code declares."""
+        return await self._database.run(lambda con: _declare(con, jobs), urgent=True)
+
+    async def notice(self, known: Known) -> None:
+        """Write down when this copy, which has just come up, saw which jobs ready."""
+        await self._database.run(
+            lambda con: write(con, NOTICE, known.knows_to, known.lacks), urgent=True
+        )
+
+    async def look(self, known: Known, turn: Turn) -> Look:
+        """Take the job that has been ready for longest, if it is this copy's turn."""
+        row = await self._database.run(
+            lambda con: write(con, CLAIM, *self.me, self._lease, *known, *turn), urgent=True
+        )
+        assert row is not None  # noqa: S101 - the statement always has one
+        now, wait_seconds, busy, name, goes, *rest = row
+        claimed = None
+        if goes:
+            claimed = Claimed(name, *rest)
+            if claimed.resumed is not None:
+                claimed = claimed._replace(resumed=from_json(claimed.resumed))
+        return Look(now, claimed, name if name and not goes else None, wait_seconds, bool(busy))
+
+    async def finish(self, name: str, fence: int, ending: Ending) -> bool:
+        """Record how a run ended and free its job; False: the job was no longer this run's."""
+        row = await self._database.run(
+            lambda con: write(
+                con,
+                FINISH,
+                *(name, fence, self.me.id, ending.outcome, ending.result),
+                timedelta(seconds=ending.seconds_ago),
+                *(ending.due_at, ending.ready_at, ending.keeps_checkpoint),
+                [each.first for each in ending.skipped],
+                [each.last for each in ending.skipped],
+                [each.ticks for each in ending.skipped],
+                [each.reason for each in ending.skipped],
+            ),
+            urgent=True,
+        )
+        return row is not None
+
+    async def checkpoint(self, name: str, fence: int, state: str) -> bool:
+        """Write a run's checkpoint; False: the run has lost its lease."""
+        row = await self._database.run(
+            lambda con: write(con, CHECKPOINT, name, fence, self.me.id, state)
+        )
+        return row is not None
+
+
+# A new row comes with the tick of its declaration (an interval) or its first tick (cron). A
+# changed schedule takes effect at its next tick. Copies that start together take turns, so that
+# a number below the highest can't appear later.
+DECLARATIONS: Final = """
+SELECT name, schedule, description, anchor_at FROM jobs WHERE name = ANY($1)
+"""
+
+ADD: Final = """
+INSERT INTO jobs (name, schedule, description, anchor_at, due_at, ready_at)
+VALUES ($1, $2, $3, $4, $5, $5)
+"""
+
+REDECLARE: Final = """
+UPDATE jobs SET schedule = $2, description = $3,
+    due_at = CASE WHEN holder IS NULL AND schedule <> $2 THEN $4 ELSE due_at END,
+    ready_at = CASE WHEN holder IS NULL AND schedule <> $2 THEN $4 ELSE ready_at END
+WHERE name = $1
+"""
+
+KNOWN: Final = """
+SELECT clock_timestamp(), coalesce(max(number), 0),
+       coalesce(array_agg(name) FILTER (WHERE name <> ALL ($1)), '{}')
+FROM jobs
+"""
+
+
+async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) -> Known:
+    async with connection.transaction():
+        await read(connection, "SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
+        now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
+        rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}
+        for name, (schedule, description) in sorted(jobs.items()):
+            row = rows.get(name)
+            ticks = parse(schedule)
+            if row is None:
+                first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
+                await connection.execute(ADD, name, schedule, description, now, first)
+            elif (row["schedule"], row["description"]) != (schedule, description):
+                due = ticks.next_after(now, row["anchor_at"])
+                await connection.execute(REDECLARE, name, schedule, description, due)
+        return Known(*(await read(connection, KNOWN, list(jobs)))[0])
+
+
+# Written once for each time that a job is ready: the next copy to come up can't push it on.
+NOTICE: Final = """
+WITH ready AS (
+    SELECT name FROM jobs
+    WHERE claimable_at <= (SELECT clock_timestamp()) AND seen_at IS NULL
+      AND number <= $1 AND name <> ALL ($2)
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
+"""
+
+# One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
+# clock. The row is locked before it is judged again, and a row that is locked belongs to
+# somebody. The fence rises with the claim, so whatever the run before still sends is refused.
+#
+# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What was ready before
+# this copy had settled waits until `seen_at` plus the settling time, so that copies that come up
+# together share it; unless a run gave a sign of life after the copy's boot, as then the fleet
+# is up already. Among equals, a copy that has claimed in this round
+# lets the others go first: rounds are the virtual time of start-time fair queueing (Goyal, Vin,
+# Cheng 1996), so that light load goes round without anybody being counted.
+#
+# $1 id, $2 server, $3 lease, $4 booted_at, $5 knows_to, $6 lacks,
+# $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over
+CLAIM: Final = """
+WITH own AS (
+    SELECT $7::interval
+         + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
+           AS wait
+), candidate AS MATERIALIZED (
+    SELECT name, fence, server, started_at, lease_until,
+           holder IS NOT NULL AS lost,
+           holder IS NULL OR (paused_at IS NULL AND lost_streak + 1 < 3) AS goes
+    FROM jobs
+    WHERE claimable_at <= (SELECT clock_timestamp())
+      AND number <= $5 AND name <> ALL ($6)
+      AND (holder IS NULL OR $12)
+      AND (SELECT clock_timestamp() - wait FROM own) >=
+          CASE WHEN alive_at > $4 OR claimable_at >= $4 + $11::interval THEN claimable_at
+               WHEN seen_at IS NOT NULL THEN seen_at + $11
+               WHEN $10 THEN claimable_at END
+    ORDER BY claimable_at
+    LIMIT 1
+    FOR UPDATE SKIP LOCKED
+), taken AS (
+    UPDATE jobs SET
+        holder = CASE WHEN goes THEN $1::uuid END,
+        server = CASE WHEN goes THEN $2::text END,
+        started_at = CASE WHEN goes THEN clock_timestamp() END,
+        lease_until = CASE WHEN goes THEN clock_timestamp() + $3::interval END,
+        fence = jobs.fence + goes::integer,
+        attempt = attempt + lost::integer,
+        cancel_by = CASE WHEN goes THEN cancel_by END,
+        done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        alive_at = CASE WHEN goes THEN clock_timestamp() ELSE alive_at END,
+        lost_streak = lost_streak + lost::integer,
+        round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
+        paused_at = CASE WHEN goes THEN paused_at ELSE coalesce(paused_at, clock_timestamp()) END,
+        paused_by = CASE WHEN goes THEN paused_by ELSE coalesce(paused_by, 'balance_app') END,
+        pause_reason = CASE WHEN goes OR paused_at IS NOT NULL THEN pause_reason
+                       ELSE 'its last 3 runs were lost' END,
+        last_outcome = CASE WHEN lost THEN 'lost' ELSE last_outcome END,
+        last_server = CASE WHEN lost THEN candidate.server ELSE last_server END,
+        last_started_at = CASE WHEN lost THEN candidate.started_at ELSE last_started_at END,
+        last_ended_at = CASE WHEN lost THEN candidate.lease_until ELSE last_ended_at END,
+        last_result = CASE WHEN lost THEN 'its copy gave no sign of life' ELSE last_result END
+    FROM candidate WHERE jobs.name = candidate.name
+    RETURNING jobs.name, goes, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
+              anchor_at, jobs.started_at, round
+), ended AS (
+    UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_until,
+                        result = 'its copy gave no sign of life'
+    FROM candidate
+    WHERE lost AND job = candidate.name AND job_runs.fence = candidate.fence AND outcome IS NULL
+), begun AS (
+    INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
+    SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE goes
+), head AS (
+    SELECT claimable_at, alive_at, seen_at, holder FROM jobs
+    WHERE claimable_at IS NOT NULL AND number <= $5 AND name <> ALL ($6)
+    ORDER BY claimable_at LIMIT 20
+), next AS (
+    SELECT min(CASE WHEN alive_at > $4 OR claimable_at >= $4 + $11 THEN claimable_at + own.wait
+                    WHEN seen_at IS NOT NULL THEN seen_at + $11 + own.wait
+                    WHEN $10 THEN claimable_at + own.wait
+                    ELSE claimable_at END) AS at,
+           bool_or(holder IS NOT NULL) AS busy
+    FROM head, own
+)
+SELECT clock_timestamp(), extract(epoch FROM next.at - clock_timestamp())::float8, next.busy,
+       taken.*
+FROM next LEFT JOIN taken ON true
+"""
+
+# Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
+# a job is ready for its next tick, for the same tick later, or for the same tick at once.
+FINISH: Final = """
+WITH freed AS (
+    UPDATE jobs SET
+        holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
+        requested_by = NULL, done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        due_at = coalesce($7, due_at),
+        ready_at = coalesce($8, clock_timestamp()),
+        attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
+        checkpoint = CASE WHEN $9 THEN checkpoint END,
+        alive_at = clock_timestamp(),
+        lost_streak = 0,
+        last_outcome = $4, last_server = server, last_started_at = started_at,
+        last_ended_at = clock_timestamp() - $6::interval, last_result = $5
+    WHERE name = $1 AND fence = $2 AND holder = $3
+    RETURNING last_ended_at
+), ended AS (
+    UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
+    FROM freed WHERE job = $1 AND fence = $2
+), skipped AS (
+    INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)
+    SELECT $1, first, last, ticks, clock_timestamp(), clock_timestamp(), 'skipped', reason
+    FROM freed, unnest($10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::text[])
+         AS range (first, last, ticks, reason)
+)
+SELECT last_ended_at FROM freed
+"""
+
+# A run that has lost its lease writes nothing more.
+CHECKPOINT: Final = """
+UPDATE jobs SET checkpoint = $4
+WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp()
+RETURNING true
+"""
+
+# Renews what this copy holds, and only that: the fence and the holder must still stand, and a lease
+# that is over stays over. A row that somebody holds locked is left out this time: waiting for
+# it would let all the other leases run out.
+#
+# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $10 the beats
+HEARTBEAT: Final = """
+WITH beat AS (
+    SELECT * FROM unnest($6::text[], $7::bigint[], $8::bigint[], $9::bigint[], $10::text[])
+                  AS beat (name, fence, done, total, note)
+), held AS MATERIALIZED (
+    SELECT jobs.name FROM jobs JOIN beat ON jobs.name = beat.name AND jobs.fence = beat.fence
+    WHERE holder = $1 AND lease_until > clock_timestamp()
+    FOR NO KEY UPDATE OF jobs SKIP LOCKED
+), renewed AS (
+    UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
+                    done = beat.done, total = beat.total, note = beat.note
+    FROM held JOIN beat USING (name)
+    WHERE jobs.name = held.name
+    RETURNING jobs.name, cancel_by
+), seen AS (
+    INSERT INTO copies (id, server, knows_to, lacks) VALUES ($1, $2, $4, $5)
+    ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
+)
+SELECT clock_timestamp() AS now, beat.name, beat.fence, renewed.name IS NOT NULL AS renewed,
+       jobs.fence = beat.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
+       AS ours, renewed.cancel_by
+FROM (SELECT) AS always LEFT JOIN beat ON true
+LEFT JOIN renewed USING (name) LEFT JOIN jobs USING (name)
+"""
+
+# A copy that has ended its runs is no longer seen.
+LEAVE: Final = "DELETE FROM copies WHERE id = $1"
+
+
+async def heartbeat(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    me: Me,
+    lease: timedelta,
+    known: Known,
+    beats: Iterable[Beat],
+) -> tuple[datetime, list[Pulse]]:
+    """Renew leases on the heart's own connection; return the server's time and what was renewed."""
+    rows_sent = [(beat.name, beat.fence, *beat.progress) for beat in beats]
+    columns = [list(column) for column in zip(*rows_sent, strict=True)] or [[], [], [], [], []]
+    rows = await connection.fetch(HEARTBEAT, *me, lease, known.knows_to, known.lacks, *columns)
+    pulses = [
+        Pulse(row["name"], row["fence"], row["renewed"], bool(row["ours"]), row["cancel_by"])
+        for row in rows
+        if row["name"] is not None
+    ]
+    return rows[0]["now"], pulses
+
+
+# The run is named inside the transaction; nothing is locked before its last message.
+ENTER: Final = """
+SELECT set_config('balance_app.job', name, true),
+       set_config('balance_app.fence', fence::text, true),
+       set_config('balance_app.holder', holder::text, true)
+FROM jobs
+WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp()
+"""
+
+REMEMBER: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"
+
+# Checked and committed in one message: a copy that is frozen in between holds no lock, and nobody
+# can take the job between the check and the commit.
+COMMIT: Final = "SELECT hold_lease(); COMMIT"
+LEASE_LOST: Final = "BL001"  # what hold_lease() raises
+
+
+def encode(state: object) -> str:
+    """Return a checkpoint as JSON."""
+    return to_json(state).decode()

@@ -1,0 +1,251 @@
+"""What a job gets: its progress, its checkpoint, and writes that count only under its lease."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
+from time import monotonic
+from typing import Any, Final, Literal, Protocol, TypeVar
+
+import asyncpg
+import structlog
+
+from balance_app.database import Connection, Database, is_away
+from balance_app.errors import DatabaseAway
+from balance_app.jobs.lease import Lease
+from balance_app.jobs.repository import (
+    COMMIT,
+    ENTER,
+    LEASE_LOST,
+    REMEMBER,
+    Claimed,
+    JobRepository,
+    Progress,
+    encode,
+)
+
+CHECKPOINT_BYTES: Final = 8192
+Result = TypeVar("Result")
+# What a run that was told to stop has come to.
+Stopped = Literal["cancelled", "interrupted", "timed_out"]
+
+
+class LeaseLostError(Exception):
+    """The run has lost its lease: what it wanted to write was not written."""
+
+
+class CheckpointError(ValueError):
+    """The state can't be a checkpoint; the message says why."""
+
+
+class RunStoppedError(Exception):
+    """The run was told to stop (raised in functions that run in a thread)."""
+
+
+class Run:
+    """One run of a job, for its function. Nothing it writes takes effect once its lease is lost.
+
+    Attributes:
+        name: the job's.
+        fence: higher in each run of the job; who gets writes from outside can refuse lower ones.
+        due_at: the tick; the same when it is tried again or taken over: an idempotency key for
+            effects outside of the database.
+        attempt: how many runs this tick had before.
+        resumed: the last checkpoint of a run that was lost or handed back, or None.
+        log: a logger that names job and fence.
+    """
+
+    def __init__(
+        self, claimed: Claimed, database: Database, jobs: JobRepository, *, min_seconds: float
+    ) -> None:
+        self.name: Final = claimed.name
+        self.fence: Final = claimed.fence
+        self.due_at: Final[datetime] = claimed.due_at
+        self.attempt: Final = claimed.attempt
+        self.resumed: Final[Any] = claimed.resumed
+        self.log: Final = structlog.get_logger("balance_app.jobs.run").bind(
+            job=claimed.name, fence=claimed.fence
+        )
+        self._database = database
+        self._jobs = jobs
+        self._min_seconds = min_seconds
+        self._started = monotonic()
+        # what the transaction that is open writes as the checkpoint
+        self._inside: list[str] | None = None
+        self.lease: Lease | None = None
+        # set when it is told to stop: what it is to end as, and why
+        self.stopped: tuple[Stopped, str] | None = None
+        self.task: asyncio.Task[Any] | None = None
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Say how far the run is; the next heartbeat writes it down."""
+        if self.lease is not None:
+            self.lease.progress = Progress(
+                _count(done), None if total is None else _count(total), plain(note)
+            )
+
+    async def pace(self) -> None:
+        """Sleep until as much of the job's minimum duration is over as is done of its total."""
+        done, total, _ = self.lease.progress if self.lease is not None else (None, None, None)
+        if done is None or not total:
+            return
+        share = min(1.0, done / total)
+        await asyncio.sleep(self._started + self._min_seconds * share - monotonic())
+
+    async def checkpoint(self, state: object) -> None:
+        """Write down what the next owner goes on from after a loss; None forgets it.
+
+        Inside `transaction` it is written with it, and only if it commits.
+
+        Raises:
+            CheckpointError: not JSON, or more than 8 KiB of it.
+            LeaseLostError: the run has lost its lease.
+            DatabaseAway: it can't be reached.
+        """
+        try:
+            text = encode(state)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"A checkpoint must be JSON: {error}") from None
+        if len(text.encode()) > CHECKPOINT_BYTES or "\\u0000" in text:
+            raise CheckpointError(
+                f"A checkpoint has at most {CHECKPOINT_BYTES} bytes of JSON and no NUL; "
+                f"this one has {len(text.encode())} bytes."
+            )
+        if self._inside is not None:
+            self._inside[:] = [text]
+        elif not await self._jobs.checkpoint(self.name, self.fence, text):
+            raise LeaseLostError(f"{self.name} has lost its lease.")
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Open a transaction that commits only while this run holds its lease (READ COMMITTED).
+
+        The check and the commit are one message, and the job's row is locked from one to the other:
+        nobody can take the job over in between. Keep transactions short, few run at once; a run has
+        one at a time.
+
+        Raises:
+            LeaseLostError: at either end; nothing was written.
+            DatabaseAway: the connection was lost; `applied` says what is known of the commit.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"{self.name} has a transaction open already.")
+        try:
+            async with self._database.lend() as connection:
+                await connection.execute("BEGIN")
+                holder = self._jobs.me.id
+                if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
+                    raise LeaseLostError(f"{self.name} has lost its lease.")
+                remembered: list[str] = []
+                self._inside = remembered
+                try:
+                    yield connection
+                finally:
+                    self._inside = None
+                if remembered:
+                    await connection.execute(REMEMBER, remembered[0])
+                await connection.execute(COMMIT)
+        except asyncpg.PostgresError as error:
+            if error.sqlstate == LEASE_LOST:
+                raise LeaseLostError(f"{self.name} has lost its lease.") from error
+            raise _away(error) from error
+        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            raise _away(error) from error
+
+
+class ThreadRun:
+    """A run for a function that is not async: the same, to be called from its thread.
+
+    Each call raises `RunStoppedError` when the run was told to stop; a function that never calls
+    can't be stopped but with its process.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._loop = asyncio.get_running_loop()
+        self.name: Final = run.name
+        self.fence: Final = run.fence
+        self.due_at: Final = run.due_at
+        self.attempt: Final = run.attempt
+        self.resumed: Final = run.resumed
+        self.log: Final = run.log
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Say how far the run is."""
+        self._go_on()
+        self._run.progress(done, total, note)
+
+    def pace(self) -> None:
+        """Sleep as `Run.pace`; ends early when the run is told to stop."""
+        self._wait(self._run.pace())
+
+    def checkpoint(self, state: object) -> None:
+        """Write a checkpoint as `Run.checkpoint`, outside of transactions."""
+        self._wait(self._run.checkpoint(state))
+
+    @contextmanager
+    def transaction(self) -> Iterator["ThreadConnection"]:
+        """Open a transaction as `Run.transaction`."""
+        manager = self._run.transaction()
+        connection = self._wait(manager.__aenter__())
+        try:
+            yield ThreadConnection(connection, self._wait)
+        except BaseException as error:
+            # It is to be rolled back even when the run was told to stop.
+            self._finish(manager.__aexit__(type(error), error, error.__traceback__))
+            raise
+        else:
+            self._finish(manager.__aexit__(None, None, None))
+
+    def _go_on(self) -> None:
+        if self._run.stopped is not None:
+            raise RunStoppedError(self._run.stopped[1])
+
+    def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            self._go_on()
+        except RunStoppedError:
+            call.close()
+            raise
+        return self._finish(call)
+
+    def _finish(self, call: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+
+class _Waits(Protocol):
+    def __call__(self, call: Coroutine[Any, Any, Result]) -> Result: ...
+
+
+class ThreadConnection:
+    """A connection for a function that is not async."""
+
+    def __init__(self, connection: Connection, wait: _Waits) -> None:
+        self._connection = connection
+        self._wait = wait
+
+    def fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run a statement and return its rows."""
+        return self._wait(self._connection.fetch(sql, *arguments))
+
+    def execute(self, sql: str, *arguments: object) -> str:
+        """Run a statement and return its status."""
+        return self._wait(self._connection.execute(sql, *arguments))
+
+
+def _away(error: Exception) -> Exception:
+    """Return the error as the outage that it is, if it is one."""
+    applied = is_away(error)
+    if applied is None or (isinstance(error, asyncpg.PostgresError) and applied == "no"):
+        return error
+    return DatabaseAway("The database went away in a transaction.", applied=applied)
+
+
+def _count(number: int) -> int:
+    """Return a number that PostgreSQL can hold: what one run says may not spoil a heartbeat."""
+    return max(0, min(int(number), 2**53))
+
+
+def plain(text: str, limit: int = 500) -> str:
+    """Return text that PostgreSQL can hold."""
+    return text[:limit].replace("\0", "").encode("utf-8", "replace").decode()

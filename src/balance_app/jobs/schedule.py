@@ -1,0 +1,318 @@
+"""When a job's ticks are: at an interval from an anchor, or as a cron expression says.
+
+Pure functions of time: whoever asks brings the moment, as an aware datetime in UTC, and gets such
+moments back. No question takes time in proportion to the number of ticks.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Final, NamedTuple, TypeAlias
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
+from typing_extensions import override
+
+_LONGEST: Final = timedelta(days=366)
+_RESOLUTION: Final = timedelta.resolution
+_SECOND: Final = timedelta(seconds=1)
+_DAY: Final = timedelta(days=1)
+_WEEK: Final = timedelta(weeks=1)
+_SOME_DAY: Final = datetime(2026, 1, 1, tzinfo=UTC)
+# Any date falls on any weekday within 28 years, or 40 around 2100, which is no leap year.
+_HORIZON: Final = timedelta(days=41 * 366)
+_UNITS: Final = {"day": _DAY, "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
+_EVERY: Final = re.compile(r"every ([0-9]{1,8}(?:\.[0-9]{1,6})?) s")
+_CRON: Final = re.compile(r"cron (.+) (\S+)")
+
+
+class ScheduleError(ValueError):
+    """A schedule that can't be; the message is a sentence that names the wrong value."""
+
+
+class Skipped(NamedTuple):
+    """A range of ticks: its first, its last, and how many there are."""
+
+    first: datetime
+    last: datetime
+    ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """Ticks at `anchor` and each whole number of intervals after it, exact to the microsecond.
+
+    Raises:
+        ScheduleError: the interval is below a second or above 366 days.
+    """
+
+    interval: timedelta
+
+    def __post_init__(self) -> None:
+        if not _SECOND <= self.interval <= _LONGEST:
+            raise ScheduleError(
+                f"The interval ({_seconds(self.interval)} s) must be between 1 s and "
+                f"{_LONGEST.days} days."
+            )
+
+    def next_after(self, moment: datetime, anchor: datetime) -> datetime:
+        """Return the first tick after `moment`; a tick at `moment` itself is not after it."""
+        return anchor + self._number_after(moment, anchor) * self.interval
+
+    def count_between(self, after: datetime, until: datetime, anchor: datetime) -> Skipped | None:
+        """Return the ticks after `after` and not after `until`; None if there are none."""
+        first = self._number_after(after, anchor)
+        ticks = self._number_after(until, anchor) - first
+        if ticks <= 0:
+            return None
+        return Skipped(
+            anchor + first * self.interval, anchor + (first + ticks - 1) * self.interval, ticks
+        )
+
+    def _number_after(self, moment: datetime, anchor: datetime) -> int:
+        return max(0, (moment - anchor) // self.interval + 1)
+
+    def in_words(self) -> str:
+        """Return the schedule for people: "every 5 minutes"."""
+        for unit, length in _UNITS.items():
+            if not self.interval % length:
+                return _every(str(self.interval // length), unit)
+        return _every(_seconds(self.interval), "second")
+
+    @override
+    def __str__(self) -> str:
+        return f"every {_seconds(self.interval)} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """Ticks at the local times that a cron expression of five fields names.
+
+    When clocks change it ticks as Debian's cron does. If neither the minute nor the hour field
+    begins with `*`, local times that a jump forward leaves out have one tick together, at the
+    jump, and local times that come twice tick the first time only; here the jump may have any
+    length (Debian: below three hours). Other expressions go by what the local clock shows: a time
+    left out has no tick, a time that comes twice has two.
+
+    cronsim reads the expression, but does not say when it ticks: around a change of half an hour
+    or at midnight it misses ticks, and in a repeated hour its next tick may be in the past.
+
+    Raises:
+        ScheduleError: no such expression, no such zone, or a time that never comes.
+    """
+
+    expression: str
+    tz: str = "UTC"
+    _fields: CronSim = field(init=False, repr=False, compare=False)
+    _times: tuple[time, ...] = field(init=False, repr=False, compare=False)
+    _fixed: bool = field(init=False, repr=False, compare=False)
+    _zone: ZoneInfo = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        fields = self.expression.upper().split()
+        if len(fields) != 5:  # noqa: PLR2004 - as said in the sentence
+            raise ScheduleError(
+                f"The cron expression {self.expression!r} has {len(fields)} "
+                f"field{'s' * (len(fields) != 1)}; it must have 5 "
+                "(minute, hour, day of month, month, day of week)."
+            )
+        expression = " ".join(fields)
+        try:
+            parsed = CronSim(expression, _SOME_DAY)
+        except (CronSimError, ValueError) as error:
+            raise ScheduleError(
+                f"The cron expression {self.expression!r} can't be used: {str(error).lower()}."
+            ) from None
+        try:
+            zone = ZoneInfo(self.tz)
+        except (KeyError, ValueError, OSError):  # unknown, not a relative path, a directory
+            raise ScheduleError(f"There is no time zone {self.tz!r}.") from None
+        times = (time(hour, minute) for hour in parsed.hours for minute in parsed.minutes)
+        for name, value in {
+            "expression": expression,
+            "_fields": parsed,
+            "_times": tuple(sorted(times)),
+            "_fixed": not any(each.startswith("*") for each in fields[:2]),
+            "_zone": zone,
+        }.items():
+            object.__setattr__(self, name, value)
+        self.next_after(_SOME_DAY, _SOME_DAY)
+
+    def next_after(
+        self,
+        moment: datetime,
+        anchor: datetime,  # noqa: ARG002 - an interval needs it
+    ) -> datetime:
+        """Return the first tick after `moment`; a tick at `moment` itself is not after it.
+
+        Raises:
+            ScheduleError: there is none within 41 years.
+        """
+        for stretch in self._stretches(moment, moment + _HORIZON):
+            for reading in self._readings(stretch.start, stretch.end):
+                return stretch.moment(reading)
+        raise ScheduleError(
+            f"The cron expression {self.expression!r} never matches a time in {self.tz}."
+        )
+
+    def count_between(
+        self,
+        after: datetime,
+        until: datetime,
+        anchor: datetime,  # noqa: ARG002 - an interval needs it
+    ) -> Skipped | None:
+        """Return the ticks after `after` and not after `until`; None if there are none.
+
+        It takes time in proportion to the days in between, a few microseconds for each.
+        """
+        ticks = 0
+        ticking: list[_Stretch] = []
+        for stretch in self._stretches(after, until):
+            # What was left out, and the reading that the clock jumped to, are one tick.
+            landed = max(stretch.start, stretch.jump + _RESOLUTION)
+            number = min(1, self._count(stretch.start, landed)) + self._count(landed, stretch.end)
+            if number:
+                ticks += number
+                ticking.append(stretch)
+        if not ticking:
+            return None
+        first, last = ticking[0], ticking[-1]
+        return Skipped(
+            first.moment(next(self._readings(first.start, first.end))),
+            last.moment(next(self._readings(last.start, last.end, backwards=True))),
+            ticks,
+        )
+
+    def in_words(self) -> str:
+        """Return the schedule for people: "at 03:00 every day, Europe/Berlin"."""
+        words = self._fields.explain()
+        for digit, ending in {1: "st", 2: "nd", 3: "rd"}.items():  # cronsim says 21th
+            words = re.sub(rf"\b([2-5]{digit})th\b", rf"\1{ending}", words)
+        return f"{words[0].lower()}{words[1:]}, {self.tz}"
+
+    @override
+    def __str__(self) -> str:
+        return f"cron {self.expression} {self.tz}"
+
+    def _stretches(self, after: datetime, until: datetime) -> "Iterator[_Stretch]":
+        """Yield what the clock shows after `after` and not after `until`."""
+        start, end = after + _RESOLUTION, until + _RESOLUTION
+        # A day before is early enough to see which readings come for the second time.
+        for begin, finish, before, offset in _steady(self._zone, start - _DAY, end):
+            since = max(begin, start)
+            if since < finish:
+                first = begin + (before if self._fixed else offset)
+                jump = since + offset
+                if since > begin:
+                    first = max(first, jump)
+                yield _Stretch(first, min(finish, end) + offset, jump, offset)
+
+    def _count(self, start: datetime, end: datetime) -> int:
+        return sum(len(self._indexes(day, start, end)) for day in _days(start, end))
+
+    def _readings(
+        self, start: datetime, end: datetime, *, backwards: bool = False
+    ) -> Iterator[datetime]:
+        """Yield the matching readings from `start` to before `end`, or from the last to the first.
+
+        Like those of `_Stretch`, they are readings of the local clock that are labelled as UTC.
+        """
+        step = -1 if backwards else 1
+        for day in _days(start, end)[::step]:
+            for index in self._indexes(day, start, end)[::step]:
+                yield datetime.combine(day, self._times[index], UTC)
+
+    def _indexes(self, day: date, start: datetime, end: datetime) -> range:
+        if day.month not in self._fields.months or not self._fields.match_day(day):
+            return range(0)
+        first = bisect_left(self._times, start.time()) if day == start.date() else 0
+        last = bisect_left(self._times, end.time()) if day == end.date() else len(self._times)
+        return range(first, last)
+
+
+Schedule: TypeAlias = Every | Cron
+
+
+def parse(text: str) -> Schedule:
+    """Return the schedule whose `str` is `text`.
+
+    Raises:
+        ScheduleError: there is none.
+    """
+    if match := _EVERY.fullmatch(text):
+        return Every(timedelta(microseconds=int(Decimal(match[1]).scaleb(6))))
+    if match := _CRON.fullmatch(text):
+        return Cron(match[1], match[2])
+    raise ScheduleError(f"{text!r} is not a schedule.")
+
+
+class _Stretch(NamedTuple):
+    """What a local clock shows while its offset stays the same.
+
+    The clock's readings are datetimes labelled as UTC, though they are local. Those from `start`
+    to before `end` count, and those before `jump`, which the clock leaves out, count at `jump`.
+    """
+
+    start: datetime
+    end: datetime
+    jump: datetime
+    offset: timedelta
+
+    def moment(self, reading: datetime) -> datetime:
+        """Return when `reading` counts, in UTC."""
+        return max(reading, self.jump) - self.offset
+
+
+def _steady(
+    zone: ZoneInfo, start: datetime, end: datetime
+) -> Iterator[tuple[datetime, datetime, timedelta, timedelta]]:
+    """Yield begin, finish, the offset before and the offset during each stretch of one offset.
+
+    A stretch is at most about a week long, so that whoever needs only the first ones gets them
+    soon. The last may finish after `end`.
+    """
+    begin = start.replace(microsecond=0)
+    before = _offset(zone, begin)
+    while begin < end:
+        offset = _offset(zone, begin)
+        finish = begin
+        while finish < min(end, begin + _WEEK):
+            if _offset(zone, finish + _DAY) != offset:
+                finish = _change(zone, finish)
+                break
+            finish += _DAY
+        yield begin, finish, before, offset
+        begin, before = finish, offset
+
+
+def _change(zone: ZoneInfo, moment: datetime) -> datetime:
+    """Return when the offset changes, knowing that a day after `moment` it is another one.
+
+    Since 1970 no zone has changed its offset twice within three days.
+    """
+    before = _offset(zone, moment)
+
+    def changed(second: int) -> bool:
+        return _offset(zone, moment + second * _SECOND) != before
+
+    return moment + bisect_left(range(_DAY // _SECOND), x=True, key=changed) * _SECOND
+
+
+def _offset(zone: ZoneInfo, moment: datetime) -> timedelta:
+    return moment.astimezone(zone).utcoffset() or timedelta()
+
+
+def _days(start: datetime, end: datetime) -> list[date]:
+    first = start.date()
+    return [first + timedelta(days=number) for number in range((end.date() - first).days + 1)]
+
+
+def _seconds(interval: timedelta) -> str:
+    return f"{Decimal(interval // _RESOLUTION).scaleb(-6).normalize():f}"
+
+
+def _every(number: str, unit: str) -> str:
+    return f"every {unit}" if number == "1" else f"every {number} {unit}s"

@@ -1,0 +1,404 @@
+"""The scheduler of one copy: it takes due jobs when it is its turn, runs them, records the end."""
+
+import asyncio
+import random
+import threading
+from contextvars import Context
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Any, Final, TypeAlias
+from uuid import uuid4
+
+import structlog
+
+from balance_app.database import Database
+from balance_app.errors import DatabaseAway
+from balance_app.jobs.lease import Heart
+from balance_app.jobs.registry import Job, Registry
+from balance_app.jobs.repository import (
+    Claimed,
+    Ending,
+    JobRepository,
+    Known,
+    Me,
+    Skipped,
+    Turn,
+)
+from balance_app.jobs.run import (
+    LeaseLostError,
+    Run,
+    RunStoppedError,
+    Stopped,
+    ThreadRun,
+    plain,
+)
+from balance_app.jobs.schedule import parse
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+# how a run's code ended, and what it said
+Verdict: TypeAlias = "tuple[str, str | None]"
+
+# Something runs somewhere and may be handed back at any moment, or nothing does.
+BUSY_LOOK_SECONDS: Final = 0.25
+IDLE_LOOK_SECONDS: Final = 2.2
+# A look that lost a race looks again.
+RACE_SECONDS: Final = 0.05
+AWAY_SECONDS: Final = 0.25
+# After an outage the owners of leases that ran out meanwhile come first, to say what happened.
+OWNERS_FIRST_SECONDS: Final = 1.0
+# How much later a copy takes a job that has claimed one in this round already.
+TIE: Final = timedelta(milliseconds=10)
+# The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
+HALF_OF_MOST: Final = 10
+DRAIN_SECONDS: Final = 0.8
+PARTING_SECONDS: Final = 2.0
+
+
+class Scheduler:
+    """Runs jobs on this copy, sharing them with copies that it knows nothing of."""
+
+    def __init__(
+        self, settings: Settings, database: Database, registry: Registry, *, dead_man: bool = True
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._registry = registry
+        self.me: Final = Me(uuid4(), settings.server_id)
+        self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
+        self._heart = Heart(settings, self.me, dead_man=dead_man)
+        self._known: Known | None = None
+        self._runs: dict[Run, asyncio.Task[None]] = {}
+        self._round = 0
+        self._booted = 0.0
+        self._away_at = 0.0
+        self._soon = asyncio.Event()
+        self._draining = False
+        self._loop: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to take jobs, in a task of its own."""
+        self._loop = asyncio.create_task(self.run(), context=Context())
+
+    async def stop(self) -> None:
+        """Take no more jobs, tell all runs to stop, and hand them back as they end.
+
+        Returns after a second at the latest. What has not ended by then keeps its lease; see
+        `part`.
+        """
+        self._draining = True
+        self.wake()
+        for run in list(self._runs):
+            self._stop_run(run, "interrupted", "its copy was stopped")
+        if self._loop is not None:
+            await asyncio.wait({self._loop}, timeout=DRAIN_SECONDS)
+        if self._runs:
+            await asyncio.wait(set(self._runs.values()), timeout=DRAIN_SECONDS)
+
+    async def part(self) -> None:
+        """Let go of everything; the process is about to end.
+
+        A run that could not be stopped is handed back as of a moment at which this process has
+        ended for certain: the kernel sees to that.
+        """
+        stubborn = list(self._runs)
+        if stubborn:
+            log.warning("runs that can't be stopped", jobs=[run.name for run in stubborn])
+            self._heart.end_within(PARTING_SECONDS)
+            ready_at = self._heart.server_time() + timedelta(seconds=PARTING_SECONDS + 0.5)
+            ending = Ending(
+                outcome="interrupted",
+                result="its copy was stopped",
+                seconds_ago=0,
+                ready_at=ready_at,
+                keeps_checkpoint=True,
+            )
+            for run in stubborn:
+                try:
+                    await self._jobs.finish(run.name, run.fence, ending)
+                except DatabaseAway:
+                    log.warning("not handed back: its lease runs out", job=run.name)
+        await self._heart.stop()
+        if self._loop is not None:
+            self._loop.cancel()
+
+    def wake(self) -> None:
+        """Look at the jobs now: something has changed."""
+        self._soon.set()
+        self._heart.beat_soon()
+
+    async def run(self) -> None:
+        """Take jobs until told to stop."""
+        while not self._draining:
+            try:
+                wait_seconds = await self.run_once()
+            except DatabaseAway as problem:
+                log.debug("no look at the jobs", reason=problem.detail)
+                self._away_at = monotonic()
+                wait_seconds = AWAY_SECONDS
+            except Exception:
+                log.exception("a look at the jobs failed")
+                wait_seconds = IDLE_LOOK_SECONDS
+            if wait_seconds > 0:
+                await self._sleep(wait_seconds)
+
+    async def run_once(self) -> float:
+        """Look at the jobs once, and start one if there is one to take.
+
+        Returns:
+            How many seconds to wait before the next look; 0 after a job was taken.
+        """
+        known = self._known or await self._declare()
+        now = monotonic()
+        settled = now - self._booted >= self._settings.job_settling_seconds
+        if not settled:
+            await self._jobs.notice(known)
+        sent_at = monotonic()
+        look = await self._jobs.look(
+            known,
+            Turn(
+                wait=self._wait_for_turn(),
+                round=self._round,
+                tie=TIE,
+                settled=settled,
+                settling=timedelta(seconds=self._settings.job_settling_seconds),
+                takes_over=now - self._away_at >= OWNERS_FIRST_SECONDS,
+            ),
+        )
+        self._heart.set_clock(look.now, monotonic())
+        if look.laid_aside is not None:
+            log.warning("job laid aside", job=look.laid_aside)
+            return 0
+        if look.claimed is not None:
+            self._start(look.claimed, sent_at)
+            return 0
+        longest = BUSY_LOOK_SECONDS if look.busy or not settled else IDLE_LOOK_SECONDS
+        if look.wait_seconds is None:
+            return longest
+        if look.wait_seconds <= 0:
+            return RACE_SECONDS
+        return min(look.wait_seconds, longest)
+
+    # -- turns --------------------------------------------------------------------------------
+
+    def _wait_for_turn(self) -> timedelta:
+        """Return how long after a job is ready this copy may take it: longer with each run here.
+
+        Of copies that look at the same job the one with the fewest runs comes first, and none has
+        to know of another.
+        """
+        runs = len(self._runs)
+        return timedelta(seconds=self._settings.job_step_seconds * runs / (1 + runs / HALF_OF_MOST))
+
+    async def _declare(self) -> Known:
+        known = await self._jobs.declare(
+            {job.name: (str(job.schedule), job.description) for job in self._registry.values()}
+        )
+        self._known = known
+        self._booted = monotonic()
+        if not self._draining:
+            self._heart.start(known)
+        log.info("scheduler started", copy=str(self.me.id), jobs=len(self._registry))
+        return known
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._soon.wait(), seconds)
+        except TimeoutError:
+            return
+        self._soon.clear()
+
+    def _minimum(self, job: Job) -> float:
+        return self._settings.job_min_seconds if job.min_seconds is None else job.min_seconds
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def _start(self, claimed: Claimed, sent_at: float) -> None:
+        self._round = claimed.round + 1
+        job = self._registry[claimed.name]
+        run = Run(claimed, self._database, self._jobs, min_seconds=self._minimum(job))
+
+        def stop(outcome: str, reason: str) -> None:
+            self._stop_run(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
+
+        run.lease = self._heart.hold(run.name, run.fence, sent_at, stop)
+        if claimed.cancel_by is not None:  # its last owner was lost before it could obey
+            run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
+        elif self._draining:
+            run.stopped = ("interrupted", "its copy was stopped")
+        # Of its own context: the run belongs to no request.
+        self._runs[run] = asyncio.create_task(
+            self._conduct(run, job, claimed), name=run.name, context=Context()
+        )
+
+    def _stop_run(self, run: Run, outcome: Stopped, reason: str) -> None:
+        if run.stopped is None:
+            run.stopped = (outcome, reason)
+        if run.task is not None:
+            run.task.cancel()
+
+    async def _conduct(self, run: Run, job: Job, claimed: Claimed) -> None:
+        """See a run through: call its function, judge how it ended, record it, let go."""
+        started = monotonic()
+        assert run.lease is not None  # noqa: S101 - held since the claim
+        try:
+            run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
+            verdict = await self._call(run, job, started)
+        finally:
+            self._heart.ended(run.lease)
+        ended = monotonic()
+        run.log.info(
+            "run ended", outcome=verdict[0], result=verdict[1], seconds=round(ended - started, 1)
+        )
+        try:
+            await self._record(run, job, claimed, verdict, ended)
+        except Exception:
+            run.log.exception("the end of a run can't be recorded: its lease runs out")
+        finally:
+            self._heart.release(run.lease)
+            del self._runs[run]
+            self._soon.set()
+
+    async def _call(self, run: Run, job: Job, started: float) -> Verdict:
+        """Run the function, to its end: no verdict while any of it still executes."""
+        if run.stopped is not None:
+            return run.stopped
+        run.task = asyncio.create_task(_result(run, job))
+        done, _ = await asyncio.wait({run.task}, timeout=job.timeout_seconds)
+        if not done:
+            self._stop_run(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
+            await asyncio.wait({run.task})
+        verdict = _judge(run, job, run.task)
+        if verdict[0] == "succeeded":
+            rest = self._minimum(job) - (monotonic() - started)
+            if rest > 0 and run.stopped is None:
+                # The work is done: a run that is stopped now has succeeded all the same.
+                run.task = asyncio.create_task(asyncio.sleep(rest))
+                await asyncio.wait({run.task})
+        return verdict
+
+    async def _record(
+        self,
+        run: Run,
+        job: Job,
+        claimed: Claimed,
+        verdict: Verdict,
+        ended: float,
+    ) -> None:
+        """Write the end of a run down; however long the database is away, unless all stops."""
+        while True:
+            now = self._heart.server_time()
+            ending = _ending(job, claimed, verdict, now, seconds_ago=monotonic() - ended)
+            try:
+                if not await self._jobs.finish(run.name, run.fence, ending):
+                    run.log.warning("the run had lost its job before it ended")
+            except DatabaseAway as problem:
+                if self._draining:
+                    raise
+                run.log.debug("the end of a run waits for the database", reason=problem.detail)
+                await asyncio.sleep(AWAY_SECONDS / 2)
+            else:
+                return
+
+
+async def _result(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+    return await (job.function(run) if job.is_async else _in_thread(run, job))
+
+
+async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+    """Call a function in a thread of its own, and wait until it has ended, come what may."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Any] = loop.create_future()
+    facade = ThreadRun(run)
+
+    def tell(value: object, error: BaseException | None) -> None:
+        if error is None:
+            ended.set_result(value)
+        else:
+            ended.set_exception(error)
+
+    def call() -> None:
+        value, error = None, None
+        try:
+            value = job.function(facade)
+        except BaseException as caught:  # noqa: BLE001 - it is told where the run is judged
+            error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
+        loop.call_soon_threadsafe(tell, value, error)
+
+    # A daemon: what can't be stopped must not keep the process alive.
+    threading.Thread(target=call, name=run.name, daemon=True).start()
+    while True:
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            # A thread can't be cancelled: `facade` raises at its next call.
+            if ended.done():
+                return ended.result()
+
+
+def _judge(run: Run, job: Job, task: "asyncio.Task[Any]") -> Verdict:
+    """Say how a run's code ended."""
+    told = run.stopped if task.cancelled() or task.cancelling() else None
+    error = None if task.cancelled() else task.exception()
+    finished = error is None and not task.cancelled()
+    if finished and (told is None or not job.is_async):
+        returned = task.result()
+        return "succeeded", None if returned is None else plain(str(returned), 2000)
+    if told is not None:  # whatever it made of it
+        if error is not None and not isinstance(error, RunStoppedError):
+            run.log.warning("run failed when it was stopped", error=repr(error))
+        return told
+    match error:
+        case None:
+            return "failed", "it cancelled itself"
+        case LeaseLostError():
+            return "interrupted", "it had lost its lease"
+        case DatabaseAway():
+            return "interrupted", plain(error.detail)
+        case _:
+            run.log.error("run failed", exc_info=error)
+            return "failed", plain(f"{type(error).__name__}: {error}", 2000)
+
+
+def _ending(
+    job: Job, claimed: Claimed, verdict: Verdict, now: datetime, *, seconds_ago: float
+) -> Ending:
+    """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
+
+    A run that was handed back leaves its tick to another copy, at once. Otherwise the next tick in
+    the future is waited for, or the same tick again if it failed and may be tried again sooner.
+    Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
+    """
+    outcome, result = verdict
+    if outcome == "interrupted":
+        return Ending(
+            outcome=outcome, result=result, seconds_ago=seconds_ago, keeps_checkpoint=True
+        )
+    schedule = parse(claimed.schedule)
+    due_at = schedule.next_after(now, claimed.anchor_at)
+    if outcome in {"failed", "timed_out"} and job.retry_after_seconds is not None:
+        again_at = now + timedelta(seconds=job.retry_after_seconds)
+        if again_at < due_at:
+            return Ending(
+                outcome=outcome, result=result, seconds_ago=seconds_ago, ready_at=again_at
+            )
+    spans = (
+        (claimed.due_at, max(claimed.started_at, claimed.due_at), "no copy was free to run it"),
+        (max(claimed.started_at, claimed.due_at), now, "the run before was still under way"),
+    )
+    skipped = [
+        Skipped(*range_, reason)
+        for after, until, reason in spans
+        if until > after
+        and (range_ := schedule.count_between(after, until, claimed.anchor_at)) is not None
+    ]
+    jitter = timedelta(seconds=random.uniform(0, job.jitter_seconds))
+    return Ending(
+        outcome=outcome,
+        result=result,
+        seconds_ago=seconds_ago,
+        due_at=due_at,
+        ready_at=due_at + jitter,
+        skipped=skipped,
+    )

@@ -1,0 +1,136 @@
+"""The tables, declared for alembic, which compares them with the migrations."""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Computed,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from balance_app.database import metadata
+
+_ZERO = text("0")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("number", BigInteger, Identity(always=True), nullable=False),
+    Column("schedule", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column(
+        "anchor_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
+    ),
+    Column("due_at", DateTime(timezone=True), nullable=False),
+    Column("ready_at", DateTime(timezone=True), nullable=False),
+    Column("attempt", Integer, nullable=False, server_default=_ZERO),
+    Column("requested_by", Text),
+    Column("seen_at", DateTime(timezone=True)),
+    Column("paused_at", DateTime(timezone=True)),
+    Column("paused_by", Text),
+    Column("pause_reason", Text),
+    Column("fence", BigInteger, nullable=False, server_default=_ZERO),
+    Column("holder", Uuid),
+    Column("server", Text),
+    Column("started_at", DateTime(timezone=True)),
+    Column("lease_until", DateTime(timezone=True)),
+    Column("cancel_by", Text),
+    Column("done", BigInteger),
+    Column("total", BigInteger),
+    Column("note", Text),
+    Column("checkpoint", JSONB),
+    Column("alive_at", DateTime(timezone=True)),
+    Column("lost_streak", Integer, nullable=False, server_default=_ZERO),
+    Column("round", BigInteger, nullable=False, server_default=_ZERO),
+    Column("last_outcome", Text),
+    Column("last_server", Text),
+    Column("last_started_at", DateTime(timezone=True)),
+    Column("last_ended_at", DateTime(timezone=True)),
+    Column("last_result", Text),
+    Column(
+        "claimable_at",
+        DateTime(timezone=True),
+        Computed(
+            "CASE WHEN holder IS NOT NULL THEN lease_until"
+            " WHEN paused_at IS NULL THEN ready_at END",
+            persisted=True,
+        ),
+    ),
+    UniqueConstraint("number"),
+    CheckConstraint(
+        "(holder IS NULL) = (lease_until IS NULL)"
+        " AND (holder IS NULL) = (started_at IS NULL)"
+        " AND (holder IS NULL) = (server IS NULL)"
+        " AND (holder IS NOT NULL OR cancel_by IS NULL)",
+        name="run",
+    ),
+    CheckConstraint("(paused_at IS NULL) = (paused_by IS NULL)", name="pause"),
+    Index(None, "claimable_at"),
+    Index(None, "round"),
+    postgresql_with={"fillfactor": 70},
+)
+
+job_runs = Table(
+    "job_runs",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("job", ForeignKey("jobs.name"), nullable=False),
+    Column("fence", BigInteger),
+    Column("due_at", DateTime(timezone=True), nullable=False),
+    Column("last_due_at", DateTime(timezone=True)),
+    Column("ticks", BigInteger, nullable=False, server_default=text("1")),
+    Column("attempt", Integer, nullable=False, server_default=_ZERO),
+    Column("holder", Uuid),
+    Column("server", Text),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("outcome", Text),
+    Column("result", Text),
+    UniqueConstraint("job", "fence", name="job_runs_job_fence_key"),
+    CheckConstraint(
+        "outcome IN ('succeeded', 'failed', 'timed_out', 'cancelled', 'interrupted', 'lost',"
+        " 'skipped')",
+        name="outcome",
+    ),
+    CheckConstraint("(outcome IS NULL) = (ended_at IS NULL)", name="end"),
+    CheckConstraint(
+        "(fence IS NULL) = (outcome IS NOT DISTINCT FROM 'skipped')"
+        " AND (fence IS NULL) = (last_due_at IS NOT NULL) AND ticks >= 1",
+        name="skipped",
+    ),
+    Index("job_runs_job_id_idx", "job", "id"),
+    Index("job_runs_outcome_id_idx", "outcome", "id"),
+)
+
+copies = Table(
+    "copies",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("server", Text, nullable=False),
+    Column(
+        "started_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
+    ),
+    Column(
+        "seen_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()
+    ),
+    Column("knows_to", BigInteger, nullable=False),
+    Column("lacks", ARRAY(Text), nullable=False),
+)

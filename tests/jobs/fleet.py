@@ -1,0 +1,234 @@
+"""A copy of the service with jobs that write what they do into local files.
+
+`python -m tests.jobs.fleet` serves one copy. The verdict on overlaps comes from the files alone, never
+from the service's own tables. What the jobs are is said by the environment:
+
+FLEET_DIARY    the directory that all copies write to, a file per boot
+FLEET_JOBS     how many jobs, named job-01 and so on
+FLEET_EVERY    their interval in seconds
+FLEET_SECONDS  how long each run lasts
+FLEET_KIND     paced (default), sleep or spin (both block the event loop), stubborn (a thread
+               that can't be stopped), thread (one that can), writes (through its transaction),
+               poison (kills its process)
+FLEET_UNGUARDED  guards to take out, for controls
+"""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from balance_app import server
+from balance_app.jobs import lease, run as running, scheduler
+from balance_app.jobs.registry import Job, Registry, job
+from balance_app.jobs.run import Run, ThreadRun
+from balance_app.logs import configure_logs
+from balance_app.settings import load_settings
+
+TICK_SECONDS = 0.05
+
+
+class Diary:
+    """Lines with monotonic time, which all processes of a machine share; each is one write."""
+
+    def __init__(self, directory: Path) -> None:
+        name = f"{os.environ['SERVER_ID']}-{os.getpid()}-{uuid4().hex[:8]}"
+        self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write(self, what: str, run: Run | ThreadRun, **more: object) -> None:
+        line = {
+            "at": time.monotonic(),
+            "what": what,
+            "job": run.name,
+            "fence": run.fence,
+            "server": os.environ["SERVER_ID"],
+            "pid": os.getpid(),
+            **more,
+        }
+        os.write(self._file, (json.dumps(line) + "\n").encode())
+
+
+def declare(number: int, diary: Diary) -> Job:
+    """Return the job of that number."""
+    kind = os.environ.get("FLEET_KIND", "paced")
+    seconds = float(os.environ.get("FLEET_SECONDS", "2"))
+    steps = max(1, round(seconds / TICK_SECONDS))
+
+    async def paced(run: Run) -> str:
+        start = (run.resumed or {"step": 0})["step"]
+        diary.write(
+            "start", run, resumed=run.resumed, due=run.due_at.timestamp(), attempt=run.attempt
+        )
+        try:
+            for step in range(start, steps):
+                diary.write("tick", run, step=step)
+                run.progress(step, steps, "ticking")
+                if step % 10 == 9:
+                    await run.checkpoint({"step": step + 1})
+                    diary.write("checkpoint", run, step=step + 1)
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            diary.write("end", run)
+        return f"ticked {steps} times"
+
+    async def blocking(run: Run) -> None:
+        diary.write("start", run)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if kind == "sleep":
+                time.sleep(left)  # noqa: ASYNC251 - it is meant to block
+            if int(left * 10) % 10 == 0:
+                diary.write("tick", run)
+        diary.write("end", run)
+
+    def threaded(run: ThreadRun) -> str:
+        diary.write("start", run)
+        try:
+            for step in range(steps):
+                diary.write("tick", run, step=step)
+                if kind == "thread":
+                    run.progress(step, steps)
+                    if step % 10 == 9:
+                        run.checkpoint({"step": step})
+                time.sleep(TICK_SECONDS)
+        finally:
+            diary.write("end", run)
+        return "ticked"
+
+    async def writes(run: Run) -> None:
+        diary.write("start", run)
+        try:
+            for step in range(steps):
+                diary.write("tick", run, step=step)
+                async with run.transaction() as connection:
+                    await connection.execute(
+                        "INSERT INTO fenced (job, fence) VALUES ($1, $2)", run.name, run.fence
+                    )
+                diary.write("wrote", run, step=step)
+                await asyncio.sleep(TICK_SECONDS)
+        except Exception as error:
+            diary.write("refused", run, error=repr(error))
+            raise
+        finally:
+            diary.write("end", run)
+
+    async def poison(run: Run) -> None:
+        diary.write("start", run)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    functions: dict[str, Callable[[Any], Any]] = {
+        "paced": paced,
+        "sleep": blocking,
+        "spin": blocking,
+        "thread": threaded,
+        "stubborn": threaded,
+        "writes": writes,
+        "poison": poison,
+    }
+    return job(
+        name=f"job-{number:02}",
+        every=timedelta(seconds=float(os.environ.get("FLEET_EVERY", "3600"))),
+        min_duration=timedelta(milliseconds=1),
+    )(functions[kind])
+
+
+def no_dead_man() -> None:
+    """Never end a process that has lost its leases, nor tell its runs."""
+    vars(lease)["Heart"]._arm = lambda _self: None
+    vars(lease)["Heart"]._tell = lambda *_: None
+
+
+def no_fence() -> None:
+    """Let every transaction commit, whoever holds the lease."""
+    vars(running)["COMMIT"] = "COMMIT"
+    vars(running)["ENTER"] = "SELECT $1::text, $2::bigint, $3::uuid"
+
+
+def no_turns() -> None:
+    """Take whatever is due, as soon as it is seen."""
+    guarded = scheduler.Turn
+
+    def greedy(**turn: Any) -> Any:
+        return guarded(**{**turn, "wait": timedelta(0), "tie": timedelta(0), "settled": True})
+
+    vars(scheduler)["Turn"] = greedy
+
+
+GUARDS: dict[str, Callable[[], None]] = {
+    "dead-man": no_dead_man,
+    "fence": no_fence,
+    "turns": no_turns,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run as its diary tells it: from its first line to its last."""
+
+    job: str
+    fence: int
+    server: str
+    pid: int
+    begin: float
+    end: float
+    # did it say that it ended?
+    ended: bool
+    lines: tuple[dict[str, Any], ...]
+
+
+def read_diaries(directory: Path) -> list[Span]:
+    """Return all runs, by the time of their first line."""
+    runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for path in directory.iterdir():
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            runs.setdefault((entry["job"], entry["fence"], entry["pid"]), []).append(entry)
+    spans = [
+        Span(
+            job=name,
+            fence=fence,
+            server=lines[0]["server"],
+            pid=pid,
+            begin=lines[0]["at"],
+            end=lines[-1]["at"],
+            ended=any(line["what"] == "end" for line in lines),
+            lines=tuple(lines),
+        )
+        for (name, fence, pid), lines in runs.items()
+    ]
+    return sorted(spans, key=lambda span: span.begin)
+
+
+def overlaps(spans: list[Span]) -> list[tuple[Span, Span]]:
+    """Return the pairs of runs of one job of which the later begins before the earlier's end."""
+    found = []
+    last: dict[str, Span] = {}
+    for span in spans:
+        before = last.get(span.job)
+        if before is not None and span.begin <= before.end:
+            found.append((before, span))
+        if before is None or span.end > before.end:
+            last[span.job] = span
+    return found
+
+
+def main() -> None:
+    """Serve one copy."""
+    for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
+        GUARDS[guard]()
+    settings = load_settings()
+    configure_logs(settings)
+    diary = Diary(Path(os.environ["FLEET_DIARY"]))
+    count = int(os.environ.get("FLEET_JOBS", "10"))
+    server.serve(settings, Registry([declare(number, diary) for number in range(1, count + 1)]))
+
+
+if __name__ == "__main__":
+    main()
