@@ -50,7 +50,7 @@ format: $(READY) ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
-	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python bench/balances.py
+	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
 
 reset: $(READY) ## delete the data of `make run`
 	@$(BIN)/balance-app reset

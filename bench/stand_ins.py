@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from balance_app import main, server
 from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.jobs.registry import Registry
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 
@@ -43,10 +44,10 @@ if __name__ == "__main__":
     configure_logs(settings)
     match sys.argv[1]:
         case "service":
-            server.serve(settings)
+            server.serve(settings, Registry([]))
         case "constant":
             vars(main)["BalanceRepository"] = Constant
-            server.serve(settings)
+            server.serve(settings, Registry([]))
         case "bare":
             uvicorn.run(
                 bare,

@@ -39,8 +39,8 @@ async def database(postgres: dict[str, str]) -> AsyncIterator[dict[str, str]]:
 
 @pytest.fixture
 async def copy(database: dict[str, str]) -> AsyncIterator[Copy]:
-    """One running copy of the service on an empty database."""
-    async with Copy(database) as running:
+    """One running copy of the service on an empty database, without jobs."""
+    async with Copy(database, JOBS_ENABLED="false") as running:
         yield running
 
 

@@ -9,13 +9,13 @@ told by the shortest way there. What is modelled, and why no more is needed:
 - A statement is sent, is carried out at any later time (or never), and its answer arrives at any
   time after that (or never). A slow network, a lost packet, a lock that is waited for, a database
   that is restarted or away for an hour: all are orders of these three events.
-- A process can be killed, frozen (SIGSTOP, a paused machine), or blocked by its job (the event
-  loop stands, the thread of the heartbeat goes on) at any moment and for any time. In the place of
-  one that has ended there is a new one with a new id; what the old one sent is still under way.
+- A process can be killed, frozen (SIGSTOP), or blocked by its run (the event loop stands, or the
+  run does not stop when it is cancelled; the thread of the heartbeat goes on), at any moment and
+  for any time. Where one has ended there is a new one with a new id; what the old one sent goes on.
 - One statement is one event, since it holds the lock of the row from its check to its commit.
 - Answers that refuse are left out: all they can do is to stop a run earlier. So is when a job is
   due: it always is. A copy that runs nothing is not frozen: it may do nothing for ever as it is.
-- All monotonic clocks run equally fast. No other clock is looked at.
+- All monotonic clocks run equally fast, also while a process is frozen. No other clock is read.
 
 The heart of the proof is `Invariant.TRUST`: what a copy believes of its lease is never more than
 what the row says. Belief ends first, the run ends with belief (the dead man sees to it when the
@@ -24,14 +24,14 @@ process itself can't), and only then can anybody else claim.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum, unique
 from typing import Final, Literal, NamedTuple
 
 
 @unique
 class Guard(StrEnum):
-    """A part of the protocol that can be taken out."""
+    """A part of the protocol, or of what it relies on, that can be taken out."""
 
     EXPIRY = "a claim leaves a job alone while its lease lasts"
     TAKEOVER = "a claim takes a job whose lease is over"
@@ -50,13 +50,14 @@ class Guard(StrEnum):
     DEAD_MAN = "the kernel ends a process that runs a job when its trust ends"
     CANCEL = "a copy cancels its run before its trust ends"
     HOLDER = "renewal, write and finish check the holder"
+    CLOCK = "the clock of a frozen process goes on"
 
 
 @unique
 class Invariant(StrEnum):
     """What is true in every state, and of every step."""
 
-    OVERLAP = "two processes never run the job at once"
+    OVERLAP = "two runs of the job are never under way at once"
     WRITE = "nothing is written by a run that has lost its lease"
     STRANGER = "a lease is prolonged by its own run alone"
     OUTCOME = "every run gets one outcome, and none before it has ended"
@@ -91,15 +92,15 @@ class Copy(NamedTuple):
 class Row(NamedTuple):
     """The row of the job, and what the invariants need to know of its past."""
 
-    holder: int | None
-    # the claims so far: the fence, unless it is not raised
-    run: int
-    lease: int
-    paused: bool
-    lost_streak: int
+    holder: int | None = None
+    # the claims so far: the fence
+    run: int = 0
+    lease: int = 0
+    paused: bool = False
+    lost_streak: int = 0
     # has the lease of the last run ever been over, and has that run no outcome yet?
-    lapsed: bool
-    open: bool
+    lapsed: bool = False
+    open: bool = False
 
 
 class State(NamedTuple):
@@ -118,6 +119,13 @@ class Step(NamedTuple):
     breaks: Invariant | None = None
 
 
+# what makes the database refuse a statement of a run before the last
+FENCES: Final = {
+    "claim": None,
+    "renewal": Guard.RENEWAL_FENCE,
+    "write": Guard.WRITE_FENCE,
+    "finish": Guard.FINISH_FENCE,
+}
 NEW: Final = Copy("free", "", 0, 0, ())
 
 
@@ -133,11 +141,10 @@ class Protocol:
     room: int = 2
     # runs lost in a row until the job is paused
     lost_limit: int = 2
-    _ways_back: dict[State, int | None] = field(default_factory=dict)
 
     def start(self) -> State:
         """Return the state in which the copies have just come up."""
-        return State(Row(None, 0, 0, False, 0, False, False), (NEW,) * self.copies)
+        return State(Row(), (NEW,) * self.copies)
 
     def has(self, guard: Guard) -> bool:
         """Say whether the guard is in place."""
@@ -151,9 +158,10 @@ class Protocol:
         if not any(self._must_cancel(copy) for copy in copies):
             yield self._tick(state)
         if row.paused:
-            yield Step("Somebody resumes the job.", 0, _with(state, paused=False, lost_streak=0))
+            resumed = row._replace(paused=False, lost_streak=0)
+            yield Step("Somebody resumes the job.", 0, State(resumed, copies))
         else:
-            yield Step("Somebody pauses the job.", 0, _with(state, paused=True))
+            yield Step("Somebody pauses the job.", 0, State(row._replace(paused=True), copies))
         has_room = sum(len(copy.mail) for copy in copies) < self.room
         for index, copy in enumerate(copies):
             if copy.mode != "ended":
@@ -162,7 +170,9 @@ class Protocol:
                 if has_room and copy.mode != "frozen":
                     yield from self._sends(state, index)
             for message in dict.fromkeys(copy.mail):
-                yield Step(f"{{copy}}'s {message.kind} is lost.", index, _drop(state, index, message))
+                yield Step(
+                    f"{{copy}}'s {message.kind} is lost.", index, _drop(state, index, message)
+                )
                 yield from self._moves(state, index, message)
 
     def _must_cancel(self, copy: Copy) -> bool:
@@ -194,17 +204,20 @@ class Protocol:
         return Step(f"{told}.", last, after, breaks)
 
     def _older(self, copy: Copy) -> Copy:
+        elapsed = 0 if copy.mode == "frozen" and not self.has(Guard.CLOCK) else 1
         mail = tuple(
-            Message(
-                message.kind,
-                message.stage,
-                message.run,
-                max(message.trust - 1, 0),
-                min(message.age + 1, self.lease) if message.stage == "begun" else 0,
-            )
-            for message in copy.mail
+            [
+                Message(
+                    message.kind,
+                    message.stage,
+                    message.run,
+                    max(message.trust - elapsed, 0),
+                    min(message.age + 1, self.lease) if message.stage == "begun" else 0,
+                )
+                for message in copy.mail
+            ]
         )
-        return Copy(copy.mode, copy.work, copy.run, max(copy.trust - 1, 0), mail)
+        return Copy(copy.mode, copy.work, copy.run, max(copy.trust - elapsed, 0), mail)
 
     def _dead_man_strikes(self, copy: Copy) -> bool:
         return copy.work == "running" and copy.trust == 0 and self.has(Guard.DEAD_MAN)
@@ -212,35 +225,40 @@ class Protocol:
     def _changes(self, state: State, index: int) -> Iterator[Step]:
         """Yield what can happen to a process without a message."""
         copy = state.copies[index]
+
+        def becomes(told: str, copy: Copy) -> Step:
+            return Step(told, index, _put(state, index, copy))
+
         if copy.mode == "frozen":
             if self._dead_man_strikes(copy):
                 told = "{copy} is thawed, and the kernel ends it before it does anything."
                 yield Step(told, index, _end(state, index))
             else:
-                yield Step("{copy} is thawed.", index, _set(state, index, mode="free"))
+                yield becomes("{copy} is thawed.", copy._replace(mode="free"))
         elif copy.work == "running":
-            yield Step("{copy} is frozen.", index, _set(state, index, mode="frozen"))
+            yield becomes("{copy} is frozen.", copy._replace(mode="frozen"))
             if copy.mode == "blocked":
-                yield Step("{copy} is no longer blocked.", index, _set(state, index, mode="free"))
+                yield becomes("{copy} is no longer blocked.", copy._replace(mode="free"))
             else:
-                yield Step("{copy} is blocked by its run.", index, _set(state, index, mode="blocked"))
-                stopped = _set(state, index, work="stopped", trust=0)
-                yield Step("{copy}'s run ends or is cancelled.", index, stopped)
+                yield becomes("{copy} is blocked by its run.", copy._replace(mode="blocked"))
+                stopped = copy._replace(work="stopped", trust=0)
+                yield becomes("{copy}'s run ends, or is cancelled.", stopped)
             if not self.has(Guard.TRUST_PER_RUN):
-                told = "{copy} claims another job, and trusts this run for as long."
-                yield Step(told, index, _set(state, index, trust=self.lease))
+                told = "{copy} gets another job, and trusts this run for as long."
+                yield becomes(told, copy._replace(trust=self.lease))
         elif copy.work == "stopped":
             told = "{copy} gives up telling the database."
-            yield Step(told, index, _set(state, index, work="", run=0))
+            yield becomes(told, copy._replace(work="", run=0))
 
     def _sends(self, state: State, index: int) -> Iterator[Step]:
         """Yield the statements that a process can send."""
         copy = state.copies[index]
-        if copy.work == "":
+        if copy.mode == "free":
+            # Also while it runs the job: a claim asks for any job that can be had.
             yield self._send(state, index, Message("claim", "sent", 0, self.lease, 0))
-        elif copy.work == "stopped":
+        if copy.work == "stopped":
             yield self._send(state, index, Message("finish", "sent", copy.run, 0, 0))
-        else:
+        elif copy.work == "running":
             yield self._send(state, index, Message("renewal", "sent", copy.run, self.lease, 0))
             yield self._send(state, index, Message("write", "sent", copy.run, 0, 0))
             if not self.has(Guard.FINISH_AFTER_END):
@@ -248,13 +266,15 @@ class Protocol:
 
     def _send(self, state: State, index: int, message: Message) -> Step:
         of_run = f" of run {message.run}" if message.run else ""
-        return Step(f"{{copy}} sends a {message.kind}{of_run}.", index, _post(state, index, message))
+        return Step(
+            f"{{copy}} sends a {message.kind}{of_run}.", index, _post(state, index, message)
+        )
 
     def _moves(self, state: State, index: int, message: Message) -> Iterator[Step]:
         """Yield what can become of a message, but for its loss."""
         copy = state.copies[index]
         if message.stage == "answered":
-            if copy.mode in ("free", "blocked"):
+            if copy.mode == "free" or (copy.mode == "blocked" and message.kind == "renewal"):
                 yield from self._arrives(state, index, message)
         elif (
             message.kind == "renewal"
@@ -268,17 +288,18 @@ class Protocol:
 
     def _arrives(self, state: State, index: int, message: Message) -> Iterator[Step]:
         """Let a copy hear that its claim or renewal was good."""
-        copy = state.copies[index]
         trust = message.trust if self.has(Guard.TRUST_FROM_SENDING) else self.lease
         after = _drop(state, index, message)
+        copy = after.copies[index]
         if message.kind == "claim":
-            if copy.work == "" and (trust > self.margin or not self.has(Guard.TRUST_IN_CLAIM)):
-                after = _set(after, index, work="running", run=message.run, trust=trust)
+            if trust > self.margin or not self.has(Guard.TRUST_IN_CLAIM):
                 told = f"{{copy}} hears that it has the job, and begins run {message.run}."
-                yield Step(told, index, after)
+                begun = copy._replace(work="running", run=message.run, trust=trust)
+                breaks = Invariant.OVERLAP if copy.work == "running" else None
+                yield Step(told, index, _put(after, index, begun), breaks)
         elif copy.work == "running" and self._same(copy.run, message.run) and trust > copy.trust:
             told = f"{{copy}} hears of its renewal, and trusts for {trust} more."
-            yield Step(told, index, _set(after, index, trust=trust))
+            yield Step(told, index, _put(after, index, copy._replace(trust=trust)))
 
     # What the database does
 
@@ -303,12 +324,12 @@ class Protocol:
             return Step("{copy}'s claim is refused: the job is paused.", index, after)
         streak = min(row.lost_streak + lost, self.lost_limit)
         if row.paused or streak == self.lost_limit:
-            row = Row(None, row.run, 0, True, streak, False, False)
+            row = Row(run=row.run, paused=True, lost_streak=streak)
             return Step("{copy}'s claim lays the job aside.", index, State(row, after.copies))
         breaks = Invariant.OUTCOME if row.open and not lost else None
-        row = Row(index, row.run + 1, self.lease, False, streak, False, True)
+        row = Row(index, row.run + 1, self.lease, lost_streak=streak, open=True)
         answer = message._replace(stage="answered", run=row.run)
-        told = f"{{copy}}'s claim is carried out: run {row.run}, the lease has {row.lease} left."
+        told = f"{{copy}}'s claim is good: run {row.run}, the lease has {row.lease} left."
         return Step(told, index, _post(State(row, after.copies), index, answer), breaks)
 
     def _renew(self, state: State, index: int, message: Message) -> Step:
@@ -320,7 +341,7 @@ class Protocol:
             return Step("{copy}'s renewal is refused.", index, after)
         breaks = Invariant.STRANGER if message.run != row.run else None
         row = row._replace(lease=self.lease - message.age)
-        told = f"{{copy}}'s renewal of run {message.run} is carried out: the lease has {row.lease} left."
+        told = f"{{copy}}'s renewal of run {message.run} is good: the lease has {row.lease} left."
         answer = message._replace(stage="answered", age=0)
         return Step(told, index, _post(State(row, after.copies), index, answer), breaks)
 
@@ -341,13 +362,13 @@ class Protocol:
             return Step("{copy}'s finish is refused.", index, after)
         last = message.run == row.run
         breaks = None if last and row.open else Invariant.OUTCOME
-        row = Row(None, row.run, 0, row.paused, 0, False, row.open and not last)
-        told = f"{{copy}}'s finish of run {message.run} is carried out: the job is free."
+        row = Row(run=row.run, paused=row.paused, open=row.open and not last)
+        told = f"{{copy}}'s finish of run {message.run} is good: the job is free."
         return Step(told, index, State(row, after.copies), breaks)
 
     def _its_own(self, row: Row, index: int, run: int, fence: Guard) -> bool:
         """Compare holder and fence with the row's."""
-        if row.holder is None or (row.holder != index and self.has(Guard.HOLDER)):
+        if row.holder != index and self.has(Guard.HOLDER):
             return False
         return self._same(row.run, run) or not self.has(fence)
 
@@ -374,83 +395,55 @@ class Protocol:
             yield Invariant.OUTCOME
 
     def ticks_to_claim(self, state: State) -> int | None:
-        """Return how long it can take until the job is claimed again, once faults have ended.
+        """Return how long it takes until the job is claimed again when all faults have ended.
 
-        From here on one copy is healthy, any one, and all others have ended. What is still under
-        way may be carried out or lost, at the worst moment; the healthy copy just goes on
-        claiming. None: it can go on in vain for ever.
+        Nothing is under way any more, and one copy is healthy, any one; the others do nothing.
+        None: its claims are in vain for ever.
         """
-        worst = 0
-        for index, copy in enumerate(state.copies):
-            if copy.mode != "ended":
-                ticks = self._ticks(self._alone(state, index))
-                if ticks is None:
-                    return None
-                worst = max(worst, ticks)
-        return worst
+        ways = [
+            self._ticks_alone(state, index)
+            for index, copy in enumerate(state.copies)
+            if copy.mode != "ended"
+        ]
+        return None if None in ways else max(ticks for ticks in ways if ticks is not None)
 
-    def _alone(self, state: State, healthy: int) -> State:
-        """Leave one copy, thawed, that has stopped what it ran."""
-        copy = state.copies[healthy]
+    def _ticks_alone(self, state: State, index: int) -> int | None:
+        copy = state.copies[index]
         if copy.mode == "frozen" and self._dead_man_strikes(copy):
-            copy = copy._replace(mode="ended", work="")
-        elif copy.work == "running":
-            copy = copy._replace(mode="free", work="stopped", trust=0)
-        copies = [each._replace(mode="ended", work="", run=0, trust=0) for each in state.copies]
-        copies[healthy] = copy
-        return self.reduced(State(state.row, (*copies, NEW) if copy.mode == "ended" else tuple(copies)))
-
-    def _ticks(self, state: State) -> int | None:
-        if state not in self._ways_back:
-            self._ways_back[state] = None  # in a circle: in vain
-            self._ways_back[state] = self._worst_way_back(state)
-        return self._ways_back[state]
-
-    def _worst_way_back(self, state: State) -> int | None:
-        row = state.row
-        if row.paused and row.holder is None:
-            return 0  # it waits for somebody who resumes it
-        index = next(i for i, copy in enumerate(state.copies) if copy.mode == "free")
-        ways = []
-        for other, copy in enumerate(state.copies):
-            for message in copy.mail:
-                ways.append(self._ticks(self.reduced(_drop(state, other, message))))
-                if message.stage != "answered":
-                    moves = self._moves(state, other, message)
-                    ways += [self._ticks(self.reduced(step.after)) for step in moves]
-        if state.copies[index].work == "stopped":
-            finish = Message("finish", "sent", state.copies[index].run, 0, 0)
-            finished = self._finish(_post(state, index, finish), index, finish)
-            ways.append(self._ticks(self.reduced(_set(finished.after, index, work="", run=0))))
-        else:
-            claim = Message("claim", "sent", 0, self.lease, 0)
-            claimed = self._claim(_post(state, index, claim), index, claim).after
-            if claimed.row.run == row.run:  # refused, or laid aside
-                waited = claimed if claimed.row != row else self._tick(state).after
-                ticks = self._ticks(self.reduced(waited))
-                ways.append(None if ticks is None else ticks + (claimed.row == row))
-        if None in ways:
-            return None
-        return max((ticks for ticks in ways if ticks is not None), default=0)
+            state, index = _end(state, index), len(state.copies)
+        elif copy.work:
+            finish = Message("finish", "sent", copy.run, 0, 0)
+            state = self._finish(_post(state, index, finish), index, finish).after
+            state = _put(state, index, NEW)
+        claim = Message("claim", "sent", 0, self.lease, 0)
+        for ticks in range(self.lease + 1):
+            row = self._claim(_post(state, index, claim), index, claim).after.row
+            waits_to_be_resumed = row.paused and row.holder is None
+            if row.run > state.row.run or waits_to_be_resumed:
+                return ticks
+            state = self._tick(state).after
+        return None
 
     def reduced(self, state: State) -> State:
         """Return the one state that stands for all that differ in nothing that matters.
 
         Copies are equal, so their order is nothing; neither is how high a fence is, only which of
-        two is higher. An ended process is forgotten with its last message and its lease.
+        two is higher. An ended process is forgotten with its last message and its lease, and a
+        statement that will be refused whenever it is carried out, like an answer that changes
+        nothing, is lost at once.
         """
         row, copies = state
         kept = []
         runs = {0, row.run}
         for index, copy in enumerate(copies):
-            if copy.mail:
-                mail = [message for message in copy.mail if self._matters(copy, message)]
+            mail = copy.mail
+            if mail:
+                mail = tuple(sorted([m for m in mail if self._matters(m, copy, row.run)]))
                 runs.update([message.run for message in mail])
-                copy = Copy(copy.mode, copy.work, copy.run, copy.trust, tuple(sorted(mail)))
             held = index == row.holder
-            if held or copy.mail or copy.mode != "ended":
-                kept.append((copy, held))
+            if held or mail or copy.mode != "ended":
                 runs.add(copy.run)
+                kept.append((Copy(copy.mode, copy.work, copy.run, copy.trust, mail), held))
         kept.sort()
         for index, (_, held) in enumerate(kept):
             if held:
@@ -458,10 +451,11 @@ class Protocol:
         reduced = State(row, tuple([copy for copy, _ in kept]))
         return reduced if max(runs) < len(runs) else _renumbered(reduced, sorted(runs))
 
-    def _matters(self, copy: Copy, message: Message) -> bool:
+    def _matters(self, message: Message, copy: Copy, last_run: int) -> bool:
         """Say whether anything can still come of a message."""
         if message.stage != "answered":
-            return True
+            fence = FENCES[message.kind]
+            return fence is None or self._same(message.run, last_run) or not self.has(fence)
         if message.kind == "renewal":
             if copy.work != "running" or not self._same(copy.run, message.run):
                 return False
@@ -487,47 +481,25 @@ def _renumbered(state: State, runs: list[int]) -> State:
     )
 
 
-def _with(state: State, *, paused: bool, lost_streak: int | None = None) -> State:
-    row = state.row
-    streak = row.lost_streak if lost_streak is None else lost_streak
-    return State(row._replace(paused=paused, lost_streak=streak), state.copies)
-
-
-def _set(
-    state: State,
-    index: int,
-    *,
-    mode: Literal["free", "blocked", "frozen", "ended"] | None = None,
-    work: Literal["", "running", "stopped"] | None = None,
-    run: int | None = None,
-    trust: int | None = None,
-    mail: tuple[Message, ...] | None = None,
-) -> State:
-    row, copies = state
-    copy = copies[index]
-    changed = Copy(
-        copy.mode if mode is None else mode,
-        copy.work if work is None else work,
-        copy.run if run is None else run,
-        copy.trust if trust is None else trust,
-        copy.mail if mail is None else mail,
-    )
-    return State(row, (*copies[:index], changed, *copies[index + 1 :]))
+def _put(state: State, index: int, copy: Copy) -> State:
+    copies = state.copies
+    return State(state.row, (*copies[:index], copy, *copies[index + 1 :]))
 
 
 def _post(state: State, index: int, message: Message) -> State:
-    return _set(state, index, mail=(*state.copies[index].mail, message))
+    copy = state.copies[index]
+    return _put(state, index, copy._replace(mail=(*copy.mail, message)))
 
 
 def _drop(state: State, index: int, message: Message) -> State:
-    mail = list(state.copies[index].mail)
-    mail.remove(message)
-    return _set(state, index, mail=tuple(mail))
+    copy = state.copies[index]
+    at = copy.mail.index(message)
+    return _put(state, index, copy._replace(mail=copy.mail[:at] + copy.mail[at + 1 :]))
 
 
 def _end(state: State, index: int) -> State:
     """End a process; a new one comes in its place."""
-    ended = _set(state, index, mode="ended", work="", run=0, trust=0)
+    ended = _put(state, index, Copy("ended", "", 0, 0, state.copies[index].mail))
     return State(ended.row, (*ended.copies, NEW))
 
 
@@ -536,8 +508,6 @@ class Verdict(NamedTuple):
 
     states: int
     steps: int
-    # what happened at least once, without the numbers of runs and ticks
-    told: frozenset[str]
     # the longest time from the end of all faults to the next claim
     ticks_to_claim: int
     broken: Invariant | None
@@ -546,41 +516,33 @@ class Verdict(NamedTuple):
 
 
 def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invariant)) -> Verdict:
-    """Look at every state until one of the sought invariants is broken."""
+    """Look at every state there can be, until one of the sought invariants is broken."""
     start = protocol.reduced(protocol.start())
     came_from: dict[State, State | None] = {start: None}
     queue = deque([start])
-    reduced: dict[State, State] = {}
     steps = longest = 0
-    told = set()
     while queue:
         state = queue.popleft()
         for step in protocol.steps(state):
             steps += 1
-            told.add(step.told)
-            if step.after not in reduced:
-                reduced[step.after] = protocol.reduced(step.after)
-            after = reduced[step.after]
-            is_new = after not in came_from
-            found = {step.breaks} if step.breaks else set()
-            if is_new:
+            after = protocol.reduced(step.after)
+            broken = {step.breaks}
+            if after not in came_from:
                 came_from[after] = state
                 queue.append(after)
-                found.update(protocol.broken(after))
-                if Invariant.STRANDED in sought:
+                broken.update(protocol.broken(after))
+                if not any(copy.mail for copy in after.copies):
                     ticks = protocol.ticks_to_claim(after)
                     longest = max(longest, ticks or 0)
-                    if ticks is None:
-                        found.add(Invariant.STRANDED)
-            if found & sought:
-                broken = min(found & sought)
-                trace = _tell(protocol, [*_way(came_from, state), after])
-                return Verdict(len(came_from), steps, frozenset(told), longest, broken, trace)
-    return Verdict(len(came_from), steps, frozenset(told), longest, None, ())
+                    broken.add(Invariant.STRANDED if ticks is None else None)
+            for invariant in sought & broken:
+                trace = _tell(protocol, [*_way(came_from, state), after], invariant)
+                return Verdict(len(came_from), steps, longest, invariant, trace)
+    return Verdict(len(came_from), steps, longest, None, ())
 
 
 def _way(came_from: dict[State, State | None], state: State) -> list[State]:
-    way: list[State] = []
+    way = []
     at: State | None = state
     while at is not None:
         way.append(at)
@@ -588,12 +550,15 @@ def _way(came_from: dict[State, State | None], state: State) -> list[State]:
     return way[::-1]
 
 
-def _tell(protocol: Protocol, way: list[State]) -> tuple[str, ...]:
+def _tell(protocol: Protocol, way: list[State], broken: Invariant) -> tuple[str, ...]:
     """Walk the way again, with copies that keep their names."""
     state = protocol.start()
     sentences = []
     for goal in way[1:]:
-        step = next(s for s in protocol.steps(state) if protocol.reduced(s.after) == goal)
+        there = [s for s in protocol.steps(state) if protocol.reduced(s.after) == goal]
+        step = next((s for s in there if s.breaks == broken), there[0])
         sentences.append(step.told.format(copy="ABCDEFGHIJ"[step.copy]))
         state = step.after
+    if broken is Invariant.STRANDED:
+        sentences.append("All is well again, but no claim ever gets the job.")
     return tuple(sentences)

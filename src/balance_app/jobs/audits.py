@@ -33,7 +33,7 @@ def _add(state: State, faults: Iterable[str]) -> State:
 
 ENTRIES: Final = """
 SELECT greatest(
-    (SELECT count(*) FROM (SELECT FROM entries LIMIT 10000) AS some),
+    (SELECT count(*) FROM (SELECT FROM entries LIMIT 10000) AS first_ones),
     (SELECT reltuples FROM pg_class WHERE oid = 'entries'::regclass)
 )::bigint
 """
@@ -73,13 +73,12 @@ WITH few AS MATERIALIZED (
         WHEN version <> version_before + 1 THEN format('entry %s is missing', version_before + 1)
         WHEN balance <> balance_before::numeric + amount THEN
             format('entry %s adds %s to %s and leaves %s', version, amount, balance_before, balance)
-        WHEN key IS NOT NULL AND NOT EXISTS (
-            SELECT FROM idempotency_keys AS known
-            WHERE known.key = chained.key AND outcome <> 'refused'
-              AND known.user_id = chained.user_id AND known.version = chained.version
-        ) THEN format('the key of entry %s is not recorded', version)
+        WHEN key IS NOT NULL AND (
+            SELECT outcome <> 'refused' AND (known.user_id, known.version) = (c.user_id, c.version)
+            FROM idempotency_keys AS known WHERE known.key = c.key
+        ) IS NOT TRUE THEN format('the key of entry %s is not recorded', version)
         END AS fault
-    FROM chained
+    FROM chained AS c
     UNION ALL
     SELECT id, 9223372036854775807, CASE
         WHEN last_version = 0 THEN 'there are no entries'
@@ -149,7 +148,7 @@ async def _audit_ledger(connection: Connection, state: State, size: int) -> Stat
 
 KEYS: Final = """
 SELECT greatest(
-    (SELECT count(*) FROM (SELECT FROM idempotency_keys LIMIT 10000) AS some),
+    (SELECT count(*) FROM (SELECT FROM idempotency_keys LIMIT 10000) AS first_ones),
     (SELECT reltuples FROM pg_class WHERE oid = 'idempotency_keys'::regclass)
 )::bigint
 """
@@ -161,20 +160,23 @@ WITH batch AS MATERIALIZED (
     SELECT * FROM idempotency_keys WHERE key > $1 ORDER BY key LIMIT $2
 ), checked AS (
     SELECT batch.key, CASE
-        WHEN entries.user_id IS NULL THEN
+        WHEN entry.balance IS NULL THEN
             format('user %s has no entry %s', batch.user_id, batch.version)
-        WHEN entries.balance <> batch.balance THEN
+        WHEN entry.balance <> batch.balance THEN
             format('it says %s, but entry %s of user %s left %s',
-                   batch.balance, batch.version, batch.user_id, entries.balance)
+                   batch.balance, batch.version, batch.user_id, entry.balance)
         WHEN outcome = 'refused'
              AND batch.balance::numeric + batch.amount BETWEEN 0 AND 9007199254740991 THEN
             format('it refuses %s to user %s, who had %s',
                    batch.amount, batch.user_id, batch.balance)
-        WHEN outcome <> 'refused' AND (entries.key, entries.amount, entries.at)
+        WHEN outcome <> 'refused' AND (entry.key, entry.amount, entry.at)
              IS DISTINCT FROM (batch.key, batch.amount, batch.at) THEN
             format('it is not what made entry %s of user %s', batch.version, batch.user_id)
         END AS fault
-    FROM batch LEFT JOIN entries USING (user_id, version)
+    FROM batch LEFT JOIN LATERAL (
+        SELECT balance, amount, key, at FROM entries
+        WHERE user_id = batch.user_id AND version = batch.version LIMIT 1
+    ) AS entry ON true
 )
 SELECT (SELECT count(*) FROM batch) AS keys, (SELECT max(key) FROM batch) AS key,
        ARRAY(SELECT format('key %s: %s', key, fault) FROM checked WHERE fault IS NOT NULL
@@ -206,7 +208,7 @@ async def _audit_keys(connection: Connection, state: State, size: int) -> State:
 
 DAILY_BALANCES: Final = """
 SELECT greatest(
-    (SELECT count(*) FROM (SELECT FROM daily_balances LIMIT 10000) AS some),
+    (SELECT count(*) FROM (SELECT FROM daily_balances LIMIT 10000) AS first_ones),
     (SELECT reltuples FROM pg_class WHERE oid = 'daily_balances'::regclass)
 )::bigint
 """
@@ -220,12 +222,14 @@ WITH batch AS MATERIALIZED (
     SELECT user_id, day::text FROM batch ORDER BY user_id DESC, day DESC LIMIT 1
 ), checked AS (
     SELECT batch.user_id, day, CASE
-        WHEN entries.user_id IS NULL THEN format('there is no entry %s', batch.version)
-        WHEN entries.balance <> batch.balance THEN
-            format('it says %s, but entry %s left %s',
-                   batch.balance, batch.version, entries.balance)
+        WHEN entry.balance IS NULL THEN format('there is no entry %s', batch.version)
+        WHEN entry.balance <> batch.balance THEN
+            format('it says %s, but entry %s left %s', batch.balance, batch.version, entry.balance)
         END AS fault
-    FROM batch LEFT JOIN entries USING (user_id, version)
+    FROM batch LEFT JOIN LATERAL (
+        SELECT balance FROM entries
+        WHERE user_id = batch.user_id AND version = batch.version LIMIT 1
+    ) AS entry ON true
 )
 SELECT (SELECT count(*) FROM batch) AS days, tail.user_id, tail.day,
        ARRAY(SELECT format('user %s on %s: %s', user_id, day, fault) FROM checked

@@ -7,8 +7,7 @@ statement, so one snapshot; all times are differences to that statement's own cl
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
@@ -48,23 +47,28 @@ class Fleet(NamedTuple):
         return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
 
 
-class Line(NamedTuple):
-    """One job as JSON, until when it may stand so, and what the sums need of it."""
+class Sums(NamedTuple):
+    """What a job counts for."""
 
-    text: bytes
-    stands_until: datetime
     state: State
     overdue: bool
     # the copy that runs it
     holder: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything at one moment: a `StatusAnswer` as JSON, and each job's part of it by name."""
+class Line(NamedTuple):
+    """One job as JSON (a `JobAnswer`), and until when it may stand so."""
 
     text: bytes
-    jobs: Mapping[str, bytes]
+    stands_until: datetime
+    sums: Sums
+
+
+class Snapshot(NamedTuple):
+    """Everything at one moment, as JSON (a `StatusAnswer`)."""
+
+    now: datetime
+    text: bytes
 
 
 class Board:
@@ -82,7 +86,10 @@ class Board:
         self._horizon: str | None = None
         self._booted_at: datetime | None = None
         self._rows: dict[str, asyncpg.Record] = {}
+        # what was written of the rows, what of it has to be written again, and its sums
         self._lines: dict[str, Line] = {}
+        self._stale: set[str] = set()
+        self._sums: Counter[Sums] = Counter()
         self._lacks: dict[str, frozenset[str]] = {}
         self._fleet: Fleet | None = None
 
@@ -106,6 +113,11 @@ class Board:
                 raise self._last
             return self._last
 
+    def job(self, name: str) -> bytes | None:
+        """Return one job's part of the newest look, if there is such a job."""
+        line = self._lines.get(name)
+        return None if line is None else line.text
+
     async def _look(self) -> Snapshot:
         header = await self._fetch()
         if header["jobs"] != len(self._rows):  # a row was deleted
@@ -116,23 +128,23 @@ class Board:
         fleet = self._learn_fleet(copies)
         if fleet != self._fleet:
             self._fleet = fleet
-            self._lines.clear()
+            self._stale.update(self._rows)
         await self._write_lines(now, fleet)
-        await asyncio.sleep(0)
         counts = {"running": 0, "waiting": 0, "paused": 0, "overdue": 0}
         runs: Counter[str | None] = Counter()
-        for (state, overdue, holder), number in Counter(
-            line[2:] for line in self._lines.values()
-        ).items():
+        for (state, overdue, holder), number in self._sums.items():
             counts[state] += number
             counts["overdue"] += number * overdue
             runs[holder] += number
         for copy in copies:
             copy["running"] = runs[copy["id"]]
-        head = to_json({"now": now, "counts": counts, "copies": copies})
+        head = to_json({"now": now, "counts": counts, "copies": copies})[:-1]
         await asyncio.sleep(0)
-        jobs = {name: self._lines[name].text for name in self._rows}
-        return Snapshot(head[:-1] + b',"jobs":[' + b",".join(jobs.values()) + b"]}", jobs)
+        lines = [line.text for line in self._lines.values()] or [b""]
+        # One copy of what may be many megabytes.
+        lines[0] = head + b',"jobs":[' + lines[0]
+        lines[-1] += b"]}"
+        return Snapshot(now, b",".join(lines))
 
     async def _fetch(self) -> asyncpg.Record:
         """Bring the rows up to now; return what else the statement said."""
@@ -143,15 +155,12 @@ class Board:
         )
         (header,) = (row for row in rows if row["now"] is not None)
         if self._horizon is None or header["booted_at"] != self._booted_at:
-            self._rows.clear()
-            self._lines.clear()
-        known = len(self._rows)
+            for known in (self._rows, self._lines, self._stale, self._sums):
+                known.clear()
         for row in rows:
             if row["name"] is not None:
                 self._rows[row["name"]] = row
-                self._lines.pop(row["name"], None)
-        if len(self._rows) > known:
-            self._rows = dict(sorted(self._rows.items()))
+                self._stale.add(row["name"])
         self._horizon = str(int(header["horizon"]) % _XIDS)
         self._booted_at = header["booted_at"]
         return header
@@ -174,14 +183,20 @@ class Board:
 
     async def _write_lines(self, now: datetime, fleet: Fleet) -> None:
         """Write the lines that no longer stand, a few at a time."""
-        written = 0
-        for name, row in self._rows.items():
-            line = self._lines.get(name)
-            if line is None or line.stands_until <= now:
-                self._lines[name] = _write(row, now, fleet, self._limits)
-                written += 1
-                if written % _AT_ONCE == 0:
-                    await asyncio.sleep(0)
+        self._stale.update(name for name, line in self._lines.items() if line.stands_until <= now)
+        known = len(self._lines)
+        for number, name in enumerate(list(self._stale), start=1):
+            line = _write(self._rows[name], now, fleet, self._limits)
+            if name in self._lines:
+                self._sums[self._lines[name].sums] -= 1
+            self._lines[name] = line
+            self._sums[line.sums] += 1
+            self._stale.discard(name)
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if len(self._lines) > known:
+            self._lines = dict(sorted(self._lines.items()))
+        self._sums = +self._sums
 
 
 # A row that was written by a transaction older than any that ran during the last look was seen
@@ -231,6 +246,7 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
     elif row["paused_at"] is not None:
         state = "paused"
     running = state == "running"
+    holder = str(row["holder"]) if running else None
     waiting = None
     stands_until = now if running else _NEVER
     if state == "paused":
@@ -243,6 +259,7 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
         "description": row["description"],
         "schedule": {"text": row["schedule"], "words": _in_words(row["schedule"])},
         "server": row["server"] if running else None,
+        "copyId": holder,
         "startedAt": row["started_at"] if running else None,
         "elapsedSeconds": _seconds(row["started_at"], now) if running else None,
         "progress": (
@@ -275,8 +292,8 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
             else None
         ),
     }
-    holder = str(row["holder"]) if running else None
-    return Line(to_json(body), stands_until, state, bool(waiting and waiting["overdue"]), holder)
+    sums = Sums(state, bool(waiting and waiting["overdue"]), holder)
+    return Line(to_json(body), stands_until, sums)
 
 
 def _why(

@@ -23,12 +23,13 @@ SELECT count(*) FROM (
 # Only refusals are ever forgotten, and only after the 7 days that they are promised for: an
 # accepted change must have one effect for ever. The oldest go first.
 FORGET_REFUSALS: Final = """
-WITH old AS (
-    SELECT key FROM idempotency_keys
-    WHERE outcome = 'refused' AND at < clock_timestamp() - interval '7 days'
-    ORDER BY at LIMIT $1
-), forgotten AS (
-    DELETE FROM idempotency_keys USING old WHERE idempotency_keys.key = old.key RETURNING 1
+WITH forgotten AS (
+    DELETE FROM idempotency_keys WHERE key = ANY (ARRAY(
+        SELECT key FROM idempotency_keys
+        WHERE outcome = 'refused' AND at < clock_timestamp() - interval '7 days'
+        ORDER BY at LIMIT $1
+    ))
+    RETURNING 1
 )
 SELECT count(*) FROM forgotten
 """
@@ -61,8 +62,9 @@ WITH next AS MATERIALIZED (
     )
     ORDER BY id LIMIT $2
 ), removed AS (
-    DELETE FROM job_runs USING oldest
-    WHERE job_runs.id = oldest.id AND oldest.ended_at < clock_timestamp() - interval '30 days'
+    DELETE FROM job_runs WHERE id = ANY (ARRAY(
+        SELECT id FROM oldest WHERE ended_at < clock_timestamp() - interval '30 days'
+    ))
     RETURNING 1
 )
 SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
@@ -70,11 +72,11 @@ SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
 
 # Copies are listed for people; who comes back is listed again.
 PRUNE_COPIES: Final = """
-WITH gone AS (
-    SELECT id FROM copies WHERE seen_at < clock_timestamp() - interval '1 day' LIMIT $1
-), removed AS (
-    DELETE FROM copies USING gone
-    WHERE copies.id = gone.id AND seen_at < clock_timestamp() - interval '1 day'
+WITH removed AS (
+    DELETE FROM copies
+    WHERE seen_at < clock_timestamp() - interval '1 day' AND id = ANY (ARRAY(
+        SELECT id FROM copies WHERE seen_at < clock_timestamp() - interval '1 day' LIMIT $1
+    ))
     RETURNING 1
 )
 SELECT count(*) FROM removed

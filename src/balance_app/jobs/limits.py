@@ -19,8 +19,8 @@ class LimitNearError(Exception):
 RICH: Final = """
 WITH few AS (SELECT id, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2)
 SELECT count(*) AS users, max(id) AS user_id,
-       count(*) FILTER (WHERE balance > $3 * 9007199254740991) AS rich,
-       min(id) FILTER (WHERE balance > $3 * 9007199254740991) AS first
+       count(*) FILTER (WHERE balance > $3::float8 * 9007199254740991) AS rich,
+       min(id) FILTER (WHERE balance > $3::float8 * 9007199254740991) AS first
 FROM few
 """
 
@@ -28,28 +28,26 @@ FROM few
 # `autovacuum_freeze_max_age`; what is half as old again is not being frozen. A transaction of
 # an hour keeps every row version since it began.
 LIMITS: Final = """
-WITH setting AS (
-    SELECT name, setting::float8 AS value FROM pg_settings
-)
 SELECT format('numbers of %s', sequencename) AS what,
        coalesce(last_value, 0) / least(max_value, 9007199254740991)::float8 AS used
 FROM pg_sequences WHERE schemaname = current_schema()
 UNION ALL
-SELECT 'transaction ids', age(datfrozenxid) / least(1.5 * longest.value, failsafe.value)
-FROM pg_database, setting AS longest, setting AS failsafe
-WHERE datname = current_database() AND longest.name = 'autovacuum_freeze_max_age'
-  AND failsafe.name = 'vacuum_failsafe_age'
+SELECT 'transaction ids', age(datfrozenxid) / least(
+    1.5 * current_setting('autovacuum_freeze_max_age')::float8,
+    current_setting('vacuum_failsafe_age')::float8
+)
+FROM pg_database WHERE datname = current_database()
 UNION ALL
-SELECT 'multixact ids', mxid_age(datminmxid) / least(1.5 * longest.value, failsafe.value)
-FROM pg_database, setting AS longest, setting AS failsafe
-WHERE datname = current_database() AND longest.name = 'autovacuum_multixact_freeze_max_age'
-  AND failsafe.name = 'vacuum_multixact_failsafe_age'
+SELECT 'multixact ids', mxid_age(datminmxid) / least(
+    1.5 * current_setting('autovacuum_multixact_freeze_max_age')::float8,
+    current_setting('vacuum_multixact_failsafe_age')::float8
+)
+FROM pg_database WHERE datname = current_database()
 UNION ALL
-SELECT 'connections', (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend')
-                      / value
-FROM setting WHERE name = 'max_connections'
+SELECT 'connections', count(*) / current_setting('max_connections')::float8
+FROM pg_stat_activity WHERE backend_type = 'client backend'
 UNION ALL
-SELECT 'an hour for the oldest transaction',
+SELECT 'the hour that a transaction may last',
        coalesce(extract(epoch FROM max(clock_timestamp() - xact_start)) / 3600, 0)::float8
 FROM pg_stat_activity
 WHERE datname = current_database() AND backend_type = 'client backend'

@@ -42,7 +42,7 @@ Verdict: TypeAlias = "tuple[str, str | None]"
 
 # Something runs somewhere and may be handed back at any moment, or nothing does.
 BUSY_LOOK_SECONDS: Final = 0.25
-IDLE_LOOK_SECONDS: Final = 2.2
+IDLE_LOOK_SECONDS: Final = 2.5
 # A look that lost a race looks again.
 RACE_SECONDS: Final = 0.05
 AWAY_SECONDS: Final = 0.25

@@ -1,4 +1,9 @@
-"""How a job goes through many rows: one bounded transaction after the other."""
+"""How a job goes through many rows: one bounded transaction after the other.
+
+A step's statement must stay as small as its number of rows, however large the tables are and
+whatever the planner knows of them. So rows are looked up by LATERAL with a LIMIT, or by an array of
+keys: neither can become a scan of a whole table.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
@@ -15,7 +20,7 @@ FIRST_ID: Final = -(2**63)
 # How many rows there are, roughly: counted as far as that is cheap, then as ANALYZE estimated.
 USERS: Final = """
 SELECT greatest(
-    (SELECT count(*) FROM (SELECT FROM users LIMIT 10000) AS some),
+    (SELECT count(*) FROM (SELECT FROM users LIMIT 10000) AS first_ones),
     (SELECT reltuples FROM pg_class WHERE oid = 'users'::regclass)
 )::bigint
 """

@@ -9,7 +9,7 @@ from balance_app.jobs.run import Run
 from balance_app.jobs.steps import FIRST_ID, USERS, Rows, State, count, in_steps
 
 ENTRIES_AT_ONCE: Final = 2000
-ROWS_AT_ONCE: Final = 1000
+LISTS_AT_ONCE: Final = 50
 
 # At most one row per user and UTC day, of the day's latest look, and only when something had
 # changed: never more rows than entries. The time is read after the snapshot was taken, so a
@@ -63,15 +63,21 @@ WITH few AS MATERIALIZED (
     SELECT id, users.version, coalesce(counted.version, 0) AS counted, counted.day AS counted_day,
            greatest(0, users.version - coalesce(counted.version, 0)) AS new
     FROM (SELECT id, version FROM users WHERE id >= $1 ORDER BY id LIMIT $2) AS users
-    LEFT JOIN counted_users AS counted ON user_id = id
+    LEFT JOIN LATERAL (
+        SELECT version, day FROM counted_users WHERE user_id = id LIMIT 1
+    ) AS counted ON true
 ), line AS (
     SELECT *, sum(new) OVER (ORDER BY id) - new AS ahead FROM few
 ), share AS MATERIALIZED (
     SELECT id, counted, counted_day, least(version, counted + $3::bigint - ahead)::bigint AS upto
     FROM line WHERE new > 0 AND ahead < $3
 ), fresh AS MATERIALIZED (
-    SELECT user_id, version, amount, (at AT TIME ZONE 'UTC')::date AS day, counted_day
-    FROM share JOIN entries ON user_id = id AND version > counted AND version <= upto
+    SELECT id AS user_id, entry.version, amount, (at AT TIME ZONE 'UTC')::date AS day, counted_day
+    FROM share CROSS JOIN LATERAL (
+        SELECT version, amount, at FROM entries
+        WHERE user_id = id AND version > counted AND version <= upto
+        ORDER BY version LIMIT upto - counted
+    ) AS entry
 ), added AS (
     INSERT INTO daily_totals AS known
         (day, opened, opening, changes, deposited, withdrawn, active_users)
@@ -154,12 +160,11 @@ SELECT name, bytes FROM next
 """
 
 FORGET_SIZES: Final = """
-WITH old AS (
-    SELECT at, name FROM table_sizes WHERE at < clock_timestamp() - interval '90 days'
-    ORDER BY at, name LIMIT $1
-), forgotten AS (
-    DELETE FROM table_sizes USING old
-    WHERE table_sizes.at = old.at AND table_sizes.name = old.name
+WITH forgotten AS (
+    DELETE FROM table_sizes WHERE at = ANY (ARRAY(
+        SELECT DISTINCT at FROM table_sizes WHERE at < clock_timestamp() - interval '90 days'
+        ORDER BY at LIMIT $1
+    ))
     RETURNING 1
 )
 SELECT count(*) FROM forgotten
@@ -197,8 +202,7 @@ async def _record_sizes(connection: Connection, state: State, _size: int) -> Sta
     if row is not None:
         table, tables = row["name"], state["tables"] + 1
         return {"done": 1, "at": at.isoformat(), "table": table, "tables": tables}
-    forgotten = await connection.fetchval(FORGET_SIZES, ROWS_AT_ONCE)
-    if forgotten == ROWS_AT_ONCE:
+    if await connection.fetchval(FORGET_SIZES, LISTS_AT_ONCE):
         return {"done": 0}
     growth = await connection.fetchrow(GROWTH, at)
     assert growth is not None  # noqa: S101 - the statement always has one

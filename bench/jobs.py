@@ -1,0 +1,216 @@
+"""How soon jobs start, what idling costs, how many one database bears: `make bench`.
+
+(c) Start latency: started_at - due_at of short runs on five real copies, ten jobs that fall due one
+    after the other.
+(d) Idle load: statements per second and copy while nothing is due, counted in PostgreSQL's log.
+(e) 100 000 jobs and 50 copies, each with a connection of its own, that claim and finish as fast as
+    they can: runs per second, and how long a claim takes.
+(f) `GET /api/cron/status` with 10 000 jobs.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import quantiles
+from time import monotonic
+from uuid import uuid4
+
+import asyncpg
+import httpx
+
+from balance_app.database import migrate
+from balance_app.embedded import EmbeddedPostgres
+from balance_app.jobs.repository import CLAIM, FINISH, Known, Me, Turn
+from balance_app.settings import Settings, load_settings
+from tests.processes import Copy, connect, running
+
+COPIES = 5
+STARTS = int(os.environ.get("STARTS", "500"))
+IDLE_SECONDS = 20
+CLAIMERS = 50
+MANY_JOBS = 100_000
+CLAIM_SECONDS = 10
+LISTED_JOBS = 10_000
+STATUS_CALLS = 200
+
+# Ten jobs with an interval of two seconds, of which one falls due every 0.2 s.
+STAGGER = """
+UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at
+FROM (SELECT name, clock_timestamp() + interval '3 s' + 0.2 * number * interval '1 s' AS at
+      FROM jobs) AS staggered
+WHERE jobs.name = staggered.name
+"""
+
+LATENCIES = """
+SELECT extract(epoch FROM started_at - due_at)::float8 FROM job_runs
+WHERE fence > 2 ORDER BY id LIMIT $1
+"""
+
+FILL = """
+INSERT INTO jobs (name, schedule, description, due_at, ready_at)
+SELECT 'job-' || n, 'every 3600 s', 'a job', at, at
+FROM generate_series(1, $1::integer) AS n,
+     LATERAL (SELECT clock_timestamp() + ($2 + n * 0.001) * interval '1 s') AS due (at)
+"""
+
+
+async def main() -> None:
+    """Measure everything and print it."""
+    with tempfile.TemporaryDirectory(prefix="balance-app-bench-") as top:
+        Path(top).chmod(0o711)
+        postgres = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
+        await postgres.start()
+        try:
+            for part, measure in PARTS.items():
+                if part in sys.argv or len(sys.argv) == 1:
+                    async with database(postgres) as variables:
+                        await measure(variables, postgres)
+        finally:
+            await postgres.stop()
+
+
+async def starts(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+    """Measure (c)."""
+    with tempfile.TemporaryDirectory() as diary:
+        async with fleet(variables, diary, FLEET_EVERY="2", FLEET_SECONDS="0.1"):
+            connection = await connect(variables)
+            await asyncio.sleep(1)
+            await connection.execute(STAGGER)
+            rows: list[asyncpg.Record] = []
+            for _ in range(10 * STARTS):
+                await asyncio.sleep(1)
+                rows = await connection.fetch(LATENCIES, STARTS)
+                if len(rows) == STARTS:
+                    break
+            await connection.close()
+    print(f"(c) {STARTS} starts on {COPIES} copies, ms after they were due")
+    print(f"    {milliseconds([row[0] for row in rows])}")
+
+
+async def idling(variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
+    """Measure (d)."""
+    connection = await connect(variables)
+    await connection.execute(f"ALTER DATABASE {variables['DB_NAME']} SET log_statement = 'all'")
+    await connection.close()
+    with tempfile.TemporaryDirectory() as diary:
+        async with fleet(variables, diary, FLEET_EVERY="3600", FLEET_SECONDS="0.1"):
+            await asyncio.sleep(4)
+            before = postgres.log.read_text().count("LOG:  execute ")
+            await asyncio.sleep(IDLE_SECONDS)
+            statements = postgres.log.read_text().count("LOG:  execute ") - before
+    rate = statements / IDLE_SECONDS / COPIES
+    print(f"(d) idle, statements per second and copy: {rate:.2f}")
+
+
+async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+    """Measure (e)."""
+    settings = load_settings(**{name.lower(): value for name, value in variables.items()})
+    await migrate(settings)
+    connection = await connect(variables)
+    await connection.execute(FILL, MANY_JOBS, -3600)
+    await connection.execute("VACUUM ANALYZE jobs")
+    booted_at = await connection.fetchval("SELECT clock_timestamp() - interval '1 day'")
+    await connection.close()
+    claims: list[float] = []
+    known = Known(booted_at, MANY_JOBS, [])
+    started = monotonic()
+    runs = await asyncio.gather(
+        *(claimer(number, settings, known, claims) for number in range(CLAIMERS))
+    )
+    rate = sum(runs) / (monotonic() - started)
+    print(
+        f"(e) {MANY_JOBS} jobs, {CLAIMERS} copies: {rate:.0f} runs claimed and finished per second"
+    )
+    print(f"    a claim, ms: {milliseconds(claims)}; runs per copy {min(runs)} to {max(runs)}")
+
+
+async def claimer(number: int, settings: Settings, known: Known, claims: list[float]) -> int:
+    """Claim and finish for a while, as a copy that runs nothing else; return how often."""
+    connection = await asyncpg.connect(**settings.statement_arguments())
+    me = Me(uuid4(), f"copy {number}")
+    turn = Turn(
+        wait=timedelta(0),
+        round=0,
+        tie=timedelta(milliseconds=10),
+        settled=True,
+        settling=timedelta(seconds=5),
+        takes_over=True,
+    )
+    done = 0
+    end = monotonic() + CLAIM_SECONDS
+    while (asked := monotonic()) < end:
+        row = await connection.fetchrow(CLAIM, *me, timedelta(seconds=6), *known, *turn)
+        claims.append(monotonic() - asked)
+        assert row is not None
+        if not row["goes"]:
+            await asyncio.sleep(0.01)
+            continue
+        turn = turn._replace(round=row["round"] + 1)
+        due = datetime.now(UTC) + timedelta(hours=1)
+        told = ("succeeded", "done", timedelta(0), due, due, False, [], [], [], [])
+        assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *told)
+        done += 1
+    await connection.close()
+    return done
+
+
+async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+    """Measure (f)."""
+    async with running([Copy(variables, JOBS_ENABLED="false")]) as (copy,):
+        connection = await connect(variables)
+        await connection.execute(FILL, LISTED_JOBS, 3600)
+        await connection.execute("VACUUM ANALYZE jobs")
+        await connection.close()
+        took = []
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            for _ in range(STATUS_CALLS):
+                asked = monotonic()
+                answer = await client.get(f"{copy.url}/api/cron/status")
+                took.append(monotonic() - asked)
+                assert answer.is_success
+        assert len(answer.json()["jobs"]) == LISTED_JOBS
+    size = len(answer.content) / 1e6
+    print(f"(f) the status of {LISTED_JOBS} jobs ({size:.1f} MB), ms: {milliseconds(took)}")
+
+
+@asynccontextmanager
+async def fleet(variables: dict[str, str], diary: str, **env: str) -> AsyncIterator[None]:
+    """Run copies whose ten jobs do next to nothing."""
+    program = ("-m", "tests.jobs.fleet")
+    env = {"FLEET_DIARY": diary, "LOG_LEVEL": "warning", **env}
+    copies = [
+        Copy(variables, f"app{number}", program=program, **env) for number in range(1, COPIES + 1)
+    ]
+    async with running(copies):
+        await asyncio.sleep(6)  # settled
+        yield
+
+
+@asynccontextmanager
+async def database(postgres: EmbeddedPostgres) -> AsyncIterator[dict[str, str]]:
+    """Make an empty database for one measurement."""
+    name = f"bench_{uuid4().hex[:8]}"
+    admin = await connect(postgres.environment())
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    try:
+        yield {**postgres.environment(), "DB_NAME": name}
+    finally:
+        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await admin.close()
+
+
+def milliseconds(seconds: list[float]) -> str:
+    """Return the median, the 99th percentile and the highest."""
+    cuts = quantiles(seconds, n=100)
+    return f"p50 {cuts[49] * 1e3:.1f}, p99 {cuts[98] * 1e3:.1f}, highest {max(seconds) * 1e3:.1f}"
+
+
+PARTS = {"starts": starts, "idle": idling, "many": many, "listing": listing}
+
+if __name__ == "__main__":
+    asyncio.run(main())

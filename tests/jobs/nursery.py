@@ -1,0 +1,166 @@
+"""Copies that are forked from a process which has imported everything: up in a fraction of a second.
+
+Each is a process of its own that serves as `python -m tests.jobs.fleet` does; only its imports are
+done already. `python -m tests.jobs.nursery` is the parent: it reads a line of JSON per copy that
+is to be born (a number and its environment), and says who was born and who has ended, and how.
+"""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+from tests.jobs import fleet
+from tests.processes import Copy
+
+
+class Child:
+    """A forked process, to be used like those of asyncio."""
+
+    def __init__(self) -> None:
+        self.born: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def pid(self) -> int:
+        return self.born.result()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.ended.result() if self.ended.done() else None
+
+    def send_signal(self, number: int) -> None:
+        # Its end may not have been told yet; until it is, its number is not used again.
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.ended)
+
+
+class Nursery:
+    """The parent, as its user sees it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._children: list[Child] = []
+
+    def copy(self, database: dict[str, str], name: str, log: Path | None = None, **env: str) -> Copy:
+        """Return a copy that will be forked when it is launched."""
+        return _Forked(self, database, name, log=log, program=(), **env)
+
+    async def fork(self, log: Path | None, environment: dict[str, str]) -> Child:
+        child = Child()
+        self._children.append(child)
+        order = [len(self._children) - 1, str(log or os.devnull), environment]
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        await child.born
+        return child
+
+    async def listen(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            what, number, value = json.loads(line)
+            getattr(self._children[number], what).set_result(value)
+
+
+class _Forked(Copy):
+    def __init__(self, nursery: Nursery, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._nursery = nursery
+
+    async def launch(self) -> None:
+        child = await self._nursery.fork(self._log, self._environment)
+        self.process = cast("asyncio.subprocess.Process", child)
+
+
+@asynccontextmanager
+async def nursery() -> AsyncIterator[Nursery]:
+    """Run the parent; what it has forked ends with it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.jobs.nursery"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    parent = Nursery(process)
+    listener = asyncio.create_task(parent.listen())
+    try:
+        yield parent
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        await process.wait()
+        await listener
+
+
+def main() -> None:
+    """Fork whatever is asked for, until nobody can ask any more."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)  # noqa: FBT003 - positional only
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: dict[int, int] = {}
+    asked = b""
+    while True:
+        readable, _, _ = select.select([0, woken], [], [])
+        if woken in readable:
+            os.read(woken, 1024)
+            while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                _say("ended", children.pop(pid), os.waitstatus_to_exitcode(status))
+        if 0 in readable:
+            if not (read := os.read(0, 65536)):
+                break
+            *orders, asked = (asked + read).split(b"\n")
+            for order in orders:
+                number, log, environment = json.loads(order)
+                if (pid := os.fork()) == 0:
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    os.close(woken)
+                    os.close(wake)
+                    _live(log, environment)
+                children[pid] = number
+                _say("born", number, pid)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _say(what: str, number: int, value: int) -> None:
+    os.write(1, json.dumps([what, number, value]).encode() + b"\n")
+
+
+def _live(log: str, environment: dict[str, str]) -> None:
+    """Be a copy, and end with it."""
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number, file in enumerate((null, output, output)):
+            os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(environment)
+        fleet.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A network between a copy and PostgreSQL that can fall silent."""
+
+import asyncio
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self, cast
+
+from tests.processes import free_port
+
+
+class Proxy:
+    """Passes TCP connections on to PostgreSQL, until it is frozen.
+
+    Frozen it holds what both sides send, their ends and new connections included, and tells
+    nobody. Healed it goes on: what it held arrives late, in order.
+    """
+
+    def __init__(self, database: dict[str, str]) -> None:
+        self._database = database
+        self._server: asyncio.Server | None = None
+        self._port = 0
+        self._links: set[_Link] = set()
+        self.frozen = False
+
+    def environment(self) -> dict[str, str]:
+        """Return the DB_* variables that lead a copy through here."""
+        return {**self._database, "DB_HOST": "127.0.0.1", "DB_PORT": str(self._port)}
+
+    def freeze(self) -> None:
+        """Fall silent."""
+        self.frozen = True
+
+    def heal(self) -> None:
+        """Go on as if nothing had happened."""
+        self.frozen = False
+        for link in list(self._links):
+            link.flush()
+
+    def held(self) -> int:
+        """Return how many bytes are held on their way to PostgreSQL."""
+        return sum(link.requests.held() for link in self._links)
+
+    async def connect(self, receiver: "_End") -> None:
+        """Connect one end to PostgreSQL, over a socket or an address."""
+        loop = asyncio.get_running_loop()
+        host, port = self._database["DB_HOST"], self._database.get("DB_PORT", "5432")
+        if host.startswith("/"):
+            await loop.create_unix_connection(lambda: receiver, f"{host}/.s.PGSQL.{port}")
+        else:
+            await loop.create_connection(lambda: receiver, host, int(port))
+
+    async def __aenter__(self) -> Self:
+        self._port = free_port()
+        self._server = await asyncio.get_running_loop().create_server(
+            self._accept, "127.0.0.1", self._port
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for link in list(self._links):
+            link.cut()
+        await self._server.wait_closed()
+
+    def _accept(self) -> "_End":
+        link = _Link(self)
+        self._links.add(link)
+        return link.client
+
+    def forget(self, link: "_Link") -> None:
+        """Drop a connection that both sides have ended."""
+        self._links.discard(link)
+
+
+class _Flow:
+    """What goes one way through a connection, in order; None is its end."""
+
+    def __init__(self, link: "_Link") -> None:
+        self._link = link
+        self._pieces: list[bytes | None] = []
+        self._to: asyncio.Transport | None = None
+
+    def held(self) -> int:
+        return sum(len(piece) for piece in self._pieces if piece is not None)
+
+    def lead_to(self, transport: asyncio.Transport) -> None:
+        self._to = transport
+        self.flush()
+
+    def put(self, piece: bytes | None) -> None:
+        self._pieces.append(piece)
+        self.flush()
+
+    def flush(self) -> None:
+        if self._link.proxy.frozen or self._to is None:
+            return
+        pieces, self._pieces = self._pieces, []
+        for piece in pieces:
+            if piece is None:
+                self._to.close()
+            else:
+                self._to.write(piece)
+
+
+class _Link:
+    """One connection: two ends, and what flows between them."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+        self.requests, self.answers = _Flow(self), _Flow(self)
+        self.server = _End(self, sends=self.answers, takes=self.requests)
+        self.client = _End(
+            self, sends=self.requests, takes=self.answers, then=lambda: proxy.connect(self.server)
+        )
+        self._ended = 0
+
+    def flush(self) -> None:
+        self.requests.flush()
+        self.answers.flush()
+
+    def ended(self) -> None:
+        self._ended += 1
+        if self._ended == 2:
+            self.proxy.forget(self)
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            if end.transport is not None:
+                end.transport.abort()
+
+
+class _End(asyncio.Protocol):
+    def __init__(
+        self,
+        link: _Link,
+        *,
+        sends: _Flow,
+        takes: _Flow,
+        then: Any = None,  # noqa: ANN401 - a function without arguments
+    ) -> None:
+        self._link, self._sends, self._takes, self._then = link, sends, takes, then
+        self._task: asyncio.Task[None] | None = None
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._takes.lead_to(self.transport)
+        if self._then is not None:
+            self._task = asyncio.get_running_loop().create_task(self._go_on(self._then()))
+
+    def data_received(self, data: bytes) -> None:
+        self._sends.put(data)
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._sends.put(None)
+        self._link.ended()
+
+    async def _go_on(self, connecting: Coroutine[Any, Any, None]) -> None:
+        try:
+            await connecting
+        except OSError:  # PostgreSQL takes no connections
+            assert self.transport is not None
+            self.transport.abort()
+            self._link.ended()
