@@ -15,7 +15,7 @@ from rich.text import Text
 
 TIMEOUT_SECONDS: Final = 5.0  # an event comes every second
 RETRY_SECONDS: Final = 1.0
-PLAIN_WIDTH: Final = 200  # where no terminal says how wide it is
+PLAIN_WIDTH: Final = 1000  # what is not read on a terminal is not cut to its width
 
 _STATES: Final = {
     "running": ("●", "*", "green"),
@@ -132,7 +132,8 @@ def _table(status: dict[str, Any], console: Console) -> RenderableType:
     now = datetime.fromisoformat(status["now"])
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("JOB", "STATE", "SERVER", "FOR", "PROGRESS", "DUE", "LAST RUN"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
+        # Where it is narrow, these two are cut first.
+        table.add_column(title, no_wrap=title not in {"PROGRESS", "LAST RUN"}, overflow="ellipsis")
     jobs = sorted(status["jobs"], key=lambda job: (job["state"] != "running", job["name"]))
     for job in jobs:
         table.add_row(
@@ -233,4 +234,5 @@ def _duration(seconds: float) -> str:
 
 def _plain(text: str, style: str = "") -> Text:
     """Return text without markup, and with nothing that a terminal would obey."""
-    return Text("".join(c if c.isprintable() else " " for c in text), style=style)
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    return Text(shown, style=style, no_wrap=True, overflow="ellipsis")

@@ -7,9 +7,12 @@ FLEET_DIARY    the directory that all copies write to, a file per boot
 FLEET_JOBS     how many jobs, named job-01 and so on
 FLEET_EVERY    their interval in seconds
 FLEET_SECONDS  how long each run lasts
-FLEET_KIND     paced (default), sleep or spin (both block the event loop), stubborn (a thread
-               that can't be stopped), thread (one that can), writes (through its transaction),
-               poison (kills its process)
+FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
+               event loop), stubborn (a thread that can't be stopped), thread (one that can),
+               thread-writes (one with transactions), writes (through its transaction),
+               held (the same, and each transaction is held open), poison (kills its process);
+               several, parted by commas, are taken in turn
+FLEET_HOLD     how many seconds a held transaction lasts
 FLEET_UNGUARDED  guards to take out, for controls
 """
 
@@ -26,7 +29,7 @@ from typing import Any
 from uuid import uuid4
 
 from balance_app import server
-from balance_app.jobs import lease, run as running, scheduler
+from balance_app.jobs import lease, repository, run as running, scheduler
 from balance_app.jobs.registry import Job, Registry, job
 from balance_app.jobs.run import Run, ThreadRun
 from balance_app.logs import configure_logs
@@ -57,7 +60,9 @@ class Diary:
 
 def declare(number: int, diary: Diary) -> Job:
     """Return the job of that number."""
-    kind = os.environ.get("FLEET_KIND", "paced")
+    kinds = os.environ.get("FLEET_KIND", "paced").split(",")
+    kind = kinds[number % len(kinds)]
+    hold = float(os.environ.get("FLEET_HOLD", "0.5")) if kind == "held" else 0.0
     seconds = float(os.environ.get("FLEET_SECONDS", "2"))
     steps = max(1, round(seconds / TICK_SECONDS))
 
@@ -78,13 +83,24 @@ def declare(number: int, diary: Diary) -> Job:
             diary.write("end", run)
         return f"ticked {steps} times"
 
+    async def quiet(run: Run) -> None:
+        diary.write("start", run)
+        try:
+            for step in range(steps):
+                diary.write("tick", run, step=step)
+                await asyncio.sleep(TICK_SECONDS)
+        finally:
+            diary.write("end", run)
+
     async def blocking(run: Run) -> None:
         diary.write("start", run)
         until = time.monotonic() + seconds
+        told = steps
         while (left := until - time.monotonic()) > 0:
             if kind == "sleep":
                 time.sleep(left)  # noqa: ASYNC251 - it is meant to block
-            if int(left * 10) % 10 == 0:
+            if told != int(left / TICK_SECONDS):
+                told = int(left / TICK_SECONDS)
                 diary.write("tick", run)
         diary.write("end", run)
 
@@ -97,6 +113,9 @@ def declare(number: int, diary: Diary) -> Job:
                     run.progress(step, steps)
                     if step % 10 == 9:
                         run.checkpoint({"step": step})
+                elif kind == "thread-writes":
+                    with run.transaction() as connection:
+                        connection.execute("SELECT")
                 time.sleep(TICK_SECONDS)
         finally:
             diary.write("end", run)
@@ -111,6 +130,9 @@ def declare(number: int, diary: Diary) -> Job:
                     await connection.execute(
                         "INSERT INTO fenced (job, fence) VALUES ($1, $2)", run.name, run.fence
                     )
+                    if hold and step:  # the first is short: it shows from when on its fence counts
+                        diary.write("inside", run, step=step)
+                        await connection.execute("SELECT pg_sleep($1)", hold)
                 diary.write("wrote", run, step=step)
                 await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
@@ -125,11 +147,14 @@ def declare(number: int, diary: Diary) -> Job:
 
     functions: dict[str, Callable[[Any], Any]] = {
         "paced": paced,
+        "quiet": quiet,
         "sleep": blocking,
         "spin": blocking,
         "thread": threaded,
+        "thread-writes": threaded,
         "stubborn": threaded,
         "writes": writes,
+        "held": writes,
         "poison": poison,
     }
     return job(
@@ -156,15 +181,55 @@ def no_turns() -> None:
     guarded = scheduler.Turn
 
     def greedy(**turn: Any) -> Any:
-        return guarded(**{**turn, "wait": timedelta(0), "tie": timedelta(0), "settled": True})
+        none = timedelta(0)
+        return guarded(**{**turn, "wait": none, "tie": none, "settled": True, "settling": none})
 
     vars(scheduler)["Turn"] = greedy
 
 
+def no_rounds() -> None:
+    """Let equals race, whoever of them has claimed lately."""
+    vars(scheduler)["TIE"] = timedelta(0)
+
+
+def newcomers_first() -> None:
+    """Let every copy that comes up begin the settling time anew, for all."""
+    settled = """CASE WHEN alive_at > $4"""
+    newcomers = """CASE WHEN true THEN
+        greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
+        WHEN alive_at > $4"""
+    vars(repository)["CLAIM"] = repository.CLAIM.replace(settled, newcomers)
+
+
+def seen_again() -> None:
+    """Let every copy that comes up write anew when it saw which jobs ready."""
+    once = "AND seen_at IS NULL"
+    assert once in repository.NOTICE
+    vars(repository)["NOTICE"] = repository.NOTICE.replace(once, "")
+
+
+def no_expiry() -> None:
+    """Let a late heartbeat renew a lease that is over."""
+    over = "WHERE holder = $1 AND lease_until > clock_timestamp()"
+    assert over in repository.HEARTBEAT
+    vars(repository)["HEARTBEAT"] = repository.HEARTBEAT.replace(over, "WHERE holder = $1")
+
+
+def own_clock() -> None:
+    """Decide by this copy's wall clock, which is wrong by FLEET_SHIFT seconds, not by the server's."""
+    shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
+    vars(repository)["CLAIM"] = repository.CLAIM.replace("clock_timestamp()", shifted)
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "dead-man": no_dead_man,
+    "expiry": no_expiry,
+    "own-clock": own_clock,
     "fence": no_fence,
     "turns": no_turns,
+    "rounds": no_rounds,
+    "newcomers": newcomers_first,
+    "once": seen_again,
 }
 
 

@@ -8,14 +8,18 @@ told by the shortest way there. What is modelled, and why no more is needed:
   has left, never a date. So a finite number of states stands for histories of any length.
 - A statement is sent, is carried out at any later time (or never), and its answer arrives at any
   time after that (or never). A slow network, a lost packet, a lock that is waited for, a database
-  that is restarted or away for an hour: all are orders of these three events.
+  that is restarted or away for an hour: all are orders of these three events. At most
+  `Protocol.room` messages are under way at once.
 - A process can be killed, frozen (SIGSTOP), or blocked by its run (the event loop stands, or the
   run does not stop when it is cancelled; the thread of the heartbeat goes on), at any moment and
   for any time. Where one has ended there is a new one with a new id; what the old one sent goes on.
-- One statement is one event, since it holds the lock of the row from its check to its commit.
+- One statement is one event, since it holds the lock of the row from its check to its commit. A
+  write is a transaction of a run, which checks the lease in the message that commits.
 - Answers that refuse are left out: all they can do is to stop a run earlier. So is when a job is
   due: it always is. A copy that runs nothing is not frozen: it may do nothing for ever as it is.
-- All monotonic clocks run equally fast, also while a process is frozen. No other clock is read.
+- There is one job. Where another matters (`Guard.TRUST_PER_RUN`), one step stands for it.
+- All monotonic clocks run equally fast, also while a process is frozen. No other clock is read. A
+  suspended machine may break this: without `Guard.CLOCK` it does.
 
 The heart of the proof is `Invariant.TRUST`: what a copy believes of its lease is never more than
 what the row says. Belief ends first, the run ends with belief (the dead man sees to it when the
@@ -170,9 +174,8 @@ class Protocol:
                 if has_room and copy.mode != "frozen":
                     yield from self._sends(state, index)
             for message in dict.fromkeys(copy.mail):
-                yield Step(
-                    f"{{copy}}'s {message.kind} is lost.", index, _drop(state, index, message)
-                )
+                lost = f"{{copy}}'s {message.kind} is lost."
+                yield Step(lost, index, _drop(state, index, message))
                 yield from self._moves(state, index, message)
 
     def _must_cancel(self, copy: Copy) -> bool:
@@ -266,9 +269,8 @@ class Protocol:
 
     def _send(self, state: State, index: int, message: Message) -> Step:
         of_run = f" of run {message.run}" if message.run else ""
-        return Step(
-            f"{{copy}} sends a {message.kind}{of_run}.", index, _post(state, index, message)
-        )
+        told = f"{{copy}} sends a {message.kind}{of_run}."
+        return Step(told, index, _post(state, index, message))
 
     def _moves(self, state: State, index: int, message: Message) -> Iterator[Step]:
         """Yield what can become of a message, but for its loss."""
@@ -436,17 +438,17 @@ class Protocol:
         kept = []
         runs = {0, row.run}
         for index, copy in enumerate(copies):
-            mail = copy.mail
-            if mail:
-                mail = tuple(sorted([m for m in mail if self._matters(m, copy, row.run)]))
+            known = copy
+            if copy.mail:
+                mail = [message for message in copy.mail if self._matters(message, copy, row.run)]
                 runs.update([message.run for message in mail])
-            held = index == row.holder
-            if held or mail or copy.mode != "ended":
+                known = Copy(copy.mode, copy.work, copy.run, copy.trust, tuple(sorted(mail)))
+            if known.mail or index == row.holder or copy.mode != "ended":
                 runs.add(copy.run)
-                kept.append((Copy(copy.mode, copy.work, copy.run, copy.trust, mail), held))
+                kept.append((known, index == row.holder))
         kept.sort()
         for index, (_, held) in enumerate(kept):
-            if held:
+            if held and index != row.holder:
                 row = Row(index, *row[1:])
         reduced = State(row, tuple([copy for copy, _ in kept]))
         return reduced if max(runs) < len(runs) else _renumbered(reduced, sorted(runs))

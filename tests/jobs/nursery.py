@@ -1,4 +1,4 @@
-"""Copies that are forked from a process which has imported everything: up in a fraction of a second.
+"""Copies forked from a process that has imported everything: they are up in a moment.
 
 Each is a process of its own that serves as `python -m tests.jobs.fleet` does; only its imports are
 done already. `python -m tests.jobs.nursery` is the parent: it reads a line of JSON per copy that
@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tests.jobs import fleet
 from tests.processes import Copy
@@ -54,9 +54,11 @@ class Nursery:
         self._process = process
         self._children: list[Child] = []
 
-    def copy(self, database: dict[str, str], name: str, log: Path | None = None, **env: str) -> Copy:
+    def copy(
+        self, database: dict[str, str], name: str, log: Path | None = None, **env: str
+    ) -> Copy:
         """Return a copy that will be forked when it is launched."""
-        return _Forked(self, database, name, log=log, program=(), **env)
+        return _Forked(self, database, name, log, env)
 
     async def fork(self, log: Path | None, environment: dict[str, str]) -> Child:
         child = Child()
@@ -75,8 +77,15 @@ class Nursery:
 
 
 class _Forked(Copy):
-    def __init__(self, nursery: Nursery, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(
+        self,
+        nursery: Nursery,
+        database: dict[str, str],
+        name: str,
+        log: Path | None,
+        env: dict[str, str],
+    ) -> None:
+        super().__init__(database, name, log=log, program=(), **env)
         self._nursery = nursery
 
     async def launch(self) -> None:
@@ -107,7 +116,7 @@ async def nursery() -> AsyncIterator[Nursery]:
 def main() -> None:
     """Fork whatever is asked for, until nobody can ask any more."""
     woken, wake = os.pipe()
-    os.set_blocking(wake, False)  # noqa: FBT003 - positional only
+    os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, int] = {}

@@ -122,12 +122,14 @@ def scan(expression: str, zone: str, change: datetime) -> list[datetime]:
     return ticks
 
 
-def ticks_of(schedule: Schedule, after: datetime, until: datetime) -> list[datetime]:
+def ticks_of(schedule: Cron, after: datetime, until: datetime) -> list[datetime]:
     ticks = []
-    tick = schedule.next_after(after, ANCHOR)
-    while tick <= until:
+    latest = after
+    while (tick := schedule.next_after(latest, ANCHOR)) <= until:
+        assert tick > latest
+        assert not tick.second and not tick.microsecond
         ticks.append(tick)
-        tick = schedule.next_after(tick, ANCHOR)
+        latest = tick
     return ticks
 
 

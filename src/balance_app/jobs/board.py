@@ -88,6 +88,7 @@ class Board:
         self._rows: dict[str, asyncpg.Record] = {}
         # what was written of the rows, what of it has to be written again, and its sums
         self._lines: dict[str, Line] = {}
+        self._in_order = True
         self._stale: set[str] = set()
         self._sums: Counter[Sums] = Counter()
         self._lacks: dict[str, frozenset[str]] = {}
@@ -184,18 +185,20 @@ class Board:
     async def _write_lines(self, now: datetime, fleet: Fleet) -> None:
         """Write the lines that no longer stand, a few at a time."""
         self._stale.update(name for name, line in self._lines.items() if line.stands_until <= now)
-        known = len(self._lines)
         for number, name in enumerate(list(self._stale), start=1):
             line = _write(self._rows[name], now, fleet, self._limits)
             if name in self._lines:
                 self._sums[self._lines[name].sums] -= 1
+            else:
+                self._in_order = False
             self._lines[name] = line
             self._sums[line.sums] += 1
             self._stale.discard(name)
             if number % _AT_ONCE == 0:
                 await asyncio.sleep(0)
-        if len(self._lines) > known:
+        if not self._in_order:
             self._lines = dict(sorted(self._lines.items()))
+            self._in_order = True
         self._sums = +self._sums
 
 

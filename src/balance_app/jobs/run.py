@@ -70,6 +70,8 @@ class Run:
         self._jobs = jobs
         self._min_seconds = min_seconds
         self._started = monotonic()
+        # what was done already when a resumed run first said how far it is
+        self._begun_at: int | None = None
         # what the transaction that is open writes as the checkpoint
         self._inside: list[str] | None = None
         self.lease: Lease | None = None
@@ -79,17 +81,23 @@ class Run:
 
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
         """Say how far the run is; the next heartbeat writes it down."""
+        if self._begun_at is None:
+            self._begun_at = 0 if self.resumed is None else _count(done)
         if self.lease is not None:
             self.lease.progress = Progress(
                 _count(done), None if total is None else _count(total), plain(note)
             )
 
     async def pace(self) -> None:
-        """Sleep until as much of the job's minimum duration is over as is done of its total."""
+        """Sleep until as much of the job's minimum duration is over as is done of its total.
+
+        A run that was resumed spreads what it found left.
+        """
         done, total, _ = self.lease.progress if self.lease is not None else (None, None, None)
-        if done is None or not total:
+        if done is None or not total or self._begun_at is None:
             return
-        share = min(1.0, done / total)
+        rest = max(1, total - self._begun_at)
+        share = min(1.0, max(0.0, (done - self._begun_at) / rest))
         await asyncio.sleep(self._started + self._min_seconds * share - monotonic())
 
     async def checkpoint(self, state: object) -> None:

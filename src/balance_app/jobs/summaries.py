@@ -162,8 +162,8 @@ SELECT name, bytes FROM next
 FORGET_SIZES: Final = """
 WITH forgotten AS (
     DELETE FROM table_sizes WHERE at = ANY (ARRAY(
-        SELECT DISTINCT at FROM table_sizes WHERE at < clock_timestamp() - interval '90 days'
-        ORDER BY at LIMIT $1
+        SELECT DISTINCT at FROM table_sizes
+        WHERE at < (SELECT clock_timestamp() - interval '90 days') ORDER BY at LIMIT $1
     ))
     RETURNING 1
 )

@@ -1,0 +1,95 @@
+"""Jobs and copies as rows, for tests of what is said about them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TypeAlias
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from balance_app.database import Database
+from balance_app.settings import Settings, load_settings
+from tests.processes import connect
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+EVER = 10**6  # a copy that knows jobs up to this number knows all
+
+
+def settings_for(database: dict[str, str], **more: object) -> Settings:
+    """Settings of a copy on this database."""
+    return load_settings(**{name.lower(): value for name, value in database.items()}, **more)
+
+
+@asynccontextmanager
+async def migrated(database: dict[str, str]) -> AsyncIterator[tuple[Database, Connection]]:
+    """Bring a database up as a copy does; yield it, and a connection to it."""
+    running = Database(settings_for(database))
+    await running.start()
+    connection = await connect(database)
+    try:
+        yield running, connection
+    finally:
+        await connection.close()
+        await running.stop()
+
+
+async def add_job(connection: Connection, name: str, **columns: object) -> None:
+    """Add a job. A timedelta becomes that moment, from now by the database's clock."""
+    values = {
+        "schedule": "every 300 s",
+        "description": f"Is {name}.",
+        "due_at": timedelta(seconds=100),
+        **columns,
+    }
+    values.setdefault("ready_at", values["due_at"])
+    await insert(connection, "jobs", name=name, **values)
+
+
+def running(holder: UUID, server: str, *, seconds: float = 40) -> dict[str, object]:
+    """The columns of a job that has been running for some seconds."""
+    return {
+        "due_at": timedelta(seconds=-seconds),
+        "fence": 7,
+        "holder": holder,
+        "server": server,
+        "started_at": timedelta(seconds=-seconds),
+        "lease_until": timedelta(seconds=3600),
+    }
+
+
+async def add_copy(  # noqa: PLR0913 - what there is to say of a copy
+    connection: Connection,
+    server: str = "app1",
+    *,
+    up_seconds: float = 600,
+    seen_seconds_ago: float = -3600,
+    knows_to: int = EVER,
+    lacks: tuple[str, ...] = (),
+) -> UUID:
+    """Add a copy; it stays live for the whole test unless its last sign of life is said."""
+    copy = uuid4()
+    await insert(
+        connection,
+        "copies",
+        id=copy,
+        server=server,
+        started_at=timedelta(seconds=-up_seconds),
+        seen_at=timedelta(seconds=-seen_seconds_ago),
+        knows_to=knows_to,
+        lacks=list(lacks),
+    )
+    return copy
+
+
+async def insert(connection: Connection, table: str, **columns: object) -> None:
+    """Insert a row; a timedelta becomes that moment, from now by the database's clock."""
+    values = [
+        f"clock_timestamp() + ${number}::interval" if isinstance(value, timedelta) else f"${number}"
+        for number, value in enumerate(columns.values(), start=1)
+    ]
+    await connection.execute(
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(values)})",  # noqa: S608
+        *columns.values(),
+    )

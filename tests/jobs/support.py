@@ -1,0 +1,229 @@
+"""Copies that live in the test's own process, on a real database; time passes by rewriting rows."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import asyncpg
+
+from balance_app.database import Database
+from balance_app.jobs.lease import Lease
+from balance_app.jobs.registry import Job, Registry
+from balance_app.jobs.repository import (
+    Beat,
+    Claimed,
+    JobRepository,
+    Known,
+    Look,
+    Me,
+    Progress,
+    Pulse,
+    Turn,
+    heartbeat,
+)
+from balance_app.jobs.run import Run
+from balance_app.jobs.scheduler import Scheduler
+from balance_app.settings import Settings, load_settings
+from tests.processes import connect
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+PATIENCE_SECONDS = 30
+LEASE = timedelta(seconds=30)
+AT_ONCE = Turn(
+    wait=timedelta(0),
+    round=0,
+    tie=timedelta(0),
+    settled=True,
+    settling=timedelta(0),
+    takes_over=True,
+)
+
+SHIFT_JOBS = """
+UPDATE jobs SET anchor_at = anchor_at - $1::interval, due_at = due_at - $1,
+    ready_at = ready_at - $1, started_at = started_at - $1, seen_at = seen_at - $1,
+    alive_at = alive_at - $1
+"""
+SHIFT_RUNS = """
+UPDATE job_runs SET due_at = due_at - $1::interval, last_due_at = last_due_at - $1,
+    started_at = started_at - $1, ended_at = ended_at - $1
+"""
+
+
+class Copy:
+    """A copy as its repository sees it: what it knows, and what it signs with."""
+
+    def __init__(self, ground: "Ground", name: str, lease: timedelta) -> None:
+        self._ground = ground
+        self.me = Me(uuid4(), name)
+        self.lease = lease
+        self.jobs = JobRepository(ground.database, self.me, lease)
+        self.known: Known | None = None
+
+    async def declare(self, *names: str, schedule: str = "every 3600 s") -> Known:
+        self.known = await self.jobs.declare(dict.fromkeys(names, (schedule, "")))
+        return self.known
+
+    async def look(self, **turn: Any) -> Look:
+        assert self.known is not None
+        return await self.jobs.look(self.known, AT_ONCE._replace(**turn))
+
+    async def claim(self, **turn: Any) -> Claimed:
+        claimed = (await self.look(**turn)).claimed
+        assert claimed is not None
+        return claimed
+
+    async def beat(
+        self, connection: Connection, *fences: tuple[str, int], note: str | None = None
+    ) -> dict[tuple[str, int], Pulse]:
+        assert self.known is not None
+        beats = [Beat(name, fence, Progress(None, None, note)) for name, fence in fences]
+        _, pulses = await heartbeat(connection, self.me, self.lease, self.known, beats)
+        return {(pulse.name, pulse.fence): pulse for pulse in pulses}
+
+    def run(self, claimed: Claimed, *, min_seconds: float = 0) -> Run:
+        """Return the run of a claim, with a lease that nobody renews."""
+        run = Run(claimed, self._ground.database, self.jobs, min_seconds=min_seconds)
+        run.lease = Lease(claimed.name, claimed.fence, 0.0, lambda *_: None)
+        return run
+
+
+class Ground:
+    """A migrated database, a connection that looks at it from outside, and copies."""
+
+    def __init__(
+        self, variables: Mapping[str, str], settings: Settings, database: Database, eye: Connection
+    ) -> None:
+        self.variables = dict(variables)
+        self.settings = settings
+        self.database = database
+        self.eye = eye
+        self._connections: list[Connection] = []
+
+    def copy(self, name: str = "app1", *, lease: timedelta = LEASE) -> Copy:
+        return Copy(self, name, lease)
+
+    async def connect(self) -> Connection:
+        """Connect once more; it is closed at the end."""
+        connection = await connect(self.variables)
+        self._connections.append(connection)
+        return connection
+
+    async def close(self) -> None:
+        for connection in self._connections:
+            connection.terminate()
+
+    @asynccontextmanager
+    async def scheduler(
+        self, jobs: Iterable[Job], *, starts: bool = True, **settings: Any
+    ) -> AsyncIterator[Scheduler]:
+        """Run a copy's scheduler, without a dead man's timer: the process is the test's."""
+        changed = Settings(**{**self.settings.model_dump(), **settings})
+        scheduler = Scheduler(changed, self.database, Registry(jobs), dead_man=False)
+        if starts:
+            scheduler.start()
+        try:
+            yield scheduler
+        finally:
+            await scheduler.stop()
+            await scheduler.part()
+
+    async def row(self, name: str) -> asyncpg.Record:
+        row = await self.eye.fetchrow("SELECT * FROM jobs WHERE name = $1", name)
+        assert row is not None
+        return row
+
+    async def runs(self, name: str) -> list[asyncpg.Record]:
+        return await self.eye.fetch("SELECT * FROM job_runs WHERE job = $1 ORDER BY id", name)
+
+    async def outcomes(self, name: str) -> list[tuple[str | None, str | None]]:
+        return [(run["outcome"], run["result"]) for run in await self.runs(name)]
+
+    async def ended(self, name: str, *, runs: int = 1) -> list[asyncpg.Record]:
+        """Wait until so many runs of a job have ended; return them."""
+
+        async def look() -> list[asyncpg.Record] | None:
+            found = [run for run in await self.runs(name) if run["outcome"] not in {None, "skipped"}]
+            return found if len(found) >= runs else None
+
+        return await until(look)
+
+    async def expire(self, name: str) -> None:
+        """Let the lease of a job be over."""
+        await self.eye.execute(
+            "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 ms' WHERE name = $1", name
+        )
+
+    async def ready(self, name: str, *, seconds_ago: float = 0) -> None:
+        """Let a job be ready since then."""
+        await self.eye.execute(
+            "UPDATE jobs SET ready_at = clock_timestamp() - $2::interval,"
+            " due_at = least(due_at, clock_timestamp() - $2::interval) WHERE name = $1",
+            name,
+            timedelta(seconds=seconds_ago),
+        )
+
+    async def forget(self) -> None:
+        """Begin anew with no job at all."""
+        await self.eye.execute("TRUNCATE jobs, job_runs, copies RESTART IDENTITY")
+
+    async def shift(self, seconds: float) -> None:
+        """Let time pass: all that was lies further back. Leases stay as they are."""
+        async with self.eye.transaction():
+            await self.eye.execute(SHIFT_JOBS, timedelta(seconds=seconds))
+            await self.eye.execute(SHIFT_RUNS, timedelta(seconds=seconds))
+
+    async def take_away(self) -> None:
+        """End all connections of the service, and let it have no new ones."""
+        await self._admin(
+            f'ALTER DATABASE "{self.variables["DB_NAME"]}" ALLOW_CONNECTIONS false',
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE datname = '{self.variables['DB_NAME']}'",
+        )
+
+    async def bring_back(self) -> None:
+        """Let the service have connections again."""
+        await self._admin(f'ALTER DATABASE "{self.variables["DB_NAME"]}" ALLOW_CONNECTIONS true')
+        self.eye = await self.connect()
+
+    async def _admin(self, *statements: str) -> None:
+        connection = await connect({**self.variables, "DB_NAME": "postgres"})
+        for statement in statements:
+            await connection.execute(statement)
+        await connection.close()
+
+
+@asynccontextmanager
+async def on(database: dict[str, str], **settings: Any) -> AsyncIterator[Ground]:
+    """Migrate a database and stand on it."""
+    values = {
+        **{name.lower(): value for name, value in database.items()},
+        "job_min_seconds": 0,
+        "job_lease_seconds": 3,
+        "job_heartbeat_seconds": 0.5,
+        "job_settling_seconds": 0,
+        "job_step_seconds": 0,
+        "db_pool_size": 5,
+        **settings,
+    }
+    loaded = load_settings(**values)
+    pool = Database(loaded)
+    await pool.start()
+    ground = Ground(database, loaded, pool, await connect(database))
+    try:
+        yield ground
+    finally:
+        await pool.stop()
+        await ground.eye.close()
+        await ground.close()
+
+
+async def until(look: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - what it looks for
+    """Look again and again until there is something; return it."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (found := await look()):
+            await asyncio.sleep(0.02)
+        return found

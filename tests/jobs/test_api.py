@@ -1,0 +1,673 @@
+"""The contract of the jobs' routes, call by call."""
+
+import asyncio
+import re
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+from uuid import uuid4
+
+import httpx
+import jsonschema_rs
+import pytest
+
+from tests.jobs.fleet import read_diaries
+from tests.jobs.rows import Connection, add_copy, add_job, insert, running
+from tests.processes import Copy, connect
+from tests.system.databases import freeze, own_postgres, thaw
+
+SECOND: Final = timedelta(seconds=1)
+Answers = list[httpx.Response]
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A copy that runs no jobs, and a connection to write rows that nobody else changes."""
+
+    copy: Copy
+    client: httpx.AsyncClient
+    connection: Connection
+
+    async def job(self, name: str) -> dict[str, Any]:
+        return await job(self.client, name)
+
+    async def post(self, call: str, **query: str) -> httpx.Response:
+        return await self.client.post(f"/api/cron/jobs/{call}", params=query)
+
+
+@pytest.fixture
+async def quiet(database: dict[str, str]) -> AsyncIterator[Quiet]:
+    """A copy with JOBS_ENABLED=false on an empty database."""
+    connection = await connect(database)
+    async with (
+        Copy(database, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        yield Quiet(copy, client, connection)
+    await connection.close()
+
+
+@asynccontextmanager
+async def fleet(
+    database: dict[str, str], diary: Path, *, seconds: float, copies: int = 2
+) -> AsyncIterator[list[httpx.AsyncClient]]:
+    """Run copies with one job, `job-01`, that lasts so long; yield a client of each."""
+    all_copies = [
+        Copy(
+            database,
+            f"app{number}",
+            program=("-m", "tests.jobs.fleet"),
+            FLEET_DIARY=str(diary),
+            FLEET_JOBS="1",
+            FLEET_SECONDS=str(seconds),
+            FLEET_EVERY="3600",
+            JOB_SETTLING_SECONDS="0.1",
+            JOB_LEASE_SECONDS="3",
+            JOB_HEARTBEAT_SECONDS="0.5",
+        )
+        for number in range(1, copies + 1)
+    ]
+    clients = [
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) for copy in all_copies
+    ]
+    try:
+        for copy in all_copies:
+            await copy.launch()
+        await asyncio.gather(*(copy.ready() for copy in all_copies))
+        yield clients
+    finally:
+        for client in clients:
+            await client.aclose()
+        await asyncio.gather(*(copy.stop() for copy in all_copies))
+
+
+async def status(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer = await client.get("/api/cron/status")
+    assert answer.status_code == 200, answer.text
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+async def job(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
+    (found,) = (job for job in (await status(client))["jobs"] if job["name"] == name)
+    return dict(found)
+
+
+async def until(
+    said: Callable[[dict[str, Any]], bool], ask: Callable[[], Awaitable[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Ask until something is said."""
+    async with asyncio.timeout(30):
+        while not said(answer := await ask()):
+            await asyncio.sleep(0.02)
+    return answer
+
+
+def tally(answers: Answers) -> dict[str, int]:
+    codes = [answer.json().get("code", str(answer.status_code)) for answer in answers]
+    return {code: codes.count(code) for code in sorted(set(codes))}
+
+
+async def conforms(client: httpx.AsyncClient, model: str, answer: object) -> None:
+    """An answer is as the document says, and says nothing else."""
+    document = (await client.get("/openapi.json")).json()
+    schema = {**document["components"]["schemas"][model], "components": document["components"]}
+    jsonschema_rs.validate(schema, answer)
+    _no_more(document["components"]["schemas"], {"$ref": f"#/{model}"}, answer)
+
+
+def _no_more(schemas: dict[str, Any], schema: dict[str, Any], answer: object) -> None:
+    for choice in schema.get("anyOf", [schema]):
+        if "$ref" in choice and isinstance(answer, dict):
+            fields = schemas[choice["$ref"].rpartition("/")[2]]["properties"]
+            assert answer.keys() == fields.keys()
+            for name, value in answer.items():
+                _no_more(schemas, fields[name], value)
+        elif isinstance(answer, list):
+            for item in answer:
+                _no_more(schemas, choice["items"], item)
+
+
+# -- looking -----------------------------------------------------------------------------------
+
+
+async def test_every_job_of_the_service_is_listed(client: httpx.AsyncClient) -> None:
+    """The ten jobs, as the document says, on the copy that runs them."""
+    told = await until(lambda told: told["counts"]["running"] > 0, lambda: status(client))
+    assert len(told["jobs"]) == 10
+    await conforms(client, "StatusAnswer", told)
+    (copy,) = told["copies"]
+    at_work = [job for job in told["jobs"] if job["state"] == "running"]
+    assert (copy["server"], copy["live"], copy["running"]) == ("app1", True, len(at_work))
+    assert {(job["server"], job["copyId"]) for job in at_work} == {("app1", copy["id"])}
+    assert sum(told["counts"].values()) == 10
+    assert all(job["description"] and job["schedule"]["words"] for job in told["jobs"])
+
+
+async def test_a_copy_without_jobs_answers_too(quiet: Quiet) -> None:
+    """JOBS_ENABLED=false: it shows and steers what others run."""
+    other = await add_copy(quiet.connection, "app9")
+    await add_job(quiet.connection, "running", **running(other, "app9"), done=1, total=3, note="x")
+    await add_job(
+        quiet.connection,
+        "waiting",
+        last_outcome="succeeded",
+        last_server="app9",
+        last_started_at=-60 * SECOND,
+        last_ended_at=-50 * SECOND,
+        last_result="all is well",
+    )
+    await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
+    told = await status(quiet.client)
+    await conforms(quiet.client, "StatusAnswer", told)
+    assert [(job["name"], job["state"]) for job in told["jobs"]] == [
+        (state, state) for state in ("paused", "running", "waiting")
+    ]
+    assert [copy["running"] for copy in told["copies"]] == [1]
+    for call in ("waiting/run", "running/cancel", "waiting/pause", "paused/resume"):
+        answer = await quiet.post(call)
+        assert answer.status_code == 202, answer.text
+        await conforms(quiet.client, "JobAnswer", answer.json())
+        assert answer.json() == {
+            **await quiet.job(answer.json()["name"]),
+            "elapsedSeconds": answer.json()["elapsedSeconds"],
+        }
+
+
+async def test_the_history_is_read_by_pages(quiet: Quiet) -> None:
+    """The latest first; pages join without gap or overlap, with and without filters."""
+    for name in ("one", "two"):
+        await add_job(quiet.connection, name)
+    for number in range(1, 8):
+        await insert(
+            quiet.connection,
+            "job_runs",
+            job="one" if number % 2 else "two",
+            fence=number,
+            due_at=-60 * SECOND,
+            holder=uuid4(),
+            server="app1",
+            started_at=-50 * SECOND,
+            ended_at=None if number == 7 else -40 * SECOND,
+            outcome=None if number == 7 else "failed" if number % 3 == 0 else "succeeded",
+            result="so",
+        )
+    await insert(
+        quiet.connection,
+        "job_runs",
+        job="two",
+        due_at=-300 * SECOND,
+        last_due_at=-180 * SECOND,
+        ticks=3,
+        started_at=-SECOND,
+        ended_at=-SECOND,
+        outcome="skipped",
+        result="paused by ada",
+    )
+
+    async def pages(limit: int, **query: str) -> list[dict[str, Any]]:
+        runs: list[dict[str, Any]] = []
+        cursor: dict[str, int] = {}
+        while True:
+            answer = await quiet.client.get(
+                "/api/cron/history", params={**query, **cursor, "limit": limit}
+            )
+            assert answer.status_code == 200, answer.text
+            await conforms(quiet.client, "HistoryAnswer", answer.json())
+            runs += answer.json()["runs"]
+            assert len(answer.json()["runs"]) <= limit
+            if answer.json()["next"] is None:
+                return runs
+            cursor = {"before": answer.json()["next"]}
+
+    async def ids(limit: int, **query: str) -> list[int]:
+        return [run["id"] for run in await pages(limit, **query)]
+
+    for limit in (1, 3, 4, 8, 100):
+        assert await ids(limit) == [8, 7, 6, 5, 4, 3, 2, 1]
+        assert await ids(limit, job="one") == [7, 5, 3, 1]
+        assert await ids(limit, outcome="succeeded") == [5, 4, 2, 1]
+        assert await ids(limit, job="two", outcome="failed") == [6]
+        assert await ids(limit, job="two", outcome="lost") == []
+    skipped, under_way, ended, *_ = await pages(100)
+    assert (skipped["ticks"], skipped["startedAt"], skipped["seconds"]) == (3, None, None)
+    assert skipped["dueAt"] < skipped["lastDueAt"]
+    assert (under_way["outcome"], under_way["endedAt"]) == (None, None)
+    assert 50 <= under_way["seconds"] < 90
+    assert ended["seconds"] == pytest.approx(10, abs=1)
+    answer = await quiet.client.get("/api/cron/history", params={"job": "three"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found")
+
+
+@pytest.mark.parametrize(
+    ("address", "pointer", "code"),
+    [
+        ("GET history?outcome=lucky", "query:outcome", "not-an-outcome"),
+        ("GET history?outcome=", "query:outcome", "not-an-outcome"),
+        ("GET history?job=No+name", "query:job", "not-a-name"),
+        ("GET history?job=a%00", "query:job", "not-a-name"),
+        ("GET history?before=0", "query:before", "out-of-range"),
+        ("GET history?before=1e3", "query:before", "not-an-integer"),
+        ("GET history?before=9007199254740992", "query:before", "out-of-range"),
+        ("GET history?limit=1001", "query:limit", "out-of-range"),
+        ("GET history?limit=1&limit=2", "query:", "duplicate-parameter"),
+        ("GET history?page=2", "query:", "unknown-field"),
+        ("POST jobs/No/run", "path:name", "not-a-name"),
+        ("POST jobs/a%00b/pause", "path:name", "not-a-name"),
+        ("POST jobs/a/run?by=", "query:by", "not-printable"),
+        ("POST jobs/a/run?by=%1b[31m", "query:by", "not-printable"),
+        ("POST jobs/a/run?by=%00", "query:by", "not-printable"),
+        (f"POST jobs/a/run?by={'x' * 101}", "query:by", "not-printable"),
+        ("POST jobs/a/cancel?by=a&by=b", "query:", "duplicate-parameter"),
+        ("POST jobs/a/resume?reason=x", "query:", "unknown-field"),
+        (f"POST jobs/a/pause?reason={'x' * 201}", "query:reason", "not-printable"),
+        ("POST jobs/a/pause?reason=a%0Ab", "query:reason", "not-printable"),
+    ],
+)
+async def test_wrong_questions_are_refused(
+    quiet: Quiet, address: str, pointer: str, code: str
+) -> None:
+    """422 names where the fault is and what; nothing is changed."""
+    method, _, path = address.partition(" ")
+    answer = await quiet.client.request(method, f"/api/cron/{path}")
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"] == [{"pointer": pointer, "code": code}]
+
+
+async def test_the_longest_names_are_taken(quiet: Quiet) -> None:
+    """A hundred letters of any script say who, two hundred why."""
+    await add_job(quiet.connection, "a-job")
+    who, why = "ü" * 100, "日" * 200
+    answer = await quiet.post("a-job/pause", by=who, reason=why)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["paused"] == {
+        "by": who,
+        "reason": why,
+        "at": answer.json()["paused"]["at"],
+    }
+
+
+# -- steering ----------------------------------------------------------------------------------
+
+
+async def test_an_unknown_job_is_said_to_be_so(quiet: Quiet) -> None:
+    """404 for each of the four calls."""
+    for call in ("run", "pause", "resume", "cancel"):
+        answer = await quiet.post(f"nobody/{call}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found"), call
+
+
+@pytest.mark.parametrize(
+    ("headers", "taken"),
+    [
+        ({}, True),
+        ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Sec-Fetch-Site": "none"}, True),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://behind-a-proxy"}, True),
+        ({"Origin": "http://{host}"}, True),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://{host}"}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "http://evil-{host}"}, False),
+        ({"Origin": "null"}, False),
+    ],
+)
+async def test_pages_of_other_sites_steer_nothing(
+    quiet: Quiet,
+    headers: dict[str, str],
+    taken: bool,  # noqa: FBT001
+) -> None:
+    """A browser says whose page a request is from; what no page of ours sent is refused."""
+    await add_job(quiet.connection, "a-job")
+    host = quiet.copy.url.removeprefix("http://")
+    sent = {name: value.format(host=host) for name, value in headers.items()}
+    for call in ("pause", "resume", "run", "cancel"):
+        answer = await quiet.client.post(f"/api/cron/jobs/a-job/{call}", headers=sent)
+        refused = (answer.status_code, answer.json().get("code")) == (403, "cross-site-request")
+        assert refused is not taken, answer.text
+    assert ((await quiet.job("a-job"))["requestedBy"] == "api") is taken
+
+
+async def test_a_run_is_asked_for(quiet: Quiet) -> None:
+    """A tick in the future gives way to one of this moment; one that is due stays what it is."""
+    await add_copy(quiet.connection)
+    await add_job(quiet.connection, "later", due_at=60 * SECOND)
+    await add_job(quiet.connection, "retry", due_at=-60 * SECOND, ready_at=60 * SECOND, attempt=2)
+    before = {job["name"]: job for job in (await status(quiet.client))["jobs"]}
+    later = (await quiet.post("later/run", by="ada")).json()
+    assert later["dueAt"] == later["readyAt"] < before["later"]["dueAt"]
+    assert (later["waiting"]["reason"], later["requestedBy"]) == ("requested", "ada")
+    retry = (await quiet.post("retry/run", by="ada")).json()
+    assert (retry["dueAt"], retry["attempt"]) == (before["retry"]["dueAt"], 2)
+    assert (retry["readyAt"] < before["retry"]["readyAt"], retry["requestedBy"]) == (True, "ada")
+    again = (await quiet.post("later/run", by="eve")).json()
+    assert (again["readyAt"], again["requestedBy"]) == (later["readyAt"], "ada")
+
+
+async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> None:
+    """A running job is not run again, a paused one not before it is resumed; nothing changes."""
+    await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
+    await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
+    await add_job(
+        quiet.connection, "both", **running(uuid4(), "app8"), paused_at=-SECOND, paused_by="ada"
+    )
+    await add_job(quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_until": -SECOND})
+    before = await quiet.connection.fetch("SELECT * FROM jobs WHERE name <> 'lost' ORDER BY name")
+    answers = {name: await quiet.post(f"{name}/run") for name in ("running", "paused", "both")}
+    assert {name: (each.status_code, each.json()["code"]) for name, each in answers.items()} == {
+        "running": (409, "job-running"),
+        "paused": (409, "job-paused"),
+        "both": (409, "job-running"),
+    }
+    assert answers["running"].json()["server"] == "app7"
+    assert answers["paused"].json()["pausedBy"] == "ada"
+    after = await quiet.connection.fetch("SELECT * FROM jobs WHERE name <> 'lost' ORDER BY name")
+    assert before == after
+    assert (await quiet.post("lost/run")).status_code == 202
+
+
+async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:
+    """Pausing again changes nothing; resuming what is not paused neither."""
+    await add_job(quiet.connection, "a-job")
+    first = (await quiet.post("a-job/pause", by="ada", reason="too loud")).json()
+    assert (first["state"], first["waiting"]["reason"]) == ("paused", "paused")
+    assert first["waiting"]["sentence"].endswith("too loud")
+    assert (await quiet.post("a-job/pause", by="eve", reason="me too")).json() == first
+    row = await quiet.connection.fetchrow("SELECT claimable_at FROM jobs")
+    assert row is not None
+    assert row["claimable_at"] is None
+    resumed = (await quiet.post("a-job/resume")).json()
+    assert (resumed["state"], resumed["paused"]) == ("waiting", None)
+    assert (await quiet.post("a-job/resume")).json() == resumed
+
+
+async def test_what_a_pause_missed_is_in_the_history(quiet: Quiet) -> None:
+    """Every tick from the one that waited to now, as one range; then the next tick in the future.
+
+    Twenty who resume at once count them once.
+    """
+    await add_job(
+        quiet.connection,
+        "a-job",
+        schedule="every 60 s",
+        anchor_at=-3630 * SECOND,
+        due_at=-1830 * SECOND,
+        paused_at=-1800 * SECOND,
+        paused_by="ada",
+        pause_reason="too loud",
+        lost_streak=3,
+        checkpoint="{}",
+        requested_by="eve",
+    )
+    answers = await asyncio.gather(*(quiet.post("a-job/resume") for _ in range(20)))
+    assert tally(list(answers)) == {"202": 20}
+    row = await quiet.connection.fetchrow(
+        """SELECT *, due_at - clock_timestamp() AS left,
+                  extract(epoch FROM due_at - anchor_at)::float8 AS since FROM jobs"""
+    )
+    assert row is not None
+    assert timedelta(0) < row["left"] <= 60 * SECOND
+    assert row["since"] % 60 == pytest.approx(0, abs=0.02)
+    assert (row["ready_at"], row["lost_streak"]) == (row["due_at"], 0)
+    assert (row["checkpoint"], row["requested_by"], row["attempt"]) == (None, None, 0)
+    (skipped,) = (await quiet.client.get("/api/cron/history")).json()["runs"]
+    assert (skipped["outcome"], skipped["ticks"]) == ("skipped", 31)
+    assert skipped["result"] == "paused by ada: too loud"
+    first, last = (datetime.fromisoformat(skipped[at]) for at in ("dueAt", "lastDueAt"))
+    assert last - first == pytest.approx(1800 * SECOND, abs=SECOND)
+
+
+@pytest.mark.parametrize(
+    ("columns", "ticks"),
+    [
+        ({"due_at": 45 * SECOND}, 0),  # nothing was missed
+        ({"due_at": -75 * SECOND}, 2),  # of the two, neither ran
+        ({"due_at": -75 * SECOND, "attempt": 1}, 1),  # the first had a run
+        ({"due_at": -80 * SECOND, "requested_by": "eve"}, 2),  # what was asked for is no tick
+    ],
+)
+async def test_only_ticks_that_had_no_run_are_skipped(
+    quiet: Quiet, columns: dict[str, object], ticks: int
+) -> None:
+    """Each tick is accounted for once: by its runs, or by the range that was missed."""
+    await add_job(
+        quiet.connection,
+        "a-job",
+        schedule="every 60 s",
+        anchor_at=-3675 * SECOND,
+        paused_at=-70 * SECOND,
+        paused_by="ada",
+        **columns,
+    )
+    answer = await quiet.post("a-job/resume")
+    assert answer.json()["attempt"] == 0
+    runs = (await quiet.client.get("/api/cron/history")).json()["runs"]
+    assert [run["ticks"] for run in runs] == [ticks] * (ticks > 0)
+    moment = datetime.fromisoformat(answer.json()["dueAt"])
+    for run in runs:
+        last = datetime.fromisoformat(run["lastDueAt"])
+        assert moment - last == pytest.approx(60 * SECOND, abs=SECOND)
+
+
+async def test_a_run_under_way_keeps_its_tick(quiet: Quiet) -> None:
+    """Resuming a job that still runs, or was lost, leaves the tick to who settles it."""
+    for name, lease in (("running", 3600 * SECOND), ("lost", -SECOND)):
+        await add_job(
+            quiet.connection,
+            name,
+            **{**running(uuid4(), "app7"), "lease_until": lease},
+            schedule="every 10 s",
+            checkpoint="{}",
+            paused_at=-SECOND,
+            paused_by="ada",
+        )
+        before = await quiet.connection.fetchrow("SELECT * FROM jobs WHERE name = $1", name)
+        assert (await quiet.post(f"{name}/resume")).json()["paused"] is None
+        after = await quiet.connection.fetchrow("SELECT * FROM jobs WHERE name = $1", name)
+        assert before is not None
+        assert after is not None
+        changed = {key for key in before.keys() if before[key] != after[key]}  # noqa: SIM118
+        assert changed == {"paused_at", "paused_by"}
+    assert (await quiet.client.get("/api/cron/history")).json()["runs"] == []
+
+
+async def test_a_schedule_of_a_newer_program_is_left_alone(quiet: Quiet) -> None:
+    """A copy that can't read a job's schedule resumes the tick that waited."""
+    await add_job(
+        quiet.connection,
+        "a-job",
+        schedule="every other Tuesday",
+        due_at=-60 * SECOND,
+        paused_at=-SECOND,
+        paused_by="ada",
+    )
+    before = await quiet.job("a-job")
+    after = (await quiet.post("a-job/resume")).json()
+    assert (after["state"], after["dueAt"]) == ("waiting", before["dueAt"])
+
+
+async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
+    """Who asked first is told; a job that does not run, or was lost, is refused."""
+    await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
+    await add_job(quiet.connection, "waiting")
+    await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
+    await add_job(quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_until": -SECOND})
+    for name, state in (("waiting", "waiting"), ("paused", "paused"), ("lost", "waiting")):
+        answer = await quiet.post(f"{name}/cancel")
+        assert (answer.status_code, answer.json()["code"]) == (409, "job-not-running")
+        assert answer.json()["state"] == state
+    first = await quiet.post("running/cancel", by="ada")
+    assert (first.status_code, first.json()["cancelBy"]) == (202, "ada")
+    assert (await quiet.post("running/cancel", by="eve")).json()["cancelBy"] == "ada"
+
+
+# -- with jobs that run ------------------------------------------------------------------------
+
+
+async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: Path) -> None:
+    """Asked on two copies at once, the job runs once; it runs again when asked after its end."""
+    async with fleet(database, tmp_path, seconds=1.5) as clients:
+
+        async def ended(fence: int) -> None:
+            await until(
+                lambda job: job["state"] == "waiting" and job["fence"] == fence,
+                lambda: job(clients[0], "job-01"),
+            )
+
+        await ended(1)
+        for fence in (2, 3):
+            answers = await asyncio.gather(
+                *(
+                    clients[number % 2].post("/api/cron/jobs/job-01/run", params={"by": "ada"})
+                    for number in range(50)
+                )
+            )
+            assert tally(list(answers)).keys() <= {"202", "job-running"}
+            assert tally(list(answers))["202"] >= 1
+            await ended(fence)
+        history = (await clients[0].get("/api/cron/history")).json()["runs"]
+    assert [run["outcome"] for run in history] == ["succeeded"] * 3
+    assert len({run["dueAt"] for run in history}) == 3
+    spans = read_diaries(tmp_path)
+    assert [span.fence for span in spans] == [1, 2, 3]
+    assert all(one.end < other.begin for one, other in pairwise(spans))
+
+
+async def test_a_cancelled_run_ends_wherever_it_is(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """Asked on the copy that does not run it; the next tick waits, and a pause holds it back."""
+    async with fleet(database, tmp_path, seconds=60) as clients:
+        at_work = await until(
+            lambda job: job["state"] == "running", lambda: job(clients[0], "job-01")
+        )
+        other = clients[0 if at_work["server"] == "app2" else 1]
+        paused = await other.post("/api/cron/jobs/job-01/pause", params={"by": "eve"})
+        assert (paused.json()["state"], paused.json()["paused"]["by"]) == ("running", "eve")
+        asked = await other.post("/api/cron/jobs/job-01/cancel", params={"by": "ada"})
+        assert asked.json()["cancelBy"] == "ada"
+        began = monotonic()
+        over = await until(lambda job: job["state"] == "paused", lambda: job(other, "job-01"))
+        assert monotonic() - began < 5  # a heartbeat is 0.5 s
+        assert over["lastRun"]["outcome"] == "cancelled"
+        assert "ada" in over["lastRun"]["result"]
+        (run,) = (await other.get("/api/cron/history")).json()["runs"]
+        assert (run["outcome"], run["server"]) == ("cancelled", at_work["server"])
+
+
+# -- watching ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Event:
+    kind: str
+    data: dict[str, Any]
+    id: str | None
+
+
+async def events(answer: httpx.Response) -> AsyncIterator[Event]:
+    """Parse a stream of events as a browser does."""
+    kind, data, last_id = "", "", None
+    async for line in answer.aiter_lines():
+        field, _, value = line.partition(": ")
+        match field:
+            case "event":
+                kind = value
+            case "data":
+                data += value
+            case "id":
+                last_id = value
+            case "" if data:
+                yield Event(kind, httpx.Response(200, content=data).json(), last_id)
+                kind, data, last_id = "", "", None
+
+
+async def test_the_status_is_sent_as_it_changes(quiet: Quiet) -> None:
+    """At once and every second, what the status call answers, each with an id of its own."""
+    await add_job(quiet.connection, "a-job")
+    async with quiet.client.stream("GET", "/api/cron/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        stream = events(answer)
+        first = await anext(stream)
+        await conforms(quiet.client, "StatusAnswer", first.data)
+        await quiet.post("a-job/pause")
+        second = await anext(stream)
+        third = await anext(stream)
+    assert {event.kind for event in (first, second, third)} == {"status"}
+    assert first.data["counts"]["paused"] == 0
+    assert third.data["counts"]["paused"] == 1
+    assert len({first.id, second.id, third.id}) == 3
+
+
+async def test_streams_end_when_the_copy_stops(quiet: Quiet) -> None:
+    """All of them, at once, so that nobody who watches keeps a copy from stopping."""
+    ended = []
+
+    async def watch(watching: asyncio.Event) -> None:
+        async with quiet.client.stream("GET", "/api/cron/events") as answer:
+            async for _ in events(answer):
+                watching.set()
+        ended.append(monotonic())
+
+    signs = [asyncio.Event() for _ in range(20)]
+    viewers = [asyncio.create_task(watch(sign)) for sign in signs]
+    await asyncio.gather(*(sign.wait() for sign in signs))
+    stopped = monotonic()
+    assert await quiet.copy.stop(signal.SIGTERM) == 0
+    await asyncio.gather(*viewers)
+    assert monotonic() - stopped < 3  # less than it would wait for requests under way
+    assert max(ended) - stopped < 2
+
+
+async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
+    """While it is away viewers are told so, as a problem; then the status comes again."""
+    async with own_postgres() as server:
+        log = tmp_path / "log"
+        async with (
+            Copy(server.environment(), log=log, JOBS_ENABLED="false") as copy,
+            httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+            client.stream("GET", "/api/cron/events") as answer,
+        ):
+            stream = events(answer)
+            assert (await anext(stream)).kind == "status"
+            await freeze(server)
+            away = await _next(stream, "away")
+            assert away.data["code"] == "database-away"
+            await thaw(server)
+            back = await _next(stream, "status")
+            assert back.data["counts"]["running"] == 0
+        assert "error" not in re.findall(r'"level": "(\w+)"', log.read_text())
+
+
+async def _next(stream: AsyncIterator[Event], kind: str) -> Event:
+    async with asyncio.timeout(30):
+        async for event in stream:
+            if event.kind == kind:
+                return event
+    raise AssertionError(f"no {kind}")
+
+
+async def test_who_leaves_is_forgotten(quiet: Quiet, database: dict[str, str]) -> None:
+    """Nobody is asked for the status any more when the last viewer has gone."""
+    asked = f"""
+        SELECT max(query_start) FROM pg_stat_activity
+        WHERE datname = '{database["DB_NAME"]}' AND query LIKE '%pg_snapshot_xmin%'
+          AND pid <> pg_backend_pid()
+    """  # noqa: S608
+    async with quiet.client.stream("GET", "/api/cron/events") as answer:
+        stream = events(answer)
+        await anext(stream)
+        await anext(stream)
+    async with asyncio.timeout(30):
+        while True:
+            before = await quiet.connection.fetchval(asked)
+            await asyncio.sleep(2.5)
+            if await quiet.connection.fetchval(asked) == before:
+                break

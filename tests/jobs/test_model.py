@@ -1,0 +1,86 @@
+"""Why no job runs twice and none is forgotten: every state that the protocol can reach is tried.
+
+`pytest -rP tests/jobs/test_model.py` tells, for each guard, the shortest story of what happens
+without it.
+"""
+
+import pytest
+
+from tests.jobs.model import Guard, Invariant, Protocol, search
+from tests.system.sizes import FULL, size, tell
+
+SMALL = [Protocol()]
+LARGE = [Protocol(copies=3), Protocol(room=3, lease=2), Protocol(lease=4)]
+
+NEEDED = [
+    (Guard.EXPIRY, Invariant.OVERLAP),
+    (Guard.TAKEOVER, Invariant.STRANDED),
+    (Guard.LAID_ASIDE, Invariant.STRANDED),
+    (Guard.FENCE, Invariant.WRITE),
+    (Guard.RENEWAL_FENCE, Invariant.STRANGER),
+    (Guard.RENEWAL_IN_TIME, Invariant.WRITE),
+    (Guard.TIME_OF_EXECUTION, Invariant.WRITE),
+    (Guard.WRITE_FENCE, Invariant.WRITE),
+    (Guard.WRITE_IN_TIME, Invariant.WRITE),
+    (Guard.FINISH_FENCE, Invariant.OVERLAP),
+    (Guard.FINISH_FENCE, Invariant.OUTCOME),
+    (Guard.FINISH_AFTER_END, Invariant.OVERLAP),
+    (Guard.TRUST_FROM_SENDING, Invariant.TRUST),
+    (Guard.TRUST_FROM_SENDING, Invariant.OVERLAP),
+    (Guard.TRUST_IN_CLAIM, Invariant.OVERLAP),
+    (Guard.TRUST_PER_RUN, Invariant.OVERLAP),
+    (Guard.DEAD_MAN, Invariant.OVERLAP),
+    (Guard.CANCEL, Invariant.SURVIVAL),
+    (Guard.HOLDER, Invariant.OUTCOME),
+    (Guard.CLOCK, Invariant.OVERLAP),
+]
+
+FENCED = frozenset({Invariant.WRITE, Invariant.STRANGER, Invariant.STRANDED})
+REMAINS = {
+    # The fence need not know what a process does: it protects the data of a suspended machine too.
+    Guard.DEAD_MAN: FENCED,
+    Guard.CLOCK: FENCED,
+    # Safety does not depend on cancelling in time; what it saves is the rest of the process.
+    Guard.CANCEL: frozenset(Invariant) - {Invariant.SURVIVAL},
+    # A stranger's renewal makes the next run wait, no more: nobody trusts a lease by it.
+    Guard.RENEWAL_FENCE: frozenset(Invariant) - {Invariant.STRANGER},
+}
+
+
+def size_of(protocol: Protocol) -> str:
+    return f"{protocol.copies} copies, lease {protocol.lease}, room {protocol.room}"
+
+
+@pytest.mark.parametrize("protocol", SMALL + LARGE * FULL, ids=size_of)
+def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
+    """With all guards in place nothing can go wrong, and a job waits for at most one lease."""
+    verdict = search(protocol)
+    tell(f"{verdict.states:,} states, {verdict.steps:,} steps")
+    assert verdict.broken is None, "\n".join(verdict.trace)
+    assert verdict.ticks_to_claim == protocol.lease
+
+
+@pytest.mark.parametrize(
+    ("guard", "invariant"), NEEDED, ids=[f"{guard.name}-{broken.name}" for guard, broken in NEEDED]
+)
+def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
+    """Without any one of the guards there is a way to break an invariant."""
+    verdict = search(Protocol(frozenset({guard})), frozenset({invariant}))
+    story = [f"Without this: {guard}.", *verdict.trace, f"Broken: {invariant}."]
+    tell("\n".join(story))
+    assert verdict.broken is invariant
+
+
+def test_no_guard_and_no_invariant_is_left_out() -> None:
+    """Each guard is taken out once, and each invariant is seen to break."""
+    assert {guard for guard, _ in NEEDED} == set(Guard)
+    assert {invariant for _, invariant in NEEDED} == set(Invariant)
+
+
+@pytest.mark.parametrize("guard", REMAINS, ids=lambda guard: guard.name)
+def test_what_remains_without_a_guard(guard: Guard) -> None:
+    """Where one line of defence falls, the others hold."""
+    protocol = Protocol(frozenset({guard}), lease=2, room=size(1, 2))
+    verdict = search(protocol, REMAINS[guard])
+    tell(f"Without this: {guard}. {verdict.states:,} states")
+    assert verdict.broken is None, "\n".join(verdict.trace)

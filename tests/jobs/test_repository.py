@@ -1,0 +1,1075 @@
+"""Each guard of the statements that move jobs, on the real SQL; cut out, it is missed.
+
+A guard whose absence nobody notices is no guard, or its test is none: each scenario is played as it
+is, and once more for each of its guards with that guard replaced in the statement's text.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from time import monotonic
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+import pytest
+
+from balance_app.jobs import repository
+from balance_app.jobs.repository import (
+    CHECKPOINT,
+    CLAIM,
+    COMMIT,
+    ENTER,
+    FINISH,
+    HEARTBEAT,
+    LOST_LIMIT,
+    NOTICE,
+    Ending,
+    Skipped,
+    Turn,
+)
+from tests.jobs.support import AT_ONCE, Copy, Ground, on
+from tests.system.databases import somebody_waits
+from tests.system.sizes import size, tell
+
+HOUR = timedelta(hours=1)
+SECOND = timedelta(seconds=1)
+DONE: Final = Ending(outcome="succeeded", result="done", seconds_ago=0)
+HANDED_BACK: Final = Ending(
+    outcome="interrupted", result="", seconds_ago=0, keeps_checkpoint=True
+)
+
+
+@pytest.fixture
+async def ground(database: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(database) as ground:
+        yield ground
+
+
+# -- scenarios: each yields what should not have happened ----------------------------------------
+
+Scenario = Callable[[Ground], AsyncIterator[str]]
+
+
+class Guard(NamedTuple):
+    """A piece of a statement, and what is there without it."""
+
+    statement: str
+    text: str
+    instead: str
+
+
+async def live_lease(ground: Ground) -> AsyncIterator[str]:
+    """A job whose lease lasts is nobody else's, however long it has been ready."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    if (await other.look()).claimed:
+        yield "the job was taken from its owner"
+
+
+async def two_at_once(ground: Ground) -> AsyncIterator[str]:
+    """While one claim is under way, another neither gets the same job nor waits for it."""
+    copy = ground.copy()
+    known = await copy.declare("moon")
+    first, second = await ground.connect(), await ground.connect()
+    arguments = (*copy.me, copy.lease, *known, *AT_ONCE)
+    async with first.transaction():
+        one = await first.fetchrow(CLAIM, *arguments)
+        other = asyncio.create_task(second.fetchrow(repository.CLAIM, *arguments))
+        await asyncio.wait({other}, timeout=0.5)
+        if not other.done():
+            yield "it waited"
+    two = await other
+    assert one is not None
+    assert two is not None
+    assert one["name"] == "moon"
+    if two["name"] == one["name"]:
+        yield f"both claimed it, with the fences {one['fence']} and {two['fence']}"
+
+
+async def stranger(ground: Ground) -> AsyncIterator[str]:
+    """A copy takes no job that was declared after its start, and none that it lacks."""
+    old, new = ground.copy("old"), ground.copy("new")
+    await old.declare("moon")
+    await new.declare("moon", "sun")
+    await ground.ready("sun", seconds_ago=9)
+    taken = []
+    for copy in (old, old, new):
+        claimed = (await copy.look()).claimed
+        taken.append(claimed.name if claimed else None)
+    if taken != ["moon", None, "sun"]:
+        yield f"it took a job that was declared later: {taken}"
+    await ground.forget()
+    await new.declare("moon", "sun")
+    await old.declare("sun")
+    await ground.ready("moon", seconds_ago=9)
+    taken = []
+    for copy in (old, old, new):
+        claimed = (await copy.look()).claimed
+        taken.append(claimed.name if claimed else None)
+    if taken != ["sun", None, "moon"]:
+        yield f"it took a job that it lacks: {taken}"
+
+
+async def owners_first(ground: Ground) -> AsyncIterator[str]:
+    """A copy that lets owners come first takes what waits, and nothing that was lost."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    await ground.expire("moon")
+    if (await other.look(takes_over=False)).claimed:
+        yield "it took over"
+        return
+    await owner.jobs.finish("moon", 1, HANDED_BACK)
+    assert (await other.look(takes_over=False)).claimed
+
+
+async def higher_fence(ground: Ground) -> AsyncIterator[str]:
+    """The fence rises with each claim: what the run before still sends is refused."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    first = await owner.claim()
+    await ground.expire("moon")
+    try:
+        second = await other.claim()
+    except asyncpg.UniqueViolationError:
+        yield "the history holds two runs of one fence"
+        return
+    if second.fence <= first.fence:
+        yield f"the fence is {second.fence} after {first.fence}"
+    if await owner.jobs.finish("moon", first.fence, DONE):
+        yield "the old run ended the new one"
+
+
+async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
+    """A job that was lost while it was paused is laid aside, not started."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    await ground.eye.execute(
+        "UPDATE jobs SET paused_at = now(), paused_by = 'ada', pause_reason = 'full'"
+    )
+    await ground.expire("moon")
+    look = await other.look()
+    if look.claimed is not None:
+        yield "it was started"
+        return
+    assert look.laid_aside == "moon"
+    row = await ground.row("moon")
+    assert (row["holder"], row["paused_by"], row["pause_reason"]) == (None, "ada", "full")
+    assert (row["fence"], row["attempt"], row["last_outcome"]) == (1, 1, "lost")
+    assert [run["outcome"] for run in await ground.runs("moon")] == ["lost"]
+    assert (await other.look()).laid_aside is None
+
+
+async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
+    """The third loss in a row pauses a job, with that reason; an end in between counts anew."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    for _ in range(LOST_LIMIT - 1):
+        await ground.expire("moon")
+        last = await copy.claim()
+    await copy.jobs.finish("moon", last.fence, HANDED_BACK)
+    assert (await ground.row("moon"))["lost_streak"] == 0
+    await copy.claim()
+    for loss in range(1, LOST_LIMIT + 1):
+        assert (await ground.row("moon"))["paused_at"] is None
+        await ground.expire("moon")
+        look = await copy.look()
+        if (look.claimed is None) != (loss == LOST_LIMIT):
+            yield f"after {loss} losses in a row it was {'' if look.claimed else 'not '}started"
+            return
+    row = await ground.row("moon")
+    assert (row["paused_by"], row["holder"]) == ("balance_app", None)
+    assert row["pause_reason"] == f"its last {LOST_LIMIT} runs were lost"
+    outcomes = Counter(run["outcome"] for run in await ground.runs("moon"))
+    assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "interrupted": 1}
+
+
+async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
+    """Who asked for the end of a run that was then lost is still heard, by the next owner."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+    await ground.expire("moon")
+    if (await other.claim()).cancel_by != "ada":
+        yield "the wish was forgotten"
+
+
+async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
+    """A lease lasts from the statement on, however long ago its transaction began."""
+    copy = ground.copy()
+    known = await copy.declare("moon")
+    connection = await ground.connect()
+    async with connection.transaction():
+        await asyncio.sleep(0.3)
+        sent_at = await connection.fetchval("SELECT clock_timestamp()")
+        await ground.ready("moon", seconds_ago=9)
+        await connection.fetchrow(repository.CLAIM, *copy.me, copy.lease, *known, *AT_ONCE)
+    row = await ground.row("moon")
+    if row["holder"] is None or row["lease_until"] < sent_at + copy.lease:
+        yield "the lease was granted as of the transaction's begin"
+
+
+async def delayed_heartbeat(ground: Ground) -> AsyncIterator[str]:
+    """A renewal in a transaction that began while the lease lasted does not revive it."""
+    copy = ground.copy()
+    await copy.declare("moon", "sun")
+    claims = [await copy.claim(), await copy.claim()]
+    connection = await ground.connect()
+    async with connection.transaction():
+        await connection.execute("SELECT")
+        await asyncio.sleep(0.01)
+        await ground.expire("moon")
+        sent_at = await connection.fetchval("SELECT clock_timestamp()")
+        pulses = await copy.beat(connection, *((each.name, each.fence) for each in claims))
+    if pulses["moon", 1].renewed or pulses["moon", 1].ours:
+        yield "a lease that was over was revived"
+    assert pulses["sun", 1].renewed
+    if (await ground.row("sun"))["lease_until"] < sent_at + copy.lease:
+        yield "the lease was granted as of the transaction's begin"
+
+
+async def late_heartbeat(ground: Ground) -> AsyncIterator[str]:
+    """A renewal does not revive a lease that is over, though nobody has taken the job yet."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    await ground.expire("moon")
+    pulse = (await copy.beat(ground.eye, ("moon", 1)))["moon", 1]
+    if pulse.renewed or pulse.ours:
+        yield "it was revived"
+
+
+async def others_heartbeat(ground: Ground) -> AsyncIterator[str]:
+    """A copy renews its own leases only, whatever fence it names."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    pulse = (await other.beat(ground.eye, ("moon", 1), note="of another"))["moon", 1]
+    if pulse.renewed or (await ground.row("moon"))["note"]:
+        yield "another copy renewed it"
+    assert not pulse.ours
+
+
+async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
+    """A renewal of an old run renews nothing, though the same copy holds the job again."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    await ground.expire("moon")
+    await copy.claim()
+    pulse = (await copy.beat(ground.eye, ("moon", 1), note="of the old run"))["moon", 1]
+    if pulse.renewed or (await ground.row("moon"))["note"]:
+        yield "the old run renewed the new one's lease"
+    assert not pulse.ours
+
+
+async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
+    """Of an old run and the new one in the same renewal, the new one alone is renewed."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    await ground.expire("moon")
+    await copy.claim()
+    for fences in ((1, 2), (2, 1)):
+        pulses = await copy.beat(ground.eye, *(("moon", fence) for fence in fences))
+        assert pulses["moon", 2].renewed
+        if pulses["moon", 1].renewed or pulses["moon", 1].ours:
+            yield "the old run's lease was renewed too"
+
+
+async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
+    """A row that somebody holds locked keeps no other lease from being renewed, and is not lost."""
+    copy = ground.copy()
+    await copy.declare("moon", "sun")
+    await copy.claim()
+    await copy.claim()
+    locker, heart = await ground.connect(), await ground.connect()
+    await heart.execute("SET lock_timeout = '300ms'")
+    async with locker.transaction():
+        await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
+        try:
+            pulses = await copy.beat(heart, ("moon", 1), ("sun", 1))
+        except asyncpg.LockNotAvailableError:
+            yield "it waited"
+            return
+    assert (pulses["moon", 1].renewed, pulses["moon", 1].ours) == (False, True)
+    assert pulses["sun", 1].renewed
+
+
+async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
+    """A renewal that meets the job while it changes hands leaves the new owner's run alone."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    mover, heart = await ground.connect(), await ground.connect()
+    async with mover.transaction():
+        await mover.execute("UPDATE jobs SET holder = $1, fence = fence + 1", other.me.id)
+        beat = asyncio.create_task(owner.beat(heart, ("moon", 1), note="of the old run"))
+        await asyncio.wait({beat}, timeout=0.5)
+    await beat
+    row = await ground.row("moon")
+    assert (row["fence"], row["holder"]) == (2, other.me.id)
+    if row["note"]:
+        yield "the old run's renewal went to the new one"
+
+
+async def old_finish(ground: Ground) -> AsyncIterator[str]:
+    """The end of an old run changes nothing, though the same copy holds the job again."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    await ground.expire("moon")
+    await copy.claim()
+    before = [await ground.row("moon"), *await ground.runs("moon")]
+    if await copy.jobs.finish("moon", 1, DONE):
+        yield "it was recorded"
+    if before != [await ground.row("moon"), *await ground.runs("moon")]:
+        yield "it changed something"
+
+
+async def others_finish(ground: Ground) -> AsyncIterator[str]:
+    """Nobody but its holder ends a run."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    if await other.jobs.finish("moon", 1, DONE):
+        yield "another copy ended it"
+
+
+async def checkpoints(ground: Ground) -> AsyncIterator[str]:
+    """A checkpoint is the holder's, with its fence, while the lease lasts."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+    assert await owner.jobs.checkpoint("moon", 1, "[1]")
+    if await other.jobs.checkpoint("moon", 1, "[2]"):
+        yield "another copy wrote it"
+    await ground.expire("moon")
+    if await owner.jobs.checkpoint("moon", 1, "[3]"):
+        yield "it was written after the lease"
+    await owner.claim()
+    if await owner.jobs.checkpoint("moon", 1, "[4]"):
+        yield "an old run wrote it"
+    assert await owner.jobs.checkpoint("moon", 2, "[5]")
+
+
+async def begin(ground: Ground) -> AsyncIterator[str]:
+    """A transaction begins for the holder, with its fence, while the lease lasts."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+
+    async def enters(copy: Copy, fence: int) -> bool:
+        row = await ground.eye.fetchrow(repository.ENTER, "moon", fence, copy.me.id)
+        return row is not None
+
+    assert await enters(owner, 1)
+    if await enters(other, 1):
+        yield "another copy entered"
+    await ground.expire("moon")
+    if await enters(owner, 1):
+        yield "it entered after the lease"
+    await owner.claim()
+    if await enters(owner, 1):
+        yield "an old run entered"
+    assert await enters(owner, 2)
+
+
+async def delayed_begin(ground: Ground) -> AsyncIterator[str]:
+    """Whether the lease lasts is asked of the clock, not of the transaction's begin."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    connection = await ground.connect()
+    async with connection.transaction():
+        await connection.execute("SELECT")
+        await asyncio.sleep(0.01)
+        await ground.expire("moon")
+        if await connection.fetchrow(repository.ENTER, "moon", 1, copy.me.id) is not None:
+            yield "it began after the lease"
+
+
+async def commits(ground: Ground) -> AsyncIterator[str]:
+    """A transaction commits for the holder, with its fence, while the lease lasts."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    await owner.claim()
+
+    async def commits_after(copy: Copy, fence: int, *meanwhile: Awaitable[Any]) -> bool:
+        """Name the run as ENTER does, and let something happen before the commit."""
+        connection = await ground.connect()
+        await connection.execute("BEGIN")
+        for name, value in {"job": "moon", "fence": fence, "holder": copy.me.id}.items():
+            await connection.execute(
+                "SELECT set_config($1, $2, true)", f"balance_app.{name}", str(value)
+            )
+        for each in meanwhile:
+            await each
+        try:
+            await connection.execute(COMMIT)
+        except asyncpg.PostgresError as error:
+            assert error.sqlstate == repository.LEASE_LOST
+            return False
+        return True
+
+    assert await commits_after(owner, 1)
+    if await commits_after(other, 1):
+        yield "another copy committed"
+    if await commits_after(owner, 1, asyncio.sleep(0.01), ground.expire("moon")):
+        yield "it committed after the lease"
+    await owner.claim()
+    if await commits_after(owner, 1):
+        yield "an old run committed"
+    assert await commits_after(owner, 2)
+
+
+async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
+    """From the check on nobody can take the job, though its lease ends before the commit."""
+    owner, other = ground.copy("owner", lease=SECOND), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    connection = await ground.connect()
+    await connection.execute("BEGIN")
+    await owner.claim()
+    await connection.fetchrow(ENTER, "moon", 1, owner.me.id)
+    await connection.execute("SELECT hold_lease()")
+    await asyncio.sleep(1.1)
+    look = await other.look()
+    if look.claimed is not None:
+        yield "it was taken between the check and the commit"
+    await connection.execute("COMMIT")
+    if look.claimed is None:
+        assert (await other.claim()).fence == 2
+
+
+async def seen_once(ground: Ground) -> AsyncIterator[str]:
+    """When a job was first seen ready is written once: who comes later can't push it on."""
+    first, second = ground.copy("first"), ground.copy("second")
+    await second.declare("moon")
+    known = await first.declare("moon", "sun")
+    await ground.eye.execute("UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'")
+    await first.jobs.notice(known)
+    seen_at = (await ground.row("moon"))["seen_at"]
+    assert seen_at is not None
+    assert second.known is not None
+    await second.jobs.notice(second.known)
+    if (await ground.row("moon"))["seen_at"] != seen_at:
+        yield "it was written again"
+    if (await ground.row("sun"))["seen_at"] is not None:
+        yield "what is not ready was seen"
+    await ground.ready("sun")
+    await second.jobs.notice(second.known)
+    if (await ground.row("sun"))["seen_at"] is not None:
+        yield "who does not know the job has seen it"
+
+
+async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
+    """A number below the highest that a copy knows can't appear after its start."""
+    other = await ground.connect()
+    copy = ground.copy()
+    await copy.declare()
+    await other.execute("BEGIN")
+    await other.fetch("SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
+    now = datetime.now(UTC)
+    await other.execute(repository.ADD, "sun", "every 60 s", "", now, now)
+    declaring = asyncio.create_task(copy.declare("moon"))
+    if repository.DECLARE_LOCK == DECLARE_LOCK:
+        await somebody_waits(ground.variables)
+    else:
+        await declaring
+    await other.execute("COMMIT")
+    await declaring
+    for _ in range(2):
+        claimed = (await copy.look()).claimed
+        if claimed and claimed.name == "sun":
+            yield "it claims a job that it does not know"
+
+
+async def limited(ground: Ground) -> AsyncIterator[str]:
+    """A paused job is not claimed; a job that is not ready neither."""
+    copy = ground.copy()
+    await copy.declare("moon", "sun")
+    await ground.eye.execute(
+        "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'moon'"
+    )
+    await ground.eye.execute(
+        "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min' WHERE name = 'sun'"
+    )
+    look = await copy.look()
+    if look.claimed:
+        yield f"{look.claimed.name} was claimed"
+        return
+    assert look.wait_seconds is not None
+    assert 50 < look.wait_seconds <= 60
+
+
+DECLARE_LOCK: Final = repository.DECLARE_LOCK
+OWN_CLOCK = ("clock_timestamp()", "now()")
+HELD = "    WHERE holder = $1 AND lease_until > clock_timestamp()\n"
+FREED = "WHERE name = $1 AND fence = $2 AND holder = $3"
+LOCKS = """UPDATE jobs
+    SET checkpoint = coalesce(
+        nullif(current_setting('balance_app.checkpoint', true), '')::jsonb, checkpoint
+    )
+"""
+LEASED = "AND lease_until > clock_timestamp()"
+
+# What is cut out of the statement for each control, by scenario.
+SCENARIOS: dict[Scenario, list[list[Guard]]] = {
+    live_lease: [
+        [
+            Guard("CLAIM", "claimable_at <= (SELECT clock_timestamp())", "claimable_at IS NOT NULL"),
+            Guard("CLAIM", "(SELECT clock_timestamp() - wait FROM own) >=", "'infinity' >="),
+        ]
+    ],
+    limited: [
+        [
+            Guard("CLAIM", "claimable_at <= (SELECT clock_timestamp())", "true"),
+            Guard("CLAIM", "(SELECT clock_timestamp() - wait FROM own) >=", "'infinity' >="),
+        ],
+    ],
+    two_at_once: [
+        [Guard("CLAIM", "    FOR UPDATE SKIP LOCKED\n", "")],
+        [Guard("CLAIM", " SKIP LOCKED", "")],
+    ],
+    stranger: [
+        [Guard("CLAIM", "number <= $5", "$5::bigint IS NOT NULL")],
+        [Guard("CLAIM", "name <> ALL ($6)", "$6::text[] IS NOT NULL")],
+    ],
+    owners_first: [[Guard("CLAIM", "(holder IS NULL OR $12)", "$12::boolean IS NOT NULL")]],
+    higher_fence: [
+        [Guard("CLAIM", "fence = jobs.fence + goes::integer", "fence = jobs.fence")],
+        [Guard("FINISH", FREED, "WHERE name = $1 AND $2::bigint > 0 AND $3::uuid IS NOT NULL")],
+    ],
+    lost_and_paused: [[Guard("CLAIM", "(paused_at IS NULL AND lost_streak + 1 < 3)", "true")]],
+    lost_too_often: [
+        [Guard("CLAIM", " AND lost_streak + 1 < 3", "")],
+        [Guard("CLAIM", "lost_streak = lost_streak + lost::integer", "lost_streak = 0")],
+    ],
+    cancelled_and_lost: [[Guard("CLAIM", "CASE WHEN goes THEN cancel_by END", "NULL")]],
+    delayed_claim: [[Guard("CLAIM", *OWN_CLOCK)]],
+    delayed_heartbeat: [
+        [Guard("HEARTBEAT", *OWN_CLOCK)],
+        [Guard("HEARTBEAT", HELD, HELD.replace(*OWN_CLOCK))],
+        [Guard("HEARTBEAT", "lease_until = clock_timestamp()", "lease_until = now()")],
+    ],
+    late_heartbeat: [[Guard("HEARTBEAT", HELD, "    WHERE holder = $1\n")]],
+    others_heartbeat: [[Guard("HEARTBEAT", HELD, HELD.replace("holder = $1 AND", ""))]],
+    old_heartbeat: [
+        [
+            Guard(
+                "HEARTBEAT",
+                "SELECT name, fence FROM jobs JOIN beat USING (name, fence)",
+                "SELECT name, beat.fence FROM jobs JOIN beat USING (name)",
+            )
+        ]
+    ],
+    both_heartbeats: [
+        [Guard("HEARTBEAT", "LEFT JOIN renewed USING (name, fence)", "LEFT JOIN renewed USING (name)")]
+    ],
+    heartbeat_in_a_crowd: [
+        [Guard("HEARTBEAT", " SKIP LOCKED", "")],
+        [Guard("HEARTBEAT", "    FOR NO KEY UPDATE OF jobs SKIP LOCKED\n", "")],
+    ],
+    overtaken_heartbeat: [[Guard("HEARTBEAT", "    FOR NO KEY UPDATE OF jobs SKIP LOCKED\n", "")]],
+    old_finish: [[Guard("FINISH", "AND fence = $2 AND holder", "AND holder")]],
+    others_finish: [[Guard("FINISH", "AND holder = $3", "AND $3::uuid IS NOT NULL")]],
+    checkpoints: [
+        [Guard("CHECKPOINT", "fence = $2", "$2::bigint > 0")],
+        [Guard("CHECKPOINT", "holder = $3", "$3::uuid IS NOT NULL")],
+        [Guard("CHECKPOINT", LEASED, "")],
+    ],
+    begin: [
+        [Guard("ENTER", "fence = $2", "$2::bigint > 0")],
+        [Guard("ENTER", "holder = $3", "$3::uuid IS NOT NULL")],
+        [Guard("ENTER", LEASED, "")],
+    ],
+    delayed_begin: [[Guard("ENTER", *OWN_CLOCK)]],
+    commits: [
+        [Guard("hold_lease", "AND fence = current_setting('balance_app.fence')::bigint", "")],
+        [Guard("hold_lease", "AND holder = current_setting('balance_app.holder')::uuid", "")],
+        [Guard("hold_lease", LEASED, "")],
+        [Guard("hold_lease", *OWN_CLOCK)],
+    ],
+    between_check_and_commit: [[Guard("hold_lease", LOCKS, "PERFORM 1 FROM jobs\n")]],
+    seen_once: [
+        [Guard("NOTICE", "AND seen_at IS NULL", "")],
+        [Guard("NOTICE", "claimable_at <= (SELECT clock_timestamp()) AND", "")],
+        [Guard("NOTICE", "number <= $1", "$1::bigint IS NOT NULL")],
+    ],
+    declared_in_between: [[Guard("DECLARE_LOCK", str(DECLARE_LOCK), "7")]],
+}
+
+
+async def play(ground: Ground, scenario: Scenario) -> list[str]:
+    await ground.forget()
+    try:
+        return [fault async for fault in scenario(ground)]
+    finally:
+        await ground.close()
+
+
+async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
+    """Replace a guard, in the program or in the database."""
+    if guard.statement == "hold_lease":
+        text = await ground.eye.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+        assert guard.text in text
+        await ground.eye.execute(text.replace(guard.text, guard.instead))
+        return
+    statement = vars(repository)[guard.statement]
+    assert guard.text in str(statement)
+    without = type(statement)(str(statement).replace(guard.text, guard.instead))
+    patch.setattr(repository, guard.statement, without)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario) -> None:
+    """Nothing happens that must not; without any one of its guards it does."""
+    assert await play(ground, scenario) == []
+    hold_lease = await ground.eye.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+    for guards in SCENARIOS[scenario]:
+        with pytest.MonkeyPatch.context() as patch:
+            for guard in guards:
+                await cut(ground, guard, patch)
+            faults = await play(ground, scenario)
+        await ground.eye.execute(hold_lease)
+        tell(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
+        assert faults, guards
+
+
+# -- claims ----------------------------------------------------------------------------------------
+
+
+async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
+    """Fifty connections that claim at once, over and over, share all jobs without a double."""
+    jobs = size(small=300, full=3000)
+    copies = [ground.copy(f"app{number}") for number in range(50)]
+    for copy in copies:
+        await copy.declare(*(f"job-{number}" for number in range(jobs)))
+    taken: list[tuple[str, int]] = []
+
+    async def claim_all(copy: Copy) -> None:
+        connection = await ground.connect()
+        assert copy.known is not None
+        arguments = (*copy.me, copy.lease, *copy.known, *AT_ONCE)
+        await together.wait()
+        while len(taken) < jobs:
+            row = await connection.fetchrow(CLAIM, *arguments)
+            assert row is not None
+            if row["name"] is not None:
+                taken.append((row["name"], row["fence"]))
+
+    together = asyncio.Barrier(len(copies))
+    started = monotonic()
+    async with asyncio.TaskGroup() as crowd:
+        for copy in copies:
+            crowd.create_task(claim_all(copy))
+    tell(f"{len(taken)} claims in {monotonic() - started:.1f} s")
+    assert sorted(taken) == sorted((f"job-{number}", 1) for number in range(jobs))
+    held = await ground.eye.fetch("SELECT holder FROM jobs GROUP BY holder")
+    assert {row["holder"] for row in held} <= {copy.me.id for copy in copies}
+    assert await ground.eye.fetchval("SELECT count(*) FROM job_runs") == jobs
+
+
+async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
+    """The row and the history tell the same, and the claim says all that a run needs."""
+    copy = ground.copy("app7", lease=timedelta(seconds=9))
+    await copy.declare("moon")
+    look = await copy.look()
+    claimed = look.claimed
+    assert claimed is not None
+    row = await ground.row("moon")
+    (run,) = await ground.runs("moon")
+    assert (row["holder"], row["server"], row["fence"]) == (copy.me.id, "app7", 1)
+    assert (run["holder"], run["server"], run["fence"]) == (copy.me.id, "app7", 1)
+    assert run["started_at"] == row["started_at"] == claimed.started_at == row["alive_at"]
+    assert run["due_at"] == row["due_at"] == claimed.due_at == claimed.anchor_at
+    assert (run["outcome"], run["ended_at"], run["attempt"]) == (None, None, 0)
+    assert claimed.schedule == "every 3600 s"
+    assert (claimed.resumed, claimed.cancel_by, claimed.attempt) == (None, None, 0)
+    assert claimed.started_at <= look.now
+    lasts = row["lease_until"] - row["started_at"]
+    assert timedelta(seconds=9) <= lasts < timedelta(seconds=10)
+
+
+async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
+    """The old run is lost as of the end of its lease; the new one has tick and checkpoint of it."""
+    owner, other = ground.copy("owner"), ground.copy("other")
+    await owner.declare("moon")
+    await other.declare("moon")
+    first = await owner.claim()
+    await owner.beat(ground.eye, ("moon", 1), note="half of it")
+    assert await owner.jobs.checkpoint("moon", 1, '{"done": [1, 2.5, null, "\u00e9"]}')
+    await ground.expire("moon")
+    lease_until = (await ground.row("moon"))["lease_until"]
+    second = await other.claim()
+    assert (second.fence, second.attempt) == (first.fence + 1, 1)
+    assert second.due_at == first.due_at
+    assert second.resumed == {"done": [1, 2.5, None, "\u00e9"]}
+    lost, new = await ground.runs("moon")
+    assert (lost["outcome"], lost["ended_at"], lost["server"]) == ("lost", lease_until, "owner")
+    assert lost["result"] == "its copy gave no sign of life"
+    assert (new["outcome"], new["server"], new["attempt"]) == (None, "other", 1)
+    row = await ground.row("moon")
+    assert (row["last_outcome"], row["last_server"]) == ("lost", "owner")
+    assert (row["last_started_at"], row["last_ended_at"]) == (first.started_at, lease_until)
+    assert (row["done"], row["note"], row["lost_streak"]) == (None, None, 1)
+
+
+async def test_the_longest_ready_comes_first(ground: Ground) -> None:
+    """Jobs are taken in the order in which they became ready, lost ones by the end of the lease."""
+    copy = ground.copy()
+    await copy.declare("late", "lost", "middle", "first")
+    for name, seconds_ago in {"lost": 99, "late": 1, "middle": 5, "first": 9}.items():
+        await ground.ready(name, seconds_ago=seconds_ago)
+    assert (await copy.claim()).name == "lost"
+    await ground.eye.execute(
+        "UPDATE jobs SET lease_until = clock_timestamp() - interval '3 s' WHERE name = 'lost'"
+    )
+    names = [(await copy.claim()).name for _ in range(4)]
+    assert names == ["first", "middle", "lost", "late"]
+
+
+async def test_a_look_says_when_to_look_again(ground: Ground) -> None:
+    """Nothing known: no wait; otherwise until the next is ready, or a lease is over."""
+    copy = ground.copy()
+    await copy.declare()
+    look = await copy.look()
+    assert (look.claimed, look.laid_aside, look.wait_seconds, look.busy) == (None, None, None, False)
+    await copy.declare("moon")
+    await copy.claim()
+    look = await copy.look()
+    assert look.wait_seconds is not None
+    assert LEASE_SECONDS - 5 < look.wait_seconds <= LEASE_SECONDS
+    assert look.busy
+    next_at = look.now + timedelta(seconds=600)
+    await copy.jobs.finish("moon", 1, DONE_UNTIL(next_at))
+    look = await copy.look()
+    assert look.wait_seconds is not None
+    assert 590 < look.wait_seconds <= 600
+    assert not look.busy
+    look = await copy.look(wait=HOUR)
+    assert look.wait_seconds is not None
+    assert 4190 < look.wait_seconds <= 4200
+
+
+LEASE_SECONDS = 30
+
+
+def DONE_UNTIL(due_at: datetime) -> Ending:  # noqa: N802 - a constant but for its moment
+    return Ending(outcome="succeeded", result="done", seconds_ago=0, due_at=due_at, ready_at=due_at)
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+# Whether a copy takes a job, by: seconds since its boot, since the job is ready, since it was seen
+# ready (None: never), since the last sign of life of a run (None: never). It settles for 10 s.
+TURNS = {
+    "never seen, by a copy that is not settled": ((5, 3, None, None), False),
+    "seen long ago": ((5, 90, 11, None), True),
+    "seen lately": ((5, 3, 3, None), False),
+    "seen lately, by a copy that is settled": ((50, 90, 3, None), False),
+    "never seen, by a copy that is settled": ((50, 90, None, None), True),
+    "ready after the copy had settled": ((50, 3, None, None), True),
+    "ready after the copy had settled, seen by a newcomer": ((50, 3, 0, None), True),
+    "ready before it had settled": ((50, 41, 1, None), False),
+    "ready since it had settled": ((50, 39, 1, None), True),
+    "the fleet was up before the copy": ((5, 90, 3, 4), True),
+    "the fleet was up before the copy, never seen": ((5, 3, None, 4), True),
+    "a run ended before the copy came up": ((5, 3, 3, 6), False),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+async def test_copies_that_come_up_together_wait_for_each_other(ground: Ground, case: str) -> None:
+    """Who is up settles first, by the moment the job was first seen; a fleet that is up does not."""
+    (booted, ready, seen, alive), takes = TURNS[case]
+    copy = ground.copy()
+    known = await copy.declare("moon")
+    await ground.eye.execute(
+        "UPDATE jobs SET due_at = clock_timestamp() - $1::interval,"
+        " ready_at = clock_timestamp() - $1::interval,"
+        " seen_at = clock_timestamp() - $2::interval, alive_at = clock_timestamp() - $3::interval",
+        *(None if ago is None else timedelta(seconds=ago) for ago in (ready, seen, alive)),
+    )
+    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    copy.known = known._replace(booted_at=now - timedelta(seconds=booted))
+    settled = booted > 10
+    turn = {"settled": settled, "settling": timedelta(seconds=10)}
+    look = await copy.look(**turn)
+    assert (look.claimed is not None) == takes
+    if not takes and seen is not None:
+        assert look.wait_seconds is not None
+        assert 10 - seen - 2 < look.wait_seconds <= 10 - seen
+    if takes and not settled and alive is None:
+        await ground.forget()  # and a load's wait counts from the end of the settling
+        await copy.declare("moon")
+        await ground.eye.execute(
+            "UPDATE jobs SET seen_at = clock_timestamp() - interval '11 s',"
+            " ready_at = clock_timestamp() - interval '20 s'"
+        )
+        turn["settling"] = timedelta(seconds=10)
+        assert (await copy.look(**turn, wait=timedelta(seconds=5))).claimed is None
+        assert (await copy.look(**turn, wait=timedelta(seconds=0.5))).claimed is not None
+
+
+async def test_who_runs_more_waits_longer(ground: Ground) -> None:
+    """A job may be taken as long after it is ready as the copy has to wait for its turn."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await ground.ready("moon", seconds_ago=60)
+    look = await copy.look(wait=timedelta(seconds=80))
+    assert look.claimed is None
+    assert look.wait_seconds is not None
+    assert 10 < look.wait_seconds <= 20
+    assert (await copy.look(wait=timedelta(seconds=59))).claimed is not None
+
+
+async def test_light_load_goes_round(ground: Ground) -> None:
+    """Who has claimed in this round lets those go first who have not."""
+    copies = [ground.copy(name) for name in "ABC"]
+    names = [f"job-{number}" for number in range(12)]
+    for copy in copies:
+        await copy.declare(*names)
+    round_of = dict.fromkeys("ABC", 0)
+    order = ""
+    for _ in names:
+        takers = []
+        for copy in copies:
+            turn = {"round": round_of[copy.me.server], "tie": HOUR}
+            claimed = (await copy.look(**turn)).claimed
+            if claimed is not None:
+                takers.append(copy.me.server)
+                round_of[copy.me.server] = claimed.round + 1
+        if not takers:  # all have had their turn: after the tie the next round begins
+            copy = min(copies, key=lambda copy: round_of[copy.me.server])
+            turn = {"round": round_of[copy.me.server], "tie": timedelta(0)}
+            claimed = await copy.claim(**turn)
+            takers.append(copy.me.server)
+            round_of[copy.me.server] = claimed.round + 1
+        order += "".join(takers)
+        if len(order) >= len(names):
+            break
+    tell(f"claimed by {order}")
+    assert Counter(order) == {"A": 4, "B": 4, "C": 4}
+    rounds = [order[start : start + 3] for start in range(0, 12, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"ABC"}
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
+    """The next tick is a new one: no attempt, no checkpoint, no wish of anybody is left."""
+    copy = ground.copy("app7")
+    await copy.declare("moon")
+    claimed = await copy.claim()
+    await copy.jobs.checkpoint("moon", 1, "[1]")
+    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada', requested_by = 'ada', seen_at = now()")
+    due_at = claimed.due_at + HOUR
+    first = claimed.due_at + SECOND
+    skipped = [
+        Skipped(first, first + 8 * SECOND, 9, "no copy was free"),
+        Skipped(first + 9 * SECOND, first + 9 * SECOND, 1, "it was under way"),
+    ]
+    ending = Ending(
+        outcome="succeeded",
+        result="all is well",
+        seconds_ago=1.5,
+        due_at=due_at,
+        ready_at=due_at + SECOND,
+        skipped=skipped,
+    )
+    assert await copy.jobs.finish("moon", 1, ending)
+    row = await ground.row("moon")
+    for column in ("holder", "server", "started_at", "lease_until", "cancel_by", "requested_by"):
+        assert row[column] is None, column
+    for column in ("done", "total", "note", "seen_at", "checkpoint"):
+        assert row[column] is None, column
+    assert (row["due_at"], row["ready_at"], row["claimable_at"]) == (
+        due_at,
+        due_at + SECOND,
+        due_at + SECOND,
+    )
+    assert (row["attempt"], row["fence"], row["lost_streak"]) == (0, 1, 0)
+    assert (row["last_outcome"], row["last_result"]) == ("succeeded", "all is well")
+    assert (row["last_server"], row["last_started_at"]) == ("app7", claimed.started_at)
+    run, *ranges = await ground.runs("moon")
+    assert (run["outcome"], run["result"]) == ("succeeded", "all is well")
+    assert run["ended_at"] == row["last_ended_at"]
+    assert row["alive_at"] - row["last_ended_at"] >= timedelta(seconds=1.4)
+    assert [
+        (each["outcome"], each["due_at"], each["last_due_at"], each["ticks"], each["result"])
+        for each in ranges
+    ] == [("skipped", *each) for each in skipped]
+    assert {each["fence"] for each in ranges} == {None}
+    assert not await copy.jobs.finish("moon", 1, ending)
+    assert len(await ground.runs("moon")) == 3
+
+
+async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
+    """The tick and its checkpoint go to the next owner, at once or when it is said."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    first = await copy.claim()
+    await copy.jobs.checkpoint("moon", 1, "[1]")
+    assert await copy.jobs.finish("moon", 1, HANDED_BACK)
+    second = await copy.claim()
+    assert (second.due_at, second.attempt, second.resumed) == (first.due_at, 1, [1])
+    later = await ground.eye.fetchval("SELECT clock_timestamp() + interval '1 min'")
+    ending = Ending(outcome="failed", result="no", seconds_ago=0, ready_at=later)
+    assert await copy.jobs.finish("moon", 2, ending)
+    assert (await copy.look()).claimed is None
+    row = await ground.row("moon")
+    assert (row["due_at"], row["ready_at"], row["attempt"]) == (first.due_at, later, 2)
+    assert row["checkpoint"] is None
+
+
+async def test_a_late_end_counts_while_nobody_has_taken_the_job(ground: Ground) -> None:
+    """A run that ended in time may say so after its lease, if no other run has begun."""
+    copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    await ground.expire("moon")
+    assert await copy.jobs.finish("moon", 1, DONE)
+    assert (await ground.row("moon"))["last_outcome"] == "succeeded"
+
+
+# -- heartbeats ------------------------------------------------------------------------------------
+
+
+async def test_a_heartbeat_tells_of_the_copy(ground: Ground) -> None:
+    """A copy is seen with what it can run, whether or not it runs anything."""
+    copy = ground.copy("app7")
+    await ground.copy().declare("moon")
+    await copy.declare("sun")
+    assert await copy.beat(ground.eye) == {}
+    (first,) = await ground.eye.fetch("SELECT * FROM copies")
+    assert (first["id"], first["server"]) == copy.me
+    assert (first["knows_to"], first["lacks"]) == (2, ["moon"])
+    await copy.beat(ground.eye)
+    (second,) = await ground.eye.fetch("SELECT * FROM copies")
+    assert second["seen_at"] > first["seen_at"]
+    assert second["started_at"] == first["started_at"]
+
+
+async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
+    """Who renews learns that somebody asked for the end of that run, and of no other."""
+    copy = ground.copy()
+    await copy.declare("moon", "sun")
+    await copy.claim()
+    await copy.claim()
+    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
+    pulses = await copy.beat(ground.eye, ("moon", 1), ("sun", 1), ("mars", 1))
+    assert (pulses["moon", 1].renewed, pulses["moon", 1].cancel_by) == (True, "ada")
+    assert (pulses["sun", 1].renewed, pulses["sun", 1].cancel_by) == (True, None)
+    assert (pulses["mars", 1].renewed, pulses["mars", 1].ours) == (False, False)
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+async def test_copies_declare_at_once(ground: Ground) -> None:
+    """Ten copies with the same jobs make each row once, with dense numbers, and know all."""
+    names = [f"job-{number}" for number in range(20)]
+    copies = [ground.copy(f"app{number}") for number in range(10)]
+    known = await asyncio.gather(*(copy.declare(*names) for copy in copies))
+    rows = await ground.eye.fetch("SELECT number, name FROM jobs ORDER BY number")
+    assert [row["number"] for row in rows] == list(range(1, 21))
+    assert {(each.knows_to, tuple(each.lacks)) for each in known} == {(20, ())}
+    before = await ground.eye.fetch("SELECT * FROM jobs ORDER BY number")
+    await copies[0].declare(*names)
+    assert await ground.eye.fetch("SELECT * FROM jobs ORDER BY number") == before
+
+
+async def test_copies_with_other_code_declare_at_once(ground: Ground) -> None:
+    """Whatever the order, a copy knows its own jobs, and none that it has no code of."""
+    sets = [{f"job-{(start + step) % 30}" for step in range(12)} for start in range(0, 30, 3)]
+    copies = [ground.copy(f"app{number}") for number in range(10)]
+    await asyncio.gather(
+        *(copy.declare(*names) for copy, names in zip(copies, sets, strict=True))
+    )
+    numbers = dict(await ground.eye.fetch("SELECT name, number FROM jobs"))
+    assert len(numbers) == 30
+    for copy, names in zip(copies, sets, strict=True):
+        known = copy.known
+        assert known is not None
+        can = {
+            name
+            for name, number in numbers.items()
+            if number <= known.knows_to and name not in known.lacks
+        }
+        assert can == names
+
+
+async def test_first_ticks(ground: Ground) -> None:
+    """An interval begins with its declaration; cron waits for its first tick."""
+    copy = ground.copy()
+    await copy.declare("moon", schedule="every 7 s")
+    await copy.declare("sun", schedule="cron 0 3 * * * Europe/Berlin")
+    moon, sun = await ground.row("moon"), await ground.row("sun")
+    assert moon["due_at"] == moon["ready_at"] == moon["anchor_at"]
+    assert sun["due_at"] == sun["ready_at"] > sun["anchor_at"]
+    assert sun["due_at"].minute == 0
+
+
+async def test_a_changed_schedule_takes_effect(ground: Ground) -> None:
+    """A job that waits is due at the new schedule's next tick; the grid's anchor stays."""
+    copy = ground.copy()
+    await copy.declare("moon", schedule="every 3600 s")
+    claimed = await copy.claim()
+    await copy.jobs.finish("moon", 1, DONE_UNTIL(claimed.due_at + HOUR))
+    await copy.declare("moon", schedule="every 60 s")
+    row = await ground.row("moon")
+    assert row["due_at"] == row["ready_at"] == claimed.anchor_at + timedelta(seconds=60)
+    assert (row["schedule"], row["anchor_at"]) == ("every 60 s", claimed.anchor_at)
+    await copy.jobs.declare({"moon": ("every 60 s", "Now with words.")})
+    changed = await ground.row("moon")
+    assert (changed["description"], changed["due_at"]) == ("Now with words.", row["due_at"])
+
+
+async def test_a_changed_schedule_forgets_no_tick(ground: Ground) -> None:
+    """A tick that is due already, or is to be tried again, still runs."""
+    copy = ground.copy()
+    await copy.declare("moon", "sun")
+    claimed = await copy.claim()
+    again_at = claimed.due_at + timedelta(seconds=99)
+    ending = Ending(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
+    await copy.jobs.finish(claimed.name, 1, ending)
+    before = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    await copy.declare("moon", "sun", schedule="every 60 s")
+    rows = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    assert rows == before
+
+
+async def test_a_schedule_that_changes_under_a_run(ground: Ground) -> None:
+    """The end of a run is refused with the new schedule, so that its next tick is one of that."""
+    copy = ground.copy()
+    await copy.declare("moon", schedule="every 31622400 s")
+    claimed = await copy.claim()
+    await copy.declare("moon", schedule="every 60 s")
+    row = await ground.row("moon")
+    assert (row["due_at"], row["holder"]) == (claimed.due_at, copy.me.id)
+    ending = DONE_UNTIL(claimed.due_at + timedelta(days=366))
+    assert await copy.jobs.finish("moon", 1, ending, claimed.schedule) == "every 60 s"
+    assert await ground.row("moon") == row
+    ending = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
+    assert await copy.jobs.finish("moon", 1, ending, "every 60 s") is True
+    assert await copy.jobs.finish("moon", 1, ending, "every 60 s") is False

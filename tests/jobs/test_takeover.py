@@ -1,0 +1,546 @@
+"""Copies are killed and frozen under their jobs: each job goes on elsewhere, and nowhere twice."""
+
+import asyncio
+import math
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+from random import sample, uniform
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from balance_app.database import migrate
+from balance_app.jobs.lease import Heart
+from balance_app.jobs.repository import Me
+from balance_app.settings import load_settings
+from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.processes import Copy, connect, running
+from tests.system.databases import own_postgres
+from tests.system.sizes import size, tell
+
+KILLS = size(small=10, full=30)
+FREEZES = size(small=5, full=15)
+LEASE = size(small=3, full=6)
+HEARTBEAT = size(small=1, full=2)
+SETTLING = 4
+# A job that was lost starts elsewhere within the lease and 2 s; the rest is for a busy machine.
+PROMPT = size(small=4, full=2)
+# of one held transaction; the control's outlasts the freeze, so that its commit comes late
+HELD, HELD_LONG = 0.5, LEASE + 3
+FOREVER = "3600"
+
+FENCED = """
+CREATE TABLE fenced (
+    job text NOT NULL, fence bigint NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp()
+)
+"""
+# as the server committed them, whatever their transactions thought the time was
+COMMITTED = "SELECT job, fence FROM fenced ORDER BY pg_xact_commit_timestamp(xmin), fence"
+
+LONG_TRANSACTIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND backend_type = 'client backend'
+  AND xact_start < clock_timestamp() - $1::float8 * interval '1 second'
+"""
+
+LATE_ANSWER = """
+CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_sleep(1.3); RETURN NEW; END';
+CREATE TRIGGER dawdle BEFORE INSERT ON job_runs FOR EACH ROW EXECUTE FUNCTION dawdle()
+"""
+
+
+@pytest.fixture(scope="module")
+async def stamping() -> AsyncIterator[dict[str, str]]:
+    """The DB_* variables of a PostgreSQL that knows when it committed what."""
+    async with own_postgres(max_connections="200", track_commit_timestamp="on") as server:
+        yield server.environment()
+
+
+@pytest.fixture
+async def fenced(stamping: dict[str, str]) -> AsyncIterator[dict[str, str]]:
+    """An empty database there, with the table that the jobs write to."""
+    admin = await connect(stamping)
+    await admin.execute("CREATE DATABASE fenced")
+    database = {**stamping, "DB_NAME": "fenced"}
+    connection = await connect(database)
+    await connection.execute(FENCED)
+    await connection.close()
+    yield database
+    await admin.execute("DROP DATABASE fenced WITH (FORCE)")
+    await admin.close()
+
+
+async def test_jobs_of_killed_copies_go_on_elsewhere(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """A job whose copy is killed starts elsewhere in time, from its checkpoint, and never twice."""
+    names = ("twin", "twin", "app1", "app2", "app3", "app4")  # a name is for people alone
+    copies = _fleet(database, tmp_path, names, jobs=12, FLEET_SECONDS="12", FLEET_EVERY="1")
+    lost: list[Span] = []
+    delays: list[float] = []
+    async with running(copies):
+        await _all_started(tmp_path, 12)
+        await _until(lambda: all(_under_way(tmp_path, copy) for copy in copies[:2]))
+        victims = [copies[0], copies[-1]]
+        for _ in range(KILLS // 2):
+            gone, after = await _kill(victims, tmp_path)
+            lost += gone
+            delays += after
+            await asyncio.gather(*(copy.ready() for copy in victims))
+            await _forgive(database)
+            await asyncio.sleep(uniform(0, HEARTBEAT))
+            owners = [copy for copy in copies if _under_way(tmp_path, copy)]
+            victims = sample(owners, 2)
+    spans = read_diaries(tmp_path)
+    wrong = [span for span in lost if not _goes_on(span, _successor(span, spans))]
+    recorded = await _lost_runs(database)
+    unexplained = recorded - {(span.job, span.fence) for span in spans if not span.ended}
+    tell(
+        f"{KILLS} copies killed: {len(lost)} jobs lost, started elsewhere after {_times(delays)}; "
+        f"{sum(_checkpoint(span) > 0 for span in lost)} "
+        f"from a checkpoint, {len(spans)} runs, {len(overlaps(spans))} overlaps"
+    )
+    assert overlaps(spans) == []
+    assert wrong == []
+    assert max(delays) <= LEASE + PROMPT
+    assert {(span.job, span.fence) for span in lost} <= recorded
+    assert unexplained == set()  # nobody else lost anything
+    assert any(_checkpoint(span) for span in lost)
+
+
+async def test_frozen_copies_are_ended_before_they_go_on(
+    fenced: dict[str, str], tmp_path: Path
+) -> None:
+    """A copy that was frozen past its leases does nothing more, and what it held is free."""
+    copies = _fleet(
+        fenced,
+        tmp_path,
+        [f"app{number}" for number in range(1, 7)],
+        jobs=12,
+        FLEET_SECONDS=FOREVER,
+        FLEET_KIND="writes,held",
+        FLEET_HOLD=str(HELD),
+        JOB_CONNECTIONS="12",
+    )
+    lost: list[Span] = []
+    delays: list[float] = []
+    codes: list[int] = []
+    late_lines = long_transactions = 0
+    unharmed: list[Span] = []
+    connection = await connect(fenced)
+    async with running(copies):
+        await _all_started(tmp_path, 12)
+        while len(codes) < FREEZES:
+            dead = [copy for copy in copies if copy.process and copy.process.returncode is not None]
+            if len(dead) > len(copies) / 2:
+                await asyncio.gather(*(copy.launch() for copy in dead))
+                await asyncio.gather(*(copy.ready() for copy in dead))
+                dead = []
+            owners = [copy for copy in copies if copy not in dead and _under_way(tmp_path, copy)]
+            *frozen, other = sample(owners, min(4, FREEZES - len(codes) + 1, len(owners)))
+            await _forgive(fenced)
+            await asyncio.sleep(uniform(0, HEARTBEAT))
+            async with _frozen(frozen):
+                since = monotonic()
+                gone = [span for copy in frozen for span in _under_way(tmp_path, copy)]
+                unharmed += await _freeze_shortly(other, tmp_path)
+                delays += await _takeovers(gone, tmp_path, since)
+                lost += gone
+                await asyncio.sleep(since + LEASE + 1.5 - monotonic())
+                long_transactions += await connection.fetchval(LONG_TRANSACTIONS, LEASE + 1.0)
+                sizes = [_size(tmp_path, copy) for copy in frozen]
+            codes += [await _end(copy) for copy in frozen]
+            late_lines += sum(
+                _size(tmp_path, copy) != size for copy, size in zip(frozen, sizes, strict=True)
+            )
+        spans = read_diaries(tmp_path)
+    late = _late(await connection.fetch(COMMITTED))
+    writes = await connection.fetchval("SELECT count(*) FROM fenced")
+    await connection.close()
+    recorded = await _lost_runs(fenced)
+    inside = sum(span.lines[-1]["what"] == "inside" for span in lost)
+    tell(
+        f"{FREEZES} copies frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
+        f"started elsewhere after {_times(delays)}; after SIGCONT {late_lines} wrote lines, "
+        f"{late} of {writes} writes were late, {len(overlaps(spans))} overlaps, "
+        f"{len(unharmed)} runs went on after a short freeze"
+    )
+    assert codes == [-signal.SIGALRM] * len(codes)
+    assert late_lines == 0
+    assert overlaps(spans) == []
+    assert max(delays) <= LEASE + PROMPT
+    assert late == 0
+    assert writes
+    assert inside, "no freeze met a transaction"
+    assert long_transactions == 0
+    assert recorded == {(span.job, span.fence) for span in lost}
+    assert unharmed
+
+
+async def test_without_dead_man_and_fence_the_same_is_seen(
+    fenced: dict[str, str], tmp_path: Path
+) -> None:
+    """The controls: without the timer lines are seen, without the fence too late writes are."""
+    kinds = {
+        "no timer": ("writes", "dead-man"),
+        "no timer, held": ("held", "dead-man"),
+        "no fence": ("writes", "dead-man,fence"),
+        "no fence, held": ("held", "dead-man,fence"),
+        "guarded": ("writes", ""),
+    }
+    copies = [
+        copy
+        for name, (kind, guards) in kinds.items()
+        for copy in _fleet(
+            fenced,
+            tmp_path,
+            [name.replace(" ", "_")],
+            jobs=5,
+            FLEET_SECONDS=FOREVER,
+            FLEET_KIND=kind,
+            FLEET_HOLD=str(HELD_LONG),
+            FLEET_UNGUARDED=guards,
+        )
+    ]
+    connection = await connect(fenced)
+    async with running(copies):
+        await _all_started(tmp_path, 5)
+        after = await asyncio.gather(
+            *(
+                _lines_after_a_freeze(copy, tmp_path, held=kind == "held")
+                for copy, (kind, _) in zip(copies[:-1], kinds.values(), strict=False)
+            )
+        )
+        alive = [copy for copy in copies if copy.process and copy.process.returncode is None]
+        rows = await connection.fetch(COMMITTED)
+        spans = read_diaries(tmp_path)
+    await connection.close()
+    late = [_late(rows, of={(line["job"], line["fence"]) for line in lines}) for lines in after]
+    refusals = [[line["error"] for line in lines if line["what"] == "refused"] for lines in after]
+    tell(
+        f"{len(overlaps(spans))} overlaps; after SIGCONT: "
+        + "; ".join(
+            f"{name}: {len(lines)} lines, {count} late writes, refused: {errors}"
+            for name, lines, count, errors in zip(kinds, after, late, refusals, strict=False)
+        )
+    )
+    assert alive == copies
+    assert overlaps(spans)
+    assert all(after)
+    # The fence refuses all by itself, at the beginning of a transaction and at its commit.
+    assert late[:2] == [0, 0]
+    assert all(late[2:])
+    assert [{error.split("(")[0] for error in errors} for errors in refusals] == [
+        {"LeaseLostError"},
+        {"LeaseLostError"},
+        set(),
+        set(),
+    ]
+
+
+async def test_a_job_that_kills_its_process_is_paused(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """After three runs that were lost in a row a job is paused, and the fleet lives."""
+    copies = _fleet(
+        database,
+        tmp_path,
+        ("app1", "app2", "app3"),
+        jobs=2,
+        FLEET_KIND="paced,poison",
+        FLEET_SECONDS="0.5",
+        FLEET_EVERY="1",
+        JOB_SETTLING_SECONDS="2",
+        JOB_LEASE_SECONDS="1.5",
+        JOB_HEARTBEAT_SECONDS="0.5",
+    )
+    connection = await connect(database)
+    async with running(copies), _supervised(copies) as deaths:
+        await _until_true(
+            connection, "SELECT paused_at IS NOT NULL FROM jobs WHERE name = 'job-01'"
+        )
+        paused_at = monotonic()
+        await asyncio.gather(*(copy.ready() for copy in copies))
+        await asyncio.sleep(3)  # two leases: time for a run that must not be
+        await asyncio.gather(*(copy.ready() for copy in copies))
+        spans = read_diaries(tmp_path)
+    row = await connection.fetchrow("SELECT * FROM jobs WHERE name = 'job-01'")
+    outcomes = await connection.fetch("SELECT outcome FROM job_runs WHERE job = 'job-01'")
+    await connection.close()
+    poison = [span for span in spans if span.job == "job-01"]
+    other = [span for span in spans if span.job == "job-02"]
+    after = [span for span in other if span.begin > paused_at and span.ended]
+    between = [later.begin - earlier.begin for earlier, later in pairwise(poison)]
+    tell(
+        f"{len(poison)} runs killed their copies, {_times(between)} apart, then it was paused; "
+        f"the other job ran {len(other)} times, {len(after)} times since"
+    )
+    assert row is not None
+    assert (row["paused_by"], row["pause_reason"]) == ("balance_app", "its last 3 runs were lost")
+    assert (row["holder"], row["last_outcome"]) == (None, "lost")
+    assert [outcome for (outcome,) in outcomes] == ["lost"] * 3
+    assert len(poison) == 3
+    assert deaths == [-signal.SIGKILL] * 3
+    assert len({span.pid for span in poison}) == 3
+    assert after
+    assert overlaps(spans) == []
+
+
+async def test_a_claim_that_is_answered_too_late_starts_nothing(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """A lease that was over before it was known is handed back, and the copy lives."""
+    await migrate(load_settings(**{name.lower(): value for name, value in database.items()}))
+    connection = await connect(database)
+    await connection.execute(LATE_ANSWER)
+    copies = _fleet(
+        database,
+        tmp_path,
+        ["app1"],
+        jobs=1,
+        JOB_SETTLING_SECONDS="0",
+        JOB_LEASE_SECONDS="1",
+        JOB_HEARTBEAT_SECONDS="0.3",
+    )
+    async with running(copies):
+        await _until_true(connection, "SELECT count(*) > 2 FROM job_runs")
+        await copies[0].ready()
+        too_early = read_diaries(tmp_path)
+        await connection.execute("DROP TRIGGER dawdle ON job_runs")
+        await _all_started(tmp_path, 1)
+    *late, last = await connection.fetch("SELECT outcome, result FROM job_runs ORDER BY id")
+    await connection.close()
+    tell(f"{len(late)} claims were answered too late, then: {last['outcome']}")
+    assert too_early == []
+    assert {tuple(run) for run in late} == {("interrupted", "its lease was granted too late")}
+
+
+def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that stands still just before it sets the timer is ended as soon as it goes on."""
+    now = 1000.0
+    told: list[str] = []
+
+    def set_late(_which: int, _seconds: float) -> None:
+        nonlocal now
+        told.append("set")
+        now += 10
+
+    monkeypatch.setattr("balance_app.jobs.lease.monotonic", lambda: now)
+    monkeypatch.setattr("signal.setitimer", set_late)
+    monkeypatch.setattr(
+        "signal.raise_signal", lambda number: told.append(signal.Signals(number).name)
+    )
+    heart = Heart(load_settings(job_lease_seconds=6), Me(uuid4(), "app1"))
+    heart.hold("a", 1, now, lambda _outcome, _reason: None)
+    assert told[:2] == ["set", "SIGALRM"]
+
+
+def _fleet(
+    database: dict[str, str], diaries: Path, names: Iterable[str], *, jobs: int, **env: str
+) -> list[Copy]:
+    settings = {
+        "FLEET_DIARY": str(diaries),
+        "FLEET_JOBS": str(jobs),
+        "JOB_SETTLING_SECONDS": str(SETTLING),
+        "JOB_LEASE_SECONDS": str(LEASE),
+        "JOB_HEARTBEAT_SECONDS": str(HEARTBEAT),
+        **env,
+    }
+    program = ("-m", "tests.jobs.fleet")
+    return [Copy(database, name, log=None, program=program, **settings) for name in names]
+
+
+def _under_way(diaries: Path, copy: Copy) -> list[Span]:
+    """Return the runs of a copy's process that have not ended."""
+    return [span for span in read_diaries(diaries) if span.pid == copy.pid and not span.ended]
+
+
+def _successor(span: Span, spans: list[Span]) -> Span | None:
+    """Return the next run of the same job."""
+    later = (each for each in spans if each.job == span.job and each.fence > span.fence)
+    return min(later, key=lambda each: each.fence, default=None)
+
+
+def _again(spans: list[Span], now: list[Span]) -> list[Span]:
+    """Return the same runs as their diaries tell them now."""
+    names = {(span.job, span.fence, span.pid) for span in spans}
+    return [span for span in now if (span.job, span.fence, span.pid) in names]
+
+
+def _start_step(span: Span) -> int:
+    resumed = span.lines[0]["resumed"]
+    return 0 if resumed is None else int(resumed["step"])
+
+
+def _checkpoint(span: Span) -> int:
+    """Return the step that a run goes on from after this one: its last checkpoint."""
+    steps = [line["step"] for line in span.lines if line["what"] == "checkpoint"]
+    return int(steps[-1]) if steps else _start_step(span)
+
+
+def _goes_on(span: Span, after: Span | None) -> bool:
+    """Say whether the next run began elsewhere, where the lost one had got to."""
+    if after is None or after.pid == span.pid:
+        return False
+    resumed = _start_step(after)
+    last = span.lines[-1]
+    # Killed between the checkpoint and the line that tells of it?
+    unsaid = last["step"] + 1 if last["what"] == "tick" and last["step"] % 10 == 9 else None
+    return resumed in {_checkpoint(span), unsaid}
+
+
+async def _until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            if check():
+                return
+            await asyncio.sleep(0.1)
+
+
+async def _until_true(connection: "asyncpg.Connection[asyncpg.Record]", query: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            if await connection.fetchval(query):
+                return
+            await asyncio.sleep(0.1)
+
+
+async def _all_started(diaries: Path, jobs: int) -> None:
+    await _until(lambda: len({span.job for span in read_diaries(diaries)}) == jobs)
+
+
+async def _kill(victims: list[Copy], diaries: Path) -> tuple[list[Span], list[float]]:
+    """Kill copies and start them again; return what they ran, and how long it was idle."""
+    since = monotonic()
+    pids = {copy.pid for copy in victims}
+    await asyncio.gather(*(copy.kill() for copy in victims))
+    gone = [span for copy in victims for span in _under_way(diaries, copy)]
+    assert {span.pid for span in gone} <= pids
+    await asyncio.gather(*(copy.launch() for copy in victims))
+    return gone, await _takeovers(gone, diaries, since)
+
+
+async def _takeovers(gone: list[Span], diaries: Path, since: float) -> list[float]:
+    """Wait until these jobs run again; return after how many seconds each did."""
+    while True:
+        spans = read_diaries(diaries)
+        after = [_successor(span, spans) for span in gone]
+        if all(after) or monotonic() > since + LEASE + 10:
+            return [math.inf if span is None else span.begin - since for span in after]
+        await asyncio.sleep(0.1)
+
+
+async def _forgive(database: dict[str, str]) -> None:
+    """Let no job be paused for the losses of its copies: here they are not its fault."""
+    connection = await connect(database)
+    await connection.execute("UPDATE jobs SET lost_streak = 0 WHERE lost_streak > 0")
+    await connection.close()
+
+
+async def _lost_runs(database: dict[str, str]) -> set[tuple[str, int]]:
+    connection = await connect(database)
+    rows = await connection.fetch("SELECT job, fence FROM job_runs WHERE outcome = 'lost'")
+    await connection.close()
+    return {(job, fence) for job, fence in rows}
+
+
+@asynccontextmanager
+async def _frozen(copies: list[Copy]) -> AsyncIterator[None]:
+    """Stop processes where they stand, then let them go on."""
+    for copy in copies:
+        assert copy.process is not None
+        copy.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for copy in copies:
+            assert copy.process is not None
+            copy.process.send_signal(signal.SIGCONT)
+
+
+async def _freeze_shortly(copy: Copy, diaries: Path) -> list[Span]:
+    """Freeze a copy for less than its leases last; return its runs, which went on."""
+    async with _frozen([copy]):
+        before = _under_way(diaries, copy)
+        await asyncio.sleep(LEASE / 4)
+        thawed = monotonic()
+    await _until(lambda: all(span.end > thawed for span in _again(before, read_diaries(diaries))))
+    return before
+
+
+async def _end(copy: Copy) -> int:
+    """Return the exit code of a process that is about to end."""
+    assert copy.process is not None
+    async with asyncio.timeout(10):
+        return await copy.process.wait()
+
+
+def _size(diaries: Path, copy: Copy) -> int:
+    """Return how much a copy's process has written into its diary."""
+    return sum(path.stat().st_size for path in diaries.glob(f"*-{copy.pid}-*"))
+
+
+async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> list[dict[str, Any]]:
+    """Freeze a copy until others run its jobs; return what its runs write afterwards."""
+    if held:  # while its transaction has just begun, so that it is still open in the end
+        await _until(lambda: any(_is_inside(span) for span in _under_way(diaries, copy)))
+    async with _frozen([copy]):
+        since = monotonic()
+        before = _under_way(diaries, copy)
+        await _takeovers(before, diaries, since)
+        await asyncio.sleep(0.5)
+    ends = since + HELD_LONG if held else monotonic()
+    await asyncio.sleep(ends + 1 - monotonic())
+    names = {(span.job, span.fence): len(span.lines) for span in before}
+    return [
+        line
+        for span in read_diaries(diaries)
+        if span.pid == copy.pid and (span.job, span.fence) in names
+        for line in span.lines[names[span.job, span.fence] :]
+    ]
+
+
+def _is_inside(span: Span) -> bool:
+    return span.lines[-1]["what"] == "inside" and monotonic() - span.end < 1
+
+
+def _late(rows: list[asyncpg.Record], of: set[tuple[str, int]] | None = None) -> int:
+    """Count the writes that were committed after one of a later run of the same job."""
+    highest: dict[str, int] = {}
+    late = 0
+    for job, fence in rows:
+        late += fence < highest.get(job, 0) and (of is None or (job, fence) in of)
+        highest[job] = max(fence, highest.get(job, 0))
+    return late
+
+
+def _times(seconds: list[float]) -> str:
+    middle = sorted(seconds)[len(seconds) // 2]
+    return f"{min(seconds):.2f} to {max(seconds):.2f} s (median {middle:.2f})"
+
+
+@asynccontextmanager
+async def _supervised(copies: list[Copy]) -> AsyncIterator[list[int]]:
+    """Start each copy again whenever it ends; the list grows with each exit code."""
+    deaths: list[int] = []
+
+    async def keep(copy: Copy) -> None:
+        while True:
+            assert copy.process is not None
+            deaths.append(await copy.process.wait())
+            await copy.launch()
+
+    keepers = [asyncio.create_task(keep(copy)) for copy in copies]
+    try:
+        yield deaths
+    finally:
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.wait(keepers)
