@@ -8,8 +8,8 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection
 
-import balance_app.balances.tables  # noqa: F401 - declares its tables in `metadata`
-import balance_app.jobs.records  # noqa: F401 - the same
+import balance_app.balances.tables
+import balance_app.jobs.records
 import balance_app.jobs.tables  # noqa: F401 - the same
 from balance_app.database import metadata, migrate
 from balance_app.settings import load_settings

@@ -37,6 +37,8 @@ CREATE TABLE jobs (
     started_at timestamptz,
     lease_until timestamptz,
     cancel_by text,
+    -- its copy ends before the lease does, on purpose: then the run was handed back, not lost
+    parts boolean NOT NULL DEFAULT false,
     done bigint,
     total bigint,
     note text,
@@ -69,7 +71,7 @@ CREATE TABLE jobs (
         (holder IS NULL) = (lease_until IS NULL)
         AND (holder IS NULL) = (started_at IS NULL)
         AND (holder IS NULL) = (server IS NULL)
-        AND (holder IS NOT NULL OR cancel_by IS NULL)
+        AND (holder IS NOT NULL OR (cancel_by IS NULL AND NOT parts))
     ),
     CONSTRAINT jobs_pause_check CHECK ((paused_at IS NULL) = (paused_by IS NULL))
 ) WITH (fillfactor = 70) -- a heartbeat writes the row anew every few seconds

@@ -92,6 +92,21 @@ def healthcheck() -> None:
 
 
 @cli.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="keep it up to date")] = False,  # noqa: FBT002
+) -> None:
+    """Show what every job is doing, where, and why the rest waits (BALANCE_APP_URL)."""
+    from balance_app.terminal import NoAnswerError, show
+    from balance_app.terminal import watch as follow
+
+    url = os.environ.get("BALANCE_APP_URL") or f"http://127.0.0.1:{load_settings().port}"
+    try:
+        (follow if watch else show)(url)
+    except NoAnswerError as error:
+        _fail(str(error))
+
+
+@cli.command()
 def reset(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,  # noqa: FBT002
 ) -> None:

@@ -26,6 +26,11 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.front import Front
+from balance_app.jobs import router as jobs
+from balance_app.jobs.board import Board
+from balance_app.jobs.controls import Controls
+from balance_app.jobs.feed import Feed
+from balance_app.jobs.history import History
 from balance_app.jobs.registry import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
@@ -57,6 +62,7 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     app.state.stopping = stopping
     app.state.registry = registry
     app.include_router(balances.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
     api_docs.add_docs(app)
     app.add_exception_handler(Problem, _tell_problem)
@@ -77,6 +83,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     scheduler = Scheduler(settings, database, app.state.registry) if settings.jobs_enabled else None
     app.state.database = database
     app.state.scheduler = scheduler
+    app.state.board = board = Board(database, settings)
+    app.state.feed = Feed(board.look, app.state.stopping)
+    app.state.controls = Controls(database, board)
+    app.state.history = History(database)
     app.state.balances = BalanceRepository(database)
     app.state.schema_head = alembic_head()
     try:

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
         3, description="how long requests under way may take to end after SIGTERM"
     )
 
-    jobs_enabled: bool = Field(True, description="false: this copy serves requests only")
+    jobs_enabled: bool = Field(default=True, description="false: this copy serves requests only")
     job_min_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         120.0, description="a run lasts at least this long, unless its job says otherwise"
     )

@@ -20,6 +20,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,10 +203,39 @@ def newcomers_first() -> None:
 
 
 def seen_again() -> None:
-    """Let every copy that comes up write anew when it saw which jobs ready."""
-    once = "AND seen_at IS NULL"
-    assert once in repository.NOTICE
-    vars(repository)["NOTICE"] = repository.NOTICE.replace(once, "")
+    """Let every copy that comes up write anew when it saw which jobs, and all go by that."""
+    for name, guard, without in (
+        ("NOTICE", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
+        ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
+    ):
+        vars(repository)[name] = getattr(repository, name).replace(guard, without)
+
+
+def no_wait_for_threads() -> None:
+    """Take a run for ended when it is told to stop, even if its thread goes on."""
+
+    async def leave_thread(run: Run, job: Job) -> object:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[object] = loop.create_future()
+        facade = ThreadRun(run)
+
+        def call() -> None:
+            loop.call_soon_threadsafe(ended.set_result, job.function(facade))
+
+        threading.Thread(target=call, daemon=True).start()
+        return await ended
+
+    vars(scheduler)["_in_thread"] = leave_thread
+
+
+def no_hand_back() -> None:
+    """End without a word when told to stop."""
+
+    async def say_nothing(_self: object) -> None:
+        await asyncio.sleep(0)
+
+    vars(scheduler)["Scheduler"].stop = say_nothing
+    vars(scheduler)["Scheduler"].part = say_nothing
 
 
 def no_expiry() -> None:
@@ -230,6 +260,8 @@ GUARDS: dict[str, Callable[[], None]] = {
     "rounds": no_rounds,
     "newcomers": newcomers_first,
     "once": seen_again,
+    "threads": no_wait_for_threads,
+    "hand-back": no_hand_back,
 }
 
 

@@ -1,9 +1,9 @@
 """A network between a copy and PostgreSQL that can fall silent."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, cast
 
 from tests.processes import free_port
 
@@ -12,7 +12,8 @@ class Proxy:
     """Passes TCP connections on to PostgreSQL, until it is frozen.
 
     Frozen it holds what both sides send, their ends and new connections included, and tells
-    nobody. Healed it goes on: what it held arrives late, in order.
+    nobody. Healed it goes on: what it held arrives late, in order. It can also hold the answers
+    alone: what is asked is done, and who asked does not know.
     """
 
     def __init__(self, database: dict[str, str]) -> None:
@@ -20,7 +21,9 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._port = 0
         self._links: set[_Link] = set()
-        self.frozen = False
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._mute = False
 
     def environment(self) -> dict[str, str]:
         """Return the DB_* variables that lead a copy through here."""
@@ -28,11 +31,16 @@ class Proxy:
 
     def freeze(self) -> None:
         """Fall silent."""
-        self.frozen = True
+        self._flows.clear()
+
+    def hold_answers(self) -> None:
+        """Let nothing come back."""
+        self._mute = True
 
     def heal(self) -> None:
         """Go on as if nothing had happened."""
-        self.frozen = False
+        self._mute = False
+        self._flows.set()
         for link in list(self._links):
             link.flush()
 
@@ -42,6 +50,7 @@ class Proxy:
 
     async def connect(self, receiver: "_End") -> None:
         """Connect one end to PostgreSQL, over a socket or an address."""
+        await self._flows.wait()
         loop = asyncio.get_running_loop()
         host, port = self._database["DB_HOST"], self._database.get("DB_PORT", "5432")
         if host.startswith("/"):
@@ -69,9 +78,15 @@ class Proxy:
         await self._server.wait_closed()
 
     def _accept(self) -> "_End":
-        link = _Link(self)
+        link = _Link(self, requests=_Flow(self._stands_still), answers=_Flow(self._silent))
         self._links.add(link)
         return link.client
+
+    def _stands_still(self) -> bool:
+        return not self._flows.is_set()
+
+    def _silent(self) -> bool:
+        return self._mute or self._stands_still()
 
     def forget(self, link: "_Link") -> None:
         """Drop a connection that both sides have ended."""
@@ -81,8 +96,8 @@ class Proxy:
 class _Flow:
     """What goes one way through a connection, in order; None is its end."""
 
-    def __init__(self, link: "_Link") -> None:
-        self._link = link
+    def __init__(self, stands_still: Callable[[], bool]) -> None:
+        self._stands_still = stands_still
         self._pieces: list[bytes | None] = []
         self._to: asyncio.Transport | None = None
 
@@ -98,7 +113,7 @@ class _Flow:
         self.flush()
 
     def flush(self) -> None:
-        if self._link.proxy.frozen or self._to is None:
+        if self._to is None or self._stands_still():
             return
         pieces, self._pieces = self._pieces, []
         for piece in pieces:
@@ -111,9 +126,9 @@ class _Flow:
 class _Link:
     """One connection: two ends, and what flows between them."""
 
-    def __init__(self, proxy: Proxy) -> None:
-        self.proxy = proxy
-        self.requests, self.answers = _Flow(self), _Flow(self)
+    def __init__(self, proxy: Proxy, *, requests: _Flow, answers: _Flow) -> None:
+        self._proxy = proxy
+        self.requests, self.answers = requests, answers
         self.server = _End(self, sends=self.answers, takes=self.requests)
         self.client = _End(
             self, sends=self.requests, takes=self.answers, then=lambda: proxy.connect(self.server)
@@ -127,12 +142,11 @@ class _Link:
     def ended(self) -> None:
         self._ended += 1
         if self._ended == 2:
-            self.proxy.forget(self)
+            self._proxy.forget(self)
 
     def cut(self) -> None:
         for end in (self.client, self.server):
-            if end.transport is not None:
-                end.transport.abort()
+            end.cut()
 
 
 class _End(asyncio.Protocol):
@@ -142,7 +156,7 @@ class _End(asyncio.Protocol):
         *,
         sends: _Flow,
         takes: _Flow,
-        then: Any = None,  # noqa: ANN401 - a function without arguments
+        then: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._link, self._sends, self._takes, self._then = link, sends, takes, then
         self._task: asyncio.Task[None] | None = None
@@ -152,7 +166,7 @@ class _End(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         self._takes.lead_to(self.transport)
         if self._then is not None:
-            self._task = asyncio.get_running_loop().create_task(self._go_on(self._then()))
+            self._task = asyncio.get_running_loop().create_task(self._go_on(self._then))
 
     def data_received(self, data: bytes) -> None:
         self._sends.put(data)
@@ -161,9 +175,15 @@ class _End(asyncio.Protocol):
         self._sends.put(None)
         self._link.ended()
 
-    async def _go_on(self, connecting: Coroutine[Any, Any, None]) -> None:
+    def cut(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        if self.transport is not None:
+            self.transport.abort()
+
+    async def _go_on(self, then: Callable[[], Awaitable[None]]) -> None:
         try:
-            await connecting
+            await then()
         except OSError:  # PostgreSQL takes no connections
             assert self.transport is not None
             self.transport.abort()

@@ -84,9 +84,9 @@ async def add_copy(  # noqa: PLR0913 - what there is to say of a copy
 
 
 async def insert(connection: Connection, table: str, **columns: object) -> None:
-    """Insert a row; a timedelta becomes that moment, from now by the database's clock."""
+    """Insert a row; timedeltas become moments, counted from one and the same now."""
     values = [
-        f"clock_timestamp() + ${number}::interval" if isinstance(value, timedelta) else f"${number}"
+        f"now() + ${number}::interval" if isinstance(value, timedelta) else f"${number}"
         for number, value in enumerate(columns.values(), start=1)
     ]
     await connection.execute(

@@ -1,9 +1,11 @@
 """Copies that live in the test's own process, on a real database; time passes by rewriting rows."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -30,6 +32,8 @@ from balance_app.settings import Settings, load_settings
 from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+_numbers = count(1)
 
 PATIENCE_SECONDS = 30
 LEASE = timedelta(seconds=30)
@@ -113,8 +117,8 @@ class Ground:
         return connection
 
     async def close(self) -> None:
-        for connection in self._connections:
-            connection.terminate()
+        while self._connections:
+            self._connections.pop().terminate()
 
     @asynccontextmanager
     async def scheduler(
@@ -187,7 +191,7 @@ class Ground:
     async def bring_back(self) -> None:
         """Let the service have connections again."""
         await self._admin(f'ALTER DATABASE "{self.variables["DB_NAME"]}" ALLOW_CONNECTIONS true')
-        self.eye = await self.connect()
+        self.eye = await connect(self.variables)
 
     async def _admin(self, *statements: str) -> None:
         connection = await connect({**self.variables, "DB_NAME": "postgres"})
@@ -197,10 +201,13 @@ class Ground:
 
 
 @asynccontextmanager
-async def on(database: dict[str, str], **settings: Any) -> AsyncIterator[Ground]:
-    """Migrate a database and stand on it."""
+async def on(postgres: Mapping[str, str], **settings: Any) -> AsyncIterator[Ground]:
+    """Migrate a database of our own, and stand on it: one for many tests, which begin anew."""
+    variables = {**postgres, "DB_NAME": f"ground_{os.getpid()}_{next(_numbers)}"}
+    admin = await connect(dict(postgres))
+    await admin.execute(f'CREATE DATABASE "{variables["DB_NAME"]}"')
     values = {
-        **{name.lower(): value for name, value in database.items()},
+        **{name.lower(): value for name, value in variables.items()},
         "job_min_seconds": 0,
         "job_lease_seconds": 3,
         "job_heartbeat_seconds": 0.5,
@@ -212,13 +219,15 @@ async def on(database: dict[str, str], **settings: Any) -> AsyncIterator[Ground]
     loaded = load_settings(**values)
     pool = Database(loaded)
     await pool.start()
-    ground = Ground(database, loaded, pool, await connect(database))
+    ground = Ground(variables, loaded, pool, await connect(variables))
     try:
         yield ground
     finally:
         await pool.stop()
-        await ground.eye.close()
         await ground.close()
+        await ground.eye.close()
+        await admin.execute(f'DROP DATABASE "{variables["DB_NAME"]}" WITH (FORCE)')
+        await admin.close()
 
 
 async def until(look: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - what it looks for

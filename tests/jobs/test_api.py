@@ -17,6 +17,7 @@ import httpx
 import jsonschema_rs
 import pytest
 
+from tests.balances.hostile import one_copy
 from tests.jobs.fleet import read_diaries
 from tests.jobs.rows import Connection, add_copy, add_job, insert, running
 from tests.processes import Copy, connect
@@ -41,16 +42,24 @@ class Quiet:
         return await self.client.post(f"/api/cron/jobs/{call}", params=query)
 
 
+@pytest.fixture(scope="module")
+async def shared(postgres: dict[str, str]) -> AsyncIterator[Quiet]:
+    """A copy with JOBS_ENABLED=false, for most of this file."""
+    async with one_copy(postgres) as (copy, database):
+        connection = await connect(database)
+        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+            yield Quiet(copy, client, connection)
+        await connection.close()
+
+
 @pytest.fixture
-async def quiet(database: dict[str, str]) -> AsyncIterator[Quiet]:
-    """A copy with JOBS_ENABLED=false on an empty database."""
-    connection = await connect(database)
-    async with (
-        Copy(database, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
-    ):
-        yield Quiet(copy, client, connection)
-    await connection.close()
+async def quiet(shared: Quiet) -> Quiet:
+    """The same, without any rows."""
+    await shared.connection.execute("DELETE FROM job_runs")
+    await shared.connection.execute("ALTER TABLE job_runs ALTER id RESTART")
+    await shared.connection.execute("DELETE FROM jobs")
+    await shared.connection.execute("DELETE FROM copies")
+    return shared
 
 
 @asynccontextmanager
@@ -104,9 +113,11 @@ async def until(
 ) -> dict[str, Any]:
     """Ask until something is said."""
     async with asyncio.timeout(30):
-        while not said(answer := await ask()):
+        while True:
+            answer = await ask()
+            if said(answer):
+                return answer
             await asyncio.sleep(0.02)
-    return answer
 
 
 def tally(answers: Answers) -> dict[str, int]:
@@ -137,11 +148,15 @@ def _no_more(schemas: dict[str, Any], schema: dict[str, Any], answer: object) ->
 # -- looking -----------------------------------------------------------------------------------
 
 
-async def test_every_job_of_the_service_is_listed(client: httpx.AsyncClient) -> None:
+async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> None:
     """The ten jobs, as the document says, on the copy that runs them."""
-    told = await until(lambda told: told["counts"]["running"] > 0, lambda: status(client))
-    assert len(told["jobs"]) == 10
-    await conforms(client, "StatusAnswer", told)
+    async with (
+        Copy(database, JOB_SETTLING_SECONDS="0.1") as copy_,
+        httpx.AsyncClient(base_url=copy_.url, trust_env=False, timeout=30) as client,
+    ):
+        told = await until(lambda told: told["counts"]["running"] > 0, lambda: status(client))
+        assert len(told["jobs"]) == 10
+        await conforms(client, "StatusAnswer", told)
     (copy,) = told["copies"]
     at_work = [job for job in told["jobs"] if job["state"] == "running"]
     assert (copy["server"], copy["live"], copy["running"]) == ("app1", True, len(at_work))
@@ -606,12 +621,12 @@ async def test_the_status_is_sent_as_it_changes(quiet: Quiet) -> None:
     assert len({first.id, second.id, third.id}) == 3
 
 
-async def test_streams_end_when_the_copy_stops(quiet: Quiet) -> None:
+async def test_streams_end_when_the_copy_stops(copy: Copy, client: httpx.AsyncClient) -> None:
     """All of them, at once, so that nobody who watches keeps a copy from stopping."""
     ended = []
 
     async def watch(watching: asyncio.Event) -> None:
-        async with quiet.client.stream("GET", "/api/cron/events") as answer:
+        async with client.stream("GET", "/api/cron/events") as answer:
             async for _ in events(answer):
                 watching.set()
         ended.append(monotonic())
@@ -620,7 +635,7 @@ async def test_streams_end_when_the_copy_stops(quiet: Quiet) -> None:
     viewers = [asyncio.create_task(watch(sign)) for sign in signs]
     await asyncio.gather(*(sign.wait() for sign in signs))
     stopped = monotonic()
-    assert await quiet.copy.stop(signal.SIGTERM) == 0
+    assert await copy.stop(signal.SIGTERM) == 0
     await asyncio.gather(*viewers)
     assert monotonic() - stopped < 3  # less than it would wait for requests under way
     assert max(ended) - stopped < 2
@@ -654,13 +669,13 @@ async def _next(stream: AsyncIterator[Event], kind: str) -> Event:
     raise AssertionError(f"no {kind}")
 
 
-async def test_who_leaves_is_forgotten(quiet: Quiet, database: dict[str, str]) -> None:
-    """Nobody is asked for the status any more when the last viewer has gone."""
-    asked = f"""
+async def test_who_leaves_is_forgotten(quiet: Quiet) -> None:
+    """The database is not asked for the status any more when the last viewer has gone."""
+    asked = """
         SELECT max(query_start) FROM pg_stat_activity
-        WHERE datname = '{database["DB_NAME"]}' AND query LIKE '%pg_snapshot_xmin%'
+        WHERE datname = current_database() AND query LIKE '%pg_snapshot_xmin%'
           AND pid <> pg_backend_pid()
-    """  # noqa: S608
+    """
     async with quiet.client.stream("GET", "/api/cron/events") as answer:
         stream = events(answer)
         await anext(stream)

@@ -65,7 +65,7 @@ def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
 )
 def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
     """Without any one of the guards there is a way to break an invariant."""
-    verdict = search(Protocol(frozenset({guard})), frozenset({invariant}))
+    verdict = search(Protocol(frozenset({guard}), lease=2), frozenset({invariant}))
     story = [f"Without this: {guard}.", *verdict.trace, f"Broken: {invariant}."]
     tell("\n".join(story))
     assert verdict.broken is invariant

@@ -86,8 +86,14 @@ class Heart:
     def hold(
         self, name: str, fence: int, sent_at: float, stop: Callable[[str, str], None]
     ) -> Lease:
-        """Take charge of a lease that was asked for at `sent_at` (monotonic)."""
-        lease = Lease(name, fence, sent_at + self._lease_seconds, stop)
+        """Take charge of a lease that was asked for at `sent_at` (monotonic).
+
+        It is not `executing` when the answer took so long that too little trust is left: then no
+        code of the run may begin.
+        """
+        until = sent_at + self._lease_seconds
+        least_seconds = self._margin_seconds + self._settings.job_heartbeat_seconds
+        lease = Lease(name, fence, until, stop, executing=until - monotonic() > least_seconds)
         with self._lock:
             self._leases.add(lease)
             self._arm()
@@ -107,11 +113,13 @@ class Heart:
             self._arm()
 
     def end_within(self, seconds: float) -> None:
-        """End this process within that time, unless it ends by itself before."""
+        """End this process within that time, or when trust ends, unless it ends by itself."""
         with self._lock:
-            self._dead_man, armed = False, self._dead_man
+            armed, self._dead_man = self._dead_man, False
+            ends = [lease.trusted_until for lease in self._leases if lease.executing]
+            left = [seconds, *(max(0.001, end - monotonic()) for end in ends)]
             if armed:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
+                signal.setitimer(signal.ITIMER_REAL, min(left))
 
     def beat_soon(self) -> None:
         """Do not wait for the next beat's time."""
@@ -187,7 +195,8 @@ class Heart:
         with self._lock:
             for pulse in pulses:
                 if pulse.renewed:
-                    leases[pulse.name, pulse.fence].trusted_until = sent_at + self._lease_seconds
+                    lease = leases[pulse.name, pulse.fence]
+                    lease.trusted_until = max(lease.trusted_until, sent_at + self._lease_seconds)
             self._arm()
         for pulse in pulses:
             lease = leases[pulse.name, pulse.fence]

@@ -180,6 +180,12 @@ class JobRepository:
         )
         return row is not None
 
+    async def part(self, name: str, fence: int, lease: timedelta) -> None:
+        """Shorten a lease: this process ends before it does, and its run was handed back."""
+        await self._database.run(
+            lambda con: write(con, PART, name, fence, self.me.id, lease), urgent=True
+        )
+
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:
         """Write a run's checkpoint; False: the run has lost its lease."""
         row = await self._database.run(
@@ -262,8 +268,12 @@ WITH own AS (
            AS wait
 ), candidate AS MATERIALIZED (
     SELECT name, fence, server, started_at, lease_until,
-           holder IS NOT NULL AS lost,
-           holder IS NULL OR (paused_at IS NULL AND lost_streak + 1 < 3) AS goes
+           holder IS NOT NULL AS held,
+           holder IS NOT NULL AND NOT parts AS lost,
+           CASE WHEN parts THEN 'interrupted' ELSE 'lost' END AS outcome,
+           CASE WHEN parts THEN 'its copy was stopped' ELSE 'its copy gave no sign of life' END
+               AS result,
+           holder IS NULL OR (paused_at IS NULL AND (parts OR lost_streak + 1 < 3)) AS goes
     FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp())
       AND number <= $5 AND name <> ALL ($6)
@@ -282,7 +292,8 @@ WITH own AS (
         started_at = CASE WHEN goes THEN clock_timestamp() END,
         lease_until = CASE WHEN goes THEN clock_timestamp() + $3::interval END,
         fence = jobs.fence + goes::integer,
-        attempt = attempt + lost::integer,
+        attempt = attempt + held::integer,
+        parts = false,
         cancel_by = CASE WHEN goes THEN cancel_by END,
         done = NULL, total = NULL, note = NULL, seen_at = NULL,
         alive_at = CASE WHEN goes THEN clock_timestamp() ELSE alive_at END,
@@ -292,19 +303,20 @@ WITH own AS (
         paused_by = CASE WHEN goes THEN paused_by ELSE coalesce(paused_by, 'balance_app') END,
         pause_reason = CASE WHEN goes OR paused_at IS NOT NULL THEN pause_reason
                        ELSE 'its last 3 runs were lost' END,
-        last_outcome = CASE WHEN lost THEN 'lost' ELSE last_outcome END,
-        last_server = CASE WHEN lost THEN candidate.server ELSE last_server END,
-        last_started_at = CASE WHEN lost THEN candidate.started_at ELSE last_started_at END,
-        last_ended_at = CASE WHEN lost THEN candidate.lease_until ELSE last_ended_at END,
-        last_result = CASE WHEN lost THEN 'its copy gave no sign of life' ELSE last_result END
+        last_outcome = CASE WHEN held THEN candidate.outcome ELSE last_outcome END,
+        last_server = CASE WHEN held THEN candidate.server ELSE last_server END,
+        last_started_at = CASE WHEN held THEN candidate.started_at ELSE last_started_at END,
+        last_ended_at = CASE WHEN held THEN candidate.lease_until ELSE last_ended_at END,
+        last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, goes, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
               anchor_at, jobs.started_at, round
 ), ended AS (
-    UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_until,
-                        result = 'its copy gave no sign of life'
+    UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_until,
+                        result = candidate.result
     FROM candidate
-    WHERE lost AND job = candidate.name AND job_runs.fence = candidate.fence AND outcome IS NULL
+    WHERE held AND job = candidate.name AND job_runs.fence = candidate.fence
+      AND job_runs.outcome IS NULL
 ), begun AS (
     INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
     SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE goes
@@ -331,7 +343,7 @@ FINISH: Final = """
 WITH freed AS (
     UPDATE jobs SET
         holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
-        requested_by = NULL, done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        parts = false, requested_by = NULL, done = NULL, total = NULL, note = NULL, seen_at = NULL,
         due_at = coalesce($7, due_at),
         ready_at = coalesce($8, clock_timestamp()),
         attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
@@ -352,6 +364,12 @@ WITH freed AS (
          AS range (first, last, ticks, reason)
 )
 SELECT last_ended_at FROM freed
+"""
+
+# The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
+PART: Final = """
+UPDATE jobs SET parts = true, lease_until = least(lease_until, clock_timestamp() + $4::interval)
+WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
 # A run that has lost its lease writes nothing more.

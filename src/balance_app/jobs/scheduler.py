@@ -53,7 +53,9 @@ TIE: Final = timedelta(milliseconds=10)
 # The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
 HALF_OF_MOST: Final = 10
 DRAIN_SECONDS: Final = 0.8
+# What can't be stopped ends with the process within the first; its lease within the second.
 PARTING_SECONDS: Final = 2.0
+LAST_LEASE_SECONDS: Final = 2.5
 
 
 class Scheduler:
@@ -99,27 +101,19 @@ class Scheduler:
     async def part(self) -> None:
         """Let go of everything; the process is about to end.
 
-        A run that could not be stopped is handed back as of a moment at which this process has
+        A run that could not be stopped keeps its lease until a moment at which this process has
         ended for certain: the kernel sees to that.
         """
         stubborn = list(self._runs)
         if stubborn:
             log.warning("runs that can't be stopped", jobs=[run.name for run in stubborn])
             self._heart.end_within(PARTING_SECONDS)
-            ready_at = self._heart.server_time() + timedelta(seconds=PARTING_SECONDS + 0.5)
-            ending = Ending(
-                outcome="interrupted",
-                result="its copy was stopped",
-                seconds_ago=0,
-                ready_at=ready_at,
-                keeps_checkpoint=True,
-            )
-            for run in stubborn:
-                try:
-                    await self._jobs.finish(run.name, run.fence, ending)
-                except DatabaseAway:
-                    log.warning("not handed back: its lease runs out", job=run.name)
         await self._heart.stop()
+        for run in stubborn:
+            try:
+                await self._jobs.part(run.name, run.fence, timedelta(seconds=LAST_LEASE_SECONDS))
+            except DatabaseAway:
+                log.warning("not handed back: its lease runs out", job=run.name)
         if self._loop is not None:
             self._loop.cancel()
 
@@ -223,7 +217,9 @@ class Scheduler:
             self._stop_run(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
 
         run.lease = self._heart.hold(run.name, run.fence, sent_at, stop)
-        if claimed.cancel_by is not None:  # its last owner was lost before it could obey
+        if not run.lease.executing:
+            run.stopped = ("interrupted", "the answer to its claim came too late")
+        elif claimed.cancel_by is not None:  # its last owner was lost before it could obey
             run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
         elif self._draining:
             run.stopped = ("interrupted", "its copy was stopped")

@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Computed,
@@ -14,6 +15,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     Uuid,
+    false,
     func,
     text,
 )
@@ -50,6 +52,7 @@ jobs = Table(
     Column("started_at", DateTime(timezone=True)),
     Column("lease_until", DateTime(timezone=True)),
     Column("cancel_by", Text),
+    Column("parts", Boolean, nullable=False, server_default=false()),
     Column("done", BigInteger),
     Column("total", BigInteger),
     Column("note", Text),
@@ -76,7 +79,7 @@ jobs = Table(
         "(holder IS NULL) = (lease_until IS NULL)"
         " AND (holder IS NULL) = (started_at IS NULL)"
         " AND (holder IS NULL) = (server IS NULL)"
-        " AND (holder IS NOT NULL OR cancel_by IS NULL)",
+        " AND (holder IS NOT NULL OR (cancel_by IS NULL AND NOT parts))",
         name="run",
     ),
     CheckConstraint("(paused_at IS NULL) = (paused_by IS NULL)", name="pause"),

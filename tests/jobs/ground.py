@@ -1,0 +1,94 @@
+"""What copies with diaries stand on: a database and a directory, and questions to both."""
+
+import asyncio
+import itertools
+import signal
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.jobs.fleet import Span, read_diaries
+from tests.jobs.nursery import Nursery
+from tests.processes import Copy, connect
+
+Database = dict[str, str]
+
+
+@dataclass
+class Ground:
+    """An empty database, and a directory for the diaries of the copies that use it."""
+
+    nest: Nursery
+    database: Database
+    directory: Path
+
+    def copies(
+        self, count: int, env: dict[str, str], *, name: str = "app", forked: bool = True
+    ) -> list[Copy]:
+        names = [f"{name}{number}" for number in range(1, count + 1)]
+        env = {"FLEET_DIARY": str(self.diaries), **env}
+        if forked:
+            return [self.nest.copy(self.database, name, self.log, **env) for name in names]
+        program = ("-m", "tests.jobs.fleet")
+        return [Copy(self.database, name, log=self.log, program=program, **env) for name in names]
+
+    @property
+    def diaries(self) -> Path:
+        return self.directory / "diaries"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "log"
+
+    def spans(self, since: float = 0) -> list[Span]:
+        return [span for span in read_diaries(self.diaries) if span.begin >= since]
+
+    async def until(self, spans: int, since: float = 0) -> list[Span]:
+        """Wait for that many runs to begin; return them."""
+        async with asyncio.timeout(120):
+            while len(found := self.spans(since)) < spans:  # noqa: ASYNC110 - of other processes
+                await asyncio.sleep(0.1)
+        return found
+
+    async def until_fact(self, sql: str) -> None:
+        """Wait for a statement to return rows."""
+        async with asyncio.timeout(60):
+            while not await self.rows(sql):  # noqa: ASYNC110 - the same
+                await asyncio.sleep(0.05)
+
+    async def rows(self, sql: str, *arguments: object) -> list[tuple[Any, ...]]:
+        connection = await connect(self.database)
+        try:
+            return [tuple(row) for row in await connection.fetch(sql, *arguments)]
+        finally:
+            await connection.close()
+
+    async def column(self, sql: str, *arguments: object) -> list[Any]:
+        return [row[0] for row in await self.rows(sql, *arguments)]
+
+    async def value(self, sql: str, *arguments: object) -> Any:  # noqa: ANN401 - a row's
+        return (await self.column(sql, *arguments))[0]
+
+
+_numbers = itertools.count(1)
+
+
+@asynccontextmanager
+async def ground(postgres: Database, nest: Nursery, top: Path) -> AsyncIterator[Ground]:
+    number = next(_numbers)
+    name = f"test_sharing_{top.name}_{number}".replace("-", "_").lower()
+    admin = await connect(postgres)
+    await admin.execute(f'CREATE DATABASE "{name}"')
+    directory = top / str(number)
+    (directory / "diaries").mkdir(parents=True)
+    try:
+        yield Ground(nest, {**postgres, "DB_NAME": name}, directory)
+    finally:
+        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await admin.close()
+
+
+async def end(copies: Iterable[Copy], number: int = signal.SIGKILL) -> None:
+    await asyncio.gather(*(copy.stop(number) for copy in copies if copy.process is not None))

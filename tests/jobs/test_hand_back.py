@@ -1,0 +1,225 @@
+"""A copy that is asked to stop hands its jobs back; they go on elsewhere, where they were."""
+
+import asyncio
+import itertools
+import random
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from tests.jobs.fleet import Span, overlaps
+from tests.jobs.ground import Database, Ground, end, ground
+from tests.jobs.nursery import Nursery, nursery
+from tests.processes import Copy
+from tests.system.sizes import size, tell
+
+ROUNDS = size(small=2, full=10)
+# The promise is a second; a machine that is busy with other tests gets another.
+HAND_BACK_SECONDS = size(small=2, full=1)
+STOP_SECONDS = 3
+STUBBORN_SECONDS = 6.5
+
+# Runs of a job follow each other: how one ended, and how long after that the next began.
+HISTORY = """
+SELECT outcome, extract(epoch FROM lead(started_at) OVER (PARTITION BY job ORDER BY id) - ended_at)
+       ::float8
+FROM job_runs
+"""
+
+HELD = "SELECT name FROM jobs WHERE holder IS NOT NULL"
+
+
+@pytest.fixture(scope="module")
+async def nest() -> AsyncIterator[Nursery]:
+    async with nursery() as running_nursery:
+        yield running_nursery
+
+
+async def serve(where: Ground, count: int, env: dict[str, str]) -> list[Copy]:
+    """Start copies whose jobs last for ever; wait until all jobs run."""
+    env = {"FLEET_SECONDS": "3600", "JOB_SETTLING_SECONDS": "2", **env}
+    copies = where.copies(count, env)
+    for copy in copies:
+        await copy.launch()
+    await asyncio.gather(*(copy.ready() for copy in copies))
+    await where.until(int(env["FLEET_JOBS"]))
+    return copies
+
+
+def gaps(spans: list[Span]) -> list[float]:
+    """Return how long after the last line of a run the next run of its job began."""
+    found = []
+    for _, runs in itertools.groupby(sorted(spans, key=_job_and_begin), lambda run: run.job):
+        found += [after.begin - before.end for before, after in itertools.pairwise(runs)]
+    return sorted(found)
+
+
+def not_resumed(spans: list[Span]) -> list[tuple[str, int, object]]:
+    """Return the runs that did not go on from the last checkpoint of their job."""
+    wrong = []
+    reached: dict[str, tuple[int, int]] = {}
+    for span in spans:
+        first = span.lines[0]
+        if "resumed" not in first:
+            continue
+        lowest, highest = reached.get(span.job, (0, 0))
+        step = (first["resumed"] or {"step": 0})["step"]
+        # A run may be told to stop after its checkpoint is written and before it says so.
+        if not lowest <= step <= highest:
+            wrong.append((span.job, span.fence, first["resumed"]))
+        steps = [line["step"] for line in span.lines if line["what"] == "checkpoint"]
+        ticks = [line["step"] for line in span.lines if line["what"] == "tick"]
+        reached[span.job] = (max([step, *steps]), max([step, *(tick + 1 for tick in ticks)]))
+    return wrong
+
+
+def _job_and_begin(span: Span) -> tuple[str, float]:
+    return span.job, span.begin
+
+
+def figures(name: str, seconds: list[float]) -> str:
+    ordered = sorted(seconds)
+    return (
+        f"{name} p50 {ordered[len(ordered) // 2]:.2f} s, p99 "
+        f"{ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]:.2f} s, max {ordered[-1]:.2f} s"
+    )
+
+
+async def test_a_rolling_restart_loses_nothing(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """Copy after copy is restarted under its jobs: none overlaps, is lost, or waits for long."""
+    stops: list[float] = []
+    codes: list[int] = []
+    async with ground(postgres, nest, tmp_path) as where:
+        copies = await serve(where, 5, {"FLEET_JOBS": "10", "FLEET_KIND": "paced,thread"})
+        try:
+            for _ in range(ROUNDS):
+                for copy in copies:
+                    await asyncio.sleep(random.uniform(0, 0.7))
+                    asked = monotonic()
+                    codes.append(await copy.stop(signal.SIGTERM))
+                    stops.append(monotonic() - asked)
+                    await copy.launch()
+                    await copy.ready()
+            await asyncio.sleep(HAND_BACK_SECONDS)
+            history = await where.rows(HISTORY)
+            held = await where.column(HELD)
+        finally:
+            await end(copies)
+        spans = where.spans()
+    waits = [wait for outcome, wait in history if outcome is not None and wait is not None]
+    outcomes = [outcome for outcome, _ in history]
+    tell(
+        f"{len(stops)} restarts, {len(spans)} runs; {figures('stop', stops)}; "
+        f"{figures('last line to next start', gaps(spans))}; "
+        f"{figures('end to next start in the history', waits)}"
+    )
+    assert set(codes) == {0}
+    assert overlaps(spans) == []
+    assert {outcome: outcomes.count(outcome) for outcome in set(outcomes)} == {
+        "interrupted": len(spans) - 10,
+        None: 10,
+    }
+    assert len(held) == 10
+    assert len(spans) > 10
+    assert not_resumed(spans) == []
+    assert gaps(spans)[-1] <= HAND_BACK_SECONDS
+    assert max(waits) <= HAND_BACK_SECONDS
+
+
+async def test_all_copies_are_stopped_at_once(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """All end soon, all jobs are free, and the next start goes on where they were."""
+    async with ground(postgres, nest, tmp_path) as where:
+        copies = await serve(where, 5, {"FLEET_JOBS": "10"})
+        try:
+            await asyncio.sleep(1)
+            asked = monotonic()
+            codes = await asyncio.gather(*(copy.stop(signal.SIGTERM) for copy in copies))
+            took = monotonic() - asked
+            history = await where.rows(HISTORY)
+            held = await where.column(HELD)
+            for copy in copies:
+                await copy.launch()
+            spans = await where.until(10, monotonic())
+        finally:
+            await end(copies)
+        spans = where.spans()
+    tell(f"all had ended {took:.2f} s after the signal")
+    assert codes == [0] * 5
+    assert took < STOP_SECONDS
+    assert held == []
+    assert {outcome for outcome, _ in history} == {"interrupted"}
+    assert overlaps(spans) == []
+    assert not_resumed(spans) == []
+    assert all(span.lines[0]["resumed"] for span in spans[-10:])
+
+
+async def test_without_the_hand_back_jobs_wait_for_the_lease(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """The control: a copy that ends without a word leaves its jobs until their leases run out."""
+    env = {
+        "FLEET_JOBS": "4",
+        "FLEET_UNGUARDED": "hand-back",
+        "JOB_LEASE_SECONDS": "4",
+        "JOB_HEARTBEAT_SECONDS": "0.5",
+    }
+    async with ground(postgres, nest, tmp_path) as where:
+        copies = await serve(where, 2, env)
+        try:
+            await copies[0].stop(signal.SIGTERM)
+            await where.until(6)
+            history = await where.rows(HISTORY)
+        finally:
+            await end(copies)
+        spans = where.spans()
+    tell(figures("last line to next start", gaps(spans)))
+    assert [outcome for outcome, _ in history if outcome is not None] == ["lost"] * 2
+    assert gaps(spans)[-1] > HAND_BACK_SECONDS
+
+
+async def stop_stubborn(where: Ground, env: dict[str, str]) -> tuple[int, float, list[Span]]:
+    """Stop one of two copies whose jobs can't be stopped, while a client keeps it waiting."""
+    copies = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "stubborn", **env})
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", copies[0].port)
+        head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
+        await writer.drain()
+        asked = monotonic()
+        code = await copies[0].stop(signal.SIGTERM, within_seconds=20)
+        took = monotonic() - asked
+        writer.close()
+        await where.until(6)
+        return code, took, where.spans()
+    finally:
+        await end(copies)
+
+
+async def test_a_thread_that_never_ends(postgres: Database, nest: Nursery, tmp_path: Path) -> None:
+    """Its process is ended, and its jobs start elsewhere after that.
+
+    If a run counted as ended when it was told to stop, they would start before.
+    """
+    async with (
+        ground(postgres, nest, tmp_path) as where,
+        ground(postgres, nest, tmp_path) as unguarded,
+    ):
+        (code, took, spans), control = await asyncio.gather(
+            stop_stubborn(where, {}), stop_stubborn(unguarded, {"FLEET_UNGUARDED": "threads"})
+        )
+        history = await where.rows(HISTORY)
+    tell(
+        f"exit code {code} after {took:.2f} s, {figures('last line to next start', gaps(spans))}; "
+        f"control: overlaps {len(overlaps(control[2]))}, exit code {control[0]}"
+    )
+    assert took < STUBBORN_SECONDS
+    assert overlaps(spans) == []
+    assert [outcome for outcome, _ in history if outcome is not None] == ["interrupted"] * 2
+    assert overlaps(control[2]) != []

@@ -1,0 +1,335 @@
+"""The network between a copy and PostgreSQL falls silent, or a job leaves no time for it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import asyncpg
+
+from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.proxy import Proxy
+from tests.processes import Copy, connect, running
+from tests.system.sizes import size, tell
+from tests.system.test_outage import Probes
+
+LEASE_SECONDS = size(small=3, full=6)
+ROUNDS = size(small=2, full=15)
+BLOCKING_SECONDS = size(small=8, full=20)
+# Past every lease of the copy, and late enough for others to have taken its jobs.
+SILENT_SECONDS = LEASE_SECONDS + 3
+TAKES_PART_SECONDS = 30
+
+# A lease that was over and is renewed, told by PostgreSQL itself.
+WATCH_LEASES = """
+CREATE TABLE revived (job text, fence bigint);
+CREATE FUNCTION note_revival() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO revived VALUES (new.name, new.fence);
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER revival AFTER UPDATE ON jobs FOR EACH ROW
+WHEN (new.fence = old.fence AND new.lease_until > old.lease_until
+      AND old.lease_until < clock_timestamp() - interval '0.1 s')
+EXECUTE FUNCTION note_revival();
+"""
+
+_numbers = count(1)
+
+
+async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_path: Path) -> None:
+    """A copy whose network is frozen stops its jobs in time, lives on, and takes part again."""
+    copies, jobs = size(small=3, full=5), size(small=6, full=10)
+    rounds: list[tuple[str, float, float, float, float]] = []
+    lives = set()
+    async with AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(
+            _fleet(
+                database,
+                tmp_path,
+                copies,
+                FLEET_JOBS=str(jobs),
+                FLEET_KIND="quiet,thread,paced,thread-writes",
+                FLEET_SECONDS="8",
+                FLEET_EVERY="1",
+            )
+        )
+        connection = await connect(database)
+        stack.push_async_callback(connection.close)
+        await connection.execute(WATCH_LEASES)
+        await _wait_for(connection, "SELECT count(*) = $1 FROM jobs WHERE holder IS NOT NULL", jobs)
+        for number in range(ROUNDS):
+            copy, proxy = fleet[number % copies]
+            await _blink(proxy)
+            await _wait_for(connection, HAS_RUNS_AHEAD, copy.name, 4.0)
+            async with Probes([copy.url]) as probes:
+                frozen = monotonic()
+                proxy.freeze()
+                unready = await probes.until(ready=False)
+                await asyncio.sleep(frozen + SILENT_SECONDS - monotonic())
+                healed_at = await connection.fetchval("SELECT clock_timestamp()")
+                healed = monotonic()
+                proxy.heal()
+                await probes.until(ready=True)
+                await _wait_for(connection, HAS_STARTED, copy.name, healed_at)
+            lives |= {sample.status for sample in probes.samples if sample.path == "/livez"}
+            rounds.append((copy.name, frozen, unready - frozen, healed, monotonic() - healed))
+        alive = [copy.process is not None and copy.process.returncode for copy, _ in fleet]
+        outcomes = await _outcomes(connection)
+        revived = await connection.fetch("SELECT * FROM revived")
+        paused = await connection.fetch("SELECT name FROM jobs WHERE paused_at IS NOT NULL")
+    spans = read_diaries(tmp_path)
+    moves = [move for name, frozen, *_ in rounds for move in _moves(spans, name, frozen)]
+    margins = [after.begin - before.end for before, after in moves]
+    stops = [
+        before.end - frozen
+        for name, frozen, *_ in rounds
+        for before, _ in _moves(spans, name, frozen)
+    ]
+    again = [
+        min(span.begin for span in spans if span.server == name and span.begin > healed) - healed
+        for name, _, _, healed, _ in rounds
+    ]
+    tell(
+        f"{ROUNDS} frozen networks of {SILENT_SECONDS} s, lease {LEASE_SECONDS} s: "
+        f"{len(moves)} runs stopped {min(stops):.2f} to {max(stops):.2f} s after the freeze and "
+        f"began elsewhere {min(margins):.2f} to {max(margins):.2f} s after their last line; "
+        f"not ready after {max(unready for _, _, unready, _, _ in rounds):.2f} s at most; "
+        f"a new run {min(again):.2f} to {max(again):.2f} s after the healing; {outcomes}"
+    )
+    assert overlaps(spans) == []
+    assert len(moves) >= ROUNDS
+    assert all(before.ended for before, _ in moves)  # it could say good-bye: it was not killed
+    assert alive == [None] * copies
+    assert lives == {200}
+    assert revived == []
+    assert paused == []
+    assert set(outcomes) <= {"succeeded", "interrupted", "lost"}
+
+
+async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_path: Path) -> None:
+    """The control: runs that nobody tells that their lease is over are still there."""
+    async with _fleet(
+        database,
+        tmp_path,
+        2,
+        FLEET_JOBS="2",
+        FLEET_KIND="quiet",
+        FLEET_SECONDS="30",
+        FLEET_UNGUARDED="dead-man",
+    ) as fleet:
+        connection = await connect(database)
+        await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")
+        copy, proxy = fleet[0]
+        proxy.freeze()
+        await _wait_for(
+            connection, "SELECT bool_and(server <> $1 AND fence > 0) FROM jobs", copy.name
+        )
+        await asyncio.sleep(1)
+        await connection.close()
+    assert overlaps(read_diaries(tmp_path)) != []
+
+
+async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: Path) -> None:
+    """What arrives when a network heals neither revives a lease nor starts a run."""
+    async with _databases(postgres, 3) as databases:
+        guarded, unguarded, unheard = await asyncio.gather(
+            _revivals(databases[0], tmp_path / "1"),
+            _revivals(databases[1], tmp_path / "2", FLEET_UNGUARDED="expiry"),
+            _unheard_claims(databases[2], tmp_path / "3"),
+        )
+    tell(f"claims whose answer came late and that started nothing: {unheard}")
+    assert guarded == []
+    assert unguarded != []
+    assert unheard > 0
+
+
+async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path: Path) -> None:
+    """A job that sleeps or computes in the event loop keeps its lease, and its copy lives."""
+    async with _fleet(
+        database,
+        tmp_path,
+        2,
+        FLEET_JOBS="4",
+        FLEET_KIND="sleep,spin",
+        FLEET_SECONDS=str(BLOCKING_SECONDS),
+        # A second round follows, with claims that were sent before a run blocked the loop.
+        FLEET_EVERY=str(2 * BLOCKING_SECONDS - 1),
+    ) as fleet:
+        connection = await connect(database)
+        await _wait_for(
+            connection,
+            "SELECT count(*) >= 6 FROM job_runs WHERE outcome = 'succeeded'",
+            within_seconds=8 * BLOCKING_SECONDS,
+        )
+        alive = [copy.process is not None and copy.process.returncode for copy, _ in fleet]
+        rows = await connection.fetch("SELECT job, fence, outcome FROM job_runs")
+        await connection.close()
+    outcomes = {(row["job"], row["fence"]): row["outcome"] for row in rows}
+    spans = read_diaries(tmp_path)
+    ended = [span for span in spans if span.ended and outcomes[span.job, span.fence] is not None]
+    tell(
+        f"{len(ended)} runs that blocked for {BLOCKING_SECONDS} s, lease {LEASE_SECONDS} s; "
+        f"outcomes {sorted(map(str, outcomes.values()))}"
+    )
+    assert alive == [None, None]
+    assert overlaps(spans) == []
+    assert {span.job for span in ended} == {"job-01", "job-02", "job-03", "job-04"}
+    assert {outcomes[span.job, span.fence] for span in ended} == {"succeeded"}
+
+
+# Runs that will not end by themselves within so many seconds of an 8 s run.
+HAS_RUNS_AHEAD = """
+SELECT count(*) > 0 FROM jobs
+WHERE server = $1 AND started_at > clock_timestamp() - make_interval(secs => $2)
+"""
+
+HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_at > $2"
+
+
+@asynccontextmanager
+async def _fleet(
+    database: dict[str, str], directory: Path, copies: int, **env: str
+) -> AsyncIterator[list[tuple[Copy, Proxy]]]:
+    """Run copies that reach their database through a proxy each."""
+    directory.mkdir(exist_ok=True)
+    settings = {
+        "FLEET_DIARY": str(directory),
+        "JOB_LEASE_SECONDS": str(LEASE_SECONDS),
+        "JOB_HEARTBEAT_SECONDS": str(LEASE_SECONDS / 3),
+        "JOB_SETTLING_SECONDS": "2",
+        **env,
+    }
+    async with AsyncExitStack() as stack:
+        fleet = []
+        for number in range(1, copies + 1):
+            proxy = await stack.enter_async_context(Proxy(database))
+            copy = Copy(
+                proxy.environment(),
+                f"app{number}",
+                log=directory.with_suffix(".log"),
+                program=("-m", "tests.jobs.fleet"),
+                **settings,
+            )
+            fleet.append((copy, proxy))
+        await stack.enter_async_context(running([copy for copy, _ in fleet]))
+        yield fleet
+
+
+@asynccontextmanager
+async def _databases(postgres: dict[str, str], number: int) -> AsyncIterator[list[dict[str, str]]]:
+    admin = await connect(postgres)
+    names = [f"network_{next(_numbers)}" for _ in range(number)]
+    try:
+        for name in names:
+            await admin.execute(f'CREATE DATABASE "{name}"')
+        yield [{**postgres, "DB_NAME": name} for name in names]
+    finally:
+        for name in names:
+            await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        await admin.close()
+
+
+async def _revivals(database: dict[str, str], directory: Path, **env: str) -> list[Any]:
+    """Freeze the only copy for longer than its lease; return the leases that were revived."""
+    async with _fleet(
+        database, directory, 1, FLEET_JOBS="2", FLEET_KIND="quiet", FLEET_SECONDS="30", **env
+    ) as [(copy, proxy)]:
+        connection = await connect(database)
+        await connection.execute(WATCH_LEASES)
+        await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")
+        await asyncio.sleep(1)
+        proxy.freeze()
+        await _wait_for(connection, "SELECT bool_and(lease_until < clock_timestamp()) FROM jobs")
+        await asyncio.sleep(1)
+        assert proxy.held() > 0
+        proxy.heal()
+        # It takes its jobs again, as new runs.
+        await _wait_for(
+            connection, "SELECT bool_and(fence > 1 AND lease_until > clock_timestamp()) FROM jobs"
+        )
+        assert copy.process is not None
+        assert copy.process.returncode is None
+        revived = await connection.fetch("SELECT * FROM revived")
+        await connection.close()
+    assert overlaps(read_diaries(directory)) == []
+    return revived
+
+
+async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
+    """Hold back answers for longer than a lease; return how many claims started nothing."""
+    async with _fleet(
+        database,
+        directory,
+        1,
+        FLEET_JOBS="10",
+        FLEET_KIND="quiet",
+        FLEET_SECONDS="0.1",
+        FLEET_EVERY="1",
+        # A look at the jobs is waited for for 2.5 s: longer than this lease.
+        JOB_LEASE_SECONDS="1.5",
+        JOB_HEARTBEAT_SECONDS="0.5",
+    ) as [(copy, proxy)]:
+        connection = await connect(database)
+        for _ in range(size(small=3, full=20)):
+            began = await connection.fetchval("SELECT clock_timestamp()")
+            await _wait_for(connection, HAS_STARTED, copy.name, began)
+            proxy.hold_answers()
+            await asyncio.sleep(2)
+            proxy.heal()
+            await asyncio.sleep(1)
+        assert copy.process is not None
+        assert copy.process.returncode is None
+        rows = await connection.fetch("SELECT job, fence FROM job_runs WHERE fence IS NOT NULL")
+        await connection.close()
+        await copy.stop()
+    spans = read_diaries(directory)
+    assert overlaps(spans) == []
+    return len({(row["job"], row["fence"]) for row in rows} - {(s.job, s.fence) for s in spans})
+
+
+async def _blink(proxy: Proxy) -> None:
+    """Freeze a network for a moment that no lease is lost in."""
+    proxy.freeze()
+    await asyncio.sleep(LEASE_SECONDS / 6)
+    proxy.heal()
+
+
+def _moves(spans: Sequence[Span], name: str, frozen: float) -> list[tuple[Span, Span]]:
+    """Return the runs that a copy had when it was frozen, each with the one that came after it."""
+    return [
+        (before, after)
+        for before in spans
+        if before.server == name and before.begin < frozen <= before.end
+        for after in [min(_later(spans, before), key=lambda span: span.begin, default=None)]
+        if after is not None and after.server != name
+    ]
+
+
+def _later(spans: Sequence[Span], before: Span) -> list[Span]:
+    return [span for span in spans if span.job == before.job and span.fence > before.fence]
+
+
+async def _wait_for(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    condition: str,
+    *arguments: object,
+    within_seconds: float = TAKES_PART_SECONDS,
+) -> None:
+    async with asyncio.timeout(within_seconds):
+        while True:
+            if await connection.fetchval(condition, *arguments):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def _outcomes(connection: "asyncpg.Connection[asyncpg.Record]") -> dict[str, int]:
+    rows = await connection.fetch(
+        "SELECT outcome, count(*) FROM job_runs"
+        " WHERE outcome IS NOT NULL AND outcome <> 'skipped' GROUP BY outcome"
+    )
+    return {row["outcome"]: row["count"] for row in rows}

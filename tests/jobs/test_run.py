@@ -1,0 +1,621 @@
+"""What a job gets: progress, checkpoints, and writes that count only under its lease."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic
+from typing import Any, TypeVar
+
+import asyncpg
+import pytest
+
+from balance_app.errors import DatabaseAway
+from balance_app.jobs import repository, run as running
+from balance_app.jobs.repository import Progress
+from balance_app.jobs.run import (
+    CHECKPOINT_BYTES,
+    CheckpointError,
+    LeaseLostError,
+    Run,
+    RunStoppedError,
+    ThreadRun,
+)
+from tests.jobs.support import Copy, Ground, on, until
+
+Result = TypeVar("Result")
+
+NOTE = "INSERT INTO notes VALUES ($1)"
+
+
+@pytest.fixture(scope="module")
+async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres, job_lease_seconds=6) as ground:
+        await ground.eye.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
+        yield ground
+
+
+@pytest.fixture
+async def ground(land: Ground) -> AsyncIterator[Ground]:
+    await land.forget()
+    await land.eye.execute("TRUNCATE notes")
+    yield land
+    await land.close()
+
+
+@pytest.fixture
+async def copy(ground: Ground) -> Copy:
+    copy = ground.copy()
+    await copy.declare("moon")
+    return copy
+
+
+@pytest.fixture
+async def run(copy: Copy) -> Run:
+    return copy.run(await copy.claim())
+
+
+async def notes(ground: Ground) -> list[str]:
+    return [row["what"] for row in await ground.eye.fetch("SELECT what FROM notes ORDER BY 1")]
+
+
+async def take_over(ground: Ground) -> None:
+    """Let another copy have the job."""
+    other = ground.copy("other")
+    await other.declare("moon")
+    await ground.expire("moon")
+    await other.claim()
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+PROGRESS = {
+    (3, 10, "three"): Progress(3, 10, "three"),
+    (3, None, ""): Progress(3, None, ""),
+    (-1, -10, ""): Progress(0, 0, ""),
+    (2.9, 10.1, ""): Progress(2, 10, ""),
+    (True, False, ""): Progress(1, 0, ""),
+    (10**30, 2**63, ""): Progress(2**53, 2**53, ""),
+    (11, 10, ""): Progress(11, 10, ""),
+    (1, 2, "a\0b\ud800c\udfff"): Progress(1, 2, "ab?c?"),
+    (1, 2, "\U0001f319" * 600): Progress(1, 2, "\U0001f319" * 500),
+    (1, 2, "'; DROP TABLE jobs; --"): Progress(1, 2, "'; DROP TABLE jobs; --"),
+}
+
+
+async def test_progress_is_written_with_the_next_heartbeat(
+    ground: Ground, copy: Copy, run: Run
+) -> None:
+    """Whatever a job says of its progress is made fit, and can't spoil a heartbeat."""
+    assert run.lease is not None
+    for said, expected in PROGRESS.items():
+        run.progress(*said)
+        assert run.lease.progress == expected
+        assert copy.known is not None
+        beat = repository.Beat("moon", 1, run.lease.progress)
+        _, (pulse,) = await repository.heartbeat(
+            ground.eye, copy.me, copy.lease, copy.known, [beat]
+        )
+        assert pulse.renewed
+        row = await ground.row("moon")
+        assert (row["done"], row["total"], row["note"]) == expected
+
+
+@pytest.mark.parametrize(
+    "said",
+    [("three",), (float("nan"),), (float("inf"),), (None,), (1, "ten"), (1, 2, None), (1, 2, b"x")],
+)
+async def test_progress_that_is_none_fails_the_job_alone(run: Run, said: Any) -> None:
+    """What can't be progress is the function's error at once, and the last progress stays."""
+    run.progress(1, 2, "good")
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        run.progress(*said)
+    assert run.lease is not None
+    assert run.lease.progress == Progress(1, 2, "good")
+
+
+async def test_pace_follows_the_progress(copy: Copy) -> None:
+    """A run sleeps until as much of its time is over as it has done of its work, and no longer."""
+    run = copy.run(await copy.claim(), min_seconds=1)
+    started = monotonic()
+    for done, total in ((0, 10), (5, None), (5, 0)):
+        run.progress(done, total)
+        await run.pace()
+    assert monotonic() - started < 0.5
+    run.progress(6, 10)
+    await run.pace()
+    assert monotonic() - started >= 0.55
+    run.progress(99, 10)
+    await run.pace()
+    assert 0.95 <= monotonic() - started < 30
+    run.lease = None
+    await run.pace()
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+STATES = [
+    {"done": 3, "of": [1, 2.5, None, True, "\u00e9\U0001f319"], "": {}},
+    [],
+    "text",
+    0,
+    2**64,
+    -1.5e-300,
+    10**4000,
+    "\\u0000",  # six characters, none of them a NUL
+    "\x01\x1f\x7f\"\\",
+    ["x" * (CHECKPOINT_BYTES - 4)],
+    {"1": [[[[[[[[[[]]]]]]]]]]},
+]
+
+
+@pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
+async def test_a_checkpoint_comes_back(ground: Ground, copy: Copy, run: Run, state: Any) -> None:
+    """The next owner goes on from what the last one wrote, once it is lost."""
+    assert run.resumed is None
+    await run.checkpoint("an older one")
+    await run.checkpoint(state)
+    await ground.expire("moon")
+    assert copy.run(await copy.claim()).resumed == state
+
+
+async def test_none_forgets_a_checkpoint(ground: Ground, copy: Copy, run: Run) -> None:
+    """A run may begin anew by itself."""
+    await run.checkpoint([1])
+    await run.checkpoint(None)
+    await ground.expire("moon")
+    assert copy.run(await copy.claim()).resumed is None
+
+
+def nested(depth: int) -> list[Any]:
+    state: list[Any] = []
+    for _ in range(depth):
+        state = [state]
+    return state
+
+
+BAD_STATES: dict[str, Any] = {
+    "a byte too many": ["x" * (CHECKPOINT_BYTES - 3)],
+    "characters of four bytes": "\U0001f319" * (CHECKPOINT_BYTES // 4),
+    "a NUL": "a\0b",
+    "a NUL after a backslash": "\\\0",
+    "a NUL in a key": {"a\0": 1},
+    "a surrogate": "\ud800",
+    "a surrogate in a key": {"\ud800": 1},
+    "not a number": float("nan"),
+    "infinity": [float("inf")],
+    "an object": object(),
+    "a function": nested,
+    "bytes that are no text": b"\xff",
+    "deeper than can be written": nested(300),
+    "deeper than can be read": nested(230),
+    "a number longer than can be read": 10**4400,
+}
+
+
+@pytest.mark.parametrize("what", BAD_STATES)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_a_checkpoint_that_cannot_be_is_refused(
+    ground: Ground, copy: Copy, run: Run, what: str, *, inside: bool
+) -> None:
+    """What JSON or PostgreSQL can't hold, or nobody could read, fails the function at once."""
+    await run.checkpoint({"good": True})
+    if inside:
+        with pytest.raises(CheckpointError):
+            async with run.transaction() as connection:
+                await connection.execute(NOTE, "moon")
+                await run.checkpoint(BAD_STATES[what])
+        assert await notes(ground) == []
+    else:
+        with pytest.raises(CheckpointError):
+            await run.checkpoint(BAD_STATES[what])
+    await ground.expire("moon")
+    assert copy.run(await copy.claim()).resumed == {"good": True}
+
+
+async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
+    """A circle has no end in JSON."""
+    state: list[Any] = []
+    state.append(state)
+    with pytest.raises(CheckpointError, match="must be JSON"):
+        await run.checkpoint(state)
+
+
+async def test_the_refusal_names_the_size(run: Run) -> None:
+    """The limit and the size are told."""
+    with pytest.raises(CheckpointError, match=f"at most {CHECKPOINT_BYTES} .* has 9002 bytes"):
+        await run.checkpoint("x" * 9000)
+
+
+async def test_a_checkpoint_after_the_lease_is_refused(ground: Ground, run: Run) -> None:
+    """A run that was taken over leaves the new owner's state alone."""
+    await run.checkpoint([1])
+    await take_over(ground)
+    with pytest.raises(LeaseLostError, match="moon has lost its lease"):
+        await run.checkpoint([2])
+    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+
+
+async def test_a_checkpoint_inside_is_written_with_the_transaction(
+    ground: Ground, copy: Copy, run: Run
+) -> None:
+    """Both are written or neither is; of several in one transaction the last counts."""
+    await run.checkpoint("before")
+    with pytest.raises(ZeroDivisionError):
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "rolled back")
+            await run.checkpoint("rolled back")
+            raise ZeroDivisionError
+    assert (await ground.row("moon"))["checkpoint"] == '"before"'
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "written")
+        await run.checkpoint("first")
+        await run.checkpoint({"second": "'; --"})
+        assert (await ground.row("moon"))["checkpoint"] == '"before"'
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "written without")
+    assert await notes(ground) == ["written", "written without"]
+    await ground.expire("moon")
+    assert copy.run(await copy.claim()).resumed == {"second": "'; --"}
+
+
+async def test_none_inside_forgets_too(ground: Ground, run: Run) -> None:
+    """The last step of a job may forget its state with its effect."""
+    await run.checkpoint([1])
+    async with run.transaction():
+        await run.checkpoint(None)
+    assert (await ground.row("moon"))["checkpoint"] == "null"
+
+
+# -- transactions ----------------------------------------------------------------------------------
+
+
+async def test_a_transaction_takes_effect_at_its_end(ground: Ground, run: Run) -> None:
+    """Nobody sees it before, and it locks nothing of the job before."""
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "moon")
+        assert await notes(ground) == []
+        async with ground.eye.transaction():
+            await ground.eye.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE NOWAIT")
+    assert await notes(ground) == ["moon"]
+
+
+async def test_a_run_that_was_taken_over_commits_nothing(ground: Ground, run: Run) -> None:
+    """The lease is checked at the end (J6): what was written in between is not."""
+    await run.checkpoint([1])
+    with pytest.raises(LeaseLostError, match="moon has lost its lease") as refusal:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "too late")
+            await run.checkpoint([2])
+            await take_over(ground)
+    assert isinstance(refusal.value.__cause__, asyncpg.PostgresError)
+    assert await notes(ground) == []
+    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+
+
+async def test_without_the_check_it_would(
+    ground: Ground, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: with a plain commit, what a stale run writes takes effect."""
+    monkeypatch.setattr(running, "COMMIT", "COMMIT")
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "too late")
+        await take_over(ground)
+    assert await notes(ground) == ["too late"]
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken over", "expired"])
+async def test_a_run_that_has_lost_its_lease_begins_nothing(
+    ground: Ground, run: Run, *, taken: bool
+) -> None:
+    """The body is not even entered."""
+    await (take_over(ground) if taken else ground.expire("moon"))
+    entered = False
+    with pytest.raises(LeaseLostError):
+        async with run.transaction():
+            entered = True
+    assert not entered
+
+
+async def test_an_error_rolls_back(ground: Ground, run: Run) -> None:
+    """Errors of the function or of a statement come through as they are; the run may go on."""
+    with pytest.raises(ZeroDivisionError):
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "moon")
+            raise ZeroDivisionError
+    with pytest.raises(asyncpg.UniqueViolationError) as error:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "sun")
+            await connection.execute(NOTE, "sun")
+    assert error.value.__cause__ is not error.value
+    with pytest.raises(asyncpg.InFailedSQLTransactionError) as failed:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "mars")
+            with suppress(asyncpg.PostgresError):
+                await connection.execute("SELECT 1 / 0")
+    assert failed.value.__cause__ is not failed.value
+    assert await notes(ground) == []
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "at last")
+    assert await notes(ground) == ["at last"]
+
+
+async def test_a_constraint_that_is_checked_at_the_commit(ground: Ground, run: Run) -> None:
+    """What the commit itself refuses is the statement's fault, and nothing is written."""
+    await run.checkpoint([1])
+    with pytest.raises(asyncpg.UniqueViolationError):
+        async with run.transaction() as connection:
+            await connection.execute("SET CONSTRAINTS ALL DEFERRED")
+            await connection.execute(NOTE, "sun")
+            await connection.execute(NOTE, "sun")
+            await run.checkpoint([2])
+    assert await notes(ground) == []
+    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("of the function"), TimeoutError("of the function"), ConnectionError()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_error_of_something_else_is_no_outage(
+    ground: Ground, run: Run, error: OSError
+) -> None:
+    """A file that is missing is not a database that is away: the run fails, and is not repeated."""
+    with pytest.raises(type(error)) as raised:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "moon")
+            raise error
+    assert raised.value is error
+    assert error.__cause__ is None
+    assert await notes(ground) == []
+
+
+async def test_a_connection_used_wrongly_is_no_outage(run: Run) -> None:
+    """Two statements at once on one connection are the function's error."""
+    with pytest.raises(asyncpg.InterfaceError, match="another operation"):
+        async with run.transaction() as connection:
+            await asyncio.gather(connection.execute("SELECT pg_sleep(0.2)"), connection.fetch("SELECT"))
+
+
+async def test_cancelling_rolls_back(ground: Ground, run: Run) -> None:
+    """A run that is stopped in a statement, or between two, leaves nothing, and no lock."""
+    for statement in ("SELECT pg_sleep(60)", None):
+        inside = asyncio.Event()
+
+        async def write(inside: asyncio.Event, statement: str | None) -> None:
+            async with run.transaction() as connection:
+                await connection.execute(NOTE, "moon")
+                inside.set()
+                if statement:
+                    await connection.execute(statement)
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(write(inside, statement))
+        await inside.wait()
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await notes(ground) == []
+        async with asyncio.timeout(10):
+            await ground.eye.execute(NOTE, "moon")
+        await ground.eye.execute("TRUNCATE notes")
+
+
+async def test_a_run_has_one_transaction_at_a_time(ground: Ground, run: Run) -> None:
+    """A second one, inside the first or beside it, is refused; the first is not harmed."""
+    async with run.transaction() as connection:
+        with pytest.raises(RuntimeError, match="moon has a transaction open already"):
+            async with run.transaction():
+                pass
+        await connection.execute(NOTE, "first")
+    assert await notes(ground) == ["first"]
+
+    async def write(what: str) -> None:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, what)
+
+    results = await asyncio.gather(write("second"), write("third"), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["NoneType", "RuntimeError"]
+    assert len(await notes(ground)) == 2
+    await write("again")
+
+
+@pytest.mark.parametrize("when", ["in a statement", "between statements", "before the commit"])
+async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, when: str) -> None:
+    """The function learns that the database went away, and may be run again; nothing is written."""
+    with pytest.raises(DatabaseAway) as away:
+        async with run.transaction() as connection:
+            await connection.execute(NOTE, "moon")
+            pid = await connection.fetchval("SELECT pg_backend_pid()")
+            if when == "in a statement":
+                waiting = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+                await asyncio.sleep(0.1)
+            await ground.eye.execute("SELECT pg_terminate_backend($1, 5000)", pid)
+            if when == "in a statement":
+                await waiting
+            elif when == "between statements":
+                await connection.execute(NOTE, "sun")
+    assert away.value.detail == "The database went away in a transaction."
+    assert await notes(ground) == []
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "at last")
+    assert await notes(ground) == ["at last"]
+
+
+async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) -> None:
+    """Neither a transaction nor a checkpoint waits for ever, and both work when it is back."""
+    await ground.take_away()
+    try:
+        with pytest.raises(DatabaseAway):
+            async with run.transaction():
+                raise AssertionError("it must not begin")
+
+        async def refused() -> bool:
+            try:
+                await run.checkpoint([1])
+            except DatabaseAway:
+                return True
+            return False
+
+        await until(refused)
+    finally:
+        await ground.bring_back()
+
+    async def works() -> bool:
+        with suppress(DatabaseAway):
+            await run.checkpoint([2])
+            async with run.transaction() as connection:
+                await connection.execute(NOTE, "back")
+            return True
+        return False
+
+    await until(works)
+    assert (await ground.row("moon"))["checkpoint"] == "[2]"
+    assert await notes(ground) == ["back"]
+
+
+async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]) -> None:
+    """The server ends a transaction whose copy says nothing for as long as a lease."""
+    async with on(postgres, job_lease_seconds=1.5) as quick:
+        await quick.eye.execute("CREATE TABLE notes (what text)")
+        other = quick.copy(lease=timedelta(seconds=30))
+        await other.declare("moon")
+        run = other.run(await other.claim())
+        with pytest.raises(DatabaseAway):
+            async with run.transaction() as connection:
+                await connection.execute(NOTE, "moon")
+                await asyncio.sleep(2)
+        assert await notes(quick) == []
+
+
+# -- functions in threads --------------------------------------------------------------------------
+
+
+async def in_thread(run: Run, function: Callable[[ThreadRun], Result]) -> Result:
+    """Call a function as the scheduler does with one that is not async."""
+    facade = ThreadRun(run)
+    with ThreadPoolExecutor(1) as pool:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, facade)
+
+
+async def test_a_thread_gets_the_same(ground: Ground, copy: Copy, run: Run) -> None:
+    """Progress, checkpoints, transactions and what there is to know, called from a thread."""
+    await run.checkpoint("before")
+    await ground.expire("moon")
+    run = copy.run(await copy.claim())
+
+    def function(run: ThreadRun) -> str:
+        assert (run.name, run.fence, run.attempt, run.resumed) == ("moon", 2, 1, "before")
+        run.log.info("hello")
+        run.progress(1, 2, "half\0")
+        run.pace()
+        run.checkpoint({"done": 1})
+        with run.transaction() as connection:
+            assert connection.execute(NOTE, "moon") == "INSERT 0 1"
+            assert [row["what"] for row in connection.fetch("SELECT what FROM notes")] == ["moon"]
+            run.checkpoint({"done": 2})
+        return str(threading.current_thread() is threading.main_thread())
+
+    assert await in_thread(run, function) == "False"
+    assert run.lease is not None
+    assert run.lease.progress == Progress(1, 2, "half")
+    assert await notes(ground) == ["moon"]
+    assert (await ground.row("moon"))["checkpoint"] == '{"done": 2}'
+
+
+async def test_errors_in_a_thread_come_through(ground: Ground, run: Run) -> None:
+    """What is raised in a transaction rolls it back; a lease that is lost is told."""
+
+    def fails(run: ThreadRun) -> None:
+        with run.transaction() as connection:
+            connection.execute(NOTE, "moon")
+            raise ZeroDivisionError
+
+    def fails_in_sql(run: ThreadRun) -> None:
+        with run.transaction() as connection:
+            connection.execute(NOTE, "moon")
+            connection.execute("SELECT 1 / 0")
+
+    def checks(run: ThreadRun) -> None:
+        run.checkpoint(float("nan"))
+
+    def loses(run: ThreadRun) -> None:
+        with run.transaction() as connection:
+            connection.execute(NOTE, "moon")
+            losing.set()
+            lost.wait(10)
+
+    for function, error in {
+        fails: ZeroDivisionError,
+        fails_in_sql: asyncpg.DivisionByZeroError,
+        checks: CheckpointError,
+    }.items():
+        with pytest.raises(error):
+            await in_thread(run, function)
+    losing, lost = threading.Event(), threading.Event()
+    ending = asyncio.create_task(in_thread(run, loses))
+    await asyncio.to_thread(losing.wait, 10)
+    await take_over(ground)
+    lost.set()
+    with pytest.raises(LeaseLostError):
+        await ending
+    with pytest.raises(LeaseLostError):
+        await in_thread(run, lambda run: run.checkpoint(1))
+    assert await notes(ground) == []
+
+
+CALLS: dict[str, Callable[[ThreadRun], object]] = {
+    "progress": lambda run: run.progress(1),
+    "pace": lambda run: run.pace(),
+    "checkpoint": lambda run: run.checkpoint(1),
+    "transaction": lambda run: run.transaction().__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_thread_is_stopped_at_its_next_call(ground: Ground, run: Run, call: str) -> None:
+    """Every call raises with the reason once the run was told to stop, and does nothing."""
+    run.stopped = ("cancelled", "cancelled by ada")
+    with pytest.raises(RunStoppedError, match="cancelled by ada"):
+        await in_thread(run, CALLS[call])
+    row = await ground.row("moon")
+    assert (row["checkpoint"], run.lease and run.lease.progress.done) == (None, None)
+
+
+async def test_a_thread_is_stopped_inside_a_transaction(ground: Ground, run: Run) -> None:
+    """The next statement raises, and what was written is rolled back."""
+
+    def function(facade: ThreadRun) -> None:
+        with facade.transaction() as connection:
+            connection.execute(NOTE, "moon")
+            run.stopped = ("cancelled", "cancelled by ada")
+            connection.execute(NOTE, "sun")
+
+    with pytest.raises(RunStoppedError, match="cancelled by ada"):
+        await in_thread(run, function)
+    assert await notes(ground) == []
+    async with asyncio.timeout(10):
+        await ground.eye.execute(NOTE, "moon")
+
+
+async def test_a_thread_that_paces_itself_is_stopped_soon(copy: Copy) -> None:
+    """A thread does not sleep to the end of its pace once the run was told to stop."""
+    run = copy.run(await copy.claim(), min_seconds=60)
+
+    def function(run: ThreadRun) -> None:
+        run.progress(1, 2)
+        pacing.set()
+        run.pace()
+
+    pacing = threading.Event()
+    ending = asyncio.create_task(in_thread(run, function))
+    await asyncio.to_thread(pacing.wait, 10)
+    await asyncio.sleep(0.05)
+    assert not ending.done()
+    run.stopped = ("interrupted", "its copy was stopped")
+    with pytest.raises(RunStoppedError):
+        await asyncio.wait_for(ending, 10)

@@ -1,0 +1,858 @@
+"""How runs end and what is recorded of it, with real schedulers on a real database."""
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from datetime import datetime, timedelta
+from random import Random
+from time import monotonic
+from typing import Any, NamedTuple
+
+import asyncpg
+import pytest
+
+from balance_app.errors import DatabaseAway
+from balance_app.jobs import scheduler as scheduling
+from balance_app.jobs.controls import RUN
+from balance_app.jobs.registry import Job, job
+from balance_app.jobs.repository import LOST_LIMIT, Claimed
+from balance_app.jobs.run import LeaseLostError, Run, ThreadRun
+from balance_app.jobs.scheduler import Scheduler
+from balance_app.jobs.schedule import Every
+from tests.jobs.support import Ground, on, until
+from tests.system.sizes import size, tell
+
+HOUR = timedelta(hours=1)
+SECOND = timedelta(seconds=1)
+HEARTBEAT_SECONDS = 0.5
+
+
+@pytest.fixture(scope="module")
+async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres, job_heartbeat_seconds=HEARTBEAT_SECONDS) as ground:
+        yield ground
+
+
+@pytest.fixture
+async def ground(land: Ground) -> AsyncIterator[Ground]:
+    await land.forget()
+    yield land
+    await land.close()
+
+
+def declare(function: Callable[[Any], Any], name: str = "moon", **arguments: Any) -> Job:
+    return job(**{"name": name, "every": HOUR, **arguments})(function)
+
+
+# -- ways to end -----------------------------------------------------------------------------------
+
+
+class OddError(BaseException):
+    """Not an Exception."""
+
+
+class Odd:
+    """A thing that has no text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+class OddlySaidError(Exception):
+    """An error that has no text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+def returns(value: object) -> Callable[[Run], Any]:
+    async def function(_run: Run) -> object:
+        return value
+
+    return function
+
+
+def raises(error: BaseException) -> Callable[[Run], Any]:
+    async def function(_run: Run) -> None:
+        raise error
+
+    return function
+
+
+def raises_in_thread(error: BaseException) -> Callable[[ThreadRun], Any]:
+    def function(_run: ThreadRun) -> None:
+        raise error
+
+    return function
+
+
+async def sleeps(_run: Run) -> None:
+    await asyncio.sleep(600)
+
+
+async def swallows(_run: Run) -> str:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        return "as if nothing had happened"
+    raise AssertionError
+
+
+async def fails_when_stopped(_run: Run) -> None:
+    try:
+        await asyncio.sleep(600)
+    finally:
+        raise ValueError("while it was stopped")
+
+
+async def fails_oddly_when_stopped(_run: Run) -> None:
+    try:
+        await asyncio.sleep(600)
+    finally:
+        raise OddlySaidError
+
+
+async def cancels_itself(_run: Run) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(600)
+
+
+async def times_a_part(_run: Run) -> str:
+    try:
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(600)
+    except TimeoutError:
+        return "a part took too long"
+    raise AssertionError
+
+
+def waits_in_thread(run: ThreadRun) -> None:
+    while True:
+        run.progress(1)
+        threading.Event().wait(0.02)
+
+
+def ignores_in_thread(_run: ThreadRun) -> str:
+    threading.Event().wait(0.5)
+    return "done all the same"
+
+
+class Case(NamedTuple):
+    function: Callable[[Any], Any]
+    outcome: str
+    result: str | None
+    arguments: dict[str, Any] = {}
+
+
+TIMED = {"timeout": timedelta(seconds=0.2), "min_duration": timedelta(seconds=0.1)}
+OVER = "it lasted over 0.2 s"
+
+ENDINGS = {
+    "sentence": Case(returns("checked 3 users"), "succeeded", "checked 3 users"),
+    "nothing": Case(returns(None), "succeeded", None),
+    "empty": Case(returns(""), "succeeded", ""),
+    "number": Case(returns(7), "succeeded", "7"),
+    "odd-text": Case(returns("a\0b\ud800c"), "succeeded", "ab?c"),
+    "long-text": Case(returns("\u00e9" * 9000), "succeeded", "\u00e9" * 2000),
+    "times-a-part": Case(times_a_part, "succeeded", "a part took too long"),
+    "thread": Case(lambda run: f"{run.name} {run.fence}", "succeeded", "thread 1"),
+    "error": Case(raises(ValueError("no luck")), "failed", "ValueError: no luck"),
+    "odd-error": Case(raises(ValueError("a\0b\ud800c")), "failed", "ValueError: ab?c"),
+    "bare-error": Case(raises(KeyError()), "failed", "KeyError: "),
+    "stop-iteration": Case(
+        raises(StopIteration(1)), "failed", "RuntimeError: coroutine raised StopIteration"
+    ),
+    "no-exception": Case(raises(OddError("odd")), "failed", "OddError: odd"),
+    "generator-exit": Case(raises(GeneratorExit()), "failed", "GeneratorExit: "),
+    "cancelled-error": Case(raises(asyncio.CancelledError()), "failed", "it cancelled itself"),
+    "cancels-itself": Case(cancels_itself, "failed", "it cancelled itself"),
+    "thread-error": Case(raises_in_thread(ValueError("no luck")), "failed", "ValueError: no luck"),
+    "thread-stop-iteration": Case(
+        raises_in_thread(StopIteration(1)), "failed", "RuntimeError: StopIteration(1)"
+    ),
+    "thread-no-exception": Case(raises_in_thread(OddError("odd")), "failed", "OddError: odd"),
+    "thread-cancelled": Case(
+        raises_in_thread(asyncio.CancelledError()), "failed", "it cancelled itself"
+    ),
+    "timeout": Case(sleeps, "timed_out", OVER, TIMED),
+    "timeout-swallowed": Case(swallows, "timed_out", OVER, TIMED),
+    "timeout-error": Case(fails_when_stopped, "timed_out", OVER, TIMED),
+    "timeout-thread": Case(waits_in_thread, "timed_out", OVER, TIMED),
+    "timeout-ignored": Case(ignores_in_thread, "succeeded", "done all the same", TIMED),
+    # What has no text must not keep the job from being freed.
+    "no-text": Case(returns(Odd()), "succeeded", "a Odd without a text (ValueError)"),
+    "too-long-a-number": Case(
+        returns(10**5000), "succeeded", "a int without a text (ValueError)"
+    ),
+    "error-without-text": Case(
+        raises(OddlySaidError()),
+        "failed",
+        "OddlySaidError: a OddlySaidError without a text (ValueError)",
+    ),
+    "timeout-error-without-text": Case(fails_oddly_when_stopped, "timed_out", OVER, TIMED),
+}
+
+
+async def test_every_way_to_end_is_recorded(ground: Ground) -> None:
+    """Outcome and result say how each run ended; the job waits for its next tick."""
+    jobs = [declare(each.function, name, **each.arguments) for name, each in ENDINGS.items()]
+    async with ground.scheduler(jobs):
+        for name in ENDINGS:
+            await ground.ended(name)
+    for name, each in ENDINGS.items():
+        assert await ground.outcomes(name) == [(each.outcome, each.result)], name
+        row = await ground.row(name)
+        assert (row["last_outcome"], row["last_result"]) == (each.outcome, each.result)
+        assert (row["holder"], row["attempt"], row["checkpoint"]) == (None, 0, None)
+        assert row["due_at"] == row["ready_at"] == row["anchor_at"] + HOUR
+
+
+EXITS = {
+    "exit": raises(SystemExit(3)),
+    "interrupt": raises(KeyboardInterrupt()),
+    "thread-exit": raises_in_thread(SystemExit(3)),
+    "thread-interrupt": raises_in_thread(KeyboardInterrupt()),
+    "sys-exit": lambda _run: sys.exit("bye"),
+}
+
+
+async def test_a_job_cannot_end_its_copy(ground: Ground) -> None:
+    """What would end a program is a failure of the run; the copy goes on."""
+
+    async def copy(ground: Ground) -> None:
+        jobs = [declare(function, name) for name, function in EXITS.items()]
+        async with ground.scheduler([*jobs, declare(returns("well"), "well")]):
+            for name in [*EXITS, "well"]:
+                await ground.ended(name)
+
+    def apart() -> str:
+        """Run it in an event loop that may be ended."""
+
+        async def live() -> None:
+            async with on(ground.variables) as other:
+                await copy(other)
+                for name in EXITS:
+                    ((outcome, result),) = await other.outcomes(name)
+                    assert outcome == "failed"
+                    assert "tried to end its copy" in str(result)
+                assert await other.outcomes("well") == [("succeeded", "well")]
+
+        try:
+            asyncio.run(live())
+        except BaseException as error:  # noqa: BLE001 - the end of the loop is what is looked for
+            return repr(error)
+        return "went on"
+
+    assert await asyncio.to_thread(apart) == "went on"
+
+
+async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> None:
+    """A wish in the row ends the run, however it ends, as `cancelled`; others are left alone."""
+    functions = {
+        "sleeps": sleeps,
+        "swallows": swallows,
+        "fails": fails_when_stopped,
+        "thread": waits_in_thread,
+    }
+    jobs = [declare(function, name) for name, function in functions.items()]
+    async with ground.scheduler([*jobs, declare(sleeps, "other")]):
+        await _run_all(ground, 5)
+        started = monotonic()
+        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name <> 'other'")
+        for name in functions:
+            await ground.ended(name)
+        took = monotonic() - started
+        assert (await ground.row("other"))["holder"] is not None
+    tell(f"cancelled after {took:.2f} s")
+    assert took < HEARTBEAT_SECONDS + 5
+    for name in functions:
+        assert await ground.outcomes(name) == [("cancelled", "cancelled by ada")], name
+        row = await ground.row(name)
+        assert (row["due_at"], row["cancel_by"]) == (row["anchor_at"] + HOUR, None)
+    assert await ground.outcomes("other") == [("interrupted", "its copy was stopped")]
+
+
+async def test_a_wish_to_cancel_outlives_its_copy(ground: Ground) -> None:
+    """Who takes over a run that was to be cancelled does not begin it."""
+    lost = ground.copy("lost")
+    await lost.declare("moon")
+    await lost.claim()
+    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+    await ground.expire("moon")
+    begun = []
+    async with ground.scheduler([declare(lambda _run: begun.append(1))]):
+        await ground.ended("moon", runs=2)
+    assert begun == []
+    assert [outcome for outcome, _ in await ground.outcomes("moon")] == ["lost", "cancelled"]
+
+
+async def _run_all(ground: Ground, jobs: int) -> None:
+    """Wait until so many jobs run."""
+
+    async def look() -> bool:
+        held = await ground.eye.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
+        return bool(held == jobs)
+
+    await until(look)
+    await asyncio.sleep(0.1)
+
+
+async def test_a_copy_that_stops_hands_its_runs_back(ground: Ground) -> None:
+    """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
+
+    async def goes_on(run: Run) -> str:
+        if run.resumed is None:
+            await run.checkpoint({"done": 5})
+            await asyncio.sleep(600)
+        return f"went on from {run.resumed['done']} in attempt {run.attempt}"
+
+    functions = {
+        "goes-on": goes_on,
+        "sleeps": sleeps,
+        "swallows": swallows,
+        "fails": fails_when_stopped,
+        "thread": waits_in_thread,
+    }
+    jobs = [declare(function, name) for name, function in functions.items()]
+    async with ground.scheduler(jobs):
+        await _run_all(ground, 5)
+        stopping = monotonic()
+    took = monotonic() - stopping
+    tell(f"stopped after {took:.2f} s")
+    assert took < 5
+    for name in functions:
+        assert await ground.outcomes(name) == [("interrupted", "its copy was stopped")], name
+        row = await ground.row(name)
+        assert (row["holder"], row["attempt"], row["due_at"]) == (None, 1, row["anchor_at"])
+        assert row["ready_at"] == row["alive_at"] or row["ready_at"] <= row["alive_at"] + SECOND
+    async with ground.scheduler(jobs[:1]):
+        await ground.ended("goes-on", runs=2)
+    assert (await ground.outcomes("goes-on"))[-1] == (
+        "succeeded",
+        "went on from 5 in attempt 1",
+    )
+    assert await ground.eye.fetchval("SELECT count(*) FROM copies") == 0
+
+
+async def test_a_claim_under_way_when_the_copy_stops_is_handed_back(ground: Ground) -> None:
+    """A job that is claimed while the copy stops is freed at once, and never begins."""
+    begun = []
+    jobs = [declare(lambda _run: begun.append(1))]
+    blocker = await ground.connect()
+    async with ground.scheduler(jobs, starts=False) as scheduler:
+        await ground.copy().declare("moon")
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.execute("LOCK TABLE job_runs IN EXCLUSIVE MODE")  # a claim writes here
+        scheduler.start()
+        await _waits(ground)
+        stopping = asyncio.create_task(scheduler.stop())
+        await asyncio.sleep(0.1)
+        assert not stopping.done()
+        await transaction.rollback()
+        await stopping
+    assert begun == []
+    assert await ground.outcomes("moon") == [("interrupted", "its copy was stopped")]
+    row = await ground.row("moon")
+    assert (row["holder"], row["fence"], row["attempt"]) == (None, 1, 1)
+
+
+async def _waits(ground: Ground) -> None:
+    """Wait until somebody waits for a lock."""
+
+    async def look() -> bool:
+        return bool(
+            await ground.eye.fetchval(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+        )
+
+    await until(look)
+
+
+# -- the least duration ----------------------------------------------------------------------------
+
+
+async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
+    """Work that is done sooner is held until then, as the job or the settings say; errors are not."""
+    jobs = [
+        declare(returns("done"), "own", min_duration=timedelta(seconds=0.6)),
+        declare(returns("done"), "by-settings"),
+        declare(raises(ValueError("no")), "fails"),
+        declare(ignores_in_thread, "thread", min_duration=timedelta(seconds=0.6)),
+    ]
+    async with ground.scheduler(jobs, job_min_seconds=0.3):
+        runs = {each.name: (await ground.ended(each.name))[0] for each in jobs}
+    lasted = {
+        name: (run["ended_at"] - run["started_at"]).total_seconds() for name, run in runs.items()
+    }
+    tell(f"lasted {lasted}")
+    assert 0.55 <= lasted["own"]
+    assert 0.28 <= lasted["by-settings"]
+    assert 0.55 <= lasted["thread"]
+    assert lasted["fails"] < lasted["own"]
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_work_that_is_done_is_not_undone(ground: Ground, how: str) -> None:
+    """A run that is stopped while it only waits for its least duration has succeeded."""
+    async with ground.scheduler([declare(returns("done"), min_duration=HOUR)]):
+        await _run_all(ground, 1)
+        if how == "cancel":
+            await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+            await ground.ended("moon")
+    assert await ground.outcomes("moon") == [("succeeded", "done")]
+    row = await ground.row("moon")
+    assert row["due_at"] == row["anchor_at"] + HOUR
+
+
+# -- the next tick ---------------------------------------------------------------------------------
+
+
+async def test_a_failure_is_tried_again(ground: Ground) -> None:
+    """The same tick runs again after `retry_after`, with a higher attempt, until it succeeds."""
+    seen = []
+
+    async def fails_twice(run: Run) -> str:
+        seen.append((run.due_at, run.attempt, run.fence))
+        if run.attempt < 2:
+            raise ValueError("not yet")
+        return "at last"
+
+    async with ground.scheduler([declare(fails_twice, retry_after=timedelta(seconds=0.2))]):
+        await ground.ended("moon", runs=3)
+    row = await ground.row("moon")
+    assert seen == [(row["anchor_at"], attempt, attempt + 1) for attempt in range(3)]
+    first, second, third = await ground.runs("moon")
+    assert [run["outcome"] for run in (first, second, third)] == ["failed", "failed", "succeeded"]
+    assert second["started_at"] - first["ended_at"] >= timedelta(seconds=0.19)
+    assert (row["attempt"], row["due_at"]) == (0, row["anchor_at"] + HOUR)
+
+
+async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
+    """The next tick if it is sooner than another try; timeouts are tried again, cancels are not."""
+    retry = {"retry_after": timedelta(minutes=30)}
+    jobs = [
+        declare(raises(ValueError("no")), "retry", **retry),
+        declare(raises(ValueError("no")), "tick", every=timedelta(minutes=29), **retry),
+        declare(sleeps, "timeout", **TIMED, **retry),
+        declare(sleeps, "cancel", **retry),
+        declare(raises(ValueError("no")), "never"),
+    ]
+    async with ground.scheduler(jobs):
+        await ground.eye.fetchval("SELECT")
+        await until(lambda: _held(ground, "cancel"))
+        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'cancel'")
+        for each in jobs:
+            await ground.ended(each.name)
+    for name, attempt in {"retry": 1, "timeout": 1, "tick": 0, "cancel": 0, "never": 0}.items():
+        row = await ground.row(name)
+        (run,) = await ground.runs(name)
+        assert row["attempt"] == attempt, name
+        if attempt:
+            assert row["due_at"] == run["due_at"] == row["anchor_at"]
+            after = row["ready_at"] - run["ended_at"]
+            assert timedelta(minutes=29) < after < timedelta(minutes=31)
+        else:
+            every = timedelta(minutes=29) if name == "tick" else HOUR
+            assert row["due_at"] == row["ready_at"] == row["anchor_at"] + every
+
+
+async def _held(ground: Ground, name: str) -> bool:
+    row = await ground.eye.fetchrow("SELECT holder FROM jobs WHERE name = $1", name)
+    return row is not None and row["holder"] is not None
+
+
+async def test_jitter_delays_the_start_not_the_tick(ground: Ground) -> None:
+    """A tick stays what it is; the start is later by less than the jitter."""
+    names = [f"job-{number}" for number in range(10)]
+    jitter = timedelta(minutes=30)
+    async with ground.scheduler([declare(returns(None), name, jitter=jitter) for name in names]):
+        for name in names:
+            await ground.ended(name)
+    rows = [await ground.row(name) for name in names]
+    assert all(row["due_at"] == row["anchor_at"] + HOUR for row in rows)
+    delays = {row["ready_at"] - row["due_at"] for row in rows}
+    assert len(delays) > 1
+    assert all(timedelta(0) <= delay <= jitter for delay in delays)
+
+
+def claimed(started_at: datetime, due_at: datetime, anchor_at: datetime) -> Claimed:
+    return Claimed(
+        name="moon",
+        fence=1,
+        due_at=due_at,
+        attempt=0,
+        resumed=None,
+        cancel_by=None,
+        schedule="every 1 s",
+        anchor_at=anchor_at,
+        started_at=started_at,
+        round=0,
+    )
+
+
+async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
+    """An answer that was long under way tells an old time: the next tick is a later one still."""
+    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    due_at = anchor_at + 10 * SECOND
+    moon = declare(returns(None), every=SECOND)
+    for lag in (0.0, 0.5, 1.0, 2.0):
+        ending = scheduling._ending(
+            moon,
+            claimed(due_at + timedelta(seconds=0.1), due_at, anchor_at),
+            ("succeeded", None),
+            due_at + timedelta(seconds=0.2 - lag),
+            seconds_ago=0,
+        )
+        assert (ending.due_at, ending.skipped) == (due_at + SECOND, [])
+
+
+async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Ground) -> None:
+    """Who can't read the row's schedule goes on by its own."""
+    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    newer = claimed(anchor_at, anchor_at, anchor_at)._replace(schedule="every full moon")
+    moon = declare(returns(None), every=2 * SECOND)
+    ending = scheduling._ending(moon, newer, ("succeeded", None), anchor_at, seconds_ago=0)
+    assert ending.due_at == anchor_at + 2 * SECOND
+
+
+async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(ground: Ground) -> None:
+    """While copies are replaced, the last run of the old ones is followed by a tick of the new."""
+    go = asyncio.Event()
+
+    async def waits(_run: Run) -> None:
+        await go.wait()
+
+    async with ground.scheduler([declare(waits, every=timedelta(days=366))]) as scheduler:
+        await _run_all(ground, 1)
+        await ground.copy("new").declare("moon", schedule="every 60 s")
+        scheduler._draining = True  # it takes no other run
+        go.set()
+        await ground.ended("moon")
+    row = await ground.row("moon")
+    assert row["due_at"] == row["anchor_at"] + timedelta(seconds=60)
+
+
+# -- every tick is accounted for -------------------------------------------------------------------
+
+
+class Life:
+    """A job whose every step the test decides, on a copy whose looks the test makes."""
+
+    def __init__(self, ground: Ground, random: Random) -> None:
+        self.ground = ground
+        self.random = random
+        self.orders: asyncio.Queue[BaseException | None] = asyncio.Queue()
+        self.told: list[str] = []
+
+    def job(self) -> Job:
+        async def obeys(_run: Run) -> None:
+            order = await self.orders.get()
+            if order is not None:
+                raise order
+
+        return declare(
+            obeys,
+            every=SECOND,
+            retry_after=timedelta(seconds=0.4),
+            jitter=timedelta(seconds=0.3),
+        )
+
+    async def live(self, scheduler: Scheduler, steps: int) -> None:
+        for _ in range(steps):
+            await self.wait_or_ask()
+            await scheduler.run_once()
+            if scheduler._runs:
+                await self.end(scheduler)
+        while not scheduler._runs:  # and a last tick, so that the row stands at the next
+            await self.ground.shift(1)
+            await scheduler.run_once()
+        self.orders.put_nowait(None)
+        await self.ended(scheduler)
+
+    async def wait_or_ask(self) -> None:
+        what = self.random.choices(["wait", "outage", "ask", "now"], [6, 1, 2, 1])[0]
+        self.told.append(what)
+        if what == "wait":
+            await self.ground.shift(self.random.uniform(0, 1.5))
+        elif what == "outage":
+            await self.ground.shift(self.random.uniform(2, 500))
+        elif what == "ask":
+            await self.ground.eye.execute(RUN, "moon", "ada")
+
+    async def end(self, scheduler: Scheduler) -> None:
+        await self.ground.shift(self.random.choice([0, 0, 0.7, self.random.uniform(0, 9)]))
+        what = self.random.choices(
+            ["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1]
+        )[0]
+        self.told.append(what)
+        if what == "lost":
+            other = self.ground.copy("other")
+            await other.declare("moon", schedule="every 1 s")
+            await self.ground.expire("moon")
+            lost_streak = (await self.ground.row("moon"))["lost_streak"]
+            if lost_streak + 1 < LOST_LIMIT:
+                await other.claim()
+                await self.ground.expire("moon")
+        self.orders.put_nowait(
+            {
+                "fail": ValueError("no"),
+                "lose": LeaseLostError("lost"),
+                "away": DatabaseAway("away", applied="no"),
+            }.get(what)
+        )
+        await self.ended(scheduler)
+
+    async def ended(self, scheduler: Scheduler) -> None:
+        await asyncio.wait(set(scheduler._runs.values()))
+
+
+async def account(ground: Ground) -> tuple[int, list[str]]:
+    """Return how many ticks there were, and what is wrong with the account of them."""
+    row = await ground.row("moon")
+    interval = SECOND
+    faults = []
+    ran, skipped = set(), []
+    for run in await ground.runs("moon"):
+        number, rest = divmod(run["due_at"] - row["anchor_at"], interval)
+        if run["outcome"] != "skipped":
+            if not rest:
+                ran.add(number)
+            continue
+        last, rest_of_last = divmod(run["last_due_at"] - row["anchor_at"], interval)
+        if rest or rest_of_last or last - number + 1 != run["ticks"]:
+            faults.append(f"a range is no range: {dict(run)}")
+        skipped += range(number, last + 1)
+    due, rest = divmod(row["due_at"] - row["anchor_at"], interval)
+    if rest:
+        faults.append(f"the next tick is none: {row['due_at']}")
+    if len(set(skipped)) != len(skipped):
+        faults.append("a tick was skipped twice")
+    if ran & set(skipped):
+        faults.append(f"ticks ran and were skipped: {sorted(ran & set(skipped))}")
+    missing = set(range(due)) - ran - set(skipped)
+    if missing:
+        faults.append(f"ticks are missing: {sorted(missing)}")
+    if ran | set(skipped) != set(range(due)) | ran:
+        faults.append("ticks were skipped that have not come")
+    return due, faults
+
+
+@pytest.mark.parametrize("seed", range(size(small=3, full=30)))
+async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
+    """Each tick either ran or is in a range that did not, none is missing, none is there twice."""
+    life = Life(ground, Random(seed))
+    moon = life.job()
+    async with ground.scheduler([moon], starts=False) as scheduler:
+        await life.live(scheduler, steps=size(small=60, full=300))
+    ticks, faults = await account(ground)
+    outcomes = await ground.eye.fetch(
+        "SELECT outcome, count(*), sum(ticks) AS ticks FROM job_runs GROUP BY 1 ORDER BY 1"
+    )
+    tell(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
+    assert faults == [], " ".join(life.told)
+    assert ticks > 60
+    assert {row["outcome"] for row in outcomes} >= {"succeeded", "failed", "skipped"}
+
+
+@pytest.mark.parametrize("kept", [0, 1, None], ids=["one reason", "the other", "none"])
+async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, kept: int | None
+) -> None:
+    """The control: whoever records fewer ranges is found out."""
+    guarded = scheduling._ending
+    reasons = ["no copy was free to run it", "the run before was still under way"]
+
+    def forgetful(*arguments: Any, **more: Any) -> Any:
+        ending = guarded(*arguments, **more)
+        kept_reason = None if kept is None else reasons[kept]
+        return replace(ending, skipped=[s for s in ending.skipped if s.reason == kept_reason])
+
+    monkeypatch.setattr(scheduling, "_ending", forgetful)
+    life = Life(ground, Random(7))
+    async with ground.scheduler([life.job()], starts=False) as scheduler:
+        await life.live(scheduler, steps=40)
+    _, faults = await account(ground)
+    assert any("missing" in fault for fault in faults)
+
+
+# -- looks -----------------------------------------------------------------------------------------
+
+
+async def test_a_look_says_how_long_to_wait(ground: Ground) -> None:
+    """At once after a claim; else until the next job, but never for long."""
+    go = asyncio.Event()
+
+    async def waits(_run: Run) -> None:
+        await go.wait()
+
+    jobs = [declare(waits), declare(waits, "sun", every=2 * HOUR)]
+    async with ground.scheduler(jobs, starts=False) as scheduler:
+        assert await scheduler.run_once() == 0
+        assert await scheduler.run_once() == 0
+        assert 0 < await scheduler.run_once() <= scheduling.BUSY_LOOK_SECONDS
+        go.set()
+        await asyncio.wait(set(scheduler._runs.values()))
+        assert await scheduler.run_once() == scheduling.IDLE_LOOK_SECONDS
+        await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
+        assert 0 < await scheduler.run_once() <= 2
+        await ground.ready("moon", seconds_ago=1)
+        locker = await ground.connect()
+        async with locker.transaction():
+            await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
+            assert await scheduler.run_once() == scheduling.RACE_SECONDS
+        assert await scheduler.run_once() == 0
+        await asyncio.wait(set(scheduler._runs.values()))
+
+
+async def test_a_job_that_is_laid_aside_is_looked_past(ground: Ground) -> None:
+    """A job that was lost too often is paused, and the next one is looked at without delay."""
+    lost = ground.copy("lost")
+    await lost.declare("moon")
+    await lost.claim()
+    await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
+    await ground.expire("moon")
+    begun = []
+    async with ground.scheduler([declare(lambda _run: begun.append(1))], starts=False) as scheduler:
+        assert await scheduler.run_once() == 0
+        assert await scheduler.run_once() > 0
+    assert begun == []
+    assert (await ground.row("moon"))["pause_reason"] == f"its last {LOST_LIMIT} runs were lost"
+
+
+async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:
+    """A copy that runs more waits longer for its turn, up to ten steps."""
+    async with ground.scheduler([], starts=False, job_step_seconds=0.5) as scheduler:
+        waits = []
+        for runs in range(200):
+            scheduler._runs = dict.fromkeys(range(runs))  # type: ignore[arg-type]
+            waits.append(scheduler._wait_for_turn())
+        scheduler._runs = {}
+    assert waits[0] == timedelta(0)
+    steps = [later - sooner for sooner, later in zip(waits, waits[1:], strict=False)]
+    assert all(step > timedelta(0) for step in steps)
+    assert all(sooner >= later for sooner, later in zip(steps, steps[1:], strict=False))
+    assert waits[-1] < timedelta(seconds=5)
+
+
+async def _shares(ground: Ground, *, copies: int, jobs: int, step: float) -> list[int]:
+    """Let copies come up together; return how many jobs each runs."""
+    names = [f"job-{number}" for number in range(jobs)]
+    async with AsyncExitStack() as stack:
+        schedulers = [
+            await stack.enter_async_context(
+                ground.scheduler(
+                    [declare(sleeps, name) for name in names],
+                    server_id=f"app{number}",
+                    job_settling_seconds=0.7,
+                    job_step_seconds=step,
+                )
+            )
+            for number in range(copies)
+        ]
+        await _run_all(ground, jobs)
+        return sorted(len(scheduler._runs) for scheduler in schedulers)
+
+
+async def test_copies_that_come_up_together_share_evenly(ground: Ground) -> None:
+    """Nobody runs two more than another; without the wait for a turn, somebody does."""
+    shares = await _shares(ground, copies=4, jobs=10, step=0.3)
+    await ground.forget()
+    unguarded = await _shares(ground, copies=4, jobs=30, step=0)
+    tell(f"10 jobs on 4 copies: {shares}; 30 without steps: {unguarded}")
+    assert shares == [2, 2, 3, 3]
+
+
+# -- outages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["async", "thread"])
+async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, function: str) -> None:
+    """A run that ends while the database is away has succeeded all the same, and counts once."""
+    go, ended = threading.Event(), threading.Event()
+
+    async def waits(_run: Run) -> str:
+        await asyncio.to_thread(go.wait)
+        ended.set()
+        return "meanwhile"
+
+    def waits_too(_run: ThreadRun) -> str:
+        go.wait()
+        ended.set()
+        return "meanwhile"
+
+    moon = declare(waits if function == "async" else waits_too)
+    async with ground.scheduler([moon], job_lease_seconds=10) as scheduler:
+        await _run_all(ground, 1)
+        await ground.take_away()
+        try:
+            go.set()
+            await asyncio.to_thread(ended.wait, 10)
+            await asyncio.sleep(0.7)
+            assert scheduler._runs
+        finally:
+            await ground.bring_back()
+        (run,) = await ground.ended("moon")
+    assert await ground.outcomes("moon") == [("succeeded", "meanwhile")]
+    moment = await ground.eye.fetchval("SELECT clock_timestamp()")
+    assert moment - run["ended_at"] > timedelta(seconds=0.6)  # it ended before it was recorded
+
+
+async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> None:
+    """A copy that came up before its database, or lost it, takes jobs by itself when it is there."""
+    count = []
+    async with ground.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
+        await ground.ended("moon")
+        await ground.take_away()
+        await asyncio.sleep(0.5)
+        await ground.bring_back()
+        before = len(count)
+        await ground.ended("moon", runs=before + 1)
+    await ground.forget()
+    await ground.take_away()
+    async with ground.scheduler([declare(returns(None), "sun")]):
+        await asyncio.sleep(0.5)
+        await ground.bring_back()
+        await ground.ended("sun")
+
+
+async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
+    """A copy that hears that its lease is over stops the run, and changes nothing of the new one."""
+    begun: list[int] = []
+
+    async def waits(run: Run) -> None:
+        begun.append(run.fence)
+        try:
+            await asyncio.sleep(600)
+        finally:
+            begun.append(-run.fence)
+
+    async with ground.scheduler([declare(waits)]):
+        await _run_all(ground, 1)
+        other = ground.copy("other")
+        await other.declare("moon")
+        await ground.eye.execute("SELECT")
+        async with ground.eye.transaction():
+            await ground.eye.execute(
+                "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"
+                " lease_until = clock_timestamp() + interval '1 min'",
+                other.me.id,
+            )
+
+        async def stopped() -> bool:
+            return begun == [1, -1]
+
+        await until(stopped)
+    row = await ground.row("moon")
+    assert (row["holder"], row["fence"], row["last_outcome"]) == (other.me.id, 2, None)
