@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 HANG_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 0.5
+# The dead man's timer may be set this much late.
+ARM_SECONDS: Final = 0.005
 NOTHING_SAID: Final = Progress(None, None, None)
 
 
@@ -244,6 +246,16 @@ class Heart:
         if not self._dead_man:
             return
         ends = [lease.trusted_until for lease in self._leases if lease.executing]
-        # A time of zero would disarm it.
-        left = max(0.001, min(ends) - monotonic()) if ends else 0
-        signal.setitimer(signal.ITIMER_REAL, left)
+        if not ends:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return
+        # The timer counts from the moment at which it is set: if the process stood still since its
+        # time was computed, it is set again.
+        late = True
+        while late:
+            now = monotonic()
+            left = min(ends) - ARM_SECONDS - now
+            if left <= 0:
+                signal.raise_signal(signal.SIGALRM)
+            signal.setitimer(signal.ITIMER_REAL, left)
+            late = monotonic() - now > ARM_SECONDS

@@ -142,10 +142,10 @@ class JobRepository:
         """Bring the rows up to the jobs (name: schedule, description) that the code declares."""
         return await self._database.run(lambda con: _declare(con, jobs), urgent=True)
 
-    async def notice(self, known: Known) -> None:
-        """Write down when this copy, which has just come up, saw which jobs ready."""
+    async def notice(self, known: Known, settling: timedelta) -> None:
+        """Write down when this copy, which has just come up, saw which jobs will soon be ready."""
         await self._database.run(
-            lambda con: write(con, NOTICE, known.knows_to, known.lacks), urgent=True
+            lambda con: write(con, NOTICE, known.knows_to, known.lacks, settling), urgent=True
         )
 
     async def look(self, known: Known, turn: Turn) -> Look:
@@ -237,11 +237,14 @@ async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) 
         return Known(*(await read(connection, KNOWN, list(jobs)))[0])
 
 
-# Written once for each time that a job is ready: the next copy to come up can't push it on.
+# Written once for each time that a job is ready, by the first of the copies that come up: the next
+# can't push it on. Copies that come up at least a settling time after a note have no use for it, so
+# one that is twice as old concerns nobody any more, and is replaced.
 NOTICE: Final = """
 WITH ready AS (
     SELECT name FROM jobs
-    WHERE claimable_at <= (SELECT clock_timestamp()) AND seen_at IS NULL
+    WHERE claimable_at <= (SELECT clock_timestamp() + $3::interval)
+      AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval)
       AND number <= $1 AND name <> ALL ($2)
     FOR UPDATE SKIP LOCKED
 )
@@ -252,12 +255,13 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # clock. The row is locked before it is judged again, and a row that is locked belongs to
 # somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
-# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What was ready before
-# this copy had settled waits until `seen_at` plus the settling time, so that copies that come up
-# together share it; unless a run gave a sign of life after the copy's boot, as then the fleet
-# is up already. Among equals, a copy that has claimed in this round
-# lets the others go first: rounds are the virtual time of start-time fair queueing (Goyal, Vin,
-# Cheng 1996), so that light load goes round without anybody being counted.
+# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What copies saw when they
+# came up waits until `seen_at` plus the settling time, so that those that come up together share
+# it: they all go by what the first of them wrote, and none by its own boot, as they would differ.
+# Not so for a copy that had settled before (`seen_at` is not about it), nor when a run gave a sign
+# of life after the copy's boot: the fleet is up already. Among equals, a copy that has claimed
+# in this round lets the others go first: rounds are the virtual time of start-time fair queueing
+# (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being counted.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 knows_to, $6 lacks,
 # $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over
@@ -279,8 +283,8 @@ WITH own AS (
       AND number <= $5 AND name <> ALL ($6)
       AND (holder IS NULL OR $12)
       AND (SELECT clock_timestamp() - wait FROM own) >=
-          CASE WHEN alive_at > $4 OR claimable_at >= $4 + $11::interval THEN claimable_at
-               WHEN seen_at IS NOT NULL THEN seen_at + $11
+          CASE WHEN alive_at > $4 THEN claimable_at
+               WHEN seen_at <= $4 + $11::interval THEN greatest(claimable_at, seen_at + $11)
                WHEN $10 THEN claimable_at END
     ORDER BY claimable_at
     LIMIT 1
@@ -325,9 +329,9 @@ WITH own AS (
     WHERE claimable_at IS NOT NULL AND number <= $5 AND name <> ALL ($6)
     ORDER BY claimable_at LIMIT 20
 ), next AS (
-    SELECT min(CASE WHEN alive_at > $4 OR claimable_at >= $4 + $11 THEN claimable_at + own.wait
-                    WHEN seen_at IS NOT NULL THEN seen_at + $11 + own.wait
-                    WHEN $10 THEN claimable_at + own.wait
+    SELECT min(CASE WHEN seen_at <= $4 + $11 AND (alive_at > $4) IS NOT TRUE
+                    THEN greatest(claimable_at, seen_at + $11) + own.wait
+                    WHEN $10 OR alive_at > $4 THEN claimable_at + own.wait
                     ELSE claimable_at END) AS at,
            bool_or(holder IS NOT NULL) AS busy
     FROM head, own

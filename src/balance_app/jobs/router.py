@@ -36,7 +36,25 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
+                "itemSchema": {
+                    "type": "object",
+                    "required": ["event", "data"],
+                    "properties": {
+                        "event": {"type": "string", "enum": ["status", "away"]},
+                        "id": {"type": "string"},
+                        "retry": {"type": "integer", "minimum": 0},
+                        "data": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "contentSchema": {
+                                "anyOf": [
+                                    {"$ref": "#/components/schemas/StatusAnswer"},
+                                    {"$ref": "#/components/schemas/Problem"},
+                                ]
+                            },
+                        },
+                    },
+                },
                 "example": (
                     'event: status\ndata: {"now":"2026-11-21T21:49:33.940623Z","counts":'
                     '{"running":4,"waiting":5,"paused":1,"overdue":0},"copies":[],"jobs":[]}\n'

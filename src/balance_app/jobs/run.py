@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent import futures
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from time import monotonic
@@ -164,13 +165,15 @@ class Run:
 class ThreadRun:
     """A run for a function that is not async: the same, to be called from its thread.
 
-    Each call raises `RunStoppedError` when the run was told to stop; a function that never calls
-    can't be stopped but with its process.
+    Each call raises `RunStoppedError` when the run was told to stop, also while it waits for
+    PostgreSQL; a function that never calls can't be stopped but with its process.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._loop = asyncio.get_running_loop()
+        # in which the thread's call is carried out, and may be broken off
+        self._task: asyncio.Task[Any] | None = None
         self.name: Final = run.name
         self.fence: Final = run.fence
         self.due_at: Final = run.due_at
@@ -198,12 +201,17 @@ class ThreadRun:
         connection = self._wait(manager.__aenter__())
         try:
             yield ThreadConnection(connection, self._wait)
+            self._wait(manager.__aexit__(None, None, None))
         except BaseException as error:
             # It is to be rolled back even when the run was told to stop.
-            self._finish(manager.__aexit__(type(error), error, error.__traceback__))
+            end = manager.__aexit__(type(error), error, error.__traceback__)
+            asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise
-        else:
-            self._finish(manager.__aexit__(None, None, None))
+
+    def interrupt(self) -> None:
+        """Break off what the thread waits for; called in the event loop, after it was told."""
+        if self._task is not None:
+            self._task.cancel()
 
     def _go_on(self) -> None:
         if self._run.stopped is not None:
@@ -211,14 +219,19 @@ class ThreadRun:
 
     def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
         try:
+            return asyncio.run_coroutine_threadsafe(self._carry_out(call), self._loop).result()
+        except futures.CancelledError:
             self._go_on()
-        except RunStoppedError:
-            call.close()
             raise
-        return self._finish(call)
 
-    def _finish(self, call: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+    async def _carry_out(self, call: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            self._go_on()
+            self._task = asyncio.current_task()
+            return await call
+        finally:
+            self._task = None
+            call.close()
 
 
 class _Waits(Protocol):

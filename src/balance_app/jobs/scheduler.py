@@ -136,6 +136,10 @@ class Scheduler:
                 wait_seconds = IDLE_LOOK_SECONDS
             if wait_seconds > 0:
                 await self._sleep(wait_seconds)
+            else:
+                # A run that blocks the event loop from its first step does so before the next
+                # claim is sent, whose answer would come too late.
+                await asyncio.sleep(0)
 
     async def run_once(self) -> float:
         """Look at the jobs once, and start one if there is one to take.
@@ -146,8 +150,9 @@ class Scheduler:
         known = self._known or await self._declare()
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
+        settling = timedelta(seconds=self._settings.job_settling_seconds)
         if not settled:
-            await self._jobs.notice(known)
+            await self._jobs.notice(known, settling)
         sent_at = monotonic()
         look = await self._jobs.look(
             known,
@@ -156,7 +161,7 @@ class Scheduler:
                 round=self._round,
                 tie=TIE,
                 settled=settled,
-                settling=timedelta(seconds=self._settings.job_settling_seconds),
+                settling=settling,
                 takes_over=now - self._away_at >= OWNERS_FIRST_SECONDS,
             ),
         )
@@ -328,9 +333,10 @@ async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the func
         try:
             return await asyncio.shield(ended)
         except asyncio.CancelledError:
-            # A thread can't be cancelled: `facade` raises at its next call.
+            # A thread can't be cancelled: `facade` raises in its call, now or at the next.
             if ended.done():
                 return ended.result()
+            facade.interrupt()
 
 
 def _judge(run: Run, job: Job, task: "asyncio.Task[Any]") -> Verdict:

@@ -15,8 +15,12 @@ from balance_app.json_body import MAX_INTEGER
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
-# What a schema can say of it; Python's idea of what can be printed is narrower.
-_PRINTABLE: Final = r"^[^\u0000-\u001f\u007f-\u00a0\u00ad]+$"
+# No controls, and nothing that hides or turns the letters beside it.
+PRINTABLE_PATTERN: Final = (
+    r"^[^\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
+)
+_PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
 
 Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
 Reason = Literal[
@@ -53,7 +57,7 @@ def _decimal(value: object) -> object:
 
 def _printable(limit: int) -> AfterValidator:
     def check(text: str) -> str:
-        if not 1 <= len(text) <= limit or not text.isprintable():
+        if len(text) > limit or not _PRINTABLE.fullmatch(text):
             raise PydanticCustomError("not-printable", "not printable, empty, or too long")
         return text
 
@@ -61,7 +65,7 @@ def _printable(limit: int) -> AfterValidator:
 
 
 def _printable_schema(limit: int) -> dict[str, Any]:
-    return {"minLength": 1, "maxLength": limit, "pattern": _PRINTABLE}
+    return {"minLength": 1, "maxLength": limit, "pattern": PRINTABLE_PATTERN}
 
 
 Decimal = BeforeValidator(_decimal)
