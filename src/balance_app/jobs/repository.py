@@ -255,9 +255,9 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # clock. The row is locked before it is judged again, and a row that is locked belongs to
 # somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
-# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What copies saw when they
-# came up waits until `seen_at` plus the settling time, so that those that come up together share
-# it: they all go by what the first of them wrote, and none by its own boot, as they would differ.
+# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What copies saw when
+# they came up waits until `seen_at` plus the settling time, so that those that come up together
+# share it: all go by what the first of them wrote, and none by its own boot, as they differ.
 # Not so for a copy that had settled before (`seen_at` is not about it), nor when a run gave a sign
 # of life after the copy's boot: the fleet is up already. Among equals, a copy that has claimed
 # in this round lets the others go first: rounds are the virtual time of start-time fair queueing
