@@ -28,8 +28,8 @@ async def one_copy(
     await admin.execute(f'CREATE DATABASE "{name}"')
     database = {**postgres, "DB_NAME": name}
     try:
-        without_jobs = {"JOBS_ENABLED": "false"}  # nothing but the requests may change a row
-        async with Copy(database, BODY_SECONDS=body_seconds, **without_jobs) as copy:
+        # Without jobs nothing but the requests changes a row.
+        async with Copy(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as copy:
             yield copy, database
     finally:
         await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')

@@ -13,6 +13,7 @@ FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spi
                held (the same, and each transaction is held open), poison (kills its process);
                several, parted by commas, are taken in turn
 FLEET_HOLD     how many seconds a held transaction lasts
+FLEET_TIE      how many seconds a copy that has claimed lately lets equals go first, if not as usual
 FLEET_UNGUARDED  guards to take out, for controls
 """
 
@@ -188,11 +189,6 @@ def no_turns() -> None:
     vars(scheduler)["Turn"] = greedy
 
 
-def no_rounds() -> None:
-    """Let equals race, whoever of them has claimed lately."""
-    vars(scheduler)["TIE"] = timedelta(0)
-
-
 def newcomers_first() -> None:
     """Let every copy that comes up begin the settling time anew, for all."""
     settled = """CASE WHEN alive_at > $4"""
@@ -257,7 +253,6 @@ GUARDS: dict[str, Callable[[], None]] = {
     "own-clock": own_clock,
     "fence": no_fence,
     "turns": no_turns,
-    "rounds": no_rounds,
     "newcomers": newcomers_first,
     "once": seen_again,
     "threads": no_wait_for_threads,
@@ -320,6 +315,8 @@ def main() -> None:
     """Serve one copy."""
     for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
         GUARDS[guard]()
+    if tie := os.environ.get("FLEET_TIE"):
+        vars(scheduler)["TIE"] = timedelta(seconds=float(tie))
     settings = load_settings()
     configure_logs(settings)
     diary = Diary(Path(os.environ["FLEET_DIARY"]))

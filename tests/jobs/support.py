@@ -1,15 +1,17 @@
 """Copies that live in the test's own process, on a real database; time passes by rewriting rows."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 from uuid import uuid4
 
 import asyncpg
+import structlog
 
 from balance_app.database import Database
 from balance_app.jobs.lease import Lease
@@ -32,6 +34,8 @@ from balance_app.settings import Settings, load_settings
 from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+Found = TypeVar("Found")
 
 _numbers = count(1)
 
@@ -56,6 +60,8 @@ UPDATE job_runs SET due_at = due_at - $1::interval, last_due_at = last_due_at - 
     started_at = started_at - $1, ended_at = ended_at - $1
 """
 
+END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1"
+
 
 class Copy:
     """A copy as its repository sees it: what it knows, and what it signs with."""
@@ -71,11 +77,11 @@ class Copy:
         self.known = await self.jobs.declare(dict.fromkeys(names, (schedule, "")))
         return self.known
 
-    async def look(self, **turn: Any) -> Look:
+    async def look(self, **turn: object) -> Look:
         assert self.known is not None
-        return await self.jobs.look(self.known, AT_ONCE._replace(**turn))
+        return await self.jobs.look(self.known, AT_ONCE._replace(**cast("Any", turn)))
 
-    async def claim(self, **turn: Any) -> Claimed:
+    async def claim(self, **turn: object) -> Claimed:
         claimed = (await self.look(**turn)).claimed
         assert claimed is not None
         return claimed
@@ -122,10 +128,10 @@ class Ground:
 
     @asynccontextmanager
     async def scheduler(
-        self, jobs: Iterable[Job], *, starts: bool = True, **settings: Any
+        self, jobs: Iterable[Job], *, starts: bool = True, **settings: object
     ) -> AsyncIterator[Scheduler]:
         """Run a copy's scheduler, without a dead man's timer: the process is the test's."""
-        changed = Settings(**{**self.settings.model_dump(), **settings})
+        changed = Settings.model_validate({**self.settings.model_dump(), **settings})
         scheduler = Scheduler(changed, self.database, Registry(jobs), dead_man=False)
         if starts:
             scheduler.start()
@@ -150,7 +156,9 @@ class Ground:
         """Wait until so many runs of a job have ended; return them."""
 
         async def look() -> list[asyncpg.Record] | None:
-            found = [run for run in await self.runs(name) if run["outcome"] not in {None, "skipped"}]
+            found = [
+                run for run in await self.runs(name) if run["outcome"] not in {None, "skipped"}
+            ]
             return found if len(found) >= runs else None
 
         return await until(look)
@@ -158,7 +166,8 @@ class Ground:
     async def expire(self, name: str) -> None:
         """Let the lease of a job be over."""
         await self.eye.execute(
-            "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 ms' WHERE name = $1", name
+            "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 ms' WHERE name = $1",
+            name,
         )
 
     async def ready(self, name: str, *, seconds_ago: float = 0) -> None:
@@ -182,26 +191,24 @@ class Ground:
 
     async def take_away(self) -> None:
         """End all connections of the service, and let it have no new ones."""
-        await self._admin(
-            f'ALTER DATABASE "{self.variables["DB_NAME"]}" ALLOW_CONNECTIONS false',
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            f" WHERE datname = '{self.variables['DB_NAME']}'",
-        )
+        await self._allow_connections(allow=False)
 
     async def bring_back(self) -> None:
         """Let the service have connections again."""
-        await self._admin(f'ALTER DATABASE "{self.variables["DB_NAME"]}" ALLOW_CONNECTIONS true')
+        await self._allow_connections(allow=True)
         self.eye = await connect(self.variables)
 
-    async def _admin(self, *statements: str) -> None:
-        connection = await connect({**self.variables, "DB_NAME": "postgres"})
-        for statement in statements:
-            await connection.execute(statement)
-        await connection.close()
+    async def _allow_connections(self, *, allow: bool) -> None:
+        name = self.variables["DB_NAME"]
+        admin = await connect({**self.variables, "DB_NAME": "postgres"})
+        await admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {allow}')
+        if not allow:
+            await admin.execute(END_ALL, name)
+        await admin.close()
 
 
 @asynccontextmanager
-async def on(postgres: Mapping[str, str], **settings: Any) -> AsyncIterator[Ground]:
+async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[Ground]:
     """Migrate a database of our own, and stand on it: one for many tests, which begin anew."""
     variables = {**postgres, "DB_NAME": f"ground_{os.getpid()}_{next(_numbers)}"}
     admin = await connect(dict(postgres))
@@ -217,6 +224,9 @@ async def on(postgres: Mapping[str, str], **settings: Any) -> AsyncIterator[Grou
         **settings,
     }
     loaded = load_settings(**values)
+    # What is logged here are failures that tests ask for, with long tracebacks.
+    logs = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     pool = Database(loaded)
     await pool.start()
     ground = Ground(variables, loaded, pool, await connect(variables))
@@ -228,11 +238,12 @@ async def on(postgres: Mapping[str, str], **settings: Any) -> AsyncIterator[Grou
         await ground.eye.close()
         await admin.execute(f'DROP DATABASE "{variables["DB_NAME"]}" WITH (FORCE)')
         await admin.close()
+        structlog.configure(**logs)
 
 
-async def until(look: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 - what it looks for
+async def until(look: Callable[[], Awaitable[Found | None]]) -> Found:
     """Look again and again until there is something; return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not (found := await look()):
+        while not (found := await look()):  # noqa: ASYNC110 - a fact in the database has no event
             await asyncio.sleep(0.02)
         return found

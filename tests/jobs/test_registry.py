@@ -1,10 +1,10 @@
 """What can't work is refused when it is declared, with a sentence that names the value."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -25,11 +25,11 @@ def in_thread(_run: object) -> None:
     """Do nothing, in a thread."""
 
 
-def declare(function: Callable[[Any], Any] = nothing, /, **arguments: Any) -> Job:
-    return job(**{"name": "moon", **arguments})(function)
+def declare(function: Callable[[Any], Any] = nothing, /, **arguments: object) -> Job:
+    return job(**cast("Any", {"name": "moon", **arguments}))(function)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an empty name": ({"name": "", "every": MINUTE}, "named ''"),
     "a capital": ({"name": "Moon", "every": MINUTE}, "named 'Moon'"),
     "an underscore": ({"name": "full_moon", "every": MINUTE}, "named 'full_moon'"),
@@ -92,14 +92,14 @@ def test_a_wrong_declaration_is_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 7, "moon", [nothing], object()])
-def test_only_a_function_is_a_job(value: Any) -> None:
+def test_only_a_function_is_a_job(value: object) -> None:
     """What can't be called is named."""
     with pytest.raises(DeclarationError, match=r"Job moon: .* is not a function") as refusal:
-        declare(value, every=MINUTE)
+        declare(cast("Any", value), every=MINUTE)
     assert repr(value) in str(refusal.value)
 
 
-async def _yields(_run: object) -> Any:
+async def _yields(_run: object) -> AsyncIterator[int]:
     yield 1
 
 
@@ -114,7 +114,7 @@ def test_a_generator_is_no_job(function: Callable[[Any], Any]) -> None:
         declare(function, every=MINUTE)
 
 
-class Callable_:  # noqa: N801 - beside the type
+class Calls:
     async def __call__(self, _run: object) -> str:
         return "called"
 
@@ -123,7 +123,7 @@ def test_what_is_async_is_known_for_it() -> None:
     """Coroutine functions, partial ones and objects with an async call go to the event loop."""
     assert declare(nothing, every=MINUTE).is_async
     assert declare(partial(nothing), every=MINUTE).is_async
-    assert declare(Callable_(), every=MINUTE).is_async
+    assert declare(Calls(), every=MINUTE).is_async
     assert not declare(in_thread, every=MINUTE).is_async
     assert not declare(partial(in_thread), every=MINUTE).is_async
 

@@ -1,5 +1,7 @@
 """What a job gets: progress, checkpoints, and writes that count only under its lease."""
 
+# ruff: noqa: PT012 - what is refused is the end of a transaction, after its body
+
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +15,8 @@ import asyncpg
 import pytest
 
 from balance_app.errors import DatabaseAway
-from balance_app.jobs import repository, run as running
+from balance_app.jobs import repository
+from balance_app.jobs import run as running
 from balance_app.jobs.repository import Progress
 from balance_app.jobs.run import (
     CHECKPOINT_BYTES,
@@ -71,7 +74,7 @@ async def take_over(ground: Ground) -> None:
 
 # -- progress --------------------------------------------------------------------------------------
 
-PROGRESS = {
+PROGRESS: dict[tuple[Any, Any, str], Progress] = {
     (3, 10, "three"): Progress(3, 10, "three"),
     (3, None, ""): Progress(3, None, ""),
     (-1, -10, ""): Progress(0, 0, ""),
@@ -107,7 +110,7 @@ async def test_progress_is_written_with_the_next_heartbeat(
     "said",
     [("three",), (float("nan"),), (float("inf"),), (None,), (1, "ten"), (1, 2, None), (1, 2, b"x")],
 )
-async def test_progress_that_is_none_fails_the_job_alone(run: Run, said: Any) -> None:
+async def test_progress_that_is_none_fails_the_job_alone(run: Run, said: tuple[Any, ...]) -> None:
     """What can't be progress is the function's error at once, and the last progress stays."""
     run.progress(1, 2, "good")
     with pytest.raises((TypeError, ValueError, OverflowError)):
@@ -145,14 +148,14 @@ STATES = [
     -1.5e-300,
     10**4000,
     "\\u0000",  # six characters, none of them a NUL
-    "\x01\x1f\x7f\"\\",
+    '\x01\x1f\x7f"\\',
     ["x" * (CHECKPOINT_BYTES - 4)],
     {"1": [[[[[[[[[[]]]]]]]]]]},
 ]
 
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
-async def test_a_checkpoint_comes_back(ground: Ground, copy: Copy, run: Run, state: Any) -> None:
+async def test_a_checkpoint_comes_back(ground: Ground, copy: Copy, run: Run, state: object) -> None:
     """The next owner goes on from what the last one wrote, once it is lost."""
     assert run.resumed is None
     await run.checkpoint("an older one")
@@ -377,7 +380,9 @@ async def test_a_connection_used_wrongly_is_no_outage(run: Run) -> None:
     """Two statements at once on one connection are the function's error."""
     with pytest.raises(asyncpg.InterfaceError, match="another operation"):
         async with run.transaction() as connection:
-            await asyncio.gather(connection.execute("SELECT pg_sleep(0.2)"), connection.fetch("SELECT"))
+            await asyncio.gather(
+                connection.execute("SELECT pg_sleep(0.2)"), connection.fetch("SELECT")
+            )
 
 
 async def test_cancelling_rolls_back(ground: Ground, run: Run) -> None:

@@ -3,25 +3,25 @@
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from random import Random
 from time import monotonic
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
-import asyncpg
 import pytest
 
 from balance_app.errors import DatabaseAway
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.controls import RUN
 from balance_app.jobs.registry import Job, job
-from balance_app.jobs.repository import LOST_LIMIT, Claimed
+from balance_app.jobs.repository import LOST_LIMIT, Claimed, Ending
 from balance_app.jobs.run import LeaseLostError, Run, ThreadRun
 from balance_app.jobs.scheduler import Scheduler
-from balance_app.jobs.schedule import Every
 from tests.jobs.support import Ground, on, until
 from tests.system.sizes import size, tell
 
@@ -43,8 +43,8 @@ async def ground(land: Ground) -> AsyncIterator[Ground]:
     await land.close()
 
 
-def declare(function: Callable[[Any], Any], name: str = "moon", **arguments: Any) -> Job:
-    return job(**{"name": name, "every": HOUR, **arguments})(function)
+def declare(function: Callable[[Any], Any], name: str = "moon", **arguments: object) -> Job:
+    return job(**cast("Any", {"name": name, "every": HOUR, **arguments}))(function)
 
 
 # -- ways to end -----------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Case(NamedTuple):
     function: Callable[[Any], Any]
     outcome: str
     result: str | None
-    arguments: dict[str, Any] = {}
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
 
 TIMED = {"timeout": timedelta(seconds=0.2), "min_duration": timedelta(seconds=0.1)}
@@ -190,9 +190,7 @@ ENDINGS = {
     "timeout-ignored": Case(ignores_in_thread, "succeeded", "done all the same", TIMED),
     # What has no text must not keep the job from being freed.
     "no-text": Case(returns(Odd()), "succeeded", "a Odd without a text (ValueError)"),
-    "too-long-a-number": Case(
-        returns(10**5000), "succeeded", "a int without a text (ValueError)"
-    ),
+    "too-long-a-number": Case(returns(10**5000), "succeeded", "a int without a text (ValueError)"),
     "error-without-text": Case(
         raises(OddlySaidError()),
         "failed",
@@ -216,7 +214,7 @@ async def test_every_way_to_end_is_recorded(ground: Ground) -> None:
         assert row["due_at"] == row["ready_at"] == row["anchor_at"] + HOUR
 
 
-EXITS = {
+EXITS: dict[str, Callable[[Any], Any]] = {
     "exit": raises(SystemExit(3)),
     "interrupt": raises(KeyboardInterrupt()),
     "thread-exit": raises_in_thread(SystemExit(3)),
@@ -257,7 +255,7 @@ async def test_a_job_cannot_end_its_copy(ground: Ground) -> None:
 
 async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> None:
     """A wish in the row ends the run, however it ends, as `cancelled`; others are left alone."""
-    functions = {
+    functions: dict[str, Callable[[Any], Any]] = {
         "sleeps": sleeps,
         "swallows": swallows,
         "fails": fails_when_stopped,
@@ -315,7 +313,7 @@ async def test_a_copy_that_stops_hands_its_runs_back(ground: Ground) -> None:
             await asyncio.sleep(600)
         return f"went on from {run.resumed['done']} in attempt {run.attempt}"
 
-    functions = {
+    functions: dict[str, Callable[[Any], Any]] = {
         "goes-on": goes_on,
         "sleeps": sleeps,
         "swallows": swallows,
@@ -384,7 +382,7 @@ async def _waits(ground: Ground) -> None:
 
 
 async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
-    """Work that is done sooner is held until then, as the job or the settings say; errors are not."""
+    """Work that is done sooner waits until then, as the job or the settings say; errors do not."""
     jobs = [
         declare(returns("done"), "own", min_duration=timedelta(seconds=0.6)),
         declare(returns("done"), "by-settings"),
@@ -397,9 +395,9 @@ async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
         name: (run["ended_at"] - run["started_at"]).total_seconds() for name, run in runs.items()
     }
     tell(f"lasted {lasted}")
-    assert 0.55 <= lasted["own"]
-    assert 0.28 <= lasted["by-settings"]
-    assert 0.55 <= lasted["thread"]
+    assert lasted["own"] >= 0.55
+    assert lasted["by-settings"] >= 0.28
+    assert lasted["thread"] >= 0.55
     assert lasted["fails"] < lasted["own"]
 
 
@@ -435,7 +433,7 @@ async def test_a_failure_is_tried_again(ground: Ground) -> None:
     assert seen == [(row["anchor_at"], attempt, attempt + 1) for attempt in range(3)]
     first, second, third = await ground.runs("moon")
     assert [run["outcome"] for run in (first, second, third)] == ["failed", "failed", "succeeded"]
-    assert second["started_at"] - first["ended_at"] >= timedelta(seconds=0.19)
+    assert second["started_at"] - first["ended_at"] >= timedelta(seconds=0.1)
     assert (row["attempt"], row["due_at"]) == (0, row["anchor_at"] + HOUR)
 
 
@@ -450,7 +448,6 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
         declare(raises(ValueError("no")), "never"),
     ]
     async with ground.scheduler(jobs):
-        await ground.eye.fetchval("SELECT")
         await until(lambda: _held(ground, "cancel"))
         await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'cancel'")
         for each in jobs:
@@ -547,6 +544,10 @@ async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(groun
 # -- every tick is accounted for -------------------------------------------------------------------
 
 
+# So that no heartbeat corrects the time that a run is told.
+SELDOM: dict[str, Any] = {"job_lease_seconds": 900, "job_heartbeat_seconds": 300}
+
+
 class Life:
     """A job whose every step the test decides, on a copy whose looks the test makes."""
 
@@ -570,6 +571,9 @@ class Life:
         )
 
     async def live(self, scheduler: Scheduler, steps: int) -> None:
+        await scheduler.run_once()
+        await until(lambda: self.ground.eye.fetchval("SELECT count(*) FROM copies"))
+        await self.end(scheduler)
         for _ in range(steps):
             await self.wait_or_ask()
             await scheduler.run_once()
@@ -592,19 +596,20 @@ class Life:
             await self.ground.eye.execute(RUN, "moon", "ada")
 
     async def end(self, scheduler: Scheduler) -> None:
-        await self.ground.shift(self.random.choice([0, 0, 0.7, self.random.uniform(0, 9)]))
-        what = self.random.choices(
-            ["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1]
-        )[0]
+        what = self.random.choices(["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1])[0]
         self.told.append(what)
+        seconds = self.random.choice([0, 0, 0.7, self.random.uniform(0, 9)])
         if what == "lost":
-            other = self.ground.copy("other")
-            await other.declare("moon", schedule="every 1 s")
-            await self.ground.expire("moon")
-            lost_streak = (await self.ground.row("moon"))["lost_streak"]
-            if lost_streak + 1 < LOST_LIMIT:
+            seconds = 0
+            if (await self.ground.row("moon"))["lost_streak"] == 0:
+                other = self.ground.copy("other")
+                await other.declare("moon", schedule="every 1 s")
+                await self.ground.expire("moon")
                 await other.claim()
                 await self.ground.expire("moon")
+        # What the run has in mind can't be moved back, so its end comes later, and then all moves.
+        heart = scheduler._heart
+        heart.set_clock(heart.server_time() + timedelta(seconds=seconds), monotonic())
         self.orders.put_nowait(
             {
                 "fail": ValueError("no"),
@@ -613,6 +618,7 @@ class Life:
             }.get(what)
         )
         await self.ended(scheduler)
+        await self.ground.shift(seconds)
 
     async def ended(self, scheduler: Scheduler) -> None:
         await asyncio.wait(set(scheduler._runs.values()))
@@ -623,7 +629,8 @@ async def account(ground: Ground) -> tuple[int, list[str]]:
     row = await ground.row("moon")
     interval = SECOND
     faults = []
-    ran, skipped = set(), []
+    ran: set[int] = set()
+    skipped: list[int] = []
     for run in await ground.runs("moon"):
         number, rest = divmod(run["due_at"] - row["anchor_at"], interval)
         if run["outcome"] != "skipped":
@@ -654,7 +661,7 @@ async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
     """Each tick either ran or is in a range that did not, none is missing, none is there twice."""
     life = Life(ground, Random(seed))
     moon = life.job()
-    async with ground.scheduler([moon], starts=False) as scheduler:
+    async with ground.scheduler([moon], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=size(small=60, full=300))
     ticks, faults = await account(ground)
     outcomes = await ground.eye.fetch(
@@ -674,14 +681,14 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     guarded = scheduling._ending
     reasons = ["no copy was free to run it", "the run before was still under way"]
 
-    def forgetful(*arguments: Any, **more: Any) -> Any:
-        ending = guarded(*arguments, **more)
+    def forgetful(*arguments: Any, seconds_ago: float) -> Ending:  # noqa: ANN401 - as they are
+        ending = guarded(*arguments, seconds_ago=seconds_ago)
         kept_reason = None if kept is None else reasons[kept]
         return replace(ending, skipped=[s for s in ending.skipped if s.reason == kept_reason])
 
     monkeypatch.setattr(scheduling, "_ending", forgetful)
     life = Life(ground, Random(7))
-    async with ground.scheduler([life.job()], starts=False) as scheduler:
+    async with ground.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=40)
     _, faults = await account(ground)
     assert any("missing" in fault for fault in faults)
@@ -699,21 +706,27 @@ async def test_a_look_says_how_long_to_wait(ground: Ground) -> None:
 
     jobs = [declare(waits), declare(waits, "sun", every=2 * HOUR)]
     async with ground.scheduler(jobs, starts=False) as scheduler:
-        assert await scheduler.run_once() == 0
-        assert await scheduler.run_once() == 0
+        for number in (1, 2):
+            while (seconds := await scheduler.run_once()) > 0:
+                assert seconds <= scheduling.TIE.total_seconds()
+            assert len(scheduler._runs) == number
         assert 0 < await scheduler.run_once() <= scheduling.BUSY_LOOK_SECONDS
         go.set()
         await asyncio.wait(set(scheduler._runs.values()))
         assert await scheduler.run_once() == scheduling.IDLE_LOOK_SECONDS
         await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
-        assert 0 < await scheduler.run_once() <= 2
+        assert 0 < await scheduler.run_once() <= 2.1
         await ground.ready("moon", seconds_ago=1)
         locker = await ground.connect()
         async with locker.transaction():
             await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
             assert await scheduler.run_once() == scheduling.RACE_SECONDS
-        assert await scheduler.run_once() == 0
+        await until(lambda: _claims(scheduler))
         await asyncio.wait(set(scheduler._runs.values()))
+
+
+async def _claims(scheduler: Scheduler) -> bool:
+    return await scheduler.run_once() == 0
 
 
 async def test_a_job_that_is_laid_aside_is_looked_past(ground: Ground) -> None:
@@ -736,13 +749,13 @@ async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> No
     async with ground.scheduler([], starts=False, job_step_seconds=0.5) as scheduler:
         waits = []
         for runs in range(200):
-            scheduler._runs = dict.fromkeys(range(runs))  # type: ignore[arg-type]
+            scheduler._runs = cast("Any", dict.fromkeys(range(runs)))
             waits.append(scheduler._wait_for_turn())
         scheduler._runs = {}
     assert waits[0] == timedelta(0)
-    steps = [later - sooner for sooner, later in zip(waits, waits[1:], strict=False)]
+    steps = [later - sooner for sooner, later in pairwise(waits)]
     assert all(step > timedelta(0) for step in steps)
-    assert all(sooner >= later for sooner, later in zip(steps, steps[1:], strict=False))
+    assert all(sooner >= later for sooner, later in pairwise(steps))
     assert waits[-1] < timedelta(seconds=5)
 
 
@@ -810,7 +823,7 @@ async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, func
 
 
 async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> None:
-    """A copy that came up before its database, or lost it, takes jobs by itself when it is there."""
+    """A copy that lost its database, or came up before it, takes jobs when it is there."""
     count = []
     async with ground.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
         await ground.ended("moon")
@@ -828,7 +841,7 @@ async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> Non
 
 
 async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
-    """A copy that hears that its lease is over stops the run, and changes nothing of the new one."""
+    """A copy that hears that its lease is over stops the run, and leaves the new one alone."""
     begun: list[int] = []
 
     async def waits(run: Run) -> None:
@@ -842,13 +855,11 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
         await _run_all(ground, 1)
         other = ground.copy("other")
         await other.declare("moon")
-        await ground.eye.execute("SELECT")
-        async with ground.eye.transaction():
-            await ground.eye.execute(
-                "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"
-                " lease_until = clock_timestamp() + interval '1 min'",
-                other.me.id,
-            )
+        await ground.eye.execute(
+            "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"
+            " lease_until = clock_timestamp() + interval '1 min'",
+            other.me.id,
+        )
 
         async def stopped() -> bool:
             return begun == [1, -1]

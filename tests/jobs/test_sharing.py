@@ -18,10 +18,12 @@ from tests.jobs.fleet import overlaps
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.jobs.nursery import Nursery, nursery
 from tests.processes import Copy, running
-from tests.system.sizes import size, tell
+from tests.system.sizes import FULL, size, tell
 
 LIGHT_EVERY = size(small=25, full=50) / 10
 LIGHT_RUNS = size(small=60, full=200)
+# On a machine that is busy with other tests, copies wake up later than the tie lasts.
+TIE: dict[str, str] = {} if FULL else {"FLEET_TIE": "0.08"}
 
 SKEW_SECONDS = 1.5
 # The settling time is to be above the skew. Whole programs on a busy machine take seconds to
@@ -280,9 +282,9 @@ async def test_light_load_goes_round(postgres: Database, nest: Nursery, tmp_path
             await stack.enter_async_context(ground(postgres, nest, tmp_path)) for _ in range(3)
         ]
         together, staggered, control = await asyncio.gather(
-            light_load(grounds[0], stagger=False),
-            light_load(grounds[1], stagger=True),
-            light_load(grounds[2], stagger=True, FLEET_UNGUARDED="rounds"),
+            light_load(grounds[0], stagger=False, **TIE),
+            light_load(grounds[1], stagger=True, **TIE),
+            light_load(grounds[2], stagger=True, FLEET_TIE="0"),
         )
     tell(f"{LIGHT_RUNS} runs due together: {together}, one after the other: {staggered}")
     tell(f"one after the other, without rounds: {control}")
@@ -368,7 +370,7 @@ async def test_newcomers_that_die_delay_no_start(
     Without the guard that what was seen is written once, they wait for as long as newcomers come.
     """
 
-    async def start(**env: str) -> float | None:
+    async def start(**env: str) -> list[float]:
         env = {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": "3", **env}
         async with (
             ground(postgres, nest, tmp_path) as where,
@@ -377,10 +379,12 @@ async def test_newcomers_that_die_delay_no_start(
         ):
             ready = monotonic()
             await asyncio.sleep(8)
-            begins = [span.begin - ready for span in where.spans()]
-            return max(begins) if begins else None
+            first: dict[str, float] = {}
+            for span in where.spans():
+                first.setdefault(span.job, span.begin - ready)
+            return list(first.values())
 
     guarded, control = await asyncio.gather(start(), start(FLEET_UNGUARDED="once"))
-    tell(f"the last job began {guarded} s after the last copy was ready; control: {control}")
-    assert guarded is not None
-    assert control is None
+    tell(f"the last began {max(guarded):.2f} s after the last copy was ready; control: {control}")
+    assert len(guarded) == 10
+    assert control == []

@@ -5,9 +5,10 @@ import math
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from random import sample, uniform
+from random import choice, sample, uniform
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -34,6 +35,8 @@ PROMPT = size(small=4, full=2)
 # of one held transaction; the control's outlasts the freeze, so that its commit comes late
 HELD, HELD_LONG = 0.5, LEASE + 3
 FOREVER = "3600"
+# between the signal's moment here and a claim that was under way
+SOON = timedelta(seconds=0.5)
 
 FENCED = """
 CREATE TABLE fenced (
@@ -42,6 +45,8 @@ CREATE TABLE fenced (
 """
 # as the server committed them, whatever their transactions thought the time was
 COMMITTED = "SELECT job, fence FROM fenced ORDER BY pg_xact_commit_timestamp(xmin), fence"
+
+LOST = "SELECT job, fence, server, started_at, ended_at FROM job_runs WHERE outcome = 'lost'"
 
 LONG_TRANSACTIONS = """
 SELECT count(*) FROM pg_stat_activity
@@ -85,11 +90,13 @@ async def test_jobs_of_killed_copies_go_on_elsewhere(
     copies = _fleet(database, tmp_path, names, jobs=12, FLEET_SECONDS="12", FLEET_EVERY="1")
     lost: list[Span] = []
     delays: list[float] = []
+    kills: list[tuple[str, datetime]] = []
     async with running(copies):
         await _all_started(tmp_path, 12)
         await _until(lambda: all(_under_way(tmp_path, copy) for copy in copies[:2]))
         victims = [copies[0], copies[-1]]
         for _ in range(KILLS // 2):
+            kills += [(copy.name, datetime.now(UTC)) for copy in victims]
             gone, after = await _kill(victims, tmp_path)
             lost += gone
             delays += after
@@ -101,7 +108,12 @@ async def test_jobs_of_killed_copies_go_on_elsewhere(
     spans = read_diaries(tmp_path)
     wrong = [span for span in lost if not _goes_on(span, _successor(span, spans))]
     recorded = await _lost_runs(database)
-    unexplained = recorded - {(span.job, span.fence) for span in spans if not span.ended}
+    # A copy may also be killed just before its run's first line, or after its last.
+    unexplained = [
+        run
+        for run, (server, since, until) in recorded.items()
+        if not any(name == server and since - SOON < at < until for name, at in kills)
+    ]
     tell(
         f"{KILLS} copies killed: {len(lost)} jobs lost, started elsewhere after {_times(delays)}; "
         f"{sum(_checkpoint(span) > 0 for span in lost)} "
@@ -110,8 +122,8 @@ async def test_jobs_of_killed_copies_go_on_elsewhere(
     assert overlaps(spans) == []
     assert wrong == []
     assert max(delays) <= LEASE + PROMPT
-    assert {(span.job, span.fence) for span in lost} <= recorded
-    assert unexplained == set()  # nobody else lost anything
+    assert {(span.job, span.fence) for span in lost} <= recorded.keys()
+    assert unexplained == []  # nobody else lost anything
     assert any(_checkpoint(span) for span in lost)
 
 
@@ -144,7 +156,9 @@ async def test_frozen_copies_are_ended_before_they_go_on(
                 await asyncio.gather(*(copy.ready() for copy in dead))
                 dead = []
             owners = [copy for copy in copies if copy not in dead and _under_way(tmp_path, copy)]
-            *frozen, other = sample(owners, min(4, FREEZES - len(codes) + 1, len(owners)))
+            some = min(3, FREEZES - len(codes), max(1, len(owners) - 1))
+            frozen = sample(owners, some)
+            other = choice([copy for copy in copies if copy not in dead + frozen])
             await _forgive(fenced)
             await asyncio.sleep(uniform(0, HEARTBEAT))
             async with _frozen(frozen):
@@ -180,7 +194,7 @@ async def test_frozen_copies_are_ended_before_they_go_on(
     assert writes
     assert inside, "no freeze met a transaction"
     assert long_transactions == 0
-    assert recorded == {(span.job, span.fence) for span in lost}
+    assert recorded.keys() == {(span.job, span.fence) for span in lost}
     assert unharmed
 
 
@@ -329,8 +343,8 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
 
     def set_late(_which: int, _seconds: float) -> None:
         nonlocal now
+        now += 0 if told else 10
         told.append("set")
-        now += 10
 
     monkeypatch.setattr("balance_app.jobs.lease.monotonic", lambda: now)
     monkeypatch.setattr("signal.setitimer", set_late)
@@ -444,11 +458,14 @@ async def _forgive(database: dict[str, str]) -> None:
     await connection.close()
 
 
-async def _lost_runs(database: dict[str, str]) -> set[tuple[str, int]]:
+async def _lost_runs(
+    database: dict[str, str],
+) -> dict[tuple[str, int], tuple[str, datetime, datetime]]:
+    """Return which runs were recorded as lost: where, and from when to when."""
     connection = await connect(database)
-    rows = await connection.fetch("SELECT job, fence FROM job_runs WHERE outcome = 'lost'")
+    rows = await connection.fetch(LOST)
     await connection.close()
-    return {(job, fence) for job, fence in rows}
+    return {(job, fence): (server, since, until) for job, fence, server, since, until in rows}
 
 
 @asynccontextmanager
