@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from pathlib import Path
 from time import monotonic
@@ -40,6 +40,7 @@ Result = TypeVar("Result")
 _Waiter: TypeAlias = "tuple[Callable[[Connection], Awaitable[Any]], asyncio.Future[Any], float]"
 
 PROBE_SECONDS: Final = 0.1
+ROLLBACK_SECONDS: Final = 0.3
 MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
 
 metadata = MetaData(
@@ -192,6 +193,11 @@ class Database:
         try:
             yield connection
         except BaseException:
+            # Of a connection that just ends, the server notices nothing while a statement is under
+            # way: that would go on, and keep its locks. To cancel it takes a connection of its own.
+            with suppress(Exception):
+                async with asyncio.timeout(ROLLBACK_SECONDS):
+                    await connection.execute("ROLLBACK")
             _terminate(connection)
             raise
         finally:

@@ -5,7 +5,6 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
@@ -502,9 +501,7 @@ async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]
 
 async def in_thread(run: Run, function: Callable[[ThreadRun], Result]) -> Result:
     """Call a function as the scheduler does with one that is not async."""
-    facade = ThreadRun(run)
-    with ThreadPoolExecutor(1) as pool:
-        return await asyncio.get_running_loop().run_in_executor(pool, function, facade)
+    return await asyncio.to_thread(function, ThreadRun(run))
 
 
 async def test_a_thread_gets_the_same(ground: Ground, copy: Copy, run: Run) -> None:
@@ -607,20 +604,30 @@ async def test_a_thread_is_stopped_inside_a_transaction(ground: Ground, run: Run
         await ground.eye.execute(NOTE, "moon")
 
 
-async def test_a_thread_that_paces_itself_is_stopped_soon(copy: Copy) -> None:
-    """A thread does not sleep to the end of its pace once the run was told to stop."""
-    run = copy.run(await copy.claim(), min_seconds=60)
+async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(
+    ground: Ground, run: Run
+) -> None:
+    """What the commit itself refuses comes through as it is."""
 
     def function(run: ThreadRun) -> None:
-        run.progress(1, 2)
-        pacing.set()
-        run.pace()
+        with run.transaction() as connection:
+            connection.execute("SET CONSTRAINTS ALL DEFERRED")
+            connection.execute(NOTE, "sun")
+            connection.execute(NOTE, "sun")
 
-    pacing = threading.Event()
-    ending = asyncio.create_task(in_thread(run, function))
-    await asyncio.to_thread(pacing.wait, 10)
-    await asyncio.sleep(0.05)
-    assert not ending.done()
-    run.stopped = ("interrupted", "its copy was stopped")
-    with pytest.raises(RunStoppedError):
-        await asyncio.wait_for(ending, 10)
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await in_thread(run, function)
+    assert await notes(ground) == []
+
+
+async def test_a_thread_is_stopped_before_its_commit(ground: Ground, run: Run) -> None:
+    """A run that was told to stop in the body does not commit."""
+
+    def function(facade: ThreadRun) -> None:
+        with facade.transaction() as connection:
+            connection.execute(NOTE, "moon")
+            run.stopped = ("cancelled", "cancelled by ada")
+
+    with pytest.raises(RunStoppedError, match="cancelled by ada"):
+        await in_thread(run, function)
+    assert await notes(ground) == []

@@ -141,6 +141,16 @@ def waits_in_thread(run: ThreadRun) -> None:
         threading.Event().wait(0.02)
 
 
+def paces_in_thread(run: ThreadRun) -> None:
+    run.progress(1, 2)
+    run.pace()
+
+
+def queries_in_thread(run: ThreadRun) -> None:
+    with run.transaction() as connection:
+        connection.execute("SELECT pg_sleep(600)")
+
+
 def ignores_in_thread(_run: ThreadRun) -> str:
     threading.Event().wait(0.5)
     return "done all the same"
@@ -260,10 +270,13 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> N
         "swallows": swallows,
         "fails": fails_when_stopped,
         "thread": waits_in_thread,
+        "pace": paces_in_thread,
+        "query": queries_in_thread,
     }
-    jobs = [declare(function, name) for name, function in functions.items()]
+    least = timedelta(minutes=9)
+    jobs = [declare(function, name, min_duration=least) for name, function in functions.items()]
     async with ground.scheduler([*jobs, declare(sleeps, "other")]):
-        await _run_all(ground, 5)
+        await _run_all(ground, 7)
         started = monotonic()
         await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name <> 'other'")
         for name in functions:

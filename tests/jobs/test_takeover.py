@@ -4,7 +4,7 @@ import asyncio
 import math
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +16,11 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from balance_app.database import migrate
+from balance_app.database import Database, migrate
+from balance_app.errors import DatabaseAway
 from balance_app.jobs.lease import Heart
-from balance_app.jobs.repository import Me
+from balance_app.jobs.repository import JobRepository, Me, Turn
+from balance_app.jobs.run import Run
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.processes import Copy, connect, running
@@ -33,7 +35,7 @@ SETTLING = 4
 # A job that was lost starts elsewhere within the lease and 2 s; the rest is for a busy machine.
 PROMPT = size(small=4, full=2)
 # of one held transaction; the control's outlasts the freeze, so that its commit comes late
-HELD, HELD_LONG = 0.5, LEASE + 3
+HELD, HELD_LONG = 0.5, LEASE + 2
 FOREVER = "3600"
 # between the signal's moment here and a claim that was under way
 SOON = timedelta(seconds=0.5)
@@ -179,7 +181,7 @@ async def test_frozen_copies_are_ended_before_they_go_on(
     writes = await connection.fetchval("SELECT count(*) FROM fenced")
     await connection.close()
     recorded = await _lost_runs(fenced)
-    inside = sum(span.lines[-1]["what"] == "inside" for span in lost)
+    inside = sum(_said(span) == "inside" for span in lost)
     tell(
         f"{FREEZES} copies frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
         f"started elsewhere after {_times(delays)}; after SIGCONT {late_lines} wrote lines, "
@@ -333,7 +335,46 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
     await connection.close()
     tell(f"{len(late)} claims were answered too late, then: {last['outcome']}")
     assert too_early == []
-    assert {tuple(run) for run in late} == {("interrupted", "its lease was granted too late")}
+    assert {tuple(run) for run in late} == {
+        ("interrupted", "the answer to its claim came too late")
+    }
+
+
+@pytest.mark.parametrize("half_way", [False, True], ids=["idle", "half-way"])
+async def test_what_a_silent_transaction_holds_is_free_again(
+    database: dict[str, str], *, half_way: bool
+) -> None:
+    """A copy that falls silent in a transaction, even within a statement, blocks nobody for long.
+
+    To the server a statement of which only the first message came is not idle.
+    """
+    settings = load_settings(
+        **{name.lower(): value for name, value in database.items()},
+        job_lease_seconds=0.5,
+        job_heartbeat_seconds=0.1,
+    )
+    service = Database(settings)
+    await service.start()
+    jobs = JobRepository(service, Me(uuid4(), "app1"), timedelta(seconds=0.5))
+    known = await jobs.declare({"a": ("every 60 s", "")})
+    none = timedelta(0)
+    look = await jobs.look(known, Turn(none, 0, none, settled=True, settling=none, takes_over=True))
+    assert look.claimed is not None
+    run = Run(look.claimed, service, jobs, min_seconds=0)
+    other = await connect(database)
+    async with asyncio.timeout(30):
+        with suppress(DatabaseAway):
+            async with run.transaction() as connection:
+                await connection.execute("SELECT pg_advisory_xact_lock(1)")
+                if half_way:
+                    await connection.prepare("SELECT $1::integer")
+                since = monotonic()
+                await other.execute("SELECT pg_advisory_lock(1)")
+                seconds = monotonic() - since
+    await other.close()
+    await service.stop()
+    tell(f"a lock that a silent transaction held was free after {seconds:.2f} s")
+    assert 0.4 < seconds < 5
 
 
 def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,11 +547,8 @@ def _size(diaries: Path, copy: Copy) -> int:
 
 async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> list[dict[str, Any]]:
     """Freeze a copy until others run its jobs; return what its runs write afterwards."""
-    if held:  # while its transaction has just begun, so that it is still open in the end
-        await _until(lambda: any(_is_inside(span) for span in _under_way(diaries, copy)))
-    async with _frozen([copy]):
+    async with _frozen_when(copy, diaries, "inside" if held else "wrote") as before:
         since = monotonic()
-        before = _under_way(diaries, copy)
         await _takeovers(before, diaries, since)
         await asyncio.sleep(0.5)
     ends = since + HELD_LONG if held else monotonic()
@@ -524,8 +562,25 @@ async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> lis
     ]
 
 
-def _is_inside(span: Span) -> bool:
-    return span.lines[-1]["what"] == "inside" and monotonic() - span.end < 1
+@asynccontextmanager
+async def _frozen_when(copy: Copy, diaries: Path, said: str) -> AsyncIterator[list[Span]]:
+    """Freeze a copy when its runs have just said that; the server ends idle transactions."""
+    async with asyncio.timeout(30) as limit:
+        while True:
+            async with _frozen([copy]):
+                await asyncio.sleep(0.02)  # the signal takes its time
+                spans = _under_way(diaries, copy)
+                ages = [monotonic() - span.end for span in spans if _said(span) == said]
+                # What follows the line is under way by then.
+                if 0 < len(ages) == len(spans) and 0.02 < min(ages) <= max(ages) < 1:
+                    limit.reschedule(None)
+                    yield spans
+                    return
+            await asyncio.sleep(uniform(0.05, 0.1))
+
+
+def _said(span: Span) -> str:
+    return str(span.lines[-1]["what"])
 
 
 def _late(rows: list[asyncpg.Record], of: set[tuple[str, int]] | None = None) -> int:

@@ -257,5 +257,5 @@ class Heart:
             left = min(ends) - ARM_SECONDS - now
             if left <= 0:
                 signal.raise_signal(signal.SIGALRM)
-            signal.setitimer(signal.ITIMER_REAL, left)
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left))
             late = monotonic() - now > ARM_SECONDS

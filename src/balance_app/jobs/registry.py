@@ -36,7 +36,8 @@ class Job:
     @property
     def is_async(self) -> bool:
         """Whether the function is a coroutine function; any other runs in a thread."""
-        return inspect.iscoroutinefunction(self.function)
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - of an object that is called
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     @property
     def description(self) -> str:
@@ -78,12 +79,18 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
                 f"A job can't be named {name!r}: a name is up to 63 lower-case letters, digits "
                 "and hyphens, and begins with a letter."
             )
-        if not callable(function):
-            raise DeclarationError(f"Job {name}: {function!r} is not a function.")
+        if not callable(function) or _yields(function):
+            raise DeclarationError(
+                f"Job {name}: {function!r} is not a function that runs when it is called."
+            )
         if (every is None) == (cron is None):
             raise DeclarationError(f"Job {name}: give either every= or cron=.")
         if every is not None and tz is not None:
             raise DeclarationError(f"Job {name}: tz={tz!r} has a meaning only with cron=.")
+        try:
+            schedule = Every(every) if every is not None else Cron(cron or "", tz or "UTC")
+        except ValueError as error:
+            raise DeclarationError(f"Job {name}: {error}") from None
         for label, value in {
             "timeout": timeout,
             "retry_after": retry_after,
@@ -100,10 +107,6 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
                 f"Job {name}: timeout ({timeout}) must be above min_duration ({min_duration}), "
                 "or no run can succeed."
             )
-        try:
-            schedule = Every(every) if every is not None else Cron(cron or "", tz or "UTC")
-        except ValueError as error:
-            raise DeclarationError(f"Job {name}: {error}") from None
         return Job(
             name=name,
             function=function,
@@ -115,6 +118,10 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
         )
 
     return declare
+
+
+def _yields(function: Function) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 class Registry(Mapping[str, Job]):

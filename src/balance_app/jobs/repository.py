@@ -137,6 +137,8 @@ class JobRepository:
         self._database = database
         self.me = me
         self._lease = lease
+        milliseconds = round(lease.total_seconds() * 1000 * LONGEST_LEASES)
+        self.begin: Final = BEGIN.format(milliseconds=milliseconds)
 
     async def declare(self, jobs: Mapping[str, tuple[str, str]]) -> Known:
         """Bring the rows up to the jobs (name: schedule, description) that the code declares."""
@@ -162,8 +164,14 @@ class JobRepository:
                 claimed = claimed._replace(resumed=from_json(claimed.resumed))
         return Look(now, claimed, name if name and not goes else None, wait_seconds, bool(busy))
 
-    async def finish(self, name: str, fence: int, ending: Ending) -> bool:
-        """Record how a run ended and free its job; False: the job was no longer this run's."""
+    async def finish(
+        self, name: str, fence: int, ending: Ending, schedule: str | None = None
+    ) -> str | bool:
+        """Record how a run ended and free its job; False: the job was no longer this run's.
+
+        Its next tick is one of `schedule`: if that has changed, nothing is recorded, and the new
+        one is returned.
+        """
         row = await self._database.run(
             lambda con: write(
                 con,
@@ -175,10 +183,11 @@ class JobRepository:
                 [each.last for each in ending.skipped],
                 [each.ticks for each in ending.skipped],
                 [each.reason for each in ending.skipped],
+                schedule,
             ),
             urgent=True,
         )
-        return row is not None
+        return row is not None and (row["freed"] or row["schedule"])
 
     async def part(self, name: str, fence: int, lease: timedelta) -> None:
         """Shorten a lease: this process ends before it does, and its run was handed back."""
@@ -195,8 +204,8 @@ class JobRepository:
 
 
 # A new row comes with the tick of its declaration (an interval) or its first tick (cron). A
-# changed schedule takes effect at its next tick. Copies that start together take turns, so that
-# a number below the highest can't appear later.
+# changed schedule takes effect at its next tick; a tick that is due already stays. Copies that
+# start together take turns, so that a number below the highest can't appear later.
 DECLARATIONS: Final = """
 SELECT name, schedule, description, anchor_at FROM jobs WHERE name = ANY($1)
 """
@@ -208,8 +217,10 @@ VALUES ($1, $2, $3, $4, $5, $5)
 
 REDECLARE: Final = """
 UPDATE jobs SET schedule = $2, description = $3,
-    due_at = CASE WHEN holder IS NULL AND schedule <> $2 THEN $4 ELSE due_at END,
-    ready_at = CASE WHEN holder IS NULL AND schedule <> $2 THEN $4 ELSE ready_at END
+    due_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
+             THEN $4 ELSE due_at END,
+    ready_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
+               THEN $4 ELSE ready_at END
 WHERE name = $1
 """
 
@@ -356,7 +367,7 @@ WITH freed AS (
         lost_streak = 0,
         last_outcome = $4, last_server = server, last_started_at = started_at,
         last_ended_at = clock_timestamp() - $6::interval, last_result = $5
-    WHERE name = $1 AND fence = $2 AND holder = $3
+    WHERE name = $1 AND fence = $2 AND holder = $3 AND schedule = coalesce($14, schedule)
     RETURNING last_ended_at
 ), ended AS (
     UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
@@ -367,7 +378,9 @@ WITH freed AS (
     FROM freed, unnest($10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::text[])
          AS range (first, last, ticks, reason)
 )
-SELECT last_ended_at FROM freed
+SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
+FROM jobs LEFT JOIN freed ON true
+WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
 # The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
@@ -393,15 +406,15 @@ WITH beat AS (
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::bigint[], $9::bigint[], $10::text[])
                   AS beat (name, fence, done, total, note)
 ), held AS MATERIALIZED (
-    SELECT jobs.name FROM jobs JOIN beat ON jobs.name = beat.name AND jobs.fence = beat.fence
+    SELECT name, fence FROM jobs JOIN beat USING (name, fence)
     WHERE holder = $1 AND lease_until > clock_timestamp()
     FOR NO KEY UPDATE OF jobs SKIP LOCKED
 ), renewed AS (
     UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
                     done = beat.done, total = beat.total, note = beat.note
-    FROM held JOIN beat USING (name)
+    FROM held JOIN beat USING (name, fence)
     WHERE jobs.name = held.name
-    RETURNING jobs.name, cancel_by
+    RETURNING jobs.name, jobs.fence, cancel_by
 ), seen AS (
     INSERT INTO copies (id, server, knows_to, lacks) VALUES ($1, $2, $4, $5)
     ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
@@ -410,7 +423,7 @@ SELECT clock_timestamp() AS now, beat.name, beat.fence, renewed.name IS NOT NULL
        jobs.fence = beat.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
        AS ours, renewed.cancel_by
 FROM (SELECT) AS always LEFT JOIN beat ON true
-LEFT JOIN renewed USING (name) LEFT JOIN jobs USING (name)
+LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = beat.name
 """
 
 # A copy that has ended its runs is no longer seen.
@@ -436,6 +449,16 @@ async def heartbeat(
     return rows[0]["now"], pulses
 
 
+# A transaction whose copy has fallen silent is ended by the server: see `Settings.job_arguments`.
+# Half-way through a statement (asyncpg sends a new one in two parts) it is not idle to the server;
+# since version 17 this limit ends it there too.
+BEGIN: Final = """
+BEGIN;
+SELECT set_config('transaction_timeout', '{milliseconds}ms', true)
+WHERE current_setting('server_version_num')::integer >= 170000
+"""
+LONGEST_LEASES: Final = 3
+
 # The run is named inside the transaction; nothing is locked before its last message.
 ENTER: Final = """
 SELECT set_config('balance_app.job', name, true),
@@ -454,5 +477,11 @@ LEASE_LOST: Final = "BL001"  # what hold_lease() raises
 
 
 def encode(state: object) -> str:
-    """Return a checkpoint as JSON."""
-    return to_json(state).decode()
+    """Return a checkpoint as JSON that can be read back.
+
+    Raises:
+        ValueError: there is none: not JSON, too deep, or a number that JSON or Python can't read.
+    """
+    encoded = to_json(state)
+    from_json(encoded, allow_inf_nan=False)  # what can't be read would be the end of each owner
+    return encoded.decode()

@@ -1,6 +1,7 @@
 """What a job gets: its progress, its checkpoint, and writes that count only under its lease."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent import futures
 from contextlib import asynccontextmanager, contextmanager
@@ -26,6 +27,8 @@ from balance_app.jobs.repository import (
 )
 
 CHECKPOINT_BYTES: Final = 8192
+NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+_NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
 Result = TypeVar("Result")
 # What a run that was told to stop has come to.
 Stopped = Literal["cancelled", "interrupted", "timed_out"]
@@ -115,7 +118,7 @@ class Run:
             text = encode(state)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"A checkpoint must be JSON: {error}") from None
-        if len(text.encode()) > CHECKPOINT_BYTES or "\\u0000" in text:
+        if len(text.encode()) > CHECKPOINT_BYTES or _NUL.search(text):
             raise CheckpointError(
                 f"A checkpoint has at most {CHECKPOINT_BYTES} bytes of JSON and no NUL; "
                 f"this one has {len(text.encode())} bytes."
@@ -130,8 +133,8 @@ class Run:
         """Open a transaction that commits only while this run holds its lease (READ COMMITTED).
 
         The check and the commit are one message, and the job's row is locked from one to the other:
-        nobody can take the job over in between. Keep transactions short, few run at once; a run has
-        one at a time.
+        nobody can take the job over in between. Keep transactions short: few run at once, and the
+        server ends one that lasts for three leases. A run has one at a time.
 
         Raises:
             LeaseLostError: at either end; nothing was written.
@@ -139,27 +142,40 @@ class Run:
         """
         if self._inside is not None:
             raise RuntimeError(f"{self.name} has a transaction open already.")
+        remembered: list[str] = []
+        self._inside = remembered
+        own: Exception | None = None  # of something else in the body: the connection is well
         try:
             async with self._database.lend() as connection:
-                await connection.execute("BEGIN")
+                await connection.execute(self._jobs.begin)
                 holder = self._jobs.me.id
                 if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
                     raise LeaseLostError(f"{self.name} has lost its lease.")
-                remembered: list[str] = []
-                self._inside = remembered
                 try:
                     yield connection
-                finally:
-                    self._inside = None
+                except NO_ANSWER as error:
+                    own = None if connection.is_closed() else error
+                    raise
                 if remembered:
                     await connection.execute(REMEMBER, remembered[0])
                 await connection.execute(COMMIT)
-        except asyncpg.PostgresError as error:
-            if error.sqlstate == LEASE_LOST:
-                raise LeaseLostError(f"{self.name} has lost its lease.") from error
-            raise _away(error) from error
-        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-            raise _away(error) from error
+        except (asyncpg.PostgresError, *NO_ANSWER) as error:
+            problem = None if error is own else self._problem(error)
+            if problem is None:
+                raise
+            raise problem from error
+        finally:
+            self._inside = None
+
+    def _problem(self, error: Exception) -> Exception | None:
+        """Return what an error of the driver means to the run, if it is not the statement's."""
+        state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+        if state == LEASE_LOST:
+            return LeaseLostError(f"{self.name} has lost its lease.")
+        applied = is_away(error)
+        if applied is None or (state is not None and applied == "no"):
+            return None
+        return DatabaseAway("The database went away in a transaction.", applied=applied)
 
 
 class ThreadRun:
@@ -199,13 +215,20 @@ class ThreadRun:
         """Open a transaction as `Run.transaction`."""
         manager = self._run.transaction()
         connection = self._wait(manager.__aenter__())
+        ending = False
+
+        async def commit() -> None:
+            nonlocal ending
+            ending = True
+            await manager.__aexit__(None, None, None)
+
         try:
             yield ThreadConnection(connection, self._wait)
-            self._wait(manager.__aexit__(None, None, None))
+            self._wait(commit())
         except BaseException as error:
-            # It is to be rolled back even when the run was told to stop.
-            end = manager.__aexit__(type(error), error, error.__traceback__)
-            asyncio.run_coroutine_threadsafe(end, self._loop).result()
+            if not ending:  # it is to be rolled back even when the run was told to stop
+                end = manager.__aexit__(type(error), error, error.__traceback__)
+                asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise
 
     def interrupt(self) -> None:
@@ -254,14 +277,6 @@ class ThreadConnection:
         return self._wait(self._connection.execute(sql, *arguments))
 
 
-def _away(error: Exception) -> Exception:
-    """Return the error as the outage that it is, if it is one."""
-    applied = is_away(error)
-    if applied is None or (isinstance(error, asyncpg.PostgresError) and applied == "no"):
-        return error
-    return DatabaseAway("The database went away in a transaction.", applied=applied)
-
-
 def _count(number: int) -> int:
     """Return a number that PostgreSQL can hold: what one run says may not spoil a heartbeat."""
     return max(0, min(int(number), 2**53))
@@ -270,3 +285,11 @@ def _count(number: int) -> int:
 def plain(text: str, limit: int = 500) -> str:
     """Return text that PostgreSQL can hold."""
     return text[:limit].replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def in_words(value: object) -> str:
+    """Return what a value says of itself, whatever it is."""
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001 - a text that can't be had must not lose the run
+        return f"a {type(value).__name__} without a text ({type(error).__name__})"

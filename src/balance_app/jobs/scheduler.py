@@ -30,9 +30,10 @@ from balance_app.jobs.run import (
     RunStoppedError,
     Stopped,
     ThreadRun,
+    in_words,
     plain,
 )
-from balance_app.jobs.schedule import parse
+from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -223,6 +224,7 @@ class Scheduler:
 
         run.lease = self._heart.hold(run.name, run.fence, sent_at, stop)
         if not run.lease.executing:
+            self._away_at = monotonic()  # as good as: the hand-back comes before it looks lost
             run.stopped = ("interrupted", "the answer to its claim came too late")
         elif claimed.cancel_by is not None:  # its last owner was lost before it could obey
             run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
@@ -244,15 +246,14 @@ class Scheduler:
         started = monotonic()
         assert run.lease is not None  # noqa: S101 - held since the claim
         try:
-            run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
-            verdict = await self._call(run, job, started)
-        finally:
-            self._heart.ended(run.lease)
-        ended = monotonic()
-        run.log.info(
-            "run ended", outcome=verdict[0], result=verdict[1], seconds=round(ended - started, 1)
-        )
-        try:
+            try:
+                run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
+                verdict = await self._call(run, job, started)
+            finally:
+                self._heart.ended(run.lease)
+            ended = monotonic()
+            seconds = round(ended - started, 1)
+            run.log.info("run ended", outcome=verdict[0], result=verdict[1], seconds=seconds)
             await self._record(run, job, claimed, verdict, ended)
         except Exception:
             run.log.exception("the end of a run can't be recorded: its lease runs out")
@@ -292,19 +293,27 @@ class Scheduler:
             now = self._heart.server_time()
             ending = _ending(job, claimed, verdict, now, seconds_ago=monotonic() - ended)
             try:
-                if not await self._jobs.finish(run.name, run.fence, ending):
-                    run.log.warning("the run had lost its job before it ended")
+                done = await self._jobs.finish(run.name, run.fence, ending, claimed.schedule)
             except DatabaseAway as problem:
                 if self._draining:
                     raise
                 run.log.debug("the end of a run waits for the database", reason=problem.detail)
                 await asyncio.sleep(AWAY_SECONDS / 2)
-            else:
-                return
+                continue
+            if isinstance(done, str):  # declared anew meanwhile
+                claimed = claimed._replace(schedule=done)
+                continue
+            if not done:
+                run.log.warning("the run had lost its job before it ended")
+            return
 
 
 async def _result(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
-    return await (job.function(run) if job.is_async else _in_thread(run, job))
+    try:
+        return await (job.function(run) if job.is_async else _in_thread(run, job))
+    except (SystemExit, KeyboardInterrupt) as error:
+        # A task that ended with one of these would end the event loop.
+        raise RuntimeError(f"it tried to end its copy: {error!r}") from error
 
 
 async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
@@ -346,10 +355,10 @@ def _judge(run: Run, job: Job, task: "asyncio.Task[Any]") -> Verdict:
     finished = error is None and not task.cancelled()
     if finished and (told is None or not job.is_async):
         returned = task.result()
-        return "succeeded", None if returned is None else plain(str(returned), 2000)
+        return "succeeded", None if returned is None else plain(in_words(returned), 2000)
     if told is not None:  # whatever it made of it
         if error is not None and not isinstance(error, RunStoppedError):
-            run.log.warning("run failed when it was stopped", error=repr(error))
+            run.log.warning("run failed when it was stopped", exc_info=error)
         return told
     match error:
         case None:
@@ -360,7 +369,7 @@ def _judge(run: Run, job: Job, task: "asyncio.Task[Any]") -> Verdict:
             return "interrupted", plain(error.detail)
         case _:
             run.log.error("run failed", exc_info=error)
-            return "failed", plain(f"{type(error).__name__}: {error}", 2000)
+            return "failed", plain(f"{type(error).__name__}: {in_words(error)}", 2000)
 
 
 def _ending(
@@ -377,7 +386,12 @@ def _ending(
         return Ending(
             outcome=outcome, result=result, seconds_ago=seconds_ago, keeps_checkpoint=True
         )
-    schedule = parse(claimed.schedule)
+    try:
+        schedule = parse(claimed.schedule)
+    except ScheduleError:  # of a newer program
+        schedule = job.schedule
+    # As long as an answer was under way, our idea of the server's time may be behind.
+    now = max(now, claimed.started_at)
     due_at = schedule.next_after(now, claimed.anchor_at)
     if outcome in {"failed", "timed_out"} and job.retry_after_seconds is not None:
         again_at = now + timedelta(seconds=job.retry_after_seconds)

@@ -1,0 +1,459 @@
+"""PostgreSQL restarts or is away while jobs run, and clocks of copies are wrong."""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Protocol, Self
+
+import asyncpg
+import httpx
+
+from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.processes import Copy, connect, running
+from tests.system.databases import own_postgres
+from tests.system.sizes import size, tell
+from tests.system.test_outage import Probes
+
+COPIES = size(small=3, full=5)
+JOBS = size(small=6, full=10)
+RESTARTS = size(small=2, full=10)
+AWAY_SECONDS = size(small=8, full=60)
+AWAY_LEASE_SECONDS = size(small=3, full=6)
+KILLS = size(small=2, full=10)
+SETTLING_SECONDS = 2
+# From the return of the database, or a kill, until every job runs again.
+BOUND_SECONDS = 25
+
+KINDS = "paced,quiet,thread,thread-writes"
+
+# A job waits for its time, or it is running and renewed by a copy that is seen.
+STATES = """
+SELECT name, fence, holder IS NOT NULL AS runs, paused_at IS NOT NULL AS paused,
+       extract(epoch FROM clock_timestamp() - claimable_at)::float8 AS since,
+       extract(epoch FROM lease_until - copies.seen_at)::float8 AS unseen
+FROM jobs LEFT JOIN copies ON copies.id = holder
+"""
+
+# What replaces the wall clock where there is no library to do it: all of Python's own ways to it.
+SHIFTED = """
+import datetime, os, runpy, time
+
+real, seconds, nanoseconds = datetime.datetime, time.time, time.time_ns
+shift = float(os.environ["FLEET_SHIFT"])
+
+
+class AlsoReal(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, real)
+
+
+class Shifted(real, metaclass=AlsoReal):
+    @classmethod
+    def now(cls, tz=None):
+        return real.now(tz) + datetime.timedelta(seconds=shift)
+
+    @classmethod
+    def utcnow(cls):
+        return real.utcnow() + datetime.timedelta(seconds=shift)
+
+
+datetime.datetime = Shifted
+time.time = lambda: seconds() + shift
+time.time_ns = lambda: nanoseconds() + int(shift * 10**9)
+runpy.run_module("tests.jobs.fleet", run_name="__main__", alter_sys=True)
+"""
+
+LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+
+
+async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
+    """A restarted database costs no job: each runs again soon, and nothing is lost in a fast one."""
+    back_seconds: dict[str, list[float]] = {"fast": [], "immediate": []}
+    lost = Counter[str]()
+    async with own_postgres(max_connections="200") as server:
+        database = server.environment()
+        copies = _fleet(database, tmp_path, FLEET_SECONDS="6", FLEET_EVERY="1")
+        async with running(copies), Watch(database, lease_seconds=6) as watch:
+            await _all_run(tmp_path, monotonic())
+            for _ in range(RESTARTS):
+                for name, mode in (("fast", signal.SIGINT), ("immediate", signal.SIGQUIT)):
+                    before = (await _outcomes(database))["lost"]
+                    await server.stop(mode=mode)
+                    await server.start()
+                    back = monotonic()
+                    back_seconds[name].append(await _all_run(tmp_path, back) - back)
+                    lost[name] += (await _outcomes(database))["lost"] - before
+            outcomes = await _outcomes(database)
+            alive = _alive(copies)
+    spans = read_diaries(tmp_path)
+    tell(
+        f"{RESTARTS} fast and {RESTARTS} immediate restarts: all {JOBS} jobs run again within "
+        f"{max(back_seconds['fast']):.2f} and {max(back_seconds['immediate']):.2f} s, "
+        f"lost in them {lost['fast']} and {lost['immediate']}; {dict(outcomes)}; {watch.figures()}"
+    )
+    assert overlaps(spans) == []
+    assert watch.complaints == []
+    assert lost["fast"] == 0
+    assert set(outcomes) <= {"succeeded", "interrupted", "lost"}
+    assert outcomes["succeeded"] > 0
+    assert alive == [None] * COPIES
+
+
+async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
+    """Jobs end before their leases while the database is away, and go on when it is back."""
+    async with own_postgres(max_connections="200") as server:
+        database = server.environment()
+        copies = _fleet(
+            database,
+            tmp_path,
+            FLEET_SECONDS="600",
+            JOB_LEASE_SECONDS=str(AWAY_LEASE_SECONDS),
+            JOB_HEARTBEAT_SECONDS=str(AWAY_LEASE_SECONDS / 3),
+        )
+        async with (
+            running(copies),
+            Probes([copy.url for copy in copies]) as probes,
+            Watch(database, lease_seconds=AWAY_LEASE_SECONDS) as watch,
+        ):
+            await _all_run(tmp_path, monotonic())
+            await server.stop()
+            gone = monotonic()
+            told = await probes.until(ready=False) - gone
+            meanwhile = {await _withdraw(copy) for copy in copies}
+            await asyncio.sleep(gone + AWAY_SECONDS - monotonic())
+            await server.start()
+            back = monotonic()
+            ready = await probes.until(ready=True) - back
+            afterwards = {await _withdraw(copy) for copy in copies}
+            again = await _all_run(tmp_path, back) - back
+            await asyncio.sleep(2)
+            outcomes = await _outcomes_by_run(database)
+            alive = _alive(copies)
+    spans = read_diaries(tmp_path)
+    stopped = [span for span in spans if span.begin < gone]
+    last = max(span.end for span in stopped) - gone
+    tell(
+        f"away for {AWAY_SECONDS} s, lease {AWAY_LEASE_SECONDS} s: the last of {len(stopped)} runs "
+        f"wrote its last line after {last:.2f} s, not ready after {told:.2f} s; back again, ready "
+        f"after {ready:.2f} s, all {JOBS} jobs run again after {again:.2f} s; {watch.figures()}"
+    )
+    assert overlaps(spans) == []
+    assert last < AWAY_LEASE_SECONDS
+    assert [span for span in spans if gone + AWAY_LEASE_SECONDS < span.begin < back] == []
+    assert watch.complaints == []
+    assert Counter(outcomes[span.job, span.fence] for span in stopped) == {"interrupted": JOBS}
+    assert "lost" not in outcomes.values()
+    assert (meanwhile, afterwards) == ({503}, {200})
+    assert {sample.status for sample in probes.samples if sample.path == "/livez"} == {200}
+    assert alive == [None] * COPIES
+
+
+async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
+    """The control: runs that outlive their lease are seen, and so are jobs that nobody takes."""
+    async with own_postgres(max_connections="200") as server:
+        database = server.environment()
+        copies = _fleet(
+            database,
+            tmp_path,
+            copies=2,
+            FLEET_KIND="quiet",
+            FLEET_SECONDS="600",
+            FLEET_UNGUARDED="dead-man",
+            JOB_LEASE_SECONDS="3",
+            JOB_HEARTBEAT_SECONDS="1",
+        )
+        async with Watch(database, lease_seconds=3) as watch:
+            async with running(copies):
+                await _all_run(tmp_path, monotonic())
+                await server.stop()
+                await asyncio.sleep(4)
+                await server.start()
+                async with asyncio.timeout(BOUND_SECONDS):
+                    while not overlaps(await asyncio.to_thread(read_diaries, tmp_path)):
+                        await asyncio.sleep(0.2)
+                assert watch.complaints == []
+                for copy in copies:
+                    await copy.kill()
+            async with asyncio.timeout(BOUND_SECONDS):
+                await watch.complained.wait()
+    assert overlaps(read_diaries(tmp_path)) != []
+
+
+async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
+    """Copies whose wall clocks are an hour ahead and behind neither take nor leave jobs wrongly."""
+    async with own_postgres(max_connections="300") as server:
+        fleets = {"interpreter": _shifted_by_interpreter, "library": _shifted_by_library}
+        if not LIBRARIES:
+            del fleets["library"]
+        *figures, control = await asyncio.gather(
+            *(
+                _wrong_clocks(
+                    await _database(server.environment(), name), tmp_path / name, shift, name
+                )
+                for name, shift in fleets.items()
+            ),
+            _own_clock(await _database(server.environment(), "control"), tmp_path / "control"),
+        )
+    for line in figures:
+        tell(line)
+    assert control != []
+
+
+async def _wrong_clocks(
+    database: dict[str, str], directory: Path, shift: "Shift", name: str
+) -> str:
+    """Run a fleet of which two copies are an hour off, kill some; return what was seen."""
+    copies = [
+        shift(database, directory, "app1", 3600),
+        shift(database, directory, "app2", -3600),
+        *_fleet(database, directory, copies=COPIES - 2, first=3, **CLOCK_SETTINGS),
+    ]
+    again = []
+    async with running(copies), Watch(database, lease_seconds=3) as watch:
+        for copy, hours in zip(copies, (1, -1, 0), strict=False):
+            assert abs(await _hours_off(copy) - hours) < 0.1
+        await _all_run(directory, monotonic())
+        for number in range(KILLS):
+            # A right one first: the wrong ones take its jobs, neither early nor never.
+            copy = copies[(2 + number) % COPIES]
+            await copy.kill()
+            killed = monotonic()
+            again.append(await _all_run(directory, killed) - killed)
+            await copy.launch()
+            await copy.ready()
+        outcomes = await _outcomes(database)
+    spans = await asyncio.to_thread(read_diaries, directory)
+    assert overlaps(spans) == []
+    assert watch.complaints == []
+    assert set(outcomes) <= {"succeeded", "lost"}
+    assert {span.server for span in spans} == {copy.name for copy in copies}
+    return (
+        f"clocks shifted by {name}: {len(spans)} runs, after {KILLS} kills all jobs ran again "
+        f"within {max(again):.2f} s; {dict(outcomes)}; {watch.figures()}"
+    )
+
+
+async def _own_clock(database: dict[str, str], directory: Path) -> list[tuple[Span, Span]]:
+    """The control: return the overlaps of a copy that decides by its own clock."""
+    copies = [
+        *_fleet(database, directory, copies=1, **CLOCK_SETTINGS),
+        *_fleet(
+            database,
+            directory,
+            copies=1,
+            first=2,
+            **CLOCK_SETTINGS,
+            FLEET_UNGUARDED="own-clock",
+            FLEET_SHIFT="3600",
+        ),
+    ]
+    async with running(copies), asyncio.timeout(BOUND_SECONDS):
+        while True:
+            found = overlaps(await asyncio.to_thread(read_diaries, directory))
+            if found:
+                return found
+            await asyncio.sleep(0.2)
+
+
+class Watch:
+    """Looks at the jobs' rows every second, and complains of what is stranded."""
+
+    def __init__(self, database: dict[str, str], *, lease_seconds: float) -> None:
+        self.complaints: list[str] = []
+        self.complained = asyncio.Event()
+        self._database = database
+        # how long a job may be ready or lost, both with a copy that was away for a moment
+        self._longest_ready = lease_seconds + SETTLING_SECONDS + 6
+        self._longest_over = 6.0
+        self._lease_seconds = lease_seconds
+        self._looks = 0
+        self._ready = self._over = 0.0
+        self._ended: set[tuple[str, int]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def figures(self) -> str:
+        return (
+            f"{self._looks} looks at the rows, ready for {self._ready:.1f} s and over for "
+            f"{self._over:.1f} s at most"
+        )
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._look_on())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _look_on(self) -> None:
+        while True:
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection = await connect(self._database)
+                try:
+                    await self._look_while_it_answers(connection)
+                finally:
+                    connection.terminate()
+            await asyncio.sleep(0.2)
+
+    async def _look_while_it_answers(
+        self, connection: "asyncpg.Connection[asyncpg.Record]"
+    ) -> None:
+        began = monotonic()
+        while True:
+            if await connection.fetchval("SELECT to_regclass('copies') IS NOT NULL"):
+                rows = await connection.fetch(STATES)
+                self._looks += 1
+                # What waited for the database did not wait for a copy.
+                self._judge(rows, monotonic() - began)
+            await asyncio.sleep(1)
+
+    def _judge(self, rows: Iterable[asyncpg.Record], up_seconds: float) -> None:
+        for name, fence, runs, paused, since, unseen in rows:
+            if paused:
+                self._complain(f"{name} is paused")
+                continue
+            waited = min(since, up_seconds)
+            if not runs:
+                self._ready = max(self._ready, waited)
+                if waited > self._longest_ready:
+                    self._complain(f"{name} has been ready for {waited:.1f} s")
+                continue
+            self._over = max(self._over, waited)
+            if waited > self._longest_over:
+                self._complain(f"the lease of {name} has been over for {waited:.1f} s")
+            if since > 0:
+                self._ended.add((name, fence))
+            elif (name, fence) in self._ended:
+                self._complain(f"the lease of {name} ({fence}) was over and lives again")
+            if unseen is not None and unseen > 2 * self._lease_seconds:
+                self._complain(f"{name} is held by a copy that is not seen")
+
+    def _complain(self, sentence: str) -> None:
+        self.complaints.append(sentence)
+        self.complained.set()
+
+
+def _fleet(
+    database: dict[str, str], directory: Path, *, copies: int = COPIES, first: int = 1, **env: str
+) -> list[Copy]:
+    return [
+        _copy(database, directory, f"app{number}", **env) for number in range(first, first + copies)
+    ]
+
+
+def _copy(
+    database: dict[str, str],
+    directory: Path,
+    name: str,
+    program: tuple[str, str] = ("-m", "tests.jobs.fleet"),
+    **env: str,
+) -> Copy:
+    directory.mkdir(exist_ok=True)
+    settings = {
+        "FLEET_DIARY": str(directory),
+        "FLEET_JOBS": str(JOBS),
+        "FLEET_KIND": KINDS,
+        "JOB_SETTLING_SECONDS": str(SETTLING_SECONDS),
+        **env,
+    }
+    return Copy(database, name, log=directory.with_suffix(".log"), program=program, **settings)
+
+
+CLOCK_SETTINGS = {
+    "FLEET_SECONDS": "3",
+    "FLEET_EVERY": "1",
+    "JOB_LEASE_SECONDS": "3",
+    "JOB_HEARTBEAT_SECONDS": "1",
+}
+
+
+class Shift(Protocol):
+    def __call__(
+        self, database: dict[str, str], directory: Path, name: str, seconds: int
+    ) -> Copy: ...
+
+
+def _shifted_by_interpreter(
+    database: dict[str, str], directory: Path, name: str, seconds: int
+) -> Copy:
+    """Return a copy in which Python's wall clock is wrong."""
+    shift = {**CLOCK_SETTINGS, "FLEET_SHIFT": str(seconds)}
+    return _copy(database, directory, name, ("-c", SHIFTED), **shift)
+
+
+def _shifted_by_library(database: dict[str, str], directory: Path, name: str, seconds: int) -> Copy:
+    """Return a copy in which the C library's wall clock is wrong."""
+    shift = {
+        **CLOCK_SETTINGS,
+        "LD_PRELOAD": str(LIBRARIES[0]),
+        "FAKETIME": f"{seconds:+}",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    return _copy(database, directory, name, **shift)
+
+
+async def _hours_off(copy: Copy) -> float:
+    """Return how wrong a copy's clock is, by the dates of its answers."""
+    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+        answer = await http.get(f"{copy.url}/livez")
+    off = parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)
+    return off.total_seconds() / 3600
+
+
+async def _database(postgres: dict[str, str], name: str) -> dict[str, str]:
+    connection = await connect(postgres)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    await connection.close()
+    return {**postgres, "DB_NAME": name}
+
+
+async def _all_run(directory: Path, since: float) -> float:
+    """Wait until every job goes on after a moment; return when the last one did."""
+    async with asyncio.timeout(BOUND_SECONDS):
+        while True:
+            spans = await asyncio.to_thread(read_diaries, directory)
+            first: dict[str, float] = {}
+            for span in spans:
+                for line in span.lines if span.end > since else ():
+                    if line["at"] > since and line["what"] in {"start", "tick"}:
+                        first[span.job] = min(line["at"], first.get(span.job, line["at"]))
+            if len(first) == JOBS:
+                return max(first.values())
+            await asyncio.sleep(0.2)
+
+
+async def _withdraw(copy: Copy) -> int:
+    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+        answer = await http.post(f"{copy.url}/api/balance", json={"userId": 1, "amount": -1})
+    return answer.status_code
+
+
+async def _outcomes_by_run(database: dict[str, str]) -> dict[tuple[str, int], str | None]:
+    connection = await connect(database)
+    rows = await connection.fetch("SELECT * FROM job_runs WHERE fence IS NOT NULL")
+    await connection.close()
+    return {(row["job"], row["fence"]): row["outcome"] for row in rows}
+
+
+async def _outcomes(database: dict[str, str]) -> Counter[str]:
+    return Counter(filter(None, (await _outcomes_by_run(database)).values()))
+
+
+def _alive(copies: Iterable[Copy]) -> list[int | None]:
+    """Return None for each copy that has not ended."""
+    return [copy.process.returncode for copy in copies if copy.process is not None]
