@@ -152,7 +152,7 @@ async def claimer(number: int, settings: Settings, known: Known, claims: list[fl
             continue
         turn = turn._replace(round=row["round"] + 1)
         due = datetime.now(UTC) + timedelta(hours=1)
-        told = ("succeeded", "done", timedelta(0), due, due, False, [], [], [], [])
+        told = ("succeeded", "done", timedelta(0), due, due, False, [], [], [], [], None)
         assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *told)
         done += 1
     await connection.close()

@@ -358,10 +358,11 @@ FINISH: Final = """
 WITH freed AS (
     UPDATE jobs SET
         holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
-        parts = false, requested_by = NULL, done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        parts = false, done = NULL, total = NULL, note = NULL, seen_at = NULL,
         due_at = coalesce($7, due_at),
         ready_at = coalesce($8, clock_timestamp()),
         attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
+        requested_by = CASE WHEN $7::timestamptz IS NULL THEN requested_by END,
         checkpoint = CASE WHEN $9 THEN checkpoint END,
         alive_at = clock_timestamp(),
         lost_streak = 0,

@@ -94,10 +94,12 @@ class Scheduler:
         self.wake()
         for run in list(self._runs):
             self._stop_run(run, "interrupted", "its copy was stopped")
+        until = monotonic() + DRAIN_SECONDS
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=DRAIN_SECONDS)
         if self._runs:
-            await asyncio.wait(set(self._runs.values()), timeout=DRAIN_SECONDS)
+            left = max(0.1, until - monotonic())
+            await asyncio.wait(set(self._runs.values()), timeout=left)
 
     async def part(self) -> None:
         """Let go of everything; the process is about to end.
