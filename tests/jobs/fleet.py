@@ -242,7 +242,7 @@ def no_expiry() -> None:
 
 
 def own_clock() -> None:
-    """Decide by this copy's wall clock, which is wrong by FLEET_SHIFT seconds, not by the server's."""
+    """Decide by a clock of the copy's own, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
     vars(repository)["CLAIM"] = repository.CLAIM.replace("clock_timestamp()", shifted)
 

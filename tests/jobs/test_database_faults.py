@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import asyncpg
 import httpx
 
+from balance_app.embedded import EmbeddedPostgres
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.processes import Copy, connect, running
 from tests.system.databases import own_postgres
@@ -74,12 +75,12 @@ LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 
 
 async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
-    """A restarted database costs no job: each runs again soon, and nothing is lost in a fast one."""
+    """After a restart of the database every job runs again soon; a fast one loses no run."""
     back_seconds: dict[str, list[float]] = {"fast": [], "immediate": []}
     lost = Counter[str]()
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
-        copies = _fleet(database, tmp_path, FLEET_SECONDS="6", FLEET_EVERY="1")
+        copies = _fleet(database, tmp_path, {"FLEET_SECONDS": "6", "FLEET_EVERY": "1"})
         async with running(copies), Watch(database, lease_seconds=6) as watch:
             await _all_run(tmp_path, monotonic())
             for _ in range(RESTARTS):
@@ -113,9 +114,11 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
         copies = _fleet(
             database,
             tmp_path,
-            FLEET_SECONDS="600",
-            JOB_LEASE_SECONDS=str(AWAY_LEASE_SECONDS),
-            JOB_HEARTBEAT_SECONDS=str(AWAY_LEASE_SECONDS / 3),
+            {
+                "FLEET_SECONDS": "600",
+                "JOB_LEASE_SECONDS": str(AWAY_LEASE_SECONDS),
+                "JOB_HEARTBEAT_SECONDS": str(AWAY_LEASE_SECONDS / 3),
+            },
         )
         async with (
             running(copies),
@@ -162,12 +165,14 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
         copies = _fleet(
             database,
             tmp_path,
+            {
+                "FLEET_KIND": "quiet",
+                "FLEET_SECONDS": "600",
+                "FLEET_UNGUARDED": "dead-man",
+                "JOB_LEASE_SECONDS": "3",
+                "JOB_HEARTBEAT_SECONDS": "1",
+            },
             copies=2,
-            FLEET_KIND="quiet",
-            FLEET_SECONDS="600",
-            FLEET_UNGUARDED="dead-man",
-            JOB_LEASE_SECONDS="3",
-            JOB_HEARTBEAT_SECONDS="1",
         )
         async with Watch(database, lease_seconds=3) as watch:
             async with running(copies):
@@ -175,9 +180,7 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
                 await server.stop()
                 await asyncio.sleep(4)
                 await server.start()
-                async with asyncio.timeout(BOUND_SECONDS):
-                    while not overlaps(await asyncio.to_thread(read_diaries, tmp_path)):
-                        await asyncio.sleep(0.2)
+                await _overlaps(tmp_path)
                 assert watch.complaints == []
                 for copy in copies:
                     await copy.kill()
@@ -187,33 +190,32 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
 
 
 async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
-    """Copies whose wall clocks are an hour ahead and behind neither take nor leave jobs wrongly."""
+    """Copies an hour ahead and behind neither take the jobs of others nor leave them."""
     async with own_postgres(max_connections="300") as server:
         fleets = {"interpreter": _shifted_by_interpreter, "library": _shifted_by_library}
         if not LIBRARIES:
             del fleets["library"]
-        *figures, control = await asyncio.gather(
-            *(
-                _wrong_clocks(
-                    await _database(server.environment(), name), tmp_path / name, shift, name
+        databases = {name: await _database(server, name) for name in (*fleets, "control")}
+        control, _ = await asyncio.gather(
+            _own_clock(databases["control"], tmp_path / "control"),
+            asyncio.gather(
+                *(
+                    _wrong_clocks(databases[name], tmp_path / name, shift, name)
+                    for name, shift in fleets.items()
                 )
-                for name, shift in fleets.items()
             ),
-            _own_clock(await _database(server.environment(), "control"), tmp_path / "control"),
         )
-    for line in figures:
-        tell(line)
     assert control != []
 
 
 async def _wrong_clocks(
     database: dict[str, str], directory: Path, shift: "Shift", name: str
-) -> str:
-    """Run a fleet of which two copies are an hour off, kill some; return what was seen."""
+) -> None:
+    """Run a fleet of which two copies are an hour off, and kill some."""
     copies = [
         shift(database, directory, "app1", 3600),
         shift(database, directory, "app2", -3600),
-        *_fleet(database, directory, copies=COPIES - 2, first=3, **CLOCK_SETTINGS),
+        *_fleet(database, directory, CLOCK_SETTINGS, copies=COPIES - 2, first=3),
     ]
     again = []
     async with running(copies), Watch(database, lease_seconds=3) as watch:
@@ -230,36 +232,25 @@ async def _wrong_clocks(
             await copy.ready()
         outcomes = await _outcomes(database)
     spans = await asyncio.to_thread(read_diaries, directory)
+    tell(
+        f"clocks shifted by {name}: {len(spans)} runs, after {KILLS} kills all jobs ran again "
+        f"within {max(again):.2f} s; {dict(outcomes)}; {watch.figures()}"
+    )
     assert overlaps(spans) == []
     assert watch.complaints == []
     assert set(outcomes) <= {"succeeded", "lost"}
     assert {span.server for span in spans} == {copy.name for copy in copies}
-    return (
-        f"clocks shifted by {name}: {len(spans)} runs, after {KILLS} kills all jobs ran again "
-        f"within {max(again):.2f} s; {dict(outcomes)}; {watch.figures()}"
-    )
 
 
 async def _own_clock(database: dict[str, str], directory: Path) -> list[tuple[Span, Span]]:
     """The control: return the overlaps of a copy that decides by its own clock."""
+    own = {**CLOCK_SETTINGS, "FLEET_UNGUARDED": "own-clock", "FLEET_SHIFT": "3600"}
     copies = [
-        *_fleet(database, directory, copies=1, **CLOCK_SETTINGS),
-        *_fleet(
-            database,
-            directory,
-            copies=1,
-            first=2,
-            **CLOCK_SETTINGS,
-            FLEET_UNGUARDED="own-clock",
-            FLEET_SHIFT="3600",
-        ),
+        *_fleet(database, directory, CLOCK_SETTINGS, copies=1),
+        *_fleet(database, directory, own, copies=1, first=2),
     ]
-    async with running(copies), asyncio.timeout(BOUND_SECONDS):
-        while True:
-            found = overlaps(await asyncio.to_thread(read_diaries, directory))
-            if found:
-                return found
-            await asyncio.sleep(0.2)
+    async with running(copies):
+        return await _overlaps(directory)
 
 
 class Watch:
@@ -348,10 +339,15 @@ class Watch:
 
 
 def _fleet(
-    database: dict[str, str], directory: Path, *, copies: int = COPIES, first: int = 1, **env: str
+    database: dict[str, str],
+    directory: Path,
+    env: dict[str, str],
+    *,
+    copies: int = COPIES,
+    first: int = 1,
 ) -> list[Copy]:
     return [
-        _copy(database, directory, f"app{number}", **env) for number in range(first, first + copies)
+        _copy(database, directory, f"app{number}", env) for number in range(first, first + copies)
     ]
 
 
@@ -359,8 +355,8 @@ def _copy(
     database: dict[str, str],
     directory: Path,
     name: str,
+    env: dict[str, str],
     program: tuple[str, str] = ("-m", "tests.jobs.fleet"),
-    **env: str,
 ) -> Copy:
     directory.mkdir(exist_ok=True)
     settings = {
@@ -374,6 +370,8 @@ def _copy(
 
 
 CLOCK_SETTINGS = {
+    # no threads: the library breaks time.sleep()
+    "FLEET_KIND": "paced,quiet",
     "FLEET_SECONDS": "3",
     "FLEET_EVERY": "1",
     "JOB_LEASE_SECONDS": "3",
@@ -392,7 +390,7 @@ def _shifted_by_interpreter(
 ) -> Copy:
     """Return a copy in which Python's wall clock is wrong."""
     shift = {**CLOCK_SETTINGS, "FLEET_SHIFT": str(seconds)}
-    return _copy(database, directory, name, ("-c", SHIFTED), **shift)
+    return _copy(database, directory, name, shift, ("-c", SHIFTED))
 
 
 def _shifted_by_library(database: dict[str, str], directory: Path, name: str, seconds: int) -> Copy:
@@ -404,7 +402,7 @@ def _shifted_by_library(database: dict[str, str], directory: Path, name: str, se
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-    return _copy(database, directory, name, **shift)
+    return _copy(database, directory, name, shift)
 
 
 async def _hours_off(copy: Copy) -> float:
@@ -415,11 +413,11 @@ async def _hours_off(copy: Copy) -> float:
     return off.total_seconds() / 3600
 
 
-async def _database(postgres: dict[str, str], name: str) -> dict[str, str]:
-    connection = await connect(postgres)
+async def _database(server: EmbeddedPostgres, name: str) -> dict[str, str]:
+    connection = await connect(server.environment())
     await connection.execute(f'CREATE DATABASE "{name}"')
     await connection.close()
-    return {**postgres, "DB_NAME": name}
+    return {**server.environment(), "DB_NAME": name}
 
 
 async def _all_run(directory: Path, since: float) -> float:
@@ -434,6 +432,16 @@ async def _all_run(directory: Path, since: float) -> float:
                         first[span.job] = min(line["at"], first.get(span.job, line["at"]))
             if len(first) == JOBS:
                 return max(first.values())
+            await asyncio.sleep(0.2)
+
+
+async def _overlaps(directory: Path) -> list[tuple[Span, Span]]:
+    """Wait until runs overlap; return which."""
+    async with asyncio.timeout(BOUND_SECONDS):
+        while True:
+            found = overlaps(await asyncio.to_thread(read_diaries, directory))
+            if found:
+                return found
             await asyncio.sleep(0.2)
 
 

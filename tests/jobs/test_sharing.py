@@ -148,6 +148,7 @@ async def cold_and_warm(
     copies = where.copies(count, env, forked=forked)
     try:
         cold = await start_together(where, copies, jobs, f"{what}, cold", settling)
+        await asyncio.sleep(random.uniform(0, 3))  # while the leases are young, or not
         await end(copies, ending)
         # Leases that ran out long ago, or that run out while the copies come up.
         await asyncio.sleep(random.choice([0, 1, 2, 3, 4, 8]) if ending == signal.SIGKILL else 0)

@@ -218,16 +218,17 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
             fenced,
             tmp_path,
             [name.replace(" ", "_")],
-            jobs=5,
+            jobs=10,
             FLEET_SECONDS=FOREVER,
             FLEET_KIND=kind,
             FLEET_HOLD=str(HELD_LONG),
             FLEET_UNGUARDED=guards,
+            JOB_CONNECTIONS="12",
         )
     ]
     connection = await connect(fenced)
     async with running(copies):
-        await _all_started(tmp_path, 5)
+        await _all_started(tmp_path, 10)
         after = await asyncio.gather(
             *(
                 _lines_after_a_freeze(copy, tmp_path, held=kind == "held")
@@ -564,17 +565,20 @@ async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> lis
 
 @asynccontextmanager
 async def _frozen_when(copy: Copy, diaries: Path, said: str) -> AsyncIterator[list[Span]]:
-    """Freeze a copy when its runs have just said that; the server ends idle transactions."""
-    async with asyncio.timeout(30) as limit:
+    """Freeze a copy when some runs have just said that: the server ends idle transactions."""
+    async with asyncio.timeout(60) as limit:
         while True:
             async with _frozen([copy]):
                 await asyncio.sleep(0.02)  # the signal takes its time
-                spans = _under_way(diaries, copy)
-                ages = [monotonic() - span.end for span in spans if _said(span) == said]
+                now = monotonic()
                 # What follows the line is under way by then.
-                if 0 < len(ages) == len(spans) and 0.02 < min(ages) <= max(ages) < 1:
+                if runs := [
+                    span
+                    for span in _under_way(diaries, copy)
+                    if _said(span) == said and 0.02 < now - span.end < 1
+                ]:
                     limit.reschedule(None)
-                    yield spans
+                    yield runs
                     return
             await asyncio.sleep(uniform(0.05, 0.1))
 
