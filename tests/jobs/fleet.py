@@ -180,7 +180,7 @@ def no_fence() -> None:
 
 def no_turns() -> None:
     """Take whatever is due, as soon as it is seen."""
-    guarded = scheduler.Turn
+    guarded = repository.Turn
 
     def greedy(**turn: Any) -> Any:
         none = timedelta(0)

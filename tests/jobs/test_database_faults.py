@@ -1,6 +1,7 @@
 """PostgreSQL restarts or is away while jobs run, and clocks of copies are wrong."""
 
 import asyncio
+import random
 import signal
 from collections import Counter
 from collections.abc import Iterable
@@ -71,7 +72,7 @@ time.time_ns = lambda: nanoseconds() + int(shift * 10**9)
 runpy.run_module("tests.jobs.fleet", run_name="__main__", alter_sys=True)
 """
 
-LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
 async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
@@ -80,11 +81,12 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
     lost = Counter[str]()
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
-        copies = _fleet(database, tmp_path, {"FLEET_SECONDS": "6", "FLEET_EVERY": "1"})
+        copies = _fleet(database, tmp_path, {"FLEET_SECONDS": "2", "FLEET_EVERY": "1"})
         async with running(copies), Watch(database, lease_seconds=6) as watch:
             await _all_run(tmp_path, monotonic())
             for _ in range(RESTARTS):
                 for name, mode in (("fast", signal.SIGINT), ("immediate", signal.SIGQUIT)):
+                    await asyncio.sleep(random.uniform(1.5, 3))
                     before = (await _outcomes(database))["lost"]
                     await server.stop(mode=mode)
                     await server.start()
@@ -238,7 +240,7 @@ async def _wrong_clocks(
     )
     assert overlaps(spans) == []
     assert watch.complaints == []
-    assert set(outcomes) <= {"succeeded", "lost"}
+    assert set(outcomes) <= {"succeeded", "lost", "interrupted"}
     assert {span.server for span in spans} == {copy.name for copy in copies}
 
 

@@ -217,9 +217,9 @@ async def test_jobs_that_become_due_while_copies_settle(
 
     And without waiting: they were seen long before they were due.
     """
+    settling = FORKED_SETTLING
     async with ground(postgres, nest, tmp_path) as where:
-        settling = FORKED_SETTLING
-        copies = where.copies(5, {"FLEET_SECONDS": "600"})
+        copies = where.copies(5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"})
         try:
             await copies[0].launch()
             await copies[0].ready()
@@ -238,6 +238,31 @@ async def test_jobs_that_become_due_while_copies_settle(
     assert spans[0].begin > begun, "they were due too early"
     assert sorted(loads.values()) == [2] * 5
     assert max(late) < settling
+
+
+async def test_a_start_soon_after_a_start(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """Copies go by what they saw themselves, not by what copies saw that are dead by now."""
+    settling = FORKED_SETTLING
+    async with ground(postgres, nest, tmp_path) as where:
+        copies = where.copies(5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"})
+        try:
+            await copies[0].launch()
+            await asyncio.sleep(2.5)
+            for copy in copies[1:]:
+                await copy.launch()
+            await where.until(10)
+            # The later ones still look around while all jobs run; then all are dead.
+            await asyncio.sleep(1.8)
+            await end(copies)
+            await asyncio.sleep(settling)
+            start = await start_together(where, copies, 10, "soon after a start", settling)
+        finally:
+            await end(copies)
+    tell_starts([start])
+    assert start.counts, "the machine is too busy"
+    assert start.difference <= 1
 
 
 async def test_without_turns_the_first_copy_takes_all(

@@ -233,6 +233,8 @@ FROM jobs
 
 async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) -> Known:
     async with connection.transaction():
+        # Who stands still in here must not keep others from coming up.
+        await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
         await read(connection, "SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
         now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
         rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}

@@ -173,7 +173,9 @@ class Run:
         if state == LEASE_LOST:
             return LeaseLostError(f"{self.name} has lost its lease.")
         applied = is_away(error)
-        if applied is None or (state is not None and applied == "no"):
+        # A statement that was rolled back is the job's affair; a refused connection is an outage.
+        refused = getattr(error, "severity", None) in {"FATAL", "PANIC"}
+        if applied is None or (state is not None and applied == "no" and not refused):
             return None
         return DatabaseAway("The database went away in a transaction.", applied=applied)
 
