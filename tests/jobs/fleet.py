@@ -1,7 +1,7 @@
 """A copy of the service with jobs that write what they do into local files.
 
-`python -m tests.jobs.fleet` serves one copy. The verdict on overlaps comes from the files alone, never
-from the service's own tables. What the jobs are is said by the environment:
+`python -m tests.jobs.fleet` serves one copy. The verdict on overlaps comes from the files alone,
+never from the service's own tables. What the jobs are is said by the environment:
 
 FLEET_DIARY    the directory that all copies write to, a file per boot
 FLEET_JOBS     how many jobs, named job-01 and so on
@@ -31,7 +31,8 @@ from typing import Any
 from uuid import uuid4
 
 from balance_app import server
-from balance_app.jobs import lease, repository, run as running, scheduler
+from balance_app.jobs import lease, repository, scheduler
+from balance_app.jobs import run as running
 from balance_app.jobs.registry import Job, Registry, job
 from balance_app.jobs.run import Run, ThreadRun
 from balance_app.logs import configure_logs
@@ -60,110 +61,117 @@ class Diary:
         os.write(self._file, (json.dumps(line) + "\n").encode())
 
 
-def declare(number: int, diary: Diary) -> Job:
-    """Return the job of that number."""
-    kinds = os.environ.get("FLEET_KIND", "paced").split(",")
-    kind = kinds[number % len(kinds)]
-    hold = float(os.environ.get("FLEET_HOLD", "0.5")) if kind == "held" else 0.0
-    seconds = float(os.environ.get("FLEET_SECONDS", "2"))
-    steps = max(1, round(seconds / TICK_SECONDS))
+class Script:
+    """What the job of one number does in each run."""
 
-    async def paced(run: Run) -> str:
+    def __init__(self, number: int, diary: Diary) -> None:
+        kinds = os.environ.get("FLEET_KIND", "paced").split(",")
+        self.kind = kinds[number % len(kinds)]
+        self.hold = float(os.environ.get("FLEET_HOLD", "0.5")) if self.kind == "held" else 0.0
+        self.seconds = float(os.environ.get("FLEET_SECONDS", "2"))
+        self.steps = max(1, round(self.seconds / TICK_SECONDS))
+        self.diary = diary
+
+    async def paced(self, run: Run) -> str:
         start = (run.resumed or {"step": 0})["step"]
-        diary.write(
-            "start", run, resumed=run.resumed, due=run.due_at.timestamp(), attempt=run.attempt
-        )
+        due = run.due_at.timestamp()
+        self.diary.write("start", run, resumed=run.resumed, due=due, attempt=run.attempt)
         try:
-            for step in range(start, steps):
-                diary.write("tick", run, step=step)
-                run.progress(step, steps, "ticking")
+            for step in range(start, self.steps):
+                self.diary.write("tick", run, step=step)
+                run.progress(step, self.steps, "ticking")
                 if step % 10 == 9:
                     await run.checkpoint({"step": step + 1})
-                    diary.write("checkpoint", run, step=step + 1)
+                    self.diary.write("checkpoint", run, step=step + 1)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            diary.write("end", run)
-        return f"ticked {steps} times"
+            self.diary.write("end", run)
+        return f"ticked {self.steps} times"
 
-    async def quiet(run: Run) -> None:
-        diary.write("start", run)
+    async def quiet(self, run: Run) -> None:
+        self.diary.write("start", run)
         try:
-            for step in range(steps):
-                diary.write("tick", run, step=step)
+            for step in range(self.steps):
+                self.diary.write("tick", run, step=step)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            diary.write("end", run)
+            self.diary.write("end", run)
 
-    async def blocking(run: Run) -> None:
-        diary.write("start", run)
-        until = time.monotonic() + seconds
-        told = steps
+    async def blocking(self, run: Run) -> None:
+        self.diary.write("start", run)
+        until = time.monotonic() + self.seconds
+        told = self.steps
         while (left := until - time.monotonic()) > 0:
-            if kind == "sleep":
+            if self.kind == "sleep":
                 time.sleep(left)  # noqa: ASYNC251 - it is meant to block
             if told != int(left / TICK_SECONDS):
                 told = int(left / TICK_SECONDS)
-                diary.write("tick", run)
-        diary.write("end", run)
+                self.diary.write("tick", run)
+        self.diary.write("end", run)
 
-    def threaded(run: ThreadRun) -> str:
-        diary.write("start", run)
+    def threaded(self, run: ThreadRun) -> str:
+        self.diary.write("start", run)
         try:
-            for step in range(steps):
-                diary.write("tick", run, step=step)
-                if kind == "thread":
-                    run.progress(step, steps)
+            for step in range(self.steps):
+                self.diary.write("tick", run, step=step)
+                if self.kind == "thread":
+                    run.progress(step, self.steps)
                     if step % 10 == 9:
                         run.checkpoint({"step": step})
-                elif kind == "thread-writes":
+                elif self.kind == "thread-writes":
                     with run.transaction() as connection:
                         connection.execute("SELECT")
                 time.sleep(TICK_SECONDS)
         finally:
-            diary.write("end", run)
+            self.diary.write("end", run)
         return "ticked"
 
-    async def writes(run: Run) -> None:
-        diary.write("start", run)
+    async def writes(self, run: Run) -> None:
+        self.diary.write("start", run)
         try:
-            for step in range(steps):
-                diary.write("tick", run, step=step)
+            for step in range(self.steps):
+                self.diary.write("tick", run, step=step)
                 async with run.transaction() as connection:
                     await connection.execute(
                         "INSERT INTO fenced (job, fence) VALUES ($1, $2)", run.name, run.fence
                     )
-                    if hold and step:  # the first is short: it shows from when on its fence counts
-                        diary.write("inside", run, step=step)
-                        await connection.execute("SELECT pg_sleep($1)", hold)
-                diary.write("wrote", run, step=step)
+                    # The first is short: it shows from when on its fence counts.
+                    if self.hold and step:
+                        self.diary.write("inside", run, step=step)
+                        await connection.execute("SELECT pg_sleep($1)", self.hold)
+                self.diary.write("wrote", run, step=step)
                 await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
-            diary.write("refused", run, error=repr(error))
+            self.diary.write("refused", run, error=repr(error))
             raise
         finally:
-            diary.write("end", run)
+            self.diary.write("end", run)
 
-    async def poison(run: Run) -> None:
-        diary.write("start", run)
+    async def poison(self, run: Run) -> None:
+        self.diary.write("start", run)
         os.kill(os.getpid(), signal.SIGKILL)
 
+
+def declare(number: int, diary: Diary) -> Job:
+    """Return the job of that number."""
+    script = Script(number, diary)
     functions: dict[str, Callable[[Any], Any]] = {
-        "paced": paced,
-        "quiet": quiet,
-        "sleep": blocking,
-        "spin": blocking,
-        "thread": threaded,
-        "thread-writes": threaded,
-        "stubborn": threaded,
-        "writes": writes,
-        "held": writes,
-        "poison": poison,
+        "paced": script.paced,
+        "quiet": script.quiet,
+        "sleep": script.blocking,
+        "spin": script.blocking,
+        "thread": script.threaded,
+        "thread-writes": script.threaded,
+        "stubborn": script.threaded,
+        "writes": script.writes,
+        "held": script.writes,
+        "poison": script.poison,
     }
     return job(
         name=f"job-{number:02}",
         every=timedelta(seconds=float(os.environ.get("FLEET_EVERY", "3600"))),
         min_duration=timedelta(milliseconds=1),
-    )(functions[kind])
+    )(functions[script.kind])
 
 
 def no_dead_man() -> None:
@@ -182,7 +190,7 @@ def no_turns() -> None:
     """Take whatever is due, as soon as it is seen."""
     guarded = repository.Turn
 
-    def greedy(**turn: Any) -> Any:
+    def greedy(**turn: Any) -> repository.Turn:  # noqa: ANN401 - whatever a turn is made of
         none = timedelta(0)
         return guarded(**{**turn, "wait": none, "tie": none, "settled": True, "settling": none})
 
