@@ -30,14 +30,18 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app.errors import Applied, DatabaseAway, Overloaded
+from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
 Result = TypeVar("Result")
-# what to do on a connection, where its result is waited for, and until when (monotonic)
-_Waiter: TypeAlias = "tuple[Callable[[Connection], Awaitable[Any]], asyncio.Future[Any], float]"
+# what to do on a connection, where its result is waited for, since when (monotonic), and whether
+# it was at the end of the line
+_Waiter: TypeAlias = (
+    "tuple[Callable[[Connection], Awaitable[Any]], asyncio.Future[Any], float, bool]"
+)
 
 PROBE_SECONDS: Final = 0.1
 ROLLBACK_SECONDS: Final = 0.3
@@ -136,7 +140,7 @@ def _server_said(severity: str | None, state: str) -> Applied | None:
 class Database:
     """The pool, the line in front of it, and the probe that watches for a lost database."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             **settings.statement_arguments(),
@@ -159,6 +163,22 @@ class Database:
         self._stopping = False
         self._watch: asyncio.Task[None] | None = None
         self._serving = False
+        self._show(metrics or Metrics())
+
+    def _show(self, metrics: Metrics) -> None:
+        self._waited = metrics.connection_wait
+        metrics.requests_waiting.set_function(lambda: sum(in_line for *_, in_line in self._waiting))
+        metrics.database_away.set_function(lambda: self._away is not None)
+        for pool_name, limit, in_use in (
+            ("requests", self._settings.db_pool_size, lambda: len(self._clerks)),
+            (
+                "jobs",
+                self._settings.job_connections,
+                lambda: self._lent.get_size() - self._lent.get_idle_size(),
+            ),
+        ):
+            metrics.connections_limit.labels(pool_name).set(limit)
+            metrics.connections_in_use.labels(pool_name).set_function(in_use)
 
     async def start(self, patience_seconds: float = 5.0) -> None:
         """Migrate and connect; a database that is away is waited for in the background.
@@ -220,7 +240,7 @@ class Database:
         if self._stopping and not urgent:
             raise DatabaseAway("This copy is stopping.", applied="no")
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        waiter = (operation, answer, monotonic() + self._settings.max_waiting_seconds)
+        waiter = (operation, answer, monotonic(), not urgent)
         if len(self._clerks) < self._settings.db_pool_size:
             # Of its own context: a clerk serves many requests.
             clerk = asyncio.create_task(self._serve_line(waiter), context=Context())
@@ -243,7 +263,7 @@ class Database:
     def _refuse_all(self, reason: str) -> None:
         """Refuse who waits; what has its connection goes on."""
         while self._waiting:
-            _, answer, _ = self._waiting.popleft()
+            _, answer, _, _ = self._waiting.popleft()
             if not answer.done():
                 answer.set_exception(DatabaseAway(reason, applied="no"))
 
@@ -257,15 +277,17 @@ class Database:
         connection: Connection | None = None
         try:
             while waiter is not None:
-                operation, answer, until = waiter
+                operation, answer, since, in_line = waiter
                 try:
                     if answer.done():
                         pass  # who asked is gone
-                    elif monotonic() > until:
+                    elif monotonic() - since > self._settings.max_waiting_seconds:
                         answer.set_exception(Overloaded("No turn came in time."))
                     else:
                         if connection is None or _is_closed(connection):
                             connection = await self._acquire()
+                        if in_line:
+                            self._waited.observe(monotonic() - since)
                         result = await operation(connection)
                         if not answer.done():
                             answer.set_result(result)

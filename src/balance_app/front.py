@@ -1,4 +1,4 @@
-"""The outermost layer of each request: its id, its log line, its problem when it fails.
+"""The outermost layer of each request: its ids, its log line, its problem when it fails.
 
 Plain ASGI, because a layer of the usual kind costs more here than the change itself. The one route
 that ten thousand clients call at one moment is answered from here too: the same function that the
@@ -8,6 +8,7 @@ router has, without the search for it.
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
+from random import randrange
 from time import perf_counter
 from typing import Final
 from uuid import uuid4
@@ -19,7 +20,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from balance_app.errors import InternalError, Problem
-from balance_app.logs import REQUEST_ID
+from balance_app.logs import REQUEST_ID, TRACE, Trace
+from balance_app.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -27,15 +29,26 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 _BOOT: Final = uuid4().hex[:12]  # makes the numbers of this process unlike any other's
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,100}")
+# version, trace, the caller's span, flags; later versions may say more
+_TRACEPARENT: Final = re.compile(
+    rb"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?"
+)
+_KNOWN_FLAGS: Final = 0b11  # sampled, and a trace id that is random
 
 
 class Front:
     """The ASGI application that a server calls; all else of the application is behind it."""
 
     def __init__(
-        self, app: FastAPI, *, direct: Mapping[tuple[str, str], Handler], log_requests: bool
+        self,
+        app: FastAPI,
+        *,
+        direct: Mapping[tuple[str, str], Handler],
+        log_requests: bool,
+        metrics: Metrics | None = None,
     ) -> None:
         self.app = app
+        self._answers = (metrics or Metrics()).requests
         self._direct = direct
         self._log_requests = log_requests
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
@@ -45,35 +58,42 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _callers_id(scope) or next(self._ids)
-        header = (b"x-request-id", request_id)
+        callers_id, traceparent = _callers_ids(scope)
+        request_id = callers_id or next(self._ids)
+        headers = [(b"x-request-id", request_id)]
         REQUEST_ID.set(request_id.decode())
+        trace = None
+        if traceparent is not None and (joined := _join(traceparent)) is not None:
+            trace, header = joined
+            headers.append((b"traceparent", header))
+        TRACE.set(trace)
         status = 0
         started = perf_counter()
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_ids(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append(header)
+                message["headers"].extend(headers)
             await send(message)
 
         try:
             handler = self._direct.get((scope["method"], scope["path"]))
             if handler is None:
-                await self.app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_ids)
             else:
                 scope["app"] = self.app
                 response = await handler(Request(scope, receive))
-                await response(scope, receive, send_with_id)
+                await response(scope, receive, send_with_ids)
         except Problem as problem:
-            await problem.response()(scope, receive, send_with_id)
+            await problem.response()(scope, receive, send_with_ids)
         except Exception:
             log.exception("internal error", method=scope["method"], path=scope["path"])
             if not status:
                 mistake = InternalError.after(scope["method"])
-                await mistake.response()(scope, receive, send_with_id)
+                await mistake.response()(scope, receive, send_with_ids)
         finally:
+            self._answers.inc(status)
             if self._log_requests:
                 log.info(
                     "request",
@@ -84,9 +104,28 @@ class Front:
                 )
 
 
-def _callers_id(scope: Scope) -> bytes | None:
-    """Return the caller's `X-Request-Id` when it is sane."""
+def _callers_ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
+    """Return the caller's `X-Request-Id`, when it is sane, and `traceparent`, when there is one."""
+    request_id = traceparent = None
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return None
+        if name == b"x-request-id":
+            if request_id is None and _REQUEST_ID.fullmatch(value):
+                request_id = bytes(value)
+        elif name == b"traceparent":
+            # Of two, none can be believed.
+            traceparent = bytes(value) if traceparent is None else b""
+    return request_id, traceparent
+
+
+def _join(traceparent: bytes) -> tuple[Trace, bytes] | None:
+    """Take part in the caller's trace, as one span of it; None: it names none.
+
+    Returns:
+        Where this request stands, and the `traceparent` that says so to the caller.
+    """
+    named = _TRACEPARENT.fullmatch(traceparent)
+    if named is None or (named[1] == b"00" and named[4]):
+        return None
+    trace = Trace(named[2].decode(), f"{randrange(1, 2**64):016x}")
+    flags = int(named[3], 16) & _KNOWN_FLAGS
+    return trace, f"00-{trace.trace_id}-{trace.span_id}-{flags:02x}".encode()

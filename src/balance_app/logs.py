@@ -4,28 +4,42 @@ import logging
 import sys
 from collections.abc import MutableMapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
 from balance_app.settings import Settings
 
+
+class Trace(NamedTuple):
+    """Where a request stands in its caller's trace (W3C Trace Context)."""
+
+    trace_id: str
+    # this request's own
+    span_id: str
+
+
 REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+TRACE: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
 
-def _add_request_id(
+def _add_ids(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     request_id = REQUEST_ID.get(None)
     if request_id is not None:
         event.setdefault("request_id", request_id)
+    trace = TRACE.get()
+    if trace is not None:
+        event.update(trace._asdict())
     return event
 
 
 def configure_logs(settings: Settings) -> None:
     """Send structlog's and the standard library's records through one formatter to stderr.
 
-    Every line carries the server's name, and the request's id where one is being answered.
+    Every line carries the server's name, and where a request is being answered its id, and where
+    it stands in the trace of a caller who said so.
     """
     console = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
@@ -43,7 +57,7 @@ def configure_logs(settings: Settings) -> None:
         structlog.stdlib.ExtraAdder(allow=[]),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_server,
-        _add_request_id,
+        _add_ids,
     ]
     last: list[structlog.types.Processor] = (
         [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]

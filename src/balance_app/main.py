@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
-from balance_app import api_docs, health
+from balance_app import api_docs, health, metrics
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
 from balance_app.database import Database, UnusableDatabaseError, alembic_head
@@ -29,11 +29,13 @@ from balance_app.front import Front
 from balance_app.jobs import router as jobs
 from balance_app.jobs.board import Board
 from balance_app.jobs.controls import Controls
+from balance_app.jobs.facts import Facts
 from balance_app.jobs.feed import Feed
 from balance_app.jobs.history import History
 from balance_app.jobs.registry import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
+from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -61,9 +63,11 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     app.state.settings = settings
     app.state.stopping = stopping
     app.state.registry = registry
+    app.state.metrics = Metrics(server=settings.server_id, version=app.version, jobs=registry)
     app.include_router(balances.router)
     app.include_router(jobs.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     api_docs.add_docs(app)
     app.add_exception_handler(Problem, _tell_problem)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
@@ -73,21 +77,25 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
         app,
         direct={("POST", "/api/balance"): balances.change_balance},
         log_requests=settings.log_requests,
+        metrics=app.state.metrics,
     )
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    database = Database(settings)
-    scheduler = Scheduler(settings, database, app.state.registry) if settings.jobs_enabled else None
+    registry: Registry = app.state.registry
+    numbers: Metrics = app.state.metrics
+    database = Database(settings, numbers)
+    scheduler = Scheduler(settings, database, registry, numbers) if settings.jobs_enabled else None
+    numbers.ask_for_fleet(Facts(database, registry).look)
     app.state.database = database
     app.state.scheduler = scheduler
     app.state.board = board = Board(database, settings)
     app.state.feed = Feed(board.look, app.state.stopping)
     app.state.controls = Controls(database, board)
     app.state.history = History(database)
-    app.state.balances = BalanceRepository(database)
+    app.state.balances = BalanceRepository(database, numbers)
     app.state.schema_head = alembic_head()
     try:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any, Final, Literal, NamedTuple
 
 import asyncpg
@@ -18,6 +18,7 @@ from balance_app.balances.errors import (
 from balance_app.database import Connection, Database, read, write
 from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.json_body import MAX_INTEGER
+from balance_app.metrics import Metrics
 
 MAX_RACES: Final = 1000
 HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
@@ -60,8 +61,9 @@ class Outcome(NamedTuple):
 class BalanceRepository:
     """Reads and changes of balances; every call is one transaction or none."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, metrics: Metrics | None = None) -> None:
         self._database = database
+        self._metrics = metrics or Metrics()
         self._held: dict[int, float] = {}
 
     async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
@@ -75,13 +77,22 @@ class BalanceRepository:
             IdempotencyKeyReused: the key belongs to another request.
             DatabaseAway: see `balance_app.database`.
         """
-        if key is None:
-            return await self._database.run(
-                lambda con: self._unless_held(user_id, _change(con, user_id, amount))
-            )
-        return await self._database.run(
-            lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key))
-        )
+        started = perf_counter()
+        try:
+            if key is None:
+                outcome = await self._database.run(
+                    lambda con: self._unless_held(user_id, _change(con, user_id, amount))
+                )
+            else:
+                outcome = await self._database.run(
+                    lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key))
+                )
+        except Exception as error:
+            self._metrics.changes.inc(_failure(error))
+            raise
+        self._metrics.changes.inc("replayed" if outcome.replayed else outcome.kind)
+        self._metrics.change_seconds.observe(perf_counter() - started)
+        return outcome
 
     async def _unless_held(self, user_id: int, change: Coroutine[Any, Any, Outcome]) -> Outcome:
         """Let one request at a time find out whether an account is still held by somebody else.
@@ -321,6 +332,21 @@ def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
         amount=outcome.amount,
         excess=outcome.balance + outcome.amount - MAX_INTEGER,
     )
+
+
+def _failure(error: Exception) -> str:
+    """Return what the metrics call a change that was not decided."""
+    match error:
+        case UserNotFound():
+            return "no_user"
+        case IdempotencyKeyReused():
+            return "key_reused"
+        case Overloaded():
+            return "overloaded"
+        case DatabaseAway():
+            return "away" if error.applied == "no" else "unknown"
+        case _:
+            return "error"
 
 
 def _lost_every_race() -> Overloaded:

@@ -22,6 +22,7 @@ import asyncpg
 import structlog
 
 from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
+from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -52,8 +53,11 @@ class Lease:
 class Heart:
     """Renews leases until it is stopped; all its methods may be called from any thread."""
 
-    def __init__(self, settings: Settings, me: Me, *, dead_man: bool = True) -> None:
+    def __init__(
+        self, settings: Settings, me: Me, metrics: Metrics | None = None, *, dead_man: bool = True
+    ) -> None:
         self._settings = settings
+        self._metrics = metrics or Metrics()
         self._me = me
         self._dead_man = dead_man
         self._lease_seconds = settings.job_lease_seconds
@@ -193,13 +197,16 @@ class Heart:
             heartbeat(connection, self._me, timedelta(seconds=self._lease_seconds), known, beats),
             self._settings.job_heartbeat_seconds,
         )
-        self.set_clock(now, monotonic())
+        answered_at = monotonic()
+        self.set_clock(now, answered_at)
+        renewed = [leases[pulse.name, pulse.fence] for pulse in pulses if pulse.renewed]
         with self._lock:
-            for pulse in pulses:
-                if pulse.renewed:
-                    lease = leases[pulse.name, pulse.fence]
-                    lease.trusted_until = max(lease.trusted_until, sent_at + self._lease_seconds)
+            ends = [lease.trusted_until for lease in renewed]
+            for lease in renewed:
+                lease.trusted_until = max(lease.trusted_until, sent_at + self._lease_seconds)
             self._arm()
+        if ends:
+            self._metrics.lease_margin.observe((min(ends) - answered_at) / self._lease_seconds)
         for pulse in pulses:
             lease = leases[pulse.name, pulse.fence]
             if pulse.cancel_by is not None:

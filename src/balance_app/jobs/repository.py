@@ -77,6 +77,8 @@ class Look(NamedTuple):
     wait_seconds: float | None
     # something runs somewhere: it may be handed back at any moment
     busy: bool
+    # how the job's run before ended, if this look is what ended it
+    ended: str | None
 
 
 class Skipped(NamedTuple):
@@ -156,13 +158,14 @@ class JobRepository:
             lambda con: write(con, CLAIM, *self.me, self._lease, *known, *turn), urgent=True
         )
         assert row is not None  # noqa: S101 - the statement always has one
-        now, wait_seconds, busy, name, goes, *rest = row
+        now, wait_seconds, busy, name, goes, *rest, ended = row
         claimed = None
         if goes:
             claimed = Claimed(name, *rest)
             if claimed.resumed is not None:
                 claimed = claimed._replace(resumed=from_json(claimed.resumed))
-        return Look(now, claimed, name if name and not goes else None, wait_seconds, bool(busy))
+        laid_aside = name if name and not goes else None
+        return Look(now, claimed, laid_aside, wait_seconds, bool(busy), ended)
 
     async def finish(
         self, name: str, fence: int, ending: Ending, schedule: str | None = None
@@ -327,7 +330,7 @@ WITH own AS (
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, goes, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
-              anchor_at, jobs.started_at, round
+              anchor_at, jobs.started_at, round, CASE WHEN held THEN outcome END
 ), ended AS (
     UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_until,
                         result = candidate.result

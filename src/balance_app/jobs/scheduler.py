@@ -34,6 +34,7 @@ from balance_app.jobs.run import (
     plain,
 )
 from balance_app.jobs.schedule import ScheduleError, parse
+from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -63,16 +64,24 @@ class Scheduler:
     """Runs jobs on this copy, sharing them with copies that it knows nothing of."""
 
     def __init__(
-        self, settings: Settings, database: Database, registry: Registry, *, dead_man: bool = True
+        self,
+        settings: Settings,
+        database: Database,
+        registry: Registry,
+        metrics: Metrics | None = None,
+        *,
+        dead_man: bool = True,
     ) -> None:
         self._settings = settings
         self._database = database
         self._registry = registry
         self.me: Final = Me(uuid4(), settings.server_id)
         self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
-        self._heart = Heart(settings, self.me, dead_man=dead_man)
+        self._metrics = metrics or Metrics()
+        self._heart = Heart(settings, self.me, self._metrics, dead_man=dead_man)
         self._known: Known | None = None
         self._runs: dict[Run, asyncio.Task[None]] = {}
+        self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
         self._booted = 0.0
         self._away_at = 0.0
@@ -171,9 +180,11 @@ class Scheduler:
         self._heart.set_clock(look.now, monotonic())
         if look.laid_aside is not None:
             log.warning("job laid aside", job=look.laid_aside)
+            self._metrics.run_ended(look.laid_aside, look.ended)
             return 0
         if look.claimed is not None:
             self._start(look.claimed, sent_at)
+            self._count(look.claimed, look.ended)
             return 0
         longest = BUSY_LOOK_SECONDS if look.busy or not settled else IDLE_LOOK_SECONDS
         if look.wait_seconds is None:
@@ -236,6 +247,14 @@ class Scheduler:
         self._runs[run] = asyncio.create_task(
             self._conduct(run, job, claimed), name=run.name, context=Context()
         )
+
+    def _count(self, claimed: Claimed, run_before: str | None) -> None:
+        if claimed.attempt == 0:
+            delay = claimed.started_at - claimed.due_at
+            self._metrics.start_delay.observe(delay.total_seconds())
+        self._metrics.run_ended(claimed.name, run_before)
+        if run_before == "lost":
+            self._metrics.takeovers.labels(claimed.name).inc()
 
     def _stop_run(self, run: Run, outcome: Stopped, reason: str) -> None:
         if run.stopped is None:
@@ -305,7 +324,11 @@ class Scheduler:
             if isinstance(done, str):  # declared anew meanwhile
                 claimed = claimed._replace(schedule=done)
                 continue
-            if not done:
+            if done:
+                self._metrics.run_ended(run.name, ending.outcome)
+                skipped = sum(each.ticks for each in ending.skipped)
+                self._metrics.ticks_skipped.labels(run.name).inc(skipped)
+            else:
                 run.log.warning("the run had lost its job before it ended")
             return
 

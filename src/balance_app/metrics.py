@@ -1,0 +1,328 @@
+"""What a copy counts and measures, told to Prometheus at `/metrics`.
+
+Every value is this copy's own since its start, to be summed over the copies; but what is named
+`balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each copy. It is
+asked for at most once a second, by one statement, and left out while it can't be had soon.
+"""
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextvars import Context
+from itertools import accumulate
+from time import monotonic
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+from fastapi import APIRouter
+from prometheus_client import Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector, CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import override
+
+# accepted, refused by the balance, told again; no such user, key of another request; 503 with
+# applied "no", with "unknown", a full house; 500
+RESULTS: Final = (
+    "accepted",
+    "refused",
+    "replayed",
+    "no_user",
+    "key_reused",
+    "away",
+    "unknown",
+    "overloaded",
+    "error",
+)
+OUTCOMES: Final = ("succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost")
+# Shown from the start, so that the first of its kind is seen as an increase.
+STATUSES: Final = (200, 409, 422, 500, 503)
+FRESH_SECONDS: Final = 1.0
+PATIENCE_SECONDS: Final = 1.0
+
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_DELAY_SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+_TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class JobFacts(NamedTuple):
+    """What PostgreSQL says of one job, whichever copy runs it."""
+
+    name: str
+    # Unix time; None: it never succeeded
+    last_success_at: float | None
+    # how long it has been ready, or its lease over, and no copy has taken it
+    overdue_seconds: float
+    paused: bool
+    last_run_failed: bool
+    # None: not an audit, or none has come to a result yet
+    mismatch: bool | None
+
+
+class Tally(Collector):
+    """A counter with one label, for the event loop alone: one with a lock costs ten times as much.
+
+    It counts on the way of every request.
+    """
+
+    def __init__(self, name: str, text: str, *, label: str, values: Iterable[object]) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._counts = dict.fromkeys(values, 0)
+
+    def inc(self, value: object) -> None:
+        """Count one more."""
+        self._counts[value] = self._counts.get(value, 0) + 1
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=[self._label])
+        for value, count in self._counts.items():
+            family.add_metric([str(value)], count)
+        yield family
+
+
+class Durations(Collector):
+    """A histogram of seconds, for the event loop alone as `Tally` is."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count a duration."""
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*(str(float(each)) for each in _SECONDS), "+Inf"]
+        yield HistogramMetricFamily(
+            self._name,
+            self._text,
+            buckets=list(zip(bounds, accumulate(self._counts), strict=True)),
+            sum_value=self._sum,
+        )
+
+
+Ask: TypeAlias = Callable[[], Coroutine[Any, Any, list[JobFacts]]]
+
+
+class Metrics:
+    """The numbers of one copy, to be changed where something happens.
+
+    Labels have few values: jobs are those that the code declares (`job_name`, because Prometheus
+    calls by `job` and `instance` what it scrapes), statuses those that the service answers with.
+    """
+
+    def __init__(self, *, server: str = "", version: str = "", jobs: Iterable[str] = ()) -> None:
+        self._registry = registry = _Registry()
+        ProcessCollector(registry=registry)
+        Info("balance_app", "The copy.", registry=registry).info(
+            {"server": server, "version": version}
+        )
+        self.requests: Final = Tally(
+            "balance_app_requests",
+            "Requests answered, by HTTP status (0: the client had gone).",
+            label="status",
+            values=STATUSES,
+        )
+        self.changes: Final = Tally(
+            "balance_app_changes",
+            "Changes of a balance asked for, by what became of them.",
+            label="result",
+            values=RESULTS,
+        )
+        self.change_seconds: Final = Durations(
+            "balance_app_change_seconds",
+            "From a well-formed change to its outcome (accepted, refused, replayed).",
+        )
+        self.connection_wait: Final = Durations(
+            "balance_app_connection_wait_seconds",
+            "How long requests stood in line for a connection that they got.",
+        )
+        for each in (self.requests, self.changes, self.change_seconds, self.connection_wait):
+            registry.register(each)
+        self.connections_in_use: Final = Gauge(
+            "balance_app_connections_in_use",
+            "Connections at work: for requests, or lent to transactions of jobs.",
+            ["pool"],
+            registry=registry,
+        )
+        self.connections_limit: Final = Gauge(
+            "balance_app_connections_limit",
+            "The most connections that there may be.",
+            ["pool"],
+            registry=registry,
+        )
+        self.requests_waiting: Final = Gauge(
+            "balance_app_requests_waiting",
+            "Requests that stand in line for a connection.",
+            registry=registry,
+        )
+        self.database_away: Final = Gauge(
+            "balance_app_database_away",
+            "1 while this copy can't use its database.",
+            registry=registry,
+        )
+        self.jobs_running: Final = Gauge(
+            "balance_app_jobs_running", "Runs on this copy.", registry=registry
+        )
+        self.start_delay: Final = Histogram(
+            "balance_app_job_start_delay_seconds",
+            "How long after its tick a run started, by PostgreSQL's clock (first runs of a tick).",
+            buckets=_DELAY_SECONDS,
+            registry=registry,
+        )
+        self.lease_margin: Final = Histogram(
+            "balance_app_lease_margin_ratio",
+            "What was left of the shortest lease when a heartbeat renewed it, as a share of it.",
+            buckets=_TENTHS,
+            registry=registry,
+        )
+        self._runs = Counter(
+            "balance_app_job_runs",
+            "Runs that this copy ended, or found lost.",
+            ["job_name", "outcome"],
+            registry=registry,
+        )
+        self.takeovers: Final = Counter(
+            "balance_app_job_takeovers",
+            "Jobs that this copy took from one that gave no sign of life.",
+            ["job_name"],
+            registry=registry,
+        )
+        self.ticks_skipped: Final = Counter(
+            "balance_app_job_ticks_skipped",
+            "Ticks that no copy was free for, or that the run before outlasted; not those of a"
+            " pause.",
+            ["job_name"],
+            registry=registry,
+        )
+        for name in jobs:
+            self.takeovers.labels(name)
+            self.ticks_skipped.labels(name)
+            for outcome in OUTCOMES:
+                self._runs.labels(name, outcome)
+        self._fleet = _Fleet()
+        registry.register(self._fleet)
+        self._ask: Ask | None = None
+        self._question: asyncio.Task[list[JobFacts]] | None = None
+        self._fresh_until = 0.0
+
+    def run_ended(self, name: str, outcome: str | None) -> None:
+        """Count a run whose end this copy wrote down; None: there was none."""
+        if outcome is not None:
+            self._runs.labels(name, outcome).inc()
+
+    def ask_for_fleet(self, ask: Ask) -> None:
+        """Ask so for what PostgreSQL knows; `ask` returns nothing while it can't be asked."""
+        self._ask = ask
+
+    async def tell(self, *, as_openmetrics: bool = False) -> bytes:
+        """Return everything, as Prometheus reads it."""
+        if self._ask is not None:
+            self._fleet.jobs = await self._answer(self._ask)
+        if as_openmetrics:
+            return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
+        return generate_latest(self._registry)
+
+    async def _answer(self, ask: Ask) -> list[JobFacts]:
+        """Ask, unless that was done just now; who can't be answered soon gets nothing."""
+        question = self._question
+        if question is None or (question.done() and monotonic() >= self._fresh_until):
+            # Of its own context: it is shared by many requests.
+            self._question = question = asyncio.create_task(ask(), context=Context())
+            self._fresh_until = monotonic() + FRESH_SECONDS
+        await asyncio.wait({question}, timeout=PATIENCE_SECONDS)
+        return question.result() if question.done() else []
+
+
+class _Registry(CollectorRegistry):
+    """All metrics but the moments at which each of them was made, which nobody asks for."""
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
+            yield family
+
+
+class _Fleet(Collector):
+    """What PostgreSQL said of the jobs when it was last asked."""
+
+    def __init__(self) -> None:
+        self.jobs: list[JobFacts] = []
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        # (name, help, value); None: not known
+        gauges: tuple[tuple[str, str, Callable[[JobFacts], float | None]], ...] = (
+            (
+                "last_success_timestamp_seconds",
+                "When the job last succeeded, on any copy.",
+                lambda job: job.last_success_at,
+            ),
+            (
+                "overdue_seconds",
+                "How long the job has been ready (or its lease over) without a copy that took it.",
+                lambda job: job.overdue_seconds,
+            ),
+            ("paused", "1 while the job is paused.", lambda job: job.paused),
+            (
+                "last_run_failed",
+                "1 if the job's last run failed, timed out or was lost.",
+                lambda job: job.last_run_failed,
+            ),
+            (
+                "audit_mismatch",
+                "1 if the last audit that came to a result found what contradicts the ledger.",
+                lambda job: job.mismatch,
+            ),
+        )
+        for name, text, value in gauges:
+            family = GaugeMetricFamily(f"balance_app_fleet_job_{name}", text, labels=["job_name"])
+            for job in self.jobs:
+                number = value(job)
+                if number is not None:
+                    family.add_metric([job.name], float(number))
+            yield family
+
+
+router = APIRouter(tags=["health"])
+
+_OPENMETRICS: Final = "application/openmetrics-text"
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    response_description="One line for each number.",
+    responses={
+        200: {
+            "content": {
+                kind: {"schema": {"type": "string"}} for kind in ("text/plain", _OPENMETRICS)
+            }
+        }
+    },
+)
+async def read_metrics(request: Request) -> Response:
+    """Tell Prometheus this copy's numbers; also while the database is away."""
+    metrics = cast("Metrics", request.app.state.metrics)
+    as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
+    return Response(
+        await metrics.tell(as_openmetrics=as_openmetrics),
+        headers={
+            "Content-Type": (
+                openmetrics.CONTENT_TYPE_LATEST if as_openmetrics else CONTENT_TYPE_PLAIN_0_0_4
+            ),
+            "Cache-Control": "no-store",
+        },
+    )

@@ -1,0 +1,241 @@
+"""The dashboard and the alert rules speak of numbers that there are."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from balance_app.database import Database
+from balance_app.jobs.housekeeping import JOBS
+from balance_app.metrics import JobFacts, Metrics
+from balance_app.settings import load_settings
+
+DEPLOY: Final = Path(__file__).parents[1] / "deploy"
+ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
+README: Final = (DEPLOY / "README.md").read_text(encoding="utf-8")
+DASHBOARD: Final[dict[str, Any]] = json.loads(
+    (DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8")
+)
+RULES: Final[list[dict[str, Any]]] = [
+    rule
+    for group in yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]
+]
+
+# What Prometheus adds to every series, and what it says of a scrape itself.
+TARGET: Final = {"job": "balance_app", "instance": "app1:3000"}
+OF_PROMETHEUS: Final = {"up"}
+VARIABLES: Final = {"$__rate_interval": "5m", "$instance": "app1:3000"}
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Yield every query, with where it stands."""
+    for rule in RULES:
+        yield rule["alert"], rule["expr"]
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            yield f"{panel['title']} {target['refId']}", target["expr"]
+
+
+QUERIES: Final = dict(expressions())
+
+
+@pytest.fixture(scope="module")
+async def series() -> dict[str, list[dict[str, str]]]:
+    """The labels of every series of a copy that runs the ten jobs, by name."""
+    metrics = Metrics(server="app1", version="0", jobs=[job.name for job in JOBS])
+
+    async def ask() -> list[JobFacts]:
+        return [JobFacts(job.name, 1.0, 0.0, False, False, False) for job in JOBS]  # noqa: FBT003 - a row
+
+    metrics.ask_for_fleet(ask)
+    Database(load_settings(db_host="localhost"), metrics)  # never started
+    told = (await metrics.tell()).decode()
+    found: dict[str, list[dict[str, str]]] = {name: [TARGET] for name in OF_PROMETHEUS}
+    for family in text_string_to_metric_families(told):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append({**TARGET, **sample.labels})
+    return found
+
+
+def parse(query: str) -> list[promql_parser.Expr]:
+    """Return all parts of a query; one that Prometheus would refuse raises."""
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    assert "$" not in query
+    parts: list[promql_parser.Expr] = []
+    promql_parser.walk(promql_parser.parse(query), parts.append)
+    return parts
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_every_selector_finds_something(
+    where: str, series: dict[str, list[dict[str, str]]]
+) -> None:
+    """The name exists, and each label and value that is asked for."""
+    selectors = [
+        part for part in parse(QUERIES[where]) if isinstance(part, promql_parser.VectorSelector)
+    ]
+    assert selectors
+    for selector in selectors:
+        assert selector.name is not None
+        assert selector.name in series
+        for matcher in selector.matchers.matchers:
+            values = {labels.get(matcher.name, "") for labels in series[selector.name]}
+            match matcher.op:
+                case promql_parser.MatchOp.Equal:
+                    assert matcher.value in values
+                case promql_parser.MatchOp.Re:
+                    for each in matcher.value.split("|"):
+                        assert any(re.fullmatch(each, value) for value in values), each
+                case _:
+                    pytest.fail(f"{matcher}: teach this test what it means")
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_every_grouping_is_by_a_label_that_there_is(
+    where: str, series: dict[str, list[dict[str, str]]]
+) -> None:
+    """Each label that is summed by, joined on or taken over is one of the series beside it."""
+    parts = parse(QUERIES[where])
+    known = {
+        label
+        for part in parts
+        if isinstance(part, promql_parser.VectorSelector)
+        for labels in series[part.name or ""]
+        for label in labels
+    }
+    for part in parts:
+        named: list[str] = []
+        if isinstance(part, promql_parser.AggregateExpr) and part.modifier is not None:
+            named += part.modifier.labels
+        if isinstance(part, promql_parser.BinaryExpr) and part.modifier is not None:
+            named += part.modifier.matching.labels if part.modifier.matching else []
+            named += part.modifier.group_labels or []
+        assert set(named) <= known
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_counters_are_asked_for_their_increase(where: str) -> None:
+    """A counter's value says when its copy started, and no more; a gauge has no rate."""
+    parts = parse(QUERIES[where])
+    ranged = {
+        part.vector_selector.name
+        for part in parts
+        if isinstance(part, promql_parser.MatrixSelector)
+    }
+    for part in parts:
+        if isinstance(part, promql_parser.VectorSelector) and part.name is not None:
+            counts = part.name.endswith(("_total", "_bucket", "_count", "_sum"))
+            assert (part.name in ranged) == counts, part.name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "sum(rate(balance_app_change_total[5m]))",
+        'sum(rate(balance_app_changes_total{result="acepted"}[5m]))',
+        'sum(rate(balance_app_changes_total{result=~"accepted|denied"}[5m]))',
+        'balance_app_database_away{pool="requests"}',
+    ],
+)
+def test_what_does_not_exist_is_noticed(
+    wrong: str, series: dict[str, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the first test: a wrong name, value or label fails it."""
+    monkeypatch.setitem(QUERIES, "wrong", wrong)
+    with pytest.raises(AssertionError):
+        test_every_selector_finds_something("wrong", series)
+
+
+def test_every_number_is_shown_or_watched(series: dict[str, list[dict[str, str]]]) -> None:
+    """What nobody looks at is not worth its place."""
+    used = {
+        part.name
+        for query in QUERIES.values()
+        for part in parse(query)
+        if isinstance(part, promql_parser.VectorSelector)
+    }
+    ours = {_family(name) for name in series if name.startswith("balance_app_")}
+    assert ours == {_family(name) for name in used if name and name.startswith("balance_app_")}
+
+
+def test_the_table_names_every_number(series: dict[str, list[dict[str, str]]]) -> None:
+    """deploy/README.md has each of them, with its labels, and no other."""
+    rows = re.findall(r"^\| `(balance_app_\w+)` \| (.*?) \|", README, re.MULTILINE)
+    expected = {
+        _family(name): sorted({label for each in found for label in each} - {*TARGET, "le"})
+        for name, found in series.items()
+        if name.startswith("balance_app_")
+    }
+    assert {name: sorted(re.findall(r"`(\w+)`", labels)) for name, labels in rows} == expected
+
+
+def _family(name: str) -> str:
+    return re.sub(r"_(bucket|count|sum)$", "", name)
+
+
+def test_alerts_are_complete() -> None:
+    """Each has a severity, a sentence and advice; names are not used twice."""
+    assert len({rule["alert"] for rule in RULES}) == len(RULES) >= 10
+    for rule in RULES:
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert rule["annotations"]["summary"].endswith(".")
+        assert rule["annotations"]["description"].endswith(".")
+        assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
+def test_alerts_tell_labels_that_they_have(rule: dict[str, Any]) -> None:
+    """What a sentence fills in is what the expression groups by."""
+    sentences = " ".join(rule["annotations"].values())
+    told = set(re.findall(r"\$labels\.(\w+)", sentences))
+    kept = _kept(promql_parser.parse(rule["expr"]))
+    assert {"job_name", "instance"} & kept == told, "no more, but who is concerned has to be said"
+
+
+def _kept(part: promql_parser.Expr) -> set[str]:
+    """Return the labels that an expression leaves on its results."""
+    match part:
+        case promql_parser.BinaryExpr():
+            return _kept(part.lhs) | _kept(part.rhs)
+        case promql_parser.AggregateExpr():
+            return set(part.modifier.labels) if part.modifier is not None else set()
+        case promql_parser.VectorSelector():
+            return set(TARGET)
+        case _:
+            return set()
+
+
+def test_the_dashboard_can_be_imported_anywhere() -> None:
+    """Its data source is chosen by who looks; panels have their own ids and places."""
+    variables = {each["name"]: each for each in DASHBOARD["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert set(variables) == {"datasource", "instance"}
+    panels = DASHBOARD["panels"]
+    assert Counter(panel["id"] for panel in panels).most_common(1)[0][1] == 1
+    for panel in panels:
+        if panel["type"] != "row":
+            assert panel["datasource"]["uid"] == "${datasource}"
+            assert panel["description"].endswith(".")
+            assert {target["datasource"]["uid"] for target in panel["targets"]} == {"${datasource}"}
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        apart = (
+            one["x"] + one["w"] <= other["x"]
+            or other["x"] + other["w"] <= one["x"]
+            or one["y"] + one["h"] <= other["y"]
+            or other["y"] + other["h"] <= one["y"]
+        )
+        assert apart, (one, other)

@@ -1,0 +1,566 @@
+"""The numbers at `/metrics`: each counts what it says, and they are told whatever happens."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as read_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from balance_app import metrics as numbers
+from balance_app.jobs.audits import audit_ledger
+from balance_app.jobs.facts import Facts
+from balance_app.jobs.registry import Job, Registry, job
+from balance_app.jobs.run import Run
+from balance_app.jobs.scheduler import Scheduler
+from balance_app.metrics import OUTCOMES, JobFacts, Metrics
+from tests.jobs.rows import add_job, insert
+from tests.jobs.support import Ground, on, until
+from tests.processes import Copy, connect
+from tests.system.databases import somebody_waits
+
+# every sample, by its name and labels: name{a="b",c="d"}
+Told = dict[str, float]
+
+
+def read(text: str) -> Told:
+    """Read what Prometheus would."""
+    return {
+        sample.name + _labels(sample.labels): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def _labels(labels: dict[str, str]) -> str:
+    said = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
+    return f"{{{said}}}" if said else ""
+
+
+async def told(client: httpx.AsyncClient) -> Told:
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    return read(answer.text)
+
+
+async def of(metrics: Metrics) -> Told:
+    return read((await metrics.tell()).decode())
+
+
+def changes(numbers: Told) -> dict[str, float]:
+    """Return the changes by result, but for the results that there were none of."""
+    return {
+        name.split('"')[1]: value
+        for name, value in numbers.items()
+        if name.startswith("balance_app_changes_total") and value
+    }
+
+
+# -- changes and connections -----------------------------------------------------------------------
+
+
+async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncClient) -> None:
+    """Each result once; what was no change at all is a request, and no change."""
+
+    async def change(user: int, amount: object, key: str | None = None) -> int:
+        headers = {"Idempotency-Key": key} if key else {}
+        body = {"userId": user, "amount": amount}
+        return (await client.post("/api/balance", json=body, headers=headers)).status_code
+
+    assert changes(await told(client)) == {}
+    assert await change(1, -1) == 200
+    assert await change(1, -2, "k") == 200
+    assert await change(1, -2, "k") == 200  # replayed
+    assert await change(1, -3, "k") == 422  # of another request
+    assert await change(1, -20_000) == 409
+    assert await change(1, -20_000, "l") == 409
+    assert await change(2, 1) == 404
+    assert await change(1, "much") == 422
+    found = await told(client)
+    assert changes(found) == {
+        "accepted": 2,
+        "replayed": 1,
+        "key_reused": 1,
+        "refused": 2,
+        "no_user": 1,
+    }
+    assert found["balance_app_change_seconds_count"] == 5
+    assert 0 < found["balance_app_change_seconds_sum"] < 30
+    assert found["balance_app_connection_wait_seconds_count"] == 7
+    statuses = {
+        status: found.get(f'balance_app_requests_total{{status="{status}"}}')
+        for status in (200, 404, 409, 422, 500)
+    }
+    # The first look at the numbers, and readiness, were requests too.
+    ready = statuses.pop(200)
+    assert ready is not None
+    assert ready >= 5
+    assert statuses == {404: 1, 409: 2, 422: 2, 500: 0}
+
+
+async def test_the_line_is_seen(database: dict[str, str]) -> None:
+    """Who waits and what is in use is told while no connection is free, without what needs one."""
+    async with (
+        Copy(
+            database,
+            JOBS_ENABLED="false",
+            DB_POOL_SIZE="1",
+            MAX_WAITING="2",  # one more request, and the question for the fleet's numbers
+            DB_LOCK_SECONDS="20",
+            DB_STATEMENT_SECONDS="25",
+        ) as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        body = {"userId": 1, "amount": -1}
+        holder = await connect(database)
+        async with holder.transaction():
+            await holder.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
+            asked = [asyncio.create_task(client.post("/api/balance", json=body))]
+            await somebody_waits(database)
+            asked.append(asyncio.create_task(client.post("/api/balance", json=body)))
+            await until_waiting(client, 1)
+            assert (await client.post("/api/balance", json=body)).status_code == 503
+            found = await told(client)
+        for each in asked:
+            await each
+        await holder.close()
+        assert found["balance_app_requests_waiting"] == 1
+        assert found['balance_app_connections_in_use{pool="requests"}'] == 1
+        assert found['balance_app_connections_limit{pool="requests"}'] == 1
+        assert changes(found) == {"overloaded": 1}
+        found = await told(client)
+        assert found["balance_app_requests_waiting"] == 0
+        assert found['balance_app_connections_in_use{pool="requests"}'] == 0
+
+
+async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
+    async with asyncio.timeout(10):
+        while (await told(client))["balance_app_requests_waiting"] != number:  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.01)
+
+
+async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
+    """While the database is away the copy tells so, and all that it knows by itself."""
+    async with (
+        Copy(database, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        before = await told(client)
+        assert before["balance_app_database_away"] == 0
+        holder = await connect(database)
+        async with _held_row(holder):
+            asked = asyncio.create_task(
+                client.post("/api/balance", json={"userId": 1, "amount": -1})
+            )
+            await somebody_waits(database)
+            await _admin(database, "ALLOW_CONNECTIONS false", ends=True)
+        assert (await asked).json()["applied"] == "unknown"
+        refused = await client.post("/api/balance", json={"userId": 1, "amount": -1})
+        assert refused.json()["applied"] == "no"
+        found = await told(client)
+        assert found["balance_app_database_away"] == 1
+        assert changes(found) == {"unknown": 1, "away": 1}
+        await _admin(database, "ALLOW_CONNECTIONS true")
+        async with asyncio.timeout(10):
+            while (await told(client))["balance_app_database_away"]:  # noqa: ASYNC110 - the same
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def _held_row(holder: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a connection that is cut
+    await holder.execute("BEGIN; SELECT FROM users WHERE id = 1 FOR UPDATE")
+    try:
+        yield
+    finally:
+        holder.terminate()
+
+
+async def _admin(database: dict[str, str], setting: str, *, ends: bool = False) -> None:
+    name = database["DB_NAME"]
+    admin = await connect({**database, "DB_NAME": "postgres"})
+    await admin.execute(f'ALTER DATABASE "{name}" {setting}')
+    if ends:
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+        )
+    await admin.close()
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+HOUR: Final = timedelta(hours=1)
+
+
+@pytest.fixture(scope="module")
+async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres) as ground:
+        yield ground
+
+
+@pytest.fixture
+async def ground(land: Ground) -> AsyncIterator[Ground]:
+    await land.forget()
+    yield land
+    await land.close()
+
+
+@asynccontextmanager
+async def scheduler(
+    ground: Ground, jobs: Iterable[Job]
+) -> AsyncIterator[tuple[Scheduler, Metrics]]:
+    """Run a copy's scheduler; yield it and its numbers."""
+    registry = Registry(jobs)
+    metrics = Metrics(jobs=registry)
+    running = Scheduler(ground.settings, ground.database, registry, metrics, dead_man=False)
+    running.start()
+    try:
+        yield running, metrics
+    finally:
+        await running.stop()
+        await running.part()
+
+
+def declare(name: str, function: Any, **said: Any) -> Job:  # noqa: ANN401 - what a job may be
+    return job(**{"name": name, "every": HOUR, **said})(function)
+
+
+async def returns(_run: Run) -> None:
+    return
+
+
+async def fails(_run: Run) -> None:
+    raise ValueError
+
+
+async def sleeps(_run: Run) -> None:
+    await asyncio.sleep(600)
+
+
+def runs(numbers: Told) -> dict[tuple[str, str], float]:
+    """Return the runs by job and outcome, but for those that there were none of."""
+    return {
+        (name.split('"')[1], name.split('"')[3]): value
+        for name, value in numbers.items()
+        if name.startswith("balance_app_job_runs_total") and value
+    }
+
+
+async def test_runs_are_counted_by_outcome(ground: Ground) -> None:
+    """One count per run, as the history has it; all outcomes are there from the start."""
+    jobs = [
+        declare("good", returns),
+        declare("bad", fails),
+        declare("slow", sleeps, timeout=timedelta(seconds=0.2)),
+        declare("long", sleeps),
+    ]
+    async with scheduler(ground, jobs) as (running, metrics):
+        assert sum(name.startswith("balance_app_job_runs_total") for name in await of(metrics)) == (
+            len(jobs) * len(OUTCOMES)
+        )
+        for name in ("good", "bad", "slow"):
+            await ground.ended(name)
+        await until(lambda: _holds(metrics, "balance_app_jobs_running", 1))
+        await running.stop()
+        found = await of(metrics)
+    assert runs(found) == {
+        ("good", "succeeded"): 1,
+        ("bad", "failed"): 1,
+        ("slow", "timed_out"): 1,
+        ("long", "interrupted"): 1,
+    }
+    assert found["balance_app_jobs_running"] == 0
+    assert found["balance_app_job_start_delay_seconds_count"] == 4
+    assert not any(name.startswith("balance_app_job_takeovers") and found[name] for name in found)
+
+
+async def _holds(metrics: Metrics, name: str, value: float) -> bool:
+    return (await of(metrics))[name] == value
+
+
+async def test_how_late_a_run_starts_is_measured_once_a_tick(ground: Ground) -> None:
+    """From its tick, by the server's clock; a run that is tried again is not late."""
+    copy = ground.copy()
+    await copy.declare("bad")
+    await ground.ready("bad", seconds_ago=100)
+    again = declare("bad", fails, retry_after=timedelta(milliseconds=100))
+    async with scheduler(ground, [again]) as (_, metrics):
+        await ground.ended("bad", runs=2)
+        found = await of(metrics)
+    assert found["balance_app_job_start_delay_seconds_count"] == 1
+    assert 100 <= found["balance_app_job_start_delay_seconds_sum"] < 130
+    assert found['balance_app_job_start_delay_seconds_bucket{le="60.0"}'] == 0
+
+
+async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
+    """Who takes a job over counts both: the loss, and that it took over."""
+    other = ground.copy("other")
+    await other.declare("good")
+    await other.claim()
+    await ground.expire("good")
+    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
+        await ground.ended("good", runs=2)
+        await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
+        found = await of(metrics)
+    assert runs(found) == {("good", "lost"): 1, ("good", "succeeded"): 1}
+    assert found['balance_app_job_takeovers_total{job_name="good"}'] == 1
+    assert found["balance_app_job_start_delay_seconds_count"] == 0
+
+
+async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -> None:
+    """A copy that parts leaves a run that could not be stopped: it is interrupted, not lost."""
+    other = ground.copy("other")
+    await other.declare("good")
+    claimed = await other.claim()
+    await other.jobs.part(claimed.name, claimed.fence, timedelta(0))
+    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
+        await ground.ended("good", runs=2)
+        await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
+        found = await of(metrics)
+    assert runs(found) == {("good", "interrupted"): 1, ("good", "succeeded"): 1}
+    assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
+
+
+async def test_a_job_that_is_laid_aside_was_lost(ground: Ground) -> None:
+    """The loss counts, although nobody takes the job over."""
+    other = ground.copy("other")
+    await other.declare("good")
+    await other.claim()
+    await ground.eye.execute("UPDATE jobs SET lost_streak = 2")
+    await ground.expire("good")
+    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
+        await until(lambda: _paused(ground))
+        await until(
+            lambda: _holds(metrics, 'balance_app_job_runs_total{job_name="good",outcome="lost"}', 1)
+        )
+        found = await of(metrics)
+    assert runs(found) == {("good", "lost"): 1}
+    assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
+
+
+async def _paused(ground: Ground) -> bool:
+    return (await ground.row("good"))["paused_at"] is not None
+
+
+async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
+    """As many as the history has in its ranges."""
+    copy = ground.copy()
+    await copy.declare("good", schedule="every 60 s")
+    await ground.shift(600)
+    async with scheduler(ground, [declare("good", returns, every=timedelta(minutes=1))]) as (
+        _,
+        metrics,
+    ):
+        await ground.ended("good")
+        await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
+        found = await of(metrics)
+    skipped = await ground.eye.fetchval("SELECT sum(ticks) FROM job_runs WHERE outcome = 'skipped'")
+    assert skipped >= 9
+    assert found['balance_app_job_ticks_skipped_total{job_name="good"}'] == skipped
+
+
+async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
+    """A share of the lease: five sixths when heartbeats come at a sixth; none without a run."""
+    async with scheduler(ground, [declare("long", sleeps)]) as (_, metrics):
+        await until(lambda: _beaten(metrics, 3))
+        found = await of(metrics)
+    count = found["balance_app_lease_margin_ratio_count"]
+    assert found['balance_app_lease_margin_ratio_bucket{le="0.9"}'] >= count - 1  # but the first
+    assert 0.5 * count < found["balance_app_lease_margin_ratio_sum"] < count
+    async with scheduler(ground, [declare("none", sleeps, every=None, cron="0 0 29 2 *")]) as (
+        _,
+        metrics,
+    ):
+        await asyncio.sleep(1.5)
+        assert (await of(metrics))["balance_app_lease_margin_ratio_count"] == 0
+
+
+async def _beaten(metrics: Metrics, times: int) -> bool:
+    return (await of(metrics))["balance_app_lease_margin_ratio_count"] >= times
+
+
+# -- the fleet -------------------------------------------------------------------------------------
+
+
+async def facts(ground: Ground, *names: str) -> dict[str, JobFacts]:
+    registry = Registry([declare(name, returns) for name in names])
+    return {fact.name: fact for fact in await Facts(ground.database, registry).look()}
+
+
+async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
+    """Add a run to the history, as the job's last."""
+    fence = await ground.eye.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
+    await insert(
+        ground.eye,
+        "job_runs",
+        job=name,
+        fence=fence,
+        due_at=timedelta(seconds=-ago),
+        started_at=timedelta(seconds=-ago),
+        ended_at=timedelta(seconds=-ago),
+        outcome=outcome,
+        result=result,
+    )
+    await ground.eye.execute(
+        "UPDATE jobs SET last_outcome = $2, last_result = $3 WHERE name = $1", name, outcome, result
+    )
+
+
+async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
+    """Last success, overdue, paused, failed: of the jobs that this copy has the code of."""
+    names = ("fresh", "failing", "lost", "paused", "ready", "other")
+    for name in names:
+        await add_job(ground.eye, name)
+    for outcome, ago in (("succeeded", 900.0), ("succeeded", 600.0), ("failed", 300.0)):
+        await ran(ground, "failing", outcome, "ValueError: x", ago)
+    await ran(ground, "ready", "succeeded", "", 100)
+    await ran(ground, "ready", "cancelled", "", 50)
+    await ground.ready("ready", seconds_ago=40)
+    await ground.ready("paused", seconds_ago=40)
+    await ground.eye.execute(
+        "UPDATE jobs SET paused_at = clock_timestamp(), paused_by = 'x' WHERE name = 'paused'"
+    )
+    await ground.eye.execute(
+        "UPDATE jobs SET holder = gen_random_uuid(), server = 'x', started_at = clock_timestamp(),"
+        " lease_until = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
+    )
+    now = float(await ground.eye.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
+    found = await facts(ground, *(name for name in names if name != "other"))
+    assert sorted(found) == ["failing", "fresh", "lost", "paused", "ready"]
+    assert found["fresh"] == JobFacts("fresh", None, 0, False, False, None)  # noqa: FBT003 - a row
+    assert found["failing"].last_run_failed
+    assert found["failing"].last_success_at == pytest.approx(now - 600, abs=5)
+    assert found["ready"].last_success_at == pytest.approx(now - 100, abs=5)
+    assert found["ready"].overdue_seconds == pytest.approx(40, abs=5)
+    assert found["lost"].overdue_seconds == pytest.approx(20, abs=5)
+    assert not found["ready"].last_run_failed
+    assert found["paused"].paused
+    assert found["paused"].overdue_seconds == 0
+    assert not found["ready"].paused
+
+
+async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
+    """A mismatch is told until an audit finds none; one that was not carried through tells none."""
+    await add_job(ground.eye, "audit-ledger")
+    await add_job(ground.eye, "good")
+
+    async def mismatch(name: str = "audit-ledger") -> bool | None:
+        return (await facts(ground, "audit-ledger", "good"))[name].mismatch
+
+    assert await mismatch() is None
+    await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
+    assert await mismatch() is None
+    await ran(ground, "audit-ledger", "failed", "LedgerMismatchError: 1 of 2 users differs")
+    assert await mismatch() is True
+    await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
+    await ran(ground, "audit-ledger", "interrupted", "its copy was stopped")
+    assert await mismatch() is True
+    await ran(ground, "audit-ledger", "succeeded", "all balances match")
+    assert await mismatch() is False
+    await ran(ground, "good", "failed", "LedgerMismatchError: of a job that is no audit")
+    assert await mismatch("good") is None
+
+
+async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
+    """A ledger that was tampered with is a mismatch at `/metrics`, by the job's own verdict."""
+    await ground.eye.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
+    try:
+        async with scheduler(ground, [audit_ledger]) as (_, metrics):
+            metrics.ask_for_fleet(Facts(ground.database, Registry([audit_ledger])).look)
+            await ground.ended("audit-ledger")
+            found = await of(metrics)
+    finally:
+        await ground.eye.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
+    assert found['balance_app_fleet_job_audit_mismatch{job_name="audit-ledger"}'] == 1
+    assert found['balance_app_fleet_job_last_run_failed{job_name="audit-ledger"}'] == 1
+    assert 'balance_app_fleet_job_last_success_timestamp_seconds{job_name="audit-ledger"}' not in (
+        found
+    )
+
+
+async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of scrapes share a question; its answer is not told for longer."""
+    asked = 0
+    answers = [[JobFacts("good", 1.0, 2.0, True, False, None)], []]  # noqa: FBT003 - a row
+
+    async def ask() -> list[JobFacts]:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+        return answers[asked - 1]
+
+    metrics = Metrics()
+    metrics.ask_for_fleet(ask)
+    found = await asyncio.gather(*(of(metrics) for _ in range(20)))
+    assert asked == 1
+    assert {each['balance_app_fleet_job_overdue_seconds{job_name="good"}'] for each in found} == {2}
+    monkeypatch.setattr(numbers, "monotonic", lambda: float("inf"))
+    assert not any("fleet" in name for name in await of(metrics))
+
+
+async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this copy knows by itself is told all the same."""
+    monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
+
+    async def ask() -> list[JobFacts]:
+        await asyncio.sleep(600)
+        raise AssertionError
+
+    metrics = Metrics()
+    metrics.ask_for_fleet(ask)
+    async with asyncio.timeout(4):
+        assert (await of(metrics))["balance_app_jobs_running"] == 0
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+async def test_hostile_requests_make_no_new_series(client: httpx.AsyncClient) -> None:
+    """Paths, methods, users, keys and headers of callers are never labels (a status may be new)."""
+    before = set(await told(client))
+    for number in range(30):
+        await client.request(f"M{number}", f"/nowhere/{number}", headers={"Host": f"h{number}"})
+        await client.post("/api/balance", json={"userId": number + 2, "amount": number + 1})
+        await client.get(f"/api/users/{number}", headers={"X-Request-Id": f"r{number}"})
+        accept = f"text/plain;version={number}é.x".encode("latin-1")
+        await client.get("/metrics", headers={b"Accept": accept})
+    new = set(await told(client)) - before
+    assert {name.partition("{")[0] for name in new} <= {"balance_app_requests_total"}
+    assert len(new) <= 5
+
+
+async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient) -> None:
+    """Prometheus asks for it first; the numbers are the same."""
+    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
+    answer = await client.get("/metrics", headers={"Accept": accept})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = read_openmetrics(answer.text)  # type: ignore[no-untyped-call] # it has no types
+    names = {sample.name for family in families for sample in family.samples}
+    assert names == {name.partition("{")[0] for name in await told(client)}
+    plain = await client.get("/metrics", headers={"Accept": "*/*"})
+    assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert plain.headers["cache-control"] == "no-store"
+
+
+async def test_the_process_is_told_too(client: httpx.AsyncClient) -> None:
+    """Who it is, and what it uses."""
+    found = await told(client)
+    assert found['balance_app_info{server="app1",version="0.1.0"}'] == 1
+    assert found["process_resident_memory_bytes"] > 10_000_000
+    assert found["process_cpu_seconds_total"] > 0
+    assert not any("_created" in name for name in found)
+
+
+async def test_each_application_has_its_own_numbers() -> None:
+    """Nothing is kept for the whole process."""
+    first, second = Metrics(), Metrics()
+    first.changes.inc("accepted")
+    assert changes(await of(first)) == {"accepted": 1}
+    assert changes(await of(second)) == {}
+    assert not any(family.name.startswith("balance_app") for family in REGISTRY.collect())
