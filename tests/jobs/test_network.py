@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -19,6 +19,7 @@ from tests.system.test_outage import Probes
 LEASE_SECONDS = size(small=3, full=6)
 ROUNDS = size(small=2, full=15)
 BLOCKING_SECONDS = size(small=8, full=20)
+RUN_SECONDS = size(small=8, full=20)
 # Past every lease of the copy, and late enough for others to have taken its jobs.
 SILENT_SECONDS = LEASE_SECONDS + 3
 TAKES_PART_SECONDS = 30
@@ -38,13 +39,30 @@ WHEN (new.fence = old.fence AND new.lease_until > old.lease_until
 EXECUTE FUNCTION note_revival();
 """
 
+# Runs that have a while to go.
+HAS_YOUNG_RUNS = """
+SELECT count(*) > 0 FROM jobs
+WHERE server = $1 AND started_at > clock_timestamp() - make_interval(secs => $2)
+"""
+
+HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_at > $2"
+
 _numbers = count(1)
+
+
+class Round(NamedTuple):
+    """A copy whose network was frozen and healed (monotonic), and how soon it was not ready."""
+
+    name: str
+    frozen: float
+    unready: float
+    healed: float
 
 
 async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_path: Path) -> None:
     """A copy whose network is frozen stops its jobs in time, lives on, and takes part again."""
     copies, jobs = size(small=3, full=5), size(small=6, full=10)
-    rounds: list[tuple[str, float, float, float, float]] = []
+    rounds: list[Round] = []
     lives = set()
     async with AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(
@@ -54,7 +72,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
                 copies,
                 FLEET_JOBS=str(jobs),
                 FLEET_KIND="quiet,thread,paced,thread-writes",
-                FLEET_SECONDS="8",
+                FLEET_SECONDS=str(RUN_SECONDS),
                 FLEET_EVERY="1",
             )
         )
@@ -65,11 +83,11 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
         for number in range(ROUNDS):
             copy, proxy = fleet[number % copies]
             await _blink(proxy)
-            await _wait_for(connection, HAS_RUNS_AHEAD, copy.name, 4.0)
+            await _wait_for(connection, HAS_YOUNG_RUNS, copy.name, RUN_SECONDS / 2)
             async with Probes([copy.url]) as probes:
                 frozen = monotonic()
                 proxy.freeze()
-                unready = await probes.until(ready=False)
+                unready = await probes.until(ready=False) - frozen
                 await asyncio.sleep(frozen + SILENT_SECONDS - monotonic())
                 healed_at = await connection.fetchval("SELECT clock_timestamp()")
                 healed = monotonic()
@@ -77,33 +95,29 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
                 await probes.until(ready=True)
                 await _wait_for(connection, HAS_STARTED, copy.name, healed_at)
             lives |= {sample.status for sample in probes.samples if sample.path == "/livez"}
-            rounds.append((copy.name, frozen, unready - frozen, healed, monotonic() - healed))
-        alive = [copy.process is not None and copy.process.returncode for copy, _ in fleet]
+            rounds.append(Round(copy.name, frozen, unready, healed))
+        alive = _alive(fleet)
         outcomes = await _outcomes(connection)
         revived = await connection.fetch("SELECT * FROM revived")
         paused = await connection.fetch("SELECT name FROM jobs WHERE paused_at IS NOT NULL")
     spans = read_diaries(tmp_path)
-    moves = [move for name, frozen, *_ in rounds for move in _moves(spans, name, frozen)]
-    margins = [after.begin - before.end for before, after in moves]
-    stops = [
-        before.end - frozen
-        for name, frozen, *_ in rounds
-        for before, _ in _moves(spans, name, frozen)
-    ]
+    moves = [(each, *move) for each in rounds for move in _moves(spans, each)]
+    stops = [before.end - each.frozen for each, before, _ in moves]
+    margins = [after.begin - before.end for _, before, after in moves]
     again = [
-        min(span.begin for span in spans if span.server == name and span.begin > healed) - healed
-        for name, _, _, healed, _ in rounds
+        min(s.begin for s in spans if s.server == each.name and s.begin > each.healed) - each.healed
+        for each in rounds
     ]
     tell(
         f"{ROUNDS} frozen networks of {SILENT_SECONDS} s, lease {LEASE_SECONDS} s: "
         f"{len(moves)} runs stopped {min(stops):.2f} to {max(stops):.2f} s after the freeze and "
         f"began elsewhere {min(margins):.2f} to {max(margins):.2f} s after their last line; "
-        f"not ready after {max(unready for _, _, unready, _, _ in rounds):.2f} s at most; "
+        f"not ready after {max(each.unready for each in rounds):.2f} s at most; "
         f"a new run {min(again):.2f} to {max(again):.2f} s after the healing; {outcomes}"
     )
     assert overlaps(spans) == []
     assert len(moves) >= ROUNDS
-    assert all(before.ended for before, _ in moves)  # it could say good-bye: it was not killed
+    assert all(before.ended for _, before, _ in moves)  # it could say good-bye: it was not killed
     assert alive == [None] * copies
     assert lives == {200}
     assert revived == []
@@ -164,7 +178,7 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
             "SELECT bool_and(last_outcome IS NOT DISTINCT FROM 'succeeded') FROM jobs",
             within_seconds=30 + 4 * BLOCKING_SECONDS,
         )
-        alive = [copy.process is not None and copy.process.returncode for copy, _ in fleet]
+        alive = _alive(fleet)
         rows = await connection.fetch("SELECT * FROM job_runs WHERE fence IS NOT NULL")
         await connection.close()
     outcomes = {(row["job"], row["fence"]): row["outcome"] for row in rows}
@@ -178,15 +192,6 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
     assert overlaps(spans) == []
     assert {span.job for span in spans} == {"job-01", "job-02", "job-03", "job-04"}
     assert set(begun) == {"succeeded"}
-
-
-# Runs that will not end by themselves within so many seconds of an 8 s run.
-HAS_RUNS_AHEAD = """
-SELECT count(*) > 0 FROM jobs
-WHERE server = $1 AND started_at > clock_timestamp() - make_interval(secs => $2)
-"""
-
-HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_at > $2"
 
 
 @asynccontextmanager
@@ -288,6 +293,11 @@ async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
     return len({(row["job"], row["fence"]) for row in rows} - {(s.job, s.fence) for s in spans})
 
 
+def _alive(fleet: Sequence[tuple[Copy, Proxy]]) -> list[int | None]:
+    """Return None for each copy that has not ended."""
+    return [copy.process.returncode for copy, _ in fleet if copy.process is not None]
+
+
 async def _blink(proxy: Proxy) -> None:
     """Freeze a network for a moment that no lease is lost in."""
     proxy.freeze()
@@ -295,15 +305,19 @@ async def _blink(proxy: Proxy) -> None:
     proxy.heal()
 
 
-def _moves(spans: Sequence[Span], name: str, frozen: float) -> list[tuple[Span, Span]]:
-    """Return the runs that a copy had when it was frozen, each with the one that came after it."""
-    return [
-        (before, after)
-        for before in spans
-        if before.server == name and before.begin < frozen <= before.end
-        for after in [min(_later(spans, before), key=lambda span: span.begin, default=None)]
-        if after is not None and after.server != name
+def _moves(spans: Sequence[Span], frozen: Round) -> list[tuple[Span, Span]]:
+    """Return the runs that a frozen copy had, each with the one elsewhere that came after it."""
+    under_way = [
+        span
+        for span in spans
+        if span.server == frozen.name and span.begin < frozen.frozen <= span.end
     ]
+    moves = []
+    for before in under_way:
+        after = min(_later(spans, before), key=lambda span: span.begin, default=None)
+        if after is not None and after.server != frozen.name:
+            moves.append((before, after))
+    return moves
 
 
 def _later(spans: Sequence[Span], before: Span) -> list[Span]:

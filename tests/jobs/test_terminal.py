@@ -1,25 +1,23 @@
-"""`balance-app status`: the table as people see it, and what it says when there is none."""
+"""The command line's view of jobs: what runs where, what has run, and what one does to them."""
 
 import asyncio
-import os
-import pty
+import json
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Final
 
 import httpx
 import pytest
 
-from tests.jobs.rows import Connection, add_copy, add_job, running
-from tests.processes import Copy, connect, free_port
+from tests.jobs.rows import Connection, add_copy, add_job, insert, running
+from tests.processes import Copy, connect
+from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
-PATIENCE_SECONDS: Final = 30
+HOSTILE: Final = "[red]user 7[/red]\x1b[2J differs"
+SHOWN: Final = re.escape("[red]user 7[/red] [2J differs")
 
 
 @pytest.fixture
@@ -28,28 +26,6 @@ async def connection(database: dict[str, str]) -> AsyncIterator[Connection]:
     connection = await connect(database)
     yield connection
     await connection.close()
-
-
-def command(*arguments: str, **env: str) -> Awaitable[asyncio.subprocess.Process]:
-    return asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "balance_app", "status", *arguments),
-        env={
-            **{name: value for name, value in os.environ.items() if name != "BALANCE_APP_URL"},
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "PYTHONIOENCODING": "utf-8",
-            **env,
-        },
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-
-
-async def run(*arguments: str, **env: str) -> tuple[int | None, str, str]:
-    process = await command(*arguments, **env)
-    out, err = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
-    return process.returncode, out.decode(), err.decode()
 
 
 async def fill(connection: Connection) -> None:
@@ -67,110 +43,158 @@ async def fill(connection: Connection) -> None:
         last_server="app2",
         last_started_at=-90 * SECOND,
         last_ended_at=-61 * SECOND,
-        last_result="[red]user 7[/red]\x1b[2J differs",
+        last_result=HOSTILE,
     )
     await add_job(connection, "late", due_at=-90 * SECOND)
-    await add_job(connection, "off", paused_at=-SECOND, paused_by="ada")
+    await add_job(connection, "off", paused_at=-SECOND, paused_by="ada", pause_reason="so")
+
+
+async def add_run(connection: Connection, job: str, fence: int | None, **columns: object) -> None:
+    values = {"due_at": -30 * SECOND, "started_at": -20 * SECOND, "server": "app1", **columns}
+    if values.get("outcome"):
+        values.setdefault("ended_at", -5 * SECOND)
+    await insert(connection, "job_runs", job=job, fence=fence, **values)
+
+
+def assert_lines(out: str, patterns: list[str]) -> None:
+    """Each line is like its pattern, once the space between columns is a bar."""
+    lines = [re.sub(r"  +", " | ", line.rstrip()) for line in out.splitlines()]
+    assert len(lines) == len(patterns), out
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+# -- what there is -----------------------------------------------------------------------------
 
 
 async def test_the_table_says_what_runs_where(copy: Copy, connection: Connection) -> None:
     """A line per job, those that run first; a line per copy; nothing that a terminal obeys."""
     await fill(connection)
-    code, out, err = await run(BALANCE_APP_URL=f"{copy.url}/")
+    code, out, err = await run("status", BALANCE_APP_URL=f"{copy.url}/")
     assert (code, err) == (0, "")
-    header, *lines = (re.sub(r"  +", " | ", line.rstrip()) for line in out.splitlines())
-    assert header == "JOB | STATE | SERVER | FOR | PROGRESS | DUE | LAST RUN"
-    said = re.escape("[red]user 7[/red] [2J differs")
-    patterns = [
-        r"at-end \| ● cancelling \| app2 \| 4\d s \| 3",
-        r"at-work \| ● running \| app1 \| 3 min 2\d s \| 4/16 \(25 %\) users",
-        r"late \| ○ waiting, overdue \| since 1 min 3\d s",
-        r"later \| ○ waiting \| in 2 h 1 min \| failed 1 min \d+ s ago on app2 in 29 s: " + said,
-        r"off \| ‖ paused",
-        r"",
-        r"2 running, 2 waiting \(1 overdue\), 1 paused",
-        r"app1: 1 running \(at-work\)",
-        r"app2: 1 running \(at-end\)",
-        r"app3: 0 running, not seen for \d\d s",
-    ]
-    assert len(lines) == len(patterns), out
-    for line, pattern in zip(lines, patterns, strict=True):
-        assert re.fullmatch(pattern, line), (line, pattern)
+    moment = r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"  # with its date around midnight
+    last = rf"✕ 1 min ago \({moment}\) failed on app2 in 29 s: {SHOWN}"
+    assert_lines(
+        out,
+        [
+            r"2 running, 2 waiting \(1 overdue\), 1 paused · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC",
+            r"",
+            r"JOB \| STATE \| SERVER \| NOW \| LAST RUN",
+            r"at-end \| ● cancelling \| app2 \| 4\d s \| 3",
+            r"at-work \| ● running \| app1 \| 3 min 2\d s \| 4/16 \(25 %\) users",
+            rf"late \| ◔ due, overdue \| since 1 min 3\d s \({moment}\)",
+            rf"later \| ○ waiting \| in 2 h 1 min \({moment}\) \| {last}",
+            rf"off \| ‖ paused \| by ada \d+ s ago \({moment}\): so",
+            r"",
+            r"app1: 1 running \(at-work\), up 10 min \d+ s",
+            r"app2: 1 running \(at-end\), up 10 min \d+ s",
+            r"app3: 0 running, not seen for \d\d s",
+        ],
+    )
     assert "\x1b" not in out
+
+
+async def test_why_a_job_waits_is_told(copy: Copy, connection: Connection) -> None:
+    """Asked for, handed back, tried again, lost, or without a copy that has its code."""
+    one = await add_copy(connection, "app1", lacks=("strange",))
+    over = {**running(one, "app1"), "lease_until": -SECOND}
+    late = {"due_at": -2 * SECOND, "attempt": 1, "last_server": "app1"}
+    ended = {"last_started_at": -9 * SECOND, "last_ended_at": -5 * SECOND}
+    await add_job(connection, "asked", due_at=-2 * SECOND, requested_by="ada")
+    await add_job(connection, "back", **late, **ended, last_outcome="interrupted")
+    await add_job(connection, "gone", **over)
+    await add_job(connection, "once-more", **late, **ended, last_outcome="failed")
+    await add_job(connection, "strange")
+    code, out, _ = await run("status", BALANCE_APP_URL=copy.url)
+    assert code == 0
+    for pattern in (
+        r"asked +◔ asked for +ada asked for a run: a copy takes it\.",
+        r"back +◔ handed back +app1 handed it back: another copy goes on with it\. +↷ 5 s ago",
+        r"gone +✕ lost +app1 gave no sign of life; another copy takes over\.",
+        r"once-more +↻ trying again +The last run failed; it is tried again now\. +✕ 5 s ago",
+        r"strange +\? no code +No live copy has its code\.",
+    ):
+        assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
 
 
 async def test_symbols_are_plain_where_there_are_no_others(
     copy: Copy, connection: Connection
 ) -> None:
-    """Without UTF-8 the table is told in ASCII."""
+    """Without UTF-8 the table is told in ASCII, whatever letters a job has used."""
     await fill(connection)
-    code, out, err = await run(BALANCE_APP_URL=copy.url, PYTHONIOENCODING="ascii")
+    await connection.execute("UPDATE jobs SET last_result = 'süß' WHERE name = 'later'")
+    code, out, err = await run("status", BALANCE_APP_URL=copy.url, PYTHONIOENCODING="ascii")
     assert (code, err) == (0, "")
     assert "* running" in out
     assert "= paused" in out
+    assert "29 s: s??" in out
 
 
 async def test_the_port_says_whom_to_ask(copy: Copy, connection: Connection) -> None:
     """Without a URL it is the copy that runs here; without jobs and copies it says so."""
-    code, out, _ = await run(PORT=str(copy.port))
+    code, out, _ = await run("status", PORT=str(copy.port), HOST="0.0.0.0")  # noqa: S104
     assert code == 0
     assert "No copy that runs jobs was seen in the last minute." in out
     await connection.execute("SELECT 1")
 
 
-@pytest.mark.parametrize(
-    ("answer", "sentence"),
-    [
-        (b"", r"Nobody answers at http://\S+: "),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK", r"\S+ is not this service: status 200"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", r"\S+ is not this service: status 200"),
-        (b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n[]", r"\S+ is not this service: status 404"),
-        (
-            b'HTTP/1.1 503 No\r\nContent-Length: 20\r\n\r\n{"detail":"It left"} ',
-            r"http://\S+ answers 503: It left",
-        ),
-    ],
-)
-async def test_what_is_no_answer_is_said_in_a_sentence(answer: bytes, sentence: str) -> None:
-    """One line on stderr and exit code 1, whoever answers there."""
-    async with answering(answer) as url:
-        code, out, err = await run(BALANCE_APP_URL=url)
-    assert (code, out) == (1, "")
-    assert re.search(sentence, err), err
-    assert len(err.splitlines()) == 1
+async def test_programs_get_what_the_service_says(
+    copy: Copy, connection: Connection, client: httpx.AsyncClient
+) -> None:
+    """With --json nothing is added and nothing left out."""
+    await fill(connection)
+    await add_run(connection, "later", 1, outcome="failed", result=HOSTILE)
+    asked = {"BALANCE_APP_URL": copy.url}
+    code, out, err = await run("status", "--json", **asked)
+    assert (code, err) == (0, "")
+    ours, theirs = json.loads(out), (await client.get("/api/cron/status")).json()
+    assert [job["name"] for job in ours["jobs"]] == [job["name"] for job in theirs["jobs"]]
+    assert ours.keys() == theirs.keys()
+    said = (await client.get("/api/cron/history?limit=20")).text
+    assert await run("history", "--json", **asked) == (0, f"{said}\n", "")
 
 
-async def test_nobody_there_is_said_in_a_sentence() -> None:
-    """One line on stderr and exit code 1; an address that is none too."""
-    url = f"http://127.0.0.1:{free_port()}"
-    for wrong in (url, "http://", "nonsense", "http://[::1"):
-        code, out, err = await run(BALANCE_APP_URL=wrong)
-        assert (code, out) == (1, "")
-        assert err.startswith(f"Nobody answers at {wrong}: "), err
-        assert len(err.splitlines()) == 1
+async def test_the_history_says_what_became_of_every_run(
+    copy: Copy, connection: Connection
+) -> None:
+    """The latest first; how to see earlier ones; ticks that did not run are told as ticks."""
+    await add_job(connection, "one")
+    await add_job(connection, "two")
+    skipped = {"server": None, "last_due_at": -10 * SECOND, "ticks": 3, "result": "paused by ada"}
+    await add_run(connection, "one", 1, outcome="failed", result=HOSTILE)
+    await add_run(connection, "two", None, outcome="skipped", **skipped)
+    await add_run(connection, "one", 2, outcome="interrupted")
+    await add_run(connection, "one", 3)
+    asked = {"BALANCE_APP_URL": copy.url}
+    code, out, err = await run("history", **asked)
+    assert (code, err) == (0, "")
+    start = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| \d+ s ago"
+    assert_lines(
+        out,
+        [
+            r"STARTED \(UTC\) \| AGO \| JOB \| OUTCOME \| SERVER \| LASTED \| RESULT",
+            rf"{start} \| one \| ● running \| app1 \| 2\d s",
+            rf"{start} \| one \| ↷ handed back \| app1 \| 15 s",
+            rf"{start} \| two \| – skipped \| 3 ticks to [-:\d ]+: paused by ada",  # noqa: RUF001
+            rf"{start} \| one \| ✕ failed \| app1 \| 15 s \| {SHOWN}",
+        ],
+    )
+    code, out, err = await run("history", "one", "--limit", "2", **asked)
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert re.fullmatch(r"Earlier ones: balance-app history one --before=\d+ --limit=2\n", err), err
+    code, out, err = await run(*err.split()[3:], **asked)
+    assert (code, len(out.splitlines()), err) == (0, 2, "")
+    code, out, err = await run("history", "one", "--outcome", "lost", **asked)
+    assert (code, out, err) == (0, "There is no such run.\n", "")
 
 
-@asynccontextmanager
-async def answering(answer: bytes) -> AsyncIterator[str]:
-    """Answer every request with these bytes."""
-
-    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(tell, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
+# -- watching ----------------------------------------------------------------------------------
 
 
 async def test_watching_goes_on_over_a_restart(copy: Copy, connection: Connection) -> None:
     """The copy stops: "Reconnecting"; it comes back: the table. Ctrl-C ends it with exit code 0."""
     await add_job(connection, "first")
-    watcher = await command("--watch", BALANCE_APP_URL=copy.url)
+    watcher = await command("status", "--watch", BALANCE_APP_URL=copy.url)
     assert watcher.stdout is not None
     stdout = watcher.stdout
 
@@ -194,6 +218,33 @@ async def test_watching_goes_on_over_a_restart(copy: Copy, connection: Connectio
             await watcher.wait()
 
 
+async def test_programs_can_watch(copy: Copy, connection: Connection) -> None:
+    """Each line is a status; that the service is away is said beside."""
+    await add_job(connection, "first")
+    watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=copy.url)
+    assert watcher.stdout is not None
+    assert watcher.stderr is not None
+    stderr = watcher.stderr
+    try:
+        for _ in range(2):
+            status = json.loads(await asyncio.wait_for(watcher.stdout.readline(), 30))
+            assert [job["name"] for job in status["jobs"]] == ["first"]
+        await copy.stop()
+
+        async def line() -> str:
+            return (await stderr.readline()).decode()
+
+        await _until(line, lambda said: said.endswith("Reconnecting.\n"))
+        watcher.send_signal(signal.SIGINT)
+        out, _ = await asyncio.wait_for(watcher.communicate(), PATIENCE_SECONDS)
+        assert all(json.loads(text)["jobs"] for text in out.splitlines())
+        assert watcher.returncode == 0
+    finally:
+        if watcher.returncode is None:
+            watcher.kill()
+            await watcher.wait()
+
+
 async def _until(line: Callable[[], Awaitable[str]], found: Callable[[str], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not found(said := await line()):
@@ -205,49 +256,177 @@ async def test_on_a_terminal_the_table_is_redrawn_in_place(
 ) -> None:
     """With colours, over and over at one place; the cursor is there again at the end."""
     await fill(connection)
-    leader, follower = pty.openpty()
-    watcher = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "balance_app", "status", "--watch"),
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "BALANCE_APP_URL": copy.url,
-            "TERM": "xterm-256color",
-            "COLUMNS": "100",
-        },
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        cwd=Path(__file__).parents[2],
+    async with Screen("status", "--watch", BALANCE_APP_URL=copy.url) as screen:
+        await screen.until("at-work")
+        assert "\x1b[" in screen.shown
+        assert "━━────────" in screen.shown
+        await client.post("/api/cron/jobs/later/pause")
+        await screen.until("2 paused")
+        assert "\x1b[1A" in screen.shown or "\x1b[2K" in screen.shown
+        screen.process.send_signal(signal.SIGINT)
+        assert await screen.end() == 0
+    assert screen.shown.rindex("\x1b[?25h") > screen.shown.rindex("2 paused")
+
+
+async def test_a_narrow_terminal_keeps_what_matters(copy: Copy, connection: Connection) -> None:
+    """At 80 columns no line is broken, and state, server, time and outcome are still there."""
+    await fill(connection)
+    async with Screen("status", BALANCE_APP_URL=copy.url, COLUMNS="80", NO_COLOR="1") as screen:
+        assert await screen.end() == 0
+    lines = [re.sub(r"\x1b\[[0-9;?]*\w", "", line).rstrip() for line in screen.shown.splitlines()]
+    assert max(len(line) for line in lines) <= 80
+    table = {line.split()[0]: line for line in lines[3:8]}
+    assert re.search(r"● running +app1 +3 min 2\d s +25 %", table["at-work"])
+    assert re.search(r"○ waiting +in 2 h \(.+\) +✕ 1 min ago failed", table["later"])
+    assert re.search(r"◔ due, overdue +since 1 min \(", table["late"])
+
+
+# -- steering ----------------------------------------------------------------------------------
+
+
+async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
+    """Each is told in a sentence, or as the service's JSON; what the state forbids is refused."""
+    one = await add_copy(connection, "app1")
+    await add_job(connection, "idle")
+    await add_job(connection, "busy", **running(one, "app1"))
+    asked = {"BALANCE_APP_URL": copy.url}
+    for line, answer in {
+        "pause idle --by ada --reason so": (0, "idle is paused by ada.\n", ""),
+        "pause idle --by bob": (0, "idle is paused by ada.\n", ""),
+        "run idle": (1, "", "Job idle was paused by ada.\n"),
+        "run idle --wait": (1, "", "Job idle was paused by ada.\n"),
+        "resume idle": (0, "idle is not paused any more.\n", ""),
+        "run idle --by ada": (0, "idle is ready: a copy takes it.\n", ""),
+        "run busy": (1, "", "Job busy runs on app1.\n"),
+        "cancel idle": (1, "", "Job idle does not run: it is waiting.\n"),
+        "cancel busy --by ada": (
+            *(0, "The run of busy on app1 ends within a heartbeat; ada asked for it.\n", ""),
+        ),
+    }.items():
+        assert await run(*line.split(), **asked) == answer, line
+    code, out, err = await run("pause", "idle", "--json", LOGNAME="mrs-x", **asked)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["paused"]["by"] == "mrs-x"
+    code, out, err = await run("cancel", "idle", "--json", **asked)
+    assert (code, err) == (1, "Job idle does not run: it is paused.\n")
+    assert json.loads(out)["code"] == "job-not-running"
+
+
+async def _waits(
+    copy: Copy, connection: Connection, *arguments: str
+) -> asyncio.Task[tuple[int | None, str, str]]:
+    """Ask for a run of `one`, as far as that it was asked for."""
+    task = asyncio.create_task(
+        run("run", "one", "--wait", *arguments, "--by=ada", BALANCE_APP_URL=copy.url)
     )
-    os.close(follower)
-    shown = ""
+    asked = "SELECT requested_by FROM jobs WHERE name = 'one'"
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await connection.fetchval(asked) != "ada":
+            assert not task.done(), task.result()
+            await asyncio.sleep(0.05)
+    return task
 
-    def read() -> str:
-        try:
-            return os.read(leader, 65536).decode(errors="replace")
-        except OSError:  # the other end is closed
-            return ""
 
-    async def until(text: str) -> None:
-        nonlocal shown
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while text not in shown:
-                more = await asyncio.to_thread(read)
-                assert more, shown
-                shown += more
+async def test_waiting_for_a_run_is_waiting_for_its_end(copy: Copy, connection: Connection) -> None:
+    """A run before it does not count, nor one that is handed on; exit code 1 when it fails."""
+    await add_copy(connection, "app1")
+    await add_job(connection, "one", fence=4)
+    await add_run(connection, "one", 4, outcome="succeeded", result="before")
+    for outcome, code in (("succeeded", 0), ("failed", 1)):
+        fence = await connection.fetchval("SELECT max(fence) FROM job_runs")
+        waits = await _waits(copy, connection, "--json")
+        await add_run(connection, "one", fence + 1, outcome="interrupted")
+        await asyncio.sleep(1.5)  # some looks
+        assert not waits.done(), waits.result()
+        await add_run(connection, "one", fence + 2, outcome=outcome, result="all is said")
+        await connection.execute("UPDATE jobs SET fence = $1, requested_by = NULL", fence + 2)
+        found, out, err = await waits
+        assert found == code
+        assert json.loads(out)["fence"] == fence + 2
+        assert json.loads(out)["result"] == "all is said"
+        assert "● one" not in err
+
+
+async def test_waiting_ends_when_the_job_is_paused(copy: Copy, connection: Connection) -> None:
+    """Nobody waits for what will not come."""
+    await add_copy(connection, "app1")
+    await add_job(connection, "one")
+    waits = await _waits(copy, connection)
+    await connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
+    code, out, err = await waits
+    assert (code, out) == (1, "")
+    assert err.endswith("Job one was paused by bob before it had run.\n")
+
+
+async def test_a_run_under_way_is_joined(copy: Copy, connection: Connection) -> None:
+    """It says so, and tells the end of that run; a restart of the service does not end it."""
+    one = await add_copy(connection, "app1")
+    await add_job(connection, "one", **running(one, "app1"))
+    process = await command("run", "one", "--wait", BALANCE_APP_URL=copy.url)
+    assert process.stderr is not None
+    stderr = process.stderr
+
+    async def line() -> str:
+        return (await stderr.readline()).decode()
 
     try:
-        await until("at-work")
-        assert "\x1b[" in shown
-        await client.post("/api/cron/jobs/later/pause")
-        await until("2 paused")
-        assert "\x1b[1A" in shown or "\x1b[2K" in shown
-        watcher.send_signal(signal.SIGINT)
-        await until("\x1b[?25h")
-        assert await asyncio.wait_for(watcher.wait(), PATIENCE_SECONDS) == 0
+        await _until(line, lambda said: said == "Job one runs on app1. Waiting for that run.\n")
+        await _until(line, lambda said: said.startswith("● one running on app1, 4"))
+        await copy.stop()
+        await _until(line, lambda said: said.endswith("Reconnecting.\n"))
+        await add_run(connection, "one", 7, outcome="succeeded", result=HOSTILE)
+        await connection.execute(
+            "UPDATE jobs SET holder = NULL, lease_until = NULL, started_at = NULL, server = NULL"
+        )
+        await copy.launch()
+        await copy.ready()
+        out, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
     finally:
-        if watcher.returncode is None:
-            watcher.kill()
-            await watcher.wait()
-        os.close(leader)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    first, second = out.decode().splitlines()
+    assert re.fullmatch(r"one succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in 15 s\.", first)
+    assert re.fullmatch(SHOWN, second)
+
+
+# -- the audit ---------------------------------------------------------------------------------
+
+
+async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
+    """What the last audit found is told; --now asks for one, which names the user that differs."""
+    async with Copy(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as copy:
+        asked = {"BALANCE_APP_URL": copy.url}
+        code, out, _ = await run("audit", "--now", **asked)
+        assert code == 0
+        first, second = out.splitlines()
+        assert re.match(r"audit-ledger succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in ", first)
+        assert second == "checked 1 entry of 1 user: all balances match"
+
+        connection = await connect(database)
+        await connection.execute("ALTER TABLE users DISABLE TRIGGER USER")
+        await connection.execute("UPDATE users SET balance = 1 WHERE id = 1")
+        await connection.close()
+        code, out, _ = await run("audit", **asked)
+        assert (code, out.splitlines()[1]) == (0, second)
+        code, out, _ = await run("audit", "--now", **asked)
+        assert code == 1
+        first, second = out.splitlines()
+        assert first.startswith("audit-ledger failed ")
+        assert "1 of 1 user differs: user 1: the balance is 1 at version 1" in second
+        code, out, _ = await run("audit", "--json", **asked)
+        assert (code, json.loads(out)["outcome"]) == (1, "failed")
+
+
+async def test_no_verdict_is_no_success(copy: Copy, connection: Connection) -> None:
+    """An audit that was cut short has found nothing; exit code 1 until there is one."""
+    await add_job(connection, "audit-ledger")
+    await add_run(connection, "audit-ledger", 1, outcome="lost")
+    code, out, err = await run("audit", BALANCE_APP_URL=copy.url)
+    assert (code, out) == (1, "")
+    assert err == "The ledger was not audited yet: ask for it with --now.\n"
+    await add_run(connection, "audit-ledger", 2, outcome="succeeded", result="all match")
+    await add_run(connection, "audit-ledger", 3, outcome="cancelled")
+    code, out, _ = await run("audit", BALANCE_APP_URL=copy.url)
+    assert (code, out.splitlines()[1]) == (0, "all match")

@@ -149,7 +149,8 @@ class JobRepository:
     async def notice(self, known: Known, settling: timedelta) -> None:
         """Write down when this copy, which has just come up, saw which jobs will soon be ready."""
         await self._database.run(
-            lambda con: write(con, NOTICE, known.knows_to, known.lacks, settling), urgent=True
+            lambda con: write(con, NOTICE, known.knows_to, known.lacks, settling, known.booted_at),
+            urgent=True,
         )
 
     async def look(self, known: Known, turn: Turn) -> Look:
@@ -255,12 +256,16 @@ async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) 
 
 # Written once for each time that a job is ready, by the first of the copies that come up: the next
 # can't push it on. Copies that come up at least a settling time after a note have no use for it, so
-# one that is twice as old concerns nobody any more, and is replaced.
+# one that is twice as old concerns nobody any more, and is replaced; so is one that a run has
+# outlived. Nothing is written about a run that gave a sign of life after this copy's boot: the note
+# would outlive the fleet, and the next fleet would take it for its own.
 NOTICE: Final = """
 WITH ready AS (
     SELECT name FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp() + $3::interval)
-      AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval)
+      AND (alive_at <= $4) IS NOT FALSE
+      AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval
+           OR seen_at <= alive_at)
       AND number <= $1 AND name <> ALL ($2)
     FOR UPDATE SKIP LOCKED
 )
