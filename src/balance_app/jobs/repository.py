@@ -7,6 +7,7 @@ a transaction began, and one that was delayed could take or revive a lease by it
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -69,6 +70,8 @@ class Claimed(NamedTuple):
 class Look(NamedTuple):
     """What a look at the jobs found: a run, or when to look again."""
 
+    # this copy's own clock (monotonic) when it asked, and the server's when it answered
+    sent_at: float
     now: datetime
     claimed: Claimed | None
     # a job was lost once too often, or while it was paused: it stays where it is
@@ -155,9 +158,12 @@ class JobRepository:
 
     async def look(self, known: Known, turn: Turn) -> Look:
         """Take the job that has been ready for longest, if it is this copy's turn."""
-        row = await self._database.run(
-            lambda con: write(con, CLAIM, *self.me, self._lease, *known, *turn), urgent=True
-        )
+
+        async def ask(connection: Connection) -> tuple[float, asyncpg.Record | None]:
+            sent_at = monotonic()  # what waited in line, or behind a run that blocks, was not sent
+            return sent_at, await write(connection, CLAIM, *self.me, self._lease, *known, *turn)
+
+        sent_at, row = await self._database.run(ask, urgent=True)
         assert row is not None  # noqa: S101 - the statement always has one
         now, wait_seconds, busy, name, goes, *rest, ended = row
         claimed = None
@@ -166,7 +172,7 @@ class JobRepository:
             if claimed.resumed is not None:
                 claimed = claimed._replace(resumed=from_json(claimed.resumed))
         laid_aside = name if name and not goes else None
-        return Look(now, claimed, laid_aside, wait_seconds, bool(busy), ended)
+        return Look(sent_at, now, claimed, laid_aside, wait_seconds, bool(busy), ended)
 
     async def finish(
         self, name: str, fence: int, ending: Ending, schedule: str | None = None

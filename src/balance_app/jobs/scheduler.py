@@ -165,7 +165,6 @@ class Scheduler:
         settling = timedelta(seconds=self._settings.job_settling_seconds)
         if not settled:
             await self._jobs.notice(known, settling)
-        sent_at = monotonic()
         look = await self._jobs.look(
             known,
             Turn(
@@ -183,7 +182,7 @@ class Scheduler:
             self._metrics.run_ended(look.laid_aside, look.ended)
             return 0
         if look.claimed is not None:
-            self._start(look.claimed, sent_at)
+            self._start(look.claimed, look.sent_at)
             self._count(look.claimed, look.ended)
             return 0
         longest = BUSY_LOOK_SECONDS if look.busy or not settled else IDLE_LOOK_SECONDS
