@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(report.as_json())
     else:
-        report.print(Console(highlight=False, soft_wrap=True))
+        report.print(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
     return EXIT_PASSED if report.verdict.passed else EXIT_FAILED
 
 

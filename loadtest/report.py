@@ -13,6 +13,9 @@ from rich.text import Text
 from loadtest.burst import Answer, Order, Volley
 from loadtest.verdict import Expectation, Verdict
 
+_BANDS = 10  # about so many
+_BAR = 40
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -33,6 +36,27 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """How many answers took at least `start` and less than `end` seconds."""
+
+    start: float
+    end: float
+    answers: int
+
+
+def bands(volley: Volley) -> list[Band]:
+    """Count answers by how long they took, in bands of one round width, from 0 to the longest."""
+    seconds = [outcome.seconds for outcome in _answers(volley)]
+    if not seconds:
+        return []
+    width = _round_up(max(seconds) / _BANDS)
+    counts = Counter(int(each / width) for each in seconds)
+    return [
+        Band(place * width, (place + 1) * width, counts[place]) for place in range(max(counts) + 1)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A judged burst, ready to be told."""
 
@@ -48,6 +72,7 @@ class Report:
         frame = box.SIMPLE if console.is_terminal else None
         console.print(self._checks(frame))
         console.print(self._measurements(frame))
+        self._print_bands(console)
         for problem in self.verdict.problems:
             console.print(Text(f"wrong: {problem}", style="red"))
         console.print(self._last_line())
@@ -80,6 +105,10 @@ class Report:
                     "p99": timing.p99,
                     "max": timing.max,
                 },
+                "latencyBands": [
+                    {"startSeconds": band.start, "endSeconds": band.end, "answers": band.answers}
+                    for band in bands(volley)
+                ],
                 "requestsPerCopy": dict(_requests_per_copy(volley)),
             }
         )
@@ -137,6 +166,26 @@ class Report:
         )
         return table
 
+    def _print_bands(self, console: Console) -> None:
+        shown = bands(self.volley)
+        most = max((band.answers for band in shown), default=0)
+        block = "█" if console.encoding.lower().startswith("utf") else "#"
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(justify="right")
+        table.add_column(justify="right")
+        for band in shown:
+            # A bar for the few, too: nothing is seen of what took longest otherwise.
+            length = math.ceil(band.answers * min(_BAR, console.width // 2) / most)
+            table.add_row(
+                f"{band.start * 1000:g} to {band.end * 1000:g} ms",
+                str(band.answers),
+                Text(block * length, style="cyan"),
+            )
+        if shown:
+            console.print(Text("answers by latency"))
+            console.print(table)
+            console.print()
+
     def _last_line(self) -> Text:
         verdict = self.verdict
         word, style = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
@@ -162,6 +211,12 @@ def _requests_per_copy(volley: Volley) -> list[tuple[str, int]]:
 def _nearest_rank(ascending: list[float], share: float) -> float:
     """Return the smallest value that at least `share` of all values do not exceed."""
     return ascending[math.ceil(share * len(ascending)) - 1]
+
+
+def _round_up(least: float) -> float:
+    """Return the smallest of 1, 2 and 5 times a power of ten that is not below `least`."""
+    power = 10.0 ** math.floor(math.log10(least or 1e-6))
+    return next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
 
 
 def _milliseconds(seconds: float) -> str:

@@ -152,6 +152,7 @@ async def test_right_service_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["balance"] == {"measured": 0, "expected": 0}
     assert report["newEntries"] == {"measured": 100, "expected": 100}
     assert list(report["requestsPerCopy"].values()) == [REQUESTS]
+    assert sum(band["answers"] for band in report["latencyBands"]) == REQUESTS
     assert len(service.peers) == REQUESTS
     assert service.keys == []
 
@@ -368,6 +369,8 @@ async def test_plain_text_when_piped(capsys: pytest.CaptureFixture[str]) -> None
         assert await asyncio.to_thread(main, arguments) == EXIT_PASSED
     text = capsys.readouterr().out
     assert "\x1b" not in text
+    counts = re.findall(r"^ *[\d.e-]+ to [\d.e-]+ ms +(\d+)  █* *$", text, re.MULTILINE)
+    assert sum(map(int, counts)) == REQUESTS
     assert text.splitlines()[-1] == (
         "PASS  100 accepted, 100 refused for insufficient funds, balance 0, 100 new entries"
     )

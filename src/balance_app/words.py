@@ -1,0 +1,50 @@
+"""How people are told durations and moments; moments are in UTC, as everywhere in this service."""
+
+from datetime import datetime
+from typing import Final
+
+MINUTE: Final = 60
+HOUR: Final = 3600
+DAY: Final = 86400
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units: "2 min 31 s"."""
+    whole = max(0, int(seconds))
+    for length, unit, rest_length, rest_unit in (
+        (DAY, "d", HOUR, "h"),
+        (HOUR, "h", MINUTE, "min"),
+        (MINUTE, "min", 1, "s"),
+    ):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // rest_length} {rest_unit}"
+    return f"{whole} s"
+
+
+def rough(seconds: float) -> str:
+    """Return a duration in its largest unit: "2 min"."""
+    whole = max(0, int(seconds))
+    for length, unit in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
+        if whole >= length:
+            return f"{whole // length} {unit}"
+    return f"{whole} s"
+
+
+def ago(seconds: float) -> str:
+    """Return how long ago something was, in its largest unit: "4 min ago"."""
+    return f"{rough(seconds)} ago"
+
+
+def exact(moment: datetime) -> str:
+    """Return a moment to the second: "2026-11-21 21:49:33"."""
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def brief(moment: datetime, now: datetime) -> str:
+    """Return the same, without the date if it is today's."""
+    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else exact(moment)
+
+
+def visible(text: str) -> str:
+    """Return text with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)

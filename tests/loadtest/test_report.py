@@ -1,0 +1,79 @@
+"""What is told while a burst runs and after it."""
+
+import asyncio
+import io
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from loadtest.burst import Answer, NoAnswer, Order, Progress, Volley
+from loadtest.progress import shown
+from loadtest.report import Band, bands
+
+ORDER = Order(
+    targets=(), user_id=1, amount=-2, requests=20, connections=10, keyed=False, timeout_seconds=9
+)
+
+
+def volley(*seconds: float) -> Volley:
+    answers = [Answer(200, "app1", b"", each) for each in seconds]
+    return Volley([*answers, NoAnswer("closed")], 0.1, max(seconds, default=0.0), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("longest", "width"),
+    [(9.252, 1.0), (10.0, 1.0), (4.287, 0.5), (0.029, 0.005), (0.0000004, 5e-8), (11.0, 2.0)],
+)
+def test_answers_are_counted_in_bands_of_a_round_width(longest: float, width: float) -> None:
+    """About ten of one width, from 0 to the longest; each answer is in one; no gap between."""
+    seconds = [longest * part / 99 for part in range(100)]
+    found = bands(volley(*seconds))
+    assert 5 <= len(found) <= 11
+    assert found[0].start == 0
+    assert all(before.end == after.start for before, after in pairwise(found))
+    assert all(band.end - band.start == pytest.approx(width) for band in found)
+    assert sum(band.answers for band in found) == 100
+    assert found[-1].answers > 0
+    assert found[-1].start <= longest < found[-1].end * (1 + 1e-9)
+
+
+def test_no_answer_has_no_latency() -> None:
+    """What was not answered is in no band; answers at once are in the first."""
+    assert bands(volley()) == []
+    assert [band.answers for band in bands(volley(0.0, 0.0))] == [2]
+    assert bands(volley(1.0, 3.0, 3.5))[-1] == Band(3.5, 4.0, 1)
+
+
+async def followed(console: Console, stream: io.StringIO) -> str:
+    progress = Progress()
+    async with shown(progress, ORDER, console):
+        progress.opened = 10
+        async with asyncio.timeout(10):
+            while not console.quiet and "10" not in stream.getvalue():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        progress.answered = 20
+    return stream.getvalue()
+
+
+async def test_a_terminal_has_bars() -> None:
+    """They are drawn in place, and stand full at the end."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    said = await followed(console, stream)
+    opened, _, answered = said.rpartition("connections opened")[2].partition("answers received")
+    assert "10/10" in opened
+    assert "━" * 20 in answered
+    assert "20/20" in answered
+    assert "\x1b[1A" in said
+
+
+async def test_a_pipe_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain line now and then; a quiet console has nothing."""
+    monkeypatch.setattr("loadtest.progress._LINES_EVERY_SECONDS", 0.05)
+    stream = io.StringIO()
+    said = await followed(Console(file=stream, width=200), stream)
+    assert said.splitlines()[0] == "10 of 10 connections opened, 0 of 20 answers received"
+    assert "\x1b" not in said
+    quiet = io.StringIO()
+    assert await followed(Console(file=quiet, quiet=True), quiet) == ""

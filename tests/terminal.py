@@ -1,0 +1,169 @@
+"""The command line as a process of its own, and stand-ins for a service that answers badly."""
+
+import asyncio
+import os
+import pty
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+PATIENCE_SECONDS: Final = 30
+ROOT: Final = Path(__file__).parents[1]
+
+
+def command(*arguments: str, **env: str) -> Awaitable[asyncio.subprocess.Process]:
+    """Start `balance-app`, its output in pipes."""
+    return asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balance_app", *arguments),
+        env=environment(**env),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+
+
+def environment(**env: str) -> dict[str, str]:
+    """What it is started with; of what is set here, nothing that changes what it does or shows."""
+    of_its_own = {"BALANCE_APP_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PORT", "HOST"}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in of_its_own},
+        "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "utf-8",
+        **env,
+    }
+
+
+async def run(*arguments: str, **env: str) -> tuple[int | None, str, str]:
+    """Run `balance-app` to its end; return its exit code, its output, and what it says besides."""
+    process = await command(*arguments, **env)
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    return process.returncode, out.decode(), err.decode()
+
+
+class Screen:
+    """`balance-app` on a terminal of its own."""
+
+    def __init__(self, *arguments: str, **env: str) -> None:
+        self.shown = ""
+        self._arguments = arguments
+        self._env = env
+
+    async def __aenter__(self) -> Self:
+        self._leader, follower = pty.openpty()
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balance_app", *self._arguments),
+            env=environment(**{"TERM": "xterm-256color", "COLUMNS": "120", **self._env}),
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            cwd=ROOT,
+        )
+        os.close(follower)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+        os.close(self._leader)
+
+    async def until(self, text: str) -> None:
+        """Wait until this has been shown."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while text not in self.shown:
+                more = await asyncio.to_thread(self._read)
+                assert more, self.shown
+                self.shown += more
+
+    async def end(self) -> int:
+        """Read to the end; return the exit code."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while more := await asyncio.to_thread(self._read):
+                self.shown += more
+            return await self.process.wait()
+
+    def _read(self) -> str:
+        try:
+            return os.read(self._leader, 65536).decode(errors="replace")
+        except OSError:  # the other end is closed
+            return ""
+
+
+@dataclass
+class StandIn:
+    """Something that is asked instead of the service: where it is, and what was asked."""
+
+    url: str = ""
+    requests: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """The idempotency keys that were sent."""
+        return re.findall(r"(?i)idempotency-key: (\S+)", "".join(self.requests))
+
+
+@asynccontextmanager
+async def answering(*answers: bytes) -> AsyncIterator[StandIn]:
+    """Answer each request with the next of these bytes, and with the last from then on."""
+
+    async def answer(request: bytes, number: int) -> bytes:
+        del request
+        return answers[min(number, len(answers) - 1)]
+
+    async with _stand_in(answer) as stand_in:
+        yield stand_in
+
+
+@asynccontextmanager
+async def losing(answers: int, port: int) -> AsyncIterator[StandIn]:
+    """Pass requests on to a copy, and lose the first answers on the way back."""
+
+    async def pass_on(request: bytes, number: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        answer = await _message(reader)
+        writer.close()
+        return b"" if number < answers else answer
+
+    async with _stand_in(pass_on) as stand_in:
+        yield stand_in
+
+
+@asynccontextmanager
+async def _stand_in(answer: Callable[[bytes, int], Awaitable[bytes]]) -> AsyncIterator[StandIn]:
+    stand_in = StandIn()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await _message(reader)
+        stand_in.requests.append(request.decode())
+        writer.write(await answer(request, len(stand_in.requests) - 1))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    stand_in.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield stand_in
+    finally:
+        server.close()
+
+
+async def _message(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return head + (await reader.readexactly(int(length[1])) if length else b"")
+
+
+def http(status: str, body: str) -> bytes:
+    """Return an answer as it is sent."""
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
