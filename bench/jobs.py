@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import quantiles
 from time import monotonic
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -152,7 +153,19 @@ async def claimer(number: int, settings: Settings, known: Known, claims: list[fl
             continue
         turn = turn._replace(round=row["round"] + 1)
         due = datetime.now(UTC) + timedelta(hours=1)
-        told = ("succeeded", "done", timedelta(0), due, due, False, [], [], [], [], None)
+        told: tuple[object, ...] = (
+            "succeeded",
+            "done",
+            timedelta(0),
+            due,
+            due,
+            False,
+            [],
+            [],
+            [],
+            [],
+            None,
+        )
         assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *told)
         done += 1
     await connection.close()
@@ -182,9 +195,9 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
 async def fleet(variables: dict[str, str], diary: str, **env: str) -> AsyncIterator[None]:
     """Run copies whose ten jobs do next to nothing."""
     program = ("-m", "tests.jobs.fleet")
-    env = {"FLEET_DIARY": diary, "LOG_LEVEL": "warning", **env}
+    told: dict[str, Any] = {"FLEET_DIARY": diary, "LOG_LEVEL": "warning", **env}
     copies = [
-        Copy(variables, f"app{number}", program=program, **env) for number in range(1, COPIES + 1)
+        Copy(variables, f"app{number}", program=program, **told) for number in range(1, COPIES + 1)
     ]
     async with running(copies):
         await asyncio.sleep(6)  # settled

@@ -22,7 +22,8 @@ from balance_app.errors import (
 )
 
 DESCRIPTION = """
-Users' balances, changed in real time and never below zero.
+Users' balances, changed in real time and never below zero. What every copy and job does now is
+shown to people at [/](/).
 
 * Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
   `applied` whether anything took effect (`"no"` or `"unknown"`). The list is at

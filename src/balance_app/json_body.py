@@ -46,7 +46,7 @@ async def read_json(request: Request, model: type[Model], *, within_seconds: flo
     for declared in header_values(request, b"content-length"):
         if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    return parse_json(await _read_body(request, within_seconds), model)
+    return parse_json(await read_body(request, within_seconds), model)
 
 
 def parse_json(raw: bytes, model: type[Model]) -> Model:
@@ -66,7 +66,14 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
         raise InvalidRequest(*_faults(error)) from None
 
 
-async def _read_body(request: Request, within_seconds: float) -> bytes:
+async def read_body(request: Request, within_seconds: float) -> bytes:
+    """Read the request's body, whatever it is.
+
+    Raises:
+        BodyTooLarge: more than `MAX_BODY_BYTES`.
+        RequestTimeout: it did not arrive `within_seconds`.
+        MalformedRequest: the caller went away.
+    """
     body = b""
     more = True
     try:

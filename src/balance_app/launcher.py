@@ -106,6 +106,7 @@ def _require_free_ports(host: str, ports: list[int]) -> None:
 
 def _tell_where(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
     where = Copy("", port).url(settings.host)
+    console.print(f"  page       {where}")
     console.print(f"  API        {where}/api/users/1  (all copies)")
     console.print(f"  docs       {where}/docs")
     console.print(f"  database   {database.data if database else 'as configured'}")

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
-from balance_app import api_docs, health, metrics
+from balance_app import api_docs, forms, health, metrics, pages
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
 from balance_app.database import Database, UnusableDatabaseError, alembic_head
@@ -35,7 +35,9 @@ from balance_app.jobs.history import History
 from balance_app.jobs.registry import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
+from balance_app.live import Live
 from balance_app.metrics import Metrics
+from balance_app.overview import Overview
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -68,6 +70,8 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     app.include_router(jobs.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(pages.router)
+    app.include_router(forms.router)
     api_docs.add_docs(app)
     app.add_exception_handler(Problem, _tell_problem)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
@@ -96,6 +100,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.controls = Controls(database, board)
     app.state.history = History(database)
     app.state.balances = BalanceRepository(database, numbers)
+    app.state.overview = overview = Overview(database, numbers)
+    app.state.live = Live(board, overview, app.state.stopping)
     app.state.schema_head = alembic_head()
     try:
         try:

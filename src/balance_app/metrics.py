@@ -80,6 +80,10 @@ class Tally(Collector):
         """Count one more."""
         self._counts[value] = self._counts.get(value, 0) + 1
 
+    def count(self, value: object) -> int:
+        """Return how many there were so far."""
+        return self._counts.get(value, 0)
+
     @override
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily(self._name, self._text, labels=[self._label])

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic_core import from_json
 
-from balance_app.balances.repository import BalanceRepository
 from balance_app.database import Database, read
+from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
 FAILURES_SHOWN: Final = 5
@@ -48,9 +48,9 @@ class Around(NamedTuple):
 class Overview:
     """Asks what the page tells beside the board, one statement a question."""
 
-    def __init__(self, database: Database, balances: BalanceRepository) -> None:
+    def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
-        self._balances = balances
+        self._metrics = metrics
         self._runs: dict[str, Runs] = {}
         # moment, changes so far, refusals so far
         self._counted: deque[tuple[float, int, int]] = deque()
@@ -59,13 +59,16 @@ class Overview:
         """Return what is around the board; of jobs not in `changed` the runs are known."""
         names = set(shown)
         asked = sorted(names & set(changed) | (names - self._runs.keys()))
-        (row,) = await self._database.run(lambda con: read(con, AROUND, asked, RUNS_KEPT))
+        # As a look at the board: one at a time, and ahead of the crowd.
+        (row,) = await self._database.run(
+            lambda con: read(con, AROUND, asked, RUNS_KEPT), urgent=True
+        )
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in asked)
         for run in from_json(row["runs"]):
             self._runs[run["job"]].append(run)
         exact = row["users"] <= USERS_COUNTED
-        changes, refusals = self._rates(row["changes"], self._balances.refused)
+        changes, refusals = self._rates(row["changes"], self._metrics.changes.count("refused"))
         return Around(
             now=row["now"].timestamp(),
             runs=dict(self._runs),
@@ -86,7 +89,7 @@ class Overview:
         rows = await self._database.run(lambda con: read(con, CHECKPOINT, job))
         return rows[0]["checkpoint"] if rows else None
 
-    async def durations(self, job: str, limit: int) -> Runs:
+    async def last_runs(self, job: str, limit: int) -> Runs:
         """Return the last runs of a job, the oldest first, as `Around.runs` has them."""
         (row,) = await self._database.run(lambda con: read(con, LAST_RUNS, [job], limit))
         return list(from_json(row["runs"]))

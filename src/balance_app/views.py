@@ -1,18 +1,15 @@
-"""How the page says things: durations, moments, states, and what became of what was lost.
+"""How the page says things: numbers, moments, states, and what became of what was lost."""
 
-`static/app.js` says durations in the same words, so that a clock that ticks in the browser goes on
-from what the server has written.
-"""
-
+import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
-from balance_app.overview import Around, Runs, Totals
+from balance_app.jobs.board import Line
+from balance_app.overview import Runs
+from balance_app.words import ago, duration
 
-MINUTE: Final = 60
-HOUR: Final = 3600
-DAY: Final = 86400
 JOBS_OF_COPY: Final = 5
 
 Job = dict[str, Any]
@@ -44,32 +41,10 @@ _OUTCOMES: Final = {
     "lost": State("✕", "lost", "bad"),
     "cancelled": State("■", "cancelled", "rest"),
     "interrupted": State("↷", "handed back", "rest"),
-    "skipped": State("–", "skipped", "rest"),
+    "skipped": State("□", "skipped", "rest"),
     None: State("▶", "running", "run"),
 }
 OUTCOMES: Final = tuple(outcome for outcome in _OUTCOMES if outcome is not None)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in its two largest units: "2 min 31 s"."""
-    whole = max(0, int(seconds))
-    for length, unit, rest_length, rest_unit in (
-        (DAY, "d", HOUR, "h"),
-        (HOUR, "h", MINUTE, "min"),
-        (MINUTE, "min", 1, "s"),
-    ):
-        if whole >= length:
-            return f"{whole // length} {unit} {whole % length // rest_length} {rest_unit}"
-    return f"{whole} s"
-
-
-def ago(seconds: float) -> str:
-    """Return how long ago something was, in its largest unit: "4 min ago"."""
-    whole = max(0, int(seconds))
-    for length, unit in ((DAY, "d"), (HOUR, "h"), (MINUTE, "min")):
-        if whole >= length:
-            return f"{whole // length} {unit} ago"
-    return f"{whole} s ago"
 
 
 def due(seconds: float) -> str:
@@ -77,6 +52,8 @@ def due(seconds: float) -> str:
     return f"in {duration(seconds)}" if seconds > 0 else f"since {duration(-seconds)}"
 
 
+# What a clock shows, so many seconds after its moment. `static/app.js` says it in the same words: a
+# clock goes on in the browser from what the server has written.
 CLOCKS: Final[dict[str, Callable[[float], str]]] = {
     "for": duration,
     "ago": ago,
@@ -86,7 +63,7 @@ CLOCKS: Final[dict[str, Callable[[float], str]]] = {
 
 def number(value: float | None, digits: int = 0) -> str:
     """Return a number with its thousands apart: "12 000"."""
-    return "–" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f")
+    return "…" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f")
 
 
 def rate(value: float | None) -> str:
@@ -94,30 +71,31 @@ def rate(value: float | None) -> str:
     return number(value, digits=1 if value and value < 10 else 0)  # noqa: PLR2004
 
 
-def seconds_of(moment: str | datetime) -> float:
+def seconds_of(moment: float | str | datetime) -> float:
     """Return a moment as seconds since 1970."""
     if isinstance(moment, str):
         moment = datetime.fromisoformat(moment)
-    return moment.timestamp()
+    return moment.timestamp() if isinstance(moment, datetime) else moment
+
+
+def tenth(seconds: float) -> float:
+    """Return the last tenth of a second before a moment, or the moment itself."""
+    return math.floor(10 * seconds) / 10
 
 
 def exact(moment: float | str | datetime) -> str:
     """Return a moment to the second, with its zone."""
-    return f"{datetime.fromtimestamp(_seconds(moment), UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def clock_time(moment: float | str | datetime) -> str:
     """Return a moment's time of day, UTC."""
-    return f"{datetime.fromtimestamp(_seconds(moment), UTC):%H:%M:%S}"
+    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%H:%M:%S}"
 
 
 def iso(moment: float | str | datetime) -> str:
     """Return a moment for machines."""
-    return f"{datetime.fromtimestamp(_seconds(moment), UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def _seconds(moment: float | str | datetime) -> float:
-    return moment if isinstance(moment, float | int) else seconds_of(moment)
+    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def state_of(job: Job) -> State:
@@ -275,12 +253,12 @@ def cards_of(
                 server=server,
                 live=bool(live),
                 seen=(
-                    max((run["ended"] for run in losses[server]))
+                    max(run["ended"] for run in losses[server])
                     if newest is None
                     # To a tenth: a sign of life is one moment, however often it is asked for.
-                    else round(now - newest["seenSecondsAgo"], 1)
+                    else tenth(now - newest["seenSecondsAgo"])
                 ),
-                up_since=(None if newest is None else round(seconds_of(newest["startedAt"]), 1)),
+                up_since=(None if newest is None else tenth(seconds_of(newest["startedAt"]))),
                 boots=len(live),
                 jobs=[
                     {"name": job["name"], "since": seconds_of(job["startedAt"])}
@@ -311,31 +289,19 @@ def _became(run: dict[str, Any], job: Job | None) -> str:
     return "waits for a copy"
 
 
-def totals_words(totals: Totals, counted_at: str | None) -> str:
-    """Return since when the totals are what they are."""
-    if totals.exact:
-        return "now"
-    if counted_at is None:
-        return "not counted yet"
-    return f"as counted at {exact(counted_at)}"
-
-
-def last_audit(job: Job | None) -> dict[str, Any] | None:
-    """Return the last run of the ledger's audit, if there was one."""
+def last_run(job: Job | None) -> dict[str, Any] | None:
+    """Return a job's last run, if there was one."""
     return None if job is None else job["lastRun"]
 
 
-def jobs_of(lines: Iterable[tuple[str, Any]], limit: int) -> list[str]:
-    """Return the names of the jobs to show: all in order, or those that matter most."""
-    lines = list(lines)
+def jobs_of(lines: Mapping[str, Line], limit: int) -> list[str]:
+    """Return the names of the jobs to show: all in their order, or those that matter most."""
     if len(lines) <= limit:
-        return [name for name, _ in lines]
-    urgent = sorted(
-        lines,
-        key=lambda line: (
-            not line[1].sums.overdue,
-            not line[1].sums.failed,
-            line[1].sums.state != "running",
-        ),
-    )
-    return [name for name, _ in urgent[:limit]]
+        return list(lines)
+    ranks: list[list[str]] = [[], [], [], []]
+    for name, line in lines.items():
+        sums = line.sums
+        ranks[
+            0 if sums.overdue else 1 if sums.failed else 2 if sums.state == "running" else 3
+        ].append(name)
+    return list(islice(chain.from_iterable(ranks), limit))

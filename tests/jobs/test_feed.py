@@ -34,7 +34,7 @@ class Looks:
         if self.error is not None:
             raise self.error
         moment = datetime(2026, 11, 21, tzinfo=UTC) + timedelta(seconds=self.count)
-        return Snapshot(moment, b'{"look":%d}' % self.count)
+        return Snapshot(moment, b'{"look":%d}' % self.count, {}, [], {})
 
 
 @pytest.fixture

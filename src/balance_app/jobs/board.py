@@ -22,6 +22,8 @@ from balance_app.settings import Settings
 
 State = Literal["running", "waiting", "paused"]
 
+FAILURES: Final = frozenset({"failed", "timed_out", "lost"})
+
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _AT_ONCE: Final = 200  # lines written before others get their turn
 _XIDS: Final = 2**32
@@ -52,6 +54,8 @@ class Sums(NamedTuple):
 
     state: State
     overdue: bool
+    # its last run was no success
+    failed: bool
     # the copy that runs it
     holder: str | None
 
@@ -65,10 +69,14 @@ class Line(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Everything at one moment, as JSON (a `StatusAnswer`)."""
+    """Everything at one moment, as JSON (a `StatusAnswer`), and in parts for who shows few."""
 
     now: datetime
     text: bytes
+    counts: dict[str, int]
+    copies: list[dict[str, Any]]
+    # each a `JobAnswer`, in order of the names
+    lines: dict[str, Line]
 
 
 class Board:
@@ -133,7 +141,7 @@ class Board:
         await self._write_lines(now, fleet)
         counts = {"running": 0, "waiting": 0, "paused": 0, "overdue": 0}
         runs: Counter[str | None] = Counter()
-        for (state, overdue, holder), number in self._sums.items():
+        for (state, overdue, _, holder), number in self._sums.items():
             counts[state] += number
             counts["overdue"] += number * overdue
             runs[holder] += number
@@ -145,7 +153,7 @@ class Board:
         # One copy of what may be many megabytes.
         lines[0] = head + b',"jobs":[' + lines[0]
         lines[-1] += b"]}"
-        return Snapshot(now, b",".join(lines))
+        return Snapshot(now, b",".join(lines), counts, copies, dict(self._lines))
 
     async def _fetch(self) -> asyncpg.Record:
         """Bring the rows up to now; return what else the statement said."""
@@ -295,7 +303,8 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
             else None
         ),
     }
-    sums = Sums(state, bool(waiting and waiting["overdue"]), holder)
+    failed = row["last_outcome"] in FAILURES
+    sums = Sums(state, bool(waiting and waiting["overdue"]), failed, holder)
     return Line(to_json(body), stands_until, sums)
 
 

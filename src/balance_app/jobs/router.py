@@ -114,7 +114,7 @@ async def read_history(request: Request, page: PageQuery) -> Response:
     return _json(to_json(found))
 
 
-async def _refuse_other_sites(request: Request) -> None:
+async def refuse_other_sites(request: Request) -> None:
     """Refuse what a page of another site sends: a request without a body needs no leave to go."""
     site = request.headers.get("sec-fetch-site")
     origin = request.headers.get("origin")
@@ -128,7 +128,7 @@ async def _refuse_other_sites(request: Request) -> None:
         raise CrossSiteRequest
 
 
-_own_site = Depends(_refuse_other_sites)
+_own_site = Depends(refuse_other_sites)
 
 
 @router.post(

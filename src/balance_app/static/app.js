@@ -1,0 +1,209 @@
+/* What the page does beyond what it says without scripts: it stays up to date.
+
+The server sends the elements that have changed (see live.py); Idiomorph puts them in place, so that
+focus and selection stay. Clocks tick here, by the server's clock. */
+"use strict";
+
+const RETRY = 1000, SILENCE = 5000;
+const UNITS = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
+const byId = (id) => document.getElementById(id);
+const state = byId("state"), button = byId("pause");
+
+let stream = null, retry = 0, heard = 0, paused = false, busy = false;
+let ahead = -Infinity;                    // how far the server's clock is ahead of this one
+let version = null, still = false;
+
+/* -- clocks: in the same words as views.py ------------------------------------------------- */
+
+const now = () => Date.now() / 1000 + ahead;
+const whole = (seconds) => Math.max(0, Math.trunc(seconds));
+const clocks = {
+  for(seconds) {
+    const all = whole(seconds);
+    for (const [length, unit, rest, restUnit] of UNITS)
+      if (all >= length) return `${Math.floor(all / length)} ${unit} ${Math.floor((all % length) / rest)} ${restUnit}`;
+    return `${all} s`;
+  },
+  ago(seconds) {
+    const all = whole(seconds);
+    for (const [length, unit] of UNITS) if (all >= length) return `${Math.floor(all / length)} ${unit} ago`;
+    return `${all} s ago`;
+  },
+  in: (seconds) => (seconds < 0 ? `in ${clocks.for(-seconds)}` : `since ${clocks.for(seconds)}`),
+};
+
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function tick(root) {
+  for (const kind of Object.keys(clocks))
+    for (const each of root.querySelectorAll(`[data-${kind}]`))
+      write(each, clocks[kind](now() - each.getAttribute(`data-${kind}`)));
+  const lanes = byId("lanes");
+  if (!lanes) return;
+  const shift = ((now() - 1800 - lanes.dataset.origin) / 1800) * 100;
+  for (const each of root.querySelectorAll("[data-shift]")) each.setAttribute("x", `${-shift.toFixed(2)}%`);
+  for (const each of root.querySelectorAll("[data-from]"))
+    each.setAttribute("width", `${Math.max(0.35, 100 + shift - each.dataset.from).toFixed(2)}%`);
+}
+
+/* The least delay tells the clock best; the guess is forgotten slowly, as clocks drift. */
+function setClock(seconds) {
+  const guess = seconds - Date.now() / 1000;
+  ahead = guess < ahead - 5 ? guess : Math.max(guess, ahead - 0.001);
+}
+
+/* -- the picture --------------------------------------------------------------------------- */
+
+function morph(old, html) {
+  const box = document.createElement("template");
+  box.innerHTML = html;
+  tick(box.content);
+  const focus = old.contains(document.activeElement) && document.activeElement.closest("[id^=job-]")?.id;
+  let whole = true;
+  Idiomorph.morph(old, box.content.firstElementChild, {
+    callbacks: {
+      beforeNodeMorphed: (_, fresh) => !(fresh.nodeType === 1 && fresh.hasAttribute("data-same")),
+      beforeNodeAdded: (fresh) => {
+        const unknown = fresh.nodeType === 1 && fresh.hasAttribute("data-same");
+        if (unknown) whole = false;
+        return !unknown;
+      },
+    },
+  });
+  // Where a button was that is no more, another one must not take what is typed next.
+  if (focus && document.activeElement === document.body) byId(focus)?.querySelector("a").focus({ preventScroll: true });
+  return whole;
+}
+
+function show(event) {
+  const told = JSON.parse(event.data);
+  setClock(told.now);
+  let whole = true, ended = false;
+  for (const [id, html] of Object.entries(told.html)) {
+    const old = byId(id);
+    if (!old) { whole = false; continue; }
+    const before = old.querySelector(".last time")?.dateTime;
+    whole = morph(old, html) && whole;
+    ended ||= document.body.dataset.stream.includes("job=") && before !== byId(id)?.querySelector(".last time")?.dateTime;
+  }
+  version = event.lastEventId;
+  if (!document.body.dataset.stream.includes("job=")) document.title = told.title;
+  tick(document);
+  say("good", "●", "live");
+  if (ended) setTimeout(() => load(location.href), 1000 * Math.random());   // its history is longer now
+  if (!whole) byId("strip") || !document.body.dataset.stream.endsWith("/live") ? connect(null) : load(location.href);
+}
+
+function say(tone, symbol, word) {
+  state.className = `state ${tone}`;
+  write(state.firstElementChild, symbol);
+  write(state.lastChild.nodeType === 3 ? state.lastChild : state, ` ${word}`);
+  document.body.classList.toggle("stale", tone !== "good");
+  still = tone !== "good";
+}
+
+/* -- the stream ---------------------------------------------------------------------------- */
+
+function connect(since) {
+  disconnect();
+  if (!document.body.dataset.stream || paused) return;
+  const address = new URL(document.body.dataset.stream, location.href);
+  if (since) address.searchParams.set("since", since);
+  else address.searchParams.delete("since");
+  stream = new EventSource(address);
+  heard = Date.now();
+  stream.addEventListener("status", (event) => { heard = Date.now(); show(event); });
+  stream.addEventListener("away", (event) => {
+    heard = Date.now();
+    say("bad", "✕", "database away, waiting for it");
+    state.title = JSON.parse(event.data).detail;
+  });
+  stream.addEventListener("error", lost);
+}
+
+function disconnect() {
+  stream?.close();
+  stream = null;
+  clearTimeout(retry);
+}
+
+function lost() {
+  disconnect();
+  if (paused) return;
+  say("warn", "↻", "reconnecting …");
+  retry = setTimeout(() => connect(version), RETRY * (1 + Math.random()));
+}
+
+button.hidden = !document.body.dataset.stream;
+button.addEventListener("click", () => {
+  paused = !paused;
+  button.textContent = paused ? "Go on" : "Pause";
+  if (paused) {
+    disconnect();
+    say("rest", "‖", `paused at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
+  } else connect(version);
+});
+
+setInterval(() => {
+  if (stream && Date.now() - heard > SILENCE) lost();
+  if (!still) tick(document);
+}, 1000);
+
+/* -- forms and links within the page ------------------------------------------------------- */
+
+async function load(address, options) {
+  if (busy) return;
+  busy = true;
+  try {
+    const answer = await fetch(address, options);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const main = page.getElementById("main");
+    if (!main) { location.assign(answer.url); return; }
+    Idiomorph.morph(byId("main"), main, { ignoreActiveValue: options === undefined });
+    document.body.dataset.stream = page.body.dataset.stream;
+    document.title = page.title;
+    if (page.body.dataset.now) setClock(+page.body.dataset.now);
+    if (options && answer.redirected) history.replaceState(null, "", new URL(answer.url).pathname);
+    connect(new URL(page.body.dataset.stream, location.href).searchParams.get("since"));
+  } catch {
+    if (options) byId("said").innerHTML = '<p class="said bad">Nobody answers. It is not known whether it was done: look again before you repeat it.</p>';
+  } finally {
+    busy = false;
+  }
+}
+
+async function ask(address) {
+  const page = new DOMParser().parseFromString(await (await fetch(address)).text(), "text/html");
+  const question = page.getElementById("question"), dialog = byId("ask");
+  if (!question) { location.assign(address); return; }
+  question.querySelector("h1").id = "ask-title";
+  dialog.setAttribute("aria-labelledby", "ask-title");
+  dialog.replaceChildren(question);
+  dialog.showModal();
+}
+
+document.addEventListener("submit", (event) => {
+  const by = event.submitter, form = event.target;
+  const address = new URL(by?.hasAttribute("formaction") ? by.formAction : form.action);
+  const method = (by?.getAttribute("formmethod") || form.method).toLowerCase();
+  if (method === "get") {
+    if (address.pathname.endsWith("/cancel")) { event.preventDefault(); ask(address); }
+    return;
+  }
+  event.preventDefault();
+  const fields = new URLSearchParams(new FormData(form, by));
+  const name = localStorage.getItem("by");
+  if (by?.name === "by" && name) fields.set("by", name);
+  else if (form.elements.by?.value) localStorage.setItem("by", form.elements.by.value);
+  byId("ask").close();
+  load(address, { method: "POST", body: fields });
+});
+
+document.addEventListener("click", (event) => {
+  if (event.target.closest("#ask [data-close]")) { event.preventDefault(); byId("ask").close(); }
+});
+
+setClock(+document.body.dataset.now || Date.now() / 1000);
+if (document.body.dataset.stream) connect(new URL(document.body.dataset.stream, location.href).searchParams.get("since"));
