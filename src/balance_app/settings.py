@@ -150,6 +150,10 @@ class Settings(BaseSettings):
             "server_settings": {
                 "application_name": f"balance_app {self.server_id}"[:63],
                 "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
+                # Of a copy whose network is cut PostgreSQL hears nothing, for two hours by default.
+                "tcp_keepalives_idle": "60",
+                "tcp_keepalives_interval": "10",
+                "tcp_keepalives_count": "3",
             },
         }
         if self.database_url is not None:

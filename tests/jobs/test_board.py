@@ -351,8 +351,8 @@ def _count_rows(board: Board) -> list[int]:
     counted: list[int] = []
     run = board._database.run
 
-    async def count(operation: Read) -> Rows:
-        rows = await run(operation)
+    async def count(operation: Read, *, urgent: bool = False) -> Rows:
+        rows = await run(operation, urgent=urgent)
         counted.append(len(rows))
         return rows
 

@@ -39,6 +39,12 @@ UPDATE jobs SET last_started_at = now() - $1 * (now() - last_started_at),
 """
 
 
+async def status(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Return what every job and copy does."""
+    answer = await client.get("/api/cron/status")
+    return dict(answer.json())
+
+
 async def keep_busy(client: httpx.AsyncClient) -> None:
     """Let balances change, some forty times a second, and some changes be refused."""
     users = [1]
@@ -63,7 +69,7 @@ async def keep_running(client: httpx.AsyncClient, name: str, every_seconds: floa
 
 async def run_for_a_while(copies: list[Copy], client: httpx.AsyncClient) -> None:
     """Make half an hour of history, with a loss in it."""
-    jobs: list[dict[str, Any]] = (await client.get("/api/cron/status")).json()["jobs"]
+    jobs = (await status(client))["jobs"]
     began = monotonic()
     tasks = [
         asyncio.create_task(
@@ -88,8 +94,8 @@ async def kill_a_busy_one(copies: list[Copy], client: httpx.AsyncClient) -> None
     busy: set[str] = set()
     while not busy:
         await asyncio.sleep(0.1)
-        status = (await client.get("/api/cron/status")).json()
-        busy = {copy["server"] for copy in status["copies"] if copy["running"]} - {copies[0].name}
+        seen = (await status(client))["copies"]
+        busy = {copy["server"] for copy in seen if copy["running"]} - {copies[0].name}
     (victim,) = (copy for copy in copies if copy.name == max(busy))
     await victim.stop(signal.SIGKILL)
     await asyncio.sleep(10)
@@ -104,7 +110,9 @@ async def draw_out(database: dict[str, str]) -> None:
 
 
 async def start_some(client: httpx.AsyncClient) -> None:
-    """Let half of the jobs run, and one be paused."""
+    """Let half of the jobs run, and one be paused, as soon as none runs."""
+    while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
+        await asyncio.sleep(0.2)
     for name in ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history"):
         await client.post(f"/api/cron/jobs/{name}/run")
     pause = {"by": "ada", "reason": "until the disk is larger"}
@@ -158,8 +166,10 @@ async def main() -> None:
         async with chromium() as browser:
             await start_some(client)
             await take(browser, copies[0], "overview-light")
-            await take(browser, copies[0], "overview-dark", color_scheme="dark")
             await take(browser, copies[0], "balances", path="/#balances", height=760)
+            await start_some(client)
+            await take(browser, copies[0], "overview-dark", color_scheme="dark")
+            await start_some(client)
             await take(browser, copies[0], "phone", width=360, height=780, color_scheme="dark")
             await take(browser, copies[0], "job", path="/jobs/audit-ledger", height=900)
             await start_some(client)
