@@ -384,8 +384,8 @@ async def test_a_look_is_never_older_than_the_question(rows: tuple[Board, Connec
     looked, go_on = asyncio.Event(), asyncio.Event()
     run = board._database.run
 
-    async def slow(operation: Read) -> Rows:
-        result = await run(operation)
+    async def slow(operation: Read, *, urgent: bool = False) -> Rows:
+        result = await run(operation, urgent=urgent)
         looked.set()
         await go_on.wait()
         return result
