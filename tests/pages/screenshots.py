@@ -109,12 +109,14 @@ async def draw_out(database: dict[str, str]) -> None:
     await connection.close()
 
 
-async def start_some(client: httpx.AsyncClient) -> None:
+async def start_some(copies: list[Copy], client: httpx.AsyncClient) -> None:
     """Let half of the jobs run, and one be paused, as soon as none runs."""
     while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
         await asyncio.sleep(0.2)
-    for name in ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history"):
-        await client.post(f"/api/cron/jobs/{name}/run")
+    names = ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history")
+    # Who is asked looks at once, all others at their next turn.
+    for copy, name in zip(copies, names, strict=True):
+        await client.post(f"{copy.url}/api/cron/jobs/{name}/run")
     pause = {"by": "ada", "reason": "until the disk is larger"}
     await client.post("/api/cron/jobs/record-sizes/pause", params=pause)
     await asyncio.sleep(6)
@@ -164,15 +166,15 @@ async def main() -> None:
         await run_for_a_while(copies, client)
         await draw_out(database)
         async with chromium() as browser:
-            await start_some(client)
+            await start_some(copies, client)
             await take(browser, copies[0], "overview-light")
             await take(browser, copies[0], "balances", path="/#balances", height=760)
-            await start_some(client)
+            await start_some(copies, client)
             await take(browser, copies[0], "overview-dark", color_scheme="dark")
-            await start_some(client)
+            await start_some(copies, client)
             await take(browser, copies[0], "phone", width=360, height=780, color_scheme="dark")
             await take(browser, copies[0], "job", path="/jobs/audit-ledger", height=900)
-            await start_some(client)
+            await start_some(copies, client)
             await kill_a_busy_one(copies, client)
             await take(browser, copies[0], "after-a-kill")
 

@@ -67,7 +67,7 @@ async def test_a_lost_copy_is_shown_with_what_became_of_its_jobs(site: Site) -> 
     assert "1 / 2" in text(await site.page(), "strip")
     await add_copy(site.connection, "app3", up_seconds=4)
     card = text(await site.page(), "server-app3")
-    assert re.search(r"Before it came back \d s ago , it lost: job-", card)
+    assert re.search(r"Before it came back \d s ago, it lost: job-", card)
     assert "job-a runs on app1" in card
     assert "✕" not in card
 
