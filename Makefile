@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test check lint format bench reset psql lock clean \
+.PHONY: help run load test check lint format bench screenshots reset psql lock clean \
 	docker-up docker-down docker-reset docker-logs
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -51,6 +51,9 @@ format: $(READY) ## let ruff put the code in order
 
 bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
 	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
+
+screenshots: $(READY) ## make the pictures of the README from a real run (needs chromium)
+	@$(BIN)/python -m tests.pages.screenshots
 
 reset: $(READY) ## delete the data of `make run`
 	@$(BIN)/balance-app reset
