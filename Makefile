@@ -52,8 +52,8 @@ format: $(READY) ## let ruff put the code in order
 bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
 	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
 
-screenshots: $(READY) ## make the pictures of the README from a real run (needs chromium)
-	@$(BIN)/python -m tests.pages.screenshots
+screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
+	@PYTHONPATH=. $(BIN)/python -m tests.pages.screenshots
 
 reset: $(READY) ## delete the data of `make run`
 	@$(BIN)/balance-app reset
