@@ -11,6 +11,7 @@ from alembic.util import CommandError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app import database as db
+from balance_app.errors import DatabaseAway
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect
 
@@ -70,6 +71,25 @@ async def test_the_check_is_the_last_net(database: dict[str, str], balance: int)
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute("UPDATE users SET balance = $1", balance)
     await connection.close()
+
+
+async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str, str]) -> None:
+    """What ends as if it were cancelled is an answer too, and the line goes on."""
+    await db.migrate(settings_for(database))
+    line = db.Database(settings_for(database))
+    await line.start()
+
+    async def cut_off(_connection: db.Connection) -> None:
+        raise asyncio.CancelledError
+
+    try:
+        for _ in range(5):  # more than there are connections
+            with pytest.raises(DatabaseAway) as caught:
+                await asyncio.wait_for(line.run(cut_off), 10)
+            assert caught.value.applied == "unknown"
+        assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1
+    finally:
+        await line.stop()
 
 
 async def test_a_full_house_says_so(database: dict[str, str]) -> None:

@@ -277,29 +277,39 @@ class Database:
         connection: Connection | None = None
         try:
             while waiter is not None:
-                operation, answer, since, in_line = waiter
-                try:
-                    if answer.done():
-                        pass  # who asked is gone
-                    elif monotonic() - since > self._settings.max_waiting_seconds:
-                        answer.set_exception(Overloaded("No turn came in time."))
-                    else:
-                        if connection is None or _is_closed(connection):
-                            connection = await self._acquire()
-                        if in_line:
-                            self._waited.observe(monotonic() - since)
-                        result = await operation(connection)
-                        if not answer.done():
-                            answer.set_result(result)
-                except Exception as error:  # noqa: BLE001 - it belongs to who asked
-                    self._learn_from(error, connection)
-                    if not answer.done():
-                        answer.set_exception(error)
+                connection = await self._serve(waiter, connection)
                 waiter = self._waiting.popleft() if self._waiting else None
         finally:
             self._clerks.discard(asyncio.current_task())
             if connection is not None:
                 await self._pool.release(connection)
+
+    async def _serve(self, waiter: _Waiter, connection: Connection | None) -> Connection | None:
+        """Do what one of the line wants; return the connection, which the next may use."""
+        operation, answer, since, in_line = waiter
+        if answer.done():  # who asked is gone
+            return connection
+        if monotonic() - since > self._settings.max_waiting_seconds:
+            answer.set_exception(Overloaded("No turn came in time."))
+            return connection
+        try:
+            if connection is None or _is_closed(connection):
+                connection = await self._acquire()
+            if in_line:
+                self._waited.observe(monotonic() - since)
+            result = await operation(connection)
+            if not answer.done():
+                answer.set_result(result)
+        except asyncio.CancelledError:
+            _tell_cut_off(answer, connection)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # the event loop ends
+                raise
+        except Exception as error:  # noqa: BLE001 - it belongs to who asked
+            self._learn_from(error, connection)
+            if not answer.done():
+                answer.set_exception(error)
+        return connection
 
     async def _acquire(self) -> Connection:
         try:
@@ -387,6 +397,18 @@ def _is_closed(connection: Connection) -> bool:
         return connection.is_closed()
     except asyncpg.InterfaceError:  # it closed, and the pool has taken it back already
         return True
+
+
+def _tell_cut_off(answer: "asyncio.Future[Any]", connection: Connection | None) -> None:
+    """Answer who asked for what ended as if it were cancelled.
+
+    Nobody cancels a clerk, but the making of a connection may end like this when it is cut off.
+    """
+    applied: Applied = "no" if connection is None else "unknown"
+    if connection is not None:
+        _terminate(connection)
+    if not answer.done():
+        answer.set_exception(DatabaseAway(_SENTENCES[applied], applied=applied))
 
 
 def _terminate(connection: Connection) -> None:
