@@ -399,7 +399,7 @@ def _is_closed(connection: Connection) -> bool:
         return True
 
 
-def _tell_cut_off(answer: "asyncio.Future[Any]", connection: Connection | None) -> None:
+def _tell_cut_off(answer: asyncio.Future[Any], connection: Connection | None) -> None:
     """Answer who asked for what ended as if it were cancelled.
 
     Nobody cancels a clerk, but the making of a connection may end like this when it is cut off.
