@@ -14,7 +14,6 @@ from balance_app.database import Database, read
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
-FAILURES_SHOWN: Final = 5
 USERS_COUNTED: Final = 10_000  # as many are summed up at each look; more are told as of a job
 RATE_SECONDS: Final = 10.0
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
+from balance_app import words
 from balance_app.jobs.board import Line
 from balance_app.overview import Runs
 from balance_app.words import ago, duration
@@ -85,7 +86,7 @@ def tenth(seconds: float) -> float:
 
 def exact(moment: float | str | datetime) -> str:
     """Return a moment to the second, with its zone."""
-    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{words.exact(datetime.fromtimestamp(seconds_of(moment), UTC))} UTC"
 
 
 def clock_time(moment: float | str | datetime) -> str:

@@ -19,6 +19,7 @@ from balance_app.database import Database, read
 from balance_app.errors import Problem
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
+from balance_app.words import exact
 
 State = Literal["running", "waiting", "paused"]
 
@@ -379,7 +380,7 @@ def _paused(row: asyncpg.Record) -> str:
 
 
 def _said(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{exact(moment)} UTC"
 
 
 def _seconds(start: datetime, end: datetime) -> float:

@@ -17,7 +17,7 @@ from pydantic_core import from_json, to_json
 from balance_app.database import Connection, Database, read, write
 from balance_app.jobs.schedule import Every, parse
 
-LOST_LIMIT: Final = 3
+LOST_LIMIT: Final = 3  # CLAIM says it in its own words, twice
 DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
 
 
