@@ -1,6 +1,6 @@
 """Run the migrations: on the connection given by the program, or on one of their own.
 
-Copies that start together take turns: `balance_app.database.migrate` holds an advisory lock.
+Copies that start together take turns: `balance_app.migrations.migrate` holds an advisory lock.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 import balance_app.balances.tables
 import balance_app.jobs.records
 import balance_app.jobs.tables  # noqa: F401 - the same
-from balance_app.database import metadata, migrate
+from balance_app.migrations import metadata, migrate
 from balance_app.settings import load_settings
 
 

@@ -24,9 +24,9 @@ from uuid import uuid4
 import asyncpg
 import httpx
 
-from balance_app.database import migrate
 from balance_app.embedded import EmbeddedPostgres
 from balance_app.jobs.repository import CLAIM, FINISH, Known, Me, Turn
+from balance_app.migrations import migrate
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect, running
 

@@ -1,4 +1,4 @@
-"""The schema, and what stands in front of the database."""
+"""What stands in front of the database."""
 
 import asyncio
 from pathlib import Path
@@ -6,12 +6,10 @@ from pathlib import Path
 import asyncpg
 import httpx
 import pytest
-from alembic import command
-from alembic.util import CommandError
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app import database as db
 from balance_app.errors import DatabaseAway
+from balance_app.migrations import migrate
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect
 
@@ -20,62 +18,9 @@ def settings_for(database: dict[str, str]) -> Settings:
     return load_settings(**{name.lower(): value for name, value in database.items()})
 
 
-async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
-    """The migrations make exactly what `balances.tables` declares."""
-    settings = settings_for(database)
-    await db.migrate(settings)
-    config = db.alembic_config()
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
-    )
-
-    def check(connection: object) -> None:
-        config.attributes["connection"] = connection
-        command.check(config)
-
-    async with engine.connect() as connection:
-        await connection.run_sync(check)
-    await engine.dispose()
-
-
-async def test_migrations_can_be_taken_back(database: dict[str, str]) -> None:
-    """Down to nothing and up again; a schema from the future is refused."""
-    settings = settings_for(database)
-    await db.migrate(settings)
-    connection = await connect(database)
-    await connection.execute("UPDATE alembic_version SET version_num = 'future'")
-    with pytest.raises(CommandError, match="future"):
-        await db.migrate(settings)
-    await connection.close()
-
-
-@pytest.mark.parametrize(
-    "rewriting",
-    ["UPDATE entries SET amount = 1", "DELETE FROM entries", "TRUNCATE entries"],
-)
-async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: str) -> None:
-    """PostgreSQL itself refuses to rewrite an entry (M4)."""
-    await db.migrate(settings_for(database))
-    connection = await connect(database)
-    with pytest.raises(asyncpg.RaiseError, match="append-only"):
-        await connection.execute(rewriting)
-    await connection.close()
-
-
-@pytest.mark.parametrize("balance", [-1, 2**53])
-async def test_the_check_is_the_last_net(database: dict[str, str], balance: int) -> None:
-    """No statement, however wrong, can store a balance that must not be (M2)."""
-    await db.migrate(settings_for(database))
-    connection = await connect(database)
-    with pytest.raises(asyncpg.CheckViolationError):
-        await connection.execute("UPDATE users SET balance = $1", balance)
-    await connection.close()
-
-
 async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str, str]) -> None:
     """What ends as if it were cancelled is an answer too, and the line goes on."""
-    await db.migrate(settings_for(database))
+    await migrate(settings_for(database))
     line = db.Database(settings_for(database))
     await line.start()
 

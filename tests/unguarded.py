@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from balance_app import database, server
+from balance_app import database, migrations, server
 from balance_app.balances import repository
 from balance_app.balances.repository import Outcome
 from balance_app.database import Connection, read, write
@@ -96,13 +96,13 @@ def key() -> None:
 
 def migration_lock() -> None:
     """Migrate without taking turns, all at the moment that MIGRATE_AT names (epoch seconds)."""
-    guarded = database.migrate
+    guarded = migrations.migrate
     moment = float(os.environ["MIGRATE_AT"])
     time.sleep(max(0.0, moment - 2 - time.time()))
 
     async def migrate(settings: Settings) -> None:
         await asyncio.sleep(max(0.0, moment - time.time()))
-        vars(database)["MIGRATION_LOCK"] = os.getpid()  # a lock that nobody else takes
+        vars(migrations)["MIGRATION_LOCK"] = os.getpid()  # a lock that nobody else takes
         await guarded(settings)
 
     vars(database)["migrate"] = migrate

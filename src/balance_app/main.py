@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from balance_app import api_docs, forms, health, metrics, pages
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database, UnusableDatabaseError, alembic_head
+from balance_app.database import Database, UnusableDatabaseError
 from balance_app.errors import (
     InternalError,
     InvalidRequest,
@@ -37,6 +37,7 @@ from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
 from balance_app.live import Live
 from balance_app.metrics import Metrics
+from balance_app.migrations import alembic_head
 from balance_app.overview import Overview
 from balance_app.settings import Settings
 

@@ -16,11 +16,12 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from balance_app.database import Database, migrate
+from balance_app.database import Database
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.lease import Heart
 from balance_app.jobs.repository import JobRepository, Me, Turn
 from balance_app.jobs.run import Run
+from balance_app.migrations import migrate
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.processes import Copy, connect, running

@@ -15,8 +15,8 @@ from sqlalchemy import (
     text,
 )
 
-from balance_app.database import metadata
 from balance_app.json_body import MAX_INTEGER
+from balance_app.migrations import metadata
 
 users = Table(
     "users",

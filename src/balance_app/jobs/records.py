@@ -11,7 +11,7 @@ from sqlalchemy import (
     Text,
 )
 
-from balance_app.database import metadata
+from balance_app.migrations import metadata
 
 daily_balances = Table(
     "daily_balances",
