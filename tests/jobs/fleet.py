@@ -31,10 +31,11 @@ from typing import Any
 from uuid import uuid4
 
 from balance_app import server
-from balance_app.jobs import lease, repository, scheduler
+from balance_app.jobs import lease, repository, runner, scheduler
 from balance_app.jobs import run as running
 from balance_app.jobs.registry import Job, Registry, job
-from balance_app.jobs.run import Run, ThreadRun
+from balance_app.jobs.run import Run
+from balance_app.jobs.threads import ThreadRun
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 
@@ -229,7 +230,7 @@ def no_wait_for_threads() -> None:
         threading.Thread(target=call, daemon=True).start()
         return await ended
 
-    vars(scheduler)["_in_thread"] = leave_thread
+    vars(runner)["_in_thread"] = leave_thread
 
 
 def no_hand_back() -> None:

@@ -23,8 +23,8 @@ from balance_app.jobs.run import (
     LeaseLostError,
     Run,
     RunStoppedError,
-    ThreadRun,
 )
+from balance_app.jobs.threads import ThreadRun
 from tests.jobs.support import Copy, Ground, on, until
 
 Result = TypeVar("Result")

@@ -20,8 +20,10 @@ from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.controls import RUN
 from balance_app.jobs.registry import Job, job
 from balance_app.jobs.repository import LOST_LIMIT, Claimed, Ending
-from balance_app.jobs.run import LeaseLostError, Run, ThreadRun
+from balance_app.jobs.run import LeaseLostError, Run
+from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler
+from balance_app.jobs.threads import ThreadRun
 from tests.jobs.support import Ground, on, until
 from tests.system.sizes import size, tell
 
@@ -521,7 +523,7 @@ async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
         ending = scheduling._ending(
             moon,
             claimed(due_at + timedelta(seconds=0.1), due_at, anchor_at),
-            ("succeeded", None),
+            RunResult("succeeded", None),
             due_at + timedelta(seconds=0.2 - lag),
             seconds_ago=0,
         )
@@ -533,7 +535,7 @@ async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Groun
     anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
     newer = claimed(anchor_at, anchor_at, anchor_at)._replace(schedule="every full moon")
     moon = declare(returns(None), every=2 * SECOND)
-    ending = scheduling._ending(moon, newer, ("succeeded", None), anchor_at, seconds_ago=0)
+    ending = scheduling._ending(moon, newer, RunResult("succeeded", None), anchor_at, seconds_ago=0)
     assert ending.due_at == anchor_at + 2 * SECOND
 
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent import futures
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from time import monotonic
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal
 
 import asyncpg
 import structlog
@@ -29,7 +28,6 @@ from balance_app.jobs.repository import (
 CHECKPOINT_BYTES: Final = 8192
 NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
-Result = TypeVar("Result")
 # What a run that was told to stop has come to.
 Stopped = Literal["cancelled", "interrupted", "timed_out"]
 
@@ -178,105 +176,6 @@ class Run:
         if applied is None or (state is not None and applied == "no" and not refused):
             return None
         return DatabaseAway("The database went away in a transaction.", applied=applied)
-
-
-class ThreadRun:
-    """A run for a function that is not async: the same, to be called from its thread.
-
-    Each call raises `RunStoppedError` when the run was told to stop, also while it waits for
-    PostgreSQL; a function that never calls can't be stopped but with its process.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._loop = asyncio.get_running_loop()
-        # in which the thread's call is carried out, and may be broken off
-        self._task: asyncio.Task[Any] | None = None
-        self.name: Final = run.name
-        self.fence: Final = run.fence
-        self.due_at: Final = run.due_at
-        self.attempt: Final = run.attempt
-        self.resumed: Final = run.resumed
-        self.log: Final = run.log
-
-    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Say how far the run is."""
-        self._go_on()
-        self._run.progress(done, total, note)
-
-    def pace(self) -> None:
-        """Sleep as `Run.pace`; ends early when the run is told to stop."""
-        self._wait(self._run.pace())
-
-    def checkpoint(self, state: object) -> None:
-        """Write a checkpoint as `Run.checkpoint`, outside of transactions."""
-        self._wait(self._run.checkpoint(state))
-
-    @contextmanager
-    def transaction(self) -> Iterator["ThreadConnection"]:
-        """Open a transaction as `Run.transaction`."""
-        manager = self._run.transaction()
-        connection = self._wait(manager.__aenter__())
-        ending = False
-
-        async def commit() -> None:
-            nonlocal ending
-            ending = True
-            await manager.__aexit__(None, None, None)
-
-        try:
-            yield ThreadConnection(connection, self._wait)
-            self._wait(commit())
-        except BaseException as error:
-            if not ending:  # it is to be rolled back even when the run was told to stop
-                end = manager.__aexit__(type(error), error, error.__traceback__)
-                asyncio.run_coroutine_threadsafe(end, self._loop).result()
-            raise
-
-    def interrupt(self) -> None:
-        """Break off what the thread waits for; called in the event loop, after it was told."""
-        if self._task is not None:
-            self._task.cancel()
-
-    def _go_on(self) -> None:
-        if self._run.stopped is not None:
-            raise RunStoppedError(self._run.stopped[1])
-
-    def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
-        try:
-            return asyncio.run_coroutine_threadsafe(self._carry_out(call), self._loop).result()
-        except futures.CancelledError:
-            self._go_on()
-            raise
-
-    async def _carry_out(self, call: Coroutine[Any, Any, Result]) -> Result:
-        try:
-            self._go_on()
-            self._task = asyncio.current_task()
-            return await call
-        finally:
-            self._task = None
-            call.close()
-
-
-class _Waits(Protocol):
-    def __call__(self, call: Coroutine[Any, Any, Result]) -> Result: ...
-
-
-class ThreadConnection:
-    """A connection for a function that is not async."""
-
-    def __init__(self, connection: Connection, wait: _Waits) -> None:
-        self._connection = connection
-        self._wait = wait
-
-    def fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
-        """Run a statement and return its rows."""
-        return self._wait(self._connection.fetch(sql, *arguments))
-
-    def execute(self, sql: str, *arguments: object) -> str:
-        """Run a statement and return its status."""
-        return self._wait(self._connection.execute(sql, *arguments))
 
 
 def _count(number: int) -> int:

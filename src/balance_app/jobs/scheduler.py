@@ -2,11 +2,10 @@
 
 import asyncio
 import random
-import threading
 from contextvars import Context
 from datetime import datetime, timedelta
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Final
 from uuid import uuid4
 
 import structlog
@@ -24,23 +23,13 @@ from balance_app.jobs.repository import (
     Skipped,
     Turn,
 )
-from balance_app.jobs.run import (
-    LeaseLostError,
-    Run,
-    RunStoppedError,
-    Stopped,
-    ThreadRun,
-    in_words,
-    plain,
-)
+from balance_app.jobs.run import Run
+from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
-
-# how a run's code ended, and what it said
-Verdict: TypeAlias = "tuple[str, str | None]"
 
 # Something runs somewhere and may be handed back at any moment, or nothing does.
 BUSY_LOOK_SECONDS: Final = 0.25
@@ -102,7 +91,7 @@ class Scheduler:
         self._draining = True
         self.wake()
         for run in list(self._runs):
-            self._stop_run(run, "interrupted", "its copy was stopped")
+            stop(run, "interrupted", "its copy was stopped")
         until = monotonic() + DRAIN_SECONDS
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=DRAIN_SECONDS)
@@ -231,10 +220,10 @@ class Scheduler:
         job = self._registry[claimed.name]
         run = Run(claimed, self._database, self._jobs, min_seconds=self._minimum(job))
 
-        def stop(outcome: str, reason: str) -> None:
-            self._stop_run(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
+        def stop_run(outcome: str, reason: str) -> None:
+            stop(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
 
-        run.lease = self._heart.hold(run.name, run.fence, sent_at, stop)
+        run.lease = self._heart.hold(run.name, run.fence, sent_at, stop_run)
         if not run.lease.executing:
             self._away_at = monotonic()  # as good as: the hand-back comes before it looks lost
             run.stopped = ("interrupted", "the answer to its claim came too late")
@@ -255,26 +244,20 @@ class Scheduler:
         if run_before == "lost":
             self._metrics.takeovers.labels(claimed.name).inc()
 
-    def _stop_run(self, run: Run, outcome: Stopped, reason: str) -> None:
-        if run.stopped is None:
-            run.stopped = (outcome, reason)
-        if run.task is not None:
-            run.task.cancel()
-
     async def _conduct(self, run: Run, job: Job, claimed: Claimed) -> None:
-        """See a run through: call its function, judge how it ended, record it, let go."""
+        """See a run through: execute it, record how it ended, release its lease."""
         started = monotonic()
         assert run.lease is not None  # noqa: S101 - held since the claim
         try:
             try:
                 run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
-                verdict = await self._call(run, job, started)
+                run_result = await execute(run, job, min_seconds=self._minimum(job))
             finally:
                 self._heart.ended(run.lease)
             ended = monotonic()
             seconds = round(ended - started, 1)
-            run.log.info("run ended", outcome=verdict[0], result=verdict[1], seconds=seconds)
-            await self._record(run, job, claimed, verdict, ended)
+            run.log.info("run ended", **run_result._asdict(), seconds=seconds)
+            await self._record(run, job, claimed, run_result, ended)
         except Exception:
             run.log.exception("the end of a run can't be recorded: its lease runs out")
         finally:
@@ -282,36 +265,18 @@ class Scheduler:
             del self._runs[run]
             self._soon.set()
 
-    async def _call(self, run: Run, job: Job, started: float) -> Verdict:
-        """Run the function, to its end: no verdict while any of it still executes."""
-        if run.stopped is not None:
-            return run.stopped
-        run.task = asyncio.create_task(_result(run, job))
-        done, _ = await asyncio.wait({run.task}, timeout=job.timeout_seconds)
-        if not done:
-            self._stop_run(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
-            await asyncio.wait({run.task})
-        verdict = _judge(run, job, run.task)
-        if verdict[0] == "succeeded":
-            rest = self._minimum(job) - (monotonic() - started)
-            if rest > 0 and run.stopped is None:
-                # The work is done: a run that is stopped now has succeeded all the same.
-                run.task = asyncio.create_task(asyncio.sleep(rest))
-                await asyncio.wait({run.task})
-        return verdict
-
     async def _record(
         self,
         run: Run,
         job: Job,
         claimed: Claimed,
-        verdict: Verdict,
+        run_result: RunResult,
         ended: float,
     ) -> None:
         """Write the end of a run down; however long the database is away, unless all stops."""
         while True:
             now = self._heart.server_time()
-            ending = _ending(job, claimed, verdict, now, seconds_ago=monotonic() - ended)
+            ending = _ending(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
                 done = await self._jobs.finish(run.name, run.fence, ending, claimed.schedule)
             except DatabaseAway as problem:
@@ -332,72 +297,8 @@ class Scheduler:
             return
 
 
-async def _result(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
-    try:
-        return await (job.function(run) if job.is_async else _in_thread(run, job))
-    except (SystemExit, KeyboardInterrupt) as error:
-        # A task that ended with one of these would end the event loop.
-        raise RuntimeError(f"it tried to end its copy: {error!r}") from error
-
-
-async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
-    """Call a function in a thread of its own, and wait until it has ended, come what may."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[Any] = loop.create_future()
-    facade = ThreadRun(run)
-
-    def tell(value: object, error: BaseException | None) -> None:
-        if error is None:
-            ended.set_result(value)
-        else:
-            ended.set_exception(error)
-
-    def call() -> None:
-        value, error = None, None
-        try:
-            value = job.function(facade)
-        except BaseException as caught:  # noqa: BLE001 - it is told where the run is judged
-            error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
-        loop.call_soon_threadsafe(tell, value, error)
-
-    # A daemon: what can't be stopped must not keep the process alive.
-    threading.Thread(target=call, name=run.name, daemon=True).start()
-    while True:
-        try:
-            return await asyncio.shield(ended)
-        except asyncio.CancelledError:
-            # A thread can't be cancelled: `facade` raises in its call, now or at the next.
-            if ended.done():
-                return ended.result()
-            facade.interrupt()
-
-
-def _judge(run: Run, job: Job, task: "asyncio.Task[Any]") -> Verdict:
-    """Say how a run's code ended."""
-    told = run.stopped if task.cancelled() or task.cancelling() else None
-    error = None if task.cancelled() else task.exception()
-    finished = error is None and not task.cancelled()
-    if finished and (told is None or not job.is_async):
-        returned = task.result()
-        return "succeeded", None if returned is None else plain(in_words(returned), 2000)
-    if told is not None:  # whatever it made of it
-        if error is not None and not isinstance(error, RunStoppedError):
-            run.log.warning("run failed when it was stopped", exc_info=error)
-        return told
-    match error:
-        case None:
-            return "failed", "it cancelled itself"
-        case LeaseLostError():
-            return "interrupted", "it had lost its lease"
-        case DatabaseAway():
-            return "interrupted", plain(error.detail)
-        case _:
-            run.log.error("run failed", exc_info=error)
-            return "failed", plain(f"{type(error).__name__}: {in_words(error)}", 2000)
-
-
 def _ending(
-    job: Job, claimed: Claimed, verdict: Verdict, now: datetime, *, seconds_ago: float
+    job: Job, claimed: Claimed, run_result: RunResult, now: datetime, *, seconds_ago: float
 ) -> Ending:
     """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
 
@@ -405,7 +306,7 @@ def _ending(
     the future is waited for, or the same tick again if it failed and may be tried again sooner.
     Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
     """
-    outcome, result = verdict
+    outcome, result = run_result
     if outcome == "interrupted":
         return Ending(
             outcome=outcome, result=result, seconds_ago=seconds_ago, keeps_checkpoint=True

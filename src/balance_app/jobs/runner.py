@@ -1,0 +1,110 @@
+"""How one run is executed: its function is called, and how it ended is classified."""
+
+import asyncio
+import threading
+from time import monotonic
+from typing import Any, NamedTuple
+
+from balance_app.errors import DatabaseAway
+from balance_app.jobs.registry import Job
+from balance_app.jobs.run import LeaseLostError, Run, RunStoppedError, Stopped, in_words, plain
+from balance_app.jobs.threads import ThreadRun
+
+
+class RunResult(NamedTuple):
+    """How a run ended, and what it returned or why it failed."""
+
+    outcome: str
+    result: str | None
+
+
+async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
+    """Execute the function, to its end: there is no result while any of it still executes."""
+    if run.stopped is not None:
+        return RunResult(*run.stopped)
+    started = monotonic()
+    run.task = asyncio.create_task(_call(run, job))
+    done, _ = await asyncio.wait({run.task}, timeout=job.timeout_seconds)
+    if not done:
+        stop(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
+        await asyncio.wait({run.task})
+    run_result = classify(run, job, run.task)
+    if run_result.outcome == "succeeded":
+        rest = min_seconds - (monotonic() - started)
+        if rest > 0 and run.stopped is None:
+            # The work is done: a run that is stopped now has succeeded all the same.
+            run.task = asyncio.create_task(asyncio.sleep(rest))
+            await asyncio.wait({run.task})
+    return run_result
+
+
+def stop(run: Run, outcome: Stopped, reason: str) -> None:
+    """Tell a run to stop; what it was told first counts."""
+    if run.stopped is None:
+        run.stopped = (outcome, reason)
+    if run.task is not None:
+        run.task.cancel()
+
+
+async def _call(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+    try:
+        return await (job.function(run) if job.is_async else _in_thread(run, job))
+    except (SystemExit, KeyboardInterrupt) as error:
+        # A task that ended with one of these would end the event loop.
+        raise RuntimeError(f"it tried to end its copy: {error!r}") from error
+
+
+async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+    """Call a function in a thread of its own, and wait until it has ended, come what may."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Any] = loop.create_future()
+    facade = ThreadRun(run)
+
+    def tell(value: object, error: BaseException | None) -> None:
+        if error is None:
+            ended.set_result(value)
+        else:
+            ended.set_exception(error)
+
+    def call() -> None:
+        value, error = None, None
+        try:
+            value = job.function(facade)
+        except BaseException as caught:  # noqa: BLE001 - it is told where the run is classified
+            error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
+        loop.call_soon_threadsafe(tell, value, error)
+
+    # A daemon: what can't be stopped must not keep the process alive.
+    threading.Thread(target=call, name=run.name, daemon=True).start()
+    while True:
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            # A thread can't be cancelled: `facade` raises in its call, now or at the next.
+            if ended.done():
+                return ended.result()
+            facade.interrupt()
+
+
+def classify(run: Run, job: Job, task: "asyncio.Task[Any]") -> RunResult:
+    """Say how a run's code ended."""
+    told = run.stopped if task.cancelled() or task.cancelling() else None
+    error = None if task.cancelled() else task.exception()
+    finished = error is None and not task.cancelled()
+    if finished and (told is None or not job.is_async):
+        returned = task.result()
+        return RunResult("succeeded", None if returned is None else plain(in_words(returned), 2000))
+    if told is not None:  # whatever it made of it
+        if error is not None and not isinstance(error, RunStoppedError):
+            run.log.warning("run failed when it was stopped", exc_info=error)
+        return RunResult(*told)
+    match error:
+        case None:
+            return RunResult("failed", "it cancelled itself")
+        case LeaseLostError():
+            return RunResult("interrupted", "it had lost its lease")
+        case DatabaseAway():
+            return RunResult("interrupted", plain(error.detail))
+        case _:
+            run.log.error("run failed", exc_info=error)
+            return RunResult("failed", plain(f"{type(error).__name__}: {in_words(error)}", 2000))

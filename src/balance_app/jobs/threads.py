@@ -1,0 +1,113 @@
+"""What a job's function gets when it is not async: its run, called from the run's own thread."""
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any, Final, Protocol, TypeVar
+
+import asyncpg
+
+from balance_app.database import Connection
+from balance_app.jobs.run import Run, RunStoppedError
+
+Result = TypeVar("Result")
+
+
+class ThreadRun:
+    """A run for a function that is not async: the same, to be called from its thread.
+
+    Each call raises `RunStoppedError` when the run was told to stop, also while it waits for
+    PostgreSQL; a function that never calls can't be stopped but with its process.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._loop = asyncio.get_running_loop()
+        # in which the thread's call is carried out, and may be broken off
+        self._task: asyncio.Task[Any] | None = None
+        self.name: Final = run.name
+        self.fence: Final = run.fence
+        self.due_at: Final = run.due_at
+        self.attempt: Final = run.attempt
+        self.resumed: Final = run.resumed
+        self.log: Final = run.log
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Say how far the run is."""
+        self._go_on()
+        self._run.progress(done, total, note)
+
+    def pace(self) -> None:
+        """Sleep as `Run.pace`; ends early when the run is told to stop."""
+        self._wait(self._run.pace())
+
+    def checkpoint(self, state: object) -> None:
+        """Write a checkpoint as `Run.checkpoint`, outside of transactions."""
+        self._wait(self._run.checkpoint(state))
+
+    @contextmanager
+    def transaction(self) -> Iterator["ThreadConnection"]:
+        """Open a transaction as `Run.transaction`."""
+        manager = self._run.transaction()
+        connection = self._wait(manager.__aenter__())
+        ending = False
+
+        async def commit() -> None:
+            nonlocal ending
+            ending = True
+            await manager.__aexit__(None, None, None)
+
+        try:
+            yield ThreadConnection(connection, self._wait)
+            self._wait(commit())
+        except BaseException as error:
+            if not ending:  # it is to be rolled back even when the run was told to stop
+                end = manager.__aexit__(type(error), error, error.__traceback__)
+                asyncio.run_coroutine_threadsafe(end, self._loop).result()
+            raise
+
+    def interrupt(self) -> None:
+        """Break off what the thread waits for; called in the event loop, after it was told."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _go_on(self) -> None:
+        if self._run.stopped is not None:
+            raise RunStoppedError(self._run.stopped[1])
+
+    def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            return asyncio.run_coroutine_threadsafe(self._carry_out(call), self._loop).result()
+        except futures.CancelledError:
+            self._go_on()
+            raise
+
+    async def _carry_out(self, call: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            self._go_on()
+            self._task = asyncio.current_task()
+            return await call
+        finally:
+            self._task = None
+            call.close()
+
+
+class _Waits(Protocol):
+    def __call__(self, call: Coroutine[Any, Any, Result]) -> Result: ...
+
+
+class ThreadConnection:
+    """A connection for a function that is not async."""
+
+    def __init__(self, connection: Connection, wait: _Waits) -> None:
+        self._connection = connection
+        self._wait = wait
+
+    def fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run a statement and return its rows."""
+        return self._wait(self._connection.fetch(sql, *arguments))
+
+    def execute(self, sql: str, *arguments: object) -> str:
+        """Run a statement and return its status."""
+        return self._wait(self._connection.execute(sql, *arguments))
