@@ -2,15 +2,12 @@
 
 import os
 from collections.abc import AsyncIterator
-from itertools import count
 
 import httpx
 import pytest
 
-from tests.processes import DATABASE_VARIABLES, Copy, connect
+from tests.processes import DATABASE_VARIABLES, Copy, empty_database
 from tests.system.databases import own_postgres
-
-_numbers = count(1)
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +24,8 @@ async def postgres() -> AsyncIterator[dict[str, str]]:
 @pytest.fixture
 async def database(postgres: dict[str, str]) -> AsyncIterator[dict[str, str]]:
     """The DB_* variables of an empty database."""
-    name = f"test_{os.getpid()}_{next(_numbers)}"
-    admin = await connect(postgres)
-    await admin.execute(f'CREATE DATABASE "{name}"')
-    try:
-        yield {**postgres, "DB_NAME": name}
-    finally:
-        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        await admin.close()
+    async with empty_database(postgres) as variables:
+        yield variables
 
 
 @pytest.fixture

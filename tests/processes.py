@@ -2,15 +2,17 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Self
+from uuid import uuid4
 
 import asyncpg
 import httpx
@@ -20,21 +22,32 @@ DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME",
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, outside the range of the clients' own."""
-    # Clients' ports come from 32768 up; a port below can't be taken by one in between.
-    for port in range(20_000 + os.getpid() % 5_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            if port not in _given:
-                _given.add(port)
-                return port
-    raise RuntimeError("no free port")
+    """Return a port of the kernel's choice that nobody else gets as long as these tests run."""
+    return _reserve(0)
 
 
-_given: set[int] = set()
+def free_ports(number: int, below: int) -> int:
+    """Return the first of several such ports in a row, all `below` a limit."""
+    while True:
+        first = random.randrange(1024, below - number)
+        try:
+            return min(_reserve(port) for port in range(first, first + number))
+        except OSError:
+            continue
+
+
+def _reserve(port: int) -> int:
+    holder = socket.socket()
+    _holders.append(holder)
+    # Exclusive until it has the port, then open to one who listens: Linux lets sockets that all
+    # set SO_REUSEADDR (as the instances do) have one port as long as none but the last listens.
+    # The kernel gives a port that is bound to no client, and to nobody who asks for any.
+    holder.bind(("127.0.0.1", port))
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return int(holder.getsockname()[1])
+
+
+_holders: list[socket.socket] = []
 
 
 class Copy:
@@ -154,3 +167,16 @@ async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Recor
         password=database.get("DB_PASSWORD"),
         database=database.get("DB_NAME", "postgres"),
     )
+
+
+@asynccontextmanager
+async def empty_database(server: Mapping[str, str]) -> AsyncIterator[dict[str, str]]:
+    """Make an empty database on a server; yield its DB_* variables, and drop it at the end."""
+    name = f"test_{uuid4().hex}"  # other tests may use the same server at the same time
+    admin = await connect(dict(server))
+    await admin.execute(f"CREATE DATABASE {name}")
+    try:
+        yield {**server, "DB_NAME": name}
+    finally:
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin.close()

@@ -1,16 +1,12 @@
 """Requests that no honest client sends, each with the refusal it has to get."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Final
 
-from tests.processes import Copy, connect
-
-_numbers = count(1)
+from tests.processes import Copy, empty_database
 
 MAX: Final = 2**53 - 1
 CHANGE: Final = b'{"userId":1,"amount":-2}'
@@ -23,17 +19,12 @@ async def one_copy(
     postgres: dict[str, str], *, body_seconds: str = "5"
 ) -> AsyncIterator[tuple[Copy, dict[str, str]]]:
     """Run one copy on an empty database, for as many tests as share it."""
-    name = f"hostile_{os.getpid()}_{next(_numbers)}"
-    admin = await connect(postgres)
-    await admin.execute(f'CREATE DATABASE "{name}"')
-    database = {**postgres, "DB_NAME": name}
-    try:
+    async with (
+        empty_database(postgres) as database,
         # Without jobs nothing but the requests changes a row.
-        async with Copy(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as copy:
-            yield copy, database
-    finally:
-        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        await admin.close()
+        Copy(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as copy,
+    ):
+        yield copy, database
 
 
 # -- sending bytes, whatever they are ----------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.jobs.fleet import Span, read_diaries
 from tests.jobs.nursery import Nursery
-from tests.processes import Copy, connect
+from tests.processes import Copy, connect, empty_database
 
 Database = dict[str, str]
 
@@ -77,17 +77,10 @@ _numbers = itertools.count(1)
 
 @asynccontextmanager
 async def ground(postgres: Database, nest: Nursery, top: Path) -> AsyncIterator[Ground]:
-    number = next(_numbers)
-    name = f"test_sharing_{top.name}_{number}".replace("-", "_").lower()
-    admin = await connect(postgres)
-    await admin.execute(f'CREATE DATABASE "{name}"')
-    directory = top / str(number)
+    directory = top / str(next(_numbers))
     (directory / "diaries").mkdir(parents=True)
-    try:
-        yield Ground(nest, {**postgres, "DB_NAME": name}, directory)
-    finally:
-        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        await admin.close()
+    async with empty_database(postgres) as database:
+        yield Ground(nest, database, directory)
 
 
 async def end(copies: Iterable[Copy], number: int = signal.SIGKILL) -> None:

@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from itertools import count
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import uuid4
 
@@ -31,13 +29,12 @@ from balance_app.jobs.repository import (
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.settings import Settings, load_settings
-from tests.processes import connect
+from tests.processes import connect, empty_database
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 Found = TypeVar("Found")
 
-_numbers = count(1)
 
 PATIENCE_SECONDS = 30
 LEASE = timedelta(seconds=30)
@@ -210,9 +207,12 @@ class Ground:
 @asynccontextmanager
 async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[Ground]:
     """Migrate a database of our own, and stand on it: one for many tests, which begin anew."""
-    variables = {**postgres, "DB_NAME": f"ground_{os.getpid()}_{next(_numbers)}"}
-    admin = await connect(dict(postgres))
-    await admin.execute(f'CREATE DATABASE "{variables["DB_NAME"]}"')
+    async with empty_database(postgres) as variables, _on(variables, settings) as ground:
+        yield ground
+
+
+@asynccontextmanager
+async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> AsyncIterator[Ground]:
     values = {
         **{name.lower(): value for name, value in variables.items()},
         "job_min_seconds": 0,
@@ -236,8 +236,6 @@ async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[G
         await pool.stop()
         await ground.close()
         await ground.eye.close()
-        await admin.execute(f'DROP DATABASE "{variables["DB_NAME"]}" WITH (FORCE)')
-        await admin.close()
         structlog.configure(**logs)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import asyncpg
 
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.jobs.proxy import Proxy
-from tests.processes import Copy, connect, running
+from tests.processes import Copy, connect, empty_database, running
 from tests.system.sizes import size, tell
 from tests.system.test_outage import Probes
 
@@ -46,8 +45,6 @@ WHERE server = $1 AND started_at > clock_timestamp() - make_interval(secs => $2)
 """
 
 HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_at > $2"
-
-_numbers = count(1)
 
 
 class Round(NamedTuple):
@@ -150,11 +147,15 @@ async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_p
 
 async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: Path) -> None:
     """What arrives when a network heals neither revives a lease nor starts a run."""
-    async with _databases(postgres, 3) as databases:
+    async with (
+        empty_database(postgres) as first,
+        empty_database(postgres) as second,
+        empty_database(postgres) as third,
+    ):
         guarded, unguarded, unheard = await asyncio.gather(
-            _revivals(databases[0], tmp_path / "1"),
-            _revivals(databases[1], tmp_path / "2", FLEET_UNGUARDED="expiry"),
-            _unheard_claims(databases[2], tmp_path / "3"),
+            _revivals(first, tmp_path / "1"),
+            _revivals(second, tmp_path / "2", FLEET_UNGUARDED="expiry"),
+            _unheard_claims(third, tmp_path / "3"),
         )
     tell(f"claims whose answer came late and that started nothing: {unheard}")
     assert guarded == []
@@ -221,20 +222,6 @@ async def _fleet(
             fleet.append((copy, proxy))
         await stack.enter_async_context(running([copy for copy, _ in fleet]))
         yield fleet
-
-
-@asynccontextmanager
-async def _databases(postgres: dict[str, str], number: int) -> AsyncIterator[list[dict[str, str]]]:
-    admin = await connect(postgres)
-    names = [f"network_{next(_numbers)}" for _ in range(number)]
-    try:
-        for name in names:
-            await admin.execute(f'CREATE DATABASE "{name}"')
-        yield [{**postgres, "DB_NAME": name} for name in names]
-    finally:
-        for name in names:
-            await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-        await admin.close()
 
 
 async def _revivals(database: dict[str, str], directory: Path, **env: str) -> list[Any]:

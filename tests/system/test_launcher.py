@@ -14,7 +14,7 @@ from time import monotonic
 import httpx
 import psutil
 
-from tests.processes import DATABASE_VARIABLES, free_port
+from tests.processes import DATABASE_VARIABLES, free_ports
 from tests.system.sizes import tell
 
 COPIES = 2
@@ -70,8 +70,9 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
 
 async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
     """Nothing is started when a port is taken; one line says which, and what to do."""
-    port = _neighbours(COPIES + 1)
+    port = free_ports(COPIES + 1, below=32_000)
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", port + 2))
         other.listen()
         code, said = await _run(tmp_path, "up", "--copies", str(COPIES), "--port", str(port))
@@ -134,7 +135,7 @@ class _Launched:
 
 @asynccontextmanager
 async def _up(data: Path) -> AsyncIterator[_Launched]:
-    port = _neighbours(COPIES + 1)
+    port = free_ports(COPIES + 1, below=32_000)
     output = data / "output"
     with output.open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
@@ -181,12 +182,3 @@ def _environment(data: Path) -> dict[str, str]:
 def _alive(family: list[psutil.Process], *, within_seconds: float) -> list[psutil.Process]:
     """Return those processes that have not ended in that time."""
     return list(psutil.wait_procs(family, timeout=within_seconds)[1])
-
-
-def _neighbours(number: int) -> int:
-    """Return the first of several free ports in a row."""
-    ports = [free_port()]
-    while len(ports) < number:
-        port = free_port()
-        ports = [*ports, port] if port == ports[-1] + 1 else [port]
-    return ports[0]
