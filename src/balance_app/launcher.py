@@ -17,6 +17,7 @@ from typing import Final
 import httpx
 from rich.console import Console
 
+from balance_app import open_files
 from balance_app.embedded import EmbeddedError, EmbeddedPostgres, data_directory, stop_with_parent
 from balance_app.server import PortTakenError, listen
 from balance_app.settings import Settings
@@ -53,6 +54,7 @@ async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
     Raises:
         LaunchError: a port is taken, or the embedded database can't run.
     """
+    open_files.raise_limit()  # PostgreSQL and the instances inherit it
     stop = asyncio.Event()
     hurry = asyncio.Event()
 

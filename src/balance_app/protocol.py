@@ -1,22 +1,53 @@
-"""uvicorn's HTTP/1.1 with what it lacks: limits for the heads of requests."""
+"""uvicorn's HTTP/1.1 with what it lacks: limits for connections and for the heads of requests."""
 
 import asyncio
-from typing import Final
+from time import monotonic
+from typing import ClassVar, Final
 
+import structlog
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from balance_app.errors import Overloaded
+
+log = structlog.get_logger(__name__)
+
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS: Final = 10
+# So many connections more than there is room for are held until their request can be refused.
+REFUSED_AT_ONCE: Final = 16
+REFUSAL_SECONDS: Final = 1.0
+LOG_EVERY_SECONDS: Final = 60.0
+
+_FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
+_refusal = _FULL.response()
+_refusal.headers["Connection"] = "close"
+_REFUSAL: Final = b"HTTP/1.1 503 Service Unavailable\r\n%s\r\n%s" % (
+    b"".join(b"%s: %s\r\n" % header for header in _refusal.raw_headers),
+    _refusal.body,
+)
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """A head may be so large and take so long; garbage after a request does not deny it."""
+    """A head may be so large and take so long; garbage after a request does not deny it.
 
+    Connections beyond `max_connections` are answered with 503: they must not take the descriptors
+    that the database's connections need.
+    """
+
+    max_connections: ClassVar[int | None] = None
+    logged_full_at: ClassVar[float | None] = None
     _in_head = True
     _heads = 0
     _unfinished_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        limit = self.max_connections
+        if limit is not None and len(self.connections) > limit:
+            self._refuse_connection(len(self.connections) - limit)
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -59,6 +90,19 @@ class LimitedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         super().send_400_response(msg)
+
+    def _refuse_connection(self, excess: int) -> None:
+        now, logged = monotonic(), LimitedProtocol.logged_full_at
+        if logged is None or now - logged > LOG_EVERY_SECONDS:
+            LimitedProtocol.logged_full_at = now
+            log.warning("too many connections for the limit of open files", reason=_FULL.detail)
+        if excess > REFUSED_AT_ONCE:
+            self.transport.write(_REFUSAL)
+            self.transport.close()
+            return
+        # Its request is read before it is refused, so that the answer can't be lost to a reset.
+        self.app = _refusal
+        self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
 
     def _refuse(self, status: bytes) -> None:
         if not self.transport.is_closing():

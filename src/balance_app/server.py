@@ -8,12 +8,16 @@ import sys
 from collections.abc import Generator
 from types import FrameType
 
+import structlog
 import uvicorn
 
+from balance_app import open_files
 from balance_app.jobs.registry import Registry
 from balance_app.main import create_app
 from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 BACKLOG = 4096  # a burst knocks faster than one process opens
 
@@ -55,6 +59,13 @@ def serve(settings: Settings, registry: Registry) -> None:
         PortTakenError: naming the port.
         SystemExit: the start failed; the log has the reason.
     """
+    limit = open_files.raise_limit()
+    if (shortage := open_files.shortage(settings, limit)) is not None:
+        log.warning("few open files", reason=shortage)
+
+    class Protocol(LimitedProtocol):
+        max_connections = open_files.for_clients(settings, limit)
+
     sockets = [listen(settings.host, settings.port)]
     if settings.shared_port is not None:
         sockets.append(listen(settings.host, settings.shared_port, shared=True))
@@ -62,7 +73,7 @@ def serve(settings: Settings, registry: Registry) -> None:
     config = uvicorn.Config(
         create_app(settings, stopping, registry),
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=LimitedProtocol,
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,0 +1,123 @@
+"""A process has so many descriptors and no more: clients must leave some to the database."""
+
+import asyncio
+import resource
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from balance_app import open_files
+from balance_app.settings import Settings
+from tests.processes import Copy, connect
+
+LIMIT = 256
+CONNECTIONS = 300
+SERVED_AT_LEAST = LIMIT // 2
+PATIENCE_SECONDS = 10
+GET = b"GET /api/users/1 HTTP/1.1\r\nHost: a\r\n\r\n"
+END_SESSIONS = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__")
+"""
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def test_more_connections_than_descriptors(database: dict[str, str], tmp_path: Path) -> None:
+    """Who finds room is served, also after the database's sessions ended; others get a 503."""
+    log = tmp_path / "log"
+    program = ("-c", LIMITED, "balance_app", "serve")
+    async with Copy(database, program=program, log=log, JOBS_ENABLED="false") as copy:
+        first, again = await crowd(copy, database)
+    assert set(first) == {"200", "503"}
+    assert first.total() == CONNECTIONS
+    assert first["200"] >= SERVED_AT_LEAST
+    assert again == {"200": first["200"]}
+    said = log.read_text()
+    assert said.count("too many connections for the limit of open files") == 1
+    assert said.count("few open files") == 1
+
+
+async def test_without_a_reserve_the_database_is_lost(database: dict[str, str]) -> None:
+    """The control: clients that may take every descriptor leave none to the database."""
+    program = ("-c", LIMITED, "tests.unguarded", "open-files")
+    async with Copy(database, program=program) as copy:
+        first, _ = await crowd(copy, database)
+    assert first["closed"] > 0
+    assert first["200"] < SERVED_AT_LEAST
+
+
+def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the hard limit, or to what the system takes instead of "unlimited"."""
+
+    def take(at_most: int, _what: int, limits: tuple[int, int]) -> None:
+        if limits[0] > at_most:
+            raise ValueError
+
+    for limits, at_most, holds in (
+        ((1024, 20_000), 20_000, 20_000),
+        ((1024, resource.RLIM_INFINITY), 2**40, open_files.ENOUGH),
+        ((256, resource.RLIM_INFINITY), 10_240, 10_240),  # macOS
+        ((1024, 20_000), 0, 1024),
+        ((20_000, 20_000), 0, 20_000),
+    ):
+        monkeypatch.setattr(resource, "setrlimit", partial(take, at_most))
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        assert open_files.raise_limit() == holds, limits
+
+
+def test_a_hard_limit_that_is_too_low_is_reported() -> None:
+    """It depends on what is configured: who lets fewer wait needs fewer descriptors."""
+    settings = Settings(max_waiting=20_000)
+    assert open_files.shortage(settings, 20_000) is None
+    assert "1024 files" in (open_files.shortage(settings, 1024) or "")
+    assert open_files.shortage(Settings(max_waiting=500), 1024) is None
+
+
+async def crowd(copy: Copy, database: dict[str, str]) -> tuple[Counter[str], Counter[str]]:
+    """Ask over many connections at once, end the database's sessions, ask over those left again.
+
+    Return the statuses of both rounds; the second is empty where nobody is ever served again.
+    """
+    opened = await asyncio.gather(
+        *(asyncio.open_connection("127.0.0.1", copy.port) for _ in range(CONNECTIONS))
+    )
+    try:
+        statuses = await asyncio.gather(*(ask(each) for each in opened))
+        kept = [each for each, said in zip(opened, statuses, strict=True) if said == "200"]
+        admin = await connect(database)
+        await admin.execute(END_SESSIONS)
+        await admin.close()
+        with_service: list[str] = []
+        for _ in range(PATIENCE_SECONDS * 10):
+            if await ask(kept[0]) == "200":
+                with_service = await asyncio.gather(*(ask(each) for each in kept))
+                break
+            await asyncio.sleep(0.1)
+        return Counter(statuses), Counter(with_service)
+    finally:
+        for _, writer in opened:
+            writer.close()
+
+
+async def ask(connection: Connection) -> str:
+    """Send a request, return its status; `closed` when the connection ends without one."""
+    reader, writer = connection
+    try:
+        writer.write(GET)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_SECONDS)
+        lengths = [
+            line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+        ]
+        await reader.readexactly(int(lengths[0].split(b":")[1]))
+    except (OSError, asyncio.IncompleteReadError):
+        return "closed"
+    return head.split()[1].decode()
