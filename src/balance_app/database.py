@@ -10,7 +10,6 @@ return, so that neither a hang nor a storm of connection attempts can build up.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
@@ -27,6 +26,7 @@ from balance_app.errors import Applied, DatabaseAway, Overloaded
 from balance_app.metrics import Metrics
 from balance_app.migrations import migrate
 from balance_app.settings import Settings
+from balance_app.wait_queue import Lane, Queued, WaitQueue
 
 log = structlog.get_logger(__name__)
 
@@ -83,7 +83,7 @@ class Database:
     """The pool, the line in front of it, and the probe that watches for a lost database."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             **settings.statement_arguments(),
             min_size=0,
@@ -98,7 +98,7 @@ class Database:
             max_size=settings.job_connections,
             max_inactive_connection_lifetime=60,
         )
-        self._waiting: deque[_Waiter] = deque()
+        self._waiting: WaitQueue[_Waiter] = WaitQueue()
         self._clerks: set[asyncio.Task[None] | None] = set()
         # why the database can't be used, in a sentence; None when it can
         self._away: str | None = "The service has not reached its database yet."
@@ -112,10 +112,10 @@ class Database:
         metrics.requests_waiting.set_function(lambda: sum(in_line for *_, in_line in self._waiting))
         metrics.database_away.set_function(lambda: self._away is not None)
         for pool_name, limit, in_use in (
-            ("requests", self._settings.db_pool_size, lambda: len(self._clerks)),
+            ("requests", self.settings.db_pool_size, lambda: len(self._clerks)),
             (
                 "jobs",
-                self._settings.job_connections,
+                self.settings.job_connections,
                 lambda: self._lent.get_size() - self._lent.get_idle_size(),
             ),
         ):
@@ -166,32 +166,47 @@ class Database:
             await self._lent.release(connection)
 
     async def run(
-        self, operation: Callable[[Connection], Awaitable[Result]], *, urgent: bool = False
+        self,
+        operation: Callable[[Connection], Awaitable[Result]],
+        *,
+        urgent: bool = False,
+        lane: Lane | None = None,
     ) -> Result:
         """Run `operation` on a connection when its turn comes.
 
         What is `urgent` goes to the head of the line, however long it is, and is still done while
-        the copy stops.
+        the copy stops. Of one `lane` only a few are on connections at once, the others wait for
+        them without one.
 
         Raises:
             DatabaseAway: it can't be reached; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
+        self.check(urgent=urgent)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        waiter = (operation, answer, monotonic(), not urgent)
+        free = len(self._clerks) < self.settings.db_pool_size
+        if not (free and self._waiting.admits(lane)) and not urgent:
+            waiting = len(self._waiting)
+            if waiting >= self.settings.max_waiting:
+                raise Overloaded(f"{waiting} requests wait already.")
+        self._waiting.put(waiter, lane=lane, urgent=urgent)
+        if free and (queued := self._waiting.take()) is not None:
+            # Of its own context: a clerk serves many requests.
+            clerk = asyncio.create_task(self._serve_line(queued), context=Context())
+            self._clerks.add(clerk)
+        return await answer
+
+    def check(self, *, urgent: bool = False) -> None:
+        """Raise what `run` would raise at once, if it would.
+
+        Raises:
+            DatabaseAway: the database can't be used, or this copy is stopping.
+        """
         if self._away is not None:
             raise DatabaseAway(self._away, applied="no")
         if self._stopping and not urgent:
             raise DatabaseAway("This copy is stopping.", applied="no")
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        waiter = (operation, answer, monotonic(), not urgent)
-        if len(self._clerks) < self._settings.db_pool_size:
-            # Of its own context: a clerk serves many requests.
-            clerk = asyncio.create_task(self._serve_line(waiter), context=Context())
-            self._clerks.add(clerk)
-        elif len(self._waiting) >= self._settings.max_waiting and not urgent:
-            raise Overloaded(f"{len(self._waiting)} requests wait already.")
-        else:
-            (self._waiting.appendleft if urgent else self._waiting.append)(waiter)
-        return await answer
 
     def refuse_requests(self) -> None:
         """Refuse who waits and who comes, but for what is urgent: this copy stops."""
@@ -204,23 +219,23 @@ class Database:
 
     def _refuse_all(self, reason: str) -> None:
         """Refuse who waits; what has its connection goes on."""
-        while self._waiting:
-            _, answer, _, _ = self._waiting.popleft()
+        for _, answer, _, _ in self._waiting.clear():
             if not answer.done():
                 answer.set_exception(DatabaseAway(reason, applied="no"))
 
     # -- the line -----------------------------------------------------------------------------
 
-    async def _serve_line(self, waiter: _Waiter | None) -> None:
+    async def _serve_line(self, queued: Queued[_Waiter] | None) -> None:
         """Be a clerk: with one connection, serve one after the other until nobody waits.
 
         The next operation's statement is on its way before the last one's answer is looked at.
         """
         connection: Connection | None = None
         try:
-            while waiter is not None:
-                connection = await self._serve(waiter, connection)
-                waiter = self._waiting.popleft() if self._waiting else None
+            while queued is not None:
+                connection = await self._serve(queued.item, connection)
+                self._waiting.done(queued)
+                queued = self._waiting.take()
         finally:
             self._clerks.discard(asyncio.current_task())
             if connection is not None:
@@ -231,8 +246,8 @@ class Database:
         operation, answer, since, in_line = waiter
         if answer.done():  # who asked is gone
             return connection
-        if monotonic() - since > self._settings.max_waiting_seconds:
-            answer.set_exception(Overloaded("No turn came in time."))
+        if monotonic() - since > self.settings.max_waiting_seconds:
+            answer.set_exception(Overloaded("Too slow: no turn came in time."))
             return connection
         try:
             if connection is None or _is_closed(connection):
@@ -255,7 +270,7 @@ class Database:
 
     async def _acquire(self) -> Connection:
         try:
-            return await self._pool.acquire(timeout=self._settings.db_connect_seconds)
+            return await self._pool.acquire(timeout=self.settings.db_connect_seconds)
         except Exception as error:
             if not is_away(error):
                 raise
@@ -288,7 +303,7 @@ class Database:
         told = None
         while True:
             try:
-                await migrate(self._settings)
+                await migrate(self.settings)
             except Exception as error:
                 hopeless = isinstance(error, _CANNOT_BE_MENDED_BY_WAITING)
                 away = is_away(error) is not None and not hopeless
@@ -308,7 +323,7 @@ class Database:
                 return
 
     async def _probe(self) -> None:
-        arguments = {**self._settings.connect_arguments(), "timeout": 1.0}
+        arguments = {**self.settings.connect_arguments(), "timeout": 1.0}
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             try:

@@ -19,6 +19,7 @@ from balance_app.database import Connection, Database, read, write
 from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.json_body import MAX_INTEGER
 from balance_app.metrics import Metrics
+from balance_app.wait_queue import Lane
 
 MAX_RACES: Final = 1000
 HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
@@ -65,6 +66,9 @@ class BalanceRepository:
         self._database = database
         self._metrics = metrics or Metrics()
         self._held: dict[int, float] = {}
+        # Two of an account: while one's commit is written, the other waits for the row. A
+        # connection is left for those who change other accounts, if there is more than one.
+        self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
 
     async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
         """Add `amount` (negative withdraws) to a balance, at most once per `key`.
@@ -78,14 +82,17 @@ class BalanceRepository:
             DatabaseAway: see `balance_app.database`.
         """
         started = perf_counter()
+        lane = Lane(user_id, self._at_once)
         try:
             if key is None:
                 outcome = await self._database.run(
-                    lambda con: self._unless_held(user_id, _change(con, user_id, amount))
+                    lambda con: self._unless_held(user_id, _change(con, user_id, amount)),
+                    lane=lane,
                 )
             else:
                 outcome = await self._database.run(
-                    lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key))
+                    lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key)),
+                    lane=lane,
                 )
         except Exception as error:
             self._metrics.changes.inc(_failure(error))
