@@ -157,10 +157,13 @@ class Database:
         except BaseException:
             # Of a connection that just ends, the server notices nothing while a statement is under
             # way: that would go on, and keep its locks. To cancel it takes a connection of its own.
-            with suppress(Exception):
-                async with asyncio.timeout(ROLLBACK_SECONDS):
-                    await connection.execute("ROLLBACK")
-            _terminate(connection)
+            # By the driver's own time limit: asyncio's raises nothing but a cancellation in a task
+            # that is cancelled already (Python before 3.11.4), and the connection would be kept.
+            try:
+                with suppress(Exception):
+                    await connection.execute("ROLLBACK", timeout=ROLLBACK_SECONDS)
+            finally:
+                _terminate(connection)
             raise
         finally:
             await self._lent.release(connection)
