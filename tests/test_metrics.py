@@ -1,7 +1,7 @@
 """The numbers at `/metrics`: each counts what it says, and they are told whatever happens."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any, Final
@@ -390,7 +390,7 @@ async def _beaten(metrics: Metrics, times: int) -> bool:
 
 async def facts(ground: Ground, *names: str) -> dict[str, JobFacts]:
     registry = Registry([declare(name, returns) for name in names])
-    return {fact.name: fact for fact in await Facts(ground.database, registry).look()}
+    return {fact.name: fact for fact in await Facts(ground.database, registry).look() or ()}
 
 
 async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
@@ -487,9 +487,9 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
 async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of scrapes share a question; its answer is not told for longer."""
     asked = 0
-    answers = [[JobFacts("good", 1.0, 2.0, True, False, None)], []]  # noqa: FBT003 - a row
+    answers = [[JobFacts("good", 1.0, 2.0, True, False, None)], None]  # noqa: FBT003 - a row
 
-    async def ask() -> list[JobFacts]:
+    async def ask() -> list[JobFacts] | None:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0.01)
@@ -500,8 +500,9 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
     found = await asyncio.gather(*(of(metrics) for _ in range(20)))
     assert asked == 1
     assert {each['balance_app_fleet_job_overdue_seconds{job_name="good"}'] for each in found} == {2}
+    assert {each["balance_app_fleet_scrape_success"] for each in found} == {1}
     monkeypatch.setattr(numbers, "monotonic", lambda: float("inf"))
-    assert not any("fleet" in name for name in await of(metrics))
+    assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 0}
 
 
 async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +516,27 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     metrics = Metrics()
     metrics.ask_for_fleet(ask)
     async with asyncio.timeout(4):
-        assert (await of(metrics))["balance_app_jobs_running"] == 0
+        found = await of(metrics)
+    assert found["balance_app_jobs_running"] == 0
+    assert _of_the_fleet(found) == {"balance_app_fleet_scrape_success": 0}
+
+
+async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) -> None:
+    """A statement that fails is no fleet without jobs; it goes on when the statement does."""
+    metrics = Metrics()
+    metrics.ask_for_fleet(Facts(ground.database, Registry([])).look)
+    await ground.eye.execute("ALTER TABLE job_runs RENAME TO hidden")
+    try:
+        found = _of_the_fleet(await of(metrics))
+    finally:
+        await ground.eye.execute("ALTER TABLE hidden RENAME TO job_runs")
+    assert found == {"balance_app_fleet_scrape_success": 0}
+    await asyncio.sleep(1.1)
+    assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 1}
+
+
+def _of_the_fleet(found: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if "fleet" in name}
 
 
 # -- all of them -----------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Every value is this copy's own since its start, to be summed over the copies; but what is named
 `balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each copy. It is
-asked for at most once a second, by one statement, and left out while it can't be had soon.
+asked for at most once a second, by one statement. While it can't be had soon it is left out, and
+`balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there never fires.
 """
 
 import asyncio
@@ -116,7 +117,8 @@ class Durations(Collector):
         )
 
 
-Ask: TypeAlias = Callable[[], Coroutine[Any, Any, list[JobFacts]]]
+Facts: TypeAlias = "list[JobFacts] | None"
+Ask: TypeAlias = Callable[[], Coroutine[Any, Any, Facts]]
 
 
 class Metrics:
@@ -218,7 +220,7 @@ class Metrics:
         self._fleet = _Fleet()
         registry.register(self._fleet)
         self._ask: Ask | None = None
-        self._question: asyncio.Task[list[JobFacts]] | None = None
+        self._question: asyncio.Task[Facts] | None = None
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
@@ -227,26 +229,27 @@ class Metrics:
             self._runs.labels(name, outcome).inc()
 
     def ask_for_fleet(self, ask: Ask) -> None:
-        """Ask so for what PostgreSQL knows; `ask` returns nothing while it can't be asked."""
+        """Ask so for what PostgreSQL knows; `ask` returns None while it can't be asked."""
         self._ask = ask
 
     async def tell(self, *, as_openmetrics: bool = False) -> bytes:
         """Return everything, as Prometheus reads it."""
         if self._ask is not None:
-            self._fleet.jobs = await self._answer(self._ask)
+            jobs = await self._answer(self._ask)
+            self._fleet.jobs, self._fleet.success = jobs or [], jobs is not None
         if as_openmetrics:
             return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
         return generate_latest(self._registry)
 
-    async def _answer(self, ask: Ask) -> list[JobFacts]:
-        """Ask, unless that was done just now; who can't be answered soon gets nothing."""
+    async def _answer(self, ask: Ask) -> Facts:
+        """Ask, unless that was done just now; None if there is no answer soon."""
         question = self._question
         if question is None or (question.done() and monotonic() >= self._fresh_until):
             # Of its own context: it is shared by many requests.
             self._question = question = asyncio.create_task(ask(), context=Context())
             self._fresh_until = monotonic() + FRESH_SECONDS
         await asyncio.wait({question}, timeout=PATIENCE_SECONDS)
-        return question.result() if question.done() else []
+        return question.result() if question.done() else None
 
 
 class _Registry(CollectorRegistry):
@@ -264,9 +267,18 @@ class _Fleet(Collector):
 
     def __init__(self) -> None:
         self.jobs: list[JobFacts] = []
+        # None: nobody asks
+        self.success: bool | None = None
 
     @override
     def collect(self) -> Iterator[Metric]:
+        if self.success is not None:
+            yield GaugeMetricFamily(
+                "balance_app_fleet_scrape_success",
+                "1 if PostgreSQL said in time what it knows of the jobs; if 0, the other"
+                " balance_app_fleet metrics are missing from this scrape.",
+                value=self.success,
+            )
         # (name, help, value); None: not known
         gauges: tuple[tuple[str, str, Callable[[JobFacts], float | None]], ...] = (
             (

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from pydantic_core import from_json
 
 from balance_app.database import Database, read
+from balance_app.jobs.history import read_in_order
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
@@ -60,7 +61,7 @@ class Overview:
         asked = sorted(names & set(changed) | (names - self._runs.keys()))
         # As a look at the board: one at a time, and ahead of the crowd.
         (row,) = await self._database.run(
-            lambda con: read(con, AROUND, asked, RUNS_KEPT), urgent=True
+            lambda con: read_in_order(con, AROUND, asked, RUNS_KEPT), urgent=True
         )
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in asked)
@@ -90,7 +91,7 @@ class Overview:
 
     async def last_runs(self, job: str, limit: int) -> Runs:
         """Return the last runs of a job, the oldest first, as `Around.runs` has them."""
-        (row,) = await self._database.run(lambda con: read(con, LAST_RUNS, [job], limit))
+        (row,) = await self._database.run(lambda con: read_in_order(con, LAST_RUNS, [job], limit))
         return list(from_json(row["runs"]))
 
     async def entries(self, user_id: int, *, before: int, limit: int) -> list[dict[str, Any]]:
@@ -116,9 +117,10 @@ class Overview:
         )
 
 
-# Each part reads a bounded number of rows by an index, however long the history is: runs begin
-# in the order of their numbers, and of users no more are summed up than is cheap. How many
-# changes there were is told by PostgreSQL's statistics, which are some seconds late.
+# Each part reads a bounded number of rows by an index, however long the history is: a job's runs
+# begin in the order of their fences (ticks that did not run have none), the ranges of rows keep to
+# the index that has them in this order (see `jobs/history.py`), and of users no more are summed up
+# than is cheap. How many changes there were is told by PostgreSQL's statistics, some seconds late.
 #
 # $1 the jobs whose runs are asked for, $2 how many of each
 AROUND: Final = """
@@ -126,12 +128,15 @@ WITH moment AS (
     SELECT clock_timestamp() AS now
 ), runs AS (
     SELECT run.* FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
-        SELECT * FROM job_runs WHERE job = asked.name AND outcome IS DISTINCT FROM 'skipped'
-        ORDER BY id DESC LIMIT $2
+        SELECT * FROM job_runs
+        WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+        ORDER BY job DESC, fence DESC LIMIT $2
     ) AS run
 ), failed AS MATERIALIZED (
     SELECT run.* FROM unnest(ARRAY['failed', 'timed_out', 'lost']) AS kind CROSS JOIN LATERAL (
-        SELECT * FROM job_runs WHERE outcome = kind ORDER BY id DESC LIMIT 1000
+        SELECT * FROM job_runs
+        WHERE (outcome, id) < (kind, 9223372036854775807) AND (outcome, id) > (kind, 0)
+        ORDER BY outcome DESC, id DESC LIMIT 1000
     ) AS run, moment
     WHERE ended_at > now - interval '24 hours'
 ), first_users AS (
@@ -179,8 +184,9 @@ SELECT coalesce(json_agg(json_build_object(
     'ended', extract(epoch FROM ended_at)::float8
 ) ORDER BY id), '[]')::text AS runs
 FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
-    SELECT * FROM job_runs WHERE job = asked.name AND outcome IS DISTINCT FROM 'skipped'
-    ORDER BY id DESC LIMIT $2
+    SELECT * FROM job_runs
+    WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+    ORDER BY job DESC, fence DESC LIMIT $2
 ) AS run
 """
 

@@ -18,6 +18,7 @@ from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSE_ON
 from balance_app.database import Database
 from balance_app.jobs import audits, housekeeping, limits, steps, summaries
 from balance_app.jobs.audits import LedgerMismatchError
+from balance_app.jobs.history import KEEP_TO_INDEX
 from balance_app.jobs.housekeeping import ANALYZE, JOBS
 from balance_app.jobs.limits import LimitNearError
 from balance_app.jobs.registry import Registry
@@ -762,7 +763,7 @@ async def test_no_statement_reads_more_than_its_share(house: House) -> None:
         ):
             async with house.connection.transaction():
                 if sql in {housekeeping.FORGET_REFUSALS, housekeeping.PRUNE_RUNS}:
-                    await house.connection.execute(housekeeping.KEEP_TO_INDEX)
+                    await house.connection.execute(KEEP_TO_INDEX)
                 read = await rows_read(house.connection, sql, *arguments)
             assert read <= 8000, sql
     assert await house.run("audit-ledger") == (

@@ -4,7 +4,7 @@ from typing import Final
 
 import structlog
 
-from balance_app.database import Database, read
+from balance_app.database import Database
 from balance_app.errors import Problem
 from balance_app.jobs.audits import (
     LedgerMismatchError,
@@ -12,6 +12,7 @@ from balance_app.jobs.audits import (
     audit_keys,
     audit_ledger,
 )
+from balance_app.jobs.history import read_in_order
 from balance_app.jobs.registry import Registry
 from balance_app.metrics import JobFacts
 
@@ -27,39 +28,54 @@ class Facts:
         self._database = database
         self._names = list(registry)
 
-    async def look(self) -> list[JobFacts]:
-        """Return what is known now; nothing while the database can't be asked."""
+    async def look(self) -> list[JobFacts] | None:
+        """Return what is known now; None while the database can't be asked."""
         try:
             rows = await self._database.run(
-                lambda con: read(con, FACTS, self._names, _AUDITS, LedgerMismatchError.__name__),
+                lambda con: read_in_order(
+                    con, FACTS, self._names, _AUDITS, LedgerMismatchError.__name__
+                ),
                 urgent=True,
             )
         except Problem:
-            return []
+            return None
         except Exception as error:  # noqa: BLE001 - the other metrics are to be told all the same
             log.warning("no facts for the metrics", error=repr(error))
-            return []
+            return None
         return [JobFacts(*row) for row in rows]
 
 
-# A job's runs begin one after the other, so the latest of a kind is found from the end, and what
-# is kept of the history bounds the search. An audit that could not be carried through has no
-# result: the one before stands.
+# A job's runs begin one after the other, so the latest of a kind is the last in an index. The
+# ranges of rows keep to that index, as in `history.py`. An audit that could not be carried through
+# has no result: the one before stands, through up to 1000 failures.
 #
 # $1 the jobs, $2 those of them that are audits, $3 the error that an audit fails with
 FACTS: Final = """
 SELECT name,
-       (SELECT extract(epoch FROM ended_at)::float8 FROM job_runs
-        WHERE job = name AND outcome = 'succeeded' ORDER BY id DESC LIMIT 1) AS last_success_at,
+       extract(epoch FROM success.ended_at)::float8 AS last_success_at,
        CASE WHEN paused_at IS NULL AND claimable_at < moment
             THEN extract(epoch FROM moment - claimable_at)::float8 ELSE 0 END AS overdue_seconds,
        paused_at IS NOT NULL AS paused,
        coalesce(last_outcome IN ('failed', 'timed_out', 'lost'), false) AS last_run_failed,
-       (SELECT outcome = 'failed' FROM job_runs
-        WHERE name = ANY ($2) AND job = name
-          AND (outcome = 'succeeded' OR (outcome = 'failed' AND starts_with(result, $3 || ':')))
-        ORDER BY id DESC LIMIT 1) AS mismatch
-FROM jobs, (SELECT clock_timestamp() AS moment) AS clock
+       CASE WHEN since.mismatch THEN true WHEN name = ANY ($2) AND success.id > 0 THEN false END
+       AS mismatch
+FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN jobs
+LEFT JOIN LATERAL (
+    SELECT id, ended_at FROM job_runs
+    WHERE (job, outcome, id) < (name, 'succeeded', 9223372036854775807)
+      AND (job, outcome, id) > (name, 'succeeded', 0)
+    ORDER BY job DESC, outcome DESC, id DESC LIMIT 1
+) AS success ON true
+LEFT JOIN LATERAL (
+    SELECT bool_or(starts_with(result, $3 || ':')) AS mismatch
+    FROM (
+        SELECT result FROM job_runs
+        WHERE name = ANY ($2)
+          AND (job, outcome, id) < (name, 'failed', 9223372036854775807)
+          AND (job, outcome, id) > (name, 'failed', coalesce(success.id, 0))
+        ORDER BY job DESC, outcome DESC, id DESC LIMIT 1000
+    ) AS failed
+) AS since ON true
 WHERE name = ANY ($1)
 ORDER BY name
 """

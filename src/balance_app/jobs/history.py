@@ -4,8 +4,28 @@ from typing import Any, Final
 
 import asyncpg
 
-from balance_app.database import Database, read
+from balance_app.database import Connection, Database, read
 from balance_app.jobs.errors import JobNotFound
+
+# The planner may read and sort all of a job's runs to find the last few: of a table that it knows
+# little about, or where it does not know how few. In a transaction that may not sort, it takes
+# them from an index that has them in order.
+KEEP_TO_INDEX: Final = """
+SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
+"""
+
+
+async def read_in_order(
+    connection: Connection, sql: str, *arguments: object
+) -> list[asyncpg.Record]:
+    """Run a statement that reads the history, by indexes that have its order; return its rows.
+
+    Raises:
+        DatabaseAway: as `read` does.
+    """
+    async with connection.transaction(isolation="read_committed", readonly=True):
+        await read(connection, KEEP_TO_INDEX)
+        return await read(connection, sql, *arguments)
 
 
 class History:
@@ -25,7 +45,9 @@ class History:
         # Four statements, so that each is planned for its own index.
         given = [each for each in (job, outcome) if each is not None]
         sql = PAGES[job is not None, outcome is not None]
-        rows = await self._database.run(lambda con: read(con, sql, before, limit + 1, *given))
+        rows = await self._database.run(
+            lambda con: read_in_order(con, sql, before, limit + 1, *given)
+        )
         if job is not None and not rows:
             known = await self._database.run(lambda con: read(con, JOB, job))
             if not known:
@@ -37,23 +59,30 @@ class History:
         }
 
 
+# Each reads no more rows than it returns, whatever the planner believes of the table. With
+# `job = $3 ORDER BY id` it may walk the primary key backwards through millions of other jobs' runs
+# (`ORDER BY job, id` is the same to it: an equality takes its column out of the order). A range
+# of rows does not: only the index that begins with these columns has that order.
 RUNS: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs WHERE id < $1 ORDER BY id DESC LIMIT $2
 """
 
 RUNS_OF_JOB: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs
-WHERE id < $1 AND job = $3 ORDER BY id DESC LIMIT $2
+WHERE (job, id) < ($3, $1) AND (job, id) > ($3, 0)
+ORDER BY job DESC, id DESC LIMIT $2
 """
 
 RUNS_BY_OUTCOME: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs
-WHERE id < $1 AND outcome = $3 ORDER BY id DESC LIMIT $2
+WHERE (outcome, id) < ($3, $1) AND (outcome, id) > ($3, 0)
+ORDER BY outcome DESC, id DESC LIMIT $2
 """
 
 RUNS_OF_JOB_BY_OUTCOME: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs
-WHERE id < $1 AND job = $3 AND outcome = $4 ORDER BY id DESC LIMIT $2
+WHERE (job, outcome, id) < ($3, $4, $1) AND (job, outcome, id) > ($3, $4, 0)
+ORDER BY job DESC, outcome DESC, id DESC LIMIT $2
 """
 
 PAGES: Final = {

@@ -5,6 +5,7 @@ from typing import Final
 
 from balance_app.database import Connection
 from balance_app.jobs.audits import audit_daily_balances, audit_keys, audit_ledger
+from balance_app.jobs.history import KEEP_TO_INDEX
 from balance_app.jobs.limits import watch_limits
 from balance_app.jobs.registry import Job, job
 from balance_app.jobs.run import Run
@@ -13,10 +14,6 @@ from balance_app.jobs.summaries import TABLES, note_daily_balances, record_sizes
 
 RUNS_AT_ONCE: Final = 1000
 ANALYZE_SECONDS: Final = 60
-
-# Of a table that it knows little about, the planner may sort all that is old to find the oldest
-# few, though an index has them in order.
-KEEP_TO_INDEX: Final = "SELECT set_config('enable_sort', 'off', true)"
 
 OLD_REFUSALS: Final = """
 SELECT count(*) FROM (
@@ -56,17 +53,20 @@ async def _prune_refused_keys(connection: Connection, _state: State, size: int) 
 JOB_ROWS: Final = "SELECT count(*) FROM jobs"
 
 # Of the first job behind $1: the oldest runs, but neither its last 20 nor one under way (it has
-# no end). Runs start in the order of their numbers, so the oldest are found without a search.
+# no end). Runs start in the order of their numbers, so the oldest are found without a search; the
+# ranges of rows keep to the index that has them in this order (see `history.py`).
 PRUNE_RUNS: Final = """
 WITH next AS MATERIALIZED (
     SELECT name FROM jobs WHERE name > $1 ORDER BY name LIMIT 1
 ), oldest AS MATERIALIZED (
     SELECT id, ended_at FROM job_runs
-    WHERE job = (SELECT name FROM next) AND id < (
-        SELECT id FROM job_runs WHERE job = (SELECT name FROM next)
-        ORDER BY id DESC OFFSET 19 LIMIT 1
-    )
-    ORDER BY id LIMIT $2
+    WHERE (job, id) > ((SELECT name FROM next), 0) AND (job, id) < ((SELECT name FROM next), (
+        SELECT id FROM job_runs
+        WHERE (job, id) < ((SELECT name FROM next), 9223372036854775807)
+          AND (job, id) > ((SELECT name FROM next), 0)
+        ORDER BY job DESC, id DESC OFFSET 19 LIMIT 1
+    ))
+    ORDER BY job, id LIMIT $2
 ), removed AS (
     DELETE FROM job_runs WHERE id = ANY (ARRAY(
         SELECT id FROM oldest WHERE ended_at < (SELECT clock_timestamp() - interval '30 days')

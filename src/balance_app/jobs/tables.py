@@ -118,6 +118,7 @@ job_runs = Table(
     ),
     Index("job_runs_job_id_idx", "job", "id"),
     Index("job_runs_outcome_id_idx", "outcome", "id"),
+    Index("job_runs_job_outcome_id_idx", "job", "outcome", "id"),
 )
 
 copies = Table(
