@@ -120,9 +120,9 @@ def healthcheck(
 @_database()
 def migrate() -> None:
     """Bring the database's schema to this program's version."""
-    from balance_app.database import is_away
     from balance_app.migrations import alembic_head
     from balance_app.migrations import migrate as run
+    from balance_app.outages import is_away
 
     settings = load_settings()
     _require_database(settings)

@@ -1,118 +1,117 @@
-"""The one pool of the running service, and the knowledge whether PostgreSQL answers.
+"""The connections of the running service, and the knowledge whether PostgreSQL can be used.
 
 Few connections serve many requests: a row's lock is held through the flush of its commit, so more
 connections only add waiters inside PostgreSQL. Requests wait here instead, first come first served,
-and a connection goes from one request straight to the next. What waits for a database that stops
-answering is told so at once, as nothing of it was sent; then one probe looks for the database's
-return, so that neither a hang nor a storm of connection attempts can build up.
+and a connection goes from one request straight to the next. A worker connects before it takes a
+request: one that can't connect takes none with it, and the connections that there are serve on.
+When there is none, what waits is refused at once with the cause, as nothing of it was sent; then
+one task looks for the database's return, so that neither a hang nor a storm of log-ins builds up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from time import monotonic
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
 from alembic.util import CommandError
 from asyncpg.pool import PoolConnectionProxy
-from sqlalchemy.exc import DBAPIError
 
-from balance_app.errors import Applied, DatabaseAway, Overloaded
+from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.metrics import Metrics
 from balance_app.migrations import migrate
+from balance_app.outages import (
+    HOPELESS,
+    OF_A_STATEMENT,
+    Cause,
+    Kind,
+    classify,
+    pause_seconds,
+)
+from balance_app.sessions import open_session, pin, reset
 from balance_app.settings import Settings
-from balance_app.wait_queue import Lane, Queued, WaitQueue
+from balance_app.wait_queue import Lane, WaitQueue
 
 log = structlog.get_logger(__name__)
 
-Connection: TypeAlias = "PoolConnectionProxy[asyncpg.Record]"
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+_OwnConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Result = TypeVar("Result")
-# what to do on a connection, where its result is waited for, since when (monotonic), and whether
-# it was at the end of the line
-_Waiter: TypeAlias = (
-    "tuple[Callable[[Connection], Awaitable[Any]], asyncio.Future[Any], float, bool]"
-)
 
-PROBE_SECONDS: Final = 0.1
 ROLLBACK_SECONDS: Final = 0.3
+LOG_AGAIN_SECONDS: Final = 60.0
+_NOT_REACHED: Final = Cause(Kind.NOT_REACHED, "no")
+_STOPPING: Final = Cause(Kind.STOPPING, "no")
 
 
 class UnusableDatabaseError(Exception):
     """The database answers, but waiting can't help: a wrong password, a schema too new."""
 
 
-def is_away(error: BaseException) -> Applied | None:
-    """Say whether `error` means that the database is away, and if so whether a write took effect.
+class _Operation(NamedTuple):
+    """What waits in the pool wait queue."""
 
-    None: no, the statement itself is at fault. `no`: the server said that it rolled back, or
-    nothing was sent. `unknown`: the connection ended before an answer came.
-    """
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        error = error.orig.__cause__ or error.orig  # a migration's: SQLAlchemy wraps it twice
-    if isinstance(error, asyncpg.PostgresError):
-        return _server_said(getattr(error, "severity", None), error.sqlstate or "")
-    if isinstance(error, ValueError):  # asyncpg's DataError: an argument of the wrong type
-        return None
-    # asyncpg's InternalClientError: the server said good-bye (FATAL) while the connection was
-    # idle, and the next statement met a connection that is ending.
-    if isinstance(
-        error, TimeoutError | OSError | asyncpg.InterfaceError | asyncpg.InternalClientError
-    ):
-        return "unknown"
-    return None
-
-
-def _server_said(severity: str | None, state: str) -> Applied | None:
-    # Appendix A of the PostgreSQL manual lists the codes.
-    if severity in {"FATAL", "PANIC"}:
-        # A connection refused (57P03, class 53) is plain; other ends may follow a commit.
-        return "no" if state.startswith(("53", "57P03")) else "unknown"
-    if state.startswith(("08", "57P")):
-        return "unknown"
-    if state.startswith(("25006", "40", "53", "55P03", "57014", "58")):
-        return "no"
-    return None
+    execute: Callable[[Connection], Awaitable[Any]]
+    answer: asyncio.Future[Any]
+    # monotonic
+    since: float
+    urgent: bool
 
 
 class Database:
-    """The pool, the line in front of it, and the probe that watches for a lost database."""
+    """The connections, the wait queue in front of them, and what is known of the database."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self.settings = settings
-        self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
-            **settings.statement_arguments(),
-            min_size=0,
-            max_size=settings.db_pool_size,
-            max_inactive_connection_lifetime=0,
-            command_timeout=settings.db_statement_seconds,
-            reset=_keep_session,
-        )
+        # open connections of requests that no worker uses
+        self._idle: list[_OwnConnection] = []
+        # all open connections of requests, and how many workers are busy with an operation
+        self._open: set[_OwnConnection] = set()
+        self._busy = 0
         self._lent: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             **settings.job_arguments(),
             min_size=0,
             max_size=settings.job_connections,
             max_inactive_connection_lifetime=60,
+            init=pin,
+            reset=reset,
         )
-        self._waiting: WaitQueue[_Waiter] = WaitQueue()
-        self._clerks: set[asyncio.Task[None] | None] = set()
-        # why the database can't be used, in a sentence; None when it can
-        self._away: str | None = "The service has not reached its database yet."
+        self._queue: WaitQueue[_Operation] = WaitQueue()
+        self._workers: set[asyncio.Task[None] | None] = set()
+        # why the database can't be used; None when it can
+        self._outage: Cause | None = _NOT_REACHED
+        # why no further connection can be made while some are open, how often it was tried, and
+        # when it may be tried again (monotonic)
+        self._refusal: Cause | None = None
+        self._refusals = 0
+        self._connect_at = 0.0
+        self._read_only: Cause | None = None
+        # causes by kind: when they were last logged (monotonic)
+        self._logged: dict[Kind, float] = {}
         self._stopping = False
-        self._watch: asyncio.Task[None] | None = None
         self._serving = False
+        # while somebody connects, it is not said that no connection can be made
+        self._connecting = 0
+        # in use, and not to be used again
+        self._expired: set[_OwnConnection] = set()
+        self._recovery: asyncio.Task[None] | None = None
+        self._writable: asyncio.Task[None] | None = None
         self._show(metrics or Metrics())
 
     def _show(self, metrics: Metrics) -> None:
         self._waited = metrics.connection_wait
-        metrics.requests_waiting.set_function(lambda: sum(in_line for *_, in_line in self._waiting))
-        metrics.database_away.set_function(lambda: self._away is not None)
+        metrics.requests_waiting.set_function(
+            lambda: sum(not operation.urgent for operation in self._queue)
+        )
+        metrics.database_away.set_function(lambda: self._outage is not None)
         for pool_name, limit, in_use in (
-            ("requests", self.settings.db_pool_size, lambda: len(self._clerks)),
+            ("requests", self.settings.db_pool_size, lambda: len(self._workers)),
             (
                 "jobs",
                 self.settings.job_connections,
@@ -123,35 +122,49 @@ class Database:
             metrics.connections_in_use.labels(pool_name).set_function(in_use)
 
     async def start(self, patience_seconds: float = 5.0) -> None:
-        """Migrate and connect; a database that is away is waited for in the background.
+        """Migrate and connect; a database that is unavailable is waited for in the background.
 
         Raises:
             UnusableDatabaseError: the database answers but can't be used.
         """
-        await self._pool
         await self._lent
-        self._watch = asyncio.create_task(self._bring_up())
-        done, _ = await asyncio.wait({self._watch}, timeout=patience_seconds)
+        self._recovery = asyncio.create_task(self._connect_with_retry(migrated=False))
+        done, _ = await asyncio.wait({self._recovery}, timeout=patience_seconds)
         self._serving = True
         if done:
-            await self._watch
+            await self._recovery
 
     async def stop(self) -> None:
         """Close every connection; what is still waiting is refused."""
-        self._stop_serving("The service is stopping.")
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
-        self._pool.terminate()
+        self._outage = _STOPPING
+        self._refuse_all(_STOPPING.sentence)
+        tasks = {task for task in (self._recovery, self._writable) if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for connection in list(self._open):
+            connection.terminate()
         self._lent.terminate()
+
+    def warnings(self) -> list[str]:
+        """Return what an operator should know of the connections although requests are served."""
+        found = [cause.sentence for cause in (self._read_only,) if cause is not None]
+        if self._refusal is not None and self._outage is None:
+            found.append(
+                f"{len(self._open)} of {self.settings.db_pool_size} connections are open, no more "
+                f"can be made: {self._refusal.sentence}"
+            )
+        return found
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
-        """Lend a connection for longer work; there are few, apart from those that serve the line.
+        """Lend a connection for longer work; there are few, apart from those that serve requests.
 
         It is closed, and what was not committed is rolled back, when the work ends by an exception.
+        A server that takes no more connections is waited for, as it serves on.
         """
-        connection = await self._lent.acquire()
+        connection = await self._acquire_lent()
         try:
             yield connection
         except BaseException:
@@ -168,6 +181,24 @@ class Database:
         finally:
             await self._lent.release(connection)
 
+    async def _acquire_lent(self) -> PoolConnectionProxy[asyncpg.Record]:
+        tries = 0
+        while True:
+            try:
+                return await self._lent.acquire()
+            except asyncpg.TooManyConnectionsError as error:
+                cause = classify(error)
+                assert cause is not None  # noqa: S101 - it is one of its codes
+                self._log_cause("a job waits for a connection", cause)
+                self._give_up_idle()
+                await asyncio.sleep(_pause_seconds(Kind.FULL, tries))
+                tries += 1
+
+    def _give_up_idle(self) -> None:
+        """Close a connection that no request needs now, but never the last one."""
+        if len(self._open) > 1 and self._idle:
+            self._idle.pop().terminate()
+
     async def run(
         self,
         operation: Callable[[Connection], Awaitable[Result]],
@@ -177,37 +208,40 @@ class Database:
     ) -> Result:
         """Run `operation` on a connection when its turn comes.
 
-        What is `urgent` goes to the head of the line, however long it is, and is still done while
-        the copy stops. Of one `lane` only a few are on connections at once, the others wait for
+        What is `urgent` goes to the head of the queue, however long it is, and is still done while
+        the instance stops. Of one `lane` only a few are on connections at once, the others wait for
         them without one.
 
         Raises:
-            DatabaseAway: it can't be reached; nothing of the operation was sent.
+            DatabaseAway: it can't be used; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
         self.check(urgent=urgent)
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        waiter = (operation, answer, monotonic(), not urgent)
-        free = len(self._clerks) < self.settings.db_pool_size
-        if not (free and self._waiting.admits(lane)) and not urgent:
-            waiting = len(self._waiting)
+        free = len(self._workers) - self._busy
+        goes_at_once = self._queue.admits(lane) and (
+            free > self._queue.ready or self._may_start_worker()
+        )
+        if not (goes_at_once or urgent):
+            waiting = len(self._queue) - min(free, self._queue.ready)
             if waiting >= self.settings.max_waiting:
                 raise Overloaded(f"{waiting} requests wait already.")
-        self._waiting.put(waiter, lane=lane, urgent=urgent)
-        if free and (queued := self._waiting.take()) is not None:
-            # Of its own context: a clerk serves many requests.
-            clerk = asyncio.create_task(self._serve_line(queued), context=Context())
-            self._clerks.add(clerk)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        waits = _Operation(operation, answer, monotonic(), urgent)
+        self._queue.put(waits, lane=lane, urgent=urgent)
+        # Who connects at this moment takes it soon; a connection that is idle takes it now.
+        if (self._idle or free < self._queue.ready) and self._may_start_worker():
+            # Of its own context: a worker serves many requests.
+            self._workers.add(asyncio.create_task(self._work(), context=Context()))
         return await answer
 
     def check(self, *, urgent: bool = False) -> None:
         """Raise what `run` would raise at once, if it would.
 
         Raises:
-            DatabaseAway: the database can't be used, or this copy is stopping.
+            DatabaseAway: the database can't be used, or this instance is stopping.
         """
-        if self._away is not None:
-            raise DatabaseAway(self._away, applied="no")
+        if self._outage is not None:
+            raise DatabaseAway(self._outage.sentence, applied="no")
         if self._stopping and not urgent:
             raise DatabaseAway("This copy is stopping.", applied="no")
 
@@ -216,168 +250,271 @@ class Database:
         self._stopping = True
         self._refuse_all("This copy is stopping.")
 
-    def _stop_serving(self, reason: str) -> None:
-        self._away = reason
-        self._refuse_all(reason)
-
     def _refuse_all(self, reason: str) -> None:
         """Refuse who waits; what has its connection goes on."""
-        for _, answer, _, _ in self._waiting.clear():
-            if not answer.done():
-                answer.set_exception(DatabaseAway(reason, applied="no"))
+        for operation in self._queue.clear():
+            if not operation.answer.done():
+                operation.answer.set_exception(DatabaseAway(reason, applied="no"))
 
-    # -- the line -----------------------------------------------------------------------------
+    # -- the workers --------------------------------------------------------------------------
 
-    async def _serve_line(self, queued: Queued[_Waiter] | None) -> None:
-        """Be a clerk: with one connection, serve one after the other until nobody waits.
+    def _may_start_worker(self) -> bool:
+        """Say whether one more worker is allowed, and has or may try to make a connection."""
+        return len(self._workers) < self.settings.db_pool_size and (
+            bool(self._idle) or not self._workers or monotonic() >= self._connect_at
+        )
+
+    async def _work(self) -> None:
+        """With one connection, serve one request after the other until nobody waits.
 
         The next operation's statement is on its way before the last one's answer is looked at.
         """
-        connection: Connection | None = None
+        connection: _OwnConnection | None = None
         try:
-            while queued is not None:
-                connection = await self._serve(queued.item, connection)
-                self._waiting.done(queued)
-                queued = self._waiting.take()
+            while self._queue.ready:
+                if connection is None or connection.is_closed():
+                    connection = await self._connection()
+                    if connection is None:
+                        return
+                    continue  # meanwhile others may have served everybody
+                queued = self._queue.take()
+                assert queued is not None  # noqa: S101 - looked at above
+                self._busy += 1
+                try:
+                    await self._serve(queued.item, connection)
+                finally:
+                    self._busy -= 1
+                    self._queue.done(queued)
         finally:
-            self._clerks.discard(asyncio.current_task())
+            self._workers.discard(asyncio.current_task())
             if connection is not None:
-                await self._pool.release(connection)
+                self._release(connection)
 
-    async def _serve(self, waiter: _Waiter, connection: Connection | None) -> Connection | None:
-        """Do what one of the line wants; return the connection, which the next may use."""
-        operation, answer, since, in_line = waiter
+    def _release(self, connection: _OwnConnection) -> None:
+        if connection in self._expired:
+            self._expired.discard(connection)
+            connection.terminate()
+        elif not connection.is_closed():
+            self._idle.append(connection)
+
+    async def _serve(self, operation: _Operation, connection: _OwnConnection) -> None:
+        """Do what one of the queue wants."""
+        execute, answer, since, urgent = operation
         if answer.done():  # who asked is gone
-            return connection
+            return
         if monotonic() - since > self.settings.max_waiting_seconds:
             answer.set_exception(Overloaded("Too slow: no turn came in time."))
-            return connection
+            return
         try:
-            if connection is None or _is_closed(connection):
-                connection = await self._acquire()
-            if in_line:
+            if not urgent:
                 self._waited.observe(monotonic() - since)
-            result = await operation(connection)
+            result = await execute(connection)
             if not answer.done():
                 answer.set_result(result)
         except asyncio.CancelledError:
-            _tell_cut_off(answer, connection)
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # the event loop ends
+            # Nobody cancels a worker, but an operation may end as if it were cancelled.
+            connection.terminate()
+            if not answer.done():
+                answer.set_exception(_problem(Cause(Kind.CUT_OFF, "unknown")))
+            if _is_cancelled():  # the event loop ends
                 raise
         except Exception as error:  # noqa: BLE001 - it belongs to who asked
-            self._learn_from(error, connection)
+            self._handle_failure(error, connection)
             if not answer.done():
                 answer.set_exception(error)
-        return connection
 
-    async def _acquire(self) -> Connection:
+    async def _connection(self) -> _OwnConnection | None:
+        """Return a connection that is idle, or a new one; None when none can be made now."""
+        if (idle := self._take_idle()) is not None:
+            return idle
+        self._connecting += 1
         try:
-            return await self._pool.acquire(timeout=self.settings.db_connect_seconds)
-        except Exception as error:
-            if not is_away(error):
+            connection = await self._open_connection()
+        except asyncio.CancelledError:
+            if _is_cancelled():  # the event loop ends
                 raise
-            # A server that is merely full still serves the connections that there are.
-            if not isinstance(error, asyncpg.TooManyConnectionsError):
-                self._lose("The database can't be reached.")
-            raise DatabaseAway("The database can't be reached.", applied="no") from error
+            cause = Cause(Kind.CUT_OFF, "no", text="cut off while it was made")
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection
+            cause = classify(error) or Cause(Kind.UNEXPECTED, "no", text=repr(error))
+        else:
+            self._open.add(connection)
+            self._refusal, self._refusals = None, 0
+            return connection
+        finally:
+            self._connecting -= 1
+        self._handle_refusal(cause)
+        return self._take_idle()
 
-    def _learn_from(self, error: Exception, connection: Connection | None) -> None:
-        cause = error.__cause__
-        if connection is None or not isinstance(error, DatabaseAway) or cause is None:
+    def _take_idle(self) -> _OwnConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    async def _open_connection(self) -> _OwnConnection:
+        return await open_session(
+            {
+                **self.settings.statement_arguments(),
+                "command_timeout": self.settings.db_statement_seconds,
+            }
+        )
+
+    # -- unavailable, and available again -----------------------------------------------------
+
+    def _handle_refusal(self, cause: Cause) -> None:
+        """Go on with the connections that there are; without one, nothing can be served."""
+        self._open = {connection for connection in self._open if not connection.is_closed()}
+        if not self._open and not self._connecting:
+            self._mark_unavailable(cause)
             return
-        silent = isinstance(cause, TimeoutError | asyncpg.ReadOnlySQLTransactionError)
-        if silent or is_away(cause) == "unknown":
-            _terminate(connection)
-        if silent:
-            self._lose("The database does not answer.")
+        self._connect_at = monotonic() + _pause_seconds(cause.kind, self._refusals + 2)
+        self._refusals += 1
+        self._refusal = cause
+        self._log_cause("no further connection", cause)
 
-    # -- away and back ------------------------------------------------------------------------
+    def _handle_failure(self, error: Exception, connection: _OwnConnection) -> None:
+        """Draw the conclusions from what an operation met: for its connection, and for all."""
+        problem, cause = error, None
+        if isinstance(problem, DatabaseAway) and problem.__cause__ is not None:
+            cause = classify(problem.__cause__)
+        if cause is None:
+            return
+        if cause.applied == "unknown":
+            connection.terminate()
+        if cause.kind is Kind.NO_ANSWER:
+            self._mark_unavailable(cause)
+        elif cause.kind is Kind.READ_ONLY:
+            self._mark_read_only(cause)
+        elif cause.kind not in OF_A_STATEMENT:
+            self._log_cause("the database failed", cause)
 
-    def _lose(self, reason: str) -> None:
-        """Refuse everybody until a probe finds the database again."""
-        if self._away is None:
-            log.warning("database away", reason=reason, waiting=len(self._waiting))
+    def _mark_unavailable(self, cause: Cause) -> None:
+        """Refuse everybody until the database can be used again."""
+        if self._outage is None:
+            log.warning("database unavailable", **_for_log(cause), waiting=len(self._queue))
             # Of its own context: what it logs is not about the request that found out.
-            self._watch = asyncio.create_task(self._probe(), context=Context())
-        self._stop_serving(reason)
+            self._recovery = asyncio.create_task(
+                self._connect_with_retry(migrated=True), context=Context()
+            )
+            self._outage = cause
+        self._refuse_all(cause.sentence)
 
-    async def _bring_up(self) -> None:
-        told = None
+    def _mark_read_only(self, cause: Cause) -> None:
+        """Serve reads on, and look whether writes are possible again."""
+        if self._read_only is None:
+            log.warning("database read-only", **_for_log(cause))
+            self._read_only = cause
+            self._writable = asyncio.create_task(self._wait_until_writable(), context=Context())
+
+    def _log_cause(self, event: str, cause: Cause) -> None:
+        """Log a cause when it is found, and not with each request that meets it."""
+        now = monotonic()
+        if now - self._logged.get(cause.kind, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
+            self._logged[cause.kind] = now
+            log.warning(event, **_for_log(cause))
+
+    async def _connect_with_retry(self, *, migrated: bool) -> None:
+        """Try until the database can be used; the first time, migrate it before.
+
+        Raises:
+            UnusableDatabaseError: while this instance starts: waiting can't help.
+        """
+        started, tries = monotonic(), 0
+        told = self._outage
         while True:
             try:
-                await migrate(self.settings)
+                if not migrated:
+                    await migrate(self.settings)
+                    migrated = True
+                connection = await self._open_connection()
+                if await connection.fetchval(IN_RECOVERY):
+                    connection.terminate()
+                    cause = Cause(Kind.STANDBY, "no")
+                else:
+                    break
             except Exception as error:
-                hopeless = isinstance(error, _CANNOT_BE_MENDED_BY_WAITING)
-                away = is_away(error) is not None and not hopeless
-                # Whoever starts this copy is told; once it serves, an operator may still mend it.
+                found = classify(error)
+                hopeless = isinstance(error, CommandError) or (
+                    found is not None and found.kind in HOPELESS
+                )
+                # Whoever starts this instance is told; once it serves, an operator may mend it.
                 if hopeless and not self._serving:
-                    raise UnusableDatabaseError(f"The database can't be used: {error}") from error
-                if not away and not self._serving:
+                    reason = found.sentence if found is not None else "The database can't be used."
+                    raise UnusableDatabaseError(f"{reason} {error}") from error
+                if found is None and not self._serving:
                     raise
-                reason = "can't be reached" if away else "can't be used; the log says why"
-                if reason != told:
-                    told = reason
-                    log.warning("waiting for the database", reason=reason, error=repr(error))
-                self._away = f"The database {reason}."
-                await asyncio.sleep(PROBE_SECONDS if away else 1.0)
-            else:
-                self._away = None
-                return
+                cause = found or Cause(Kind.UNEXPECTED, "no", text=repr(error))
+            if told is None or (cause.kind, cause.sqlstate) != (told.kind, told.sqlstate):
+                tries, told = 0, cause
+                log.warning("waiting for the database", **_for_log(cause))
+            self._outage = cause
+            await asyncio.sleep(_pause_seconds(cause.kind, tries))
+            tries += 1
+        self._open = {connection}
+        self._idle = [connection]
+        self._outage = self._refusal = None
+        self._refusals, self._connect_at = 0, 0.0
+        self._logged.clear()
+        if self._serving:
+            log.info("database available", after_seconds=round(monotonic() - started, 1))
 
-    async def _probe(self) -> None:
-        arguments = {**self.settings.connect_arguments(), "timeout": 1.0}
+    async def _wait_until_writable(self) -> None:
+        """Look with new sessions, as the old ones may keep a default that has changed since."""
+        tries = 0
         while True:
-            await asyncio.sleep(PROBE_SECONDS)
-            try:
-                connection = await asyncpg.connect(**arguments)
+            await asyncio.sleep(_pause_seconds(Kind.READ_ONLY, tries))
+            tries += 1
+            with suppress(Exception):  # what is amiss beyond that is found by those who work
+                connection = await self._open_connection()
                 try:
-                    read_only = await connection.fetchval("SELECT pg_is_in_recovery()", timeout=1.0)
+                    if await connection.fetchval(READ_ONLY):
+                        continue
                 finally:
                     connection.terminate()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the database is not back
-                log.debug("database still away", error=repr(error))
-            else:
-                if not read_only:
-                    log.info("database back")
-                    self._away = None
-                    return
+                break
+        log.info("database writable")
+        self._read_only = None
+        await self._lent.expire_connections()
+        self._expired = {each for each in self._open if not each.is_closed()}
+        while (idle := self._take_idle()) is not None:
+            self._release(idle)
 
 
-_CANNOT_BE_MENDED_BY_WAITING: Final = (
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.InsufficientPrivilegeError,
-    CommandError,  # alembic's: the schema is newer than this program
-)
+def _pause_seconds(kind: Kind, tries: int) -> float:
+    """Return how long to wait, not in step with other instances."""
+    return pause_seconds(kind, tries) * random.uniform(0.5, 1)
 
 
-def _is_closed(connection: Connection) -> bool:
-    try:
-        return connection.is_closed()
-    except asyncpg.InterfaceError:  # it closed, and the pool has taken it back already
-        return True
+def _is_cancelled() -> bool:
+    """Say whether the task itself is cancelled, and not only what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
-def _tell_cut_off(answer: asyncio.Future[Any], connection: Connection | None) -> None:
-    """Answer who asked for what ended as if it were cancelled.
-
-    Nobody cancels a clerk, but the making of a connection may end like this when it is cut off.
-    """
-    applied: Applied = "no" if connection is None else "unknown"
-    if connection is not None:
-        _terminate(connection)
-    if not answer.done():
-        answer.set_exception(DatabaseAway(_SENTENCES[applied], applied=applied))
+def _for_log(cause: Cause) -> dict[str, str]:
+    fields = {"cause": cause.kind.name.lower(), "reason": cause.kind.value}
+    if cause.sqlstate is not None:
+        fields["sqlstate"] = cause.sqlstate
+    if cause.text:
+        fields["error"] = cause.text
+    return fields
 
 
 def _terminate(connection: Connection) -> None:
-    if not _is_closed(connection):
-        connection.terminate()
+    with suppress(asyncpg.InterfaceError):  # it closed, and the pool has taken it back already
+        if not connection.is_closed():
+            connection.terminate()
 
 
-async def _keep_session(_connection: object) -> None:
-    """Skip the pool's RESET, which costs a round trip: no statement here changes the session."""
+IN_RECOVERY: Final = "SELECT pg_is_in_recovery()"
+READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
+
+
+def _problem(cause: Cause) -> DatabaseAway:
+    """Return what a request is told that met this cause while it changed something."""
+    effect = "Nothing was changed." if cause.applied == "no" else "The change may have been made."
+    return DatabaseAway(f"{cause.sentence} {effect}", applied=cause.applied)
 
 
 async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:
@@ -390,10 +527,10 @@ async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg
     try:
         return await connection.fetchrow(sql, *arguments)
     except Exception as error:
-        applied = is_away(error)
-        if applied is None:
+        cause = classify(error)
+        if cause is None:
             raise
-        raise DatabaseAway(_SENTENCES[applied], applied=applied) from error
+        raise _problem(cause) from error
 
 
 async def read(connection: Connection, sql: str, *arguments: object) -> list[asyncpg.Record]:
@@ -405,12 +542,7 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
     try:
         return await connection.fetch(sql, *arguments)
     except Exception as error:
-        if is_away(error) is None:
+        cause = classify(error)
+        if cause is None:
             raise
-        raise DatabaseAway(_SENTENCES["no"], applied="no") from error
-
-
-_SENTENCES: Final[dict[Applied, str]] = {
-    "no": "The database could not do it now; nothing was changed.",
-    "unknown": "The database went away before it answered; the change may have been made.",
-}
+        raise DatabaseAway(cause.sentence, applied="no") from error

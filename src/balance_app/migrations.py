@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Final
 
-import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from balance_app.sessions import open_session
 from balance_app.settings import Settings
 
 MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
@@ -46,7 +46,7 @@ async def migrate(settings: Settings) -> None:
     """Bring the schema to this program's head; any number of copies may try at once."""
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
+        async_creator=lambda: open_session(settings.connect_arguments()),
         poolclass=pool.NullPool,
     )
     config = alembic_config()
@@ -56,7 +56,7 @@ async def migrate(settings: Settings) -> None:
         command.upgrade(config, "head")
 
     # The lock has a connection of its own: it outlives every transaction of the migrations.
-    guard = await asyncpg.connect(**settings.connect_arguments())
+    guard = await open_session(settings.connect_arguments())
     try:
         await guard.execute("SET lock_timeout = 0")
         await guard.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)

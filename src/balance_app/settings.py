@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from balance_app.sessions import PINNED, SEARCH_PATH
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -129,7 +131,11 @@ class Settings(BaseSettings):
         """
         arguments = self.connect_arguments()
         seconds = (self.db_lock_seconds + self.db_statement_seconds) / 2
-        arguments["server_settings"]["statement_timeout"] = f"{round(seconds * 1000)}ms"
+        arguments["server_settings"] |= {
+            "statement_timeout": f"{round(seconds * 1000)}ms",
+            # There is no waiting inside of these transactions, unless this instance stands still.
+            "idle_in_transaction_session_timeout": "10s",
+        }
         return arguments
 
     def job_arguments(self) -> dict[str, Any]:
@@ -148,6 +154,8 @@ class Settings(BaseSettings):
         common: dict[str, Any] = {
             "timeout": self.db_connect_seconds,
             "server_settings": {
+                **PINNED,
+                "search_path": SEARCH_PATH,
                 "application_name": f"balance_app {self.server_id}"[:63],
                 "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
                 # Of a copy whose network is cut PostgreSQL hears nothing, for two hours by default.

@@ -53,6 +53,11 @@ class WaitQueue(Generic[Item]):
     def __len__(self) -> int:
         return len(self._admitted) + self._parked
 
+    @property
+    def ready(self) -> int:
+        """How many may be taken now."""
+        return len(self._admitted)
+
     def __iter__(self) -> Iterator[Item]:
         """Yield all that waits, in no order."""
         for queued in self._admitted:

@@ -16,6 +16,7 @@ from balance_app.database import Connection as PoolConnection
 from balance_app.errors import DatabaseAway
 from balance_app.jobs import board as board_module
 from balance_app.jobs.board import Board
+from balance_app.outages import Cause, Kind
 from tests.jobs.rows import Connection, add_copy, add_job, migrated, running, settings_for
 from tests.processes import connect
 
@@ -429,12 +430,12 @@ async def test_an_outage_is_told_to_all_who_ask(database: dict[str, str]) -> Non
     async with migrated(database) as (served, connection):
         board = Board(served, settings_for(database))
         await add_job(connection, "a-job")
-        served._away = "It is away."
+        served._outage = Cause(Kind.NO_ANSWER, "no")
         for result in await asyncio.gather(
             *(board.look() for _ in range(5)), return_exceptions=True
         ):
             assert isinstance(result, DatabaseAway)
-        served._away = None
+        served._outage = None
         assert len((await look(board))["jobs"]) == 1
 
 

@@ -23,6 +23,7 @@ import structlog
 
 from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
 from balance_app.metrics import Metrics
+from balance_app.sessions import open_session
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -185,7 +186,7 @@ class Heart:
     async def _connect(self) -> "asyncpg.Connection[asyncpg.Record]":
         arguments = self._settings.connect_arguments()
         arguments["timeout"] = min(arguments["timeout"], self._lease_seconds / 6)
-        return await asyncpg.connect(**arguments)
+        return await open_session(arguments)
 
     async def _beat(self, connection: "asyncpg.Connection[asyncpg.Record]", known: Known) -> bool:
         """Renew all leases; False: a row was locked, try again soon."""

@@ -242,7 +242,7 @@ FROM jobs
 
 
 async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) -> Known:
-    async with connection.transaction():
+    async with connection.transaction(isolation="read_committed"):
         # Who stands still in here must not keep others from coming up.
         await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
         await read(connection, "SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
@@ -470,7 +470,7 @@ async def heartbeat(
 # Half-way through a statement (asyncpg sends a new one in two parts) it is not idle to the server;
 # since version 17 this limit ends it there too.
 BEGIN: Final = """
-BEGIN;
+BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
 SELECT set_config('transaction_timeout', '{milliseconds}ms', true)
 WHERE current_setting('server_version_num')::integer >= 170000
 """
@@ -488,8 +488,11 @@ WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp
 REMEMBER: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"
 
 # Checked and committed in one message: a copy that is frozen in between holds no lock, and nobody
-# can take the job between the check and the commit.
-COMMIT: Final = "SELECT hold_lease(); COMMIT"
+# can take the job between the check and the commit. What the job has set meanwhile (its search
+# path, its role) must not hide the function, nor put other tables in the place of ours.
+COMMIT: Final = """
+SET LOCAL search_path TO DEFAULT; SET LOCAL ROLE NONE; SELECT hold_lease(); COMMIT
+"""
 LEASE_LOST: Final = "BL001"  # what hold_lease() raises
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import asyncpg
 import structlog
 
-from balance_app.database import Connection, Database, is_away
+from balance_app.database import Connection, Database
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.lease import Lease
 from balance_app.jobs.repository import (
@@ -24,6 +24,7 @@ from balance_app.jobs.repository import (
     Progress,
     encode,
 )
+from balance_app.outages import is_away, is_fatal
 
 CHECKPOINT_BYTES: Final = 8192
 NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -172,8 +173,7 @@ class Run:
             return LeaseLostError(f"{self.name} has lost its lease.")
         applied = is_away(error)
         # A statement that was rolled back is the job's affair; a refused connection is an outage.
-        refused = getattr(error, "severity", None) in {"FATAL", "PANIC"}
-        if applied is None or (state is not None and applied == "no" and not refused):
+        if applied is None or (state is not None and applied == "no" and not is_fatal(error)):
             return None
         return DatabaseAway("The database went away in a transaction.", applied=applied)
 

@@ -1,0 +1,210 @@
+"""What an error of the database means: why it can't be used, and whether a write took effect.
+
+There is one place that knows the codes and the exceptions of the driver: `classify`. What it finds
+is logged once, shown by `/readyz`, and told with each request that is refused because of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import ssl
+from enum import Enum
+from socket import gaierror
+from typing import Final, NamedTuple
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+
+from balance_app.errors import Applied
+from balance_app.sessions import PoolerError
+
+
+class Kind(Enum):
+    """Why the database can't be used, as a sentence for people."""
+
+    NOT_REACHED = "The service has not reached its database yet."
+    STOPPING = "The service is stopping."
+    REFUSED = "The database can't be reached: nobody takes connections at its address."
+    UNREACHABLE = "The database can't be reached: there is no way to its address."
+    UNKNOWN_HOST = "The database can't be reached: its host name is not known."
+    NO_ANSWER = "The database does not answer in time."
+    CUT_OFF = "The connection to the database was lost."
+    TLS = "The database can't be reached: no secure connection (TLS) can be made."
+    STARTING = "The database is starting or shutting down."
+    ENDED = "The database ended the session."
+    STANDBY = "The database is a standby: what it shows may be behind what was promised."
+    NO_FITTING_HOST = "No host of the database is what target_session_attrs asks for."
+    READ_ONLY = "The database is read-only at present: balances can be read, but not changed."
+    FULL = "The database takes no more connections: a limit is reached."
+    FILES = "This instance has no free file descriptor for a connection: too many open files."
+    PASSWORD = "The database refuses the password."  # noqa: S105 - a sentence
+    NOT_ALLOWED = "The database lets this user not in (pg_hba.conf, or the role)."
+    NO_DATABASE = "The database of this name does not exist, or can't be opened."
+    PRIVILEGE = "A right is missing in the database."
+    POOLER = (
+        "A pooler in front of PostgreSQL breaks sessions (as PgBouncer does in transaction mode): "
+        "connect to PostgreSQL itself."
+    )
+    SETTINGS = "The connection's settings can't be used."
+    DISK_FULL = "The database has no room left on its disk."
+    RESOURCES = "The database is short of resources."
+    TIME_LIMIT = "The database ended the statement: a time limit."
+    LOCKED = "What is needed was locked for too long."
+    CONFLICT = "The database ended the transaction: it conflicted with another."
+    BROKEN = "The database met an error of its system."
+    CLOSED = "The database is closed to connections."
+    UNEXPECTED = "The database can't be used; the log says why."
+
+
+class Cause(NamedTuple):
+    """What an error means."""
+
+    kind: Kind
+    # `no`: the server said that it rolled back, or nothing was sent; `unknown`: the connection
+    # ended before an answer came
+    applied: Applied
+    sqlstate: str | None = None
+    # what the server or the driver said, for the log
+    text: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The cause for people, with the server's code if it gave one."""
+        if self.sqlstate is None:
+            return self.kind.value
+        return f"{self.kind.value.removesuffix('.')} (SQLSTATE {self.sqlstate})."
+
+
+# Who starts an instance is told at once; it would wait for ever, and in silence.
+HOPELESS: Final = frozenset(
+    {
+        Kind.PASSWORD,
+        Kind.NOT_ALLOWED,
+        Kind.NO_DATABASE,
+        Kind.PRIVILEGE,
+        Kind.POOLER,
+        Kind.SETTINGS,
+    }
+)
+# They end one statement: the database goes on, and so do the others.
+OF_A_STATEMENT: Final = frozenset({Kind.TIME_LIMIT, Kind.LOCKED, Kind.CONFLICT})
+
+# The longest pause between two tries, in seconds. What comes back by itself has to be seen within
+# a second; what somebody has to mend must not fill the server's log.
+_LONGEST_PAUSES: Final = {
+    **dict.fromkeys(HOPELESS, 5.0),
+    Kind.TLS: 5.0,
+    Kind.UNKNOWN_HOST: 2.0,
+    Kind.FULL: 1.0,
+    Kind.CLOSED: 1.0,
+    Kind.UNEXPECTED: 1.0,
+    Kind.READ_ONLY: 1.0,
+    Kind.STANDBY: 0.5,
+}
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 0.3
+
+
+def pause_seconds(kind: Kind, tries: int) -> float:
+    """Return how long to wait after so many tries that failed, before jitter."""
+    return min(FIRST_PAUSE * 2.0 ** min(tries, 10), _LONGEST_PAUSES.get(kind, LONGEST_PAUSE))
+
+
+def is_away(error: BaseException) -> Applied | None:
+    """Say whether the database is at fault, not the statement; if so whether a write was made."""
+    cause = classify(error)
+    return None if cause is None else cause.applied
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Say whether the server ended the session with this error, in whatever language it speaks."""
+    severity = getattr(error, "severity_en", None) or getattr(error, "severity", None)
+    return severity in {"FATAL", "PANIC"}
+
+
+def classify(error: BaseException) -> Cause | None:
+    """Say what an error means; None: the statement itself is at fault."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig.__cause__ or error.orig  # a migration's: SQLAlchemy wraps it twice
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        return _from_server(error, error.sqlstate or "", text)
+    kind = _from_driver(error, text)
+    return None if kind is None else Cause(kind, "unknown", text=text)
+
+
+def _from_driver(error: BaseException, text: str) -> Kind | None:
+    if isinstance(error, OSError) and not isinstance(error, gaierror | ssl.SSLError | TimeoutError):
+        return _from_system(error, text)
+    return next((kind for types, kind in _EXCEPTIONS if isinstance(error, types)), None)
+
+
+# The first that fits: several are of more than one of these types.
+_EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
+    (PoolerError, Kind.POOLER),
+    (asyncpg.ClientConfigurationError, Kind.SETTINGS),
+    (gaierror, Kind.UNKNOWN_HOST),
+    (ssl.SSLError, Kind.TLS),
+    (TimeoutError, Kind.NO_ANSWER),
+    (ValueError, None),  # asyncpg's DataError: an argument of the wrong type
+    (asyncpg.TargetServerAttributeNotMatched, Kind.NO_FITTING_HOST),
+    # The latter: the server said good-bye (FATAL) while the connection was idle, and the next
+    # statement met a connection that is ending.
+    (asyncpg.InterfaceError, Kind.CUT_OFF),
+    (asyncpg.InternalClientError, Kind.CUT_OFF),
+)
+
+
+def _from_system(error: OSError, text: str) -> Kind:
+    # An event loop that tried several addresses says only in its text how each has failed.
+    codes = {error.errno} if error.errno else {int(code) for code in _ERRNO.findall(text)}
+    if codes & {errno.EMFILE, errno.ENFILE}:
+        return Kind.FILES
+    if codes & {errno.ECONNREFUSED, errno.ENOENT}:  # the latter: there is no such socket
+        return Kind.REFUSED
+    if codes & {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTDOWN}:
+        return Kind.UNREACHABLE
+    if codes & {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}:
+        return Kind.UNREACHABLE
+    if "SSL" in text and not codes:  # asyncpg's: the server won't, or said something else
+        return Kind.TLS
+    return Kind.CUT_OFF
+
+
+_ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
+
+
+def _from_server(error: asyncpg.PostgresError, state: str, text: str) -> Cause | None:
+    # Appendix A of the PostgreSQL manual lists the codes.
+    kind = next((kind for start, kind in _STATES if state.startswith(start)), None)
+    if is_fatal(error):
+        # A connection refused (57P03, class 53) is plain; other ends may follow a commit.
+        applied: Applied = "no" if state.startswith(("53", "57P03")) else "unknown"
+        closed = state == "55000"  # ALTER DATABASE ... ALLOW_CONNECTIONS false
+        return Cause(Kind.CLOSED if closed else kind or Kind.ENDED, applied, state, text)
+    if kind is None:
+        return None
+    return Cause(kind, "unknown" if state.startswith(("08", "57P")) else "no", state, text)
+
+
+_STATES: Final = (
+    ("08P01", Kind.POOLER),  # only a pooler does not know a parameter of the startup packet
+    ("08", Kind.CUT_OFF),
+    ("25006", Kind.READ_ONLY),
+    ("25P0", Kind.TIME_LIMIT),
+    ("28P01", Kind.PASSWORD),
+    ("28", Kind.NOT_ALLOWED),
+    ("3D000", Kind.NO_DATABASE),
+    ("40", Kind.CONFLICT),
+    ("42501", Kind.PRIVILEGE),
+    ("53100", Kind.DISK_FULL),
+    ("53300", Kind.FULL),
+    ("53", Kind.RESOURCES),
+    ("55P03", Kind.LOCKED),
+    ("57014", Kind.TIME_LIMIT),
+    ("57P03", Kind.STARTING),
+    ("57P04", Kind.NO_DATABASE),
+    ("57P", Kind.ENDED),
+    ("58", Kind.BROKEN),
+)
