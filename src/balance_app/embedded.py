@@ -7,6 +7,7 @@ be slow to notice a death), reached through a socket in its own directory: no po
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import pwd
@@ -16,7 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -57,11 +58,14 @@ def remove(data: Path) -> bool:
     Raises:
         EmbeddedError: a server still uses it.
     """
-    if not data.exists():
+    if not data.exists() and not _unfinished(data).exists():
         return False
-    if (pid := running_server(data)) is not None:
-        raise EmbeddedError(f"PostgreSQL (pid {pid}) is using {data}; stop it first.")
-    shutil.rmtree(data)
+    with _alone(data.parent):
+        if (pid := running_server(data)) is not None:
+            raise EmbeddedError(f"PostgreSQL (pid {pid}) is using {data}; stop it first.")
+        for each in (data, _unfinished(data)):
+            if each.exists():
+                shutil.rmtree(each)
     return True
 
 
@@ -69,16 +73,55 @@ def running_server(data: Path) -> int | None:
     """Return the pid of the server that uses a data directory, if one runs."""
     try:
         pid = int((data / "postmaster.pid").read_text().split("\n", 1)[0])
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    try:
         os.kill(pid, 0)
     except PermissionError:
         return pid
-    except (OSError, ValueError):
+    except OSError:
         return None
     # The pid may have gone to another program since the server died.
     with contextlib.suppress(OSError):
         if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return None
     return pid
+
+
+def _unfinished(data: Path) -> Path:
+    """Return where a data directory is made before it is moved to its place."""
+    return data.with_name(f"{data.name}.new")
+
+
+def _require_complete(data: Path) -> None:
+    """Refuse a directory that `initdb` left unfinished, as earlier versions could leave it."""
+    # The last that initdb makes is the database `postgres`, whose number is fixed.
+    for part in ("PG_VERSION", "global/pg_control", "base/5/PG_VERSION"):
+        if not (data / part).exists():
+            raise EmbeddedError(
+                f"{data} is not a complete PostgreSQL data directory ({part} is missing), as a "
+                "first start leaves it that was cut off. If nothing was stored in it, delete it "
+                "with `balance-app reset`; otherwise restore it from a backup."
+            )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[int]:
+    """Hold a lock while a server is started in a directory; it ends with whoever holds it.
+
+    Raises:
+        EmbeddedError: somebody else holds it.
+    """
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        raise EmbeddedError(
+            f"Another `balance-app up` (or `reset`) is at work in {directory} at this moment."
+        ) from None
+    finally:
+        os.close(lock)
 
 
 class EmbeddedPostgres:
@@ -115,13 +158,20 @@ class EmbeddedPostgres:
         Raises:
             EmbeddedError: it is in use already, or the server did not come up.
         """
+        deadline = monotonic() + within_seconds
+        self.data.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(self.data.parent) as lock:
+            await self._start(lock, deadline)
+
+    async def _start(self, lock: int, deadline: float) -> None:
         if (pid := running_server(self.data)) is not None:
             raise EmbeddedError(
                 f"PostgreSQL (pid {pid}) already uses {self.data}: "
                 "is `balance-app up` running in another terminal?"
             )
-        if not (self.data / "PG_VERSION").exists():
-            await asyncio.to_thread(self._initialise)
+        if not self.data.exists() or not any(self.data.iterdir()):
+            await asyncio.to_thread(self._initialise, lock)
+        _require_complete(self.data)
         if self._user is not None:
             shutil.chown(self.socket_directory, self._user, self._user)
         # A lock file of a dead server may name a pid that lives again as something else.
@@ -141,7 +191,7 @@ class EmbeddedPostgres:
                 extra_groups=[] if self._user else None,
                 preexec_fn=stop_with_parent(signal.SIGINT),
             )
-        await self._wait_until_ready(within_seconds)
+        await self._wait_until_ready(deadline)
 
     async def stop(self, *, mode: int = signal.SIGINT) -> None:
         """Stop the server: SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
@@ -167,8 +217,7 @@ class EmbeddedPostgres:
         # The data directory can't be used again before the last of them is gone.
         await asyncio.to_thread(psutil.wait_procs, backends, 10)
 
-    async def _wait_until_ready(self, within_seconds: float) -> None:
-        deadline = monotonic() + within_seconds
+    async def _wait_until_ready(self, deadline: float) -> None:
         while monotonic() < deadline:
             if self.process.returncode is not None:
                 break
@@ -180,21 +229,32 @@ class EmbeddedPostgres:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
         raise EmbeddedError(f"PostgreSQL did not come up; the end of {self.log}:\n{tail}")
 
-    def _initialise(self) -> None:
-        self.data.mkdir(parents=True, exist_ok=True)
-        self.data.chmod(0o700)
+    def _initialise(self, lock: int) -> None:
+        """Make the data directory beside its place: what is in its place is always complete."""
+        new = _unfinished(self.data)
+        shutil.rmtree(new, ignore_errors=True)  # of a start that was cut off
+        new.mkdir(mode=0o700)
         if self._user is not None:
-            self._open_the_way()
-        command = [str(self._bin / "initdb"), "-D", str(self.data), "-U", "postgres"]
+            self._open_the_way(new)
+        command = [str(self._bin / "initdb"), "-D", str(new), "-U", "postgres"]
         command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]
         result = subprocess.run(  # noqa: S603 - the package's own program
-            command, check=False, capture_output=True, text=True, user=self._user, group=self._user
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            user=self._user,
+            group=self._user,
+            pass_fds=[lock],  # nobody else begins while this still writes
+            preexec_fn=stop_with_parent(signal.SIGKILL),
         )
         if result.returncode:
-            shutil.rmtree(self.data, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             raise EmbeddedError(f"initdb failed:\n{result.stderr}{result.stdout}")
+        new.rename(self.data)
 
-    def _open_the_way(self) -> None:
+    def _open_the_way(self, data: Path) -> None:
         """Let the unprivileged user that PostgreSQL insists on reach its programs and data."""
         try:
             pwd.getpwnam(SYSTEM_USER)
@@ -202,8 +262,8 @@ class EmbeddedPostgres:
             # PostgreSQL refuses to run as root.
             command = ["useradd", "--system", "--user-group", SYSTEM_USER]
             subprocess.run(command, check=True, capture_output=True)  # noqa: S603
-        shutil.chown(self.data, SYSTEM_USER, SYSTEM_USER)
-        for path in (*self._bin.parents, *self.data.parents):
+        shutil.chown(data, SYSTEM_USER, SYSTEM_USER)
+        for path in (*self._bin.parents, *data.parents):
             mode = path.stat().st_mode
             if not mode & stat.S_IXOTH:
                 path.chmod(mode | stat.S_IXOTH)  # to pass through, not to read

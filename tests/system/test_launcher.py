@@ -68,6 +68,39 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
     assert not (tmp_path / "postgres").exists()
 
 
+async def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> None:
+    """Killed while the data directory is made, it leaves nothing that the next start trips over."""
+    place, new = tmp_path / "postgres", tmp_path / "postgres.new"
+    async with _up(tmp_path) as launched:
+        for _ in range(READY_SECONDS * 100):
+            if (new / "PG_VERSION").exists():
+                break
+            await asyncio.sleep(0.01)
+        family = launched.family()
+        await launched.end(signal.SIGKILL)
+        assert not place.exists()
+        assert _alive(family, within_seconds=STOP_SECONDS) == []
+
+    async with _up(tmp_path) as launched:
+        await launched.ready("app1")
+        assert await launched.withdraw(1, copy=1) == 9_999
+    assert not new.exists()
+
+
+async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """As earlier versions could leave it; what to do is said, and works."""
+    place = tmp_path / "postgres"
+    place.mkdir()
+    (place / "PG_VERSION").write_text("18\n")
+    port = free_ports(COPIES + 1, below=32_000)
+    code, said = await _run(tmp_path, "up", "--copies", str(COPIES), "--port", str(port))
+    assert code == 1
+    assert f"{place} is not a complete PostgreSQL data directory (global/pg_control is m" in said
+    assert "Traceback" not in said
+    assert await _run(tmp_path, "reset", "--yes") == (0, f"Deleted {place}.\n")
+    assert not place.exists()
+
+
 async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
     """Nothing is started when a port is taken; one line says which, and what to do."""
     port = free_ports(COPIES + 1, below=32_000)
