@@ -66,6 +66,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "jitter as long as the interval": ({"every": MINUTE, "jitter": MINUTE}, "jitter is 0:01:00"),
     "jitter over the interval": ({"every": MINUTE, "jitter": 2 * MINUTE}, "jitter is 0:02:00"),
     "a negative jitter of cron": ({"cron": "* * * * *", "jitter": -SECOND}, "jitter is -1 day"),
+    "a name of another type": ({"name": 5, "every": MINUTE}, "named 5"),
+    "no name": ({"name": None, "every": MINUTE}, "named None"),
+    "seconds for an interval": ({"every": 60}, "every is 60; write a timedelta, like timedelta(s"),
+    "text for an interval": ({"every": "60"}, "every is '60'; write a timedelta, like"),
+    "a flag for an interval": ({"every": True}, "every is True"),
+    "no number of seconds": ({"every": float("nan")}, "every is nan"),
+    "seconds for a timeout": ({"every": MINUTE, "timeout": 4}, "timeout is 4; write a timedelta"),
+    "seconds to try again": ({"every": MINUTE, "retry_after": 1.5}, "retry_after is 1.5;"),
+    "seconds of a run": ({"every": MINUTE, "min_duration": 0}, "min_duration is 0;"),
+    "no jitter": ({"every": MINUTE, "jitter": None}, "jitter is None;"),
+    "a number for a zone": ({"cron": "* * * * *", "tz": 5}, "tz is 5, which is no text"),
+    "a number for cron": ({"cron": 5}, "cron is 5, which is no text"),
+    "bytes for cron": ({"cron": b"* * * * *"}, "cron is b'* * * * *', which is no text"),
+    "a long value": ({"every": "9" * 5000}, "every is ..."),
+    "no zone": ({"cron": "* * * * *", "tz": ""}, "There is no time zone ''"),
+    "a retry beyond all calendars": (
+        {"every": MINUTE, "retry_after": timedelta.max},
+        "it must be at most 366 days",
+    ),
+    "jitter of ages": ({"cron": "* * * * *", "jitter": timedelta.max}, "jitter is 999999999 days"),
+    "a step beyond its range": ({"cron": "*/90 * * * *"}, "every=timedelta(minutes=90)"),
     "a timeout as long as a run": (
         {"every": MINUTE, "timeout": 9 * SECOND, "min_duration": 9 * SECOND},
         "timeout (0:00:09) must be above min_duration (0:00:09)",
@@ -97,6 +118,20 @@ def test_only_a_function_is_a_job(value: object) -> None:
     with pytest.raises(DeclarationError, match=r"Job moon: .* is not a function") as refusal:
         declare(cast("Any", value), every=MINUTE)
     assert repr(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_a_description_is_text_that_can_be_kept(character: str) -> None:
+    """A docstring that PostgreSQL can't hold is refused where it stands; others may be odd."""
+
+    def described(_run: object) -> None:
+        pass
+
+    described.__doc__ = f"Watch the moon{character}."
+    with pytest.raises(DeclarationError, match=r"^Job moon: its description .* can't hold\.$"):
+        declare(described, every=MINUTE)
+    described.__doc__ = "Watch\x01 the \U0001f315, \ufffe, \U0010ffff."
+    assert declare(described, every=MINUTE).description == described.__doc__
 
 
 async def _yields(_run: object) -> AsyncIterator[int]:

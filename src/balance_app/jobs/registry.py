@@ -5,15 +5,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from textwrap import shorten
 from typing import Any, Final
 
 from typing_extensions import override
 
-from balance_app.jobs.schedule import Cron, Every, Schedule
+from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
 
 Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+# text is UTF-8 without NUL
+_UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
 
 
 class DeclarationError(ValueError):
@@ -45,7 +48,7 @@ class Job:
         return inspect.getdoc(self.function) or ""
 
 
-def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a job
+def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
     *,
     name: str,
     every: timedelta | None = None,
@@ -61,7 +64,7 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
     Args:
         name: lower-case letters, digits and hyphens; unique in the whole fleet.
         every: the interval between ticks, at least a second.
-        cron: instead, five fields as in crontab(5).
+        cron: instead, five fields as in crontab(5), or `@daily` and its like.
         tz: the zone in which they are read (default UTC).
         timeout: a run that lasts longer is stopped, and `timed_out`.
         retry_after: a run that failed or timed out is tried again after this, unless its next
@@ -74,21 +77,21 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
     """
 
     def declare(function: Function) -> Job:
-        if not _NAME.fullmatch(name):
-            raise DeclarationError(
-                f"A job can't be named {name!r}: a name is up to 63 lower-case letters, digits "
-                "and hyphens, and begins with a letter."
-            )
-        if not callable(function) or _yields(function):
-            raise DeclarationError(
-                f"Job {name}: {function!r} is not a function that runs when it is called."
-            )
+        _check_name(name)
+        _check_function(name, function)
+        _check_durations(
+            name, every=every, timeout=timeout, retry_after=retry_after, min_duration=min_duration
+        )
+        _check_durations(name, jitter=jitter, optional=False)
+        _check_texts(name, cron=cron, tz=tz)
         if (every is None) == (cron is None):
             raise DeclarationError(f"Job {name}: give either every= or cron=.")
         if every is not None and tz is not None:
             raise DeclarationError(f"Job {name}: tz={tz!r} has a meaning only with cron=.")
         try:
-            schedule = Every(every) if every is not None else Cron(cron or "", tz or "UTC")
+            schedule = (
+                Every(every) if every is not None else Cron(cron or "", "UTC" if tz is None else tz)
+            )
         except ValueError as error:
             raise DeclarationError(f"Job {name}: {error}") from None
         for label, value in {
@@ -118,6 +121,53 @@ def job(  # noqa: C901, PLR0913 - each is a thing that one may want to say of a 
         )
 
     return declare
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DeclarationError(
+            f"A job can't be named {_shown(name)}: a name is up to 63 lower-case letters, "
+            "digits and hyphens, and begins with a letter."
+        )
+
+
+def _check_function(name: str, function: Function) -> None:
+    if not callable(function) or _yields(function):
+        raise DeclarationError(
+            f"Job {name}: {function!r} is not a function that runs when it is called."
+        )
+    if (character := _UNSTORABLE.search(inspect.getdoc(function) or "")) is not None:
+        raise DeclarationError(
+            f"Job {name}: its description (the docstring) has {character[0]!r}, which "
+            "PostgreSQL can't hold."
+        )
+
+
+def _check_durations(name: str, *, optional: bool = True, **durations: object) -> None:
+    for label, value in durations.items():
+        if value is None and optional:
+            continue
+        if not isinstance(value, timedelta):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            instead = f"timedelta(seconds={value})" if number else "timedelta(minutes=5)"
+            raise DeclarationError(
+                f"Job {name}: {label} is {_shown(value)}; write a timedelta, like {instead}."
+            )
+        if value > LONGEST and label != "every":
+            raise DeclarationError(
+                f"Job {name}: {label} is {value}; it must be at most {LONGEST.days} days."
+            )
+
+
+def _check_texts(name: str, **texts: object) -> None:
+    for label, value in texts.items():
+        if not isinstance(value, str | None):
+            raise DeclarationError(f"Job {name}: {label} is {_shown(value)}, which is no text.")
+
+
+def _shown(value: object) -> str:
+    """Return a value in one short line."""
+    return shorten(repr(value), 100, placeholder=" ...")
 
 
 def _yields(function: Function) -> bool:

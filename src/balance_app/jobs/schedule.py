@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from cronsim import CronSim, CronSimError
 from typing_extensions import override
 
-_LONGEST: Final = timedelta(days=366)
+LONGEST: Final = timedelta(days=366)
 _RESOLUTION: Final = timedelta.resolution
 _SECOND: Final = timedelta(seconds=1)
 _DAY: Final = timedelta(days=1)
@@ -27,6 +27,55 @@ _HORIZON: Final = timedelta(days=41 * 366)
 _UNITS: Final = {"day": _DAY, "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
 _EVERY: Final = re.compile(r"every ([0-9]{1,8}(?:\.[0-9]{1,6})?) s")
 _CRON: Final = re.compile(r"cron (.+) (\S+)")
+
+_SHORT: Final = {
+    "@HOURLY": "0 * * * *",
+    "@DAILY": "0 0 * * *",
+    "@MIDNIGHT": "0 0 * * *",
+    "@WEEKLY": "0 0 * * 0",
+    "@MONTHLY": "0 0 1 * *",
+    "@YEARLY": "0 0 1 1 *",
+    "@ANNUALLY": "0 0 1 1 *",
+}
+_DAYS: Final = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+
+
+class _Field(NamedTuple):
+    """A field of a cron expression: its values, and the names that they have."""
+
+    name: str
+    lowest: int
+    highest: int
+    names: tuple[str, ...] = ()
+    # of a timedelta
+    unit: str | None = None
+
+    def value(self, text: str) -> int | None:
+        """Return the value of a number or name; None: it is none of this field."""
+        if text in self.names:
+            return self.lowest + self.names.index(text)
+        value = int(text) if re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) else None
+        return value if value is not None and self.lowest <= value <= self.highest else None
+
+    def label(self, value: int, like: str) -> str:
+        return self.names[value - self.lowest] if like in self.names else str(value)
+
+
+_FIELDS: Final = (
+    _Field("minute", 0, 59, unit="minutes"),
+    _Field("hour", 0, 23, unit="hours"),
+    _Field("day of month", 1, 31, unit="days"),
+    _Field(
+        "month",
+        1,
+        12,
+        (
+            *("JAN", "FEB", "MAR", "APR", "MAY", "JUN"),
+            *("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+        ),
+    ),
+    _Field("day of week", 0, 7, _DAYS),
+)
 
 
 class ScheduleError(ValueError):
@@ -52,10 +101,10 @@ class Every:
     interval: timedelta
 
     def __post_init__(self) -> None:
-        if not _SECOND <= self.interval <= _LONGEST:
+        if not _SECOND <= self.interval <= LONGEST:
             raise ScheduleError(
                 f"The interval ({_seconds(self.interval)} s) must be between 1 s and "
-                f"{_LONGEST.days} days."
+                f"{LONGEST.days} days."
             )
 
     def next_after(self, moment: datetime, anchor: datetime) -> datetime:
@@ -100,8 +149,12 @@ class Cron:
     cronsim reads the expression, but does not say when it ticks: around a change of half an hour
     or at midnight it misses ticks, and in a repeated hour its next tick may be in the past.
 
+    The expression may be one of `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly`, `@yearly`
+    and `@annually`, which are kept as the five fields that they stand for.
+
     Raises:
-        ScheduleError: no such expression, no such zone, or a time that never comes.
+        ScheduleError: no such expression, no such zone, a time that never comes, or a step or a
+            range that does not say what it seems to say.
     """
 
     expression: str
@@ -113,6 +166,8 @@ class Cron:
 
     def __post_init__(self) -> None:
         fields = self.expression.upper().split()
+        if len(fields) == 1 and fields[0].startswith("@"):
+            fields = self._spelt_out(fields[0]).split()
         if len(fields) != 5:  # noqa: PLR2004 - as said in the sentence
             raise ScheduleError(
                 f"The cron expression {self.expression!r} has {len(fields)} "
@@ -120,12 +175,13 @@ class Cron:
                 "(minute, hour, day of month, month, day of week)."
             )
         expression = " ".join(fields)
+        for number, text in enumerate(fields):
+            if (fault := _fault(text, _FIELDS[number])) is not None:
+                raise self._unusable(fault)
         try:
             parsed = CronSim(expression, _SOME_DAY)
         except (CronSimError, ValueError) as error:
-            raise ScheduleError(
-                f"The cron expression {self.expression!r} can't be used: {str(error).lower()}."
-            ) from None
+            raise self._unusable(f"{str(error).lower()}.") from None
         try:
             zone = ZoneInfo(self.tz)
         except (KeyError, ValueError, OSError):  # unknown, not a relative path, a directory
@@ -140,6 +196,19 @@ class Cron:
         }.items():
             object.__setattr__(self, name, value)
         self.next_after(_SOME_DAY, _SOME_DAY)
+
+    def _spelt_out(self, short: str) -> str:
+        if short == "@REBOOT":
+            raise self._unusable(
+                "a job belongs to no machine or instance whose start it could wait for: give an "
+                "interval or a time."
+            )
+        if short not in _SHORT:
+            raise self._unusable(f"known are {', '.join(_SHORT).lower()}.")
+        return _SHORT[short]
+
+    def _unusable(self, why: str) -> ScheduleError:
+        return ScheduleError(f"The cron expression {self.expression!r} can't be used: {why}")
 
     def next_after(
         self,
@@ -189,9 +258,18 @@ class Cron:
     def in_words(self) -> str:
         """Return the schedule for people: "at 03:00 every day, Europe/Berlin"."""
         words = self._fields.explain()
+        if not self._fields.day_and:  # as in crontab(5): one of the two days is enough
+            if self._every_day():
+                minute, hour, _, month, _ = self.expression.split()
+                words = CronSim(f"{minute} {hour} * {month} *", _SOME_DAY).explain()
+            words = _EITHER_DAY.sub(r"\1\4 \2 or \3", words)
         for digit, ending in {1: "st", 2: "nd", 3: "rd"}.items():  # cronsim says 21th
             words = re.sub(rf"\b([2-5]{digit})th\b", rf"\1{ending}", words)
         return f"{words[0].lower()}{words[1:]}, {self.tz}"
+
+    def _every_day(self) -> bool:
+        weekdays = {day % 7 for day in self._fields.weekdays if isinstance(day, int)}
+        return self._fields.days >= set(range(1, 32)) or weekdays == set(range(7))
 
     @override
     def __str__(self) -> str:
@@ -231,6 +309,62 @@ class Cron:
         first = bisect_left(self._times, start.time()) if day == start.date() else 0
         last = bisect_left(self._times, end.time()) if day == end.date() else len(self._times)
         return range(first, last)
+
+
+# what cronsim says of a day of the month "and" of one of the week, and in which months
+_EITHER_DAY: Final = re.compile(r"^(.*?) (on .*) and (on .*?)( in .*)?$")
+
+
+def _fault(text: str, field: _Field) -> str | None:
+    """Return what a field of a cron expression seems to say and does not, and what to write.
+
+    A step beyond what it steps through leaves only the first value: minute */90 ticks each hour.
+    """
+    for term in text.split(","):
+        span, slash, step = term.partition("/")
+        first, dash, last = span.partition("-")
+        if span == "*":
+            low, high = field.lowest, min(field.highest, 6 if field.names is _DAYS else 59)
+        else:
+            start, end = field.value(first), field.value(last) if dash else field.highest
+            if start is None or end is None:
+                if slash and span in {"L", "LW"}:
+                    return (
+                        f"{span} takes no step: write {span} for {term} in the {field.name} field."
+                    )
+                if span == "?":
+                    return f"? in the {field.name} field is not known here: write *."
+                continue  # cronsim says so, or knows what it means
+            low, high = start, end
+        if low > high:
+            ends = (
+                _span(first, field.label(6 if field.names is _DAYS else field.highest, first)),
+                _span(field.label(field.lowest, last), last),
+            )
+            return (
+                f"the range {span} in the {field.name} field runs backwards: "
+                f"write {','.join(ends)}."
+            )
+        if not slash or not re.fullmatch(r"[0-9]+", step, re.ASCII):
+            continue
+        if not step.strip("0"):
+            return f"the step of {term} in the {field.name} field must be at least 1."
+        if len(step) > 4 or int(step) > high - low:  # noqa: PLR2004 - longer than any range
+            only = field.label(low, first)
+            interval = (
+                f", or every=timedelta({field.unit}={step}) for an interval"
+                if field.unit and not dash
+                else ""
+            )
+            return (
+                f"the step of {term} in the {field.name} field is beyond its range "
+                f"({low} to {high}): only {only} would match. Write {only} for that{interval}."
+            )
+    return None
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first}-{last}"
 
 
 Schedule: TypeAlias = Every | Cron
