@@ -1,6 +1,8 @@
 """Whether this copy lives, and whether it should be sent requests."""
 
-from typing import Any, cast
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, Final, cast
 
 import structlog
 from fastapi import APIRouter
@@ -11,6 +13,8 @@ from balance_app.database import Database, read
 from balance_app.errors import Problem
 
 log = structlog.get_logger(__name__)
+
+NAMED: Final = 5  # so many jobs are told with their reasons
 
 router = APIRouter(tags=["health"])
 
@@ -50,11 +54,17 @@ async def livez(request: Request) -> Response:
 
 @router.get("/readyz", responses=_READY_ANSWERS)
 async def readyz(request: Request) -> Response:
-    """Say whether requests should come here: database reachable, schema right, not stopping."""
+    """Say whether requests should come here: database reachable, schema right, not stopping.
+
+    `jobs` tells what could not be declared here, and does not count: requests may come.
+    """
     state = request.app.state
     checks = {"stopping": "This copy is stopping." if state.stopping.is_set() else "ok"}
     checks |= await _database_checks(state.database, state.schema_head)
     ready = all(said == "ok" for said in checks.values())
+    # What jobs lack is no reason to send requests elsewhere.
+    if state.scheduler is not None:
+        checks["jobs"] = _undeclared(state.scheduler.undeclared)
     return JSONResponse(
         {
             "status": "ok" if ready else "unavailable",
@@ -67,6 +77,14 @@ async def readyz(request: Request) -> Response:
 
 
 router.add_api_route("/health", readyz, responses=_READY_ANSWERS, name="health")
+
+
+def _undeclared(jobs: Mapping[str, str]) -> str:
+    if not jobs:
+        return "ok"
+    named = "; ".join(f"{name}: {reason}" for name, reason in islice(jobs.items(), NAMED))
+    more = f"; and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+    return f"Not declared, so not run as this program says: {named}{more}."
 
 
 async def _database_checks(database: Database, head: str | None) -> dict[str, str]:

@@ -181,6 +181,11 @@ class Metrics:
         self.jobs_running: Final = Gauge(
             "balance_app_jobs_running", "Runs on this copy.", registry=registry
         )
+        self.jobs_undeclared: Final = Gauge(
+            "balance_app_jobs_undeclared",
+            "Jobs of this instance's code that it could not declare in the database.",
+            registry=registry,
+        )
         self.start_delay: Final = Histogram(
             "balance_app_job_start_delay_seconds",
             "How long after its tick a run started, by PostgreSQL's clock (first runs of a tick).",

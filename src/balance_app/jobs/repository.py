@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 
 from balance_app.database import Connection, Database, read, write
 from balance_app.jobs.schedule import Every, parse
+from balance_app.outages import is_away
 
 LOST_LIMIT: Final = 3  # CLAIM says it in its own words, twice
 DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
@@ -144,10 +145,18 @@ class JobRepository:
         self._lease = lease
         milliseconds = round(lease.total_seconds() * 1000 * LONGEST_LEASES)
         self.begin: Final = BEGIN.format(milliseconds=milliseconds)
+        # jobs of this program whose rows could not be written, with the reason
+        self.undeclared: dict[str, str] = {}
 
     async def declare(self, jobs: Mapping[str, tuple[str, str]]) -> Known:
-        """Bring the rows up to the jobs (name: schedule, description) that the code declares."""
-        return await self._database.run(lambda con: _declare(con, jobs), urgent=True)
+        """Bring the rows up to the jobs (name: schedule, description) that the code declares.
+
+        A job that can't be declared keeps the row that it has, if any; see `undeclared`.
+        """
+        known, self.undeclared = await self._database.run(
+            lambda con: _declare(con, jobs), urgent=True
+        )
+        return known
 
     async def notice(self, known: Known, settling: timedelta) -> None:
         """Write down when this copy, which has just come up, saw which jobs will soon be ready."""
@@ -241,23 +250,45 @@ FROM jobs
 """
 
 
-async def _declare(connection: Connection, jobs: Mapping[str, tuple[str, str]]) -> Known:
+async def _declare(
+    connection: Connection, jobs: Mapping[str, tuple[str, str]]
+) -> tuple[Known, dict[str, str]]:
+    undeclared = {}
     async with connection.transaction(isolation="read_committed"):
         # Who stands still in here must not keep others from coming up.
         await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
         await read(connection, "SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
         now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
         rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}
-        for name, (schedule, description) in sorted(jobs.items()):
+        for name, declared in sorted(jobs.items()):
             row = rows.get(name)
-            ticks = parse(schedule)
-            if row is None:
-                first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
-                await connection.execute(ADD, name, schedule, description, now, first)
-            elif (row["schedule"], row["description"]) != (schedule, description):
-                due = ticks.next_after(now, row["anchor_at"])
-                await connection.execute(REDECLARE, name, schedule, description, due)
-        return Known(*(await read(connection, KNOWN, list(jobs)))[0])
+            if row is not None and (row["schedule"], row["description"]) == declared:
+                continue
+            try:
+                async with connection.transaction():  # what fails harms its own job alone
+                    await _declare_one(connection, now, row, name, *declared)
+            except (asyncpg.PostgresError, ValueError) as error:
+                if is_away(error) is not None:
+                    raise
+                undeclared[name] = f"{type(error).__name__}: {error}"
+        return Known(*(await read(connection, KNOWN, list(jobs)))[0]), undeclared
+
+
+async def _declare_one(  # noqa: PLR0913, PLR0917 - a row and what is declared
+    connection: Connection,
+    now: datetime,
+    row: asyncpg.Record | None,
+    name: str,
+    schedule: str,
+    description: str,
+) -> None:
+    ticks = parse(schedule)
+    if row is None:
+        first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
+        await connection.execute(ADD, name, schedule, description, now, first)
+    else:
+        due = ticks.next_after(now, row["anchor_at"])
+        await connection.execute(REDECLARE, name, schedule, description, due)
 
 
 # Written once for each time that a job is ready, by the first of the copies that come up: the next

@@ -23,7 +23,7 @@ from balance_app.jobs.repository import (
     Skipped,
     Turn,
 )
-from balance_app.jobs.run import Run
+from balance_app.jobs.run import Run, plain
 from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.metrics import Metrics
@@ -69,6 +69,8 @@ class Scheduler:
         self._metrics = metrics or Metrics()
         self._heart = Heart(settings, self.me, self._metrics, dead_man=dead_man)
         self._known: Known | None = None
+        # jobs of this program that do not run as it declares them, with the reason
+        self.undeclared: dict[str, str] = {}
         self._runs: dict[Run, asyncio.Task[None]] = {}
         self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
@@ -193,15 +195,29 @@ class Scheduler:
         return timedelta(seconds=self._settings.job_step_seconds * runs / (1 + runs / HALF_OF_MOST))
 
     async def _declare(self) -> Known:
-        known = await self._jobs.declare(
-            {job.name: (str(job.schedule), job.description) for job in self._registry.values()}
-        )
+        try:
+            known = await self._jobs.declare(
+                {job.name: (str(job.schedule), job.description) for job in self._registry.values()}
+            )
+        except Exception as error:
+            if not isinstance(error, DatabaseAway):  # which concerns more than the jobs
+                self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
+            raise
+        self._set_undeclared(self._jobs.undeclared)
         self._known = known
         self._booted = monotonic()
         if not self._draining:
             self._heart.start(known)
         log.info("scheduler started", copy=str(self.me.id), jobs=len(self._registry))
         return known
+
+    def _set_undeclared(self, undeclared: dict[str, str]) -> None:
+        found = {name: plain(reason, 500) for name, reason in undeclared.items()}
+        for name, reason in found.items():
+            if self.undeclared.get(name) != reason:
+                log.error("job not declared", job=name, reason=reason)
+        self.undeclared = found
+        self._metrics.jobs_undeclared.set(len(undeclared))
 
     async def _sleep(self, seconds: float) -> None:
         try:

@@ -1,0 +1,108 @@
+"""One job that can't be declared harms itself alone, and readiness tells of it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from starlette.requests import Request
+from typing_extensions import override
+
+from balance_app import health
+from balance_app.jobs import repository
+from balance_app.jobs.registry import Job, job
+from balance_app.jobs.run import Run
+from balance_app.jobs.schedule import Every
+from balance_app.jobs.scheduler import Scheduler
+from balance_app.migrations import alembic_head
+from tests.jobs.support import Ground, on
+
+
+@pytest.fixture
+async def ground(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres) as ground:
+        yield ground
+
+
+@job(name="good", every=timedelta(hours=1))
+async def good(_run: Run) -> str:
+    """Be declared."""
+    return "ran"
+
+
+@dataclass(frozen=True, slots=True)
+class Odd(Every):
+    """A schedule whose text no program reads."""
+
+    @override
+    def __str__(self) -> str:
+        return "when the moon is full"
+
+
+def slipped_through(name: str, description: str, schedule: Every | None = None) -> Job:
+    """Return a job that `job` would have refused."""
+
+    async def function(run: Run) -> None:
+        raise AssertionError(run)
+
+    function.__doc__ = description
+    return replace(good, name=name, function=function, schedule=schedule or good.schedule)
+
+
+BAD = (
+    slipped_through("a-nul", "Watch\0."),
+    slipped_through("a-surrogate", "Watch\ud800."),
+    slipped_through("z-schedule", "Watch.", Odd(timedelta(hours=1))),
+)
+
+
+async def ready(ground: Ground, scheduler: Scheduler) -> tuple[int, dict[str, Any]]:
+    state = SimpleNamespace(
+        stopping=asyncio.Event(),
+        database=ground.database,
+        schema_head=alembic_head(),
+        scheduler=scheduler,
+        settings=ground.settings,
+    )
+    answer = await health.readyz(Request({"type": "http", "app": SimpleNamespace(state=state)}))
+    return answer.status_code, cast("dict[str, Any]", json.loads(bytes(answer.body)))
+
+
+async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -> None:
+    """The others run; each that does not is named with its reason, and keeps the row it has."""
+    await ground.copy().declare("a-nul", schedule="every 7200 s")
+    async with ground.scheduler([*BAD, good]) as scheduler:
+        await ground.ended("good")
+        assert sorted(scheduler.undeclared) == sorted(each.name for each in BAD)
+        status, body = await ready(ground, scheduler)
+    assert status == 200
+    assert "a-nul: " in body["checks"]["jobs"]
+    assert "z-schedule: ScheduleError: 'when the moon is full' is" in body["checks"]["jobs"]
+    assert body["checks"]["schema"] == "ok"
+    assert (await ground.row("a-nul"))["schedule"] == "every 7200 s"
+    assert await ground.eye.fetchval("SELECT count(*) FROM jobs") == 2
+    async with ground.scheduler([good]) as scheduler:
+        await asyncio.wait_for(_declared(scheduler), 10)
+        assert (await ready(ground, scheduler))[1]["checks"]["jobs"] == "ok"
+
+
+async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one: then none is declared, none runs, and all of them are named."""
+    monkeypatch.setattr(repository, "is_away", lambda _error: "no")
+    async with ground.scheduler([*BAD, good]) as scheduler:
+        async with asyncio.timeout(10):
+            while not scheduler.undeclared:  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.02)
+        assert sorted(scheduler.undeclared) == sorted(each.name for each in (*BAD, good))
+        assert "good: " in (await ready(ground, scheduler))[1]["checks"]["jobs"]
+    assert await ground.eye.fetchval("SELECT count(*) FROM jobs") == 0
+
+
+async def _declared(scheduler: Scheduler) -> datetime:
+    while scheduler._known is None:  # noqa: ASYNC110 - the same
+        await asyncio.sleep(0.02)
+    return scheduler._known.booted_at
