@@ -59,9 +59,9 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
 
 
 class MalformedRequest(Problem):
-    """The request can't be read: its body is not JSON, or not UTF-8.
+    """The request can't be read: it is not HTTP/1.1, or its body is not JSON in UTF-8.
 
-    Nothing was changed. Send one JSON value, encoded in UTF-8.
+    Nothing was changed. Send one Host header, and one JSON value encoded in UTF-8.
     """
 
     status, code, title = 400, "malformed-request", "Malformed request"
@@ -107,7 +107,7 @@ class MethodNotAllowed(Problem):
 
 
 class RequestTimeout(Problem):
-    """The body of the request did not arrive in time.
+    """The request did not arrive in time.
 
     Nothing was changed. Send the request again.
     """
@@ -122,6 +122,24 @@ class BodyTooLarge(Problem):
     """
 
     status, code, title = 413, "body-too-large", "Body too large"
+
+
+class HeadTooLarge(Problem):
+    """The head of the request (its first line and its headers) is larger than 64 KiB.
+
+    Nothing was changed. No request of this service needs as much.
+    """
+
+    status, code, title = 431, "head-too-large", "Request header fields too large"
+
+
+class UnsupportedTransferCoding(Problem):
+    """The body comes in a transfer coding other than `chunked`.
+
+    Nothing was changed. Send the body as it is, with a `Content-Length` or in chunks.
+    """
+
+    status, code, title = 501, "unsupported-transfer-coding", "Unsupported transfer coding"
 
 
 class UnsupportedMediaType(Problem):

@@ -72,7 +72,7 @@ async def read_body(request: Request, within_seconds: float) -> bytes:
     Raises:
         BodyTooLarge: more than `MAX_BODY_BYTES`.
         RequestTimeout: it did not arrive `within_seconds`.
-        MalformedRequest: the caller went away.
+        MalformedRequest: the caller stopped before its end, or framed it wrongly.
     """
     body = b""
     more = True
@@ -81,7 +81,7 @@ async def read_body(request: Request, within_seconds: float) -> bytes:
             while more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise MalformedRequest("The connection closed before the body was complete.")
+                    raise MalformedRequest("The body did not come whole.")
                 body += message.get("body", b"")
                 if len(body) > MAX_BODY_BYTES:
                     raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")

@@ -1,117 +1,391 @@
-"""uvicorn's HTTP/1.1 with what it lacks: limits for connections and for the heads of requests."""
+"""HTTP/1.1 as the world speaks it: uvicorn's protocol with what it lacks.
+
+Whatever ends a connection early (a head that is late, or too large; what can't be read; a client
+that has sent its last byte) first asks whether a request is under way, and never speaks for it: the
+request has its own answer, and the connection ends behind that.
+
+A connection has one timer at most: an idle one may stay for `timeout_keep_alive` seconds, a head
+has `HEAD_SECONDS` from its first byte, or from the answer before it. While a request is under way
+there is none: how long its body and its answer may take is the application's to say.
+"""
 
 import asyncio
-from time import monotonic
-from typing import ClassVar, Final
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NoReturn, cast
+from urllib.parse import unquote
 
+import httptools
 import structlog
 from typing_extensions import override
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
-from balance_app.errors import Overloaded
+from balance_app.errors import (
+    HeadTooLarge,
+    MalformedRequest,
+    Problem,
+    RequestTimeout,
+    UnsupportedTransferCoding,
+)
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with all that frames it
+HEAD_SECONDS: Final = 10.0
+LINGER_SECONDS: Final = 2.0
+
+# A name, an address, or an address in brackets; perhaps a port (RFC 3986, 3.2).
+_HOST: Final = re.compile(
+    rb"(?:\[[0-9A-Za-z:.~_-]+\]|(?:[0-9A-Za-z._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
+)
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+(?:[ \t]*;.*)?", re.DOTALL)
 
 log = structlog.get_logger(__name__)
 
-MAX_HEAD_BYTES: Final = 64 * 1024
-HEAD_SECONDS: Final = 10
-# So many connections more than there is room for are held until their request can be refused.
-REFUSED_AT_ONCE: Final = 16
-REFUSAL_SECONDS: Final = 1.0
-LOG_EVERY_SECONDS: Final = 60.0
 
-_FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
-_refusal = _FULL.response()
-_refusal.headers["Connection"] = "close"
-_REFUSAL: Final = b"HTTP/1.1 503 Service Unavailable\r\n%s\r\n%s" % (
-    b"".join(b"%s: %s\r\n" % header for header in _refusal.raw_headers),
-    _refusal.body,
-)
+class _RefusedError(Exception):
+    """Ends the parser's work within one of its callbacks."""
+
+
+class _Cycle(RequestResponseCycle):
+    """A request and its answer.
+
+    The application is asked for the whole of the answer even if the client has sent its last byte,
+    and if the rest of the body can't be read.
+    """
+
+    # the rest of the body will not come
+    broken = False
+    # what the client still sends is read and dropped, or it may lose the answer to a reset
+    lingers = False
+
+    def break_off(self) -> None:
+        """Say to the application that the rest of the body will not come."""
+        self.broken = True
+        self.message_event.set()
+
+    # Neither is a coroutine of its own: each would be one more for every message.
+
+    @override
+    def receive(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
+        return _end_of_body() if self.broken else super().receive()
+
+    @override
+    def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
+        if self.response_started or not (self.lingers or self.more_body):
+            return super().send(message)
+        return self._start_last_answer(message)
+
+    async def _start_last_answer(self, message: ASGISendEvent) -> None:
+        """Start an answer that ends the connection: nothing more of the body is read."""
+        self.lingers = True
+        self.keep_alive = False
+        await super().send(message)
+        self.keep_alive = True  # or it is closed at once, and not by `on_response_complete`
+
+
+async def _end_of_body() -> ASGIReceiveEvent:
+    return {"type": "http.disconnect"}
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """A head may be so large and take so long; garbage after a request does not deny it.
+    """One connection."""
 
-    Connections beyond `max_connections` are answered with 503: they must not take the descriptors
-    that the database's connections need.
-    """
+    head_seconds = HEAD_SECONDS
+    linger_seconds = LINGER_SECONDS
 
-    max_connections: ClassVar[int | None] = None
-    logged_full_at: ClassVar[float | None] = None
-    _in_head = True
+    # the request that the application answers now; those behind it are in the pipeline
+    _running: _Cycle | None = None
+    # a head has begun and not ended; how many have begun; bytes of it, or of the body after it
+    _in_head = False
     _heads = 0
     _unfinished_bytes = 0
-    _deadline: asyncio.TimerHandle | None = None
+    # the client offered another protocol with the head that was read last
+    _offered = False
+    # what comes is dropped; nothing more will come
+    _deaf = False
+    _ended = False
+    # why the parser was stopped
+    _fault: Problem | None = None
+    _timer: asyncio.TimerHandle | None = None
+
+    # -- the connection ----------------------------------------------------------------------
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        limit = self.max_connections
-        if limit is not None and len(self.connections) > limit:
-            self._refuse_connection(len(self.connections) - limit)
+        self._wait(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        if self._running is not None and self._running is not self.cycle:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
+        super().connection_lost(exc)
 
     @override
     def data_received(self, data: bytes) -> None:
-        heads = self._heads
-        super().data_received(data)
-        if not self._in_head or self._heads != heads or self.transport.is_closing():
+        if self._deaf:
             return
-        self._unfinished_bytes += len(data)
-        if self._unfinished_bytes > MAX_HEAD_BYTES:
-            self._refuse(b"431 Request Header Fields Too Large")
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(
-                HEAD_SECONDS, self._refuse, b"408 Request Timeout"
+        heads = self._heads
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as switch:
+                self._read_on(memoryview(data)[switch.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(self._fault or MalformedRequest("The request is not HTTP/1.1."))
+            return
+        if self._in_head:
+            # What came with the end of a request before it is not counted.
+            self._unfinished_bytes = (
+                self._unfinished_bytes + len(data) if heads == self._heads else 0
             )
+            if self._unfinished_bytes > MAX_HEAD_BYTES:
+                self._refuse(
+                    HeadTooLarge(f"The head may have at most {MAX_HEAD_BYTES // 1024} KiB.")
+                )
+            elif self._timer is None and not self._is_under_way():
+                self._wait(self.head_seconds, self._give_up_head)
+        elif self.cycle is not None and self.cycle.more_body:
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > MAX_FRAMED_BYTES:
+                self._refuse(MalformedRequest("The body's framing is too large."))
+
+    @override
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open for the answers to what the client sent before its end."""
+        if not self._is_under_way():
+            return False
+        self._deaf = self._ended = True
+        self.cycle.keep_alive = False
+        if self.cycle.more_body:
+            cast("_Cycle", self.cycle).break_off()
+        return True
+
+    @override
+    def shutdown(self) -> None:
+        if self._is_under_way():
+            self.cycle.keep_alive = False
+        elif not self._deaf:  # else it ends by itself, in a moment
+            self.transport.close()
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _read_on(self, rest: memoryview) -> None:
+        """Read what is behind an offer to change the protocol, which is not taken (RFC 9110, 7.8).
+
+        The parser takes each offer for a switch, and the body for another protocol. So the request
+        is read again, by a new parser, without its offer.
+        """
+        while self._offered:
+            self._offered = False
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(head)
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as switch:
+                rest = rest[switch.args[0] :]
+            else:
+                return
+        self._deaf = True  # it was CONNECT: what follows is not HTTP
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [each.strip() for each in value.split(b",")]
+                kept = b", ".join(each for each in options if each.lower() != b"upgrade")
+                lines.append(b"connection: " + kept)
+            elif name != b"upgrade":
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
+
+    @override
+    def on_message_begin(self) -> None:
+        self._stop_waiting()
+        self._in_head = True
+        self._heads += 1
+        super().on_message_begin()
+
+    @override
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # a trailer is not to be taken for a header (RFC 9110, 6.5.1)
+            self.headers.append((name.lower(), value))
 
     @override
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._heads += 1
         self._unfinished_bytes = 0
-        self._forget_deadline()
-        super().on_headers_complete()
+        self._stop_waiting()
+        method = self.parser.get_method()
+        is_connect = method == b"CONNECT"
+        if self.parser.should_upgrade() and not is_connect:
+            self._offered = True
+            return
+        version = self.parser.get_http_version()
+        self._check_head(version)
+        self.scope["method"] = method.decode("ascii")
+        self.scope["http_version"] = version
+        self._read_target()
+        self.cycle = cycle = _Cycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and not is_connect and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if self._is_under_way():
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+        else:
+            self._start_asgi_task(cycle, self.app)
+
+    def _check_head(self, version: str) -> None:
+        """Look at the headers that say what and how long the request is (RFC 9112, 3.2 and 6.1).
+
+        Raises:
+            _RefusedError: with the reason in `_fault`.
+        """
+        hosts, codings = [], []
+        for name, value in self.headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"transfer-encoding":
+                codings.append(value)
+            elif name == b"expect":
+                self.expect_100_continue = version != "1.0" and value.lower() == b"100-continue"
+        if len(hosts) != 1 and (hosts or version != "1.0"):
+            self._stop(MalformedRequest("Send one Host header."))
+        if hosts and not _HOST.fullmatch(hosts[0].strip(b" \t")):
+            self._stop(MalformedRequest("The Host header names no host."))
+        if codings and (codings != [b"chunked"] or version == "1.0"):
+            self._check_codings(b",".join(codings).lower(), version)
+
+    def _check_codings(self, codings: bytes, version: str) -> None:
+        if version == "1.0":
+            self._stop(MalformedRequest("HTTP/1.0 has no Transfer-Encoding."))
+        names = [each.strip(b" \t") for each in codings.split(b",")]
+        names = [each for each in names if each]
+        if not names or not all(_TOKEN.fullmatch(each) for each in names):
+            self._stop(MalformedRequest("The Transfer-Encoding can't be read."))
+        if b"chunked" in names[:-1]:
+            self._stop(MalformedRequest("The chunked coding comes once, and last."))
+        if names != [b"chunked"]:
+            self._stop(UnsupportedTransferCoding("Only the transfer coding chunked is known."))
+
+    def _read_target(self) -> None:
+        """Take path and query from the request's target, whichever form it has (RFC 9112, 3.2)."""
+        target = httptools.parse_url(self.url)
+        if target.host is not None:
+            host = b"[%b]" % target.host if b":" in target.host else target.host
+            authority = host if target.port is None else b"%b:%d" % (host, target.port)
+            self.headers[:] = [
+                (name, authority if name == b"host" else value) for name, value in self.headers
+            ]
+        raw_path = target.path or b"/"
+        path = raw_path.decode("ascii")
+        self.scope["path"] = unquote(path) if "%" in path else path
+        self.scope["raw_path"] = raw_path
+        self.scope["query_string"] = target.query or b""
+
+    def _stop(self, fault: Problem) -> NoReturn:
+        self._fault = fault
+        raise _RefusedError
 
     @override
     def on_message_complete(self) -> None:
-        self._in_head = True
-        super().on_message_complete()
+        if not self._offered and not self.cycle.response_complete:
+            self.cycle.more_body = False
+            self.cycle.message_event.set()
+
+    # -- answering ---------------------------------------------------------------------------
+
+    def _is_under_way(self) -> bool:
+        """Say whether there is a request that has not had all of its answer."""
+        return self._running is not None and not self._running.response_complete
 
     @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_deadline()
-        super().connection_lost(exc)
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cast("_Cycle", cycle)
+        super()._start_asgi_task(cycle, app)
 
     @override
-    def send_400_response(self, msg: str) -> None:
-        cycle = self.cycle
-        if cycle and not cycle.response_complete and (self.pipeline or not cycle.more_body):
-            # The garbage comes after a whole request: that one keeps its answer, then it's over.
-            cycle.keep_alive = False
-            self.flow.pause_reading()
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
             return
-        super().send_400_response(msg)
+        self.flow.resume_reading()
+        if self._running is not None and self._running.lingers:
+            self._linger()
+        elif self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._in_head:
+            self._wait(self.head_seconds, self._give_up_head)
+        else:
+            self._wait(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    def _refuse_connection(self, excess: int) -> None:
-        now, logged = monotonic(), LimitedProtocol.logged_full_at
-        if logged is None or now - logged > LOG_EVERY_SECONDS:
-            LimitedProtocol.logged_full_at = now
-            log.warning("too many connections for the limit of open files", reason=_FULL.detail)
-        if excess > REFUSED_AT_ONCE:
-            self.transport.write(_REFUSAL)
-            self.transport.close()
-            return
-        # Its request is read before it is refused, so that the answer can't be lost to a reset.
-        self.app = _refusal
-        self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
+    def _give_up_head(self) -> None:
+        self._refuse(RequestTimeout(f"The head did not arrive within {self.head_seconds:g} s."))
 
-    def _refuse(self, status: bytes) -> None:
-        if not self.transport.is_closing():
+    def _refuse(self, problem: Problem) -> None:
+        """Read no further; what was asked before is answered, by the application alone."""
+        self._deaf = True
+        self._stop_waiting()
+        log.info("request refused", reason=problem.detail, client=self.client)
+        if self._is_under_way():
+            cycle = cast("_Cycle", self.cycle)
+            cycle.lingers = True
+            if cycle.more_body:
+                cycle.break_off()
+        elif not self.transport.is_closing():
+            response = problem.response()
+            headers = [*self.server_state.default_headers, *response.raw_headers]
+            lines = [b"%b: %b\r\n" % header for header in headers]
             self.transport.write(
-                b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                STATUS_LINE[problem.status]
+                + b"".join(lines)
+                + b"connection: close\r\n\r\n"
+                + bytes(response.body)
             )
-            self.transport.close()
+            self._linger()
 
-    def _forget_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _linger(self) -> None:
+        """Close the connection so that what was answered arrives.
+
+        What is still sent is read and dropped, for a moment: a socket that is closed with something
+        unread resets the connection, and the client may lose what it has not read yet.
+        """
+        if self._ended:
+            self.transport.close()
+            return
+        self._deaf = True
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._wait(self.linger_seconds, self.transport.close)
+
+    # -- time --------------------------------------------------------------------------------
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(seconds, then)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

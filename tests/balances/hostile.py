@@ -159,6 +159,7 @@ LARGE: Final = (413, "body-too-large")
 NOWHERE: Final = (404, "not-found")
 METHOD: Final = (405, "method-not-allowed")
 PARSER: Final = (400, None)
+CODING: Final = (501, None)
 
 NOT_JSON_NUMBERS: Final = (
     *("NaN", "-NaN", "nan", "Nan", "Infinity", "-Infinity", "+Infinity", "infinity", "inf"),
@@ -716,6 +717,9 @@ def framing() -> Iterator[Case]:
         "and length, other order": [right, "Transfer-Encoding: chunked"],
         "and length 0": ["Content-Length: 0", "Transfer-Encoding: chunked"],
         "unknown": ["Transfer-Encoding: poison"],
+        "compressed": ["Transfer-Encoding: gzip, chunked"],
+        "twice": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+        "empty": ["Transfer-Encoding:"],
         "not last": ["Transfer-Encoding: chunked, gzip"],
         "prefixed": ["Transfer-Encoding: xchunked"],
         "in quotes": ['Transfer-Encoding: "chunked"'],
@@ -727,7 +731,8 @@ def framing() -> Iterator[Case]:
     }
     for name, lines in codings.items():
         sent = raw_request("POST", "/api/balance", *common, *lines, body=chunked(CHANGE))
-        yield Case(f"coding {name}", sent, *PARSER, poison=b"poison")
+        refusal = CODING if name in {"unknown", "compressed", "prefixed", "identity"} else PARSER
+        yield Case(f"coding {name}", sent, *refusal, poison=b"poison")
     size = b"%x" % len(CHANGE)
     chunks = {
         "no size": b"\r\n" + CHANGE,
@@ -755,6 +760,16 @@ def framing() -> Iterator[Case]:
         "space in name": b"GET /api/users HTTP/1.1\r\nHo st: poison\r\n\r\n",
         "byte FF in name": b"GET /api/users HTTP/1.1\r\nHo\xffst: poison\r\n\r\n",
         "NUL in value": b"GET /api/users HTTP/1.1\r\nHost: poi\0son\r\n\r\n",
+        "no host": b"GET /api/users HTTP/1.1\r\n\r\n",
+        "two hosts": b"GET /api/users HTTP/1.1\r\nHost: a\r\nHost: poison\r\n\r\n",
+        "the same host twice": b"GET /api/users HTTP/1.1\r\nHost: a\r\nhost: a\r\n\r\n",
+        "two hosts in one": b"GET /api/users HTTP/1.1\r\nHost: a, poison\r\n\r\n",
+        "host with a path": b"GET /api/users HTTP/1.1\r\nHost: poison/x\r\n\r\n",
+        "host with a user": b"GET /api/users HTTP/1.1\r\nHost: poison@a\r\n\r\n",
+        "host with no port": b"GET /api/users HTTP/1.1\r\nHost: a:poison\r\n\r\n",
+        "host beyond ASCII": b"GET /api/users HTTP/1.1\r\nHost: poison\xc3\xa9\r\n\r\n",
+        "two hosts in HTTP/1.0": b"GET /api/users HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n",
+        "coding in HTTP/1.0": b"POST /api/balance HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
         "first line folded": b"GET /api/users HTTP/1.1\r\n Host: poison\r\n\r\n",
     }
     for name, sent in heads.items():

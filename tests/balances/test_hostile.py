@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Final
@@ -242,8 +242,9 @@ async def test_fifty_megabytes_are_refused_and_not_kept(
     if framing == "chunked":
         piece, end = b"%x\r\n%b\r\n" % (len(piece), piece), b"0\r\n\r\n"
     answer = await house.send(head, *[piece] * 1000, end, request("GET", "/livez"))
-    assert answer.rest.startswith(b"HTTP/1.1 200 ")  # what was not read did not become a request
-    assert_problem(replace(answer, rest=b""), 413, "body-too-large")
+    # What was not read did not become a request, and did not cost the client its answer.
+    assert_problem(answer, 413, "body-too-large")
+    assert answer.headers["connection"] == "close"
     assert _memory_bytes(house.copy.pid) < memory + 10_000_000
     assert await house.stored() == before
 
