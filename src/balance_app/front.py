@@ -69,6 +69,9 @@ class Front:
         TRACE.set(trace)
         status = 0
         started = perf_counter()
+        method = scope["method"]
+        if method == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _head_of(send)
 
         async def send_with_ids(message: Message) -> None:
             nonlocal status
@@ -78,30 +81,51 @@ class Front:
             await send(message)
 
         try:
-            handler = self._direct.get((scope["method"], scope["path"]))
-            if handler is None:
-                await self.app(scope, receive, send_with_ids)
-            else:
-                scope["app"] = self.app
-                response = await handler(Request(scope, receive))
-                await response(scope, receive, send_with_ids)
+            await self._pass_on(scope, receive, send_with_ids)
         except Problem as problem:
             await problem.response()(scope, receive, send_with_ids)
         except Exception:
-            log.exception("internal error", method=scope["method"], path=scope["path"])
+            log.exception("internal error", method=method, path=scope["path"])
             if not status:
-                mistake = InternalError.after(scope["method"])
+                mistake = InternalError.after(method)
                 await mistake.response()(scope, receive, send_with_ids)
         finally:
             self._answers.inc(status)
             if self._log_requests:
                 log.info(
                     "request",
-                    method=scope["method"],
+                    method=method,
                     path=scope["path"],
                     status=status,
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
+
+    def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        handler = self._direct.get((scope["method"], scope["path"]))
+        if handler is None:
+            return self.app(scope, receive, send)
+        return self._answer(handler, scope, receive, send)
+
+    async def _answer(self, handler: Handler, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self.app
+        response = await handler(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+def _head_of(send: Send) -> Send:
+    """Send of an answer its head alone, and end it there: a stream would have no end."""
+    is_done = False
+
+    async def send_head(message: Message) -> None:
+        nonlocal is_done
+        if is_done:
+            return
+        await send(message)
+        if message["type"] == "http.response.start":
+            is_done = True
+            await send({"type": "http.response.body", "body": b""})
+
+    return send_head
 
 
 def _callers_ids(scope: Scope) -> tuple[bytes | None, bytes | None]:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import compile_path
+from starlette.routing import Match, Mount
 
 from balance_app import api_docs, forms, health, metrics, pages
 from balance_app.balances import router as balances
@@ -184,20 +184,24 @@ async def _tell_http(request: Request, error: Exception) -> Response:
         case 405:
             problem = MethodNotAllowed(
                 "This address does not take this method.",
-                headers=_allow(request) or error.headers,
+                headers={"Allow": ", ".join(sorted(_methods(request, error)))},
             )
         case _:
             problem = MalformedRequest("The request can't be read.")
     return problem.response()
 
 
-def _allow(request: Request) -> dict[str, str]:
-    """Return `Allow` with every documented method of an address; the router knows of one route."""
+def _methods(request: Request, refused: HTTPException) -> set[str]:
+    """Return every method of an address; the router that refused knows of one route alone."""
     app: FastAPI = request.app
+    routes = [route for route in app.routes if not isinstance(route, Mount)]
     methods = {
-        method.upper()
-        for template, operations in app.openapi()["paths"].items()
-        if compile_path(template)[0].match(request.url.path)
-        for method in operations
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
+        )
     }
-    return {"Allow": ", ".join(sorted(methods))} if methods else {}
+    if not methods:
+        methods = set((refused.headers or {}).get("Allow", "").split(", "))
+    return methods | {"HEAD"} if "GET" in methods else methods

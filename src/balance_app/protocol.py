@@ -1,4 +1,4 @@
-"""HTTP/1.1 as the world speaks it: uvicorn's protocol with what it lacks.
+"""HTTP/1.1 as the world speaks it: uvicorn's protocol with what it lacks, and with limits.
 
 Whatever ends a connection early (a head that is late, or too large; what can't be read; a client
 that has sent its last byte) first asks whether a request is under way, and never speaks for it: the
@@ -12,7 +12,8 @@ there is none: how long its body and its answer may take is the application's to
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, NoReturn, cast
+from time import monotonic
+from typing import Any, ClassVar, Final, NoReturn, cast
 from urllib.parse import unquote
 
 import httptools
@@ -28,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from balance_app.errors import (
     HeadTooLarge,
     MalformedRequest,
+    Overloaded,
     Problem,
     RequestTimeout,
     UnsupportedTransferCoding,
@@ -37,6 +39,14 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with all that frames it
 HEAD_SECONDS: Final = 10.0
 LINGER_SECONDS: Final = 2.0
+# So many connections more than there is room for are held until their request can be refused.
+REFUSED_AT_ONCE: Final = 16
+REFUSAL_SECONDS: Final = 1.0
+LOG_EVERY_SECONDS: Final = 60.0
+
+_FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
+_refusal: Final = _FULL.response()
+_refusal.headers["Connection"] = "close"
 
 # A name, an address, or an address in brackets; perhaps a port (RFC 3986, 3.2).
 _HOST: Final = re.compile(
@@ -93,8 +103,14 @@ async def _end_of_body() -> ASGIReceiveEvent:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
 
+    Connections beyond `max_connections` are answered with 503: they must not take the descriptors
+    that the database's connections need.
+    """
+
+    max_connections: ClassVar[int | None] = None
+    logged_full_at: ClassVar[float | None] = None
     head_seconds = HEAD_SECONDS
     linger_seconds = LINGER_SECONDS
 
@@ -119,6 +135,23 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        limit = self.max_connections
+        if limit is not None and len(self.connections) > limit:
+            self._refuse_connection(len(self.connections) - limit)
+
+    def _refuse_connection(self, excess: int) -> None:
+        now, logged = monotonic(), LimitedProtocol.logged_full_at
+        if logged is None or now - logged > LOG_EVERY_SECONDS:
+            LimitedProtocol.logged_full_at = now
+            log.warning("too many connections for the limit of open files", reason=_FULL.detail)
+        if excess > REFUSED_AT_ONCE:
+            self._deaf = True
+            self.transport.write(self._last_answer(_FULL))
+            self.transport.close()
+            return
+        # Its request is read before it is refused, so that the answer can't be lost to a reset.
+        self.app = _refusal
+        self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -354,16 +387,14 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle.more_body:
                 cycle.break_off()
         elif not self.transport.is_closing():
-            response = problem.response()
-            headers = [*self.server_state.default_headers, *response.raw_headers]
-            lines = [b"%b: %b\r\n" % header for header in headers]
-            self.transport.write(
-                STATUS_LINE[problem.status]
-                + b"".join(lines)
-                + b"connection: close\r\n\r\n"
-                + bytes(response.body)
-            )
+            self.transport.write(self._last_answer(problem))
             self._linger()
+
+    def _last_answer(self, problem: Problem) -> bytes:
+        response = problem.response()
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        lines = [STATUS_LINE[problem.status], *(b"%b: %b\r\n" % header for header in headers)]
+        return b"".join([*lines, b"connection: close\r\n\r\n", response.body])
 
     def _linger(self) -> None:
         """Close the connection so that what was answered arrives.

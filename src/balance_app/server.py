@@ -82,6 +82,7 @@ def serve(settings: Settings, registry: Registry) -> None:
         proxy_headers=False,
         headers=[("X-Server-Id", settings.server_id)],
         backlog=BACKLOG,
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.stop_seconds,
     )
     server = _Server(config, stopping)

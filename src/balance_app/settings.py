@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     shared_port: Port | None = Field(
         None, description="a second port that several copies listen on together (SO_REUSEPORT)"
     )
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        75,
+        description="how long a connection may be idle; longer than a proxy keeps it (nginx: 60)",
+    )
     body_seconds: Seconds = Field(5.0, description="longest time for a request body to arrive")
     stop_seconds: Annotated[int, Field(ge=1, le=60)] = Field(
         3, description="how long requests under way may take to end after SIGTERM"

@@ -249,15 +249,18 @@ async def test_fifty_megabytes_are_refused_and_not_kept(
     assert await house.stored() == before
 
 
-async def test_after_a_refused_body_the_connection_goes_on(house: House) -> None:
-    """A body refused by its declared length is read past, never taken for the next request."""
+async def test_a_refused_body_never_becomes_a_request(house: House) -> None:
+    """Either it is read past, and the next request answered, or the connection ends with it."""
     hidden = request(body=CHANGE)
     big = request(body=hidden.ljust(40_000), keep=True)
     before = await house.stored()
     answer = await house.send(big + request("GET", "/api/users/0"))
     assert answer.status == 413
-    assert answer.rest.startswith(b"HTTP/1.1 422 ")
-    assert answer.rest.count(b"HTTP/1.1 ") == 1
+    if answer.headers.get("connection") == "close":
+        assert answer.rest == b""
+    else:
+        assert answer.rest.startswith(b"HTTP/1.1 422 ")
+        assert answer.rest.count(b"HTTP/1.1 ") == 1
     assert await house.stored() == before
 
 
