@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from balance_app import database, migrations, open_files, server
+from balance_app import database, migrations, open_files, server, sessions
 from balance_app.balances import repository
 from balance_app.balances.repository import Outcome
 from balance_app.database import Connection, read, write
@@ -113,12 +113,21 @@ def reserve() -> None:
     vars(open_files)["for_clients"] = lambda _settings, limit: limit * 2
 
 
+def durability() -> None:
+    """Leave synchronous_commit as the defaults have it."""
+    default = "current_setting('synchronous_commit')"
+    raised = f"nullif({default}, 'off')"
+    assert raised in sessions.AFTER_CONNECTING
+    vars(sessions)["AFTER_CONNECTING"] = sessions.AFTER_CONNECTING.replace(raised, default)
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-look": fresh_look,
     "key": key,
     "migration-lock": migration_lock,
     "open-files": reserve,
+    "durability": durability,
 }
 
 if __name__ == "__main__":

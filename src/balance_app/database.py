@@ -196,6 +196,7 @@ class Database:
 
     def _give_up_idle(self) -> None:
         """Close a connection that no request needs now, but never the last one."""
+        self._forget_closed()
         if len(self._open) > 1 and self._idle:
             self._idle.pop().terminate()
 
@@ -345,6 +346,9 @@ class Database:
         self._handle_refusal(cause)
         return self._take_idle()
 
+    def _forget_closed(self) -> None:
+        self._open = {connection for connection in self._open if not connection.is_closed()}
+
     def _take_idle(self) -> _OwnConnection | None:
         while self._idle:
             connection = self._idle.pop()
@@ -364,7 +368,7 @@ class Database:
 
     def _handle_refusal(self, cause: Cause) -> None:
         """Go on with the connections that there are; without one, nothing can be served."""
-        self._open = {connection for connection in self._open if not connection.is_closed()}
+        self._forget_closed()
         if not self._open and not self._connecting:
             self._mark_unavailable(cause)
             return

@@ -225,6 +225,29 @@ async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
         await run.checkpoint(state)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "SET LOCAL search_path = pg_catalog",
+        "SET search_path = nowhere",
+        "CREATE TEMP TABLE jobs (name text); SET LOCAL search_path = pg_temp, public",
+        "SET LOCAL ROLE pg_monitor",
+        "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+    ],
+)
+async def test_what_a_job_sets_ends_with_its_transaction(
+    ground: Ground, run: Run, changed: str
+) -> None:
+    """The commit finds its function and our tables; the next transaction is as always."""
+    async with run.transaction() as connection:
+        await connection.execute(NOTE, "written")
+        await connection.execute(changed)
+    async with run.transaction() as connection:
+        assert await connection.fetchval("SHOW transaction_isolation") == "read committed"
+        await connection.execute(NOTE, "too")
+    assert sorted(await notes(ground)) == ["too", "written"]
+
+
 async def test_the_refusal_names_the_size(run: Run) -> None:
     """The limit and the size are told."""
     with pytest.raises(CheckpointError, match=f"at most {CHECKPOINT_BYTES} .* has 9002 bytes"):

@@ -3,6 +3,8 @@
 import asyncio
 from random import choice, uniform
 
+import pytest
+
 from balance_app.embedded import EmbeddedPostgres
 from tests.history import Kind, check
 from tests.processes import Copy, connect, running
@@ -13,6 +15,7 @@ from tests.system.sizes import size, tell
 COPY_KILLS = size(small=4, full=20)
 DATABASE_KILLS = size(small=2, full=5)
 OPENING_BALANCE = 100
+UNGUARDED = "tests.unguarded"
 
 
 async def test_killed_copies_lose_nothing(database: dict[str, str]) -> None:
@@ -59,8 +62,12 @@ async def test_a_killed_database_loses_nothing() -> None:
     assert max(seconds) < 3  # 1 s is promised; the rest is for a busy machine
 
 
-async def test_without_durable_commits_the_same_loses_changes() -> None:
-    """The control: when commits don't wait for the log, the history shows what was lost."""
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
+    """Under `synchronous_commit = off` in file and database nothing acknowledged is lost (M1).
+
+    The control leaves it off: then the history shows what was lost.
+    """
     async with own_postgres(
         synchronous_commit="off",
         # Nobody else writes the log to disk before its buffers are full.
@@ -70,18 +77,20 @@ async def test_without_durable_commits_the_same_loses_changes() -> None:
         bgwriter_lru_maxpages="0",
         autovacuum="off",
     ) as server:
-        copies = [Copy(server.environment())]
+        connection = await connect(server.environment())
+        await connection.execute("ALTER DATABASE postgres SET synchronous_commit = off")
+        program = ("-m", "balance_app", "serve") if guarded else ("-m", UNGUARDED, "durability")
+        copies = [Copy(server.environment(), program=program, JOBS_ENABLED="false")]
         async with running(copies):
             account = await open_account(copies[0].url, OPENING_BALANCE)
-            connection = await connect(server.environment())
             await connection.execute("CHECKPOINT")  # the account itself must not be lost
             await connection.close()
             async with Load([copies[0].url], account) as load:
                 await _kill_database(server, load, 1)
             ledger = await read_ledger(copies[0].url, account)
     lost = [each for each in check(ledger, load.operations) if each.kind == Kind.LOST_CHANGE]
-    tell(f"without durable commits {len(lost)} changes are lost: {load.figures()}")
-    assert lost
+    tell(f"{guarded=}: {len(lost)} changes are lost: {load.figures()}")
+    assert bool(lost) is not guarded
 
 
 async def _kill_database(server: EmbeddedPostgres, load: Load, times: int) -> list[float]:
