@@ -1,7 +1,4 @@
-"""Run the migrations: on the connection given by the program, or on one of their own.
-
-Copies that start together take turns: `balance_app.migrations.migrate` holds an advisory lock.
-"""
+"""Run the migrations: as SQL for `balance_app.migrations.migrate`, or on a given connection."""
 
 import asyncio
 
@@ -11,19 +8,39 @@ from sqlalchemy import Connection
 import balance_app.balances.tables
 import balance_app.jobs.records
 import balance_app.jobs.tables  # noqa: F401 - the same
-from balance_app.migrations import metadata, migrate
+from balance_app.migrations import VERSION_TABLE, metadata, migrate
 from balance_app.settings import load_settings
+
+
+def write() -> None:
+    """Write the SQL of what is missing; the program sends it as one transaction."""
+    context.configure(
+        dialect_name="postgresql",
+        dialect_opts={"paramstyle": "named"},  # in others a % is doubled
+        version_table=VERSION_TABLE,
+        literal_binds=True,
+    )
+    # A statement that ends in a comment ends nevertheless.
+    context.get_context().impl.command_terminator = "\n;"
+    context.run_migrations()
 
 
 def run(connection: Connection) -> None:
     """Run what is missing, in one transaction."""
-    context.configure(connection=connection, target_metadata=metadata)
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        include_name=lambda name, _type, _parents: name != "alembic_version",
+    )
     with context.begin_transaction():
         context.run_migrations()
 
 
 given = context.config.attributes.get("connection")
-if given is not None:
+if context.is_offline_mode():
+    write()
+elif given is not None:
     run(given)
 else:
     asyncio.run(migrate(load_settings()))

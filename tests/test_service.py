@@ -25,12 +25,12 @@ async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict
         assert answer.status_code == 200
         assert answer.json()["checks"] == {"stopping": "ok", "database": "ok", "schema": "ok"}
     connection = await connect(database)
-    await connection.execute("UPDATE alembic_version SET version_num = 'older'")
+    await connection.execute("UPDATE balance_app_version SET version_num = '0002'")
     await connection.close()
     answer = await client.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["checks"]["database"] == "ok"
-    assert "older" in answer.json()["checks"]["schema"]
+    assert "0002" in answer.json()["checks"]["schema"]
     assert (await client.get("/livez")).status_code == 200
 
 

@@ -173,7 +173,7 @@ async def test_a_health_check_says_ready_not_ready_or_away(
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (0, "ok")
     connection = await connect(database)
-    await connection.execute("UPDATE alembic_version SET version_num = 'older'")
+    await connection.execute("UPDATE balance_app_version SET version_num = '0002'")
     await connection.close()
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (1, "unavailable")

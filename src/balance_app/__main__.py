@@ -120,19 +120,24 @@ def healthcheck(
 @_database()
 def migrate() -> None:
     """Bring the database's schema to this program's version."""
-    from balance_app.migrations import alembic_head
+    from balance_app.migrations import UnusableDatabaseError
     from balance_app.migrations import migrate as run
-    from balance_app.outages import is_away
+    from balance_app.outages import HOPELESS, classify
 
     settings = load_settings()
     _require_database(settings)
     try:
-        asyncio.run(run(settings))
+        schema = asyncio.run(run(settings, partial(typer.echo, err=True)))
+    except UnusableDatabaseError as error:
+        fail(str(error))
     except Exception as error:
-        if is_away(error) is None:
+        cause = classify(error)
+        if cause is None:
             raise
+        if cause.kind in HOPELESS:
+            fail(f"{cause.sentence} {error}")
         fail(f"The database can't be reached: {error or type(error).__name__}", code=3)
-    typer.echo(f"The schema is at {alembic_head()}.")
+    typer.echo(f"The schema is at {schema.revision}.")
 
 
 @_database()

@@ -20,12 +20,11 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
-from alembic.util import CommandError
 from asyncpg.pool import PoolConnectionProxy
 
 from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.metrics import Metrics
-from balance_app.migrations import migrate
+from balance_app.migrations import Installation, UnusableDatabaseError, find, migrate
 from balance_app.outages import (
     HOPELESS,
     OF_A_STATEMENT,
@@ -48,10 +47,6 @@ ROLLBACK_SECONDS: Final = 0.3
 LOG_AGAIN_SECONDS: Final = 60.0
 _NOT_REACHED: Final = Cause(Kind.NOT_REACHED, "no")
 _STOPPING: Final = Cause(Kind.STOPPING, "no")
-
-
-class UnusableDatabaseError(Exception):
-    """The database answers, but waiting can't help: a wrong password, a schema too new."""
 
 
 class _Operation(NamedTuple):
@@ -94,6 +89,8 @@ class Database:
         self._read_only: Cause | None = None
         # causes by kind: when they were last logged (monotonic)
         self._logged: dict[Kind, float] = {}
+        # which tables these are: another one after they were made anew or restored
+        self.installation: Installation | None = None
         self._stopping = False
         self._serving = False
         # while somebody connects, it is not said that no connection can be made
@@ -102,6 +99,7 @@ class Database:
         self._expired: set[_OwnConnection] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._writable: asyncio.Task[None] | None = None
+        self._schema_check: asyncio.Task[None] | None = None
         self._show(metrics or Metrics())
 
     def _show(self, metrics: Metrics) -> None:
@@ -128,7 +126,7 @@ class Database:
             UnusableDatabaseError: the database answers but can't be used.
         """
         await self._lent
-        self._recovery = asyncio.create_task(self._connect_with_retry(migrated=False))
+        self._recovery = asyncio.create_task(self._connect_with_retry())
         done, _ = await asyncio.wait({self._recovery}, timeout=patience_seconds)
         self._serving = True
         if done:
@@ -138,7 +136,8 @@ class Database:
         """Close every connection; what is still waiting is refused."""
         self._outage = _STOPPING
         self._refuse_all(_STOPPING.sentence)
-        tasks = {task for task in (self._recovery, self._writable) if task is not None}
+        watching = (self._recovery, self._writable, self._schema_check)
+        tasks = {task for task in watching if task is not None}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -390,6 +389,10 @@ class Database:
             self._mark_unavailable(cause)
         elif cause.kind is Kind.READ_ONLY:
             self._mark_read_only(cause)
+        elif cause.kind is Kind.SCHEMA_LOST:
+            if self._schema_check is None or self._schema_check.done():
+                check = self._check_schema(cause)
+                self._schema_check = asyncio.create_task(check, context=Context())
         elif cause.kind not in OF_A_STATEMENT:
             self._log_cause("the database failed", cause)
 
@@ -398,11 +401,16 @@ class Database:
         if self._outage is None:
             log.warning("database unavailable", **_for_log(cause), waiting=len(self._queue))
             # Of its own context: what it logs is not about the request that found out.
-            self._recovery = asyncio.create_task(
-                self._connect_with_retry(migrated=True), context=Context()
-            )
+            self._recovery = asyncio.create_task(self._connect_with_retry(), context=Context())
             self._outage = cause
         self._refuse_all(cause.sentence)
+
+    async def _check_schema(self, cause: Cause) -> None:
+        """Look whether the tables are still those that were there; else migrate as at start."""
+        with suppress(Exception):
+            if await find(self.settings) == self.installation:
+                return  # it is the statement that is wrong
+        self._mark_unavailable(cause)
 
     def _mark_read_only(self, cause: Cause) -> None:
         """Serve reads on, and look whether writes are possible again."""
@@ -418,8 +426,8 @@ class Database:
             self._logged[cause.kind] = now
             log.warning(event, **_for_log(cause))
 
-    async def _connect_with_retry(self, *, migrated: bool) -> None:
-        """Try until the database can be used; the first time, migrate it before.
+    async def _connect_with_retry(self) -> None:
+        """Try until the database can be used, and its schema is at this program's revision.
 
         Raises:
             UnusableDatabaseError: while this instance starts: waiting can't help.
@@ -428,33 +436,25 @@ class Database:
         told = self._outage
         while True:
             try:
-                if not migrated:
-                    await migrate(self.settings)
-                    migrated = True
-                connection = await self._open_connection()
-                if await connection.fetchval(IN_RECOVERY):
-                    connection.terminate()
-                    cause = Cause(Kind.STANDBY, "no")
-                else:
+                connection = await self._migrate_and_connect()
+                if connection is not None:
                     break
+                cause = Cause(Kind.STANDBY, "no")
             except Exception as error:
-                found = classify(error)
-                hopeless = isinstance(error, CommandError) or (
-                    found is not None and found.kind in HOPELESS
-                )
+                cause = _start_failure(error)
                 # Whoever starts this instance is told; once it serves, an operator may mend it.
-                if hopeless and not self._serving:
-                    reason = found.sentence if found is not None else "The database can't be used."
-                    raise UnusableDatabaseError(f"{reason} {error}") from error
-                if found is None and not self._serving:
+                if not self._serving and cause.kind in HOPELESS:
+                    raise UnusableDatabaseError(f"{cause.sentence} {error}") from error
+                if not self._serving and cause.kind in {Kind.SCHEMA, Kind.UNEXPECTED}:
                     raise
-                cause = found or Cause(Kind.UNEXPECTED, "no", text=repr(error))
-            if told is None or (cause.kind, cause.sqlstate) != (told.kind, told.sqlstate):
+            if told is None or (cause.kind, cause.sentence) != (told.kind, told.sentence):
                 tries, told = 0, cause
                 log.warning("waiting for the database", **_for_log(cause))
             self._outage = cause
             await asyncio.sleep(_pause_seconds(cause.kind, tries))
             tries += 1
+        while (idle := self._take_idle()) is not None:
+            idle.terminate()
         self._open = {connection}
         self._idle = [connection]
         self._outage = self._refusal = None
@@ -462,6 +462,22 @@ class Database:
         self._logged.clear()
         if self._serving:
             log.info("database available", after_seconds=round(monotonic() - started, 1))
+
+    async def _migrate_and_connect(self) -> _OwnConnection | None:
+        """Return a connection to a schema at this program's revision; None: it is a standby's."""
+        schema = await migrate(self.settings, self._report_migration)
+        connection = await self._open_connection()
+        if await connection.fetchval(IN_RECOVERY):
+            connection.terminate()
+            return None
+        self.installation = schema.installation
+        return connection
+
+    def _report_migration(self, sentence: str) -> None:
+        cause = Cause(Kind.SCHEMA, "no", text=sentence)
+        if cause != self._outage:
+            log.info("migration", state=sentence)
+        self._outage = cause
 
     async def _wait_until_writable(self) -> None:
         """Look with new sessions, as the old ones may keep a default that has changed since."""
@@ -483,6 +499,12 @@ class Database:
         self._expired = {each for each in self._open if not each.is_closed()}
         while (idle := self._take_idle()) is not None:
             self._release(idle)
+
+
+def _start_failure(error: Exception) -> Cause:
+    if isinstance(error, UnusableDatabaseError):
+        return Cause(Kind.SCHEMA, "no", text=str(error))
+    return classify(error) or Cause(Kind.UNEXPECTED, "no", text=repr(error))
 
 
 def _pause_seconds(kind: Kind, tries: int) -> float:

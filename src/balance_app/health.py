@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import structlog
 from fastapi import APIRouter
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from balance_app.database import Database, read
 from balance_app.errors import Problem
+from balance_app.migrations import SCHEMA_VERSION, Version
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +61,7 @@ async def readyz(request: Request) -> Response:
     """
     state = request.app.state
     checks = {"stopping": "This copy is stopping." if state.stopping.is_set() else "ok"}
-    checks |= await _database_checks(state.database, state.schema_head)
+    checks |= await _database_checks(state.database)
     ready = all(said == "ok" for said in checks.values())
     # What jobs lack is no reason to send requests elsewhere.
     if state.scheduler is not None:
@@ -87,7 +88,7 @@ def _undeclared(jobs: Mapping[str, str]) -> str:
     return f"Not declared, so not run as this program says: {named}{more}."
 
 
-async def _database_checks(database: Database, head: str | None) -> dict[str, str]:
+async def _database_checks(database: Database) -> dict[str, str]:
     try:
         rows = await database.run(lambda con: read(con, SCHEMA_VERSION), urgent=True)
     except Problem as problem:
@@ -95,10 +96,5 @@ async def _database_checks(database: Database, head: str | None) -> dict[str, st
     except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
         log.warning("readiness check failed", error=repr(error))
         return {"database": "The database refused the question.", "schema": "not known"}
-    found = cast("str | None", rows[0]["version_num"]) if rows else None
-    if found != head:
-        return {"database": "ok", "schema": f"The schema is at {found}, this program needs {head}."}
-    return {"database": "ok", "schema": "ok"}
-
-
-SCHEMA_VERSION = "SELECT version_num FROM alembic_version"
+    fault = Version(*rows[0]).fault() if rows else "The schema has no version."
+    return {"database": "ok", "schema": fault or "ok"}

@@ -16,7 +16,7 @@ from starlette.routing import Match, Mount
 from balance_app import api_docs, forms, health, metrics, pages
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database, UnusableDatabaseError
+from balance_app.database import Database
 from balance_app.errors import (
     InternalError,
     InvalidRequest,
@@ -37,7 +37,7 @@ from balance_app.jobs.scheduler import Scheduler
 from balance_app.json_body import FAULT_CODES
 from balance_app.live import Live
 from balance_app.metrics import Metrics
-from balance_app.migrations import alembic_head
+from balance_app.migrations import UnusableDatabaseError
 from balance_app.overview import Overview
 from balance_app.settings import Settings
 
@@ -103,7 +103,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.balances = BalanceRepository(database, numbers)
     app.state.overview = overview = Overview(database, numbers)
     app.state.live = Live(board, overview, app.state.stopping)
-    app.state.schema_head = alembic_head()
     try:
         try:
             await database.start()

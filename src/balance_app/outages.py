@@ -14,7 +14,6 @@ from socket import gaierror
 from typing import Final, NamedTuple
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
 
 from balance_app.errors import Applied
 from balance_app.sessions import PoolerError
@@ -54,6 +53,8 @@ class Kind(Enum):
     CONFLICT = "The database ended the transaction: it conflicted with another."
     BROKEN = "The database met an error of its system."
     CLOSED = "The database is closed to connections."
+    SCHEMA = "The schema can't be used."
+    SCHEMA_LOST = "What this service keeps in the database is missing, in whole or in part."
     UNEXPECTED = "The database can't be used; the log says why."
 
 
@@ -71,9 +72,12 @@ class Cause(NamedTuple):
     @property
     def sentence(self) -> str:
         """The cause for people, with the server's code if it gave one."""
+        if self.kind is Kind.SCHEMA:
+            return self.text
+        sentence = str(self.kind.value)
         if self.sqlstate is None:
-            return self.kind.value
-        return f"{self.kind.value.removesuffix('.')} (SQLSTATE {self.sqlstate})."
+            return sentence
+        return f"{sentence.removesuffix('.')} (SQLSTATE {self.sqlstate})."
 
 
 # Who starts an instance is told at once; it would wait for ever, and in silence.
@@ -98,6 +102,7 @@ _LONGEST_PAUSES: Final = {
     Kind.UNKNOWN_HOST: 2.0,
     Kind.FULL: 1.0,
     Kind.CLOSED: 1.0,
+    Kind.SCHEMA: 1.0,
     Kind.UNEXPECTED: 1.0,
     Kind.READ_ONLY: 1.0,
     Kind.STANDBY: 0.5,
@@ -125,8 +130,6 @@ def is_fatal(error: BaseException) -> bool:
 
 def classify(error: BaseException) -> Cause | None:
     """Say what an error means; None: the statement itself is at fault."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        error = error.orig.__cause__ or error.orig  # a migration's: SQLAlchemy wraps it twice
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         return _from_server(error, error.sqlstate or "", text)
@@ -196,7 +199,11 @@ _STATES: Final = (
     ("28P01", Kind.PASSWORD),
     ("28", Kind.NOT_ALLOWED),
     ("3D000", Kind.NO_DATABASE),
+    ("3F000", Kind.SCHEMA_LOST),
     ("40", Kind.CONFLICT),
+    ("42703", Kind.SCHEMA_LOST),  # no such column
+    ("42883", Kind.SCHEMA_LOST),  # no such function
+    ("42P01", Kind.SCHEMA_LOST),  # no such table
     ("42501", Kind.PRIVILEGE),
     ("53100", Kind.DISK_FULL),
     ("53300", Kind.FULL),

@@ -55,9 +55,10 @@ PINNED: Final[Mapping[str, str]] = {
     # Arrives only where startup parameters do; see `open_session`.
     "balance_app.pinned": "yes",
 }
-# PostgreSQL's own default, but for temporary tables, which come last: one that is called like ours
-# must not be found in its place. Functions and operators of pg_catalog come before everything.
-SEARCH_PATH: Final = '"$user", public, pg_temp'
+# One schema alone: what is missing there must not be found in another program's. Temporary tables
+# come last: one that is called like ours must not be found in its place. Functions and operators of
+# pg_catalog come before everything.
+SEARCH_PATH: Final = '"{schema}", pg_temp'
 
 # Durability is raised when it is off: "200" means that the change is in the log on disk. A value
 # that waits for more or less of a standby stays, as that is the operator's promise. It is set even

@@ -32,6 +32,11 @@ class Settings(BaseSettings):
     db_user: str = "postgres"
     db_password: SecretStr | None = None
     db_name: str = "postgres"
+    db_schema: str = Field(
+        "public",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}$",
+        description="holds everything of this service; made if it is missing",
+    )
 
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
         3, description="connections per copy: one works, one waits for the row, one spare"
@@ -159,7 +164,7 @@ class Settings(BaseSettings):
             "timeout": self.db_connect_seconds,
             "server_settings": {
                 **PINNED,
-                "search_path": SEARCH_PATH,
+                "search_path": SEARCH_PATH.format(schema=self.db_schema),
                 "application_name": f"balance_app {self.server_id}"[:63],
                 "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
                 # Of a copy whose network is cut PostgreSQL hears nothing, for two hours by default.

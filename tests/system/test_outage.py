@@ -109,7 +109,7 @@ async def test_a_copy_waits_for_a_schema_in_use(database: dict[str, str]) -> Non
     try:
         transaction = connection.transaction()
         await transaction.start()
-        await connection.execute("LOCK TABLE alembic_version")
+        await connection.execute("LOCK TABLE balance_app_version")
         await copy.launch()
         await somebody_waits(database)
         await somebody_waits(database, waits=False)  # it gave up, for now

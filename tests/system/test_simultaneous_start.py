@@ -26,7 +26,7 @@ async def test_eight_copies_start_at_once(database: dict[str, str], turn: int) -
         try:
             users = await connection.fetch("SELECT id, balance, version FROM users")
             entries = await connection.fetch("SELECT user_id, version, amount FROM entries")
-            revisions = await connection.fetch("SELECT version_num FROM alembic_version")
+            revisions = await connection.fetch("SELECT version_num FROM balance_app_version")
         finally:
             await connection.close()
     assert [tuple(user) for user in users] == [(1, 10_000, 1)]
