@@ -4,15 +4,16 @@ import asyncio
 import contextlib
 import signal
 import socket
-import sys
 from collections.abc import Generator
 from types import FrameType
 
 import structlog
 import uvicorn
+import uvloop
 
 from balance_app import open_files
 from balance_app.jobs.registry import Registry
+from balance_app.jobs.scope import CountedCalls
 from balance_app.main import create_app
 from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
@@ -51,6 +52,10 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
+class ServiceLoop(CountedCalls, uvloop.Loop):  # type: ignore[misc] # its annotations differ
+    """The event loop of an instance; it counts what runs of jobs start in it."""
+
+
 def serve(settings: Settings, registry: Registry) -> None:
     """Run one copy, with the jobs of `registry`, until SIGINT or SIGTERM.
 
@@ -72,7 +77,7 @@ def serve(settings: Settings, registry: Registry) -> None:
     stopping = asyncio.Event()
     config = uvicorn.Config(
         create_app(settings, stopping, registry),
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        loop="balance_app.server:ServiceLoop",
         http=Protocol,
         ws="none",
         lifespan="on",

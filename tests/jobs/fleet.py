@@ -11,7 +11,10 @@ FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spi
                event loop), stubborn (a thread that can't be stopped), thread (one that can),
                thread-writes (one with transactions), writes (through its transaction),
                held (the same, and each transaction is held open), poison (kills its process);
+               one of those that leave the run's own task (tests/jobs/kinds.py);
                several, parted by commas, are taken in turn
+FLEET_ALARM    taken: jobs that write take SIGALRM and its timer for themselves
+FLEET_TIMEOUT  the jobs' timeout in seconds, if they have one
 FLEET_HOLD     how many seconds a held transaction lasts
 FLEET_TIE      how many seconds a copy that has claimed lately lets equals go first, if not as usual
 FLEET_UNGUARDED  guards to take out, for controls
@@ -28,38 +31,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from balance_app import server
-from balance_app.jobs import lease, repository, runner, scheduler
+from balance_app.jobs import lease, repository, runner, scheduler, scope, watchdog
 from balance_app.jobs import run as running
 from balance_app.jobs.registry import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.threads import ThreadRun
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
-
-TICK_SECONDS = 0.05
-
-
-class Diary:
-    """Lines with monotonic time, which all processes of a machine share; each is one write."""
-
-    def __init__(self, directory: Path) -> None:
-        name = f"{os.environ['SERVER_ID']}-{os.getpid()}-{uuid4().hex[:8]}"
-        self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def write(self, what: str, run: Run | ThreadRun, **more: object) -> None:
-        line = {
-            "at": time.monotonic(),
-            "what": what,
-            "job": run.name,
-            "fence": run.fence,
-            "server": os.environ["SERVER_ID"],
-            "pid": os.getpid(),
-            **more,
-        }
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+from tests.jobs import kinds
+from tests.jobs.kinds import TICK_SECONDS, Diary
 
 
 class Script:
@@ -128,6 +110,9 @@ class Script:
         return "ticked"
 
     async def writes(self, run: Run) -> None:
+        if os.environ.get("FLEET_ALARM") == "taken":
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.alarm(0)
         self.diary.write("start", run)
         try:
             for step in range(self.steps):
@@ -167,11 +152,14 @@ def declare(number: int, diary: Diary) -> Job:
         "writes": script.writes,
         "held": script.writes,
         "poison": script.poison,
+        **kinds.functions(diary, script.seconds),
     }
+    limit = os.environ.get("FLEET_TIMEOUT")
     return job(
         name=f"job-{number:02}",
         every=timedelta(seconds=float(os.environ.get("FLEET_EVERY", "3600"))),
         min_duration=timedelta(milliseconds=1),
+        timeout=timedelta(seconds=float(limit)) if limit else None,
     )(functions[script.kind])
 
 
@@ -179,6 +167,11 @@ def no_dead_man() -> None:
     """Never end a process that has lost its leases, nor tell its runs."""
     vars(lease)["Heart"]._arm = lambda _self: None
     vars(lease)["Heart"]._tell = lambda *_: None
+
+
+def alarm_timer() -> None:
+    """Let the watchdog timer be SIGALRM, as where there is nothing better."""
+    vars(lease)["watchdog_timer"] = watchdog.AlarmTimer
 
 
 def no_fence() -> None:
@@ -219,7 +212,7 @@ def seen_again() -> None:
 def no_wait_for_threads() -> None:
     """Take a run for ended when it is told to stop, even if its thread goes on."""
 
-    async def leave_thread(run: Run, job: Job) -> object:
+    async def leave_thread(run: Run, job: Job, _scope: object) -> object:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[object] = loop.create_future()
         facade = ThreadRun(run)
@@ -231,6 +224,17 @@ def no_wait_for_threads() -> None:
         return await ended
 
     vars(runner)["_in_thread"] = leave_thread
+
+
+def main_task_only() -> None:
+    """Take a run for ended when its main task is, whatever that has started."""
+
+    async def ended(self: scope.Scope) -> None:
+        assert self._main is not None
+        await asyncio.wait({self._main})
+
+    vars(scope)["Scope"].ended = ended
+    vars(scope)["Scope"]._stop_children = lambda _self: None
 
 
 def no_hand_back() -> None:
@@ -258,6 +262,7 @@ def own_clock() -> None:
 
 GUARDS: dict[str, Callable[[], None]] = {
     "dead-man": no_dead_man,
+    "kill-timer": alarm_timer,
     "expiry": no_expiry,
     "own-clock": own_clock,
     "fence": no_fence,
@@ -265,6 +270,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "newcomers": newcomers_first,
     "once": seen_again,
     "threads": no_wait_for_threads,
+    "scope": main_task_only,
     "hand-back": no_hand_back,
 }
 

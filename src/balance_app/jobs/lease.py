@@ -3,13 +3,12 @@
 The heart beats in a thread with a connection of its own, so that a job that blocks the event loop
 loses nothing. A good heartbeat is trusted for as long as a lease, counted from the moment it was
 sent: the server granted the lease later than that, so trust ends before the lease. Shortly before
-trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: a
-timer that each good heartbeat sets anew raises SIGALRM, whose default action ends the process
-before it executes one more instruction, even when it had been stopped in between.
+trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: each
+good heartbeat sets the watchdog timer anew (see `watchdog`), which ends the process before it
+executes one more instruction, also when it is frozen.
 """
 
 import asyncio
-import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ import asyncpg
 import structlog
 
 from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
+from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session
 from balance_app.settings import Settings
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 HANG_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 0.5
-# The dead man's timer may be set this much late.
+# The watchdog timer may be set this much late.
 ARM_SECONDS: Final = 0.005
 NOTHING_SAID: Final = Progress(None, None, None)
 
@@ -60,7 +60,8 @@ class Heart:
         self._settings = settings
         self._metrics = metrics or Metrics()
         self._me = me
-        self._dead_man = dead_man
+        self._has_watchdog = dead_man
+        self._watchdog: WatchdogTimer | None = None
         self._lease_seconds = settings.job_lease_seconds
         # how long before the end of trust runs are told to stop
         self._margin_seconds = min(1.0, self._lease_seconds / 6)
@@ -76,8 +77,8 @@ class Heart:
 
     def start(self, known: Known) -> None:
         """Begin to beat; called in the event loop of the service, in the main thread."""
-        if self._dead_man:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        if self._has_watchdog:
+            self._watchdog = watchdog_timer()
         self._service = asyncio.get_running_loop()
         self._answered_at = monotonic()
         self._thread = threading.Thread(target=self._run, args=(known,), name="heart", daemon=True)
@@ -122,11 +123,11 @@ class Heart:
     def end_within(self, seconds: float) -> None:
         """End this process within that time, or when trust ends, unless it ends by itself."""
         with self._lock:
-            armed, self._dead_man = self._dead_man, False
+            watchdog, self._watchdog = self._watchdog, None
             ends = [lease.trusted_until for lease in self._leases if lease.executing]
             left = [seconds, *(max(0.001, end - monotonic()) for end in ends)]
-            if armed:
-                signal.setitimer(signal.ITIMER_REAL, min(left))
+            if watchdog is not None:
+                watchdog.set(min(left))
 
     def beat_soon(self) -> None:
         """Do not wait for the next beat's time."""
@@ -250,12 +251,12 @@ class Heart:
         self._answered_at = monotonic()
 
     def _arm(self) -> None:
-        """Set the dead man's timer to the earliest end of trust in what still executes."""
-        if not self._dead_man:
+        """Set the watchdog timer to the earliest end of trust in what still executes."""
+        if self._watchdog is None:
             return
         ends = [lease.trusted_until for lease in self._leases if lease.executing]
         if not ends:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._watchdog.set(0)
             return
         # The timer counts from the moment at which it is set: if the process stood still since its
         # time was computed, it is set again.
@@ -264,6 +265,6 @@ class Heart:
             now = monotonic()
             left = min(ends) - ARM_SECONDS - now
             if left <= 0:
-                signal.raise_signal(signal.SIGALRM)
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, left))
+                self._watchdog.expire()
+            self._watchdog.set(max(0.001, left))
             late = monotonic() - now > ARM_SECONDS

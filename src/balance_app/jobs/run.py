@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from datetime import datetime
 from time import monotonic
@@ -13,6 +14,7 @@ import structlog
 
 from balance_app.database import Connection, Database
 from balance_app.errors import DatabaseAway
+from balance_app.jobs import children
 from balance_app.jobs.lease import Lease
 from balance_app.jobs.repository import (
     COMMIT,
@@ -24,6 +26,7 @@ from balance_app.jobs.repository import (
     Progress,
     encode,
 )
+from balance_app.jobs.scope import CURRENT, Scope, under
 from balance_app.outages import is_away, is_fatal
 
 CHECKPOINT_BYTES: Final = 8192
@@ -80,7 +83,8 @@ class Run:
         self.lease: Lease | None = None
         # set when it is told to stop: what it is to end as, and why
         self.stopped: tuple[Stopped, str] | None = None
-        self.task: asyncio.Task[Any] | None = None
+        # what executes for it, once it does
+        self.scope: Scope | None = None
 
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
         """Say how far the run is; the next heartbeat writes it down."""
@@ -127,6 +131,31 @@ class Run:
         elif not await self._jobs.checkpoint(self.name, self.fence, text):
             raise LeaseLostError(f"{self.name} has lost its lease.")
 
+    @property
+    def executor(self) -> Executor:
+        """An executor whose threads belong to the run, for libraries that want one."""
+        assert self.scope is not None  # noqa: S101 - it executes
+        return self.scope
+
+    async def subprocess(
+        self,
+        *command: str,
+        env: Mapping[str, str] | None = None,
+        **options: Any,  # noqa: ANN401 - passed on
+    ) -> asyncio.subprocess.Process:
+        """Start a child process that ends with the run, and however the instance's process ends.
+
+        Takes what `asyncio.create_subprocess_exec` takes: stdin, stdout, stderr, cwd, limit. When
+        the run is told to stop the child gets SIGTERM, and half a second later it is killed. Its
+        descendants are killed with it, also those in sessions of their own, as soon as the
+        command ends. Not covered are processes that it asks another daemon to start.
+
+        Raises:
+            FileNotFoundError: there is no such program.
+        """
+        assert self.scope is not None  # noqa: S101 - it executes
+        return await children.start(self.scope, command, env, options)
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Open a transaction that commits only while this run holds its lease (READ COMMITTED).
@@ -144,20 +173,24 @@ class Run:
         remembered: list[str] = []
         self._inside = remembered
         own: Exception | None = None  # of something else in the body: the connection is well
+        scope = CURRENT.get()
         try:
-            async with self._database.lend() as connection:
-                await connection.execute(self._jobs.begin)
-                holder = self._jobs.me.id
-                if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
-                    raise LeaseLostError(f"{self.name} has lost its lease.")
-                try:
-                    yield connection
-                except NO_ANSWER as error:
-                    own = None if connection.is_closed() else error
-                    raise
-                if remembered:
-                    await connection.execute(REMEMBER, remembered[0])
-                await connection.execute(COMMIT)
+            # The pool and its connections outlive the run.
+            with under(None):
+                async with self._database.lend() as connection:
+                    await connection.execute(self._jobs.begin)
+                    holder = self._jobs.me.id
+                    if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
+                        raise LeaseLostError(f"{self.name} has lost its lease.")
+                    try:
+                        with under(scope):
+                            yield connection
+                    except NO_ANSWER as error:
+                        own = None if connection.is_closed() else error
+                        raise
+                    if remembered:
+                        await connection.execute(REMEMBER, remembered[0])
+                    await connection.execute(COMMIT)
         except (asyncpg.PostgresError, *NO_ANSWER) as error:
             problem = None if error is own else self._problem(error)
             if problem is None:

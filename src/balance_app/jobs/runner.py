@@ -1,13 +1,13 @@
 """How one run is executed: its function is called, and how it ended is classified."""
 
 import asyncio
-import threading
 from time import monotonic
 from typing import Any, NamedTuple
 
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.registry import Job
 from balance_app.jobs.run import LeaseLostError, Run, RunStoppedError, Stopped, in_words, plain
+from balance_app.jobs.scope import Scope
 from balance_app.jobs.threads import ThreadRun
 
 
@@ -23,18 +23,18 @@ async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
     if run.stopped is not None:
         return RunResult(*run.stopped)
     started = monotonic()
-    run.task = asyncio.create_task(_call(run, job))
-    done, _ = await asyncio.wait({run.task}, timeout=job.timeout_seconds)
+    run.scope = scope = Scope(run.name)
+    main = scope.start(_call(run, job, scope))
+    done, _ = await asyncio.wait({main}, timeout=job.timeout_seconds)
     if not done:
         stop(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
-        await asyncio.wait({run.task})
-    run_result = classify(run, job, run.task)
+    await scope.ended()
+    run_result = classify(run, job, main)
     if run_result.outcome == "succeeded":
         rest = min_seconds - (monotonic() - started)
         if rest > 0 and run.stopped is None:
             # The work is done: a run that is stopped now has succeeded all the same.
-            run.task = asyncio.create_task(asyncio.sleep(rest))
-            await asyncio.wait({run.task})
+            await asyncio.wait({scope.start(asyncio.sleep(rest))})
     return run_result
 
 
@@ -42,19 +42,19 @@ def stop(run: Run, outcome: Stopped, reason: str) -> None:
     """Tell a run to stop; what it was told first counts."""
     if run.stopped is None:
         run.stopped = (outcome, reason)
-    if run.task is not None:
-        run.task.cancel()
+    if run.scope is not None:
+        run.scope.stop()
 
 
-async def _call(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
     try:
-        return await (job.function(run) if job.is_async else _in_thread(run, job))
+        return await (job.function(run) if job.is_async else _in_thread(run, job, scope))
     except (SystemExit, KeyboardInterrupt) as error:
         # A task that ended with one of these would end the event loop.
         raise RuntimeError(f"it tried to end its copy: {error!r}") from error
 
 
-async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the function returns
+async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
     """Call a function in a thread of its own, and wait until it has ended, come what may."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Any] = loop.create_future()
@@ -74,8 +74,7 @@ async def _in_thread(run: Run, job: Job) -> Any:  # noqa: ANN401 - what the func
             error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
         loop.call_soon_threadsafe(tell, value, error)
 
-    # A daemon: what can't be stopped must not keep the process alive.
-    threading.Thread(target=call, name=run.name, daemon=True).start()
+    scope.submit(call)
     while True:
         try:
             return await asyncio.shield(ended)

@@ -26,6 +26,7 @@ from balance_app.jobs.repository import (
 from balance_app.jobs.run import Run, plain
 from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.schedule import ScheduleError, parse
+from balance_app.jobs.scope import count_what_runs_start
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
@@ -82,6 +83,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Begin to take jobs, in a task of its own."""
+        count_what_runs_start(asyncio.get_running_loop())
         self._loop = asyncio.create_task(self.run(), context=Context())
 
     async def stop(self) -> None:

@@ -1,14 +1,17 @@
 """What a job's function gets when it is not async: its run, called from the run's own thread."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import subprocess
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent import futures
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, TypeVar
 
 import asyncpg
 
 from balance_app.database import Connection
+from balance_app.jobs.children import Child
 from balance_app.jobs.run import Run, RunStoppedError
 
 Result = TypeVar("Result")
@@ -33,6 +36,11 @@ class ThreadRun:
         self.resumed: Final = run.resumed
         self.log: Final = run.log
 
+    @property
+    def executor(self) -> Executor:
+        """An executor whose threads belong to the run: see `Run.executor`."""
+        return self._run.executor
+
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
         """Say how far the run is."""
         self._go_on()
@@ -45,6 +53,26 @@ class ThreadRun:
     def checkpoint(self, state: object) -> None:
         """Write a checkpoint as `Run.checkpoint`, outside of transactions."""
         self._wait(self._run.checkpoint(state))
+
+    def subprocess(
+        self,
+        *command: str,
+        env: Mapping[str, str] | None = None,
+        **options: Any,  # noqa: ANN401 - passed on
+    ) -> "subprocess.Popen[Any]":
+        """Start a child process as `Run.subprocess`; takes what `subprocess.Popen` takes."""
+        child = self._wait(self._prepare(command, env))
+        try:
+            process = subprocess.Popen(child.command, **options, **child.options)  # noqa: S603
+        except BaseException:
+            child.failed()
+            raise
+        child.started(process.send_signal)
+        return process
+
+    async def _prepare(self, command: tuple[str, ...], env: Mapping[str, str] | None) -> Child:
+        assert self._run.scope is not None  # noqa: S101 - it executes
+        return Child(self._run.scope, command, env)
 
     @contextmanager
     def transaction(self) -> Iterator["ThreadConnection"]:

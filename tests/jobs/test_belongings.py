@@ -1,0 +1,238 @@
+"""Everything that executes for a run belongs to it: a run has ended when all of it has."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from balance_app.jobs import children
+from balance_app.jobs.scope import Scope, count_what_runs_start
+from tests.jobs.fleet import overlaps
+from tests.jobs.ground import Database, Ground, end, ground
+from tests.jobs.kinds import Diary, functions
+from tests.jobs.nursery import Nursery, nursery
+from tests.system.sizes import size, tell
+
+ROUNDS = size(small=1, full=4)
+LEASE = 3
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+# These end with the main task in any case: it passes its own cancel on to them, or waits for them.
+WITH_THE_MAIN_TASK = {"group", "generator", "thread-child"}
+
+
+@pytest.fixture(scope="module")
+async def nest() -> AsyncIterator[Nursery]:
+    async with nursery() as running_nursery:
+        yield running_nursery
+
+
+async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[str, str | None]]:
+    """Let runs of all kinds end in every way; return the overlaps by kind and the run's outcome."""
+    copies = where.copies(
+        3,
+        {
+            "FLEET_JOBS": str(len(kinds)),
+            "FLEET_KIND": ",".join([kinds[-1], *kinds[:-1]]),  # they are numbered from 1
+            "FLEET_EVERY": "1",
+            "FLEET_SECONDS": "4.5",
+            "FLEET_TIMEOUT": "3",
+            "JOB_SETTLING_SECONDS": "0",
+            "JOB_STEP_SECONDS": "0.05",
+            "JOB_LEASE_SECONDS": str(LEASE),
+            "JOB_HEARTBEAT_SECONDS": "1",
+            **env,
+        },
+    )
+    try:
+        for copy in copies:
+            await copy.launch()
+        await asyncio.gather(*(copy.ready() for copy in copies))
+        await where.until(len(kinds))
+        for _ in range(ROUNDS):
+            await asyncio.sleep(4)  # timeouts
+            await where.rows("UPDATE jobs SET cancel_by = 'ada' WHERE holder IS NOT NULL")
+            await asyncio.sleep(3)
+            await copies[0].stop(signal.SIGTERM)
+            await copies[0].launch()
+            await copies[0].ready()
+            await asyncio.sleep(1)
+            assert copies[1].process is not None
+            copies[1].process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(LEASE + 1.5)
+            await copies[1].stop(signal.SIGCONT)
+            await copies[1].launch()
+            await copies[1].ready()
+    finally:
+        await end(copies)
+    outcomes = {
+        (job, fence): outcome
+        for job, fence, outcome in await where.rows("SELECT job, fence, outcome FROM job_runs")
+    }
+    spans = where.spans()
+    found: Counter[tuple[str, str | None]] = Counter()
+    for before, after in overlaps(spans):
+        late = sum(line["at"] >= after.begin for line in before.lines)
+        kind = kinds[int(before.job.removeprefix("job-")) - 1]
+        found[kind, outcomes.get((before.job, before.fence))] += late
+    tell(f"{len(spans)} runs, ended as {dict(Counter(outcomes.values()))}")
+    return found
+
+
+async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """Cancelled, timed out, released or lost: no line of a run comes after the next one's first.
+
+    The control takes a run for ended when its main task is: each kind is then seen to overlap.
+    """
+    kinds = list(functions(cast("Diary", None), 0))
+    async with (
+        ground(postgres, nest, tmp_path) as guarded,
+        ground(postgres, nest, tmp_path) as unguarded,
+    ):
+        found = await disturb(guarded, kinds)
+        control = await disturb(unguarded, kinds, FLEET_UNGUARDED="scope")
+    tell(f"late lines: {dict(found)}; control: {dict(control)}")
+    assert found == {}
+    assert {kind for kind, _ in control} >= set(kinds) - WITH_THE_MAIN_TASK
+
+
+async def test_children_end_with_the_process_of_their_instance(
+    postgres: Database, nest: Nursery, tmp_path: Path
+) -> None:
+    """After kill -9 no child of a run writes another line, nor does a child's child."""
+    kinds = ["subprocess", "grandchild", "deaf-child", "thread-child"]
+    async with ground(postgres, nest, tmp_path) as where:
+        env = {"FLEET_JOBS": str(len(kinds)), "FLEET_KIND": ",".join(kinds)}
+        (copy,) = where.copies(1, {**env, "JOB_SETTLING_SECONDS": "0"})
+        await copy.launch()
+        try:
+            spans = await where.until(len(kinds))
+            await asyncio.sleep(0.5)
+            assert len(spans) == len(kinds)
+        finally:
+            await copy.kill()
+        await asyncio.sleep(1)
+        before = [len(span.lines) for span in where.spans()]
+        await asyncio.sleep(0.5)
+        after = [len(span.lines) for span in where.spans()]
+    assert before == after
+    assert min(before) > 3
+
+
+@pytest.fixture
+async def scope() -> AsyncIterator[Scope]:
+    """What a run that does nothing by itself has."""
+    count_what_runs_start(asyncio.get_running_loop())
+    scope = Scope("a")
+    scope.start(asyncio.sleep(3600))
+    yield scope
+    scope.stop()
+    async with asyncio.timeout(30):
+        await scope.ended()
+
+
+async def test_a_child_process_is_one_as_any_other(scope: Scope) -> None:
+    """It has its output, its exit code, its signals; one that is not to be found is refused."""
+    process = await children.start(
+        scope,
+        ("sh", "-c", "read x; echo got $x $A; exit 3"),
+        {"A": "b", "PATH": "/usr/bin:/bin"},
+        PIPES,
+    )
+    output, _ = await process.communicate(b"it\n")
+    assert output == b"got it b\n"
+    assert process.returncode == 3
+    process = await children.start(scope, ("sleep", "600"), None, {})
+    await asyncio.sleep(0.5)  # until it has replaced its supervisor's image of itself
+    process.send_signal(signal.SIGUSR1)
+    assert await process.wait() == -signal.SIGUSR1
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        await children.start(scope, ("no-such-program",), None, {})
+
+
+async def test_a_child_that_leaves_children_behind_takes_them_along(scope: Scope) -> None:
+    """What the command started is killed when it ends, though it is in a session of its own."""
+    process = await children.start(
+        scope, ("sh", "-c", "setsid sleep 600 & echo $!"), None, {"stdout": subprocess.PIPE}
+    )
+    output, _ = await process.communicate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(output), 0)
+
+
+async def test_a_full_pipe_does_not_keep_a_run_from_ending(scope: Scope) -> None:
+    """Nobody reads what a child says: it is ended all the same."""
+    process = await children.start(scope, ("yes",), None, {"stdout": subprocess.PIPE})
+    await asyncio.sleep(0.3)
+    scope.stop()
+    async with asyncio.timeout(30):
+        await scope.ended()
+    assert process.stdout is not None
+    assert (await process.stdout.read()).startswith(b"y\n")
+
+
+@pytest.mark.usefixtures("scope")
+async def test_what_a_function_leaves_behind_when_it_returns_is_ended() -> None:
+    """Tasks are cancelled, threads waited for, and what waits for a thread is dropped."""
+    released = threading.Event()
+    said: list[str] = []
+
+    async def cleans_up() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            await asyncio.sleep(0.1)
+            said.append("cleaned up")
+
+    async def leaves() -> None:
+        for _ in range(40):
+            left.submit(released.wait)
+        left.submit(said.append, "never")
+        kept.append(asyncio.create_task(cleans_up()))
+        await asyncio.sleep(0)
+
+    kept: list[asyncio.Task[None]] = []
+    left = Scope("b")
+    left.start(leaves())
+    ending = asyncio.create_task(left.ended())
+    await asyncio.sleep(0.5)
+    assert not ending.done()
+    released.set()
+    await asyncio.wait_for(ending, 30)
+    assert said == ["cleaned up"]
+    assert kept[0].cancelled()
+
+
+@pytest.mark.usefixtures("scope")
+async def test_who_swallows_its_cancellation_is_cancelled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever still executes is told again and again, until it has ended."""
+    monkeypatch.setattr("balance_app.jobs.scope.AGAIN_SECONDS", 0.1)
+    swallowed = []
+
+    async def swallows() -> None:
+        for number in range(3):
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                swallowed.append(number)
+
+    async def waits() -> None:
+        await asyncio.wait({asyncio.create_task(swallows()), asyncio.create_task(swallows())})
+
+    deaf = Scope("b")
+    deaf.start(waits())
+    await asyncio.sleep(0)
+    deaf.stop()
+    async with asyncio.timeout(30):
+        await deaf.ended()
+    assert sorted(swallowed) == [0, 0, 1, 1, 2, 2]
