@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from balance_app import database, migrations, open_files, server, sessions
 from balance_app.balances import repository
-from balance_app.balances.repository import Outcome
+from balance_app.balances.repository import RECALL, Outcome
 from balance_app.database import Connection, read, write
 from balance_app.jobs.registry import Registry
 from balance_app.json_body import MAX_INTEGER
@@ -94,6 +94,13 @@ def key() -> None:
     vars(repository)["CHANGE_ONCE"] = NO_KEYS
 
 
+def recall() -> None:
+    """Tell an outcome again without waiting until it is durable."""
+    vars(repository)["RECALL"] = RECALL.replace(
+        "pg_logical_emit_message(true, 'balance_app', '')", "0"
+    )
+
+
 def migration_lock() -> None:
     """Migrate without taking turns, all at the moment that MIGRATE_AT names (epoch seconds)."""
     guarded = migrations.migrate
@@ -125,6 +132,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-look": fresh_look,
     "key": key,
+    "recall": recall,
     "migration-lock": migration_lock,
     "open-files": reserve,
     "durability": durability,

@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from balance_app.errors import (
     PROBLEM_JSON,
+    SAFE_METHODS,
     DatabaseAway,
     InvalidRequest,
     NotFound,
@@ -26,8 +27,9 @@ Users' balances, changed in real time and never below zero. What every copy and 
 shown to people at [/](/).
 
 * Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
-  `applied` whether anything took effect (`"no"` or `"unknown"`). The list is at
-  [/problems](/problems).
+  `applied` whether anything took effect (`"no"` or `"unknown"`; what only reads has none). With an
+  `Idempotency-Key` it is true of all tries with that key: `"no"` only when the outcome is known.
+  The list is at [/problems](/problems).
 * **422** is wrong whatever the state; **409** is well formed, but the state says no;
   **503** is a database that is away or a full house: wait `Retry-After` seconds.
 * Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
@@ -120,16 +122,28 @@ def add_docs(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         described = generate()
         described["components"]["schemas"]["Problem"] = _problem_schema()
+        for operations in described["paths"].values():
+            for method in operations.keys() & {each.lower() for each in SAFE_METHODS}:
+                _describe_read(operations[method])
         return described
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend it
+
+
+def _describe_read(operation: dict[str, Any]) -> None:
+    """Show the problems of an operation as what only reads tells them."""
+    kinds = {kind.code: kind for kind in all_problems()}
+    for answer in operation["responses"].values():
+        examples = answer.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {})
+        for code, example in examples.items():
+            example["value"] = kinds[code].example().body("GET")
 
 
 def _problem_schema() -> dict[str, Any]:
     return {
         "type": "object",
         "description": "A problem (RFC 9457), with members of its kind beside these.",
-        "required": ["type", "title", "status", "detail", "code", "applied"],
+        "required": ["type", "title", "status", "detail", "code"],
         "properties": {
             "type": {"type": "string", "description": "where this kind of problem is explained"},
             "title": {"type": "string"},
@@ -139,7 +153,8 @@ def _problem_schema() -> dict[str, Any]:
             "applied": {
                 "type": "string",
                 "enum": ["no", "unknown"],
-                "description": "whether the request may have changed something",
+                "description": "whether the request, with all tries under its key, may have "
+                "changed something; absent when it only reads",
             },
             "errors": {
                 "type": "array",

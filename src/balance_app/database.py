@@ -539,8 +539,7 @@ READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
 
 def _problem(cause: Cause) -> DatabaseAway:
     """Return what a request is told that met this cause while it changed something."""
-    effect = "Nothing was changed." if cause.applied == "no" else "The change may have been made."
-    return DatabaseAway(f"{cause.sentence} {effect}", applied=cause.applied)
+    return DatabaseAway(cause.sentence, applied=cause.applied)
 
 
 async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:

@@ -6,7 +6,7 @@ both are shown by `GET /problems/{code}` and on the docs page.
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic_core import to_json
 from starlette.responses import Response
@@ -14,14 +14,24 @@ from typing_extensions import override
 
 Applied = Literal["no", "unknown"]
 PROBLEM_JSON = "application/problem+json"
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """Something kept the request from being done."""
+    """Something kept the request from being done.
+
+    `applied` says whether the request may have changed something: the request, which may have been
+    sent several times under one idempotency key, not this try of it alone. What only reads can't
+    have changed anything: its problems say nothing of it.
+    """
 
     status: ClassVar[int]
     code: ClassVar[str]
     title: ClassVar[str]
+    # False: it says nothing of the request, which is still to be decided; `detail` is the cause
+    # alone, and the answer to a request that changes something adds what that means for it.
+    decides: ClassVar[bool] = True
+    applied: Applied = "no"
 
     def __init__(
         self, detail: str, *, headers: Mapping[str, str] | None = None, **members: object
@@ -31,16 +41,28 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.headers = headers
         self.members = members
 
-    def body(self) -> dict[str, Any]:
-        """Return the problem object; equal problems give equal bytes."""
+    def under(self, key: str | None) -> None:
+        """Make this true of all tries with an idempotency key.
+
+        What kept one try from being decided says nothing of the others.
+        """
+        if key is not None and not self.decides:
+            self.applied = "unknown"
+
+    def body(self, method: str = "POST") -> dict[str, Any]:
+        """Return the problem object for a request of this method; equal ones give equal bytes."""
+        reads = method in SAFE_METHODS
+        detail = self.detail
+        if not (self.decides or reads):
+            detail += f" {_MEANS[self.applied]}"
         return {
             "type": f"/problems/{self.code}",
             "title": self.title,
             "status": self.status,
-            "detail": self.detail,
+            "detail": detail,
             "code": self.code,
             **self.members,
-            "applied": self.members.get("applied", "no"),
+            **({} if reads else {"applied": self.applied}),
         }
 
     @classmethod
@@ -48,14 +70,20 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         """Return one such problem for the docs page."""
         return cls(explain(cls)[0])
 
-    def response(self) -> Response:
-        """Return the answer that carries this problem."""
+    def response(self, method: str = "POST") -> Response:
+        """Return the answer that carries this problem, for a request of this method."""
         return Response(
-            to_json(self.body()),
+            to_json(self.body(method)),
             status_code=self.status,
             headers=self.headers,
             media_type=PROBLEM_JSON,
         )
+
+
+_MEANS: Final[dict[Applied, str]] = {
+    "no": "Nothing was changed.",
+    "unknown": "Whether anything was changed is not known.",
+}
 
 
 class MalformedRequest(Problem):
@@ -109,10 +137,12 @@ class MethodNotAllowed(Problem):
 class RequestTimeout(Problem):
     """The request did not arrive in time.
 
-    Nothing was changed. Send the request again.
+    Nothing was changed by it. Send the request again. With an `Idempotency-Key` `applied` is
+    `unknown`: an earlier try with it may have had an effect.
     """
 
     status, code, title = 408, "request-timeout", "Request timeout"
+    decides = False
 
 
 class BodyTooLarge(Problem):
@@ -154,16 +184,19 @@ class UnsupportedMediaType(Problem):
 class DatabaseAway(Problem):
     """The database can't be reached, or did not answer in time.
 
-    `applied` says whether the request may have had an effect: `no`, or `unknown`. Wait
-    `Retry-After` seconds and send it again; after `unknown` with the same `Idempotency-Key`, so
-    that it takes effect once. `GET /api/changes/{key}` tells an outcome that is recorded; that
-    none is recorded yet decides nothing while the first try may still be under way.
+    `applied` says whether the request may have had an effect: `no`, or `unknown`; with an
+    `Idempotency-Key` always `unknown`, as an earlier try with it may have had one; for what only
+    reads there is no `applied`. Wait `Retry-After` seconds and send it again; after `unknown` with
+    the same `Idempotency-Key`, so that it takes effect once. `GET /api/changes/{key}` tells an
+    outcome that is recorded; that none is recorded yet decides nothing while the first try may
+    still be under way.
     """
 
     status, code, title = 503, "database-away", "Database away"
+    decides = False
 
     def __init__(self, detail: str, *, applied: Applied) -> None:
-        super().__init__(detail, headers={"Retry-After": "1"}, applied=applied)
+        super().__init__(detail, headers={"Retry-After": "1"})
         self.applied = applied
 
     @classmethod
@@ -173,12 +206,14 @@ class DatabaseAway(Problem):
 
 
 class Overloaded(Problem):
-    """The house is full: more requests wait than the service can answer soon.
+    """More requests wait than the service can answer in time.
 
-    Nothing was changed. Wait `Retry-After` seconds and send the request again.
+    Nothing was changed by it. Wait `Retry-After` seconds and send the request again. With an
+    `Idempotency-Key` `applied` is `unknown`: an earlier try with it may have had an effect.
     """
 
     status, code, title = 503, "overloaded", "Overloaded"
+    decides = False
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, headers={"Retry-After": "1"})
@@ -191,14 +226,18 @@ class InternalError(Problem):
     """
 
     status, code, title = 500, "internal-error", "Internal error"
+    decides = False
+    applied = "unknown"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The service made a mistake; its log has the details under this request's id."
+        )
 
     @classmethod
-    def after(cls, method: str) -> Self:
-        """Return the problem for a request of this method."""
-        return cls(
-            "The service made a mistake; its log has the details under this request's id.",
-            applied="no" if method in {"GET", "HEAD", "OPTIONS"} else "unknown",
-        )
+    @override
+    def example(cls) -> Self:
+        return cls()
 
 
 def all_problems() -> Iterator[type[Problem]]:

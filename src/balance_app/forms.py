@@ -120,8 +120,8 @@ async def change_balance(request: Request) -> Response:
         try:
             outcome = await balances_of(request).change(int(user), change, key)
         except (DatabaseAway, Overloaded) as problem:
-            unknown = problem.body()["applied"] == "unknown"
-            said = Said("bad", sentence(problem) + (_AGAIN if unknown else ""))
+            unknown = problem.applied == "unknown"
+            said = Said("bad", sentence(problem, request.method) + (_AGAIN if unknown else ""))
             asked = Asked(form, said, problem.status, again=True)
         except Problem as problem:
             asked = Asked(form, Said("bad", f"Not done. {problem.detail}"), problem.status)

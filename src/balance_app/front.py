@@ -83,12 +83,12 @@ class Front:
         try:
             await self._pass_on(scope, receive, send_with_ids)
         except Problem as problem:
-            await problem.response()(scope, receive, send_with_ids)
+            await problem.response(method)(scope, receive, send_with_ids)
         except Exception:
             log.exception("internal error", method=method, path=scope["path"])
             if not status:
-                mistake = InternalError.after(method)
-                await mistake.response()(scope, receive, send_with_ids)
+                mistake = InternalError().response(method)
+                await mistake(scope, receive, send_with_ids)
         finally:
             self._answers.inc(status)
             if self._log_requests:

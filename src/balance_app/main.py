@@ -150,16 +150,16 @@ async def _hand_back(scheduler: Scheduler | None, stopping: asyncio.Event) -> No
         await scheduler.stop()
 
 
-async def _tell_problem(_request: Request, problem: Exception) -> Response:
+async def _tell_problem(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)  # noqa: S101 - registered for nothing else
-    return problem.response()
+    return problem.response(request.method)
 
 
 async def _tell_internal(request: Request, _error: Exception) -> Response:
-    return InternalError.after(request.method).response()
+    return InternalError().response(request.method)
 
 
-async def _tell_invalid(_request: Request, error: Exception) -> Response:
+async def _tell_invalid(request: Request, error: Exception) -> Response:
     """Name the faults FastAPI found, without repeating the caller's input (it may be NaN)."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
     faults = [
@@ -171,7 +171,7 @@ async def _tell_invalid(_request: Request, error: Exception) -> Response:
         )
         for fault in error.errors()
     ]
-    return InvalidRequest(*faults).response()
+    return InvalidRequest(*faults).response(request.method)
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
@@ -187,7 +187,7 @@ async def _tell_http(request: Request, error: Exception) -> Response:
             )
         case _:
             problem = MalformedRequest("The request can't be read.")
-    return problem.response()
+    return problem.response(request.method)
 
 
 def _methods(request: Request, refused: HTTPException) -> set[str]:

@@ -80,17 +80,22 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 def tell(request: Request, problem: Problem) -> Response:
     """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
     passes = request.url.path == "/" and isinstance(problem, DatabaseAway | Overloaded)
-    view = {"heading": problem.title, "sentence": sentence(problem), "lives": passes}
+    view = {
+        "heading": problem.title,
+        "sentence": sentence(problem, request.method),
+        "lives": passes,
+    }
     return _page(request, "sorry.html", view, status=problem.status, headers=problem.headers)
 
 
-def sentence(problem: Problem) -> str:
-    """Return what a problem says, for people."""
-    if problem.body()["applied"] == "unknown":
+def sentence(problem: Problem, method: str) -> str:
+    """Return what a problem says of a request of this method, for people."""
+    body = problem.body(method)
+    if body.get("applied") == "unknown":
         return f"It is not known whether it was done. {problem.detail}"
     if isinstance(problem, DatabaseAway):
-        return f"{problem.detail} This page goes on by itself when it can."
-    return problem.detail
+        return f"{body['detail']} This page goes on by itself when it can."
+    return str(body["detail"])
 
 
 @router.get("/")
@@ -182,7 +187,7 @@ async def overview_page(
         if live.picture.snapshot is None:
             raise
         status, headers = problem.status, problem.headers
-        said = Said("bad", f"{sentence(problem)} What is below was seen before that.")
+        said = Said("bad", f"{sentence(problem, 'GET')} What is below was seen before that.")
     snapshot = live.picture.snapshot
     assert snapshot is not None  # noqa: S101 - there is a picture
     now = snapshot.now.timestamp()
@@ -216,7 +221,7 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
         account = await balances_of(request).account(int(user))
         entries = await _overview(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
     except Problem as problem:
-        return {"asked": user, "problem": sentence(problem)}
+        return {"asked": user, "problem": sentence(problem, "GET")}
     shown = entries[:ENTRIES_SHOWN]
     return {
         "asked": user,

@@ -192,8 +192,8 @@ class Load:
         )
         operation: Accepted | Refused | NotApplied | Unknown
         if isinstance(answer, httpx.ConnectError | httpx.ConnectTimeout):
-            operation = NotApplied(key, amount, sent, answered)  # nothing was sent
-        elif isinstance(answer, httpx.TransportError):
+            return None  # nothing was sent
+        if isinstance(answer, httpx.TransportError):
             operation = Unknown(key, amount, sent, answered)
         elif answer.status_code == 503:
             kind = NotApplied if answer.json().get("applied") == "no" else Unknown
@@ -274,10 +274,12 @@ class Load:
     def _name(self, method: str, answer: httpx.Response) -> str:
         """Name an answer for the count, and note it when the contract does not have it."""
         if answer.status_code == 503:
+            # A key may have had an effect before, whatever keeps this try from being made.
             applied = answer.json().get("applied")
-            if "Retry-After" not in answer.headers or applied not in {"no", "unknown"}:
+            expected = "unknown" if method == "POST" else None
+            if "Retry-After" not in answer.headers or applied != expected:
                 self.unexpected.append(f"503 {answer.headers} {answer.text}")
-            return f"503 {applied}"
+            return f"503 {applied}" if method == "POST" else "GET 503"
         if method == "GET":
             if answer.status_code not in {200, 404}:
                 self.unexpected.append(f"{answer.status_code} to {answer.url}: {answer.text}")

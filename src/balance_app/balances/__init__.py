@@ -12,6 +12,6 @@ snapshot, and names the balance and the version it saw.
 
 What an idempotency key promises: one effect and one answer. The outcome is written to
 `idempotency_keys` in the transaction that decides it; the key's uniqueness lets one transaction
-win. A repeated request reads that row back, under the account's row lock: taking the lock writes,
-so its answer waits until all that it reports is as durable as any commit.
+win. A repeated request reads that row back in a transaction that writes to the log, and nothing
+else: so its answer waits until all that it reports is as durable as any commit, and for no row.
 """

@@ -16,7 +16,7 @@ from balance_app.balances.errors import (
     UserNotFound,
 )
 from balance_app.database import Connection, Database, read, write
-from balance_app.errors import DatabaseAway, Overloaded
+from balance_app.errors import DatabaseAway, Overloaded, Problem
 from balance_app.json_body import MAX_INTEGER
 from balance_app.metrics import Metrics
 from balance_app.wait_queue import Lane
@@ -79,7 +79,8 @@ class BalanceRepository:
         Raises:
             UserNotFound: there is no such user.
             IdempotencyKeyReused: the key belongs to another request.
-            DatabaseAway: see `balance_app.database`.
+            DatabaseAway, Overloaded: see `balance_app.database`; what became of earlier tries with
+                this key is unknown.
         """
         started = perf_counter()
         lane = Lane(user_id, self._at_once)
@@ -95,6 +96,8 @@ class BalanceRepository:
                     lane=lane,
                 )
         except Exception as error:
+            if isinstance(error, Problem):
+                error.under(key)
             self._metrics.changes.inc(_failure(error))
             raise
         self._metrics.changes.inc("replayed" if outcome.replayed else outcome.kind)
@@ -111,7 +114,7 @@ class BalanceRepository:
         if until is not None:
             if monotonic() < until:
                 change.close()
-                raise DatabaseAway("The account is locked; nothing was changed.", applied="no")
+                raise DatabaseAway("The account is locked.", applied="no")
             self._held[user_id] = monotonic() + 4 * HELD_SECONDS
         held = False
         try:
@@ -132,8 +135,13 @@ class BalanceRepository:
 
         Raises:
             IdempotencyKeyReused: the key belongs to another request.
+            DatabaseAway, Overloaded: as for `change`.
         """
-        return await self._database.run(lambda con: _open(con, balance, key))
+        try:
+            return await self._database.run(lambda con: _open(con, balance, key))
+        except Problem as problem:
+            problem.under(key)
+            raise
 
     async def outcome(self, key: str) -> Outcome:
         """Return what became of the request with this key.
@@ -236,14 +244,16 @@ ON CONFLICT (key) DO NOTHING
 RETURNING balance, version, at
 """
 
-# What is told again must be as durable as it was promised to be. Locking the account's row is
-# a write, so the answer waits for the log (and a synchronous standby) up to and past the
-# outcome it reports; a bare SELECT can see a commit that a failover would still lose.
+# What is told again must be as durable as it was promised to be; a bare SELECT can see a commit
+# that a failover would still lose. The message, which nobody reads, makes this a transaction that
+# writes: its commit waits until the log (and a synchronous standby) has it, and with it all that
+# came before, as every outcome that this statement can see did. No row is locked: who recalls
+# neither waits for those who change the account nor holds them up.
 RECALL: Final = """
-SELECT outcome, user_id, amount, k.balance, k.version, k.at, key
-FROM idempotency_keys k JOIN users u ON u.id = k.user_id
+SELECT outcome, user_id, amount, balance, version, at,
+       pg_logical_emit_message(true, 'balance_app', '')
+FROM idempotency_keys
 WHERE key = $1
-FOR NO KEY UPDATE OF u
 """
 
 

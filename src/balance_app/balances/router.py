@@ -1,6 +1,6 @@
 """The routes of balances, and the one of them that must be fast."""
 
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 from fastapi import APIRouter
 from pydantic_core import to_json
@@ -42,7 +42,7 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
-from balance_app.json_body import read_json
+from balance_app.json_body import StrictModel, read_json
 from balance_app.settings import Settings
 
 BODY_PROBLEMS: Final = (
@@ -52,6 +52,8 @@ BODY_PROBLEMS: Final = (
     UnsupportedMediaType,
     InvalidRequest,
 )
+
+Model = TypeVar("Model", bound=StrictModel)
 
 router = APIRouter(prefix="/api", tags=["balances"])
 
@@ -86,7 +88,7 @@ async def change_balance(request: Request) -> Response:
     effect once, and every answer is the first one, byte for byte.
     """
     key = idempotency_key(request)
-    asked = await read_json(request, ChangeRequest, within_seconds=_settings(request).body_seconds)
+    asked = await _read(request, ChangeRequest, key)
     return _tell(await _repository(request).change(asked.user_id, asked.amount, key))
 
 
@@ -102,7 +104,7 @@ async def change_balance(request: Request) -> Response:
 async def open_account(request: Request) -> Response:
     """Create a user; the opening balance becomes entry 1 of the ledger."""
     key = idempotency_key(request)
-    asked = await read_json(request, OpenRequest, within_seconds=_settings(request).body_seconds)
+    asked = await _read(request, OpenRequest, key)
     return _tell(await _repository(request).open(asked.balance, key))
 
 
@@ -175,6 +177,14 @@ async def read_outcome(request: Request, key: PathKey) -> Response:
             "answer": outcome_body(outcome),
         }
     )
+
+
+async def _read(request: Request, model: type[Model], key: str | None) -> Model:
+    try:
+        return await read_json(request, model, within_seconds=_settings(request).body_seconds)
+    except RequestTimeout as problem:
+        problem.under(key)
+        raise
 
 
 def _tell(outcome: Outcome) -> Response:

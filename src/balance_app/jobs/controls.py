@@ -107,7 +107,7 @@ class Controls:
             return await self._job(name)
         except (DatabaseAway, Overloaded) as problem:
             raise DatabaseAway(
-                "The change was made, but what came of it can't be read.", applied="unknown"
+                "The job can't be read, to tell what came of it.", applied="unknown"
             ) from problem
 
     async def _job(self, name: str) -> bytes:

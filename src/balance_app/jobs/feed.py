@@ -97,12 +97,12 @@ class Feed:
             problem = away
         except Exception:
             log.exception("no look at the jobs for the feed")
-            problem = InternalError.after("GET")
+            problem = InternalError()
         else:
             return format_sse_event(
                 event="status", data_str=snapshot.text.decode(), id=snapshot.now.isoformat()
             )
-        return format_sse_event(event="away", data_str=to_json(problem.body()).decode())
+        return format_sse_event(event="away", data_str=to_json(problem.body("GET")).decode())
 
 
 class FeedResponse(EventSourceResponse):

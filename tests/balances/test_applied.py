@@ -1,0 +1,222 @@
+"""`applied` is true of the request, with all that was sent under its key; what reads has none."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.processes import Copy, connect
+from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
+
+KEYED = {"Idempotency-Key": "k"}
+NEW_KEY = {"Idempotency-Key": "new"}
+CHANGE = {"userId": 1, "amount": -1}
+CANCEL_WAITING_COMMITS = (
+    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+)
+READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/changes/k")
+
+
+@pytest.fixture
+async def refusing(database: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
+    """An instance that made a change under the key `k`, and lost its database since."""
+    async with (
+        Copy(database, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        made = await client.post("/api/balance", json=CHANGE, headers=KEYED)
+        assert made.status_code == 200
+        admin = await connect({**database, "DB_NAME": "postgres"})
+        await admin.execute(f'ALTER DATABASE "{database["DB_NAME"]}" ALLOW_CONNECTIONS false')
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1",
+            database["DB_NAME"],
+        )
+        await _until_ready(client, ready=False)
+        yield client
+        await admin.close()
+
+
+async def test_a_key_that_was_used_is_never_denied(refusing: httpx.AsyncClient) -> None:
+    """Without its database an instance can't know what became of a key."""
+    for path, body in (("/api/balance", CHANGE), ("/api/users", {"balance": 1})):
+        keyed = await refusing.post(path, json=body, headers=KEYED)
+        assert (keyed.status_code, keyed.json()["applied"]) == (503, "unknown")
+        assert keyed.json()["detail"].endswith("Whether anything was changed is not known.")
+        unkeyed = await refusing.post(path, json=body)
+        assert (unkeyed.status_code, unkeyed.json()["applied"]) == (503, "no")
+        assert unkeyed.json()["detail"].endswith("Nothing was changed.")
+    steered = await refusing.post("/api/cron/jobs/none/run")
+    assert (steered.status_code, steered.json()["applied"]) == (503, "no")
+
+
+async def test_what_reads_says_nothing_of_changes(refusing: httpx.AsyncClient) -> None:
+    """Neither in a member nor in the text, whatever keeps it from reading."""
+    paths = (*READ, "/api/cron/status", "/api/cron/history", "/api/nothing", "/api/users/x")
+    for path in (*paths, "/api/balance"):
+        answer = await refusing.get(path)
+        assert not answer.is_success, path
+        assert "applied" not in answer.json(), path
+        assert "changed" not in answer.json()["detail"], path
+    assert (await refusing.post("/api/nothing")).json()["applied"] == "no"
+    page = (await refusing.get("/")).text
+    assert "changed is not known" not in page
+    assert "othing was changed" not in page
+
+
+async def test_a_body_that_never_comes_says_nothing_of_its_key(database: dict[str, str]) -> None:
+    """The try that is given up may repeat one that took effect."""
+    async with Copy(database, JOBS_ENABLED="false", BODY_SECONDS="0.1") as copy:
+        said = [await _half_a_request(copy, headers) for headers in ("", "Idempotency-Key: k\r\n")]
+    assert [b'"applied":"no"' in each for each in said] == [True, False]
+    assert [b'"applied":"unknown"' in each for each in said] == [False, True]
+    assert all(each.startswith(b"HTTP/1.1 408") for each in said)
+
+
+async def _half_a_request(copy: Copy, headers: str) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+    head = f"POST /api/balance HTTP/1.1\r\nHost: x\r\n{headers}Content-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[str, str]) -> None:
+    """Refused for the crowd, for a lock, or because the instance stops: unknown under a key."""
+    limits = {"DB_POOL_SIZE": "1", "MAX_WAITING": "1", "DB_LOCK_SECONDS": "1"}
+    async with (
+        Copy({**database, **limits}, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        locked(database),
+    ):
+
+        async def send(headers: dict[str, str] | None = None) -> dict[str, Any]:
+            answer = await client.post("/api/balance", json=CHANGE, headers=headers)
+            assert answer.status_code == 503
+            body: dict[str, Any] = answer.json()
+            return body
+
+        first = asyncio.create_task(send(NEW_KEY))
+        await somebody_waits(database)
+        second = asyncio.create_task(send())
+        await asyncio.sleep(0.1)
+        crowded = [await send(NEW_KEY), await send()]
+        assert [each["code"] for each in crowded] == ["overloaded", "overloaded"]
+        assert [each["applied"] for each in crowded] == ["unknown", "no"]
+        assert [(await first)["applied"], (await second)["applied"]] == ["unknown", "no"]
+
+
+@asynccontextmanager
+async def locked(database: dict[str, str], statement: str = "") -> AsyncIterator[None]:
+    """Hold the row of user 1, or what the statement locks, as somebody else's transaction does."""
+    holder = await connect(database)
+    try:
+        async with holder.transaction():
+            await holder.execute(statement or "SELECT FROM users WHERE id = 1 FOR UPDATE")
+            yield
+    finally:
+        await holder.close()
+
+
+Door = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+
+
+def _ask(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+    return client.get("/api/changes/k")
+
+
+def _open(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+    return client.post("/api/users", json={"balance": 1}, headers=KEYED)
+
+
+def _repeat(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+    return client.post("/api/balance", json=CHANGE, headers=KEYED)
+
+
+@pytest.mark.parametrize(("door", "status"), [(_ask, 200), (_open, 422), (_repeat, 200)])
+async def test_an_outcome_is_told_while_its_account_is_locked(
+    client: httpx.AsyncClient, database: dict[str, str], door: Door, status: int
+) -> None:
+    """Who asks for an outcome waits for no row, and so holds up nobody who does."""
+    other = (await client.post("/api/users", json={"balance": 1})).json()["userId"]
+    assert (await _repeat(client)).status_code == 200
+    async with locked(database), asyncio.timeout(5):
+        asked = [asyncio.create_task(_await(door(client))) for _ in range(30)]
+        change = await client.post("/api/balance", json={"userId": other, "amount": 1})
+        assert change.status_code == 200
+        assert {(await each).status_code for each in asked} == {status}
+
+
+async def _await(answer: Awaitable[httpx.Response]) -> httpx.Response:
+    return await answer
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+async def test_what_a_standby_lacks_is_not_told(*, guarded: bool) -> None:
+    """A synchronous standby that is away: an outcome that a failover would lose is no outcome.
+
+    The control recalls by a bare SELECT, and acknowledges it.
+    """
+    program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.unguarded", "recall")
+    async with (
+        own_postgres() as server,
+        Copy(server.environment(), program=program, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        admin = await connect(server.environment())
+        await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        await admin.execute("SELECT pg_reload_conf()")
+        await _until_equal(admin, "SHOW synchronous_standby_names", "nobody")
+        tries = []
+        for door in (_repeat, _ask, _repeat, _ask):
+            # Each that waits in vain is taken for an outage, until it is looked again.
+            await _until_ready(client, ready=True)
+            tries.append(await door(client))
+            # A commit that is cancelled while it waits is there to be seen.
+            await admin.execute(CANCEL_WAITING_COMMITS)
+            await _until_equal(admin, "SELECT count(*) FROM idempotency_keys", 1)
+        await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        await admin.execute("SELECT pg_reload_conf()")
+        await admin.close()
+        await _until_ready(client, ready=True)
+        assert (await _ask(client)).status_code == 200
+    statuses = [each.status_code for each in tries]
+    if guarded:
+        assert statuses == [503, 503, 503, 503]
+        assert [each.json().get("applied") for each in tries] == ["unknown", None] * 2
+    else:
+        assert 200 in statuses
+
+
+async def _until_ready(client: httpx.AsyncClient, *, ready: bool) -> None:
+    async with asyncio.timeout(20):
+        while (await client.get("/readyz")).is_success != ready:  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.02)
+
+
+async def _until_equal(admin: Any, question: str, expected: object) -> None:  # noqa: ANN401 - a connection
+    async with asyncio.timeout(20):
+        while await admin.fetchval(question) != expected:  # noqa: ASYNC110 - a fact in the database
+            await asyncio.sleep(0.02)
+
+
+async def test_a_frozen_database_denies_no_key() -> None:
+    """Neither the try whose answer did not come nor those that were not sent deny it."""
+    async with (
+        own_postgres() as server,
+        Copy(server.environment(), JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        assert (await _repeat(client)).status_code == 200
+        await freeze(server)
+        try:
+            answers = await asyncio.gather(*(_repeat(client) for _ in range(10)))
+        finally:
+            await thaw(server)
+        assert {each.status_code for each in answers} == {503}
+        assert {each.json()["applied"] for each in answers} == {"unknown"}
