@@ -22,6 +22,8 @@ from balance_app.errors import (
     explain,
 )
 
+TEXT_PATTERN = r"^[^\u0000]*$"
+
 DESCRIPTION = """
 Users' balances, changed in real time and never below zero. What every copy and job does now is
 shown to people at [/](/).
@@ -65,6 +67,7 @@ def problems(
 def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
     """Return the OpenAPI description of a keyed request whose body `json_body.read_json` reads."""
     schema = model.model_json_schema()
+    _describe_text(schema)
     example = {
         name: field["examples"][0]
         for name, field in schema["properties"].items()
@@ -84,6 +87,17 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _describe_text(schema: object) -> None:
+    """Say of every text that it has no NUL in it, as `json_body.parse_json` sees to."""
+    inside = schema if isinstance(schema, list) else []
+    if isinstance(schema, dict):
+        inside = list(schema.values())
+        if schema.get("type") == "string" and not {"enum", "const", "format"} & schema.keys():
+            schema.setdefault("pattern", TEXT_PATTERN)
+    for each in inside:
+        _describe_text(each)
 
 
 def add_docs(app: FastAPI) -> None:

@@ -25,7 +25,7 @@ from balance_app.errors import (
 from balance_app.jobs.controls import Controls
 from balance_app.jobs.errors import JobNotFound
 from balance_app.jobs.router import refuse_other_sites
-from balance_app.jobs.schemas import Pause
+from balance_app.jobs.schemas import NAME_PATTERN, Pause
 from balance_app.json_body import header_values, read_body
 from balance_app.pages import (
     NO_USER,
@@ -81,6 +81,8 @@ async def cancel_job(request: Request, name: str) -> Response:
 async def _steer(request: Request, name: str, what: str, steer: Steer) -> Response:
     """Do something to a job, and go back to the page that has the button."""
     form = await _form(request)
+    if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
+        raise JobNotFound(name)
     own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
     try:
         who = Pause.model_validate({field: text for field, text in form.items() if text})

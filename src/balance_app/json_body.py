@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +20,8 @@ from balance_app.errors import (
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_BRACKETS: Final = 64
 MAX_INTEGER: Final = 2**53 - 1  # the largest that every JSON reader keeps exact (RFC 8259, 6)
+
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates without their other half
 
 
 class StrictModel(BaseModel):
@@ -61,9 +64,13 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
     except ValueError:
         raise MalformedRequest("The body is not JSON in UTF-8.") from None
     try:
-        return model.model_validate(value)
+        asked = model.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(*_faults(error)) from None
+    # What can't be stored can be written in this way alone.
+    if b"\\u" in raw and (place := _place_of_no_text(value, "")) is not None:
+        raise InvalidRequest((place, "not-text"))
+    return asked
 
 
 async def read_body(request: Request, within_seconds: float) -> bytes:
@@ -142,7 +149,6 @@ _DECODER: Final = json.JSONDecoder(
 
 FAULT_CODES: Final = {
     "extra_forbidden": "unknown-field",
-    "string_unicode": "unknown-field",  # a name with a lone surrogate
     "string_pattern_mismatch": "not-a-key",  # idempotency keys alone have a pattern
     "missing": "required",
     "int_type": "not-an-integer",
@@ -159,12 +165,34 @@ FAULT_CODES: Final = {
 }
 
 
+def _place_of_no_text(value: object, place: str) -> str | None:
+    """Return where a text, or the name of a field, is none that PostgreSQL has a place for."""
+    match value:
+        case str():
+            return place if _NO_TEXT.search(value) else None
+        case dict():
+            inside = [(value[name], f"{place}/{name}") for name in value]
+            inside.extend((name, place) for name in value)
+        case list():
+            inside = [(each, f"{place}/{number}") for number, each in enumerate(value)]
+        case _:
+            return None
+    return next(filter(None, (_place_of_no_text(*each) for each in inside)), None)
+
+
 def _faults(error: ValidationError) -> list[tuple[str, str]]:
     """Name each fault by place and kind; the caller's own text is never repeated."""
     return [
-        (_pointer(fault["loc"], fault["type"]), FAULT_CODES.get(fault["type"], fault["type"]))
+        (_pointer(fault["loc"], fault["type"]), _code(fault["loc"], fault["type"]))
         for fault in error.errors(include_url=False, include_input=False, include_context=False)
     ]
+
+
+def _code(location: tuple[int | str, ...], kind: str) -> str:
+    # A lone surrogate: in a text, or in the name of a field, which can't be one that is known.
+    if kind == "string_unicode":
+        return "not-text" if location else "unknown-field"
+    return FAULT_CODES.get(kind, kind)
 
 
 def _pointer(location: tuple[int | str, ...], kind: str) -> str:

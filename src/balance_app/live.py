@@ -5,6 +5,7 @@ the same version of the picture are sent the same bytes, made and compressed onc
 """
 
 import asyncio
+import re
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +25,7 @@ from balance_app.jobs.feed import Feed
 from balance_app.overview import Around, Overview
 from balance_app.picture import Picture
 
+_VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 AROUND_SECONDS: Final = 4.0  # what is around the board is asked for as often, or when runs change
 
 
@@ -132,7 +134,7 @@ class Live:
     async def events(self, since: str | None, job: str | None) -> AsyncIterator[bytes]:
         """Yield what is new to a viewer who has the version `since`, at each tick."""
         boot, _, number = (since or "").partition(".")
-        has = int(number) if boot == self._boot and number.isdecimal() else None
+        has = int(number) if boot == self._boot and _VERSION.fullmatch(number) else None
         async for event in self._feed.events():
             if event.startswith(b"event: status"):
                 had, has = has, self.picture.version
