@@ -25,7 +25,7 @@ import asyncpg
 import httpx
 
 from balance_app.embedded import EmbeddedPostgres
-from balance_app.jobs.repository import CLAIM, FINISH, Known, Me, Turn
+from balance_app.jobs.repository import CLAIM, FINISH, Known, Me, Turn, claim_arguments
 from balance_app.migrations import migrate
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect, running
@@ -140,12 +140,14 @@ async def claimer(number: int, settings: Settings, known: Known, claims: list[fl
         tie=timedelta(milliseconds=10),
         settled=True,
         settling=timedelta(seconds=5),
-        takes_over=True,
+        takes_over_until=None,
     )
     done = 0
     end = monotonic() + CLAIM_SECONDS
     while (asked := monotonic()) < end:
-        row = await connection.fetchrow(CLAIM, *me, timedelta(seconds=6), *known, *turn)
+        row = await connection.fetchrow(
+            CLAIM, *claim_arguments(me, timedelta(seconds=6), known, turn)
+        )
         claims.append(monotonic() - asked)
         assert row is not None
         if not row["goes"]:
@@ -164,6 +166,9 @@ async def claimer(number: int, settings: Settings, known: Known, claims: list[fl
             [],
             [],
             [],
+            None,
+            0,
+            0,
             None,
         )
         assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *told)

@@ -18,6 +18,7 @@ from balance_app import metrics as numbers
 from balance_app.jobs.audits import audit_ledger
 from balance_app.jobs.facts import Facts
 from balance_app.jobs.registry import Job, Registry, job
+from balance_app.jobs.repository import LOST_LIMIT
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.metrics import OUTCOMES, JobFacts, Metrics
@@ -327,15 +328,15 @@ async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -
     assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
 
 
-async def test_a_job_that_is_laid_aside_was_lost(ground: Ground) -> None:
+async def test_a_quarantined_job_was_lost(ground: Ground) -> None:
     """The loss counts, although nobody takes the job over."""
     other = ground.copy("other")
     await other.declare("good")
     await other.claim()
-    await ground.eye.execute("UPDATE jobs SET lost_streak = 2")
+    await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
     await ground.expire("good")
     async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
-        await until(lambda: _paused(ground))
+        await until(lambda: _quarantined(ground))
         await until(
             lambda: _holds(metrics, 'balance_app_job_runs_total{job_name="good",outcome="lost"}', 1)
         )
@@ -344,8 +345,9 @@ async def test_a_job_that_is_laid_aside_was_lost(ground: Ground) -> None:
     assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
 
 
-async def _paused(ground: Ground) -> bool:
-    return (await ground.row("good"))["paused_at"] is not None
+async def _quarantined(ground: Ground) -> bool:
+    row = await ground.row("good")
+    return row["holder"] is None and row["lost_streak"] == LOST_LIMIT
 
 
 async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:

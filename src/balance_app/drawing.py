@@ -32,6 +32,7 @@ _WAITING: Final = {
     "handed-back": _Sign("◔", "handed back", "cyan"),
     "settling": _Sign("◔", "settling", "cyan"),
     "retry": _Sign("↻", "trying again", "yellow"),
+    "quarantined": _Sign("✕", "quarantined", "red"),
     "lost": _Sign("✕", "lost", "red"),
     "no-code": _Sign("?", "no code", "yellow"),
 }
@@ -135,7 +136,9 @@ def _doing(job: Json, now: datetime, on: Console) -> str:
     moment = _moment(until)
     seconds = (moment - now).total_seconds()
     length = (duration if _is_roomy(on) else rough)(abs(seconds))
-    return f"{'in' if seconds > 0 else 'since'} {length} ({brief(moment, now)})"
+    failures = job["failuresInARow"]
+    failing = f", failed {failures} times in a row" if failures > 1 else ""
+    return f"{'in' if seconds > 0 else 'since'} {length} ({brief(moment, now)}){failing}"
 
 
 def _progress(progress: Json | None, on: Console) -> str:

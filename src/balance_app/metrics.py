@@ -65,6 +65,8 @@ class JobFacts(NamedTuple):
     last_run_failed: bool
     # None: not an audit, or none has come to a result yet
     mismatch: bool | None
+    failures_in_a_row: int = 0
+    losses_in_a_row: int = 0
 
 
 class Tally(Collector):
@@ -206,7 +208,7 @@ class Metrics:
         )
         self.takeovers: Final = Counter(
             "balance_app_job_takeovers",
-            "Jobs that this copy took from one that gave no sign of life.",
+            "Jobs that this copy took from one that sent no heartbeat.",
             ["job_name"],
             registry=registry,
         )
@@ -301,6 +303,16 @@ class _Fleet(Collector):
                 "last_run_failed",
                 "1 if the job's last run failed, timed out or was lost.",
                 lambda job: job.last_run_failed,
+            ),
+            (
+                "failures_in_a_row",
+                "Runs of the job that failed or timed out since it last succeeded.",
+                lambda job: job.failures_in_a_row,
+            ),
+            (
+                "losses_in_a_row",
+                "Runs of the job that were lost with their process in a row; 3 quarantine it.",
+                lambda job: job.losses_in_a_row,
             ),
             (
                 "audit_mismatch",

@@ -32,6 +32,7 @@ _REASONS: Final = {
     "handed-back": State("◔", "handed back", "wait"),
     "settling": State("◔", "settling", "wait"),
     "retry": State("↻", "trying again", "warn"),
+    "quarantined": State("✕", "quarantined", "bad"),
     "lost": State("✕", "lost", "bad"),
     "no-code": State("?", "no code", "warn"),
 }
@@ -129,7 +130,8 @@ def why(job: Job) -> str | None:
             return f"{job['cancelBy']} asked for its end."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
     if job["waiting"]["reason"] == "not-due":
-        return None
+        failures = job["failuresInARow"]
+        return f"Its last {failures} runs failed." if failures > 1 else None
     return str(job["waiting"]["sentence"])
 
 

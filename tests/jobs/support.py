@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias, TypeVar, cast
 from uuid import uuid4
 
@@ -38,13 +38,14 @@ Found = TypeVar("Found")
 
 PATIENCE_SECONDS = 30
 LEASE = timedelta(seconds=30)
+EVER = datetime(3000, 1, 1, tzinfo=UTC)
 AT_ONCE = Turn(
     wait=timedelta(0),
     round=0,
     tie=timedelta(0),
     settled=True,
     settling=timedelta(0),
-    takes_over=True,
+    takes_over_until=EVER,
 )
 
 SHIFT_JOBS = """

@@ -71,10 +71,16 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
         None,
         "bob asked for a run",
     ),
+    "quarantined": (
+        {"due_at": -60 * SECOND, "ready_at": 600 * SECOND, "attempt": 3, "lost_streak": 3}
+        | {"last_outcome": "lost"},
+        "readyAt",
+        "Its last 3 runs were lost with their processes: it is tried again at",
+    ),
     "lost": (
         {**running(uuid4(), "app7"), "lease_until": -1 * SECOND},
         None,
-        "app7 gave no sign of life",
+        "app7 sent no heartbeat",
     ),
 }
 LAST = {

@@ -60,6 +60,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative timeout": ({"every": MINUTE, "timeout": -SECOND}, "timeout is -1 day, 23:59:59"),
     "a retry at once": ({"every": MINUTE, "retry_after": timedelta(0)}, "retry_after is 0:00:00"),
     "a retry before": ({"every": MINUTE, "retry_after": -SECOND}, "retry_after is -1 day"),
+    "a backoff that shrinks": (
+        {"every": MINUTE, "retry_after": SECOND, "retry_backoff": 0.5},
+        "retry_backoff is 0.5",
+    ),
+    "a backoff that is no number": (
+        {"every": MINUTE, "retry_after": SECOND, "retry_backoff": float("nan")},
+        "retry_backoff is nan",
+    ),
+    "a backoff in words": ({"every": MINUTE, "retry_backoff": "2"}, "retry_backoff is '2'"),
+    "no retries": (
+        {"every": MINUTE, "retry_after": SECOND, "max_retries": 0},
+        "max_retries is 0",
+    ),
+    "half a retry": (
+        {"every": MINUTE, "retry_after": SECOND, "max_retries": 0.5},
+        "max_retries is 0.5",
+    ),
+    "retries without a wait": ({"every": MINUTE, "max_retries": 3}, "max_retries=3"),
+    "a pause after no failure": (
+        {"every": MINUTE, "pause_after_failures": True},
+        "pause_after_failures is True",
+    ),
     "no duration": ({"every": MINUTE, "min_duration": timedelta(0)}, "min_duration is 0:00:00"),
     "a negative duration": ({"every": MINUTE, "min_duration": -SECOND}, "min_duration is -1 day"),
     "a negative jitter": ({"every": MINUTE, "jitter": -SECOND}, "jitter is -1 day, 23:59:59"),

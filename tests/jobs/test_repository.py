@@ -19,9 +19,12 @@ from balance_app.jobs.repository import (
     CLAIM,
     COMMIT,
     ENTER,
+    LONGEST_QUARANTINE,
     LOST_LIMIT,
+    QUARANTINE,
     Ending,
     Skipped,
+    claim_arguments,
 )
 from tests.jobs.support import AT_ONCE, Copy, Ground, on
 from tests.system.databases import somebody_waits
@@ -75,7 +78,7 @@ async def two_at_once(ground: Ground) -> AsyncIterator[str]:
     copy = ground.copy()
     known = await copy.declare("moon")
     first, second = await ground.connect(), await ground.connect()
-    arguments = (*copy.me, copy.lease, *known, *AT_ONCE)
+    arguments = claim_arguments(copy.me, copy.lease, known, AT_ONCE)
     async with first.transaction():
         one = await first.fetchrow(CLAIM, *arguments)
         other = asyncio.create_task(second.fetchrow(repository.CLAIM, *arguments))
@@ -121,11 +124,11 @@ async def owners_first(ground: Ground) -> AsyncIterator[str]:
     await other.declare("moon")
     await owner.claim()
     await ground.expire("moon")
-    if (await other.look(takes_over=False)).claimed:
+    if (await other.look(takes_over_until=None)).claimed:
         yield "it took over"
         return
     await owner.jobs.finish("moon", 1, HANDED_BACK)
-    assert (await other.look(takes_over=False)).claimed
+    assert (await other.look(takes_over_until=None)).claimed
 
 
 async def higher_fence(ground: Ground) -> AsyncIterator[str]:
@@ -160,16 +163,16 @@ async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
     if look.claimed is not None:
         yield "it was started"
         return
-    assert look.laid_aside == "moon"
+    assert look.set_aside == "moon"
     row = await ground.row("moon")
     assert (row["holder"], row["paused_by"], row["pause_reason"]) == (None, "ada", "full")
     assert (row["fence"], row["attempt"], row["last_outcome"]) == (1, 1, "lost")
     assert [run["outcome"] for run in await ground.runs("moon")] == ["lost"]
-    assert (await other.look()).laid_aside is None
+    assert (await other.look()).set_aside is None
 
 
 async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
-    """The third loss in a row pauses a job, with that reason; an end in between counts anew."""
+    """The third loss in a row quarantines a job for a while; an end in between counts anew."""
     copy = ground.copy()
     await copy.declare("moon")
     await copy.claim()
@@ -180,17 +183,66 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
     assert (await ground.row("moon"))["lost_streak"] == 0
     await copy.claim()
     for loss in range(1, LOST_LIMIT + 1):
-        assert (await ground.row("moon"))["paused_at"] is None
         await ground.expire("moon")
         look = await copy.look()
         if (look.claimed is None) != (loss == LOST_LIMIT):
             yield f"after {loss} losses in a row it was {'' if look.claimed else 'not '}started"
             return
-    row = await ground.row("moon")
-    assert (row["paused_by"], row["holder"]) == ("balance_app", None)
-    assert row["pause_reason"] == f"its last {LOST_LIMIT} runs were lost"
     outcomes = Counter(run["outcome"] for run in await ground.runs("moon"))
     assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "interrupted": 1}
+    checkpoint = '{"done": 7}'
+    await ground.eye.execute("UPDATE jobs SET checkpoint = $1", checkpoint)
+    for doubled in range(6):
+        row = await ground.row("moon")
+        assert (row["paused_at"], row["holder"]) == (None, None)
+        lasts = row["ready_at"] - await ground.eye.fetchval("SELECT clock_timestamp()")
+        expected = min(QUARANTINE * 2**doubled, LONGEST_QUARANTINE)
+        if not expected - MINUTE < lasts <= expected:
+            yield f"the quarantine lasts {lasts} after {LOST_LIMIT + doubled} losses in a row"
+        await ground.ready("moon")
+        assert (await copy.claim()).resumed == {"done": 7}
+        await ground.expire("moon")
+        assert (await copy.look()).set_aside == "moon"
+
+
+async def refuted(ground: Ground) -> AsyncIterator[str]:
+    """An instance that lives takes back the losses recorded against it, each once, and no other."""
+    owner, other, dead = ground.copy("owner"), ground.copy("other"), ground.copy("dead")
+    for copy in (owner, other, dead):
+        await copy.declare("moon")
+    await dead.claim()
+    for copy in (owner, owner, other):
+        await ground.expire("moon")
+        await copy.look()
+    row = await ground.row("moon")
+    assert (row["lost_streak"], row["holder"]) == (3, None)
+    if await other.jobs.refute_losses() != []:
+        yield "it took back what was not its own"
+    for _ in range(2):
+        await owner.jobs.refute_losses()
+        row = await ground.row("moon")
+        if row["lost_streak"] != 1:
+            yield f"{row['lost_streak']} losses are left of one dead instance"
+    if (await ground.outcomes("moon"))[0] != ("lost", repository.GONE):
+        yield "the dead instance's loss was taken back"
+    assert (await ground.outcomes("moon"))[1:] == [("interrupted", repository.UNREACHABLE)] * 2
+    assert (row["last_outcome"], row["last_result"]) == ("interrupted", repository.UNREACHABLE)
+    if (await other.look()).claimed is None:
+        yield "it is still quarantined"
+
+
+async def abandoned(ground: Ground) -> AsyncIterator[str]:
+    """What an instance holds and does not run is found: neither its runs, nor what others hold."""
+    copy, other = ground.copy("app1"), ground.copy("app2")
+    await copy.declare("moon", "sun", "mars")
+    await other.declare("moon", "sun", "mars")
+    runs, never, _ = await copy.claim(), await copy.claim(), await other.claim()
+    found = await copy.jobs.abandoned([(runs.name, runs.fence)])
+    if found != [(never.name, never.fence, 0, 0)]:
+        yield f"it found {found}"
+    found = await copy.jobs.abandoned([(runs.name, runs.fence), (never.name, 7)])
+    if [(each.name, each.fence) for each in found] != [(never.name, never.fence)]:
+        yield f"with an old fence it found {found}"
 
 
 async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
@@ -214,7 +266,8 @@ async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
         await asyncio.sleep(0.3)
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
         await ground.ready("moon", seconds_ago=9)
-        await connection.fetchrow(repository.CLAIM, *copy.me, copy.lease, *known, *AT_ONCE)
+        arguments = claim_arguments(copy.me, copy.lease, known, AT_ONCE)
+        await connection.fetchrow(repository.CLAIM, *arguments)
     row = await ground.row("moon")
     if row["holder"] is None or row["lease_until"] < sent_at + copy.lease:
         yield "the lease was granted as of the transaction's begin"
@@ -594,17 +647,35 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("CLAIM", "number <= $5", "$5::bigint IS NOT NULL")],
         [Guard("CLAIM", "name <> ALL ($6)", "$6::text[] IS NOT NULL")],
     ],
-    owners_first: [[Guard("CLAIM", "(holder IS NULL OR $12)", "$12::boolean IS NOT NULL")]],
+    owners_first: [
+        [
+            Guard(
+                "CLAIM",
+                "(holder IS NULL OR clock_timestamp() <= $12::timestamptz)",
+                "($12::timestamptz IS NULL OR true)",
+            )
+        ]
+    ],
     higher_fence: [
         [Guard("CLAIM", "fence = jobs.fence + goes::integer", "fence = jobs.fence")],
         [Guard("FINISH", FREED, "WHERE name = $1 AND $2::bigint > 0 AND $3::uuid IS NOT NULL")],
     ],
     lost_and_paused: [
-        [Guard("CLAIM", "(paused_at IS NULL AND (parts OR lost_streak + 1 < 3))", "true")]
+        [Guard("CLAIM", "(paused_at IS NULL AND (parts OR lost_streak + 1 < $13))", "true")]
     ],
     lost_too_often: [
-        [Guard("CLAIM", "lost_streak + 1 < 3", "true")],
+        [Guard("CLAIM", "lost_streak + 1 < $13", "true")],
         [Guard("CLAIM", "lost_streak = lost_streak + lost::integer", "lost_streak = 0")],
+        [Guard("CLAIM", "$14::interval * power(2,", "$14::interval * power(1,")],
+    ],
+    refuted: [
+        [Guard("REFUTE", "        WHERE holder = $1\n", "        WHERE $1::uuid IS NOT NULL\n")],
+        [Guard("REFUTE", "greatest(lost_streak - losses, 0)", "lost_streak")],
+        [Guard("REFUTE", "least(ready_at, clock_timestamp())", "ready_at")],
+    ],
+    abandoned: [
+        [Guard("ABANDONED", "WHERE holder = $1\n", "WHERE $1::uuid IS NOT NULL\n")],
+        [Guard("ABANDONED", "AND (name, fence) NOT IN (SELECT *", "AND ('', 1) NOT IN (SELECT *")],
     ],
     cancelled_and_lost: [[Guard("CLAIM", "CASE WHEN goes THEN cancel_by END", "NULL")]],
     delayed_claim: [[Guard("CLAIM", *OWN_CLOCK)]],
@@ -723,7 +794,7 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
     async def claim_all(copy: Copy) -> None:
         connection = await ground.connect()
         assert copy.known is not None
-        arguments = (*copy.me, copy.lease, *copy.known, *AT_ONCE)
+        arguments = claim_arguments(copy.me, copy.lease, copy.known, AT_ONCE)
         await together.wait()
         while len(taken) < jobs:
             row = await connection.fetchrow(CLAIM, *arguments)
@@ -780,7 +851,7 @@ async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
     assert second.resumed == {"done": [1, 2.5, None, "\u00e9"]}
     lost, new = await ground.runs("moon")
     assert (lost["outcome"], lost["ended_at"], lost["server"]) == ("lost", lease_until, "owner")
-    assert lost["result"] == "its copy gave no sign of life"
+    assert lost["result"] == repository.GONE
     assert (new["outcome"], new["server"], new["attempt"]) == (None, "other", 1)
     row = await ground.row("moon")
     assert (row["last_outcome"], row["last_server"]) == ("lost", "owner")
@@ -807,7 +878,7 @@ async def test_a_look_says_when_to_look_again(ground: Ground) -> None:
     copy = ground.copy()
     await copy.declare()
     look = await copy.look()
-    assert (look.claimed, look.laid_aside, look.wait_seconds, look.busy) == (
+    assert (look.claimed, look.set_aside, look.wait_seconds, look.busy) == (
         None,
         None,
         None,

@@ -19,7 +19,7 @@ from balance_app.errors import DatabaseAway
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.controls import RUN
 from balance_app.jobs.registry import Job, job
-from balance_app.jobs.repository import LOST_LIMIT, Claimed, Ending
+from balance_app.jobs.repository import LOST_LIMIT, QUARANTINE, STOPPED, Claimed, Ending
 from balance_app.jobs.run import LeaseLostError, Run
 from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler
@@ -452,6 +452,109 @@ async def test_a_failure_is_tried_again(ground: Ground) -> None:
     assert (row["attempt"], row["due_at"]) == (0, row["anchor_at"] + HOUR)
 
 
+async def test_retries_wait_longer_each_time_and_end(ground: Ground) -> None:
+    """As long as said at first, twice as long each time, and no more of them than are allowed."""
+    moon = declare(raises(ValueError("no")), retry_after=SECOND, max_retries=3)
+    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    waits = []
+    for retries in range(4):
+        run = claimed(anchor_at, anchor_at, anchor_at)._replace(
+            schedule="every 3600 s", retries=retries
+        )
+        ending = scheduling._ending(moon, run, RunResult("failed", "no"), anchor_at, seconds_ago=0)
+        assert ending.ready_at is not None
+        waits.append((ending.ready_at - anchor_at).total_seconds())
+        assert (ending.due_at is None, ending.retries) == ((True, retries + 1), (False, 0))[
+            retries == 3
+        ]
+    assert 1 <= waits[0] < 2 <= waits[1] < 4 <= waits[2] < 5
+    assert waits[3] == 3600  # its next tick
+    often = claimed(anchor_at, anchor_at, anchor_at)._replace(
+        schedule="every 31622400 s", retries=10**6
+    )
+    moon = declare(returns(None), retry_after=SECOND, retry_backoff=10.0)
+    again_at = scheduling._ending(
+        moon, often, RunResult("timed_out", ""), anchor_at, seconds_ago=0
+    ).ready_at
+    assert again_at is not None
+    assert HOUR <= again_at - anchor_at <= 1.1 * HOUR
+
+
+async def test_failures_in_a_row_are_counted_and_may_pause_a_job(ground: Ground) -> None:
+    """Whatever the tick, until a success; so many in a row pause it, with the reason."""
+    ends = iter([ValueError("1"), ValueError("2"), None, ValueError("3"), ValueError("4")])
+    streaks = []
+
+    async def fails_mostly(_run: Run) -> None:
+        streaks.append((await ground.row("moon"))["failure_streak"])
+        error = next(ends)
+        if error is not None:
+            raise error
+
+    moon = declare(fails_mostly, every=SECOND, pause_after_failures=3)
+    async with ground.scheduler([moon], starts=False) as scheduler:
+        for end in range(5):
+            if end:
+                await ground.ready("moon")
+            await until(lambda: _claims(scheduler))
+            await asyncio.wait(set(scheduler._runs.values()))
+    assert streaks == [0, 1, 2, 0, 1]
+    row = await ground.row("moon")
+    assert (row["failure_streak"], row["paused_at"]) == (2, None)
+    once_more = declare(raises(ValueError("5")), every=SECOND, pause_after_failures=3)
+    async with ground.scheduler([once_more], starts=False) as scheduler:
+        await ground.ready("moon")
+        await until(lambda: _claims(scheduler))
+        await asyncio.wait(set(scheduler._runs.values()))
+    row = await ground.row("moon")
+    assert (row["failure_streak"], row["paused_by"]) == (3, "balance_app")
+    assert row["pause_reason"] == "its last 3 runs failed"
+
+
+async def test_what_is_released_again_and_again_waits_and_fails(ground: Ground) -> None:
+    """Only an instance's stop frees a job at once; all else waits, longer each time, and fails."""
+    moon = declare(returns(None), every=HOUR)
+    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    run = claimed(now, now, now)._replace(schedule="every 3600 s")
+    stops = RunResult("interrupted", STOPPED)
+    away = RunResult("interrupted", "The database does not answer.")
+    stopped = scheduling._ending(moon, run._replace(releases=4), stops, now, seconds_ago=0)
+    assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "interrupted", 4)
+    waited = timedelta(0)
+    waits = []
+    for releases in range(scheduling.MOST_RELEASES):
+        ending = scheduling._ending(moon, run._replace(releases=releases), away, now, seconds_ago=0)
+        assert (ending.outcome, ending.releases) == ("interrupted", releases + 1)
+        assert ending.keeps_checkpoint
+        assert ending.ready_at is not None
+        waits.append(ending.ready_at - now)
+        waited += waits[-1]
+    assert SECOND <= waits[0] < 2 * SECOND
+    assert all(later > sooner for sooner, later in pairwise(waits[:8]))
+    tell(f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}")
+    last = scheduling._ending(
+        moon, run._replace(releases=scheduling.MOST_RELEASES), away, now, seconds_ago=0
+    )
+    assert last.outcome == "failed"
+    assert last.result == "released 11 times in a row, the last: The database does not answer."
+    later = now + timedelta(minutes=6)  # what ran for long was no circle
+    fresh = scheduling._ending(moon, run._replace(releases=9), away, later, seconds_ago=0)
+    assert (fresh.outcome, fresh.releases) == ("interrupted", 1)
+
+
+async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(ground: Ground) -> None:
+    """It raises unavailability itself: it ran 600 times in ten seconds, with no failure shown."""
+    runs = []
+
+    async def unavailable(_run: Run) -> None:
+        runs.append(monotonic())
+        raise DatabaseAway("no", applied="no")
+
+    async with ground.scheduler([declare(unavailable)]):
+        await asyncio.sleep(3)
+    assert 2 <= len(runs) <= 3
+
+
 async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
     """The next tick if it is sooner than another try; timeouts are tried again, cancels are not."""
     retry = {"retry_after": timedelta(minutes=30)}
@@ -474,7 +577,7 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
         if attempt:
             assert row["due_at"] == run["due_at"] == row["anchor_at"]
             after = row["ready_at"] - run["ended_at"]
-            assert timedelta(minutes=29) < after < timedelta(minutes=31)
+            assert timedelta(minutes=30) <= after < timedelta(minutes=34)
         else:
             every = timedelta(minutes=29) if name == "tick" else HOUR
             assert row["due_at"] == row["ready_at"] == row["anchor_at"] + every
@@ -671,6 +774,16 @@ async def account(ground: Ground) -> tuple[int, list[str]]:
     return due, faults
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was released goes on soon, and has failed after three times."""
+    monkeypatch.setattr(scheduling, "OWNERS_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(scheduling, "RELEASE_SECONDS", 0.2)
+    monkeypatch.setattr(scheduling, "LONGEST_RELEASE_SECONDS", 0.4)
+    monkeypatch.setattr(scheduling, "MOST_RELEASES", 3)
+
+
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("seed", range(size(small=3, full=30)))
 async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
     """Each tick either ran or is in a range that did not, none is missing, none is there twice."""
@@ -688,6 +801,7 @@ async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
     assert {row["outcome"] for row in outcomes} >= {"succeeded", "failed", "skipped"}
 
 
+@pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("kept", [0, 1, None], ids=["one reason", "the other", "none"])
 async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, kept: int | None
@@ -744,8 +858,8 @@ async def _claims(scheduler: Scheduler) -> bool:
     return await scheduler.run_once() == 0
 
 
-async def test_a_job_that_is_laid_aside_is_looked_past(ground: Ground) -> None:
-    """A job that was lost too often is paused, and the next one is looked at without delay."""
+async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
+    """A job that was lost too often waits, and the next one is looked at without delay."""
     lost = ground.copy("lost")
     await lost.declare("moon")
     await lost.claim()
@@ -756,7 +870,9 @@ async def test_a_job_that_is_laid_aside_is_looked_past(ground: Ground) -> None:
         assert await scheduler.run_once() == 0
         assert await scheduler.run_once() > 0
     assert begun == []
-    assert (await ground.row("moon"))["pause_reason"] == f"its last {LOST_LIMIT} runs were lost"
+    row = await ground.row("moon")
+    assert row["ready_at"] - row["last_ended_at"] >= QUARANTINE
+    assert row["lost_streak"] == LOST_LIMIT
 
 
 async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:

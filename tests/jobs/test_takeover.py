@@ -19,11 +19,12 @@ import pytest
 from balance_app.database import Database
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.lease import Heart
-from balance_app.jobs.repository import JobRepository, Me, Turn
+from balance_app.jobs.repository import QUARANTINE, JobRepository, Me
 from balance_app.jobs.run import Run
 from balance_app.migrations import migrate
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.support import AT_ONCE
 from tests.processes import Copy, connect, running
 from tests.system.databases import own_postgres
 from tests.system.sizes import size, tell
@@ -271,10 +272,10 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
     ]
 
 
-async def test_a_job_that_kills_its_process_is_paused(
+async def test_a_job_that_kills_its_process_is_quarantined(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """After three runs that were lost in a row a job is paused, and the fleet lives."""
+    """After three runs that were lost in a row a job waits for long, and the fleet lives."""
     copies = _fleet(
         database,
         tmp_path,
@@ -290,9 +291,10 @@ async def test_a_job_that_kills_its_process_is_paused(
     connection = await connect(database)
     async with running(copies), _supervised(copies) as deaths:
         await _until_true(
-            connection, "SELECT paused_at IS NOT NULL FROM jobs WHERE name = 'job-01'"
+            connection,
+            "SELECT holder IS NULL AND lost_streak >= 3 FROM jobs WHERE name = 'job-01'",
         )
-        paused_at = monotonic()
+        quarantined_at = monotonic()
         await asyncio.gather(*(copy.ready() for copy in copies))
         await asyncio.sleep(3)  # two leases: time for a run that must not be
         await asyncio.gather(*(copy.ready() for copy in copies))
@@ -302,15 +304,16 @@ async def test_a_job_that_kills_its_process_is_paused(
     await connection.close()
     poison = [span for span in spans if span.job == "job-01"]
     other = [span for span in spans if span.job == "job-02"]
-    after = [span for span in other if span.begin > paused_at and span.ended]
+    after = [span for span in other if span.begin > quarantined_at and span.ended]
     between = [later.begin - earlier.begin for earlier, later in pairwise(poison)]
     tell(
-        f"{len(poison)} runs killed their copies, {_times(between)} apart, then it was paused; "
+        f"{len(poison)} runs killed their copies, {_times(between)} apart; quarantined since; "
         f"the other job ran {len(other)} times, {len(after)} times since"
     )
     assert row is not None
-    assert (row["paused_by"], row["pause_reason"]) == ("balance_app", "its last 3 runs were lost")
-    assert (row["holder"], row["last_outcome"]) == (None, "lost")
+    assert (row["holder"], row["paused_at"], row["last_outcome"]) == (None, None, "lost")
+    waits = row["ready_at"] - row["last_ended_at"]
+    assert QUARANTINE < waits < QUARANTINE + timedelta(minutes=1)
     assert [outcome for (outcome,) in outcomes] == ["lost"] * 3
     assert len(poison) == 3
     assert deaths == [-signal.SIGKILL] * 3
@@ -367,8 +370,7 @@ async def test_what_a_silent_transaction_holds_is_free_again(
     await service.start()
     jobs = JobRepository(service, Me(uuid4(), "app1"), timedelta(seconds=0.5))
     known = await jobs.declare({"a": ("every 60 s", "")})
-    none = timedelta(0)
-    look = await jobs.look(known, Turn(none, 0, none, settled=True, settling=none, takes_over=True))
+    look = await jobs.look(known, AT_ONCE)
     assert look.claimed is not None
     run = Run(look.claimed, service, jobs, min_seconds=0)
     other = await connect(database)

@@ -110,7 +110,7 @@ async def test_why_a_job_waits_is_told(copy: Copy, connection: Connection) -> No
     for pattern in (
         r"asked +◔ asked for +ada asked for a run: a copy takes it\.",
         r"back +◔ handed back +app1 handed it back: another copy goes on with it\. +↷ 5 s ago",
-        r"gone +✕ lost +app1 gave no sign of life; another copy takes over\.",
+        r"gone +✕ lost +app1 sent no heartbeat",
         r"once-more +↻ trying again +The last run failed; it is tried again now\. +✕ 5 s ago",
         r"strange +\? no code +No live copy has its code\.",
     ):

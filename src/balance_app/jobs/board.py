@@ -17,6 +17,7 @@ from pydantic_core import from_json, to_json
 
 from balance_app.database import Database, read
 from balance_app.errors import Problem
+from balance_app.jobs.repository import LOST_LIMIT
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
 from balance_app.words import exact
@@ -25,6 +26,12 @@ State = Literal["running", "waiting", "paused"]
 
 FAILURES: Final = frozenset({"failed", "timed_out", "lost"})
 
+_LOST: Final = (
+    "{} sent no heartbeat: it has stopped, or can't reach the database; another copy takes over."
+)
+_QUARANTINED: Final = (
+    "Its last {} runs were lost with their processes: it is tried again at {}, or when it is run."
+)
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _AT_ONCE: Final = 200  # lines written before others get their turn
 _XIDS: Final = 2**32
@@ -226,7 +233,7 @@ WITH header AS (
 ), changed AS (
     SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
            paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
-           cancel_by, done, total, note, alive_at,
+           cancel_by, done, total, note, alive_at, lost_streak, failure_streak,
            last_outcome, last_server, last_started_at, last_ended_at, last_result
     FROM jobs
     WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
@@ -285,6 +292,8 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
         "dueAt": row["due_at"],
         "readyAt": row["ready_at"],
         "attempt": row["attempt"],
+        "failuresInARow": row["failure_streak"],
+        "lossesInARow": row["lost_streak"],
         "fence": row["fence"],
         "requestedBy": row["requested_by"],
         "paused": (
@@ -324,20 +333,23 @@ def _why(
         default=_NEVER,
     )
     again = {"failed": "failed", "timed_out": "timed out"}.get(row["last_outcome"], "ended early")
+    failures = row["failure_streak"]
+    many = f" Its last {failures} runs failed." if failures > 1 else ""
     until = None
     if not fleet.can_run(row["number"], row["name"]):
         reason, sentence = "no-code", "No live copy has its code."
     elif lost:
-        reason, sentence = (
-            "lost",
-            f"{row['server']} gave no sign of life; another copy takes over.",
-        )
+        reason, sentence = "lost", _LOST.format(row["server"])
+    elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
+        until = ready_at
+        reason = "quarantined"
+        sentence = _QUARANTINED.format(row["lost_streak"], _said(ready_at))
     elif ready_at > now:
         until = ready_at
         reason, sentence = (
-            ("retry", f"The last run {again}; it is tried again at {_said(ready_at)}.")
+            ("retry", f"The last run {again}; it is tried again at {_said(ready_at)}.{many}")
             if row["attempt"]
-            else ("not-due", f"Not due before {_said(ready_at)}.")
+            else ("not-due", f"Not due before {_said(ready_at)}.{many}")
         )
     elif settles_at is not None and settles_at > now:
         until = settles_at
@@ -353,7 +365,7 @@ def _why(
             f"{row['last_server']} handed it back: another copy goes on with it.",
         )
     elif row["attempt"]:
-        reason, sentence = "retry", f"The last run {again}; it is tried again now."
+        reason, sentence = "retry", f"The last run {again}; it is tried again now.{many}"
     else:
         reason, sentence = "due", f"Due since {_said(ready_at)}: a copy takes it."
     return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until

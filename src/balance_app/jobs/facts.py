@@ -58,7 +58,8 @@ SELECT name,
        paused_at IS NOT NULL AS paused,
        coalesce(last_outcome IN ('failed', 'timed_out', 'lost'), false) AS last_run_failed,
        CASE WHEN since.mismatch THEN true WHEN name = ANY ($2) AND success.id > 0 THEN false END
-       AS mismatch
+       AS mismatch,
+       failure_streak AS failures_in_a_row, lost_streak AS losses_in_a_row
 FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN jobs
 LEFT JOIN LATERAL (
     SELECT id, ended_at FROM job_runs

@@ -14,6 +14,7 @@ from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
 
 Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
 
+MOST_BACKOFF: Final = 10
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
 # text is UTF-8 without NUL
 _UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
@@ -32,6 +33,11 @@ class Job:
     schedule: Schedule
     timeout_seconds: float | None
     retry_after_seconds: float | None
+    # by how much each retry of a tick waits longer than the one before; None: any number of them
+    retry_backoff: float
+    max_retries: int | None
+    # so many failures in a row pause the job; None: none do
+    pause_after_failures: int | None
     # None: as the settings say
     min_seconds: float | None
     jitter_seconds: float
@@ -56,6 +62,9 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
     tz: str | None = None,
     timeout: timedelta | None = None,
     retry_after: timedelta | None = None,
+    retry_backoff: float = 2.0,
+    max_retries: int | None = None,
+    pause_after_failures: int | None = None,
     min_duration: timedelta | None = None,
     jitter: timedelta = timedelta(0),
 ) -> Callable[[Function], Job]:
@@ -67,8 +76,13 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
         cron: instead, five fields as in crontab(5), or `@daily` and its like.
         tz: the zone in which they are read (default UTC).
         timeout: a run that lasts longer is stopped, and `timed_out`.
-        retry_after: a run that failed or timed out is tried again after this, unless its next
-            tick comes first.
+        retry_after: a run that failed or timed out is tried again after this (and up to a tenth
+            more, at random), unless its next tick comes first.
+        retry_backoff: each further retry of a tick waits this many times as long as the one
+            before, up to an hour, or `retry_after` if that is longer; 1 to 10.
+        max_retries: how often a tick is tried again at most (default: until its next tick).
+        pause_after_failures: so many runs in a row that failed or timed out pause the job, until
+            somebody resumes it.
         min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
         jitter: each tick starts up to this much later, at random.
 
@@ -101,6 +115,7 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
         }.items():
             if value is not None and value <= timedelta(0):
                 raise DeclarationError(f"Job {name}: {label} is {value}; it must be above zero.")
+        _check_retries(name, retry_after, retry_backoff, max_retries, pause_after_failures)
         if jitter < timedelta(0) or (every is not None and jitter >= every):
             raise DeclarationError(
                 f"Job {name}: jitter is {jitter}; it must be between zero and the interval."
@@ -116,6 +131,9 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
             schedule=schedule,
             timeout_seconds=timeout.total_seconds() if timeout else None,
             retry_after_seconds=retry_after.total_seconds() if retry_after else None,
+            retry_backoff=retry_backoff,
+            max_retries=max_retries,
+            pause_after_failures=pause_after_failures,
             min_seconds=min_duration.total_seconds() if min_duration else None,
             jitter_seconds=jitter.total_seconds(),
         )
@@ -168,6 +186,32 @@ def _check_texts(name: str, **texts: object) -> None:
 def _shown(value: object) -> str:
     """Return a value in one short line."""
     return shorten(repr(value), 100, placeholder=" ...")
+
+
+def _check_retries(
+    name: str,
+    retry_after: timedelta | None,
+    retry_backoff: float,
+    max_retries: int | None,
+    pause_after_failures: int | None,
+) -> None:
+    if not isinstance(retry_backoff, int | float) or not 1 <= retry_backoff <= MOST_BACKOFF:
+        raise DeclarationError(
+            f"Job {name}: retry_backoff is {_shown(retry_backoff)}; it must be between 1 and "
+            f"{MOST_BACKOFF}."
+        )
+    for label, count in {
+        "max_retries": max_retries,
+        "pause_after_failures": pause_after_failures,
+    }.items():
+        if count is not None and (type(count) is not int or count < 1):
+            raise DeclarationError(
+                f"Job {name}: {label} is {_shown(count)}; it must be a whole number above zero."
+            )
+    if max_retries is not None and retry_after is None:
+        raise DeclarationError(
+            f"Job {name}: max_retries={max_retries} has a meaning only with retry_after=."
+        )
 
 
 def _yields(function: Function) -> bool:

@@ -18,7 +18,18 @@ from balance_app.database import Connection, Database, read, write
 from balance_app.jobs.schedule import Every, parse
 from balance_app.outages import is_away
 
-LOST_LIMIT: Final = 3  # CLAIM says it in its own words, twice
+# So many runs lost in a row quarantine a job, for this long after the first time too many, and
+# twice as long after each loss that follows: a job that kills its process must not take down the
+# fleet, and one that was lost with its process tries again by itself.
+LOST_LIMIT: Final = 3
+QUARANTINE: Final = timedelta(minutes=10)
+LONGEST_QUARANTINE: Final = timedelta(hours=2)
+# What the history says of runs that ended without a word of their own.
+STOPPED: Final = "its copy was stopped"
+GONE: Final = "its instance sent no heartbeat until its lease was over"
+UNREACHABLE: Final = "its instance could not reach the database until its lease was over"
+NOT_BEGUN: Final = "its instance could not reach the database, and never began it"
+LIMITS: Final = (LOST_LIMIT, QUARANTINE, LONGEST_QUARANTINE, STOPPED, GONE)
 DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
 
 
@@ -49,8 +60,8 @@ class Turn(NamedTuple):
     # up for longer than the settling time?
     settled: bool
     settling: timedelta
-    # may it take what another has lost?
-    takes_over: bool
+    # until when, by PostgreSQL's clock, it may take a job whose lease is over; None: not now
+    takes_over_until: datetime | None
 
 
 class Claimed(NamedTuple):
@@ -66,6 +77,12 @@ class Claimed(NamedTuple):
     anchor_at: datetime
     started_at: datetime
     round: int
+    # of this tick: releases in a row that were not this or another instance's stop, and how often
+    # it was tried again after a failure
+    releases: int = 0
+    retries: int = 0
+    # the job's runs in a row that failed or timed out
+    failure_streak: int = 0
 
 
 class Look(NamedTuple):
@@ -75,8 +92,8 @@ class Look(NamedTuple):
     sent_at: float
     now: datetime
     claimed: Claimed | None
-    # a job was lost once too often, or while it was paused: it stays where it is
-    laid_aside: str | None
+    # a job was lost once too often, or while it was paused: it is freed, and not started
+    set_aside: str | None
     # until the next job could be this copy's, if one is known
     wait_seconds: float | None
     # something runs somewhere: it may be handed back at any moment
@@ -107,6 +124,20 @@ class Ending:
     ready_at: datetime | None = None
     keeps_checkpoint: bool = False
     skipped: Sequence[Skipped] = ()
+    # of the tick that goes on
+    releases: int = 0
+    retries: int = 0
+    # the job is paused, and why
+    pause_reason: str | None = None
+
+
+class Abandoned(NamedTuple):
+    """A claim of this instance whose answer it never took: the run did not begin."""
+
+    name: str
+    fence: int
+    releases: int
+    retries: int
 
 
 class Progress(NamedTuple):
@@ -170,7 +201,8 @@ class JobRepository:
 
         async def ask(connection: Connection) -> tuple[float, asyncpg.Record | None]:
             sent_at = monotonic()  # what waited in line, or behind a run that blocks, was not sent
-            return sent_at, await write(connection, CLAIM, *self.me, self._lease, *known, *turn)
+            arguments = claim_arguments(self.me, self._lease, known, turn)
+            return sent_at, await write(connection, CLAIM, *arguments)
 
         sent_at, row = await self._database.run(ask, urgent=True)
         assert row is not None  # noqa: S101 - the statement always has one
@@ -180,8 +212,8 @@ class JobRepository:
             claimed = Claimed(name, *rest)
             if claimed.resumed is not None:
                 claimed = claimed._replace(resumed=from_json(claimed.resumed))
-        laid_aside = name if name and not goes else None
-        return Look(sent_at, now, claimed, laid_aside, wait_seconds, bool(busy), ended)
+        set_aside = name if name and not goes else None
+        return Look(sent_at, now, claimed, set_aside, wait_seconds, bool(busy), ended)
 
     async def finish(
         self, name: str, fence: int, ending: Ending, schedule: str | None = None
@@ -203,10 +235,30 @@ class JobRepository:
                 [each.ticks for each in ending.skipped],
                 [each.reason for each in ending.skipped],
                 schedule,
+                *(ending.releases, ending.retries, ending.pause_reason),
             ),
             urgent=True,
         )
         return row is not None and (row["freed"] or row["schedule"])
+
+    async def abandoned(self, runs: Iterable[tuple[str, int]]) -> list[Abandoned]:
+        """Return what this instance holds, but for its `runs` (name, fence).
+
+        Only to be asked while no claim is under way: its answer may still be taken.
+        """
+        pairs = list(runs)
+        names, fences = [name for name, _ in pairs], [fence for _, fence in pairs]
+        rows = await self._database.run(
+            lambda con: read(con, ABANDONED, self.me.id, names, fences), urgent=True
+        )
+        return [Abandoned(*row) for row in rows]
+
+    async def refute_losses(self) -> list[str]:
+        """Take back the losses recorded against this instance, which lives; return their jobs."""
+        row = await self._database.run(
+            lambda con: write(con, REFUTE, self.me.id, UNREACHABLE, LOST_LIMIT), urgent=True
+        )
+        return [] if row is None else row["jobs"]
 
     async def part(self, name: str, fence: int, lease: timedelta) -> None:
         """Shorten a lease: this process ends before it does, and its run was handed back."""
@@ -322,7 +374,8 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being counted.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 knows_to, $6 lacks,
-# $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over
+# $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over_until,
+# $13 to $17 the limits
 CLAIM: Final = """
 WITH own AS (
     SELECT $7::interval
@@ -333,13 +386,14 @@ WITH own AS (
            holder IS NOT NULL AS held,
            holder IS NOT NULL AND NOT parts AS lost,
            CASE WHEN parts THEN 'interrupted' ELSE 'lost' END AS outcome,
-           CASE WHEN parts THEN 'its copy was stopped' ELSE 'its copy gave no sign of life' END
-               AS result,
-           holder IS NULL OR (paused_at IS NULL AND (parts OR lost_streak + 1 < 3)) AS goes
+           CASE WHEN parts THEN $16 ELSE $17 END AS result,
+           holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $13 AS quarantined,
+           holder IS NULL
+           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $13)) AS goes
     FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp())
       AND number <= $5 AND name <> ALL ($6)
-      AND (holder IS NULL OR $12)
+      AND (holder IS NULL OR clock_timestamp() <= $12::timestamptz)
       AND (SELECT clock_timestamp() - wait FROM own) >=
           CASE WHEN alive_at > $4 THEN claimable_at
                WHEN seen_at <= $4 + $11::interval THEN greatest(claimable_at, seen_at + $11)
@@ -361,10 +415,9 @@ WITH own AS (
         alive_at = CASE WHEN goes THEN clock_timestamp() ELSE alive_at END,
         lost_streak = lost_streak + lost::integer,
         round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
-        paused_at = CASE WHEN goes THEN paused_at ELSE coalesce(paused_at, clock_timestamp()) END,
-        paused_by = CASE WHEN goes THEN paused_by ELSE coalesce(paused_by, 'balance_app') END,
-        pause_reason = CASE WHEN goes OR paused_at IS NOT NULL THEN pause_reason
-                       ELSE 'its last 3 runs were lost' END,
+        ready_at = CASE WHEN quarantined THEN clock_timestamp() + least(
+            $15::interval, $14::interval * power(2, least(lost_streak + 1 - $13, 30)))
+            ELSE ready_at END,
         last_outcome = CASE WHEN held THEN candidate.outcome ELSE last_outcome END,
         last_server = CASE WHEN held THEN candidate.server ELSE last_server END,
         last_started_at = CASE WHEN held THEN candidate.started_at ELSE last_started_at END,
@@ -372,7 +425,8 @@ WITH own AS (
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, goes, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
-              anchor_at, jobs.started_at, round, CASE WHEN held THEN outcome END
+              anchor_at, jobs.started_at, round, releases, retries, failure_streak,
+              CASE WHEN held THEN outcome END
 ), ended AS (
     UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_until,
                         result = candidate.result
@@ -399,6 +453,12 @@ SELECT clock_timestamp(), extract(epoch FROM next.at - clock_timestamp())::float
 FROM next LEFT JOIN taken ON true
 """
 
+
+def claim_arguments(me: Me, lease: timedelta, known: Known, turn: Turn) -> tuple[object, ...]:
+    """Return what CLAIM asks for, in its order."""
+    return (*me, lease, *known, *turn, *LIMITS)
+
+
 # Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
 # a job is ready for its next tick, for the same tick later, or for the same tick at once.
 FINISH: Final = """
@@ -412,7 +472,15 @@ WITH freed AS (
         requested_by = CASE WHEN $7::timestamptz IS NULL THEN requested_by END,
         checkpoint = CASE WHEN $9 THEN checkpoint END,
         alive_at = clock_timestamp(),
-        lost_streak = 0,
+        lost_streak = 0, releases = $15, retries = $16,
+        failure_streak = CASE WHEN $4 IN ('failed', 'timed_out') THEN failure_streak + 1
+                         WHEN $4 = 'succeeded' THEN 0 ELSE failure_streak END,
+        paused_at = CASE WHEN $17::text IS NULL THEN paused_at
+                    ELSE coalesce(paused_at, clock_timestamp()) END,
+        paused_by = CASE WHEN $17::text IS NULL THEN paused_by
+                    ELSE coalesce(paused_by, 'balance_app') END,
+        pause_reason = CASE WHEN paused_at IS NULL THEN coalesce($17::text, pause_reason)
+                       ELSE pause_reason END,
         last_outcome = $4, last_server = server, last_started_at = started_at,
         last_ended_at = clock_timestamp() - $6::interval, last_result = $5
     WHERE name = $1 AND fence = $2 AND holder = $3 AND schedule = coalesce($14, schedule)
@@ -429,6 +497,47 @@ WITH freed AS (
 SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
 FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# A claim may be carried out for an instance that has stopped waiting for it. It names itself as the
+# holder, so it can release what it never began.
+ABANDONED: Final = """
+SELECT name, fence, releases, retries FROM jobs
+WHERE holder = $1
+  AND (name, fence) NOT IN (SELECT * FROM unnest($2::text[], $3::bigint[]) AS run (name, fence))
+"""
+
+# Who takes over an expired lease can't know whether its instance stopped, or could not reach the
+# database: it records a loss, and the instance, if it lives, takes it back. The row of the history
+# is what it is taken back by, so that it is taken back once. A quarantine that is no longer
+# deserved ends at once. Losses further back than the last thousand are nobody's concern any more.
+REFUTE: Final = """
+WITH refuted AS (
+    UPDATE job_runs SET outcome = 'interrupted', result = $2
+    WHERE outcome = 'lost' AND id IN (
+        SELECT id FROM (
+            SELECT id, holder FROM job_runs WHERE outcome = 'lost'
+            ORDER BY outcome DESC, id DESC LIMIT 1000
+        ) AS latest
+        WHERE holder = $1
+    )
+    RETURNING job, started_at
+), blamed AS (
+    SELECT job, count(*)::integer AS losses, max(started_at) AS started_at
+    FROM refuted GROUP BY job
+), acquitted AS (
+    UPDATE jobs SET
+        lost_streak = greatest(lost_streak - losses, 0),
+        ready_at = CASE WHEN holder IS NULL AND lost_streak >= $3 AND lost_streak - losses < $3
+                   THEN least(ready_at, clock_timestamp()) ELSE ready_at END,
+        last_outcome = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+                       THEN 'interrupted' ELSE last_outcome END,
+        last_result = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+                      THEN $2 ELSE last_result END
+    FROM blamed WHERE name = job
+    RETURNING name
+)
+SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
 """
 
 # The run may still execute, so its job is not freed; only its lease gets shorter, never longer.

@@ -1,6 +1,7 @@
 """The scheduler of one copy: it takes due jobs when it is its turn, runs them, records the end."""
 
 import asyncio
+import math
 import random
 from contextvars import Context
 from datetime import datetime, timedelta
@@ -15,6 +16,8 @@ from balance_app.errors import DatabaseAway
 from balance_app.jobs.lease import Heart
 from balance_app.jobs.registry import Job, Registry
 from balance_app.jobs.repository import (
+    NOT_BEGUN,
+    STOPPED,
     Claimed,
     Ending,
     JobRepository,
@@ -39,7 +42,14 @@ IDLE_LOOK_SECONDS: Final = 2.5
 RACE_SECONDS: Final = 0.05
 AWAY_SECONDS: Final = 0.25
 # After an outage the owners of leases that ran out meanwhile come first, to say what happened.
-OWNERS_FIRST_SECONDS: Final = 1.0
+OWNERS_FIRST_SECONDS: Final = 2.0
+# What was released for any reason but an instance's stop waits: a second, then twice as long each
+# time, up to five minutes; released so many times in a row, or lasting so long, it counts anew.
+RELEASE_SECONDS: Final = 1.0
+LONGEST_RELEASE_SECONDS: Final = 300.0
+MOST_RELEASES: Final = 10
+CLEAR_UP_SECONDS: Final = 0.5
+LONGEST_RETRY_SECONDS: Final = 3600.0
 # How much later a copy takes a job that has claimed one in this round already.
 TIE: Final = timedelta(milliseconds=10)
 # The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
@@ -76,7 +86,9 @@ class Scheduler:
         self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
         self._booted = 0.0
-        self._away_at = 0.0
+        # when the database was last known to be unavailable, or a lease or an answer was late
+        self._away_at = -math.inf
+        self._cleared_at = -math.inf
         self._soon = asyncio.Event()
         self._draining = False
         self._loop: asyncio.Task[None] | None = None
@@ -95,7 +107,7 @@ class Scheduler:
         self._draining = True
         self.wake()
         for run in list(self._runs):
-            stop(run, "interrupted", "its copy was stopped")
+            stop(run, "interrupted", STOPPED)
         until = monotonic() + DRAIN_SECONDS
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=DRAIN_SECONDS)
@@ -156,6 +168,8 @@ class Scheduler:
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
         settling = timedelta(seconds=self._settings.job_settling_seconds)
+        if now - self._away_at < 2 * self._settings.job_lease_seconds:
+            await self._clear_up(now)
         if not settled:
             await self._jobs.notice(known, settling)
         look = await self._jobs.look(
@@ -166,13 +180,15 @@ class Scheduler:
                 tie=TIE,
                 settled=settled,
                 settling=settling,
-                takes_over=now - self._away_at >= OWNERS_FIRST_SECONDS,
+                takes_over_until=self._takes_over_until(now),
             ),
         )
         self._heart.set_clock(look.now, monotonic())
-        if look.laid_aside is not None:
-            log.warning("job laid aside", job=look.laid_aside)
-            self._metrics.run_ended(look.laid_aside, look.ended)
+        if monotonic() - now > self._patience_seconds:
+            self._away_at = monotonic()
+        if look.set_aside is not None:
+            log.warning("job quarantined, or lost while paused", job=look.set_aside)
+            self._metrics.run_ended(look.set_aside, look.ended)
             return 0
         if look.claimed is not None:
             self._start(look.claimed, look.sent_at)
@@ -184,6 +200,52 @@ class Scheduler:
         if look.wait_seconds <= 0:
             return RACE_SECONDS
         return min(look.wait_seconds, longest)
+
+    # -- after an outage ----------------------------------------------------------------------
+
+    @property
+    def _patience_seconds(self) -> float:
+        """How late an answer may be before it is as good as an outage.
+
+        An outage in which leases run out lasts longer: each was renewed a heartbeat ago at most.
+        """
+        return (self._settings.job_lease_seconds - self._settings.job_heartbeat_seconds) / 2
+
+    def _takes_over_until(self, now: float) -> datetime | None:
+        """Return until when, by PostgreSQL's clock, a claim may take what another has lost.
+
+        A claim that is carried out later was held up by an outage, and so were the heartbeats of
+        those whose leases it finds expired.
+        """
+        if now - self._away_at < OWNERS_FIRST_SECONDS:
+            return None
+        return self._heart.server_time() + timedelta(seconds=self._patience_seconds)
+
+    async def _clear_up(self, now: float) -> None:
+        """Release claims whose answer was never taken, and take losses back; no claim is under way.
+
+        What was sent before an outage may be carried out long after it: this goes on for a while.
+        """
+        if now - self._cleared_at < CLEAR_UP_SECONDS:
+            return
+        for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
+            ready_at = self._heart.server_time() + _release_pause(each.releases)
+            ending = Ending(
+                outcome="interrupted",
+                result=NOT_BEGUN,
+                seconds_ago=0,
+                ready_at=ready_at,
+                keeps_checkpoint=True,
+                releases=each.releases + 1,
+                retries=each.retries,
+            )
+            if await self._jobs.finish(each.name, each.fence, ending):
+                log.info("claim released", job=each.name, fence=each.fence)
+                self._metrics.run_ended(each.name, ending.outcome)
+        refuted = await self._jobs.refute_losses()
+        if refuted:
+            log.info("losses taken back: this instance lives", jobs=refuted)
+        self._cleared_at = now
 
     # -- turns --------------------------------------------------------------------------------
 
@@ -208,6 +270,7 @@ class Scheduler:
         self._set_undeclared(self._jobs.undeclared)
         self._known = known
         self._booted = monotonic()
+        self._heart.set_clock(known.booted_at, self._booted)
         if not self._draining:
             self._heart.start(known)
         log.info("scheduler started", copy=str(self.me.id), jobs=len(self._registry))
@@ -248,7 +311,7 @@ class Scheduler:
         elif claimed.cancel_by is not None:  # its last owner was lost before it could obey
             run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
         elif self._draining:
-            run.stopped = ("interrupted", "its copy was stopped")
+            run.stopped = ("interrupted", STOPPED)
         # Of its own context: the run belongs to no request.
         self._runs[run] = asyncio.create_task(
             self._conduct(run, job, claimed), name=run.name, context=Context()
@@ -312,6 +375,8 @@ class Scheduler:
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
             else:
                 run.log.warning("the run had lost its job before it ended")
+                self._away_at = monotonic()
+                self._soon.set()
             return
 
 
@@ -320,15 +385,27 @@ def _ending(
 ) -> Ending:
     """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
 
-    A run that was handed back leaves its tick to another copy, at once. Otherwise the next tick in
-    the future is waited for, or the same tick again if it failed and may be tried again sooner.
-    Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
+    A run that was released because its instance stops leaves its tick to another at once; released
+    for any other reason it waits, longer each time, and has failed after some. Otherwise the next
+    tick in the future is waited for, or the same tick again if it failed and may be tried again
+    sooner. Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
     """
     outcome, result = run_result
     if outcome == "interrupted":
-        return Ending(
-            outcome=outcome, result=result, seconds_ago=seconds_ago, keeps_checkpoint=True
-        )
+        lasted_seconds = (now - claimed.started_at).total_seconds() - seconds_ago
+        releases = 0 if lasted_seconds > LONGEST_RELEASE_SECONDS else claimed.releases
+        at_once = result == STOPPED
+        if at_once or releases < MOST_RELEASES:
+            return Ending(
+                outcome=outcome,
+                result=result,
+                seconds_ago=seconds_ago,
+                ready_at=None if at_once else now + _release_pause(releases),
+                keeps_checkpoint=True,
+                releases=releases + (not at_once),
+                retries=claimed.retries,
+            )
+        outcome, result = "failed", f"released {releases + 1} times in a row, the last: {result}"
     try:
         schedule = parse(claimed.schedule)
     except ScheduleError:  # of a newer program
@@ -336,11 +413,20 @@ def _ending(
     # As long as an answer was under way, our idea of the server's time may be behind.
     now = max(now, claimed.started_at)
     due_at = schedule.next_after(now, claimed.anchor_at)
-    if outcome in {"failed", "timed_out"} and job.retry_after_seconds is not None:
-        again_at = now + timedelta(seconds=job.retry_after_seconds)
-        if again_at < due_at:
+    pause_reason = None
+    if outcome in {"failed", "timed_out"}:
+        failures = claimed.failure_streak + 1
+        if job.pause_after_failures and failures % job.pause_after_failures == 0:
+            pause_reason = f"its last {failures} runs failed"
+        again_at = _again_at(job, claimed.retries, now)
+        if again_at is not None and again_at < due_at:
             return Ending(
-                outcome=outcome, result=result, seconds_ago=seconds_ago, ready_at=again_at
+                outcome=outcome,
+                result=result,
+                seconds_ago=seconds_ago,
+                ready_at=again_at,
+                retries=claimed.retries + 1,
+                pause_reason=pause_reason,
             )
     spans = (
         (claimed.due_at, max(claimed.started_at, claimed.due_at), "no copy was free to run it"),
@@ -360,4 +446,22 @@ def _ending(
         due_at=due_at,
         ready_at=due_at + jitter,
         skipped=skipped,
+        pause_reason=pause_reason,
     )
+
+
+def _release_pause(releases: int) -> timedelta:
+    """Return how long a tick waits that was released so many times before."""
+    seconds = min(RELEASE_SECONDS * 2**releases, LONGEST_RELEASE_SECONDS)
+    return timedelta(seconds=seconds * random.uniform(1, 1.25))
+
+
+def _again_at(job: Job, retries: int, now: datetime) -> datetime | None:
+    """Return when a tick that failed after so many retries is tried again; None: not any more."""
+    if job.retry_after_seconds is None:
+        return None
+    if job.max_retries is not None and retries >= job.max_retries:
+        return None
+    grown = job.retry_after_seconds * job.retry_backoff ** min(retries, 30)
+    seconds = max(job.retry_after_seconds, min(grown, LONGEST_RETRY_SECONDS))
+    return now + timedelta(seconds=seconds * random.uniform(1, 1.1))

@@ -29,6 +29,7 @@ Reason = Literal[
     "settling",
     "paused",
     "retry",
+    "quarantined",
     "handed-back",
     "lost",
     "requested",
@@ -246,6 +247,12 @@ class JobAnswer(_Answer):
     due_at: Instant
     ready_at: Instant
     attempt: Annotated[int, Field(examples=[0])]
+    failures_in_a_row: Annotated[
+        int, Field(description="runs that failed or timed out since the last success", examples=[0])
+    ]
+    losses_in_a_row: Annotated[
+        int, Field(description="runs that ended with their process; 3 quarantine it", examples=[0])
+    ]
     fence: Annotated[int, Field(description="rises with each run", examples=[12])]
     requested_by: Annotated[str | None, Field(description="who asked for the run", examples=[None])]
     paused: PausedAnswer | None
