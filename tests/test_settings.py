@@ -49,3 +49,13 @@ def test_the_usual_urls_are_understood(monkeypatch: pytest.MonkeyPatch, scheme: 
     """The spellings of other tools lead to the same database."""
     monkeypatch.setenv("DATABASE_URL", f"{scheme}://me:pw@db:5433/x")
     assert load_settings().connect_arguments()["dsn"] == "postgresql://me:pw@db:5433/x"
+
+
+def test_the_reserve_leaves_time_for_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default it is never more than a third of the lease; said to be more, it is refused."""
+    assert load_settings().clock_reserve_seconds == 2
+    monkeypatch.setenv("JOB_LEASE_SECONDS", "3")
+    assert load_settings().clock_reserve_seconds == 1
+    monkeypatch.setenv("JOB_CLOCK_RESERVE_SECONDS", "1.1")
+    with pytest.raises(BadSettingsError, match=r"JOB_CLOCK_RESERVE_SECONDS \(1.1\).*a third"):
+        load_settings()

@@ -71,7 +71,10 @@ class Settings(BaseSettings):
     job_lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = Field(
         6.0, description="a copy that gives no sign of life for this long has lost its jobs"
     )
-    job_heartbeat_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    job_heartbeat_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
+    job_clock_reserve_seconds: Annotated[float, Field(ge=0, le=1200)] = Field(
+        2.0, description="how far PostgreSQL's clock may step ahead and two runs never overlap"
+    )
     job_settling_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0, description="how far apart copies may come up and still share evenly"
     )
@@ -125,7 +128,21 @@ class Settings(BaseSettings):
                 f"of JOB_LEASE_SECONDS ({self.job_lease_seconds:g}), "
                 "or one lost heartbeat loses the lease"
             )
+        third = self.job_lease_seconds / 3
+        if "job_clock_reserve_seconds" in self.model_fields_set and (
+            self.job_clock_reserve_seconds > third * (1 + 1e-9)
+        ):
+            raise ValueError(
+                f"JOB_CLOCK_RESERVE_SECONDS ({self.job_clock_reserve_seconds:g}) must be at most a "
+                f"third of JOB_LEASE_SECONDS ({self.job_lease_seconds:g}), or there is no time "
+                "left for heartbeats"
+            )
         return self
+
+    @property
+    def clock_reserve_seconds(self) -> float:
+        """How long before its lease ends a run is no longer trusted to hold it."""
+        return min(self.job_clock_reserve_seconds, self.job_lease_seconds / 3)
 
     @property
     def database_is_configured(self) -> bool:

@@ -1,8 +1,9 @@
 """The heart of a copy: it renews the leases of its runs, and ends what it can't renew.
 
 The heart beats in a thread with a connection of its own, so that a job that blocks the event loop
-loses nothing. A good heartbeat is trusted for as long as a lease, counted from the moment it was
-sent: the server granted the lease later than that, so trust ends before the lease. Shortly before
+loses nothing. A good heartbeat is trusted for as long as a lease less a reserve, counted from the
+moment it was sent: the server granted the lease later than that, so trust ends before the lease,
+also when PostgreSQL's clock steps ahead meanwhile, by the reserve at most. Shortly before
 trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: each
 good heartbeat sets the watchdog timer anew (see `watchdog`), which ends the process before it
 executes one more instruction, also when it is frozen.
@@ -63,6 +64,7 @@ class Heart:
         self._has_watchdog = dead_man
         self._watchdog: WatchdogTimer | None = None
         self._lease_seconds = settings.job_lease_seconds
+        self._trust_seconds = settings.job_lease_seconds - settings.clock_reserve_seconds
         # how long before the end of trust runs are told to stop
         self._margin_seconds = min(1.0, self._lease_seconds / 6)
         self._lock = threading.Lock()
@@ -99,12 +101,15 @@ class Heart:
         It is not `executing` when the answer took so long that too little trust is left: then no
         code of the run may begin.
         """
-        until = sent_at + self._lease_seconds
-        least_seconds = self._margin_seconds + self._settings.job_heartbeat_seconds
-        lease = Lease(name, fence, until, stop, executing=until - monotonic() > least_seconds)
+        until = sent_at + self._trust_seconds
+        left = until - monotonic()
+        least_seconds = self._margin_seconds + self._longest_sleep()
+        lease = Lease(name, fence, until, stop, executing=left > least_seconds)
         with self._lock:
             self._leases.add(lease)
             self._arm()
+        if lease.executing and left < self._trust_seconds - self._settings.job_heartbeat_seconds:
+            self.beat_soon()
         return lease
 
     def ended(self, lease: Lease) -> None:
@@ -205,7 +210,7 @@ class Heart:
         with self._lock:
             ends = [lease.trusted_until for lease in renewed]
             for lease in renewed:
-                lease.trusted_until = max(lease.trusted_until, sent_at + self._lease_seconds)
+                lease.trusted_until = max(lease.trusted_until, sent_at + self._trust_seconds)
             self._arm()
         if ends:
             self._metrics.lease_margin.observe((min(ends) - answered_at) / self._lease_seconds)
@@ -229,7 +234,10 @@ class Heart:
                     self._tell(lease, "interrupted", "its lease could not be renewed")
             ahead = [deadline - now for deadline in deadlines if deadline > now]
             # A lease that is taken meanwhile lasts longer than this sleep.
-            await asyncio.sleep(min([self._settings.job_heartbeat_seconds, *ahead]))
+            await asyncio.sleep(min([self._longest_sleep(), *ahead]))
+
+    def _longest_sleep(self) -> float:
+        return min(self._settings.job_heartbeat_seconds, self._lease_seconds / 12)
 
     def _tell(self, lease: Lease, outcome: str, reason: str) -> None:
         if not lease.told and self._service is not None:

@@ -55,9 +55,10 @@ TIE: Final = timedelta(milliseconds=10)
 # The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
 HALF_OF_MOST: Final = 10
 DRAIN_SECONDS: Final = 0.8
-# What can't be stopped ends with the process within the first; its lease within the second.
+# What can't be stopped ends with the process within this; its lease later, by as much as
+# PostgreSQL's clock may step, and by this at least.
 PARTING_SECONDS: Final = 2.0
-LAST_LEASE_SECONDS: Final = 2.5
+LEAST_RESERVE_SECONDS: Final = 0.5
 
 
 class Scheduler:
@@ -126,9 +127,11 @@ class Scheduler:
             log.warning("runs that can't be stopped", jobs=[run.name for run in stubborn])
             self._heart.end_within(PARTING_SECONDS)
         await self._heart.stop()
+        reserve = max(LEAST_RESERVE_SECONDS, self._settings.clock_reserve_seconds)
+        last_lease = timedelta(seconds=PARTING_SECONDS + reserve)
         for run in stubborn:
             try:
-                await self._jobs.part(run.name, run.fence, timedelta(seconds=LAST_LEASE_SECONDS))
+                await self._jobs.part(run.name, run.fence, last_lease)
             except DatabaseAway:
                 log.warning("not handed back: its lease runs out", job=run.name)
         if self._loop is not None:

@@ -1,0 +1,65 @@
+"""PostgreSQL's clock steps ahead while an instance can't renew its leases."""
+
+import asyncio
+from pathlib import Path
+
+from tests.jobs.fleet import overlaps, read_diaries
+from tests.jobs.proxy import Proxy
+from tests.processes import Copy, connect, empty_database, running
+from tests.system.sizes import tell
+
+LEASE_SECONDS = 4.5
+STEP_SECONDS = 1.5
+
+# To what holds a lease, a clock that has stepped ahead is the same as a lease that ends sooner.
+STEP = (
+    "UPDATE jobs SET lease_until = lease_until - $1::float8 * interval '1 s' WHERE server = 'app1'"
+)
+
+
+async def _step(postgres: dict[str, str], diaries: Path, reserve: float) -> tuple[int, int]:
+    """Mute an instance, then let the clock step; return how many runs moved, and overlaps."""
+    diaries.mkdir()
+    env = {
+        "FLEET_DIARY": str(diaries),
+        "FLEET_JOBS": "4",
+        "FLEET_KIND": "quiet",
+        "FLEET_SECONDS": "60",
+        "JOB_LEASE_SECONDS": str(LEASE_SECONDS),
+        "JOB_HEARTBEAT_SECONDS": "0.5",
+        "JOB_CLOCK_RESERVE_SECONDS": str(reserve),
+        "JOB_SETTLING_SECONDS": "1",
+    }
+    program = ("-m", "tests.jobs.fleet")
+    async with empty_database(postgres) as database, Proxy(database) as proxy:
+        copies = [
+            Copy(proxy.environment(), "app1", log=None, program=program, **env),
+            Copy(database, "app2", log=None, program=program, **env),
+        ]
+        connection = await connect(database)
+        async with running(copies):
+            async with asyncio.timeout(60):
+                while len(read_diaries(diaries)) < 4:  # noqa: ASYNC110 - of other processes
+                    await asyncio.sleep(0.05)
+            proxy.freeze()
+            await asyncio.sleep(0.2)  # what was under way has arrived or never will
+            moved = await connection.execute(STEP, STEP_SECONDS)
+            await asyncio.sleep(LEASE_SECONDS + 1)
+            spans = read_diaries(diaries)
+        await connection.close()
+    taken = {span.job for span in spans if span.server == "app2" and span.fence > 1}
+    assert len(taken) == int(moved.split()[-1])
+    return len(taken), len(overlaps(spans))
+
+
+async def test_a_step_as_large_as_the_reserve_is_survived(
+    postgres: dict[str, str], tmp_path: Path
+) -> None:
+    """Runs end before others take their jobs; the control without a reserve overlaps."""
+    reserved, control = await asyncio.gather(
+        _step(postgres, tmp_path / "1", STEP_SECONDS), _step(postgres, tmp_path / "2", 0)
+    )
+    tell(f"moved and overlapping after a step of {STEP_SECONDS} s: {reserved}, control {control}")
+    assert reserved[0] > 0
+    assert reserved[1] == 0
+    assert control[1] > 0
