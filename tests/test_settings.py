@@ -48,7 +48,9 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_usual_urls_are_understood(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     """The spellings of other tools lead to the same database."""
     monkeypatch.setenv("DATABASE_URL", f"{scheme}://me:pw@db:5433/x")
-    assert load_settings().connect_arguments()["dsn"] == "postgresql://me:pw@db:5433/x"
+    arguments = load_settings().connect_arguments()
+    assert (arguments["user"], arguments["password"]) == ("me", "pw")
+    assert (arguments["host"], arguments["port"], arguments["database"]) == (["db"], [5433], "x")
 
 
 def test_the_reserve_leaves_time_for_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:

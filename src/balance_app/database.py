@@ -399,7 +399,12 @@ class Database:
     def _mark_unavailable(self, cause: Cause) -> None:
         """Refuse everybody until the database can be used again."""
         if self._outage is None:
-            log.warning("database unavailable", **_for_log(cause), waiting=len(self._queue))
+            log.warning(
+                "database unavailable",
+                **_for_log(cause),
+                address=self.settings.database_address,
+                waiting=len(self._queue),
+            )
             # Of its own context: what it logs is not about the request that found out.
             self._recovery = asyncio.create_task(self._connect_with_retry(), context=Context())
             self._outage = cause
@@ -449,7 +454,11 @@ class Database:
                     raise
             if told is None or (cause.kind, cause.sentence) != (told.kind, told.sentence):
                 tries, told = 0, cause
-                log.warning("waiting for the database", **_for_log(cause))
+                log.warning(
+                    "waiting for the database",
+                    **_for_log(cause),
+                    address=self.settings.database_address,
+                )
             self._outage = cause
             await asyncio.sleep(_pause_seconds(cause.kind, tries))
             tries += 1

@@ -1,12 +1,13 @@
 """Configuration by environment (and `.env`), checked once when the program starts."""
 
 import socket
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from balance_app.connection_url import Target, host_name, parse
 from balance_app.sessions import PINNED, SEARCH_PATH
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -97,18 +98,20 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _is_postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is None:
+        if url is not None:
+            parse(url.get_secret_value())
+        return url
+
+    @field_validator("db_host")
+    @classmethod
+    def _is_host(cls, host: str | None) -> str | None:
+        if host is None:
             return None
-        scheme, separator, rest = url.get_secret_value().partition("://")
-        if not separator or scheme.partition("+")[0] not in {"postgres", "postgresql"}:
-            raise ValueError("must start with postgresql://")
-        dsn = f"postgresql://{rest}"
-        try:
-            urlsplit(dsn)
-        except ValueError:
-            # The parser's own message quotes the URL, password included.
-            raise ValueError("is not a URL") from None
-        return SecretStr(dsn)
+        address = host.removeprefix("[").removesuffix("]")
+        name, colon, port = address.partition(":")
+        if colon and name and port.isdecimal():
+            raise ValueError(f"names a port: write DB_HOST={name} and DB_PORT={port}")
+        return host_name(address)
 
     @model_validator(mode="after")
     def _lock_wait_ends_first(self) -> Self:
@@ -149,6 +152,18 @@ class Settings(BaseSettings):
         """Whether a database was named, by URL or by host."""
         return self.database_url is not None or self.db_host is not None
 
+    @property
+    def database_address(self) -> str:
+        """Where the database is: hosts and ports, for people."""
+        hosts, ports = self._target.arguments["host"], self._target.arguments["port"]
+        if hosts is None:
+            return "the local sockets"
+        hosts = hosts if isinstance(hosts, list) else [hosts]
+        ports = ports if isinstance(ports, list) else [ports]
+        if len(ports) < len(hosts):
+            ports = ports * len(hosts)
+        return ", ".join(f"{host} port {port}" for host, port in zip(hosts, ports, strict=True))
+
     def statement_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for connections whose statements are short.
 
@@ -177,8 +192,9 @@ class Settings(BaseSettings):
 
     def connect_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `asyncpg.connect` for this database."""
+        target = self._target
         common: dict[str, Any] = {
-            "timeout": self.db_connect_seconds,
+            "timeout": target.connect_seconds or self.db_connect_seconds,
             "server_settings": {
                 **PINNED,
                 "search_path": SEARCH_PATH.format(schema=self.db_schema),
@@ -190,16 +206,23 @@ class Settings(BaseSettings):
                 "tcp_keepalives_count": "3",
             },
         }
+        common["server_settings"] |= target.server_settings
+        return {**target.arguments, **common}
+
+    @cached_property
+    def _target(self) -> Target:
         if self.database_url is not None:
-            return {"dsn": self.database_url.get_secret_value(), **common}
-        return {
+            return parse(self.database_url.get_secret_value())
+        password = self.db_password.get_secret_value() if self.db_password else None
+        arguments = {
             "host": self.db_host,
             "port": self.db_port,
             "user": self.db_user,
-            "password": self.db_password.get_secret_value() if self.db_password else None,
+            "password": password,
             "database": self.db_name,
-            **common,
+            "target_session_attrs": "any",
         }
+        return Target(arguments, {}, None)
 
 
 class BadSettingsError(Exception):

@@ -1,0 +1,334 @@
+"""Reading DATABASE_URL, strictly, so that nothing of it has to be shown when it can't be used.
+
+The rules are those of libpq, which is what people try a URL with (`psql URL`). Where libpq guesses,
+this refuses: a character of a password that also separates parts of the URL has to be written as %
+and its code. What is said about a URL quotes nothing that may be a part of the password.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote, unquote
+
+from balance_app.sessions import PINNED
+
+LAST_PORT: Final = 65535
+
+
+class UrlError(ValueError):
+    """The URL can't be used; the message says why, and shows nothing secret."""
+
+
+class Target(NamedTuple):
+    """What a URL says."""
+
+    # keyword arguments of `asyncpg.connect`; its `dsn` says of TLS what asyncpg takes only there
+    arguments: dict[str, Any]
+    # server settings for the startup packet
+    server_settings: dict[str, str]
+    # longest time to connect, if the URL says one
+    connect_seconds: float | None
+
+
+def parse(url: str) -> Target:
+    """Read `postgresql://user:password@host:port/name?parameters`.
+
+    Raises:
+        UrlError: one sentence.
+    """
+    scheme, separator, rest = url.strip().partition("://")
+    if not separator or scheme.partition("+")[0] not in {"postgres", "postgresql"}:
+        raise UrlError("must start with postgresql://")
+    if re.search(r"[\x00-\x20\x7f]", rest):
+        raise UrlError("has a space or a control character: write it as % and its code (%20)")
+    userinfo, hosts, name, query = _split(rest)
+    user, colon, password = userinfo.partition(":")
+    arguments: dict[str, Any] = {
+        "user": _decoded(user, "user") or None,
+        "password": _decoded(password, "password") if colon else None,
+        "database": _decoded(name, "database's name") or None,
+        "target_session_attrs": "any",
+    }
+    arguments["host"], arguments["port"] = _hosts(hosts)
+    parameters = _parameters(query)
+    return _apply(arguments, parameters)
+
+
+def _split(rest: str) -> tuple[str, str, str, str]:
+    """Return user and password, hosts and ports, the database's name, and the parameters."""
+    before, at, after = rest.partition("@")
+    if "@" in after:
+        raise UrlError("has more than one @: in a user's name or password write it as %40")
+    if not at:
+        before, after = "", rest
+    elif "/" in before:
+        raise UrlError(
+            "has a / before the @: in a user's name or password write it as %2F "
+            "(and an @ behind the host as %40)"
+        )
+    end = re.search(r"[/?#]", after)
+    hosts, tail = (after[: end.start()], after[end.start() :]) if end else (after, "")
+    path, _, query = tail.partition("?")
+    if "#" in tail:
+        raise UrlError("has a #: write it as %23")
+    return before, hosts, path.removeprefix("/"), query
+
+
+def _decoded(text: str, what: str) -> str:
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise UrlError(f"has a % in the {what} that begins no code: write it as %25")
+    try:
+        decoded = unquote(text, errors="strict")
+    except UnicodeError:
+        raise UrlError(f"has a code (%..) in the {what} that is not UTF-8") from None
+    if "\0" in decoded:
+        raise UrlError(f"has a %00 in the {what}")
+    return decoded
+
+
+def _hosts(text: str) -> tuple[list[str] | None, list[int] | int]:
+    """Return hosts and ports; no hosts: where PostgreSQL's clients look by themselves."""
+    hosts: list[str] = []
+    ports: list[int] = []
+    for each in text.split(",") if text else ():
+        found = re.fullmatch(r"(\[[0-9A-Fa-f:.%a-z]+\]|[^:\[\]]*)(?::(.*))?", each)
+        if found is None:
+            raise UrlError("has a host that can't be read: an IPv6 address stands in [ and ]")
+        host, port = found.groups()
+        hosts.append(host_name(_decoded(host.strip("[]"), "host")))
+        ports.append(_port(port))
+    if len(hosts) <= 1 and not any(hosts):
+        return None, ports[0] if ports else 5432
+    if not all(hosts):
+        raise UrlError("has an empty host in its list of hosts")
+    return hosts, ports
+
+
+def _port(text: str | None) -> int:
+    if not text:
+        return 5432
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= LAST_PORT:
+        raise UrlError(
+            "has a port that is no number from 1 to 65535 "
+            "(or a : or another special character of a password that is not written as %..)"
+        )
+    return int(text)
+
+
+def host_name(host: str) -> str:
+    """Return a host's name, address, or socket directory.
+
+    Raises:
+        UrlError: it can't be one.
+    """
+    if host.startswith("/") or not host:
+        return host
+    if re.search(r"[\s/@,\"'\\]", host):
+        raise UrlError("names a host that has a character which no host has")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise UrlError("names a host that is no host name (an empty or too long part)") from None
+    return host
+
+
+def _parameters(query: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for number, each in enumerate(query.split("&") if query else (), 1):
+        key, equals, value = each.partition("=")
+        if not equals or "=" in value:
+            raise UrlError("has a parameter after the ? that is not written as name=value")
+        if key not in _KNOWN:
+            raise UrlError(_unknown(key, number))
+        parameters[key] = _decoded(value, f"parameter {key}")
+    return parameters
+
+
+def _unknown(key: str, number: int) -> str:
+    """Name a parameter only if it is, or is nearly, one: it may be the rest of a password."""
+    if key in _HINTS:
+        return f"has the parameter {key}, which is not known here: {_HINTS[key]}"
+    near = get_close_matches(key, _KNOWN, 1, 0.8)
+    if near:
+        return f"has the parameter {key}, which is not known: {near[0]}?"
+    return (
+        f"has a parameter that is not known (number {number} after the ?): settings of the server "
+        "are written as options=-c%20name%3Dvalue"
+    )
+
+
+# -- parameters --------------------------------------------------------------------------------
+
+SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# asyncpg takes them from a DSN alone
+_TLS: Final = (
+    "sslmode",
+    "sslcert",
+    "sslkey",
+    "sslpassword",
+    "sslrootcert",
+    "sslcrl",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+    "sslnegotiation",
+)
+_FILES: Final = ("sslcert", "sslkey", "sslrootcert", "sslcrl", "passfile")
+_TLS_VERSION: Final = r"TLSv1(\.[123])?"
+# What is honoured, and the values that can be.
+_HONOURED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(_FILES, r"(?!system$).+"),
+    "host": r".+",
+    "port": r"[0-9,]+",
+    "dbname": r".+",
+    "user": r".+",
+    "password": r".*",
+    "sslmode": "|".join(SSL_MODES),
+    "sslpassword": r".*",
+    "sslnegotiation": "postgres|direct",
+    "ssl_min_protocol_version": _TLS_VERSION,
+    "ssl_max_protocol_version": _TLS_VERSION,
+    "connect_timeout": r"[0-9]{1,4}",
+    "application_name": r".+",
+    "fallback_application_name": r".*",
+    "options": r".*",
+    # `read-write` and `primary` find the one of several hosts that can be written to
+    "target_session_attrs": "any|read-write|primary",
+    "krbsrvname": r".+",
+    "gsslib": "gssapi|sspi",
+    # What this does anyway.
+    "channel_binding": "disable|prefer",
+    "gssencmode": "disable|prefer",
+    "client_encoding": "(?i:utf-?8|auto)",
+    "load_balance_hosts": "disable",
+    "sslcompression": "0",
+    "sslsni": "1",
+    "sslcertmode": "allow",
+    "gssdelegation": "0",
+}
+# Known to libpq, and refused whatever the value.
+_REFUSED: Final = frozenset(
+    {
+        "hostaddr",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "max_protocol_version",
+        "min_protocol_version",
+        "oauth_client_id",
+        "oauth_client_secret",
+        "oauth_issuer",
+        "oauth_scope",
+        "replication",
+        "require_auth",
+        "requirepeer",
+        "requiressl",
+        "scram_client_key",
+        "scram_server_key",
+        "service",
+        "servicefile",
+        "sslcrldir",
+        "sslkeylogfile",
+        "tcp_user_timeout",
+    }
+)
+# By asyncpg's names; the last three win over what stands before the ?, as with libpq.
+_ARGUMENTS: Final[Mapping[str, str]] = {
+    "passfile": "passfile",
+    "krbsrvname": "krbsrvname",
+    "gsslib": "gsslib",
+    "target_session_attrs": "target_session_attrs",
+    "dbname": "database",
+    "user": "user",
+    "password": "password",
+}
+_FOR_THE_SERVER: Final[tuple[str, ...]] = ("application_name", "options")
+_KNOWN: Final = _HONOURED.keys() | _REFUSED
+# Names that other programs know.
+_HINTS: Final[Mapping[str, str]] = {
+    "database": "use dbname",
+    "ssl": "use sslmode",
+    "schema": "use DB_SCHEMA",
+    "currentSchema": "use DB_SCHEMA",
+    "search_path": "use DB_SCHEMA",
+    "statement_timeout": "use DB_STATEMENT_SECONDS",
+    "lock_timeout": "use DB_LOCK_SECONDS",
+    "command_timeout": "use DB_STATEMENT_SECONDS",
+    "timeout": "use connect_timeout",
+    "pool_size": "use DB_POOL_SIZE",
+    "pool_timeout": "use MAX_WAITING_SECONDS",
+    "connection_limit": "use DB_POOL_SIZE",
+    "pgbouncer": "this service needs PostgreSQL itself",
+    "server_settings": "use options",
+    "prepared_statement_cache_size": "this service needs prepared statements",
+    "statement_cache_size": "this service needs prepared statements",
+}
+
+
+def _apply(arguments: dict[str, Any], parameters: dict[str, str]) -> Target:
+    for key, value in parameters.items():
+        _check_value(key, value)
+    _check_files(parameters)
+    if "host" in parameters:
+        arguments["host"] = [host_name(host) for host in parameters["host"].split(",")]
+        arguments["port"] = 5432
+    if "port" in parameters:
+        arguments["port"] = [_port(port) for port in parameters["port"].split(",")]
+        if len(arguments["port"]) not in {1, len(arguments["host"] or "")}:
+            raise UrlError("has another number of ports than of hosts")
+    for theirs, ours in _ARGUMENTS.items():
+        if theirs in parameters:
+            arguments[ours] = parameters[theirs]
+    tls = [f"{key}={quote(parameters[key], safe='')}" for key in _TLS if parameters.get(key)]
+    if tls:
+        arguments["dsn"] = f"postgresql://?{'&'.join(tls)}"
+    settings = {key: parameters[key] for key in _FOR_THE_SERVER if key in parameters}
+    return Target(arguments, settings, float(parameters.get("connect_timeout", "0")) or None)
+
+
+def _check_value(key: str, value: str) -> None:
+    if key in _REFUSED:
+        raise UrlError(f"has the parameter {key}, which this service can't honour")
+    if not re.fullmatch(_HONOURED[key], value):
+        choices = _HONOURED[key].replace("|", ", ")
+        can = f"; it can be {choices}" if re.fullmatch(r"[a-z0-9, -]+", choices) else ""
+        raise UrlError(f"has a value of {key} that this service can't honour{can}")
+    if key == "options":
+        _check_options(value)
+
+
+def _check_options(text: str) -> None:
+    """Refuse `options` for the server that set what this service sets itself."""
+    for name in re.findall(r"(?:-c\s*|--)([A-Za-z_.-]+)\s*=", text):
+        ours = name.replace("-", "_").lower()
+        if ours in {*(each.lower() for each in PINNED), "search_path", "synchronous_commit"}:
+            raise UrlError(f"has options that set {ours}, which this service sets itself")
+
+
+def _check_files(parameters: Mapping[str, str]) -> None:
+    """Load what the driver would load with each connection, to say at once that it can't."""
+    for key in _FILES:
+        if key in parameters and not os.access(parameters[key], os.R_OK):
+            raise UrlError(f"names a file as {key} that can't be read")
+    certificates = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+    default = Path("~/.postgresql/root.crt").expanduser()
+    mode = parameters.get("sslmode", "")
+    if mode.startswith("verify") and not (certificates or default.is_file()):
+        raise UrlError(f"asks for sslmode={mode}, which needs the file of a sslrootcert")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if "sslrootcert" in parameters:
+            context.load_verify_locations(parameters["sslrootcert"])
+        if "sslcert" in parameters and "sslkey" in parameters:
+            password = parameters.get("sslpassword", "")
+            context.load_cert_chain(
+                parameters["sslcert"], parameters["sslkey"], password=lambda: password
+            )
+    except (OSError, ValueError):  # an ssl.SSLError is an OSError
+        raise UrlError("names files for TLS that hold no certificate, or no key for it") from None

@@ -1,0 +1,178 @@
+"""DATABASE_URL is read as libpq reads it, or refused in a sentence that shows nothing of it."""
+
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from balance_app.connection_url import UrlError, parse
+from balance_app.settings import BadSettingsError, load_settings
+from tests.processes import DATABASE_VARIABLES
+
+SPECIAL = "#/?%[]@:&=+ "
+SECRET = "Geheim"  # noqa: S105 - it is one, for these tests
+
+
+def arguments(url: str) -> dict[str, Any]:
+    return parse(url).arguments
+
+
+@pytest.mark.parametrize("character", SPECIAL)
+def test_a_password_that_is_written_right_arrives(character: str) -> None:
+    """Percent-encoded, every character of a password comes through."""
+    password = f"{character}a{character}b{character}"
+    found = arguments(f"postgresql://u:{quote(password, safe='')}@h/d")
+    assert found["password"] == password
+    assert (found["user"], found["host"], found["database"]) == ("u", ["h"], "d")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_no_part_of_a_password_is_ever_shown(length: int) -> None:
+    """Raw special characters, in every order: it is taken as meant, or refused without a quote."""
+    for characters in permutations(SPECIAL, length):
+        password = SECRET + "".join(f"{each}{SECRET}" for each in characters)
+        for tail in ("@h:5432/d", "@h", "@h/d?sslmode=disable", "/d", ""):
+            found, said = _read(f"postgresql://u:{password}{tail}")
+            assert SECRET not in said
+            # Without a host the text behind an @ looks like one, and nothing can tell.
+            if found is not None and tail.startswith("@"):
+                assert (found["password"], found["host"]) == (password, ["h"])
+
+
+def _read(url: str) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return arguments(url), ""
+    except UrlError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize(
+    ("command", "character"),
+    [
+        *((command, "/") for command in ("serve", "migrate", "up", "healthcheck")),
+        *(("migrate", character) for character in "#?@%["),
+    ],
+)
+def test_no_command_prints_it(command: str, character: str, tmp_path: Path) -> None:
+    """Neither a sentence nor a traceback holds the password; the exit code says wrong settings."""
+    url = f"postgresql://u:{SECRET}{character}{SECRET}x{character}@127.0.0.1:1/d"
+    environment = {k: v for k, v in os.environ.items() if k not in DATABASE_VARIABLES}
+    ran = subprocess.run(
+        [sys.executable, "-m", "balance_app", command],
+        env={**environment, "DATABASE_URL": url},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = ran.stdout + ran.stderr
+    assert SECRET not in said
+    assert "Traceback" not in said
+    refused = character in "/@%"
+    assert ran.returncode == (2 if refused else 3)
+    if refused:
+        assert said.startswith("DATABASE_URL: ")
+        assert said.count("\n") == 1
+
+
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "postgresql://": {"host": None, "port": 5432, "user": None, "database": None},
+    "postgresql:///d": {"host": None, "database": "d"},
+    "postgres://h": {"host": ["h"], "port": [5432]},
+    "postgresql://u@h": {"user": "u", "password": None},
+    "postgresql://u:@h": {"user": "u", "password": ""},
+    "postgresql://a,b:6/d": {"host": ["a", "b"], "port": [5432, 6]},
+    "postgresql://[::1]:6/d": {"host": ["::1"], "port": [6]},
+    "postgresql://%2Frun%2Fpg/d": {"host": ["/run/pg"]},
+    "postgresql:///d?host=/run/pg&port=6": {"host": ["/run/pg"], "port": [6]},
+    "postgresql://h/?dbname=d&user=u&password=p%26": {
+        "database": "d",
+        "user": "u",
+        "password": "p&",
+    },
+    "postgresql://h/d?channel_binding=prefer&gssencmode=disable&client_encoding=UTF8": {
+        "host": ["h"]
+    },
+    "postgresql://h/d?target_session_attrs=read-write": {"target_session_attrs": "read-write"},
+    "postgresql://h/d?sslmode=require&ssl_min_protocol_version=TLSv1.3": {
+        "dsn": "postgresql://?sslmode=require&ssl_min_protocol_version=TLSv1.3"
+    },
+}
+
+
+@pytest.mark.parametrize("url", ACCEPTED)
+def test_what_libpq_knows_is_honoured(url: str) -> None:
+    """As libpq reads it."""
+    found = arguments(url)
+    assert {key: found[key] for key in ACCEPTED[url]} == ACCEPTED[url]
+
+
+def test_the_rest_of_a_url_is_honoured() -> None:
+    """The time to connect, and what the server is told."""
+    target = parse(
+        "postgresql://h/d?connect_timeout=10&application_name=me&options=-c%20geqo%3Doff"
+    )
+    assert target.connect_seconds == 10
+    assert target.server_settings == {"application_name": "me", "options": "-c geqo=off"}
+
+
+REFUSED = {
+    "postgresql://h:http/d": "port",
+    "postgresql://h:0/d": "port",
+    "postgresql://h:70000/d": "port",
+    "postgresql://a,,b/d": "empty host",
+    "postgresql://a..b/d": "host name",
+    "postgresql://::1/d": "port",
+    "postgresql://[::1/d": "IPv6",
+    "postgresql://u:%zz@h/d": "%25",
+    "postgresql://u:%ff@h/d": "UTF-8",
+    "postgresql://u:%00@h/d": "%00",
+    "postgresql://h/d?channel_binding=require": "channel_binding",
+    "postgresql://h/d?gssencmode=require": "gssencmode",
+    "postgresql://h/d?sslmode=yes": "sslmode.*verify-full",
+    "postgresql://h/d?sslmode=verify-full": "sslrootcert",
+    "postgresql://h/d?sslrootcert=/no/such": "sslrootcert",
+    "postgresql://h/d?sslrootcert=system": "sslrootcert",
+    "postgresql://h/d?target_session_attrs=standby": "target_session_attrs",
+    "postgresql://h/d?client_encoding=LATIN1": "client_encoding",
+    "postgresql://h/d?connect_timeout=soon": "connect_timeout",
+    "postgresql://h/d?options=-c%20search_path%3Dx": "search_path",
+    "postgresql://h/d?hostaddr=1.2.3.4": "hostaddr",
+    "postgresql://h/d?keepalives_idle=5": "keepalives_idle",
+    "postgresql://h/d?service=x": "service",
+    "postgresql://h/d?statement_timeout=5": "statement_timeout.*DB_STATEMENT_SECONDS",
+    "postgresql://u:p@h/d?chanel_binding=require": "chanel_binding.*channel_binding",
+    "postgresql://u:p@h/d?sslmode=require&nonsense=1": "number 2",
+    "postgresql://h/d?novalue": "name=value",
+    "mysql://h/d": "postgresql://",
+}
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, url: str, tmp_path: Path
+) -> None:
+    """One sentence that begins with the setting's name; nothing is waited for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(BadSettingsError, match=f"^DATABASE_URL: .*{REFUSED[url]}") as refusal:
+        load_settings()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "said"), [("db:5433", "DB_PORT=5433"), ("a b", "host"), ("a..b", "host")]
+)
+def test_a_host_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, host: str, said: str
+) -> None:
+    """DB_HOST holds a host and nothing else."""
+    monkeypatch.setenv("DB_HOST", host)
+    with pytest.raises(BadSettingsError, match=f"^DB_HOST: .*{said}"):
+        load_settings()
