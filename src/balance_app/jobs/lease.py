@@ -76,6 +76,7 @@ class Heart:
         self._stopped = False
         self._answered_at = monotonic()
         self._thread: threading.Thread | None = None
+        self._known: Known | None = None
 
     def start(self, known: Known) -> None:
         """Begin to beat; called in the event loop of the service, in the main thread."""
@@ -83,8 +84,10 @@ class Heart:
             self._watchdog = watchdog_timer()
         self._service = asyncio.get_running_loop()
         self._answered_at = monotonic()
-        self._thread = threading.Thread(target=self._run, args=(known,), name="heart", daemon=True)
-        self._thread.start()
+        self._known = known
+        if self._thread is None:  # else the jobs were declared anew
+            self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+            self._thread.start()
 
     async def stop(self) -> None:
         """End the thread; leases that are still held stay armed, and run out."""
@@ -152,13 +155,13 @@ class Heart:
 
     # -- in the thread ------------------------------------------------------------------------
 
-    def _run(self, known: Known) -> None:
+    def _run(self) -> None:
         try:
-            asyncio.run(self._live(known))
+            asyncio.run(self._live())
         except Exception:
             log.exception("the heart has stopped")  # and the timer ends what it held
 
-    async def _live(self, known: Known) -> None:
+    async def _live(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._soon = asyncio.Event()
         watch = asyncio.create_task(self._distrust())
@@ -170,7 +173,7 @@ class Heart:
                 try:
                     if connection is None or connection.is_closed():
                         connection = await self._connect()
-                    if self._service_answers() and not await self._beat(connection, known):
+                    if self._service_answers() and not await self._beat(connection):
                         pause = AGAIN_SECONDS
                 except Exception as error:  # noqa: BLE001 - whatever it is, it beats again
                     log.warning("no heartbeat", error=repr(error))
@@ -194,10 +197,12 @@ class Heart:
         arguments["timeout"] = min(arguments["timeout"], self._lease_seconds / 6)
         return await open_session(arguments)
 
-    async def _beat(self, connection: "asyncpg.Connection[asyncpg.Record]", known: Known) -> bool:
+    async def _beat(self, connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
         """Renew all leases; False: a row was locked, try again soon."""
         with self._lock:
             leases = {(lease.name, lease.fence): lease for lease in self._leases}
+        known = self._known
+        assert known is not None  # noqa: S101 - started with it
         beats = [Beat(*key, lease.progress) for key, lease in leases.items()]
         sent_at = monotonic()
         now, pulses = await asyncio.wait_for(

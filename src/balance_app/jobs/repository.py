@@ -302,6 +302,14 @@ FROM jobs
 """
 
 
+# Services in two schemas of one database don't wait for each other.
+DECLARE_IN_TURN: Final = """
+SELECT pg_advisory_xact_lock(
+    $1::bigint # CASE current_schema() WHEN 'public' THEN 0 ELSE hashtext(current_schema()) END
+)
+"""
+
+
 async def _declare(
     connection: Connection, jobs: Mapping[str, tuple[str, str]]
 ) -> tuple[Known, dict[str, str]]:
@@ -309,7 +317,7 @@ async def _declare(
     async with connection.transaction(isolation="read_committed"):
         # Who stands still in here must not keep others from coming up.
         await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
-        await read(connection, "SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
+        await read(connection, DECLARE_IN_TURN, DECLARE_LOCK)
         now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
         rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}
         for name, declared in sorted(jobs.items()):

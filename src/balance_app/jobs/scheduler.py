@@ -31,6 +31,7 @@ from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.jobs.scope import count_what_runs_start
 from balance_app.metrics import Metrics
+from balance_app.migrations import Installation
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -81,6 +82,9 @@ class Scheduler:
         self._metrics = metrics or Metrics()
         self._heart = Heart(settings, self.me, self._metrics, dead_man=dead_man)
         self._known: Known | None = None
+        # in which tables the jobs are declared, and from when on they may be (monotonic)
+        self._installation: Installation | None = None
+        self._declare_at = 0.0
         # jobs of this program that do not run as it declares them, with the reason
         self.undeclared: dict[str, str] = {}
         self._runs: dict[Run, asyncio.Task[None]] = {}
@@ -167,6 +171,10 @@ class Scheduler:
         Returns:
             How many seconds to wait before the next look; 0 after a job was taken.
         """
+        if self._known is not None and self._database.installation != self._installation:
+            self._begin_anew()
+        if self._known is None and (rest := self._declare_at - monotonic()) > 0:
+            return rest
         known = self._known or await self._declare()
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
@@ -261,7 +269,20 @@ class Scheduler:
         runs = len(self._runs)
         return timedelta(seconds=self._settings.job_step_seconds * runs / (1 + runs / HALF_OF_MOST))
 
+    def _begin_anew(self) -> None:
+        """Stop all runs: the tables that hold their leases are gone, and others in their place.
+
+        What is known of the jobs is void, and their fences begin again. No job is taken before
+        every run that began on the tables of before has ended, here and elsewhere.
+        """
+        log.warning("the tables are other ones than before", stopping=len(self._runs))
+        self._known = None
+        self._declare_at = monotonic() + self._settings.job_lease_seconds
+        for run in list(self._runs):
+            stop(run, "interrupted", "its database was made anew, or restored")
+
     async def _declare(self) -> Known:
+        self._installation = self._database.installation
         try:
             known = await self._jobs.declare(
                 {job.name: (str(job.schedule), job.description) for job in self._registry.values()}

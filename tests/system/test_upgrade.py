@@ -1,0 +1,170 @@
+"""The release before and this one side by side: one instance replaced after the other."""
+
+import asyncio
+import io
+import subprocess
+import tarfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+
+from tests.jobs.fleet import overlaps, read_diaries
+from tests.processes import Copy, connect
+from tests.system.client import Load, open_account, read_ledger
+from tests.system.sizes import size, tell
+
+ROOT = Path(__file__).parents[2]
+BEFORE = "f2f4455"  # the release before balance_app_version
+INSTANCES = 5
+REPLACED = size(small=2, full=INSTANCES)
+JOBS = size(small=4, full=10)
+CONNECTIONS = size(small=4, full=16)
+
+
+@pytest.fixture(scope="session")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source of the release before, as it was."""
+    archived = subprocess.run(
+        ["git", "-C", ROOT, "archive", BEFORE],  # noqa: S607 - whichever git there is
+        capture_output=True,
+        check=False,
+    )
+    if archived.returncode:
+        pytest.skip(f"commit {BEFORE} is not in this clone")
+    place = tmp_path_factory.mktemp("before")
+    with tarfile.open(fileobj=io.BytesIO(archived.stdout)) as archive:
+        archive.extractall(place, filter="data")
+    return place
+
+
+class Fleet:
+    """Five instances, some of the release before and some of this one."""
+
+    def __init__(self, database: dict[str, str], before: Path, diaries: Path) -> None:
+        self._database = database
+        self._before = before
+        self._diaries = diaries
+        self.members: dict[int, Copy] = {}
+        self.fewest_ready = INSTANCES
+        self.seen_not_ready: list[str] = []
+
+    def member(self, number: int, *, old: bool) -> Copy:
+        """Return an instance that is not started yet."""
+        source = self._before if old else ROOT
+        return Copy(
+            self._database,
+            f"app{number}-{'before' if old else 'now'}",
+            program=("-P", "-m", "tests.jobs.fleet"),
+            PYTHONPATH=f"{source / 'src'}:{source}",
+            FLEET_DIARY=str(self._diaries),
+            FLEET_JOBS=str(JOBS),
+            FLEET_EVERY="1",
+            FLEET_SECONDS="1",
+            JOB_MIN_SECONDS="0",
+            JOB_SETTLING_SECONDS="0.5",
+            JOB_LEASE_SECONDS="6",
+            JOB_HEARTBEAT_SECONDS="1",
+        )
+
+    async def replace(self, number: int, *, old: bool) -> None:
+        """Stop an instance and start one of the other release in its place."""
+        leaving = self.members.pop(number)
+        assert await leaving.stop() == 0
+        joining = self.member(number, old=old)
+        await joining.launch()
+        try:
+            await joining.ready()
+        finally:
+            self.members[number] = joining
+
+    async def watch(self) -> None:
+        """Ask all that are not being replaced whether they are ready, again and again."""
+        async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
+            while True:
+                asked = list(self.members.values())
+                answers = await asyncio.gather(*(self._is_ready(http, each) for each in asked))
+                # Who was taken out meanwhile was told to stop.
+                still = [
+                    ready
+                    for each, ready in zip(asked, answers, strict=True)
+                    if each in self.members.values()
+                ]
+                self.fewest_ready = min(self.fewest_ready, sum(still))
+                await asyncio.sleep(0.05)
+
+    async def _is_ready(self, http: httpx.AsyncClient, instance: Copy) -> bool:
+        answer = await http.get(f"{instance.url}/readyz")
+        if not answer.is_success:
+            self.seen_not_ready.append(f"{instance.name}: {answer.text}")
+        return answer.is_success
+
+
+@asynccontextmanager
+async def _running(fleet: Fleet, *, old: bool) -> AsyncIterator[None]:
+    for number in range(1, INSTANCES + 1):
+        fleet.members[number] = fleet.member(number, old=old)
+        await fleet.members[number].launch()
+    try:
+        await asyncio.gather(*(each.ready() for each in fleet.members.values()))
+        yield
+    finally:
+        await asyncio.gather(*(each.stop() for each in fleet.members.values()))
+
+
+async def test_neighbouring_releases_run_side_by_side(
+    database: dict[str, str], before: Path, tmp_path: Path
+) -> None:
+    """Forward and back under load and with jobs: no 5xx, four of five ready, no overlap (B3)."""
+    fleet = Fleet(database, before, tmp_path)
+    problems: list[str] = []
+    changes = 0
+    async with _running(fleet, old=True):
+        urls = [each.url for each in fleet.members.values()]
+        user = await open_account(urls[0], balance=100_000)
+        watch = asyncio.create_task(fleet.watch())
+        try:
+            for old in (False, True):
+                for number in range(1, REPLACED + 1):
+                    # Those that stay serve; the one that leaves is out of the balancer.
+                    staying = [m.url for n, m in fleet.members.items() if n != number]
+                    async with Load(staying, user, connections=CONNECTIONS) as load:
+                        await fleet.replace(number, old=old)
+                        await load.progress(20)
+                    problems += load.unexpected
+                    problems += [each for each in load.answers if each.startswith("503")]
+                    changes += load.answers["200"]
+                    await _each_job_runs_on(tmp_path)
+            assert not watch.done()
+        finally:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+        ledger = await read_ledger(urls[-1], user)
+    spans = read_diaries(tmp_path)
+    tell(f"{changes} changes, {len(spans)} runs, at least {fleet.fewest_ready} ready")
+    assert problems == []
+    assert fleet.fewest_ready >= INSTANCES - 1, fleet.seen_not_ready[:3]
+    assert overlaps(spans) == []
+    assert {span.server.split("-")[1] for span in spans} == {"before", "now"}
+    assert ledger.entries[-1].balance == ledger.final.balance
+    connection = await connect(database)
+    try:
+        odd = await connection.fetch(
+            "SELECT DISTINCT outcome FROM job_runs WHERE outcome NOT IN ('succeeded',"
+            " 'interrupted', 'skipped')"
+        )
+    finally:
+        await connection.close()
+    assert odd == []
+
+
+async def _each_job_runs_on(diaries: Path) -> None:
+    """Wait until every job has begun a run after now."""
+    now = monotonic()
+    async with asyncio.timeout(60):
+        while len({s.job for s in read_diaries(diaries) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
+            await asyncio.sleep(0.1)
