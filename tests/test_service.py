@@ -128,7 +128,9 @@ async def test_head_answers_as_get_does_without_a_body(
     assert (head.status_code, head.content) == (got.status_code, b"")
     headers = [{**answer.headers} for answer in (got, head)]
     assert headers[0].keys() == headers[1].keys()
-    if path not in {"/", "/jobs"}:  # pages have a moment and a key in them, and are compressed
+    if path != "/" and not path.startswith(
+        "/jobs"
+    ):  # pages have a moment and a key in them, and are compressed
         for each in headers:
             assert all(each.pop(name) for name in varying)
         assert headers[0] == headers[1]

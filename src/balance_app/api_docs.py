@@ -7,6 +7,7 @@ import fastapi_offline
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from pydantic import BaseModel
+from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
@@ -26,12 +27,12 @@ TEXT_PATTERN = r"^[^\u0000]*$"
 
 DESCRIPTION = """
 Users' balances, changed in real time and never below zero. What every copy and job does now is
-shown to people at [/](/).
+shown to people at [/]({root}/).
 
 * Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
   `applied` whether anything took effect (`"no"` or `"unknown"`; what only reads has none). With an
   `Idempotency-Key` it is true of all tries with that key: `"no"` only when the outcome is known.
-  The list is at [/problems](/problems).
+  The list is at [/problems]({root}/problems).
 * **422** is wrong whatever the state; **409** is well formed, but the state says no;
   **503** is a database that is away or a full house: wait `Retry-After` seconds.
 * Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
@@ -39,7 +40,7 @@ shown to people at [/](/).
 
 In a terminal:
 
-    curl --json '{"userId": 1, "amount": -2}' http://localhost:3000/api/balance
+    curl --json '{{"userId": 1, "amount": -2}}' http://localhost:3000{root}/api/balance
 """
 
 
@@ -106,13 +107,14 @@ def add_docs(app: FastAPI) -> None:
     app.mount("/docs/assets", StaticFiles(directory=assets), name="docs-assets")
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
+        root = request.scope["root_path"]
         return get_swagger_ui_html(
-            openapi_url="/openapi.json",
+            openapi_url=f"{root}/openapi.json",
             title=app.title,
-            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs/assets/swagger-ui.css",
-            swagger_favicon_url="/docs/assets/favicon.png",
+            swagger_js_url=f"{root}/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}/docs/assets/swagger-ui.css",
+            swagger_favicon_url=f"{root}/docs/assets/favicon.png",
             swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
         )
 
@@ -185,7 +187,7 @@ def _problem_schema() -> dict[str, Any]:
 def _about(kind: type[Problem]) -> dict[str, Any]:
     what, advice = explain(kind)
     return {
-        "type": f"/problems/{kind.code}",
+        "type": kind.address(),
         "code": kind.code,
         "status": kind.status,
         "title": kind.title,

@@ -28,6 +28,8 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     status: ClassVar[int]
     code: ClassVar[str]
     title: ClassVar[str]
+    # the path that this program has behind a proxy; set when the application is put together
+    root_path: ClassVar[str] = ""
     # False: it says nothing of the request, which is still to be decided; `detail` is the cause
     # alone, and the answer to a request that changes something adds what that means for it.
     decides: ClassVar[bool] = True
@@ -56,7 +58,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         if not (self.decides or reads):
             detail += f" {_MEANS[self.applied]}"
         return {
-            "type": f"/problems/{self.code}",
+            "type": self.address(),
             "title": self.title,
             "status": self.status,
             "detail": detail,
@@ -64,6 +66,11 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
             **self.members,
             **({} if reads else {"applied": self.applied}),
         }
+
+    @classmethod
+    def address(cls) -> str:
+        """Return where this kind is explained."""
+        return f"{cls.root_path}/problems/{cls.code}"
 
     @classmethod
     def example(cls) -> Self:

@@ -45,12 +45,14 @@ class Front:
         *,
         direct: Mapping[tuple[str, str], Handler],
         log_requests: bool,
+        root_path: str = "",
         metrics: Metrics | None = None,
     ) -> None:
         self.app = app
         self._answers = (metrics or Metrics()).requests
         self._direct = direct
         self._log_requests = log_requests
+        self._root_path = root_path
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,8 +72,8 @@ class Front:
         status = 0
         started = perf_counter()
         method = scope["method"]
-        if method == "HEAD":
-            scope, send = {**scope, "method": "GET"}, _head_of(send)
+        if method == "HEAD" or self._root_path:
+            scope, send = self._adapt(scope, send)
 
         async def send_with_ids(message: Message) -> None:
             nonlocal status
@@ -100,8 +102,24 @@ class Front:
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
 
+    def _adapt(self, scope: Scope, send: Send) -> tuple[Scope, Send]:
+        """Make GET of HEAD, and put a request where it is for its caller.
+
+        A proxy may have stripped the prefix (`root_path`), or not; ASGI's paths begin with it.
+        """
+        scope = {**scope, "root_path": self._root_path}
+        if scope["method"] == "HEAD":
+            scope["method"], send = "GET", _head_of(send)
+        root = self._root_path
+        if root:
+            send = _with_locations_under(root.encode(), send)
+            if scope["path"] != root and not scope["path"].startswith(f"{root}/"):
+                scope["path"] = root + scope["path"]
+        return scope, send
+
     def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        handler = self._direct.get((scope["method"], scope["path"]))
+        path = scope["path"].removeprefix(self._root_path)
+        handler = self._direct.get((scope["method"], path))
         if handler is None:
             return self.app(scope, receive, send)
         return self._answer(handler, scope, receive, send)
@@ -110,6 +128,18 @@ class Front:
         scope["app"] = self.app
         response = await handler(Request(scope, receive))
         await response(scope, receive, send)
+
+
+def _with_locations_under(root: bytes, send: Send) -> Send:
+    async def send_placed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [
+                (name, root + value if name == b"location" and value[:1] == b"/" else value)
+                for name, value in message["headers"]
+            ]
+        await send(message)
+
+    return send_placed
 
 
 def _head_of(send: Send) -> Send:

@@ -24,6 +24,7 @@ from balance_app.jobs.board import Board, Snapshot
 from balance_app.jobs.feed import Feed
 from balance_app.overview import Around, Overview
 from balance_app.picture import Picture
+from balance_app.rendering import under
 
 _VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 AROUND_SECONDS: Final = 4.0  # what is around the board is asked for as often, or when runs change
@@ -32,7 +33,10 @@ AROUND_SECONDS: Final = 4.0  # what is around the board is asked for as often, o
 class Live:
     """Keeps the picture up to date while somebody watches, or asks for a page."""
 
-    def __init__(self, board: Board, overview: Overview, stopping: asyncio.Event) -> None:
+    def __init__(
+        self, board: Board, overview: Overview, stopping: asyncio.Event, *, root_path: str = ""
+    ) -> None:
+        self._root_path = root_path
         self._board = board
         self._overview = overview
         self._turn = asyncio.Lock()
@@ -148,10 +152,11 @@ class Live:
         if known is None:
             snapshot = self.picture.snapshot
             assert snapshot is not None  # noqa: S101 - a tick came before
+            news = self.picture.news(since, job)
             told = {
                 "now": snapshot.now.timestamp(),
                 "title": self.picture.title,
-                "html": self.picture.news(since, job),
+                "html": {id_: under(self._root_path, html) for id_, html in news.items()},
             }
             known = format_sse_event(
                 event="status", data_str=to_json(told).decode(), id=self.version

@@ -52,11 +52,12 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     Raises:
         DeclarationError: a job can't work with these settings.
     """
+    Problem.root_path = settings.root_path
     registry.check(min_seconds=settings.job_min_seconds)
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
-        description=api_docs.DESCRIPTION,
+        description=api_docs.DESCRIPTION.format(root=settings.root_path),
         version="0.1.0",
         docs_url=None,
         redoc_url=None,
@@ -82,6 +83,7 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
         app,
         direct={("POST", "/api/balance"): balances.change_balance},
         log_requests=settings.log_requests,
+        root_path=settings.root_path,
         metrics=app.state.metrics,
     )
 
@@ -102,7 +104,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.history = History(database)
     app.state.balances = BalanceRepository(database, numbers)
     app.state.overview = overview = Overview(database, numbers)
-    app.state.live = Live(board, overview, app.state.stopping)
+    app.state.live = Live(board, overview, app.state.stopping, root_path=settings.root_path)
     try:
         try:
             await database.start()

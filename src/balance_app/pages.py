@@ -79,7 +79,9 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 def tell(request: Request, problem: Problem) -> Response:
     """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
-    passes = request.url.path == "/" and isinstance(problem, DatabaseAway | Overloaded)
+    passes = path_of(request, request.scope["path"]) == "/" and isinstance(
+        problem, DatabaseAway | Overloaded
+    )
     view = {
         "heading": problem.title,
         "sentence": sentence(problem, request.method),
@@ -329,7 +331,12 @@ def is_number(text: str) -> bool:
 
 def came_from(request: Request) -> str:
     """Return the path of the page that a request was sent from, as far as its browser says."""
-    return urlsplit(request.headers.get("referer", "")).path
+    return path_of(request, urlsplit(request.headers.get("referer", "")).path)
+
+
+def path_of(request: Request, path: str) -> str:
+    """Return a path without what a proxy puts before it."""
+    return path.removeprefix(request.scope["root_path"])
 
 
 def live_of(request: Request) -> Live:

@@ -1,5 +1,6 @@
 """Pages as answers: templates, files whose address changes with them, headers, compression."""
 
+import re
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
@@ -26,6 +27,7 @@ HEADERS: Final = {
     "Vary": "Accept-Encoding",
     "X-Content-Type-Options": "nosniff",
 }
+_OWN_ADDRESS: Final = re.compile(r'(?<= )(?:href|src|action|formaction|data-stream)="(?=/)')
 _FILES: Final = Path(__file__).parent / "static"
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 
@@ -77,7 +79,9 @@ def page(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return a page, compressed if the browser can read that."""
-    html = templates().get_template(template).render(view).encode()
+    html = under(
+        request.scope["root_path"], templates().get_template(template).render(view)
+    ).encode()
     packed = takes_gzip(request)
     return Response(
         gzip(html) if packed else html,
@@ -89,6 +93,14 @@ def page(
             **(headers or {}),
         },
     )
+
+
+def under(root_path: str, html: str) -> str:
+    """Put the path that this program has behind a proxy before every address of its own.
+
+    Nothing but a template can write such an attribute: all that it is given is escaped.
+    """
+    return _OWN_ADDRESS.sub(rf"\g<0>{root_path}", html) if root_path else html
 
 
 def file(request: Request, name: str) -> Response | None:

@@ -1,14 +1,23 @@
 """Configuration by environment (and `.env`), checked once when the program starts."""
 
+import re
 import socket
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from balance_app.connection_url import Target, host_name, parse
 from balance_app.sessions import PINNED, SEARCH_PATH
+
+# What the addresses of this program begin with.
+OWN_PATHS: Final = frozenset(
+    {
+        *("api", "change", "docs", "health", "jobs", "live", "livez", "metrics", "openapi.json"),
+        *("problems", "readyz", "static"),
+    }
+)
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -55,6 +64,9 @@ class Settings(BaseSettings):
     port: Port = 3000
     shared_port: Port | None = Field(
         None, description="a second port that several copies listen on together (SO_REUSEPORT)"
+    )
+    root_path: str = Field(
+        "", description="what a proxy puts before every path, as /balances; also if it strips it"
     )
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         75,
@@ -112,6 +124,16 @@ class Settings(BaseSettings):
         if colon and name and port.isdecimal():
             raise ValueError(f"names a port: write DB_HOST={name} and DB_PORT={port}")
         return host_name(address)
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_prefix(cls, prefix: str) -> str:
+        if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix, re.ASCII):
+            raise ValueError("must be a path such as /balances: a slash first, and none at the end")
+        if prefix.split("/")[1:2] and prefix.split("/")[1] in OWN_PATHS:
+            # Whether a proxy strips the prefix could not be seen.
+            raise ValueError(f"must not begin with a path of this program's own ({prefix})")
+        return prefix
 
     @model_validator(mode="after")
     def _lock_wait_ends_first(self) -> Self:
