@@ -1,0 +1,148 @@
+"""A database that is dropped and made anew under running instances, and one for two services."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+
+from tests.jobs.fleet import overlaps, read_diaries
+from tests.processes import Copy, connect, running
+
+JOBS = 3
+LEASE = 3
+
+
+def _fleet(database: dict[str, str], diaries: Path, names: list[str], **env: str) -> list[Copy]:
+    settings = {
+        "FLEET_DIARY": str(diaries),
+        "FLEET_JOBS": str(JOBS),
+        "FLEET_EVERY": "1",
+        "FLEET_SECONDS": "1",
+        "JOB_MIN_SECONDS": "0",
+        "JOB_SETTLING_SECONDS": "0.5",
+        "JOB_LEASE_SECONDS": str(LEASE),
+        "JOB_HEARTBEAT_SECONDS": "0.5",
+        **env,
+    }
+    return [
+        Copy(database, name, log=None, program=("-m", "tests.jobs.fleet"), **settings)
+        for name in names
+    ]
+
+
+async def _drop_database(database: dict[str, str]) -> None:
+    admin = await connect({**database, "DB_NAME": "postgres"})
+    await admin.execute(f'DROP DATABASE "{database["DB_NAME"]}" WITH (FORCE)')
+    await asyncio.sleep(1)
+    await admin.execute(f'CREATE DATABASE "{database["DB_NAME"]}"')
+    await admin.close()
+
+
+async def _drop_schema(database: dict[str, str]) -> None:
+    connection = await connect(database)
+    await connection.execute("DROP SCHEMA public CASCADE")  # the service makes it again
+    await connection.close()
+
+
+async def _take_a_table_away(database: dict[str, str]) -> None:
+    connection = await connect(database)
+    await connection.execute("DROP TABLE entries CASCADE")
+    await asyncio.sleep(1)  # it is not whole, and nothing is made beside what is left
+    await connection.execute("DROP SCHEMA public CASCADE")
+    await connection.close()
+
+
+async def _drop_and_make_schema(database: dict[str, str]) -> None:
+    connection = await connect(database)
+    await connection.execute("BEGIN; DROP SCHEMA public CASCADE; CREATE SCHEMA public; COMMIT")
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "lose", [_drop_database, _drop_schema, _take_a_table_away, _drop_and_make_schema]
+)
+async def test_a_database_made_anew_is_migrated_as_at_start(
+    database: dict[str, str],
+    tmp_path: Path,
+    lose: Callable[[dict[str, str]], Coroutine[None, None, None]],
+) -> None:
+    """Requests get a 503, never a 500; then all goes on by itself, jobs too, without an overlap."""
+    async with (
+        running(_fleet(database, tmp_path, ["app1", "app2"])) as instances,
+        httpx.AsyncClient(trust_env=False, timeout=20) as http,
+    ):
+        await _all_run(tmp_path)
+        for instance in instances:
+            answer = await http.post(
+                f"{instance.url}/api/balance", json={"userId": 1, "amount": -1}
+            )
+            assert answer.status_code == 200
+        losing = asyncio.create_task(lose(database))
+        answers = set()
+        async with asyncio.timeout(60):
+            back: set[str] = set()
+            while not losing.done() or len(back) < len(instances):
+                for instance in instances:
+                    answer = await http.post(
+                        f"{instance.url}/api/balance", json={"userId": 1, "amount": -1}
+                    )
+                    answers.add(answer.status_code)
+                    assert answer.status_code in {200, 503}, answer.text
+                    ready = (await http.get(f"{instance.url}/readyz")).is_success
+                    if losing.done() and ready and answer.is_success:
+                        back.add(instance.name)
+                await asyncio.sleep(0.02)
+        await losing
+        assert 503 in answers
+        connection = await connect(database)
+        assert await connection.fetchval("SELECT count(*) FROM users") == 1
+        assert await connection.fetchval("SELECT balance + version FROM users") == 10_001
+        await connection.close()
+        await _all_run(tmp_path)
+        assert {each.process and each.process.returncode for each in instances} == {None}
+    assert overlaps(read_diaries(tmp_path)) == []
+
+
+async def test_two_services_in_two_schemas_do_not_disturb_each_other(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """Each has its tables, its balances, its jobs with the same names, and its page."""
+    connection = await connect(database)
+    diaries = {schema: tmp_path / schema for schema in ("public", "other")}
+    fleets = []
+    for schema, diary in diaries.items():
+        diary.mkdir()
+        fleets += _fleet(database, diary, [schema], DB_SCHEMA=schema, FLEET_KIND="paced,writes")
+    for schema in diaries:
+        await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        await connection.execute(f"CREATE TABLE {schema}.fenced (job text, fence bigint)")
+    async with running(fleets), httpx.AsyncClient(trust_env=False, timeout=20) as http:
+        for number, instance in enumerate(fleets, start=1):
+            for _ in range(number):
+                change = {"userId": 1, "amount": -1}
+                answer = await http.post(f"{instance.url}/api/balance", json=change)
+                assert answer.status_code == 200
+            page = await http.get(f"{instance.url}/")
+            assert page.status_code == 200
+            status = (await http.get(f"{instance.url}/api/cron/status")).json()
+            assert len(status["jobs"]) == JOBS
+        await asyncio.gather(*(_all_run(diary) for diary in diaries.values()))
+    for number, (schema, diary) in enumerate(diaries.items(), start=1):
+        await connection.execute(f"SET search_path = {schema}")
+        assert await connection.fetchval("SELECT balance FROM users") == 10_000 - number
+        assert await connection.fetchval("SELECT count(*) FROM fenced") > 0
+        failed = "SELECT count(*) FROM job_runs WHERE outcome IN ('failed', 'lost')"
+        assert await connection.fetchval(failed) == 0
+        assert {span.server for span in read_diaries(diary)} == {schema}
+    await connection.close()
+
+
+async def _all_run(diaries: Path) -> None:
+    """Wait until every job has begun a run after now."""
+    now = monotonic()
+    async with asyncio.timeout(60):
+        while len({s.job for s in read_diaries(diaries) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
+            await asyncio.sleep(0.1)
