@@ -1,7 +1,13 @@
 """The environment is checked once, and wrong values are named."""
 
-import pytest
+import os
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+from alembic.script import ScriptDirectory
+
+from balance_app import migrations
 from balance_app.settings import BadSettingsError, load_settings
 
 
@@ -61,3 +67,63 @@ def test_the_reserve_leaves_time_for_heartbeats(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("JOB_CLOCK_RESERVE_SECONDS", "1.1")
     with pytest.raises(BadSettingsError, match=r"JOB_CLOCK_RESERVE_SECONDS \(1.1\).*a third"):
         load_settings()
+
+
+TEXT = "# für alle\nSERVER_ID=from-file\nPORT=4321\n"
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_env_file_in_utf_8_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, coding: str, end: str
+) -> None:
+    """Also with a mark at its beginning, as some editors write it, and with any end of lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PORT", raising=False)
+    for first in (TEXT, TEXT.partition("\n")[2]):
+        Path(".env").write_bytes(first.replace("\n", end).encode(coding))
+        assert (load_settings().server_id, load_settings().port) == ("from-file", 4321)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda file: file.write_bytes(TEXT.encode("utf-16")), r"UTF-8 \(line 1\)"),
+        (lambda file: file.write_bytes(TEXT.replace("ü", "u").encode("utf-16-le")), "has NUL"),
+        (lambda file: file.write_bytes(TEXT.encode("utf-16-be")), "UTF-8"),
+        (lambda file: file.write_bytes(TEXT.encode("utf-32")), "UTF-8"),
+        (lambda file: file.write_bytes(b"PORT=1\n" + TEXT.encode("latin-1")), r"\(line 2\)"),
+        (lambda file: file.write_bytes(b"DB_PASSWORD=a\0b\n"), "has NUL"),
+        (lambda file: file.mkdir(), "can't be read: Is a directory"),
+        (lambda file: file.symlink_to(file), "can't be read: Too many levels"),
+    ],
+)
+def test_an_env_file_that_can_not_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make: Callable[[Path], object],
+    sentence: str,
+) -> None:
+    """In one sentence, which shows nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / ".env")
+    with pytest.raises(BadSettingsError, match=rf"^\.env .*{sentence}[^\n]*\.$"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["DB_NAME", "DB_PASSWORD", "SERVER_ID", "DB_USER"])
+def test_a_value_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Bytes in the environment that are not UTF-8."""
+    monkeypatch.setitem(os.environ, name, "hunter2\udcff")
+    with pytest.raises(BadSettingsError, match=f"^{name}: is not text in UTF-8$"):
+        load_settings()
+
+
+def test_a_directory_may_have_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one that has meaning to those who read configuration."""
+    source = tmp_path / "100% sure, %(here)s" / "src" / "balance_app"
+    source.mkdir(parents=True)
+    (source.parents[1] / "alembic").symlink_to(Path(__file__).parents[1] / "alembic")
+    monkeypatch.setattr(migrations, "__file__", str(source / "migrations.py"))
+    scripts = ScriptDirectory.from_config(migrations.alembic_config())
+    assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"

@@ -206,11 +206,10 @@ def alembic_config() -> Config:
     """Return alembic's configuration, in a checkout or in an installed package."""
     here = Path(__file__).parent
     scripts = here / "_alembic"
+    location = str(scripts if scripts.is_dir() else here.parents[1] / "alembic")
     config = Config()
     config.set_main_option("path_separator", "os")
-    config.set_main_option(
-        "script_location", str(scripts if scripts.is_dir() else here.parents[1] / "alembic")
-    )
+    config.set_main_option("script_location", location.replace("%", "%%"))  # % interpolates
     return config
 
 

@@ -3,6 +3,7 @@
 import re
 import socket
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -19,6 +20,9 @@ OWN_PATHS: Final = frozenset(
     }
 )
 
+ENV_FILE: Final = Path(".env")
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # bytes that are no text, as Python reads them
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -27,7 +31,8 @@ class Settings(BaseSettings):
     """Every knob of one copy; the field's name in capitals is its environment variable."""
 
     model_config = SettingsConfigDict(
-        env_file=".env",
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8-sig",  # some editors begin a file with a mark
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -101,6 +106,13 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
     log_requests: bool = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        if isinstance(value, str) and _NO_TEXT.search(value):
+            raise ValueError("is not text in UTF-8")
+        return value
 
     @field_validator("log_level", "log_format", mode="before")
     @classmethod
@@ -257,6 +269,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's v
     Raises:
         BadSettingsError: one sentence per wrong value, never with the value of a secret.
     """
+    _require_readable(ENV_FILE)
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -266,3 +279,24 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's v
             for problem in error.errors(include_url=False, include_input=False)
         ]
         raise BadSettingsError("\n".join(sentences)) from None
+
+
+def _require_readable(file: Path) -> None:
+    """Say of a `.env` that can't be read why; there need not be one.
+
+    Raises:
+        BadSettingsError: it is no file, or no text in UTF-8.
+    """
+    try:
+        text = file.read_text("utf-8-sig")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadSettingsError(f"{file} can't be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise BadSettingsError(
+            f"{file} is not text in UTF-8 (line {line}): save it in UTF-8."
+        ) from None
+    if "\0" in text:
+        raise BadSettingsError(f"{file} is not text in UTF-8 (it has NUL in it): save it in UTF-8.")
