@@ -128,6 +128,11 @@ def durability() -> None:
     vars(sessions)["AFTER_CONNECTING"] = sessions.AFTER_CONNECTING.replace(raised, default)
 
 
+def open_connections() -> None:
+    """Give the database up when one more connection can't be made."""
+    database.Database._handle_refusal = database.Database._mark_unavailable  # type: ignore[method-assign]
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-look": fresh_look,
@@ -136,6 +141,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "migration-lock": migration_lock,
     "open-files": reserve,
     "durability": durability,
+    "open-connections": open_connections,
 }
 
 if __name__ == "__main__":

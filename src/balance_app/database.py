@@ -87,6 +87,8 @@ class Database:
         self._refusals = 0
         self._connect_at = 0.0
         self._read_only: Cause | None = None
+        # what the server said of itself when it was last found
+        self._server_warnings: list[str] = []
         # causes by kind: when they were last logged (monotonic)
         self._logged: dict[Kind, float] = {}
         # which tables these are: another one after they were made anew or restored
@@ -148,7 +150,9 @@ class Database:
 
     def warnings(self) -> list[str]:
         """Return what an operator should know of the connections although requests are served."""
-        found = [cause.sentence for cause in (self._read_only,) if cause is not None]
+        found = [*self._server_warnings]
+        if self._read_only is not None:
+            found.append(self._read_only.sentence)
         if self._refusal is not None and self._outage is None:
             found.append(
                 f"{len(self._open)} of {self.settings.db_pool_size} connections are open, no more "
@@ -476,11 +480,28 @@ class Database:
         """Return a connection to a schema at this program's revision; None: it is a standby's."""
         schema = await migrate(self.settings, self._report_migration)
         connection = await self._open_connection()
-        if await connection.fetchval(IN_RECOVERY):
+        row = await connection.fetchrow(SERVER)
+        if row is None or row["in_recovery"]:
             connection.terminate()
             return None
         self.installation = schema.installation
+        self._hear_server(row)
         return connection
+
+    def _hear_server(self, row: asyncpg.Record) -> None:
+        """Say, once, what of the server can't be made good from here."""
+        warnings = [
+            f"PostgreSQL runs with {name} = off: what it acknowledges can be lost when its machine "
+            "stops, and its data destroyed."
+            for name in ("fsync", "full_page_writes")
+            if row[name] == "off"
+        ]
+        for warning in warnings:
+            if warning not in self._server_warnings:
+                log.error("PostgreSQL is not durable", reason=warning)
+        self._server_warnings = warnings
+        if row["read_only"] and self._read_only is None:
+            self._mark_read_only(Cause(Kind.READ_ONLY, "no"))
 
     def _report_migration(self, sentence: str) -> None:
         cause = Cause(Kind.SCHEMA, "no", text=sentence)
@@ -542,7 +563,12 @@ def _terminate(connection: Connection) -> None:
             connection.terminate()
 
 
-IN_RECOVERY: Final = "SELECT pg_is_in_recovery()"
+SERVER: Final = """
+SELECT pg_is_in_recovery() AS in_recovery,
+       current_setting('transaction_read_only')::boolean AS read_only,
+       current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes
+"""
 READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
 
 

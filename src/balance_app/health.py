@@ -57,7 +57,9 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Say whether requests should come here: database reachable, schema right, not stopping.
 
-    `jobs` tells what could not be declared here, and does not count: requests may come.
+    `jobs` tells what could not be declared here, and does not count: requests may come. Nor do
+    `warnings`, of which there are none as a rule: a read-only server, fewer connections than
+    configured, a server that does not keep what it has acknowledged (`fsync`).
     """
     state = request.app.state
     checks = {"stopping": "This copy is stopping." if state.stopping.is_set() else "ok"}
@@ -66,12 +68,14 @@ async def readyz(request: Request) -> Response:
     # What jobs lack is no reason to send requests elsewhere.
     if state.scheduler is not None:
         checks["jobs"] = _undeclared(state.scheduler.undeclared)
+    body = {
+        "status": "ok" if ready else "unavailable",
+        "server": state.settings.server_id,
+        "checks": checks,
+    }
+    warnings = state.database.warnings()
     return JSONResponse(
-        {
-            "status": "ok" if ready else "unavailable",
-            "server": state.settings.server_id,
-            "checks": checks,
-        },
+        body | {"warnings": warnings} if warnings else body,
         status_code=200 if ready else 503,
         headers={} if ready else {"Retry-After": "1"},
     )
