@@ -154,6 +154,24 @@ def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) 
         terminal.steer("cancel", job, by=by or _me())
 
 
+@_jobs()
+def forget(
+    job: JobName,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="don't ask whether to")] = False,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Take a job off all lists whose code no live instance has; its history stays."""
+    if not yes and not typer.confirm(
+        f"Forget {job}? It is taken off all lists, its history stays.", err=True
+    ):
+        fail("Not done.")
+    with _asking(url, as_json=json) as terminal:
+        terminal.forget(job, by=by or _me())
+
+
 # -- balances ----------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -47,7 +48,7 @@ _TYPE: Final = b"application/x-www-form-urlencoded"
 _NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
 _AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
 
-Steer = Callable[[Controls, Pause], Coroutine[Any, Any, bytes]]
+Steer = Callable[[Controls, Pause], Coroutine[Any, Any, object]]
 
 router = APIRouter(
     route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
@@ -78,6 +79,12 @@ async def cancel_job(request: Request, name: str) -> Response:
     return await _steer(request, name, "cancel", lambda to, who: to.cancel(name, who.by))
 
 
+@router.post("/jobs/{name}/forget")
+async def forget_job(request: Request, name: str) -> Response:
+    """Take a job off all lists, and go to what is left of it: its history."""
+    return await _steer(request, name, "forget", lambda to, who: to.forget(name, who.by))
+
+
 async def _steer(request: Request, name: str, what: str, steer: Steer) -> Response:
     """Do something to a job, and go back to the page that has the button."""
     form = await _form(request)
@@ -90,7 +97,7 @@ async def _steer(request: Request, name: str, what: str, steer: Steer) -> Respon
         place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
         raise InvalidRequest((f"/{place}", "not-printable")) from None
     try:
-        await steer(cast("Controls", request.app.state.controls), who)
+        done = await steer(cast("Controls", request.app.state.controls), who)
     except (DatabaseAway, Overloaded, JobNotFound):
         raise
     except Problem as problem:
@@ -101,6 +108,8 @@ async def _steer(request: Request, name: str, what: str, steer: Steer) -> Respon
     if request.app.state.scheduler is not None:
         request.app.state.scheduler.wake()
     back = f"/jobs/{name}" if own_page else "/"
+    if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
+        what = "cancel-late"
     return _go_to(f"{back}?did={what}&job={name}#job-{name}")
 
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 from balance_app import bars, views
 from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import DatabaseAway, InvalidRequest, NotFound, Overloaded, Problem
-from balance_app.jobs.board import Snapshot
+from balance_app.jobs.board import Board, Snapshot
 from balance_app.jobs.errors import JobNotFound
 from balance_app.jobs.history import History
 from balance_app.jobs.schemas import Outcome
@@ -174,6 +174,13 @@ async def ask_to_cancel(request: Request, name: str) -> Response:
     return _page(request, "cancel.html", view)
 
 
+@router.get("/jobs/{name}/forget")
+async def ask_to_forget(request: Request, name: str) -> Response:
+    """Ask whether a job is really to be forgotten."""
+    job = _job(await live_of(request).refresh(), name)
+    return _page(request, "forget.html", {"job": job})
+
+
 # -- everything at one glance ----------------------------------------------------------------
 
 
@@ -257,6 +264,10 @@ _DID: Final = {
     "pause": "{} is paused: nothing starts it until it is resumed.",
     "resume": "{} goes on with its next tick.",
     "cancel": "The run of {} is being cancelled: its copy is told with its next heartbeat.",
+    "cancel-late": (
+        "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
+        "now."
+    ),
 }
 
 
@@ -289,27 +300,34 @@ async def job_page(
         raise InvalidRequest(("query:before", "not-an-integer"))
     with live.keeping(name):
         snapshot = await live.refresh()
-        job = _job(snapshot, name)
         now = snapshot.now.timestamp()
-        row, version = live.picture.row(name, now), live.version
+        forgotten = cast("Board", request.app.state.board).forgotten(name)
+        if forgotten is None:
+            job = _job(snapshot, name)
+            row, version = live.picture.row(name, now), live.version
     runs = await history.page(
         job=name,
         outcome=outcome,
         before=int(before) if before else MAX_INTEGER,
         limit=RUNS_ON_PAGE,
     )
-    view = {
-        "said": said or _said_of_job(request),
-        "version": version,
-        "job": job,
-        "row": row,
-        "checkpoint": await overview.checkpoint(name),
+    view: dict[str, object] = {
+        "name": name,
         "durations": bars.durations(await overview.last_runs(name, DURATIONS_SHOWN), now),
         "outcomes": views.OUTCOMES,
         "outcome": outcome,
         "before": before,
         "runs": runs["runs"],
         "next": runs["next"],
+    }
+    if forgotten is not None:
+        return _page(request, "forgotten.html", {**view, "forgotten": forgotten})
+    view |= {
+        "said": said or _said_of_job(request),
+        "version": version,
+        "job": job,
+        "row": row,
+        "checkpoint": await overview.checkpoint(name),
     }
     return _page(request, "job.html", view, status=status)
 

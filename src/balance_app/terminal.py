@@ -28,7 +28,7 @@ from balance_app.client import (
     Event,
     Service,
 )
-from balance_app.words import exact, visible
+from balance_app.words import duration, exact, visible
 
 AUDIT: Final = "audit-ledger"
 ENTRIES_SHOWN: Final = 5
@@ -42,7 +42,11 @@ _STEERED: Final = {
     "run": "{name} is ready: a copy takes it.",
     "pause": "{name} is paused by {by}.",
     "resume": "{name} is not paused any more.",
-    "cancel": "The run of {name} on {server} ends within a heartbeat; {by} asked for it.",
+    "cancel": "The run of {name} on {server} is to stop within a heartbeat; {by} asked for it.",
+    "cancel late": (
+        "Nothing was cancelled: the work of {name} on {server} was done already. Its run has "
+        "succeeded, and ends now."
+    ),
 }
 
 
@@ -107,7 +111,16 @@ class Terminal:
         words = {"server": answer.body["server"], "by": by, "name": job}
         if answer.body["paused"] is not None:
             words["by"] = answer.body["paused"]["by"]
-        self._tell(answer.text, lambda: Text(visible(_STEERED[verb].format(**words))))
+        late = verb == "cancel" and answer.body.get("workEndedAt") is not None
+        sentence = _STEERED["cancel late" if late else verb]
+        self._tell(answer.text, lambda: Text(visible(sentence.format(**words))))
+
+    def forget(self, job: str, *, by: str) -> None:
+        """Take a job off all lists; its history stays."""
+        answer = self._steer("forget", job, by, has="forgottenAt")
+        who, at = answer.body["forgottenBy"], datetime.fromisoformat(answer.body["forgottenAt"])
+        said = f"{job} is forgotten, by {who} at {exact(at)} UTC. Its runs: "
+        self._tell(answer.text, lambda: Text(visible(said) + self._next("history", job)))
 
     def run_and_wait(self, job: str, *, by: str) -> Code:
         """Run a job now, or join its run that is under way; show its end, return if it is good."""
@@ -129,10 +142,12 @@ class Terminal:
     def _status(self) -> Answer:
         return self._service.get("/api/cron/status", "jobs")
 
-    def _steer(self, verb: str, job: str, by: str, reason: str | None = None) -> Answer:
+    def _steer(
+        self, verb: str, job: str, by: str, reason: str | None = None, *, has: str = "fence"
+    ) -> Answer:
         return self._service.post(
             f"/api/cron/jobs/{quote(job, safe='')}/{verb}",
-            "fence",
+            has,
             params={"by": by, "reason": reason},
         )
 
@@ -145,8 +160,9 @@ class Terminal:
         except AskError as error:
             if error.problem != "job-running" or before is None:
                 raise
-            self._say(f"{error} Waiting for that run.")
+            self._say(f"{error} Waiting for that run{_lasting(before)}.")
             return fence + int(before["state"] != "running")
+        self._say(f"{name} is asked for. Waiting for the end of its run{_lasting(before)}.")
         return fence + 1
 
     def _wait(self, name: str, fence: int) -> tuple[dict[str, Any], datetime]:
@@ -170,10 +186,10 @@ class Terminal:
                             f"Job {name} was paused by {job['paused']['by']} before it had run.",
                             Code.FAILED,
                         )
-                    state = f"{job['state']} {job['server']}"
+                    state = f"{job['state']} {job['server']} {_tenths(job['progress'])}"
                 else:
                     state = event.kind
-                # A terminal sees time go by, a file each turn once.
+                # A terminal sees time go by, a file each turn and each tenth of the work once.
                 if self._err.is_terminal or state != said:
                     draw(line)
                 said = state
@@ -330,6 +346,21 @@ def _display(
         return
     with Live(console=console, auto_refresh=False, transient=transient) as live:
         yield lambda shown: live.update(shown, refresh=True)
+
+
+def _lasting(job: dict[str, Any] | None) -> str:
+    """Return how long a run of a job may take, as far as that is known."""
+    last = None if job is None else job["lastRun"]
+    if last is None:
+        return ", which is the first: how long it takes is not known"
+    return f"; the last one took {duration(last['seconds'])}"
+
+
+def _tenths(progress: dict[str, Any] | None) -> int | None:
+    """Return how many tenths of its work a run has done, if it says so."""
+    if progress is None or not progress["total"]:
+        return None
+    return int(10 * progress["done"] / progress["total"])
 
 
 def _print(json: str) -> None:

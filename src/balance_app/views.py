@@ -128,6 +128,8 @@ def why(job: Job) -> str | None:
     if job["state"] == "running":
         if job["cancelBy"] is not None:
             return f"{job['cancelBy']} asked for its end."
+        if job["workEndedAt"] is not None:
+            return "Its work is done; it lasts to its least duration."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
     if job["waiting"]["reason"] == "not-due":
         failures = job["failuresInARow"]

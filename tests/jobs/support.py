@@ -129,7 +129,9 @@ class Ground:
         self, jobs: Iterable[Job], *, starts: bool = True, **settings: object
     ) -> AsyncIterator[Scheduler]:
         """Run a copy's scheduler, without a dead man's timer: the process is the test's."""
-        changed = Settings.model_validate({**self.settings.model_dump(), **settings})
+        changed = Settings.model_validate(
+            {**self.settings.model_dump(exclude_unset=True), **settings}
+        )
         scheduler = Scheduler(changed, self.database, Registry(jobs), dead_man=False)
         if starts:
             scheduler.start()

@@ -340,6 +340,7 @@ async def test_pages_of_other_sites_steer_nothing(
     taken: bool,  # noqa: FBT001
 ) -> None:
     """A browser says whose page a request is from; what no page of ours sent is refused."""
+    await add_copy(quiet.connection)
     await add_job(quiet.connection, "a-job")
     host = quiet.copy.url.removeprefix("http://")
     sent = {name: value.format(host=host) for name, value in headers.items()}
@@ -385,7 +386,94 @@ async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> Non
     assert answers["paused"].json()["pausedBy"] == "ada"
     after = await quiet.connection.fetch("SELECT * FROM jobs WHERE name <> 'lost' ORDER BY name")
     assert before == after
+    await add_copy(quiet.connection)
     assert (await quiet.post("lost/run")).status_code == 202
+
+
+async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> None:
+    """Not for want of heartbeats in the past, and not for an instance that lacks it."""
+    await add_copy(quiet.connection, "app1", lacks=("moon",))
+    await add_copy(quiet.connection, "app2", knows_to=0)
+    gone = await add_copy(quiet.connection, "app3", seen_seconds_ago=50)
+    await add_job(quiet.connection, "moon")
+    await add_job(quiet.connection, "lost", **{**running(gone, "app3"), "lease_until": -SECOND})
+    await quiet.connection.execute("UPDATE copies SET lacks = lacks || 'lost'::text")
+    before = await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name")
+    for name in ("moon", "lost"):
+        answer = await quiet.post(f"{name}/run")
+        assert (answer.status_code, answer.json()["code"]) == (409, "job-without-code")
+        assert (await quiet.job(name))["hasCode"] is False
+    assert await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name") == before
+    await add_copy(quiet.connection, "app4")
+    assert (await quiet.post("moon/run")).status_code == 202
+    assert (await quiet.job("moon"))["hasCode"] is True
+
+
+async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> None:
+    """It is off all lists; its history stays, and who forgot it first; a lost run is lost."""
+    gone = await add_copy(quiet.connection, "app3", seen_seconds_ago=50)
+    await add_job(quiet.connection, "moon", **{**running(gone, "app3"), "lease_until": -SECOND})
+    await insert(
+        quiet.connection,
+        "job_runs",
+        job="moon",
+        fence=7,
+        due_at=-60 * SECOND,
+        holder=gone,
+        server="app3",
+        started_at=-60 * SECOND,
+    )
+    await add_job(quiet.connection, "sun")
+    first = await quiet.post("moon/forget", by="ada")
+    assert first.status_code == 200, first.text
+    await conforms(quiet.client, "ForgottenAnswer", first.json())
+    assert first.json()["forgottenBy"] == "ada"
+    assert (await quiet.post("moon/forget", by="eve")).json() == first.json()
+    told = await status(quiet.client)
+    assert [job["name"] for job in told["jobs"]] == ["sun"]
+    assert sum(told["counts"][state] for state in ("running", "waiting", "paused")) == 1
+    runs = (await quiet.client.get("/api/cron/history", params={"job": "moon"})).json()["runs"]
+    assert [(run["outcome"], run["server"]) for run in runs] == [("lost", "app3")]
+    before = await quiet.connection.fetch("SELECT * FROM jobs WHERE name = 'moon'")
+    for call in ("run", "pause", "resume", "cancel"):
+        answer = await quiet.post(f"moon/{call}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found"), call
+    assert await quiet.connection.fetch("SELECT * FROM jobs WHERE name = 'moon'") == before
+    # An instance of an older program that runs it takes it back.
+    await quiet.connection.execute("UPDATE jobs SET alive_at = now() WHERE name = 'moon'")
+    assert (await quiet.job("moon"))["state"] == "waiting"
+
+
+async def test_a_job_that_runs_or_could_run_is_not_forgotten(quiet: Quiet) -> None:
+    """409 with the reason; nothing is changed."""
+    await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
+    await add_job(quiet.connection, "waiting")
+    await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
+    await add_copy(quiet.connection, "app1", lacks=("running",))
+    before = await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name")
+    for name, code in {
+        "running": "job-running",
+        "waiting": "job-has-code",
+        "paused": "job-has-code",
+    }.items():
+        answer = await quiet.post(f"{name}/forget")
+        assert (answer.status_code, answer.json()["code"]) == (409, code), name
+    assert (
+        "was not forgotten: it runs already on app7"
+        in ((await quiet.post("running/forget")).json()["detail"])
+    )
+    assert await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name") == before
+    assert (await quiet.post("nobody/forget")).status_code == 404
+
+
+async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None:
+    """`workEndedAt` is of the run under way, not of one before."""
+    one = await add_copy(quiet.connection, "app1")
+    await add_job(quiet.connection, "done", **running(one, "app1"), work_ended_at=-2 * SECOND)
+    await add_job(quiet.connection, "busy", **running(one, "app1"), work_ended_at=-60 * SECOND)
+    answers = {name: (await quiet.post(f"{name}/cancel")).json() for name in ("done", "busy")}
+    assert answers["done"]["workEndedAt"] is not None
+    assert answers["busy"]["workEndedAt"] is None
 
 
 async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:

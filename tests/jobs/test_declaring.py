@@ -106,3 +106,23 @@ async def _declared(scheduler: Scheduler) -> datetime:
     while scheduler._known is None:  # noqa: ASYNC110 - the same
         await asyncio.sleep(0.02)
     return scheduler._known.booted_at
+
+
+async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Ground) -> None:
+    """What waited then is not made up for; its fence goes on, as its history does."""
+    copy = ground.copy()
+    await copy.declare("good")
+    claimed = await copy.claim()
+    await ground.eye.execute(
+        "UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,"
+        " paused_at = now(), paused_by = 'ada', attempt = 3, checkpoint = '1',"
+        " due_at = now() - interval '9 days', ready_at = now() - interval '9 days',"
+        " forgotten_at = clock_timestamp(), forgotten_by = 'ada'"
+    )
+    known = await ground.copy("app2").declare("good")
+    assert known.lacks == []
+    row = await ground.row("good")
+    assert (row["forgotten_at"], row["paused_at"], row["checkpoint"]) == (None, None, None)
+    assert (row["attempt"], row["fence"]) == (0, claimed.fence)
+    assert row["due_at"] == row["anchor_at"] > claimed.started_at
+    assert (await copy.claim()).fence == claimed.fence + 1

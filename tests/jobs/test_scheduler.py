@@ -711,7 +711,7 @@ class Life:
         elif what == "outage":
             await self.ground.shift(self.random.uniform(2, 500))
         elif what == "ask":
-            await self.ground.eye.execute(RUN, "moon", "ada")
+            await self.ground.eye.execute(RUN, "moon", "ada", timedelta(seconds=60))
 
     async def end(self, scheduler: Scheduler) -> None:
         what = self.random.choices(["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1])[0]
@@ -998,3 +998,22 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
         await until(stopped)
     row = await ground.row("moon")
     assert (row["holder"], row["fence"], row["last_outcome"]) == (other.me.id, 2, None)
+
+
+async def test_that_the_work_of_a_run_is_done_is_noted(ground: Ground) -> None:
+    """While it lasts on to its least duration; cancelled then, it has succeeded all the same."""
+
+    async def quick(_run: Run) -> str:
+        return "all is done"
+
+    async with ground.scheduler([declare(quick, min_duration=timedelta(minutes=1))]) as scheduler:
+
+        async def noted() -> bool | None:
+            row = await ground.eye.fetchrow("SELECT * FROM jobs WHERE work_ended_at >= started_at")
+            return row is not None or None
+
+        await until(noted)
+        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+        scheduler.wake()
+        (run,) = await ground.ended("moon")
+    assert (run["outcome"], run["result"]) == ("succeeded", "all is done")

@@ -289,7 +289,13 @@ async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
     one = await add_copy(connection, "app1")
     await add_job(connection, "idle")
     await add_job(connection, "busy", **running(one, "app1"))
+    await add_job(connection, "done", **running(one, "app1"), work_ended_at=-SECOND)
     asked = {"BALANCE_APP_URL": copy.url}
+    code, out, err = await run("run", "busy", **asked)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"Job busy was not started: it runs already on app1, since [0-9: -]+ UTC\.\n", err
+    )
     for line, answer in {
         "pause idle --by ada --reason so": (0, "idle is paused by ada.\n", ""),
         "pause idle --by bob": (0, "idle is paused by ada.\n", ""),
@@ -297,10 +303,26 @@ async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
         "run idle --wait": (1, "", "Job idle was paused by ada.\n"),
         "resume idle": (0, "idle is not paused any more.\n", ""),
         "run idle --by ada": (0, "idle is ready: a copy takes it.\n", ""),
-        "run busy": (1, "", "Job busy runs on app1.\n"),
         "cancel idle": (1, "", "Job idle does not run: it is waiting.\n"),
         "cancel busy --by ada": (
-            *(0, "The run of busy on app1 ends within a heartbeat; ada asked for it.\n", ""),
+            *(
+                0,
+                "The run of busy on app1 is to stop within a heartbeat; ada asked for it.\n",
+                "",
+            ),
+        ),
+        "cancel done": (
+            0,
+            (
+                "Nothing was cancelled: the work of done on app1 was done already. "
+                "Its run has succeeded, and ends now.\n"
+            ),
+            "",
+        ),
+        "forget idle --yes": (
+            1,
+            "",
+            "Job idle can't be forgotten: a live instance has its code, and would run it again.\n",
         ),
     }.items():
         assert await run(*line.split(), **asked) == answer, line
@@ -310,6 +332,23 @@ async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
     code, out, err = await run("cancel", "idle", "--json", **asked)
     assert (code, err) == (1, "Job idle does not run: it is paused.\n")
     assert json.loads(out)["code"] == "job-not-running"
+
+
+async def test_a_job_is_forgotten_after_a_question(copy: Copy, connection: Connection) -> None:
+    """Nothing is done without a yes; then it is off the list, and its history is told of."""
+    await add_job(connection, "moon")
+    asked = {"BALANCE_APP_URL": copy.url}
+    code, out, err = await run("forget", "moon", **asked)
+    assert code == 1
+    assert "Forget moon?" in err
+    assert await connection.fetchval("SELECT forgotten_at FROM jobs") is None
+    code, out, err = await run("forget", "moon", "--yes", "--by=ada", **asked)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        r"moon is forgotten, by ada at [0-9: -]+ UTC\. Its runs: balance-app history moon\n", out
+    )
+    code, out, _ = await run("status", **asked)
+    assert "moon" not in out
 
 
 async def _waits(
@@ -370,7 +409,8 @@ async def test_a_run_under_way_is_joined(copy: Copy, connection: Connection) -> 
         return (await stderr.readline()).decode()
 
     try:
-        await _until(line, lambda said: said == "Job one runs on app1. Waiting for that run.\n")
+        joined = r"Job one was not started: .* on app1, since .* UTC\. Waiting for that run, .*\n"
+        await _until(line, lambda said: re.fullmatch(joined, said) is not None)
         await _until(line, lambda said: said.startswith("● one running on app1, 4"))
         await copy.stop()
         await _until(line, lambda said: said.endswith("Reconnecting.\n"))
@@ -398,8 +438,9 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
     """What the last audit found is told; --now asks for one, which names the user that differs."""
     async with Copy(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as copy:
         asked = {"BALANCE_APP_URL": copy.url}
-        code, out, _ = await run("audit", "--now", **asked)
+        code, out, err = await run("audit", "--now", **asked)
         assert code == 0
+        assert "Waiting for " in err.splitlines()[0]
         first, second = out.splitlines()
         assert re.match(r"audit-ledger succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in ", first)
         assert second == "checked 1 entry of 1 user: all balances match"
@@ -410,8 +451,11 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
         await connection.close()
         code, out, _ = await run("audit", **asked)
         assert (code, out.splitlines()[1]) == (0, second)
-        code, out, _ = await run("audit", "--now", **asked)
+        code, out, err = await run("audit", "--now", **asked)
         assert code == 1
+        assert re.match(
+            r"audit-ledger is asked for\. Waiting for the end of its run; the last one took ", err
+        )
         first, second = out.splitlines()
         assert first.startswith("audit-ledger failed ")
         assert "1 of 1 user differs: user 1: the balance is 1 at version 1" in second

@@ -57,6 +57,13 @@ class Fleet(NamedTuple):
         return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
 
 
+class Forgotten(NamedTuple):
+    """When a job was taken off the lists, and by whom."""
+
+    at: datetime
+    by: str
+
+
 class Sums(NamedTuple):
     """What a job counts for."""
 
@@ -92,9 +99,10 @@ class Board:
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
-        self._lease = timedelta(seconds=settings.job_lease_seconds)
+        # how long after its last heartbeat an instance counts as live
+        self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
         settling = timedelta(seconds=settings.job_settling_seconds)
-        self._limits = Limits(settling, overdue=self._lease + settling)
+        self._limits = Limits(settling, overdue=self.lease + settling)
         self._turn = asyncio.Lock()
         self._looks = 0
         self._last: Snapshot | Problem | None = None
@@ -135,6 +143,13 @@ class Board:
         line = self._lines.get(name)
         return None if line is None else line.text
 
+    def forgotten(self, name: str) -> Forgotten | None:
+        """Return when a job was forgotten, if it was, by the newest look."""
+        row = self._rows.get(name)
+        if row is None or not _is_forgotten(row):
+            return None
+        return Forgotten(row["forgotten_at"], row["forgotten_by"])
+
     async def _look(self) -> Snapshot:
         header = await self._fetch()
         if header["jobs"] != len(self._rows):  # a row was deleted
@@ -167,7 +182,7 @@ class Board:
         """Bring the rows up to now; return what else the statement said."""
         rows = await self._database.run(
             lambda con: read(
-                con, CHANGED, self._horizon, self._booted_at, self._lease, list(self._lacks)
+                con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
             ),
             # There is one at a time; who watches a crowd should not have to stand behind it.
             urgent=True,
@@ -204,14 +219,17 @@ class Board:
         """Write the lines that no longer stand, a few at a time."""
         self._stale.update(name for name, line in self._lines.items() if line.stands_until <= now)
         for number, name in enumerate(list(self._stale), start=1):
+            self._stale.discard(name)
+            written = self._lines.get(name)
+            if written is not None:
+                self._sums[written.sums] -= 1
+            if _is_forgotten(self._rows[name]):
+                self._lines.pop(name, None)
+                continue
             line = _write(self._rows[name], now, fleet, self._limits)
-            if name in self._lines:
-                self._sums[self._lines[name].sums] -= 1
-            else:
-                self._in_order = False
+            self._in_order = self._in_order and written is not None
             self._lines[name] = line
             self._sums[line.sums] += 1
-            self._stale.discard(name)
             if number % _AT_ONCE == 0:
                 await asyncio.sleep(0)
         if not self._in_order:
@@ -234,7 +252,8 @@ WITH header AS (
     SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
            paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
            cancel_by, done, total, note, alive_at, lost_streak, failure_streak,
-           last_outcome, last_server, last_started_at, last_ended_at, last_result
+           last_outcome, last_server, last_started_at, last_ended_at, last_result,
+           forgotten_at, forgotten_by, work_ended_at
     FROM jobs
     WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
        OR age(jobs.xmin) <= age($1::text::xid)
@@ -257,6 +276,13 @@ FROM (
 ) AS header
 FULL JOIN changed ON false
 """
+
+
+def _is_forgotten(row: asyncpg.Record) -> bool:
+    """Say whether a job is off the lists; an older program that runs it takes it back."""
+    return row["forgotten_at"] is not None and (
+        row["alive_at"] is None or row["alive_at"] <= row["forgotten_at"]
+    )
 
 
 def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> Line:
@@ -288,6 +314,7 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
             if running and row["done"] is not None
             else None
         ),
+        "workEndedAt": _work_ended_at(row) if running else None,
         "cancelBy": row["cancel_by"] if running else None,
         "dueAt": row["due_at"],
         "readyAt": row["ready_at"],
@@ -296,6 +323,7 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
         "lossesInARow": row["lost_streak"],
         "fence": row["fence"],
         "requestedBy": row["requested_by"],
+        "hasCode": running or fleet.can_run(row["number"], row["name"]),
         "paused": (
             {"by": row["paused_by"], "at": row["paused_at"], "reason": row["pause_reason"]}
             if row["paused_at"] is not None
@@ -369,6 +397,12 @@ def _why(
     else:
         reason, sentence = "due", f"Due since {_said(ready_at)}: a copy takes it."
     return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
+
+
+def _work_ended_at(row: asyncpg.Record) -> datetime | None:
+    """Return when the function of the run under way returned; what a run before left is older."""
+    ended_at: datetime | None = row["work_ended_at"]
+    return ended_at if ended_at is not None and ended_at >= row["started_at"] else None
 
 
 def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:

@@ -1,4 +1,4 @@
-"""What people can do to a job: run it now, pause it, resume it, cancel its run.
+"""What people can do to a job: run it now, pause it, resume it, cancel its run, forget it.
 
 Each is one conditional statement, so any number of people may press any button at once. A copy
 that runs the job learns of it with its next heartbeat, all others with their next look.
@@ -13,8 +13,15 @@ from pydantic_core import from_json
 
 from balance_app.database import Database, read, write
 from balance_app.errors import DatabaseAway, Overloaded, Problem
-from balance_app.jobs.board import Board
-from balance_app.jobs.errors import JobNotFound, JobNotRunning, JobPaused, JobRunning
+from balance_app.jobs.board import Board, Forgotten
+from balance_app.jobs.errors import (
+    JobHasCode,
+    JobNotFound,
+    JobNotRunning,
+    JobPaused,
+    JobRunning,
+    JobWithoutCode,
+)
 from balance_app.jobs.schedule import ScheduleError, Skipped, parse
 
 log = structlog.get_logger(__name__)
@@ -40,8 +47,9 @@ class Controls:
         Raises:
             JobRunning: it runs.
             JobPaused: it is paused.
+            JobWithoutCode: no live instance could run it.
         """
-        return await self._steer("run", RUN, name, by, refusal=_refuses_run)
+        return await self._steer("run", RUN, name, by, self._board.lease, refusal=_refuses_run)
 
     async def pause(self, name: str, by: str, reason: str | None) -> bytes:
         """Keep a job from starting; a run under way goes on. Who paused it first stays."""
@@ -50,10 +58,37 @@ class Controls:
     async def cancel(self, name: str, by: str) -> bytes:
         """Ask the copy that runs a job to end the run. Who asked first stays.
 
+        A run whose work is done (`workEndedAt` in the answer) has succeeded, and only ends now.
+
         Raises:
             JobNotRunning: there is no run.
         """
         return await self._steer("cancel", CANCEL, name, by, refusal=_refuses_cancel)
+
+    async def forget(self, name: str, by: str) -> Forgotten:
+        """Take a job off all lists that nobody has the code of; its history stays.
+
+        Who forgot it first stays. When code declares it again, it begins anew.
+
+        Raises:
+            JobRunning: it runs.
+            JobHasCode: a live instance has its code.
+        """
+        for _ in range(MAX_RACES):
+            row = await self._database.run(
+                lambda con: write(con, FORGET, name, by, self._board.lease)
+            )
+            if row is not None:
+                log.info("job steered", what="forget", job=name, by=by)
+                return Forgotten(row["forgotten_at"], row["forgotten_by"])
+            await self._board.look()
+            forgotten = self._board.forgotten(name)
+            if forgotten is not None:
+                return forgotten
+            problem = _refuses_forget(from_json(await self._job(name)))
+            if problem is not None:
+                raise problem
+        raise _lost_every_race(name)
 
     async def resume(self, name: str, by: str) -> bytes:
         """Let a job go on with its next tick; ticks that were missed are recorded as skipped."""
@@ -123,7 +158,15 @@ def _refuses_run(job: dict[str, Any]) -> Problem | None:
         return JobPaused(job["name"], by=job["paused"]["by"], at=job["paused"]["at"])
     if job["state"] == "running":
         return JobRunning(job["name"], server=job["server"], started_at=job["startedAt"])
-    return None
+    return None if job["hasCode"] else JobWithoutCode(job["name"])
+
+
+def _refuses_forget(job: dict[str, Any]) -> Problem | None:
+    if job["state"] == "running":
+        return JobRunning(
+            job["name"], server=job["server"], started_at=job["startedAt"], what="forgotten"
+        )
+    return JobHasCode(job["name"]) if job["hasCode"] else None
 
 
 def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
@@ -133,14 +176,43 @@ def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
 
 
 # A tick that is due already is what runs; one in the future gives way to a new one, of this
-# moment, so that its key for effects outside is new. Nothing is taken from a run under way.
+# moment, so that its key for effects outside is new. Nothing is taken from a run under way, and
+# nobody is left to wait for a run that can't come: some live instance ($3: a lease) has the code.
 RUN: Final = """
 UPDATE jobs
 SET due_at = least(due_at, moment), ready_at = least(ready_at, moment),
     requested_by = coalesce(requested_by, $2)
 FROM (SELECT clock_timestamp() AS moment) AS request
 WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_until <= clock_timestamp())
+  AND (forgotten_at IS NULL OR alive_at > forgotten_at)
+  AND EXISTS (SELECT FROM copies WHERE seen_at + $3::interval > clock_timestamp()
+              AND number <= knows_to AND name <> ALL (lacks))
 RETURNING name
+"""
+
+# Only what nobody runs or could run. A run whose instance is gone will be taken over by nobody: it
+# is lost. The row stays, with its fence: a later run of this name must have a higher one.
+FORGET: Final = """
+WITH candidate AS MATERIALIZED (
+    SELECT name, fence, holder, server, started_at, lease_until FROM jobs
+    WHERE name = $1 AND (holder IS NULL OR lease_until <= clock_timestamp())
+      AND (forgotten_at IS NULL OR alive_at > forgotten_at)
+      AND NOT EXISTS (SELECT FROM copies WHERE seen_at + $3::interval > clock_timestamp()
+                      AND number <= knows_to AND name <> ALL (lacks))
+    FOR UPDATE
+), lost AS (
+    UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_until,
+                        result = 'its instance is gone, and no other has its code'
+    FROM candidate
+    WHERE candidate.holder IS NOT NULL AND job = candidate.name
+      AND job_runs.fence = candidate.fence AND job_runs.outcome IS NULL
+)
+UPDATE jobs SET
+    forgotten_at = clock_timestamp(), forgotten_by = $2,
+    holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
+    parts = false, done = NULL, total = NULL, note = NULL, requested_by = NULL
+FROM candidate WHERE jobs.name = candidate.name
+RETURNING forgotten_at, forgotten_by
 """
 
 # A run under way keeps its lease. Who paused the job first stays.
@@ -148,7 +220,7 @@ PAUSE: Final = """
 UPDATE jobs
 SET paused_at = coalesce(paused_at, clock_timestamp()), paused_by = coalesce(paused_by, $2),
     pause_reason = CASE WHEN paused_at IS NULL THEN $3 ELSE pause_reason END
-WHERE name = $1
+WHERE name = $1 AND (forgotten_at IS NULL OR alive_at > forgotten_at)
 RETURNING name
 """
 
@@ -162,7 +234,7 @@ RETURNING name
 PAUSED: Final = """
 SELECT schedule, anchor_at, due_at, attempt, holder IS NOT NULL AS held, fence,
        paused_at, paused_by, pause_reason, clock_timestamp() AS now
-FROM jobs WHERE name = $1
+FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR alive_at > forgotten_at)
 """
 
 # Only what was looked at is resumed: ticks are counted from the row as it was. Who runs or was

@@ -6,6 +6,7 @@ from typing import Self
 from typing_extensions import override
 
 from balance_app.errors import Problem
+from balance_app.words import exact
 
 
 class JobNotFound(Problem):
@@ -33,9 +34,15 @@ class JobRunning(Problem):
 
     status, code, title = 409, "job-running", "Job running"
 
-    def __init__(self, name: str, *, server: str, started_at: datetime | str) -> None:
+    def __init__(
+        self, name: str, *, server: str, started_at: datetime | str, what: str = "started"
+    ) -> None:
+        at = datetime.fromisoformat(started_at) if isinstance(started_at, str) else started_at
         super().__init__(
-            f"Job {name} runs on {server}.", job=name, server=server, startedAt=started_at
+            f"Job {name} was not {what}: it runs already on {server}, since {exact(at)} UTC.",
+            job=name,
+            server=server,
+            startedAt=started_at,
         )
 
     @classmethod
@@ -76,6 +83,47 @@ class JobNotRunning(Problem):
     @override
     def example(cls) -> Self:
         return cls("audit-ledger", state="waiting")
+
+
+class JobWithoutCode(Problem):
+    """No live instance has the code of the job, so nobody could run it.
+
+    Nothing was changed. Start an instance that has the code, or forget the job.
+    """
+
+    status, code, title = 409, "job-without-code", "Job without code"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Job {name} can't run: no live instance has its code. It was removed or renamed, or "
+            "the instances that have it are down.",
+            job=name,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-moon")
+
+
+class JobHasCode(Problem):
+    """A live instance has the code of the job: it would run it again.
+
+    Nothing was changed. Remove the job from the code of all instances first, or pause it.
+    """
+
+    status, code, title = 409, "job-has-code", "Job has code"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Job {name} can't be forgotten: a live instance has its code, and would run it again.",
+            job=name,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-ledger")
 
 
 class CrossSiteRequest(Problem):

@@ -266,6 +266,12 @@ class JobRepository:
             lambda con: write(con, PART, name, fence, self.me.id, lease), urgent=True
         )
 
+    async def end_work(self, name: str, fence: int) -> None:
+        """Note that the function of a run has returned, and its run only lasts on."""
+        await self._database.run(
+            lambda con: write(con, END_WORK, name, fence, self.me.id), urgent=True
+        )
+
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:
         """Write a run's checkpoint; False: the run has lost its lease."""
         row = await self._database.run(
@@ -278,7 +284,9 @@ class JobRepository:
 # changed schedule takes effect at its next tick; a tick that is due already stays. Copies that
 # start together take turns, so that a number below the highest can't appear later.
 DECLARATIONS: Final = """
-SELECT name, schedule, description, anchor_at FROM jobs WHERE name = ANY($1)
+SELECT name, schedule, description, anchor_at, holder IS NOT NULL AS held,
+       forgotten_at IS NOT NULL AS forgotten
+FROM jobs WHERE name = ANY($1)
 """
 
 ADD: Final = """
@@ -287,12 +295,23 @@ VALUES ($1, $2, $3, $4, $5, $5)
 """
 
 REDECLARE: Final = """
-UPDATE jobs SET schedule = $2, description = $3,
+UPDATE jobs SET schedule = $2, description = $3, forgotten_at = NULL, forgotten_by = NULL,
     due_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
              THEN $4 ELSE due_at END,
     ready_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
                THEN $4 ELSE ready_at END
 WHERE name = $1
+"""
+
+# A job that was forgotten begins anew: nothing of what waited then is made up for. Its fence goes
+# on, as the history has its runs.
+REVIVE: Final = """
+UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, ready_at = $5,
+    forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
+    pause_reason = NULL, attempt = 0, requested_by = NULL, checkpoint = NULL, lost_streak = 0,
+    releases = 0, retries = 0, failure_streak = 0,
+    seen_at = NULL
+WHERE name = $1 AND holder IS NULL
 """
 
 KNOWN: Final = """
@@ -322,7 +341,11 @@ async def _declare(
         rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}
         for name, declared in sorted(jobs.items()):
             row = rows.get(name)
-            if row is not None and (row["schedule"], row["description"]) == declared:
+            if (
+                row is not None
+                and not row["forgotten"]
+                and (row["schedule"], row["description"]) == declared
+            ):
                 continue
             try:
                 async with connection.transaction():  # what fails harms its own job alone
@@ -343,9 +366,10 @@ async def _declare_one(  # noqa: PLR0913, PLR0917 - a row and what is declared
     description: str,
 ) -> None:
     ticks = parse(schedule)
-    if row is None:
+    if row is None or (row["forgotten"] and not row["held"]):
         first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
-        await connection.execute(ADD, name, schedule, description, now, first)
+        sql = ADD if row is None else REVIVE
+        await connection.execute(sql, name, schedule, description, now, first)
     else:
         due = ticks.next_after(now, row["anchor_at"])
         await connection.execute(REDECLARE, name, schedule, description, due)
@@ -552,6 +576,12 @@ SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
 PART: Final = """
 UPDATE jobs SET parts = true, lease_until = least(lease_until, clock_timestamp() + $4::interval)
 WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# For people alone: who cancels such a run is told that there is nothing left to cancel. It belongs
+# to the run that began before it, so no claim has to take it back.
+END_WORK: Final = """
+UPDATE jobs SET work_ended_at = clock_timestamp() WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
 # A run that has lost its lease writes nothing more.

@@ -13,14 +13,17 @@ from balance_app.jobs.board import Board
 from balance_app.jobs.controls import Controls
 from balance_app.jobs.errors import (
     CrossSiteRequest,
+    JobHasCode,
     JobNotFound,
     JobNotRunning,
     JobPaused,
     JobRunning,
+    JobWithoutCode,
 )
 from balance_app.jobs.feed import Feed, FeedResponse
 from balance_app.jobs.history import History
 from balance_app.jobs.schemas import (
+    ForgottenAnswer,
     HistoryAnswer,
     JobAnswer,
     PageQuery,
@@ -137,7 +140,9 @@ _own_site = Depends(refuse_other_sites)
     response_description="The job is ready; a copy takes it.",
     status_code=202,
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobPaused, InvalidRequest),
+    responses=problems(
+        CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobWithoutCode, InvalidRequest
+    ),
     dependencies=[_own_site],
 )
 async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
@@ -192,8 +197,30 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     dependencies=[_own_site],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """End a job's run on whichever copy it is, within one heartbeat."""
+    """End a job's run on whichever copy it is, within one heartbeat.
+
+    If the answer has a `workEndedAt`, the run's work was done already: it has succeeded, and only
+    ends now, before its least duration is over.
+    """
     return _steered(request, await _controls(request).cancel(name, who.by))
+
+
+@router.post(
+    "/jobs/{name}/forget",
+    summary="Forget a job",
+    response_description="The job is off all lists.",
+    response_model=ForgottenAnswer,
+    responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobHasCode, InvalidRequest),
+    dependencies=[_own_site],
+)
+async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
+    """Take a job off all lists whose code no live instance has; its history can still be read.
+
+    Forgetting a forgotten job changes nothing. Code that declares it again begins it anew.
+    """
+    forgotten = await _controls(request).forget(name, who.by)
+    answer = {"name": name, "forgottenAt": forgotten.at, "forgottenBy": forgotten.by}
+    return _json(to_json(answer))
 
 
 def _controls(request: Request) -> Controls:

@@ -13,7 +13,7 @@ import asyncpg
 import structlog
 
 from balance_app.database import Connection, Database
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.jobs import children
 from balance_app.jobs.lease import Lease
 from balance_app.jobs.repository import (
@@ -106,6 +106,13 @@ class Run:
         rest = max(1, total - self._begun_at)
         share = min(1.0, max(0.0, (done - self._begun_at) / rest))
         await asyncio.sleep(self._started + self._min_seconds * share - monotonic())
+
+    async def end_work(self) -> None:
+        """Note, for people, that the function has returned and the run only lasts on."""
+        try:
+            await self._jobs.end_work(self.name, self.fence)
+        except (DatabaseAway, Overloaded) as problem:
+            self.log.debug("the end of the work is not noted", reason=problem.detail)
 
     async def checkpoint(self, state: object) -> None:
         """Write down what the next owner goes on from after a loss; None forgets it.

@@ -34,8 +34,14 @@ async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
         rest = min_seconds - (monotonic() - started)
         if rest > 0 and run.stopped is None:
             # The work is done: a run that is stopped now has succeeded all the same.
-            await asyncio.wait({scope.start(asyncio.sleep(rest))})
+            await asyncio.wait({scope.start(_last_on(run, rest))})
     return run_result
+
+
+async def _last_on(run: Run, seconds: float) -> None:
+    until = monotonic() + seconds
+    await run.end_work()
+    await asyncio.sleep(until - monotonic())
 
 
 def stop(run: Run, outcome: Stopped, reason: str) -> None:

@@ -241,6 +241,13 @@ class JobAnswer(_Answer):
     started_at: Instant | None
     elapsed_seconds: Annotated[Seconds | None, Field(description="by the database's clock")]
     progress: ProgressAnswer | None
+    work_ended_at: Annotated[
+        Instant | None,
+        Field(
+            description="when its function returned: it only lasts to its least duration",
+            examples=[None],
+        ),
+    ]
     cancel_by: Annotated[
         str | None, Field(description="who asked for the run's end", examples=[None])
     ]
@@ -255,9 +262,20 @@ class JobAnswer(_Answer):
     ]
     fence: Annotated[int, Field(description="rises with each run", examples=[12])]
     requested_by: Annotated[str | None, Field(description="who asked for the run", examples=[None])]
+    has_code: Annotated[
+        bool, Field(description="whether a live instance could run it", examples=[True])
+    ]
     paused: PausedAnswer | None
     waiting: WaitingAnswer | None
     last_run: LastRunAnswer | None
+
+
+class ForgottenAnswer(_Answer):
+    """A job that is off the lists; its history stays."""
+
+    name: Name
+    forgotten_at: Instant
+    forgotten_by: Annotated[str, Field(examples=["ada"])]
 
 
 class CountsAnswer(_Answer):

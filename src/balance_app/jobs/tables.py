@@ -68,6 +68,9 @@ jobs = Table(
     Column("last_started_at", DateTime(timezone=True)),
     Column("last_ended_at", DateTime(timezone=True)),
     Column("last_result", Text),
+    Column("forgotten_at", DateTime(timezone=True)),
+    Column("forgotten_by", Text),
+    Column("work_ended_at", DateTime(timezone=True)),
     Column(
         "claimable_at",
         DateTime(timezone=True),
@@ -86,6 +89,7 @@ jobs = Table(
         name="run",
     ),
     CheckConstraint("(paused_at IS NULL) = (paused_by IS NULL)", name="pause"),
+    CheckConstraint("(forgotten_at IS NULL) = (forgotten_by IS NULL)", name="forgotten"),
     Index(None, "claimable_at"),
     Index(None, "round"),
     postgresql_with={"fillfactor": 70},
