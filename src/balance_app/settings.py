@@ -201,13 +201,17 @@ class Settings(BaseSettings):
     def statement_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for connections whose statements are short.
 
-        A statement in a crowd at one row waits for locks twice, in line and for the row, each up
-        to DB_LOCK_SECONDS. The server ends it before this side gives the whole database up.
+        A lock timeout is a time to look whether others go on (`balances/guard.py`): after the
+        second one, a row that does not move has been locked for DB_LOCK_SECONDS. The server ends a
+        statement before this side gives the whole database up, and leaves time for its commit.
         """
         arguments = self.connect_arguments()
-        seconds = (self.db_lock_seconds + self.db_statement_seconds) / 2
+        seconds = min(
+            (self.db_lock_seconds + self.db_statement_seconds) / 2, self.db_statement_seconds * 0.8
+        )
         arguments["server_settings"] |= {
             "statement_timeout": f"{round(seconds * 1000)}ms",
+            "lock_timeout": f"{round(self.db_lock_seconds * 500)}ms",
             # There is no waiting inside of these transactions, unless this instance stands still.
             "idle_in_transaction_session_timeout": "10s",
         }

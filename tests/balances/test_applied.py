@@ -116,9 +116,11 @@ async def locked(database: dict[str, str], statement: str = "") -> AsyncIterator
     """Hold the row of user 1, or what the statement locks, as somebody else's transaction does."""
     holder = await connect(database)
     try:
-        async with holder.transaction():
-            await holder.execute(statement or "SELECT FROM users WHERE id = 1 FOR UPDATE")
-            yield
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute(statement or "SELECT FROM users WHERE id = 1 FOR UPDATE")
+        yield
+        await transaction.rollback()
     finally:
         await holder.close()
 

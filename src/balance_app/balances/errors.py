@@ -4,7 +4,7 @@ from typing import Self
 
 from typing_extensions import override
 
-from balance_app.errors import Problem
+from balance_app.errors import Overloaded, Problem
 
 
 class UserNotFound(Problem):
@@ -22,6 +22,31 @@ class UserNotFound(Problem):
     @override
     def example(cls) -> Self:
         return cls(404)
+
+
+class UserIdTaken(Problem):
+    """The id that is next for a new user belongs to one already.
+
+    Users were imported with their ids, and the sequence of new ids was not moved past them. This is
+    for who runs the service: `SELECT setval(pg_get_serial_sequence('users', 'id'), max(id)) FROM
+    users` in its database moves it. Then send the request again.
+    """
+
+    status, code, title = 409, "user-id-taken", "User id taken"
+    decides = False
+
+    def __init__(self, user_id: int, *, highest: int) -> None:
+        super().__init__(
+            f"New users get ids from {user_id} on, but ids are taken up to {highest}: "
+            "the sequence of users.id has to be moved.",
+            userId=user_id,
+            highest=highest,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls(2, highest=1000)
 
 
 class KeyNotFound(Problem):
@@ -109,3 +134,8 @@ class IdempotencyKeyReused(Problem):
     @override
     def example(cls) -> Self:
         return cls()
+
+
+def too_slow(seconds: float) -> Overloaded:
+    """Return the problem of a request that was still not decided after this time."""
+    return Overloaded(f"Too slow: {seconds:g} s did not suffice for all that was asked before.")

@@ -1,10 +1,9 @@
 """Every statement on users, entries and idempotency keys, each with the invariant it keeps."""
 
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import datetime
-from time import monotonic, perf_counter
-from typing import Any, Final, Literal, NamedTuple
+from time import perf_counter
+from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
@@ -13,16 +12,17 @@ from balance_app.balances.errors import (
     IdempotencyKeyReused,
     InsufficientFunds,
     KeyNotFound,
+    UserIdTaken,
     UserNotFound,
 )
+from balance_app.balances.guard import Guard
 from balance_app.database import Connection, Database, read, write
 from balance_app.errors import DatabaseAway, Overloaded, Problem
 from balance_app.json_body import MAX_INTEGER
 from balance_app.metrics import Metrics
-from balance_app.wait_queue import Lane
 
 MAX_RACES: Final = 1000
-HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
+KEYS_PKEY: Final = "idempotency_keys_pkey"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,7 @@ class BalanceRepository:
     def __init__(self, database: Database, metrics: Metrics | None = None) -> None:
         self._database = database
         self._metrics = metrics or Metrics()
-        self._held: dict[int, float] = {}
-        # Two of an account: while one's commit is written, the other waits for the row. A
-        # connection is left for those who change other accounts, if there is more than one.
-        self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
+        self._guard = Guard(database, (CHANGE, CHANGE_ONCE))
 
     async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
         """Add `amount` (negative withdraws) to a balance, at most once per `key`.
@@ -83,17 +80,14 @@ class BalanceRepository:
                 this key is unknown.
         """
         started = perf_counter()
-        lane = Lane(user_id, self._at_once)
         try:
             if key is None:
-                outcome = await self._database.run(
-                    lambda con: self._unless_held(user_id, _change(con, user_id, amount)),
-                    lane=lane,
+                outcome = await self._guard.run(
+                    lambda con: _change(con, user_id, amount), user_id=user_id
                 )
             else:
-                outcome = await self._database.run(
-                    lambda con: self._unless_held(user_id, _change_once(con, user_id, amount, key)),
-                    lane=lane,
+                outcome = await self._guard.run(
+                    lambda con: _change_once(con, user_id, amount, key), user_id=user_id, key=key
                 )
         except Exception as error:
             if isinstance(error, Problem):
@@ -104,41 +98,18 @@ class BalanceRepository:
         self._metrics.change_seconds.observe(perf_counter() - started)
         return outcome
 
-    async def _unless_held(self, user_id: int, change: Coroutine[Any, Any, Outcome]) -> Outcome:
-        """Let one request at a time find out whether an account is still held by somebody else.
-
-        All others of that account are refused at their turn: they would only keep the few
-        connections from those who change other accounts.
-        """
-        until = self._held.get(user_id)
-        if until is not None:
-            if monotonic() < until:
-                change.close()
-                raise DatabaseAway("The account is locked.", applied="no")
-            self._held[user_id] = monotonic() + 4 * HELD_SECONDS
-        held = False
-        try:
-            return await change
-        except DatabaseAway as problem:
-            held = isinstance(
-                problem.__cause__, asyncpg.LockNotAvailableError | asyncpg.QueryCanceledError
-            )
-            raise
-        finally:
-            if held:
-                self._held[user_id] = monotonic() + HELD_SECONDS
-            else:
-                self._held.pop(user_id, None)
-
     async def open(self, balance: int, key: str | None) -> Outcome:
         """Create a user with an opening `balance`, at most once per `key`.
 
         Raises:
             IdempotencyKeyReused: the key belongs to another request.
+            UserIdTaken: new ids are those of users that there are already.
             DatabaseAway, Overloaded: as for `change`.
         """
         try:
-            return await self._database.run(lambda con: _open(con, balance, key))
+            if key is None:
+                return await self._database.run(lambda con: _open(con, balance, None))
+            return await self._guard.run(lambda con: _open(con, balance, key), key=key)
         except Problem as problem:
             problem.under(key)
             raise
@@ -261,7 +232,9 @@ async def _change_once(connection: Connection, user_id: int, amount: int, key: s
     for _ in range(MAX_RACES):
         try:
             row = await write(connection, CHANGE_ONCE, user_id, amount, key)
-        except asyncpg.UniqueViolationError:
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name != KEYS_PKEY:
+                raise
             row = None
         if row is not None:
             balance, version, at = row
@@ -288,10 +261,12 @@ async def _recall(connection: Connection, key: str) -> Outcome | None:
     return Outcome(kind, user_id, amount, balance, version, at, key, replayed=True)
 
 
-# The opening balance is entry 1, so that a user's entries always sum to the balance.
+# The opening balance is entry 1, so that a user's entries always sum to the balance. No row back
+# means: the id that is next belongs to a user already.
 OPEN: Final = """
 WITH opened AS (
     INSERT INTO users (balance, version) VALUES ($1, 1)
+    ON CONFLICT (id) DO NOTHING
     RETURNING id, balance, version, created_at
 ), entry AS (
     INSERT INTO entries (user_id, version, amount, balance, key, at)
@@ -314,12 +289,22 @@ async def _open(connection: Connection, balance: int, key: str | None) -> Outcom
             return known
         try:
             row = await write(connection, OPEN, balance, key)
-        except asyncpg.UniqueViolationError:
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name != KEYS_PKEY:
+                raise
             continue  # another request with this key was faster: recall what it did
-        if row is not None:
-            return Outcome("opened", row["id"], balance, balance, 1, row["created_at"], key)
+        if row is None:
+            (ids,) = await read(connection, IDS)
+            raise UserIdTaken(ids["next"], highest=ids["highest"])
+        return Outcome("opened", row["id"], balance, balance, 1, row["created_at"], key)
     raise _lost_every_race()
 
+
+# Where ids come from, and how far they are taken.
+IDS: Final = """
+SELECT pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass) + 1 AS next,
+       (SELECT max(id) FROM users) AS highest
+"""
 
 ACCOUNT: Final = "SELECT id, balance, version, created_at FROM users WHERE id = $1"
 

@@ -13,6 +13,7 @@ from balance_app.balances.errors import (
     IdempotencyKeyReused,
     InsufficientFunds,
     KeyNotFound,
+    UserIdTaken,
     UserNotFound,
 )
 from balance_app.balances.repository import BalanceRepository, Outcome
@@ -98,7 +99,7 @@ async def change_balance(request: Request) -> Response:
     response_description="The user exists.",
     status_code=201,
     response_model=AccountAnswer,
-    responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused),
+    responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused, UserIdTaken),
     openapi_extra=json_request(OpenRequest, key_pattern=KEY_PATTERN),
 )
 async def open_account(request: Request) -> Response:

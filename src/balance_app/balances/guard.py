@@ -1,0 +1,220 @@
+"""What is locked by somebody else keeps nobody waiting who asks for something else.
+
+Changes of one account wait for each other, in order and without a connection, but for two: that is
+a crowd, which moves, however slow each commit is. A row that somebody else holds does not move. A
+lock timeout alone can't tell one from the other, so who meets it looks: has the account changed
+while it waited, and who holds its row now? While it moves it tries again, as long as a request may
+take. When it does not, the account (or the key, if that is what was waited for) is refused for a
+moment, and then one request finds out whether it is free.
+"""
+
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Final, TypeVar
+
+import asyncpg
+import structlog
+
+from balance_app.balances.errors import too_slow
+from balance_app.database import Connection, Database, read
+from balance_app.errors import DatabaseAway
+from balance_app.wait_queue import Lane
+
+log = structlog.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
+FORGET_SECONDS: Final = 60.0
+# One connection finds out what is free again, whatever else was found locked.
+SUSPECTS: Final = Lane(("suspects",))
+LOCKED: Final = "It is locked by another session of the database."
+COMMITTING: Final = "An earlier change of it waits for its commit."
+KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
+
+# What it has not changed for is what it has been locked for, at most. Who locks a row stands in it
+# (xmax), or in nothing that can be read, as a lock of several does.
+#
+# $1 the account, $2 the statements of ours that lock it until their commit
+MOTION: Final = """
+SELECT version, holder.pid, holder.application_name, holder.own,
+       (SELECT extract(epoch FROM clock_timestamp() - at)::float8
+        FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1) AS age
+FROM users LEFT JOIN LATERAL (
+    SELECT pid, application_name, state = 'active' AND EXISTS (
+        SELECT FROM unnest($2::text[]) AS ours WHERE query <> '' AND starts_with(ours, query)
+    ) AS own
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'transactionid' AND transactionid = users.xmax AND granted
+    LIMIT 1
+) AS holder ON true
+WHERE id = $1
+"""
+
+
+class _Wait:
+    """One request's wait for an account or a key, or both; times are monotonic."""
+
+    def __init__(self, user_id: int | None, key: str | None, patience_seconds: float) -> None:
+        self.user_id, self.key = user_id, key
+        self.names: list[int | str] = [name for name in (user_id, key) if name is not None]
+        self.until = monotonic() + patience_seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to wait inside PostgreSQL."""
+        # since when the account is not seen to move, when that was looked at, and its version then
+        self.since = self.looked = monotonic()
+        self.version: int | None = None
+
+    def saw(self, version: int, age_seconds: float | None) -> None:
+        """Take note of what the account looks like; by versions, as clocks may be set."""
+        now = monotonic()
+        waited = now - self.looked
+        if self.version is None:
+            moved = age_seconds is not None and 0 <= age_seconds < waited
+        else:
+            moved = version != self.version
+        if moved:
+            self.since = now - min(max(age_seconds or 0, 0), waited)
+        self.looked, self.version = now, version
+
+
+class Guard:
+    """Lets requests at the rows of accounts and keys, and refuses what somebody else holds."""
+
+    def __init__(self, database: Database, own_statements: tuple[str, ...]) -> None:
+        self._database = database
+        self._own_statements = list(own_statements)
+        # Two of an account: while one's commit is written, the other waits for the row. A
+        # connection is left for those who change other accounts, if there is more than one.
+        self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
+        # what is refused: why, and until when (monotonic)
+        self._held: dict[int | str, tuple[str, float]] = {}
+
+    async def run(
+        self,
+        operation: Callable[[Connection], Awaitable[Result]],
+        *,
+        user_id: int | None = None,
+        key: str | None = None,
+    ) -> Result:
+        """Run an operation that locks the account, or writes the key, or both.
+
+        It is run again when it timed out waiting for others who go on: it must be one transaction.
+
+        Raises:
+            DatabaseAway: as `Database.run`; or what it waits for is held by somebody else.
+            Overloaded: as `Database.run`; or the time did not suffice.
+        """
+        waits = _Wait(user_id, key, self._database.settings.max_waiting_seconds)
+        self._refuse_held(waits.names)
+        suspected = any(name in self._held for name in waits.names)
+        lane = SUSPECTS if suspected else Lane(waits.names[0], self._at_once)
+        return await self._database.run(
+            lambda connection: self._attempt(connection, operation, waits), lane=lane
+        )
+
+    async def _attempt(
+        self,
+        connection: Connection,
+        operation: Callable[[Connection], Awaitable[Result]],
+        waits: _Wait,
+    ) -> Result:
+        self._refuse_held(waits.names)
+        for name in waits.names:
+            if name in self._held:  # others of it are refused while this one finds out
+                self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
+        waits.begin()
+        while True:
+            try:
+                result = await operation(connection)
+            except DatabaseAway as problem:
+                held = await self._who_is_held(connection, problem, waits)
+                if held is not None:
+                    raise self._refuse(*held, problem) from problem.__cause__
+            except Exception:
+                self._release(waits.names)
+                raise
+            else:
+                self._release(waits.names)
+                return result
+            if monotonic() >= waits.until:
+                raise too_slow(self._database.settings.max_waiting_seconds)
+            self._database.check()
+
+    async def _who_is_held(
+        self,
+        connection: Connection,
+        problem: DatabaseAway,
+        waits: _Wait,
+    ) -> tuple[int | str, str] | None:
+        """Say what is held by somebody else, and why; None: it goes on, so try again.
+
+        Raises:
+            DatabaseAway: the problem, when it is not that something was locked.
+        """
+        settings, cause = self._database.settings, problem.__cause__
+        timed_out = isinstance(cause, asyncpg.LockNotAvailableError) or (
+            # Of the time limit, or of somebody who cancels statements.
+            isinstance(cause, asyncpg.QueryCanceledError)
+            and monotonic() - waits.looked >= settings.db_lock_seconds / 2
+        )
+        if not timed_out:
+            self._release(waits.names)
+            raise problem
+        user_id, key = waits.user_id, waits.key
+        # Which of both it waited for the server tells with the error, in whatever language.
+        if key is not None and (user_id is None or "idempotency_keys" in _context(cause)):
+            return key, KEY_IN_USE
+        assert user_id is not None  # noqa: S101 - there is no operation on neither
+        try:
+            rows = await read(connection, MOTION, user_id, self._own_statements)
+        except DatabaseAway:  # the whole table is locked
+            return user_id, LOCKED
+        if not rows:
+            return None
+        (row,) = rows
+        waits.saw(row["version"], row["age"])
+        still = monotonic() - waits.since
+        if row["own"]:
+            return (user_id, COMMITTING) if still >= settings.db_statement_seconds else None
+        if still < settings.db_lock_seconds * 3 / 4:
+            return None
+        log.warning(
+            "account locked",
+            user=user_id,
+            by=row["application_name"],
+            pid=row["pid"],
+            not_changed_for=round(still, 1),
+        )
+        return user_id, LOCKED
+
+    def _refuse(self, name: int | str, reason: str, problem: DatabaseAway) -> DatabaseAway:
+        self._hold(name, reason, HELD_SECONDS)
+        return DatabaseAway(_sentence(name, reason), applied=problem.applied)
+
+    def _refuse_held(self, names: list[int | str]) -> None:
+        for name in names:
+            reason, until = self._held.get(name, ("", 0.0))
+            if monotonic() < until:
+                raise DatabaseAway(_sentence(name, reason), applied="no")
+
+    def _hold(self, name: int | str, reason: str, seconds: float) -> None:
+        now = monotonic()
+        if name not in self._held:  # it does not grow: what nobody asks for any more is forgotten
+            old = [each for each, (_, until) in self._held.items() if until < now - FORGET_SECONDS]
+            self._release(old)
+        self._held[name] = (reason, now + seconds)
+
+    def _release(self, names: list[int | str]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+
+def _context(error: BaseException | None) -> str:
+    return str(getattr(error, "context", None) or "")
+
+
+def _sentence(name: int | str, reason: str) -> str:
+    return f"User {name} can't be changed now. {reason}" if isinstance(name, int) else reason

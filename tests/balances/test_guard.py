@@ -1,0 +1,163 @@
+"""What somebody else holds is refused soon, and holds up nobody who asks for something else."""
+
+import asyncio
+from time import monotonic
+
+import httpx
+import pytest
+
+from balance_app.balances.guard import FORGET_SECONDS, Guard
+from balance_app.database import Database
+from tests.balances.test_applied import KEYED, locked
+from tests.processes import Copy, connect
+from tests.test_database import settings_for
+
+HOLD_THE_KEY = """
+INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
+VALUES ('k', 'accepted', 1, 1, 1, 1)
+"""
+HOLD_THE_TABLE = "LOCK TABLE users IN ACCESS EXCLUSIVE MODE"
+SOON_SECONDS = 2.5
+SLACK_SECONDS = 1.5  # of a busy machine
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/api/users", {"balance": 1}), ("/api/balance", {"userId": 1, "amount": 1})],
+)
+async def test_a_key_under_way_holds_up_nobody(
+    client: httpx.AsyncClient, database: dict[str, str], path: str, body: dict[str, int]
+) -> None:
+    """A key that somebody else has written, but not committed, is refused, it alone."""
+    other = (await client.post("/api/users", json={"balance": 0})).json()["userId"]
+    async with locked(database, HOLD_THE_KEY):
+        began = monotonic()
+        asked = [
+            asyncio.create_task(client.post(path, json=body, headers=KEYED)) for _ in range(15)
+        ]
+        await asyncio.sleep(0.1)
+        changed = await client.post("/api/balance", json={"userId": other, "amount": 1})
+        assert changed.status_code == 200
+        assert monotonic() - began < SOON_SECONDS
+        answers = await asyncio.gather(*asked)
+        assert monotonic() - began < SOON_SECONDS + SLACK_SECONDS
+    assert {each.status_code for each in answers} == {503}
+    assert {each.json()["applied"] for each in answers} == {"unknown"}
+    assert {each.json()["detail"].partition(" ")[0] for each in answers} == {"Another"}
+    await asyncio.sleep(1)
+    assert (await client.post(path, json=body, headers=KEYED)).is_success
+
+
+@pytest.mark.parametrize("statement", ["", HOLD_THE_TABLE])
+async def test_a_locked_account_is_refused_soon(
+    client: httpx.AsyncClient, database: dict[str, str], statement: str
+) -> None:
+    """Who asks for it is told within seconds, and at once while it is known; then it goes on."""
+    change = {"userId": 1, "amount": 1}
+    async with locked(database, statement):
+        began = monotonic()
+        first = await client.post("/api/balance", json=change)
+        found = monotonic()
+        second = await client.post("/api/balance", json=change)
+        assert monotonic() - found < SLACK_SECONDS
+        assert found - began < SOON_SECONDS + SLACK_SECONDS
+    for refused in (first, second):
+        assert (refused.status_code, refused.json()["applied"]) == (503, "no")
+        assert "locked by another session" in refused.json()["detail"]
+    async with asyncio.timeout(10):
+        while not (await client.post("/api/balance", json=change)).is_success:  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.1)
+
+
+async def test_many_locked_accounts_leave_room_for_others(database: dict[str, str]) -> None:
+    """What is known to be locked is looked at by one connection, however many accounts it is."""
+    async with (
+        Copy(database, JOBS_ENABLED="false", DB_POOL_SIZE="2") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=60) as client,
+    ):
+        users = [
+            (await client.post("/api/users", json={"balance": 9})).json()["userId"]
+            for _ in range(3)
+        ]
+        holder = await connect(database)
+        async with holder.transaction():
+            await holder.execute("SELECT FROM users WHERE id = ANY($1) FOR UPDATE", users)
+            ends = monotonic() + 6.5
+
+            async def insist(user: int) -> set[int]:
+                seen = set()
+                while monotonic() < ends:
+                    answer = await client.post("/api/balance", json={"userId": user, "amount": 1})
+                    seen.add(answer.status_code)
+                    await asyncio.sleep(0.05)
+                return seen
+
+            crowd = [asyncio.create_task(insist(user)) for user in users for _ in range(3)]
+            await asyncio.sleep(4)  # all have been found out
+            slowest = 0.0
+            while monotonic() < ends - 0.5:
+                began = monotonic()
+                answer = await client.post("/api/balance", json={"userId": 1, "amount": 1})
+                assert answer.status_code == 200
+                slowest = max(slowest, monotonic() - began)
+                print(monotonic() - ends, monotonic() - began)
+                await asyncio.sleep(0.02)
+            seen = set().union(*await asyncio.gather(*crowd))
+        await holder.close()
+    assert seen == {503}
+    assert slowest < 1
+
+
+async def test_what_was_held_is_forgotten(database: dict[str, str]) -> None:
+    """What nobody asks for any more does not stay in memory."""
+    guard = Guard(Database(settings_for(database)), ())
+    for user in range(100):
+        guard._hold(user, "", -FORGET_SECONDS - 1)
+    guard._hold("key", "", 1)
+    assert set(guard._held) == {"key"}
+
+
+async def test_ids_that_are_taken_are_named(
+    client: httpx.AsyncClient, database: dict[str, str], postgres: dict[str, str]
+) -> None:
+    """Users imported with their ids, the sequence not moved: one answer, and nothing in the log."""
+    del postgres
+    connection = await connect(database)
+    await connection.execute(
+        "INSERT INTO users (id, balance, version) SELECT n, 0, 1 FROM generate_series(2, 50) n"
+    )
+    await connection.execute("SELECT pg_stat_force_next_flush()")
+    before = await _rollbacks(connection, database)
+    for headers in ({}, KEYED):
+        answer = await client.post("/api/users", json={"balance": 5}, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (409, "user-id-taken")
+        assert "are taken up to 50" in answer.json()["detail"]
+        assert answer.json()["applied"] == ("unknown" if headers else "no")
+    assert await _rollbacks(connection, database) == before
+    await connection.execute(
+        "SELECT setval(pg_get_serial_sequence('users', 'id'), max(id)) FROM users"
+    )
+    opened = await client.post("/api/users", json={"balance": 5}, headers=KEYED)
+    assert (opened.status_code, opened.json()["userId"]) == (201, 51)
+    await connection.close()
+
+
+async def _rollbacks(connection: object, database: dict[str, str]) -> int:
+    """Return how many transactions failed in this database: each would be in the log."""
+    question = "SELECT xact_rollback FROM pg_stat_database WHERE datname = $1"
+    return int(await connection.fetchval(question, database["DB_NAME"]))  # type: ignore[attr-defined]
+
+
+async def test_a_ledger_ahead_of_its_account_is_tried_once(
+    client: httpx.AsyncClient, database: dict[str, str]
+) -> None:
+    """A clash that no repetition can mend is a mistake, and not a thousand tries."""
+    connection = await connect(database)
+    await connection.execute(
+        "INSERT INTO entries (user_id, version, amount, balance) VALUES (1, 2, 1, 10001)"
+    )
+    began = monotonic()
+    answer = await client.post("/api/balance", json={"userId": 1, "amount": 1}, headers=KEYED)
+    assert (answer.status_code, answer.json()["applied"]) == (500, "unknown")
+    assert monotonic() - began < SLACK_SECONDS
+    await connection.close()
