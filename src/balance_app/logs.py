@@ -2,9 +2,10 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import MutableMapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import structlog
 
@@ -60,9 +61,12 @@ def configure_logs(settings: Settings) -> None:
         _add_ids,
     ]
     last: list[structlog.types.Processor] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(exception_formatter=_write_traceback)]
         if console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else [
+            structlog.processors.ExceptionRenderer(_format_traceback),
+            structlog.processors.JSONRenderer(),
+        ]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -85,3 +89,25 @@ def configure_logs(settings: Settings) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+# Of a traceback in the log: an error may quote whatever it met, megabytes of it.
+MAX_TRACEBACK_LINE = 2000
+MAX_TRACEBACK = 50_000
+
+
+def _format_traceback(exc_info: structlog.typing.ExcInfo) -> str:
+    lines = "".join(traceback.format_exception(*exc_info)).rstrip().split("\n")
+    text = "\n".join(_cut(line, MAX_TRACEBACK_LINE) for line in lines)
+    return _cut(text, MAX_TRACEBACK)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Leave out the middle of a text that is longer than this."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} [{len(text) - limit} characters] {text[-limit // 2 :]}"
+
+
+def _write_traceback(file: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    file.write("\n" + _format_traceback(exc_info))

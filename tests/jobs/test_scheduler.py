@@ -181,7 +181,9 @@ ENDINGS = {
     "odd-error": Case(raises(ValueError("a\0b\ud800c")), "failed", "ValueError: ab?c"),
     "bare-error": Case(raises(KeyError()), "failed", "KeyError: "),
     "stop-iteration": Case(
-        raises(StopIteration(1)), "failed", "RuntimeError: coroutine raised StopIteration"
+        raises(StopIteration(1)),
+        "failed",
+        "RuntimeError: coroutine raised StopIteration (from StopIteration: 1)",
     ),
     "no-exception": Case(raises(OddError("odd")), "failed", "OddError: odd"),
     "generator-exit": Case(raises(GeneratorExit()), "failed", "GeneratorExit: "),

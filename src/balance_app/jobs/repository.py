@@ -174,6 +174,9 @@ class JobRepository:
         self._database = database
         self.me = me
         self._lease = lease
+        # the server ends a transaction of a job that is idle for longer, or that lasts for longer
+        self.idle_seconds: Final = lease.total_seconds()
+        self.transaction_seconds: Final = lease.total_seconds() * LONGEST_LEASES
         milliseconds = round(lease.total_seconds() * 1000 * LONGEST_LEASES)
         self.begin: Final = BEGIN.format(milliseconds=milliseconds)
         # jobs of this program whose rows could not be written, with the reason

@@ -2,10 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
+from math import inf
 from time import monotonic
 from typing import Any, Final, Literal
 
@@ -30,6 +31,12 @@ from balance_app.jobs.scope import CURRENT, Scope, under
 from balance_app.outages import is_away, is_fatal
 
 CHECKPOINT_BYTES: Final = 8192
+# How much of an error is told in a run's result.
+MESSAGE_CHARACTERS: Final = 1900
+MOST_CAUSES: Final = 10
+DEEPEST_CAUSE: Final = 5
+# of a limit: the clocks of the server and of this process, and the way between them
+ALMOST: Final = 0.95
 NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
 # What a run that was told to stop has come to.
@@ -38,6 +45,10 @@ Stopped = Literal["cancelled", "interrupted", "timed_out"]
 
 class LeaseLostError(Exception):
     """The run has lost its lease: what it wanted to write was not written."""
+
+
+class TransactionLimitError(Exception):
+    """The server ended a transaction that was idle or lasted too long: nothing was written."""
 
 
 class CheckpointError(ValueError):
@@ -83,17 +94,23 @@ class Run:
         self.lease: Lease | None = None
         # set when it is told to stop: what it is to end as, and why
         self.stopped: tuple[Stopped, str] | None = None
+        # does its task go on, as it does when its function is async, or returned an awaitable?
+        self.awaited = True
         # what executes for it, once it does
         self.scope: Scope | None = None
 
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Say how far the run is; the next heartbeat writes it down."""
+        """Say how far the run is; the next heartbeat writes it down.
+
+        It is only for show and never raises: where `done` is no number, what was said last stays.
+        """
+        counted = _count(done)
+        if counted is None:
+            return
         if self._begun_at is None:
-            self._begun_at = 0 if self.resumed is None else _count(done)
+            self._begun_at = 0 if self.resumed is None else counted
         if self.lease is not None:
-            self.lease.progress = Progress(
-                _count(done), None if total is None else _count(total), plain(note)
-            )
+            self.lease.progress = Progress(counted, _count(total), plain(in_words(note)))
 
     async def pace(self) -> None:
         """Sleep until as much of the job's minimum duration is over as is done of its total.
@@ -173,6 +190,8 @@ class Run:
 
         Raises:
             LeaseLostError: at either end; nothing was written.
+            TransactionLimitError: the server ended it, as it was idle for a lease's time or lasted
+                for three; the job has failed.
             DatabaseAway: the connection was lost; `applied` says what is known of the commit.
         """
         if self._inside is not None:
@@ -181,6 +200,7 @@ class Run:
         self._inside = remembered
         own: Exception | None = None  # of something else in the body: the connection is well
         scope = CURRENT.get()
+        activity = _Activity()
         try:
             # The pool and its connections outlive the run.
             with under(None):
@@ -190,37 +210,97 @@ class Run:
                     if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
                         raise LeaseLostError(f"{self.name} has lost its lease.")
                     try:
-                        with under(scope):
+                        with activity.of(connection), under(scope):
                             yield connection
                     except NO_ANSWER as error:
-                        own = None if connection.is_closed() else error
+                        own = None if activity.ended_at is not None else error
                         raise
                     if remembered:
                         await connection.execute(REMEMBER, remembered[0])
                     await connection.execute(COMMIT)
         except (asyncpg.PostgresError, *NO_ANSWER) as error:
-            problem = None if error is own else self._problem(error)
+            problem = None if error is own else self._problem(error, activity)
             if problem is None:
                 raise
-            raise problem from error
+            # A limit says it all; of the driver's error there is nothing to learn.
+            raise problem from None if isinstance(problem, TransactionLimitError) else error
         finally:
             self._inside = None
 
-    def _problem(self, error: Exception) -> Exception | None:
+    def _problem(self, error: Exception, activity: "_Activity") -> Exception | None:
         """Return what an error of the driver means to the run, if it is not the statement's."""
         state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
         if state == LEASE_LOST:
             return LeaseLostError(f"{self.name} has lost its lease.")
+        limit = self._limit(error, activity)
+        if limit is not None:
+            return TransactionLimitError(limit)
         applied = is_away(error)
         # A statement that was rolled back is the job's affair; a refused connection is an outage.
         if applied is None or (state is not None and applied == "no" and not is_fatal(error)):
             return None
         return DatabaseAway("The database went away in a transaction.", applied=applied)
 
+    def _limit(self, error: Exception, activity: "_Activity") -> str | None:
+        """Say which limit of the server a transaction has met, if one ended it."""
+        idle = f"it was idle for longer than {self._jobs.idle_seconds:g} s"
+        long = f"it lasted for longer than {self._jobs.transaction_seconds:g} s"
+        for each in (error, error.__cause__):
+            match getattr(each, "sqlstate", None):
+                case "25P03":
+                    return f"The server ended a transaction: {idle} (SQLSTATE 25P03)."
+                case "25P04":
+                    return f"The server ended a transaction: {long} (SQLSTATE 25P04)."
+        # The driver does not pass on what the server says while nothing is under way.
+        if activity.ended_at is None:
+            return None
+        if activity.ended_at - activity.begun_at > self._jobs.transaction_seconds * ALMOST:
+            return f"The server ended a transaction: {long}."
+        if activity.ended_at - activity.last_at > self._jobs.idle_seconds * ALMOST:
+            return f"The server ended a transaction: {idle}."
+        return None
 
-def _count(number: int) -> int:
+
+class _Activity:
+    """When a transaction began, when its last statement ended, and when its connection did."""
+
+    def __init__(self) -> None:
+        self.begun_at = self.last_at = monotonic()
+        self.ended_at: float | None = None
+
+    @contextmanager
+    def of(self, connection: Connection) -> Iterator[None]:
+        """Watch a connection."""
+        self.begun_at = self.last_at = monotonic()
+        connection.add_query_logger(self._note_statement)
+        connection.add_termination_listener(self._note_end)
+        try:
+            yield
+        finally:
+            try:
+                if connection.is_closed():
+                    self._note_end()
+                connection.remove_query_logger(self._note_statement)
+                connection.remove_termination_listener(self._note_end)
+            except asyncpg.InterfaceError:  # it was closed, and the pool has taken it back already
+                self._note_end()
+
+    def _note_statement(self, _statement: object) -> None:
+        self.last_at = monotonic()
+
+    def _note_end(self, _connection: object = None) -> None:
+        if self.ended_at is None:
+            self.ended_at = monotonic()
+
+
+def _count(number: object) -> int | None:
     """Return a number that PostgreSQL can hold: what one run says may not spoil a heartbeat."""
-    return max(0, min(int(number), 2**53))
+    try:
+        if not -inf < number < inf:  # type: ignore[operator]
+            return None
+        return int(max(0, min(number, 2**53)))  # type: ignore[call-overload]
+    except Exception:  # noqa: BLE001 - whatever it is, it is no number
+        return None
 
 
 def plain(text: str, limit: int = 500) -> str:
@@ -228,9 +308,22 @@ def plain(text: str, limit: int = 500) -> str:
     return text[:limit].replace("\0", "").encode("utf-8", "replace").decode()
 
 
+def describe(error: BaseException, depth: int = 0) -> str:
+    """Return an error in a sentence, with what is in it when it is a group, and what it is from."""
+    said = f"{type(error).__name__}: {in_words(error)[:MESSAGE_CHARACTERS]}"
+    if depth == DEEPEST_CAUSE:
+        return said
+    if isinstance(error, BaseExceptionGroup):
+        inside = [describe(each, depth + 1) for each in error.exceptions[:MOST_CAUSES]]
+        said = f"{said}: {'; '.join(inside)}"
+    if error.__cause__ is not None:
+        said = f"{said} (from {describe(error.__cause__, depth + 1)})"
+    return said
+
+
 def in_words(value: object) -> str:
     """Return what a value says of itself, whatever it is."""
     try:
-        return str(value)
+        return str.__str__(str(value))
     except Exception as error:  # noqa: BLE001 - a text that can't be had must not lose the run
         return f"a {type(value).__name__} without a text ({type(error).__name__})"

@@ -1,12 +1,21 @@
 """How one run is executed: its function is called, and how it ended is classified."""
 
 import asyncio
+import inspect
 from time import monotonic
 from typing import Any, NamedTuple
 
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.registry import Job
-from balance_app.jobs.run import LeaseLostError, Run, RunStoppedError, Stopped, in_words, plain
+from balance_app.jobs.run import (
+    LeaseLostError,
+    Run,
+    RunStoppedError,
+    Stopped,
+    describe,
+    in_words,
+    plain,
+)
 from balance_app.jobs.scope import Scope
 from balance_app.jobs.threads import ThreadRun
 
@@ -29,7 +38,7 @@ async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
     if not done:
         stop(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
     await scope.ended()
-    run_result = classify(run, job, main)
+    run_result = classify(run, main)
     if run_result.outcome == "succeeded":
         rest = min_seconds - (monotonic() - started)
         if rest > 0 and run.stopped is None:
@@ -53,11 +62,23 @@ def stop(run: Run, outcome: Stopped, reason: str) -> None:
 
 
 async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
+    """Call the function, and await what it returns if that is to be awaited."""
     try:
-        return await (job.function(run) if job.is_async else _in_thread(run, job, scope))
+        run.awaited = job.is_async
+        value = await (job.function(run) if job.is_async else _in_thread(run, job, scope))
+        while inspect.isawaitable(value):
+            if run.stopped is not None:
+                if inspect.iscoroutine(value):
+                    value.close()
+                raise asyncio.CancelledError
+            run.awaited = True
+            value = await value
     except (SystemExit, KeyboardInterrupt) as error:
         # A task that ended with one of these would end the event loop.
         raise RuntimeError(f"it tried to end its copy: {error!r}") from error
+    if inspect.isgenerator(value) or inspect.isasyncgen(value):
+        raise TypeError("it returned a generator, which nobody iterates over: its body never ran")
+    return value
 
 
 async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
@@ -67,6 +88,8 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
     facade = ThreadRun(run)
 
     def tell(value: object, error: BaseException | None) -> None:
+        if inspect.isawaitable(value):
+            facade.go_on_in_event_loop()
         if error is None:
             ended.set_result(value)
         else:
@@ -91,25 +114,32 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
             facade.interrupt()
 
 
-def classify(run: Run, job: Job, task: "asyncio.Task[Any]") -> RunResult:
+def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
     """Say how a run's code ended."""
     told = run.stopped if task.cancelled() or task.cancelling() else None
     error = None if task.cancelled() else task.exception()
     finished = error is None and not task.cancelled()
-    if finished and (told is None or not job.is_async):
+    if finished and (told is None or not run.awaited):
         returned = task.result()
         return RunResult("succeeded", None if returned is None else plain(in_words(returned), 2000))
     if told is not None:  # whatever it made of it
         if error is not None and not isinstance(error, RunStoppedError):
             run.log.warning("run failed when it was stopped", exc_info=error)
         return RunResult(*told)
-    match error:
-        case None:
-            return RunResult("failed", "it cancelled itself")
+    match _outage(error):
         case LeaseLostError():
             return RunResult("interrupted", "it had lost its lease")
-        case DatabaseAway():
-            return RunResult("interrupted", plain(error.detail))
-        case _:
-            run.log.error("run failed", exc_info=error)
-            return RunResult("failed", plain(f"{type(error).__name__}: {in_words(error)}", 2000))
+        case DatabaseAway() as outage:
+            return RunResult("interrupted", plain(outage.detail))
+    if error is None:
+        return RunResult("failed", "it cancelled itself")
+    run.log.error("run failed", exc_info=error)
+    return RunResult("failed", plain(describe(error), 2000))
+
+
+def _outage(error: BaseException | None) -> BaseException | None:
+    """Return what no function is to blame for, if an error is nothing else; it may be a group."""
+    if isinstance(error, BaseExceptionGroup):
+        inside = [_outage(each) for each in error.exceptions]
+        return inside[0] if all(inside) else None
+    return error if isinstance(error, LeaseLostError | DatabaseAway) else None

@@ -95,6 +95,11 @@ class ThreadRun:
                 asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise
 
+    def go_on_in_event_loop(self) -> None:
+        """Be as a `Run`: the function has returned an awaitable, which goes on with this object."""
+        names = ("progress", "pace", "checkpoint", "transaction", "subprocess")
+        vars(self).update({name: getattr(self._run, name) for name in names})
+
     def interrupt(self) -> None:
         """Break off what the thread waits for; called in the event loop, after it was told."""
         if self._task is not None:

@@ -1,0 +1,330 @@
+"""How runs end whose functions do odd things, and that what is only for show can't fail one."""
+
+import asyncio
+import functools
+import io
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import pytest
+
+from balance_app.errors import DatabaseAway
+from balance_app.jobs.registry import Job, job
+from balance_app.jobs.run import LeaseLostError, Run, describe
+from balance_app.jobs.threads import ThreadRun
+from balance_app.logs import configure_logs
+from balance_app.settings import load_settings
+from tests.jobs.support import Ground, on
+
+
+@pytest.fixture(scope="module")
+async def ground(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    """A database whose job transactions may be idle for 1.5 s and last for 4.5 s."""
+    async with on(
+        postgres, job_lease_seconds=1.5, job_heartbeat_seconds=0.4, job_connections=12
+    ) as ground:
+        yield ground
+
+
+async def outcomes(
+    ground: Ground, functions: dict[str, Callable[[Any], Any]]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Run each function once; return how the runs ended."""
+    await ground.forget()
+    jobs: list[Job] = [
+        job(name=name, every=timedelta(hours=1), min_duration=timedelta(milliseconds=1))(function)
+        for name, function in functions.items()
+    ]
+    async with ground.scheduler(jobs):
+        for name in functions:
+            await ground.ended(name)
+        return {name: (await ground.outcomes(name))[0] for name in functions}
+
+
+def statements(*sql: str) -> Callable[[Run], Any]:
+    async def function(run: Run) -> None:
+        async with run.transaction() as connection:
+            for each in sql:
+                await connection.execute(each)
+
+    return function
+
+
+async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None:
+    """It is told with the limit; only a connection that was really lost is an outage."""
+
+    async def idle(run: Run) -> None:
+        async with run.transaction():
+            await asyncio.sleep(2)
+
+    async def blocks(run: Run) -> None:
+        async with run.transaction() as connection:
+            time.sleep(2)  # noqa: ASYNC251 - as a job may do
+            await connection.execute("SELECT 1")
+
+    def thread(run: ThreadRun) -> None:
+        with run.transaction():
+            time.sleep(2)
+
+    async def catches(run: Run) -> None:
+        async with run.transaction() as connection:
+            try:
+                await connection.execute("SELECT pg_sleep(9)")
+            except asyncpg.PostgresError:
+                return
+
+    async def locked(run: Run) -> None:
+        other = await ground.connect()
+        await other.execute("SELECT pg_advisory_lock(7)")
+        async with run.transaction() as connection:
+            await connection.execute("SET LOCAL lock_timeout = '50ms'")
+            await connection.execute("SELECT pg_advisory_xact_lock(7)")
+
+    late = await outcomes(
+        ground,
+        {
+            "idle": idle,
+            "thread": thread,
+            "long": statements("SELECT pg_sleep(9)"),
+            "catches": catches,
+            "statement": statements("SET LOCAL statement_timeout = '50ms'", "SELECT pg_sleep(1)"),
+            "locked": locked,
+            "killed": statements("SELECT pg_terminate_backend(pg_backend_pid())"),
+        },
+    )
+    late |= await outcomes(ground, {"blocks": blocks})  # it blocks the others' claims
+    said = {name: f"{outcome}: {result}" for name, (outcome, result) in late.items()}
+    limit = "failed: TransactionLimitError: The server ended a transaction: "
+    assert said["idle"] == f"{limit}it was idle for longer than 1.5 s."
+    assert said["blocks"].startswith(f"{limit}it was idle for longer than 1.5 s")
+    assert said["thread"] == f"{limit}it was idle for longer than 1.5 s."
+    assert said["long"] == f"{limit}it lasted for longer than 4.5 s (SQLSTATE 25P04)."
+    assert said["catches"].startswith(f"{limit}it lasted for longer than 4.5 s")
+    assert said["statement"].startswith("failed: QueryCanceledError: canceling statement due to")
+    assert said["locked"].startswith("failed: LockNotAvailableError")
+    assert late["killed"][0] == "interrupted"
+
+
+async def body(run: Run) -> str:
+    """Use all that a run has, as a function would that does not know how it is called."""
+    run.progress(1, 2)
+    await run.checkpoint({"a": 1})
+    async with run.transaction() as connection:
+        await connection.execute("SELECT 1")
+    await run.pace()
+    return "the body ran"
+
+
+class Callee:
+    async def __call__(self, run: Run) -> str:
+        return await body(run)
+
+
+def plain_wrapper(run: Run) -> Any:  # noqa: ANN401 - a coroutine
+    return body(run)
+
+
+@functools.wraps(body)
+def wrapper(run: Run) -> Any:  # noqa: ANN401 - a coroutine
+    return body(run)
+
+
+async def returns_coroutine(run: Run) -> Any:  # noqa: ANN401 - a coroutine
+    return body(run)
+
+
+async def returns_task(run: Run) -> Any:  # noqa: ANN401 - a task
+    return asyncio.ensure_future(body(run))
+
+
+async def test_an_awaitable_result_is_awaited(ground: Ground) -> None:
+    """However a coroutine function is wrapped, its body runs; of a generator's it is said."""
+
+    async def asynchronous(_run: Run) -> AsyncIterator[int]:
+        yield 1
+
+    def generator(_run: Run) -> Iterator[int]:
+        yield 1
+
+    async def fails(_run: Run) -> None:
+        raise ValueError("in the body")
+
+    ends = await outcomes(
+        ground,
+        {
+            "lambda": lambda run: body(run),  # noqa: PLW0108 - it is what is tried
+            "plain-wrapper": plain_wrapper,
+            "wrapper": wrapper,
+            "partial": functools.partial(body),
+            "partial-callee": functools.partial(Callee()),
+            "callee": Callee(),
+            "returns-coroutine": returns_coroutine,
+            "returns-task": returns_task,
+            "fails": lambda run: fails(run),  # noqa: PLW0108
+            "generator": lambda run: generator(run),  # noqa: PLW0108
+            "asynchronous": lambda run: asynchronous(run),  # noqa: PLW0108
+        },
+    )
+    assert ends.pop("fails") == ("failed", "ValueError: in the body")
+    for name in ("generator", "asynchronous"):
+        outcome, result = ends.pop(name)
+        assert outcome == "failed"
+        assert "its body never ran" in str(result)
+    assert set(ends.values()) == {("succeeded", "the body ran")}
+
+
+async def test_what_an_awaitable_does_when_it_is_stopped_counts_as_of_an_async_job(
+    ground: Ground,
+) -> None:
+    """It is cancelled like one, and has not succeeded if it makes nothing of it."""
+
+    async def swallows(_run: Run) -> str:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            return "swallowed"
+        raise AssertionError
+
+    await ground.forget()
+    late = job(
+        name="late",
+        every=timedelta(hours=1),
+        min_duration=timedelta(milliseconds=1),
+        timeout=timedelta(seconds=0.3),
+    )(lambda run: swallows(run))  # noqa: PLW0108
+    async with ground.scheduler([late]):
+        await ground.ended("late")
+    assert await ground.outcomes("late") == [("timed_out", "it lasted over 0.3 s")]
+
+
+class Odd:
+    """Whatever is asked of it, it raises."""
+
+    def __raise(self, *_: object) -> Any:  # noqa: ANN401 - nothing
+        raise ValueError("odd")
+
+    __str__ = __repr__ = __int__ = __float__ = __lt__ = __gt__ = __eq__ = __ne__ = __raise
+    __hash__ = None  # type: ignore[assignment]
+
+
+class OddText(str):
+    __slots__ = ()
+
+    def __getitem__(self, _key: object) -> str:
+        raise ValueError("odd")
+
+
+ODD: list[Any] = [
+    *(float("nan"), float("inf"), -float("inf"), -1, 2**200, 10**5000, True, 1.5),
+    *(Decimal("NaN"), Decimal("sNaN"), Decimal("1e999999"), Decimal(3), 1 + 2j),
+    *("5", "", None, b"x", [], {}, Odd(), object(), OddText("x")),
+]
+
+
+async def test_what_is_only_for_show_cannot_fail_a_run(ground: Ground) -> None:
+    """Whatever a run says of its progress, it goes on, and the heartbeats with it."""
+    notes: list[Any] = [*ODD, "x" * 30_000_000, "\0\ud800", ["a", "list"]]
+
+    async def shows(run: Run) -> str:
+        for odd in ODD:
+            run.progress(odd, 10)
+            await run.pace()
+            run.progress(1, odd)
+            await run.pace()
+            run.progress(odd, odd, "note")
+            await asyncio.sleep(0.02)
+        for note in notes:
+            run.progress(1, 2, note)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+        return "went on"
+
+    def shows_in_thread(run: ThreadRun) -> str:
+        for odd in ODD:
+            run.progress(odd, odd, odd)
+            run.pace()
+        time.sleep(0.5)
+        return "went on"
+
+    ends = await outcomes(ground, {"shows": shows, "thread": shows_in_thread})
+    assert set(ends.values()) == {("succeeded", "went on")}
+
+
+async def test_what_is_in_a_group_is_named(ground: Ground) -> None:
+    """Errors in groups, and what errors are from, stand in the result; outages stay outages."""
+
+    def from_cause() -> Exception:
+        error = KeyError("outer")
+        error.__cause__ = ValueError("inner")
+        return error
+
+    async def group(_run: Run) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(raises(ZeroDivisionError("in the task")))
+            await asyncio.sleep(1)
+
+    async def raises(error: BaseException) -> None:
+        raise error
+
+    nested = ExceptionGroup("a", [ValueError("b"), ExceptionGroup("c", [from_cause()])])
+    circle = ValueError("round")
+    circle.__cause__ = RuntimeError("and")
+    circle.__cause__.__cause__ = circle
+    away = DatabaseAway("It is unavailable.", applied="no")
+    ends = await outcomes(
+        ground,
+        {
+            "group": group,
+            "nested": lambda _run: raises(nested),
+            "circle": lambda _run: raises(circle),
+            "many": lambda _run: raises(ExceptionGroup("m", [ValueError("x" * 10**6)] * 9999)),
+            "away": lambda _run: raises(ExceptionGroup("o", [away, LeaseLostError("lost")])),
+            "not-only": lambda _run: raises(ExceptionGroup("o", [away, ValueError("mine")])),
+        },
+    )
+    assert "ZeroDivisionError: in the task" in str(ends["group"][1])
+    assert ends["nested"] == (
+        "failed",
+        (
+            "ExceptionGroup: a (2 sub-exceptions): ValueError: b; "
+            "ExceptionGroup: c (1 sub-exception): KeyError: 'outer' (from ValueError: inner)"
+        ),
+    )
+    assert str(ends["circle"][1]).startswith("ValueError: round (from RuntimeError: and (from")
+    assert len(str(ends["many"][1])) == 2000
+    assert ends["away"][0] == "interrupted"
+    assert ends["not-only"][0] == "failed"
+    assert "ValueError: mine" in str(ends["not-only"][1])
+    assert "without a text" in describe(ValueError(Odd()))
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_huge_error_is_cut_in_the_log(monkeypatch: pytest.MonkeyPatch, log_format: Any) -> None:  # noqa: ANN401 - a literal
+    """The log has the beginning and the end of what an error says, not its 30 MB."""
+    root = logging.getLogger()
+    before = (root.handlers, root.level)
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    try:
+        configure_logs(load_settings(log_format=log_format))
+        try:
+            raise ValueError(  # noqa: TRY301
+                "x" * 30_000_000 + " the end\n" + "many lines\n" * 100_000
+            )
+        except ValueError:
+            logging.getLogger("a").exception("failed")
+    finally:
+        root.handlers, _ = before
+        root.setLevel(before[1])
+    text = stream.getvalue()
+    assert len(text) < 100_000
+    assert "ValueError: xxx" in text
+    assert "the end" in text
+    if log_format == "json":
+        assert json.loads(text)["event"] == "failed"
