@@ -26,6 +26,8 @@ $(READY): requirements-dev.lock pyproject.toml
 		--require-hashes --only-binary :all: -r requirements-dev.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --editable .
+	@# Python reads this file in the locale's encoding: a relative path is always ASCII.
+	@for pth in $(VENV)/lib/python3*/site-packages/*balance_app*.pth; do echo ../../../../src > "$$pth"; done
 	@touch $@
 
 run: $(READY) ## start PostgreSQL and five copies: http://localhost:3000 (Ctrl-C stops)

@@ -10,7 +10,14 @@ from balance_app.settings import Settings, load_settings
 ROOT = Path(__file__).parents[1]
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-DEPENDS_ON_THE_PLACE = {"DATABASE_URL", "DB_HOST", "DB_PASSWORD", "SERVER_ID", "SHARED_PORT"}
+DEPENDS_ON_THE_PLACE = {
+    "BALANCE_APP_URL",
+    "DATABASE_URL",
+    "DB_HOST",
+    "DB_PASSWORD",
+    "SERVER_ID",
+    "SHARED_PORT",
+}
 
 
 def variables() -> dict[str, str]:

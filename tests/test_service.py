@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from balance_app.errors import InternalError
 from balance_app.front import Front
-from balance_app.server import PortTakenError, listen
+from balance_app.server import ListenError, listen
 from tests.processes import Copy, connect
 
 
@@ -100,7 +100,7 @@ def test_a_taken_port_is_said_in_a_sentence() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(PortTakenError, match=rf"{port}: Address already in use\. Stop"):
+        with pytest.raises(ListenError, match=rf"{port}: Address already in use\. Stop"):
             listen("127.0.0.1", port)
     with (
         listen("127.0.0.1", 0, shared=True) as first,

@@ -1,7 +1,6 @@
 """The commands that ask a running service; `terminal.py` does what they say."""
 
 import getpass
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -12,6 +11,7 @@ from typer.core import TyperCommand
 from typing_extensions import override
 
 from balance_app.settings import Settings, load_settings
+from balance_app.words import url as address
 
 if TYPE_CHECKING:
     from balance_app.terminal import Terminal
@@ -34,6 +34,8 @@ class Command(TyperCommand):
 
 
 asking = typer.Typer()
+# the options that were given before the command's name
+given_before: dict[str, Any] = {}
 _jobs = partial(asking.command, cls=Command, rich_help_panel="Jobs of a running service")
 _balances = partial(asking.command, cls=Command, rich_help_panel="Balances of a running service")
 
@@ -43,7 +45,7 @@ def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from balance_app.terminal import job_names  # noqa: PLC0415 - nothing else waits for it
 
     with suppress(Exception):
-        names = job_names(ctx.params.get("url") or own_url(load_settings()))
+        names = job_names(_service_url(ctx.params.get("url") or ctx.find_root().params.get("url")))
         return [(name, said) for name, said in names if name.startswith(incomplete)]
     return []
 
@@ -51,9 +53,8 @@ def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 Url = Annotated[
     str | None,
     typer.Option(
-        envvar="BALANCE_APP_URL",
         metavar="URL",
-        help="where the service is; if not said, on this machine (HOST, PORT)",
+        help="where the service is; if not said, BALANCE_APP_URL, or this machine (HOST, PORT)",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the service's own JSON")]
@@ -266,25 +267,35 @@ def _asking(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
     from balance_app.client import AskError, Code, Service  # noqa: PLC0415 - the same
     from balance_app.terminal import Terminal  # noqa: PLC0415 - the same
 
+    url = url or given_before.get("url")
+    as_json = as_json or bool(given_before.get("json"))
+    settings = None if url else load_settings()
     try:
-        said = url is not None and url != os.environ.get("BALANCE_APP_URL")
         yield Terminal(
-            Service(url or own_url(load_settings())),
+            Service(_service_url(url)),
             as_json=as_json,
-            reached_by=(f"--url={url}",) if said else (),
+            reached_by=(f"--url={url}",) if url else (),
         )
     except AskError as error:
         if as_json and error.answer is not None:
             typer.echo(error.answer)
-        guessed = url is None and error.code is Code.AWAY and error.answer is None
+        guessed = settings is not None and settings.balance_app_url is None
+        guessed = guessed and error.code is Code.AWAY and error.answer is None
         hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""
         fail(f"{error}{hint}", code=error.code)
 
 
 def own_url(settings: Settings) -> str:
-    """Return where the copy that is configured here answers."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104
-    return f"http://{host}:{settings.port}"
+    """Return where the instance that is configured here answers."""
+    return address(settings.host, settings.port)
+
+
+def _service_url(given: str | None) -> str:
+    """Return the service to ask: as an option says, or BALANCE_APP_URL, or the one that is here."""
+    if given:
+        return given
+    settings = load_settings()
+    return settings.balance_app_url or own_url(settings)
 
 
 def _me() -> str:

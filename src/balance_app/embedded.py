@@ -18,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Final
+
+from balance_app.settings import Settings
 
 MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, the server adds its file's name
 SYSTEM_USER: Final = "balance_app"
@@ -31,9 +34,9 @@ class EmbeddedError(Exception):
     """The embedded PostgreSQL can't be used; the message says why and what to do."""
 
 
-def data_directory() -> Path:
-    """Return where `balance-app up` keeps its data: BALANCE_APP_DATA, or `.balance-app` here."""
-    return Path(os.environ.get("BALANCE_APP_DATA", ".balance-app")).absolute() / "postgres"
+def data_directory(settings: Settings) -> Path:
+    """Return where `balance-app up` keeps its data; a relative path starts here."""
+    return Path(settings.balance_app_data).absolute() / "postgres"
 
 
 def binaries() -> Path:
@@ -50,6 +53,15 @@ def binaries() -> Path:
             "or name a database with DATABASE_URL or DB_HOST."
         )
     return Path(package.origin).parent / "pginstall" / "bin"
+
+
+def about(data: Path) -> str:
+    """Return a data directory's path, size and last use, for who is asked whether to delete it."""
+    files = [each.lstat() for each in data.rglob("*") if not each.is_dir()]
+    megabytes = sum(each.st_size for each in files) / 1e6
+    last = max((each.st_mtime for each in files), default=data.stat().st_mtime)
+    moment = datetime.fromtimestamp(last, UTC)
+    return f"{data} ({megabytes:.0f} MB, last written {moment:%Y-%m-%d %H:%M} UTC)"
 
 
 def remove(data: Path) -> bool:
@@ -159,9 +171,15 @@ class EmbeddedPostgres:
             EmbeddedError: it is in use already, or the server did not come up.
         """
         deadline = monotonic() + within_seconds
-        self.data.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(self.data.parent) as lock:
-            await self._start(lock, deadline)
+        try:
+            self.data.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(self.data.parent) as lock:
+                await self._start(lock, deadline)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise EmbeddedError(
+                f"PostgreSQL can't keep its data in {self.data}: {error}. "
+                "BALANCE_APP_DATA names another directory."
+            ) from error
 
     async def _start(self, lock: int, deadline: float) -> None:
         if (pid := running_server(self.data)) is not None:
@@ -173,6 +191,7 @@ class EmbeddedPostgres:
             await asyncio.to_thread(self._initialise, lock)
         _require_complete(self.data)
         if self._user is not None:
+            self._open_the_way(self.data)
             shutil.chown(self.socket_directory, self._user, self._user)
         # A lock file of a dead server may name a pid that lives again as something else.
         (self.data / "postmaster.pid").unlink(missing_ok=True)

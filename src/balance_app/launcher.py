@@ -17,10 +17,10 @@ from typing import Final
 import httpx
 from rich.console import Console
 
-from balance_app import open_files
 from balance_app.embedded import EmbeddedError, EmbeddedPostgres, data_directory, stop_with_parent
-from balance_app.server import PortTakenError, listen
+from balance_app.server import ListenError, listen
 from balance_app.settings import Settings
+from balance_app.words import url
 
 STOP_SECONDS: Final = 4.0
 READY_SECONDS: Final = 60.0
@@ -41,12 +41,6 @@ class Copy:
     name: str
     port: int
 
-    def url(self, host: str) -> str:
-        """Return where it answers."""
-        return (
-            f"http://{'localhost' if host in {'127.0.0.1', '0.0.0.0', '::'} else host}:{self.port}"  # noqa: S104
-        )
-
 
 async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
     """Run everything until SIGINT or SIGTERM; return the exit code.
@@ -54,7 +48,6 @@ async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
     Raises:
         LaunchError: a port is taken, or the embedded database can't run.
     """
-    open_files.raise_limit()  # PostgreSQL and the instances inherit it
     stop = asyncio.Event()
     hurry = asyncio.Event()
 
@@ -70,16 +63,18 @@ async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
     database: EmbeddedPostgres | None = None
     try:
         if not settings.database_is_configured:
-            database = EmbeddedPostgres(data_directory())
+            database = EmbeddedPostgres(data_directory(settings))
             console.print("Starting PostgreSQL ...")
             await database.start()
         _tell_where(settings, shared_port, database)
+        chosen = "log_level" in settings.model_fields_set
+        log_level = settings.log_level if chosen else "warning"
         environment = {
             **os.environ,
             **(database.environment() if database else {}),
             "HOST": settings.host,
             "SHARED_PORT": str(shared_port),
-            "LOG_LEVEL": os.environ.get("LOG_LEVEL", "warning"),
+            "LOG_LEVEL": log_level,
         }
         keepers = [
             asyncio.create_task(_keep_running(copy, environment, settings.host, stop, hurry))
@@ -102,16 +97,17 @@ def _require_free_ports(host: str, ports: list[int]) -> None:
     try:
         for port in ports:
             listen(host, port).close()
-    except PortTakenError as error:
-        raise LaunchError(f"{error} (`balance-app up --port N`, or `make run PORT=N`)") from None
+    except ListenError as error:
+        hint = " (`balance-app up --port N`, or `make run PORT=N`)" if error.of_the_port else ""
+        raise LaunchError(f"{error}{hint}") from None
 
 
 def _tell_where(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
-    where = Copy("", port).url(settings.host)
+    where = url(settings.host, port)
     console.print(f"  page       {where}")
     console.print(f"  API        {where}/api/users/1  (all copies)")
     console.print(f"  docs       {where}/docs")
-    console.print(f"  database   {database.data if database else 'as configured'}")
+    console.print(f"  database   {database.data if database else settings.database_address}")
     console.print("  Ctrl-C stops everything.\n")
 
 
@@ -123,7 +119,7 @@ async def _keep_running(
     while not stop.is_set():
         started = monotonic()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "balance_app", "serve"),
+            *(sys.executable, "-m", "balance_app", "serve", "--launched"),
             env={**environment, "SERVER_ID": copy.name, "PORT": str(copy.port)},
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is ours to pass on, not the terminal's
@@ -146,19 +142,19 @@ async def _keep_running(
 
 async def _tell_when_ready(copy: Copy, host: str, process: asyncio.subprocess.Process) -> None:
     started = monotonic()
-    url = copy.url(host)
+    where = url(host, copy.port)
     async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
         while monotonic() - started < READY_SECONDS:
             with suppress(httpx.HTTPError):
-                if (await client.get(f"{url}/readyz")).is_success:
+                if (await client.get(f"{where}/readyz")).is_success:
                     took = monotonic() - started
                     console.print(
-                        f"[bold green]{copy.name}[/] ready at {url} "
+                        f"[bold green]{copy.name}[/] ready at {where} "
                         f"({took:.1f} s, pid {process.pid})"
                     )
                     return
             await asyncio.sleep(0.1)
-    console.print(f"{copy.name} is not ready after {READY_SECONDS:g} s: see {url}/readyz")
+    console.print(f"{copy.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
 
 
 async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> int:

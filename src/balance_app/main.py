@@ -40,6 +40,7 @@ from balance_app.metrics import Metrics
 from balance_app.migrations import UnusableDatabaseError
 from balance_app.overview import Overview
 from balance_app.settings import Settings
+from balance_app.words import url
 
 log = structlog.get_logger(__name__)
 
@@ -119,7 +120,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
-        log.info("started", address=f"http://{settings.host}:{settings.port}", version=app.version)
+        log.info("started", address=url(settings.host, settings.port), version=app.version)
         if scheduler is not None:
             scheduler.start()
         refusal = asyncio.create_task(

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Generator
 from types import FrameType
 
-import structlog
 import uvicorn
 import uvloop
 
@@ -18,13 +18,15 @@ from balance_app.main import create_app
 from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
 
-log = structlog.get_logger(__name__)
-
 BACKLOG = 4096  # a burst knocks faster than one process opens
 
 
-class PortTakenError(Exception):
-    """Another program listens on the port already."""
+class ListenError(Exception):
+    """The address can't be listened on; the message names it, and says what to do."""
+
+    def __init__(self, sentence: str, *, of_the_port: bool) -> None:
+        super().__init__(sentence)
+        self.of_the_port = of_the_port
 
 
 class _Server(uvicorn.Server):
@@ -61,12 +63,10 @@ def serve(settings: Settings, registry: Registry) -> None:
 
     Raises:
         DeclarationError: a job can't work with these settings.
-        PortTakenError: naming the port.
+        ListenError: naming the address.
         SystemExit: the start failed; the log has the reason.
     """
     limit = open_files.raise_limit()
-    if (shortage := open_files.shortage(settings, limit)) is not None:
-        log.warning("few open files", reason=shortage)
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
@@ -102,11 +102,16 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """Bind a TCP socket; `shared` lets the kernel spread connections over all who do so.
 
     Raises:
-        PortTakenError: naming the port.
+        ListenError: naming the address.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a name"
+        sentence = f"Can't listen on HOST={host}: {reason}. {_USE_AN_ADDRESS}"
+        raise ListenError(sentence, of_the_port=False) from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,8 +120,16 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise PortTakenError(
-            f"Can't listen on {host}:{port}: {error.strerror}. "
-            "Stop the program that has it, or choose another port."
-        ) from None
+        advice = _ADVICE.get(error.errno or 0, _USE_AN_ADDRESS)
+        sentence = f"Can't listen on {host}:{port}: {error.strerror}. {advice}"
+        raise ListenError(sentence, of_the_port=error.errno in _ADVICE) from None
     return listener
+
+
+_USE_AN_ADDRESS = (
+    "HOST is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them."
+)
+_ADVICE = {
+    errno.EADDRINUSE: "Stop the program that has it, or choose another port.",
+    errno.EACCES: "A port below 1024 needs a right that this user lacks: choose another port.",
+}

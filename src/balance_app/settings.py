@@ -1,11 +1,14 @@
 """Configuration by environment (and `.env`), checked once when the program starts."""
 
+import os
 import re
 import socket
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -101,6 +104,13 @@ class Settings(BaseSettings):
     )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
         2, description="connections that the transactions of this copy's jobs may use"
+    )
+
+    balance_app_data: str = Field(
+        ".balance-app", description="where `balance-app up` keeps its PostgreSQL and its log"
+    )
+    balance_app_url: str | None = Field(
+        None, description="the service that the command line asks; default: the one at HOST, PORT"
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -304,3 +314,26 @@ def _require_readable(file: Path) -> None:
         ) from None
     if "\0" in text:
         raise BadSettingsError(f"{file} is not text in UTF-8 (it has NUL in it): save it in UTF-8.")
+
+
+def unknown_names() -> list[str]:
+    """Return a sentence for each name that is meant for this program, but nobody reads.
+
+    In `.env` that is any name but those of compose; in the environment, where other programs have
+    theirs, one that is nearly a name of ours.
+    """
+    ours = sorted(name.upper() for name in Settings.model_fields)
+    sentences = []
+    for where, names, likeness in (
+        (".env", dotenv_values(".env", encoding="utf-8-sig"), 0.6),
+        ("the environment", os.environ, 0.85),
+    ):
+        for name in names:
+            if name.upper() in ours or name.startswith(("COMPOSE_", "DOCKER_", "BALANCE_APP_")):
+                continue
+            near = get_close_matches(name.upper(), ours, 1, likeness)
+            if near and ("_" in name or where == ".env"):
+                sentences.append(f"{name} in {where} is no setting: is {near[0]} meant?")
+            elif where == ".env":
+                sentences.append(f"{name} in {where} is no setting of this program.")
+    return sentences

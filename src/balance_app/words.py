@@ -1,4 +1,4 @@
-"""How people are told durations and moments; moments are in UTC, as everywhere in this service."""
+"""How people are told durations, moments and addresses; moments are in UTC, as everywhere."""
 
 from datetime import datetime
 from typing import Final
@@ -48,3 +48,9 @@ def brief(moment: datetime, now: datetime) -> str:
 def visible(text: str) -> str:
     """Return text with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def url(host: str, port: int) -> str:
+    """Return where this machine reaches what listens on a host: an address, a name, or all."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - all, not one
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
