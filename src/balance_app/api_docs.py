@@ -1,7 +1,7 @@
 """The OpenAPI page at `/docs`: complete, runnable, and readable without the internet."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import fastapi_offline
 from fastapi import FastAPI
@@ -23,7 +23,47 @@ from balance_app.errors import (
     explain,
 )
 
-TEXT_PATTERN = r"^[^\u0000]*$"
+TEXT_PATTERN: Final = r"^[^\u0000]*$"
+
+_TEXT: Final = {"type": "string"}
+HEADERS: Final[dict[str, dict[str, Any]]] = {
+    "X-Server-Id": {
+        "description": "which instance answered",
+        "required": True,
+        "schema": _TEXT,
+    },
+    "X-Request-Id": {
+        "description": "the id of the request in the logs: the caller's, if it sent a sane one",
+        "schema": _TEXT,
+    },
+    "traceparent": {
+        "description": "where the request stands in the caller's trace, if it sent one",
+        "schema": _TEXT,
+    },
+    "Retry-After": {
+        "description": "after how many seconds to send the request again",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "Idempotent-Replayed": {
+        "description": "`true`: this is the first answer to this key once more",
+        "schema": {"type": "string", "enum": ["true"]},
+    },
+    "ETag": {
+        "description": "the account's version, in quotes",
+        "required": True,
+        "schema": {"type": "string", "pattern": '^"[1-9][0-9]*"$'},
+    },
+    "Location": {
+        "description": "where what was created is read",
+        "required": True,
+        "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "Connection": {
+        "description": "`close`: the connection ends with this answer, as when it comes early",
+        "schema": _TEXT,
+    },
+}
 
 DESCRIPTION = """
 Users' balances, changed in real time and never below zero. What every copy and job does now is
@@ -35,6 +75,7 @@ shown to people at [/]({root}/).
   The list is at [/problems]({root}/problems).
 * **422** is wrong whatever the state; **409** is well formed, but the state says no;
   **503** is a database that is away or a full house: wait `Retry-After` seconds.
+* `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
 * Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
   answer is the same every time.
 
@@ -65,6 +106,11 @@ def problems(
     }
 
 
+def headers(*names: str) -> dict[str, Any]:
+    """Return the OpenAPI description of these headers of an answer."""
+    return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
+
+
 def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
     """Return the OpenAPI description of a keyed request whose body `json_body.read_json` reads."""
     schema = model.model_json_schema()
@@ -83,7 +129,10 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
             {
                 "name": "Idempotency-Key",
                 "in": "header",
-                "description": "makes the request safe to repeat; any name you have not used",
+                "description": (
+                    "Makes the request safe to repeat; any name you have not used. It is taken "
+                    'literally, quotes included: `"q-1"` and `q-1` are two keys.'
+                ),
                 "schema": {"type": "string", "pattern": key_pattern},
             }
         ],
@@ -138,7 +187,10 @@ def add_docs(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         described = generate()
         described["components"]["schemas"]["Problem"] = _problem_schema()
+        described["components"]["headers"] = HEADERS
         for operations in described["paths"].values():
+            for operation in operations.values():
+                _describe_headers(operation)
             for method in operations.keys() & {each.lower() for each in SAFE_METHODS}:
                 _describe_read(operations[method])
         return described
@@ -153,6 +205,20 @@ def _describe_read(operation: dict[str, Any]) -> None:
         examples = answer.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {})
         for code, example in examples.items():
             example["value"] = kinds[code].example().body("GET")
+
+
+def _describe_headers(operation: dict[str, Any]) -> None:
+    """Add the headers that follow from what an answer is."""
+    is_keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", ()))
+    for status, answer in operation["responses"].items():
+        names = ["X-Server-Id", "X-Request-Id", "traceparent"]
+        if status == "503":
+            names.append("Retry-After")
+        if status[0] in "45":
+            names.append("Connection")
+        if is_keyed and status in {"200", "201", "409"}:
+            names.append("Idempotent-Replayed")
+        answer.setdefault("headers", {}).update(headers(*names)["headers"])
 
 
 def _problem_schema() -> dict[str, Any]:

@@ -174,3 +174,60 @@ def _contents(document: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[st
         for status, body in bodies.items():
             for media_type, content in body.get("content", {}).items():
                 yield name, status, media_type, content
+
+
+# What every HTTP answer may have, whatever it answers.
+COMMON_HEADERS: Final = {
+    *("date", "content-type", "content-length", "transfer-encoding", "cache-control"),
+    *("x-accel-buffering", "vary"),
+}
+
+
+async def test_headers_are_documented_on_the_answers_that_carry_them(copy: Copy) -> None:
+    """Each answer has the headers that the document requires of it, and no other."""
+    document = await _document(copy)
+    change: dict[str, Any] = {"json": {"userId": 1, "amount": -2}}
+    refused: dict[str, Any] = {"json": {"userId": 1, "amount": -(10**9)}}
+    key, other = ({"Idempotency-Key": f"headers-{number}"} for number in (1, 2))
+    trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    calls: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("POST", "/api/balance", "/api/balance", {**change, "headers": key}),
+        ("POST", "/api/balance", "/api/balance", {**change, "headers": key}),
+        ("POST", "/api/balance", "/api/balance", {**refused, "headers": other}),
+        ("POST", "/api/balance", "/api/balance", {**refused, "headers": other}),
+        ("POST", "/api/balance", "/api/balance", {"json": {}, "headers": trace}),
+        ("POST", "/api/balance", "/api/balance", {"content": b"{" * 20_000}),
+        ("POST", "/api/users", "/api/users", {"json": {}}),
+        ("GET", "/api/users", "/api/users", {}),
+        ("GET", "/api/users/{userId}", "/api/users/1", {}),
+        ("GET", "/api/users/{userId}", "/api/users/404404", {}),
+        ("GET", "/api/users/{userId}/entries", "/api/users/1/entries", {}),
+        ("GET", "/api/changes/{key}", "/api/changes/headers-1", {}),
+        ("GET", "/api/cron/status", "/api/cron/status", {}),
+        ("POST", "/api/cron/jobs/{name}/run", "/api/cron/jobs/none/run", {}),
+        ("GET", "/problems", "/problems", {}),
+        ("GET", "/readyz", "/readyz", {}),
+    ]
+    seen: set[str] = set()
+    async with httpx.AsyncClient(base_url=copy.url, trust_env=False) as client:
+        for method, template, path, more in calls:
+            answer = await client.request(method, path, **more)
+            described = document["paths"][template][method.lower()]["responses"]
+            documented = {
+                name.lower(): document["components"]["headers"][name]
+                for name in described[str(answer.status_code)]["headers"]
+            }
+            carried = {name.lower() for name in answer.headers} - COMMON_HEADERS
+            required = {name for name, header in documented.items() if header.get("required")}
+            assert required <= carried <= documented.keys(), (method, path, answer.status_code)
+            for name in carried:
+                schema = documented[name]["schema"]
+                value: object = answer.headers[name]
+                jsonschema_rs.validate(
+                    schema, int(str(value)) if schema["type"] == "integer" else value
+                )
+            seen |= carried
+    assert {"etag", "location", "idempotent-replayed", "traceparent", "x-request-id"} <= seen
+    for name, operation in _operations(document):
+        for status, described in operation["responses"].items():
+            assert ("Retry-After" in described["headers"]) == (status == "503"), name

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.api_docs import json_request, problems
+from balance_app.api_docs import headers, json_request, problems
 from balance_app.balances.errors import (
     BalanceLimitExceeded,
     IdempotencyKeyReused,
@@ -72,13 +72,16 @@ def _settings(request: Request) -> Settings:
     summary="Change a balance",
     response_description="The change is made, and on disk.",
     response_model=ChangeAnswer,
-    responses=problems(
-        *BODY_PROBLEMS,
-        UserNotFound,
-        InsufficientFunds,
-        BalanceLimitExceeded,
-        IdempotencyKeyReused,
-    ),
+    responses={
+        200: headers("ETag"),
+        **problems(
+            *BODY_PROBLEMS,
+            UserNotFound,
+            InsufficientFunds,
+            BalanceLimitExceeded,
+            IdempotencyKeyReused,
+        ),
+    },
     openapi_extra=json_request(ChangeRequest, key_pattern=KEY_PATTERN),
 )
 async def change_balance(request: Request) -> Response:
@@ -99,7 +102,10 @@ async def change_balance(request: Request) -> Response:
     response_description="The user exists.",
     status_code=201,
     response_model=AccountAnswer,
-    responses=problems(*BODY_PROBLEMS, IdempotencyKeyReused, UserIdTaken),
+    responses={
+        201: headers("ETag", "Location"),
+        **problems(*BODY_PROBLEMS, IdempotencyKeyReused, UserIdTaken),
+    },
     openapi_extra=json_request(OpenRequest, key_pattern=KEY_PATTERN),
 )
 async def open_account(request: Request) -> Response:
@@ -133,7 +139,7 @@ async def list_accounts(request: Request, page: PageQuery) -> Response:
     summary="Read a user",
     response_description="The user's account.",
     response_model=AccountAnswer,
-    responses=problems(UserNotFound, InvalidRequest),
+    responses={200: headers("ETag"), **problems(UserNotFound, InvalidRequest)},
 )
 async def read_account(request: Request, user_id: PathUserId) -> Response:
     """Read a user's balance; the `ETag` is its version."""
@@ -191,15 +197,15 @@ async def _read(request: Request, model: type[Model], key: str | None) -> Model:
 def _tell(outcome: Outcome) -> Response:
     """Return the answer to a request that changes something."""
     refused = outcome.kind == "refused"
-    headers = {} if refused else {"ETag": f'"{outcome.version}"'}
+    told = {} if refused else {"ETag": f'"{outcome.version}"'}
     if outcome.kind == "opened":
-        headers["Location"] = f"/api/users/{outcome.user_id}"
+        told["Location"] = f"/api/users/{outcome.user_id}"
     if outcome.replayed:
-        headers["Idempotent-Replayed"] = "true"
+        told["Idempotent-Replayed"] = "true"
     return Response(
         to_json(outcome_body(outcome)),
         status_code=outcome_status(outcome),
-        headers=headers,
+        headers=told,
         media_type=PROBLEM_JSON if refused else "application/json",
     )
 
