@@ -64,7 +64,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class NotApplied:
-    """A try that the service said it did not apply; another try of its key may still succeed."""
+    """A try to which the service said that its key has no effect; one sent later may still have."""
 
     key: str
     amount: int
@@ -237,6 +237,19 @@ class _History:
             ]
         return effects
 
+    def could_have_made(self, entry: Entry) -> list[float]:
+        """Return when each try that may have made an entry of a key was sent.
+
+        An answer that is no replay means that this very try took effect, a replay that another one
+        did. A try that was sent when the entry was known already did not make it.
+        """
+        if entry.version <= self.opening_version:
+            return []
+        sources = self.sources.get(entry.key or "", [])
+        first = [op for op in sources if isinstance(op, Accepted) and not op.replayed]
+        unknown = [op for op in sources if isinstance(op, Unknown)]
+        return [op.sent for op in first or unknown if self.known.before(op.sent) < entry.version]
+
     @cached_property
     def acknowledged(self) -> _Highest:
         """The highest version that was acknowledged before a time."""
@@ -354,11 +367,15 @@ def _refused_left_no_trace(history: _History) -> Iterator[Violation]:
 
 
 def _not_applied_left_no_trace(history: _History) -> Iterator[Violation]:
-    """No key entered the ledger when all its tries were said not to be applied."""
+    """No key is in the ledger when a try was said not to be applied, unless by a later try.
+
+    "No" is said of the key, not of one try: one that took effect before, or that was under way and
+    took effect afterwards, makes it a lie. A try sent after the "no" was answered does not.
+    """
     for op in history.not_applied:
-        entry = history.by_key[op.key][-1] if op.key in history.by_key else None
-        if entry and entry.version > history.opening_version and op.key not in history.sources:
-            yield Violation(Kind.NOT_APPLIED_IN_LEDGER, f"{op} is in the ledger as {entry}.")
+        for entry in history.by_key.get(op.key, ()):
+            if not any(sent >= op.answered for sent in history.could_have_made(entry)):
+                yield Violation(Kind.NOT_APPLIED_IN_LEDGER, f"{op} is in the ledger as {entry}.")
 
 
 def _sightings_are_real(history: _History) -> Iterator[Violation]:

@@ -128,6 +128,31 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
         operations((C, None), (N, replace(N, key="c"))),
         {Kind.NOT_APPLIED_IN_LEDGER},
     ),
+    "a key was denied by a try after it had taken effect": (
+        LEDGER,
+        operations(more=(NotApplied("a", -30, 5, 6),)),
+        {Kind.NOT_APPLIED_IN_LEDGER},
+    ),
+    "a key was denied while a try that took effect was under way": (
+        LEDGER,
+        operations(more=(NotApplied("b", -50, 3, 3.5),)),
+        {Kind.NOT_APPLIED_IN_LEDGER},
+    ),
+    "a key was denied after an unknown try, and a replay tells that this took effect": (
+        LEDGER,
+        operations(more=(NotApplied("c", 5, 8, 9), Accepted("c", 5, 4, 25, 11, 12, replayed=True))),
+        {Kind.NOT_APPLIED_IN_LEDGER},
+    ),
+    "a key was denied after an unknown try whose effect was seen before the next": (
+        LEDGER,
+        operations(more=(NotApplied("c", 5, 11, 12), Unknown("c", 5, 13, 14))),
+        {Kind.NOT_APPLIED_IN_LEDGER},
+    ),
+    "a key from before the run was denied": (
+        replace(LEDGER, opening_version=3),
+        [C, READ, replace(N, key="b")],
+        {Kind.NOT_APPLIED_IN_LEDGER},
+    ),
     "a refused change took effect": (
         LEDGER,
         operations((C, None), (R, replace(R, key="c"))),
@@ -239,9 +264,9 @@ RIGHT: dict[str, tuple[Ledger, list[Operation]]] = {
         replace(LEDGER, opening_version=3),
         [C, READ, B_AGAIN, R_AGAIN],
     ),
-    "a try, not applied, of a key from before the run": (
-        replace(LEDGER, opening_version=3),
-        [C, READ, replace(N, key="b")],
+    "a key that was denied before the try that took effect, though another was unknown": (
+        LEDGER,
+        operations(more=(NotApplied("c", 5, 3, 4), Unknown("c", 5, 0, 1))),
     ),
     "an unknown change that never took effect": (
         LEDGER,
@@ -253,7 +278,7 @@ RIGHT: dict[str, tuple[Ledger, list[Operation]]] = {
     ),
     "a key that was not applied at first": (
         LEDGER,
-        operations(more=(NotApplied("b", -50, 1, 2), NotApplied("c", 5, 15, 16))),
+        operations(more=(NotApplied("b", -50, 1, 2), NotApplied("c", 5, 5, 6))),
     ),
     "an unknown change that took effect after it was given up": (
         LEDGER,
@@ -304,6 +329,7 @@ class Simulation:
         self.operations: list[Operation] = []
         self.amounts: dict[str, int] = {}
         self.decided: dict[str, Accepted | Refused] = {}
+        self.denied: dict[str, float] = {}
 
     @property
     def state(self) -> State:
@@ -327,20 +353,23 @@ class Simulation:
         doing = self.random.choices(["change", "read", "lose", "deny"], [6, 2, 1, 1])[0]
         if doing == "read":
             return Read(self.state.version, self.state.balance, sent, answered)
-        key = self.key(again)
+        key = self.key(0 if doing == "deny" else again)
         amount = self.amounts[key]
+        if doing == "deny":  # nobody has sent the key before, nor does before this is answered
+            self.denied[key] = answered
+            return NotApplied(key, amount, sent, answered)
+        sent = max(sent, self.denied.get(key, sent))
         if doing == "change":
             return self.decide(key, sent, answered)
-        if doing == "deny":
-            return NotApplied(key, amount, sent, answered)
         if self.random.random() < 0.5:
             self.decide(key, sent, answered)
         given_up = self.random.choice([None, sent + self.random.randint(0, 9)])
         return Unknown(key, amount, sent, given_up)
 
     def key(self, again: float) -> str:
-        if self.amounts and self.random.random() < again:
-            return self.random.choice(list(self.amounts))
+        known = [key for key in self.amounts if self.denied.get(key, 0) <= self.clock]
+        if known and self.random.random() < again:
+            return self.random.choice(known)
         key = f"key-{len(self.amounts)}"
         self.amounts[key] = self.random.choice([-40, -30, -20, -10, 10, 20, 30])
         return key
@@ -381,6 +410,9 @@ def faults(simulation: Simulation) -> Iterator[tuple[Ledger, list[Operation], Ki
     first = [op for op in operations if isinstance(op, Accepted) and not op.replayed]
     lost = choice(first)
     yield without(simulation.entries, lost.key), operations, Kind.LOST_CHANGE
+
+    denied = NotApplied(lost.key, lost.amount, late, late + 1)
+    yield simulation.ledger, [*operations, denied], Kind.NOT_APPLIED_IN_LEDGER
 
     newest = max(op.version for op in first)
     moved = choice([op for op in first if op.version < newest])
