@@ -329,7 +329,7 @@ class Simulation:
         self.operations: list[Operation] = []
         self.amounts: dict[str, int] = {}
         self.decided: dict[str, Accepted | Refused] = {}
-        self.denied: dict[str, float] = {}
+        self.denied: dict[str, int] = {}
 
     @property
     def state(self) -> State:
