@@ -1,0 +1,182 @@
+"""All faults at once, and a failover at the end: no answer contradicts another (M1 to M6)."""
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from random import choice, uniform
+from time import monotonic
+
+from balance_app.embedded import SYSTEM_USER, EmbeddedPostgres, binaries
+from tests.history import check
+from tests.jobs.proxy import Proxy
+from tests.processes import Copy, connect, running
+from tests.system.client import Load, open_account, read_ledger
+from tests.system.databases import freeze, kill, own_postgres, thaw
+from tests.system.sizes import size, tell
+
+SECONDS = size(small=5, full=300)
+INSTANCES = 3
+OPENING_BALANCE = 100
+STANDBY = "standby"
+
+
+@asynccontextmanager
+async def standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgres]:
+    """Run a standby of a server, which that waits for at each commit."""
+    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
+        owner = SYSTEM_USER if (primary.data.owner() == SYSTEM_USER) else None
+        if owner is not None:
+            shutil.chown(top, owner)
+        data = Path(top) / "data"
+        source = f"host={primary.socket_directory} user=postgres application_name={STANDBY}"
+        process = await asyncio.create_subprocess_exec(
+            *(binaries() / "pg_basebackup", "-d", source, "-D", data, "-R", "-c", "fast"),
+            user=owner,
+        )
+        assert await process.wait() == 0
+        for copied in data.glob(".s.PGSQL.*"):  # the primary's socket lies in its data directory
+            copied.unlink()
+        standby = EmbeddedPostgres(data, options={"max_connections": "200"})
+        await standby.start()
+        try:
+            admin = await connect(primary.environment())
+            await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
+            await admin.execute("SELECT pg_reload_conf()")
+            async with asyncio.timeout(30):
+                while not await admin.fetchval(  # noqa: ASYNC110 - a fact in the database
+                    "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+                ):
+                    await asyncio.sleep(0.05)
+            await admin.close()
+            yield standby
+        finally:
+            if standby.process.returncode is None:
+                await thaw(standby)
+            await standby.stop()
+
+
+class Faults:
+    """What goes wrong with instances, their networks, an account and the standby."""
+
+    def __init__(
+        self,
+        copies: list[Copy],
+        proxies: list[Proxy],
+        primary: EmbeddedPostgres,
+        standby: EmbeddedPostgres,
+        account: int,
+    ) -> None:
+        self.seen: Counter[str] = Counter()
+        self._copies, self._proxies = copies, proxies
+        self._primary, self._standby = primary, standby
+        self._account = account
+
+    async def one(self) -> None:
+        """Let something happen to something, and end."""
+        fault = choice(
+            [
+                self._kill_instance,
+                self._stop_instance,
+                self._mute_network,
+                self._hold_answers,
+                self._cut_network,
+                self._lock_account,
+                self._stall_standby,
+            ]
+        )
+        self.seen[fault.__name__.removeprefix("_").replace("_", " ")] += 1
+        await fault()
+
+    async def fail_over(self) -> None:
+        """Lose the primary while it waits for the standby, and go on with that."""
+        await freeze(self._standby)
+        await asyncio.sleep(uniform(0.5, 4))
+        await kill(self._primary)
+        await thaw(self._standby)
+        admin = await connect(self._standby.environment())
+        await admin.execute("SELECT pg_promote()")
+        await admin.close()
+        for proxy in self._proxies:
+            proxy._database = self._standby.environment()
+
+    async def _kill_instance(self) -> None:
+        victim = choice(self._copies)
+        await victim.kill()
+        await victim.launch()
+        await victim.ready()
+
+    async def _stop_instance(self) -> None:
+        victim = choice(self._copies)
+        assert victim.process is not None
+        victim.process.send_signal(signal.SIGSTOP)
+        await _a_while()
+        victim.process.send_signal(signal.SIGCONT)
+
+    async def _mute_network(self) -> None:
+        await self._for_a_while(Proxy.freeze)
+
+    async def _hold_answers(self) -> None:
+        await self._for_a_while(Proxy.hold_answers)
+
+    async def _for_a_while(self, fall_silent: Callable[[Proxy], None]) -> None:
+        proxy = choice(self._proxies)
+        fall_silent(proxy)
+        await _a_while()
+        proxy.heal()
+
+    async def _cut_network(self) -> None:
+        for link in list(choice(self._proxies)._links):
+            link.cut()
+
+    async def _lock_account(self) -> None:
+        holder = await connect(self._primary.environment())
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", self._account)
+        await _a_while()
+        await transaction.rollback()
+        await holder.close()
+
+    async def _stall_standby(self) -> None:
+        await freeze(self._standby)
+        await _a_while()
+        await thaw(self._standby)
+
+
+def _a_while() -> Awaitable[None]:
+    return asyncio.sleep(uniform(0.2, 4))
+
+
+async def test_no_answer_lies_whatever_fails() -> None:
+    """Instances die and stop, networks fall silent, rows are locked, the standby stalls."""
+    async with AsyncExitStack() as stack:
+        primary = await stack.enter_async_context(own_postgres(max_connections="200"))
+        standby = await stack.enter_async_context(standby_of(primary))
+        proxies = [
+            await stack.enter_async_context(Proxy(primary.environment())) for _ in range(INSTANCES)
+        ]
+        copies = [
+            Copy(proxy.environment(), f"app{number}", JOBS_ENABLED="false")
+            for number, proxy in enumerate(proxies, 1)
+        ]
+        await stack.enter_async_context(running(copies))
+        account = await open_account(copies[0].url, OPENING_BALANCE)
+        faults = Faults(copies, proxies, primary, standby, account)
+        async with Load([copy.url for copy in copies], account) as load:
+            ends = monotonic() + SECONDS
+            while monotonic() < ends:
+                await faults.one()
+                await asyncio.sleep(uniform(0, 0.5))
+            await load.progress(20)
+            await faults.fail_over()
+            await load.progress(20)
+        ledger = await read_ledger(copies[0].url, account)
+    tell(f"{dict(faults.seen)} and a failover: {load.figures()}")
+    assert check(ledger, load.operations) == []
+    assert load.unexpected == []
+    assert load.answers["503 no"] == 0
