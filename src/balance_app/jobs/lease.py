@@ -24,6 +24,7 @@ import structlog
 from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.metrics import Metrics
+from balance_app.outages import Kind, classify
 from balance_app.sessions import open_session
 from balance_app.settings import Settings
 
@@ -166,6 +167,7 @@ class Heart:
         self._soon = asyncio.Event()
         watch = asyncio.create_task(self._distrust())
         connection: asyncpg.Connection[asyncpg.Record] | None = None
+        logged: Kind | str | None = None
         try:
             while not self._stopped:
                 started = monotonic()
@@ -175,9 +177,16 @@ class Heart:
                         connection = await self._connect()
                     if self._service_answers() and not await self._beat(connection):
                         pause = AGAIN_SECONDS
+                    logged = None
                 except Exception as error:  # noqa: BLE001 - whatever it is, it beats again
-                    log.warning("no heartbeat", error=repr(error))
-                    pause = AGAIN_SECONDS
+                    cause = classify(error)
+                    found = repr(error) if cause is None else cause.kind
+                    if found != logged:  # and not with each of its beats
+                        logged = found
+                        state = None if cause is None else cause.sqlstate
+                        log.warning("no heartbeat", error=repr(error), sqlstate=state)
+                    # Nothing is lost by a pause while there is nothing to renew.
+                    pause = AGAIN_SECONDS if self._leases else pause
                     if connection is not None:
                         connection.terminate()
                 rest = max(AGAIN_SECONDS, started + pause - monotonic())
