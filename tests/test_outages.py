@@ -14,8 +14,10 @@ import asyncpg
 import httpx
 import pytest
 
+from balance_app.database import Database
 from balance_app.outages import HOPELESS, Kind, classify, is_fatal, pause_seconds
 from balance_app.sessions import PoolerError
+from tests.jobs.rows import settings_for
 from tests.processes import Copy, connect
 from tests.system.databases import own_postgres
 
@@ -162,6 +164,51 @@ async def test_a_limit_of_connections_refuses_no_request(
     told = [line for line in lines if line["event"] == "no further connection"]
     assert len(told) == 1
     assert (told[0]["sqlstate"], told[0]["cause"]) == ("53300", "full")
+
+
+@pytest.mark.parametrize(("limit", "jobs", "starts"), [(1, "true", False), (4, "true", True)])
+async def test_too_few_connections_are_told_at_start(
+    database: dict[str, str], tmp_path: Path, limit: int, jobs: str, *, starts: bool
+) -> None:
+    """An instance that could never work ends with a sentence; another one warns, and serves."""
+    log = tmp_path / "log"
+    async with a_role(database, f"CONNECTION LIMIT {limit}") as plain:
+        copy = Copy(plain, log=log, JOBS_ENABLED=jobs)
+        await copy.launch()
+        assert copy.process is not None
+        if starts:
+            await copy.ready()
+            async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+                assert await fire(client, 60) == {"200": 60}
+                warnings = (await client.get("/readyz")).json()["warnings"]
+            assert "role's limit is 4 connections" in warnings[0]
+        else:
+            assert await asyncio.wait_for(copy.process.wait(), 30) == 3
+        await copy.stop()
+    assert f"The role's limit is {limit} connections" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+async def test_a_full_server_makes_a_job_wait(database: dict[str, str]) -> None:
+    """A transaction of a job waits for its connection, as the server serves on."""
+    async with a_role(database) as plain:
+        served = Database(settings_for(plain))
+        await served.start()
+        admin = await connect(database)
+        await served.run(lambda con: con.fetchval("SELECT 1"))
+        await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 1')
+
+        async def work() -> int:
+            async with served.lend() as connection:
+                return int(await connection.fetchval("SELECT 2"))
+
+        waits = asyncio.create_task(work())
+        done, _ = await asyncio.wait({waits}, timeout=1)
+        assert not done
+        await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 2')
+        assert await asyncio.wait_for(waits, 10) == 2
+        await admin.close()
+        await served.stop()
 
 
 async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_path: Path) -> None:

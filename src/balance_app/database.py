@@ -480,16 +480,24 @@ class Database:
         """Return a connection to a schema at this program's revision; None: it is a standby's."""
         schema = await migrate(self.settings, self._report_migration)
         connection = await self._open_connection()
-        row = await connection.fetchrow(SERVER)
-        if row is None or row["in_recovery"]:
+        try:
+            row = await connection.fetchrow(SERVER)
+            if row is None or row["in_recovery"]:
+                connection.terminate()
+                return None
+            self._judge_server(row)
+        except BaseException:
             connection.terminate()
-            return None
+            raise
         self.installation = schema.installation
-        self._hear_server(row)
         return connection
 
-    def _hear_server(self, row: asyncpg.Record) -> None:
-        """Say, once, what of the server can't be made good from here."""
+    def _judge_server(self, row: asyncpg.Record) -> None:
+        """Say, once, what of the server can't be made good from here.
+
+        Raises:
+            UnusableDatabaseError: while this instance starts: nothing would ever work.
+        """
         warnings = [
             f"PostgreSQL runs with {name} = off: what it acknowledges can be lost when its machine "
             "stops, and its data destroyed."
@@ -499,6 +507,15 @@ class Database:
         for warning in warnings:
             if warning not in self._server_warnings:
                 log.error("PostgreSQL is not durable", reason=warning)
+        for whose in ("server", "role", "database"):
+            shortage = _shortage(self.settings, whose, row)
+            if shortage is None:
+                continue
+            if row[f"{whose}_limit"] < self.settings.connections_at_least and not self._serving:
+                raise UnusableDatabaseError(shortage)
+            warnings.append(shortage)
+            if not self._serving:  # later, who uses how many changes with each look
+                log.warning("few connections", reason=shortage)
         self._server_warnings = warnings
         if row["read_only"] and self._read_only is None:
             self._mark_read_only(Cause(Kind.READ_ONLY, "no"))
@@ -563,13 +580,43 @@ def _terminate(connection: Connection) -> None:
             connection.terminate()
 
 
+# Limits of role and database do not hold for a superuser; -1 is none. Who shares a limit with this
+# instance (others of it too) is counted, this connection not.
 SERVER: Final = """
+WITH others AS (
+    SELECT usesysid, datname FROM pg_stat_activity
+    WHERE usesysid IS NOT NULL AND pid <> pg_backend_pid()
+)
 SELECT pg_is_in_recovery() AS in_recovery,
        current_setting('transaction_read_only')::boolean AS read_only,
        current_setting('fsync') AS fsync,
-       current_setting('full_page_writes') AS full_page_writes
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('max_connections')::integer
+       - current_setting('superuser_reserved_connections')::integer
+       - coalesce(current_setting('reserved_connections', true)::integer, 0) AS server_limit,
+       (SELECT count(*) FROM others) AS server_used,
+       CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS role_limit,
+       (SELECT count(*) FROM others WHERE usesysid = pg_roles.oid) AS role_used,
+       CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,
+       (SELECT count(*) FROM others WHERE others.datname = pg_database.datname) AS database_used
+FROM pg_roles, pg_database
+WHERE rolname = session_user AND pg_database.datname = current_database()
 """
+
+
 READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
+
+
+def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None:
+    """Return a sentence when a limit does not allow the connections that are configured."""
+    limit, used = row[f"{whose}_limit"], row[f"{whose}_used"]
+    if limit < 0 or limit - used >= settings.connections_needed:
+        return None
+    return (
+        f"The {whose}'s limit is {limit} connections, of which others use {used}: this instance "
+        f"needs {settings.connections_at_least}, and may use {settings.connections_needed} "
+        "(DB_POOL_SIZE, JOB_CONNECTIONS, and 2)."
+    )
 
 
 def _problem(cause: Cause) -> DatabaseAway:

@@ -197,6 +197,17 @@ class Settings(BaseSettings):
         return self.database_url is not None or self.db_host is not None
 
     @property
+    def connections_needed(self) -> int:
+        """How many connections to PostgreSQL this instance may have open at once."""
+        # One heartbeat; one to look for the database, to cancel a statement, or to migrate.
+        return self.db_pool_size + 1 + (self.job_connections + 1 if self.jobs_enabled else 0)
+
+    @property
+    def connections_at_least(self) -> int:
+        """With how many it serves at all: one for requests, one for heartbeats."""
+        return 2 if self.jobs_enabled else 1
+
+    @property
     def database_address(self) -> str:
         """Where the database is: hosts and ports, for people."""
         hosts, ports = self._target.arguments["host"], self._target.arguments["port"]
