@@ -67,7 +67,7 @@ async def readyz(request: Request) -> Response:
     ready = all(said == "ok" for said in checks.values())
     # What jobs lack is no reason to send requests elsewhere.
     if state.scheduler is not None:
-        checks["jobs"] = _undeclared(state.scheduler.undeclared)
+        checks["jobs"] = _jobs_check(state.scheduler.fault, state.scheduler.undeclared)
     body = {
         "status": "ok" if ready else "unavailable",
         "server": state.settings.server_id,
@@ -84,7 +84,9 @@ async def readyz(request: Request) -> Response:
 router.add_api_route("/health", readyz, responses=_READY_ANSWERS, name="health")
 
 
-def _undeclared(jobs: Mapping[str, str]) -> str:
+def _jobs_check(fault: str | None, jobs: Mapping[str, str]) -> str:
+    if fault is not None:
+        return f"No jobs are claimed here. {fault}"
     if not jobs:
         return "ok"
     named = "; ".join(f"{name}: {reason}" for name, reason in islice(jobs.items(), NAMED))

@@ -1019,3 +1019,44 @@ async def test_that_the_work_of_a_run_is_done_is_noted(ground: Ground) -> None:
         scheduler.wake()
         (run,) = await ground.ended("moon")
     assert (run["outcome"], run["result"]) == ("succeeded", "all is done")
+
+
+async def test_nothing_is_claimed_without_heartbeats(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be started no run begins; one that has ended is started again."""
+    started = threading.Thread.start
+    begun: list[int] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "heartbeat":
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+
+    async def runs(_run: Run) -> None:
+        begun.append(1)
+
+    async with ground.scheduler([declare(runs)]) as scheduler:
+
+        async def refused() -> bool:
+            return scheduler.fault is not None
+
+        await until(refused)
+        await asyncio.sleep(0.5)
+        assert begun == []
+        assert scheduler.fault == ("The heartbeat thread can't be started: can't start new thread.")
+        monkeypatch.undo()
+        await ground.ended("moon")
+        assert scheduler.fault is None
+        # It ends by an error that nobody expects.
+        thread = scheduler._heart._thread
+        assert thread is not None
+        monkeypatch.setattr("balance_app.jobs.lease.AGAIN_SECONDS", "not a number")
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
+        monkeypatch.undo()
+        await ground.ready("moon")
+        await ground.ended("moon", runs=2)
+    assert begun == [1, 1]

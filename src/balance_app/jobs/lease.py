@@ -10,6 +10,7 @@ executes one more instruction, also when it is frozen.
 """
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -77,18 +78,50 @@ class Heart:
         self._stopped = False
         self._answered_at = monotonic()
         self._thread: threading.Thread | None = None
+        # why there is none
+        self._no_thread: str | None = None
+        # when the last heartbeat was sent that was answered (monotonic)
+        self._beat_at = -math.inf
         self._known: Known | None = None
 
     def start(self, known: Known) -> None:
-        """Begin to beat; called in the event loop of the service, in the main thread."""
-        if self._has_watchdog:
+        """Begin to beat; called in the event loop of the service, in the main thread.
+
+        Where no thread can be started, `fault` tries again.
+        """
+        if self._has_watchdog and self._watchdog is None:
             self._watchdog = watchdog_timer()
-        self._service = asyncio.get_running_loop()
-        self._answered_at = monotonic()
         self._known = known
-        if self._thread is None:  # else the jobs were declared anew
-            self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
-            self._thread.start()
+        self._service = asyncio.get_running_loop()
+        if self._thread is None or not self._thread.is_alive():
+            self._start_thread()
+
+    def fault(self) -> str | None:
+        """Say why leases can't be renewed, so that none may be claimed; None: they are renewed.
+
+        A thread that could not be started, or has ended, is started again.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            self._start_thread()
+        if self._no_thread is not None:
+            return f"The heartbeat thread can't be started: {self._no_thread}."
+        silent_seconds = monotonic() - self._beat_at
+        if silent_seconds <= self._trust_seconds - self._margin_seconds:
+            return None
+        return "No heartbeat has been answered lately."
+
+    def _start_thread(self) -> None:
+        self._answered_at = monotonic()
+        thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if self._no_thread is None:
+                log.error("the heartbeat thread can't be started", error=str(error))  # noqa: TRY400
+            self._no_thread = str(error)
+        else:
+            self._thread, self._no_thread = thread, None
+            self._beat_at = monotonic()  # as good as: the first is on its way
 
     async def stop(self) -> None:
         """End the thread; leases that are still held stay armed, and run out."""
@@ -219,6 +252,7 @@ class Heart:
             self._settings.job_heartbeat_seconds,
         )
         answered_at = monotonic()
+        self._beat_at = sent_at
         self.set_clock(now, answered_at)
         renewed = [leases[pulse.name, pulse.fence] for pulse in pulses if pulse.renewed]
         with self._lock:

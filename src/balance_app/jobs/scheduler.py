@@ -87,6 +87,8 @@ class Scheduler:
         self._declare_at = 0.0
         # jobs of this program that do not run as it declares them, with the reason
         self.undeclared: dict[str, str] = {}
+        # why no jobs are claimed here, if none can be
+        self.fault: str | None = None
         self._runs: dict[Run, asyncio.Task[None]] = {}
         self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
@@ -171,11 +173,10 @@ class Scheduler:
         Returns:
             How many seconds to wait before the next look; 0 after a job was taken.
         """
-        if self._known is not None and self._database.installation != self._installation:
-            self._begin_anew()
-        if self._known is None and (rest := self._declare_at - monotonic()) > 0:
-            return rest
-        known = self._known or await self._declare()
+        wait_seconds = await self._prepare()
+        known = self._known
+        if known is None or wait_seconds > 0:
+            return wait_seconds
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
         settling = timedelta(seconds=self._settings.job_settling_seconds)
@@ -211,6 +212,17 @@ class Scheduler:
         if look.wait_seconds <= 0:
             return RACE_SECONDS
         return min(look.wait_seconds, longest)
+
+    async def _prepare(self) -> float:
+        """Declare the jobs and see that leases are renewed; return how long to wait for that."""
+        if self._known is not None and self._database.installation != self._installation:
+            self._begin_anew()
+        if self._known is None and (rest := self._declare_at - monotonic()) > 0:
+            return rest
+        if self._known is None:
+            await self._declare()
+        self.fault = self._heart.fault()
+        return 0 if self.fault is None else RACE_SECONDS
 
     # -- after an outage ----------------------------------------------------------------------
 
