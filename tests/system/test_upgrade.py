@@ -97,7 +97,11 @@ class Fleet:
                 await asyncio.sleep(0.05)
 
     async def _is_ready(self, http: httpx.AsyncClient, instance: Copy) -> bool:
-        answer = await http.get(f"{instance.url}/readyz")
+        try:
+            answer = await http.get(f"{instance.url}/readyz")
+        except httpx.HTTPError as error:
+            self.seen_not_ready.append(f"{instance.name}: {error!r}")
+            return False
         if not answer.is_success:
             self.seen_not_ready.append(f"{instance.name}: {answer.text}")
         return answer.is_success
@@ -123,8 +127,7 @@ async def test_neighbouring_releases_run_side_by_side(
     problems: list[str] = []
     changes = 0
     async with _running(fleet, old=True):
-        urls = [each.url for each in fleet.members.values()]
-        user = await open_account(urls[0], balance=100_000)
+        user = await open_account(fleet.members[1].url, balance=100_000)
         watch = asyncio.create_task(fleet.watch())
         try:
             for old in (False, True):
@@ -143,7 +146,7 @@ async def test_neighbouring_releases_run_side_by_side(
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
-        ledger = await read_ledger(urls[-1], user)
+        ledger = await read_ledger(fleet.members[1].url, user)
     spans = read_diaries(tmp_path)
     tell(f"{changes} changes, {len(spans)} runs, at least {fleet.fewest_ready} ready")
     assert problems == []
