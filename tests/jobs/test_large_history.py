@@ -264,7 +264,7 @@ async def test_runs_begin_and_end_by_an_index(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """A claim, a claim of what was lost, an end, a resumption."""
+    """A claim, a claim of what was lost, a loss that is taken back, an end, a resumption."""
     async with explaining(large, mode) as connection:
         database = cast("Database", OneConnection(connection))
         me = repository.Me(uuid4(), "app1")
@@ -291,6 +291,7 @@ async def test_runs_begin_and_end_by_an_index(
                 ready_at=claimed.started_at + timedelta(hours=1),
             )
             assert await jobs.finish(claimed.name, claimed.fence, ending) is True
+        assert sorted(await jobs.refute_losses()) == [FAILING, RARE]
         controls = Controls(database, Board(database, load_settings(db_host="localhost")))
         await controls.pause(MANY, "ada", None)
         await controls.resume(MANY, "ada")

@@ -551,7 +551,8 @@ WITH refuted AS (
     UPDATE job_runs SET outcome = 'interrupted', result = $2
     WHERE outcome = 'lost' AND id IN (
         SELECT id FROM (
-            SELECT id, holder FROM job_runs WHERE outcome = 'lost'
+            SELECT id, holder FROM job_runs
+            WHERE (outcome, id) < ('lost', 9223372036854775807) AND (outcome, id) > ('lost', 0)
             ORDER BY outcome DESC, id DESC LIMIT 1000
         ) AS latest
         WHERE holder = $1
