@@ -239,6 +239,24 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         assert page.url == f"{site.copy.url}/"
 
 
+async def test_a_job_without_code_is_forgotten_after_a_question(
+    site: Site, browser: Browser
+) -> None:
+    """Its page has the button; what is left is its history."""
+    await add_job(site.connection, "job-a")
+    await add_run(site.connection, "job-a", "failed", began_ago=60, result="ValueError: dark")
+    async with tab(browser, site.copy.url) as page:
+        await live(page, "/jobs/job-a")
+        await page.get_by_role("button", name="Forget…").click()
+        await page.get_by_role("dialog").get_by_text("Keep it").click()
+        assert await site.value("SELECT forgotten_at IS NULL FROM jobs")
+        await page.get_by_role("button", name="Forget…").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Forget the job").click()
+        await page.get_by_text("had this job forgotten at").wait_for()
+        assert "ValueError: dark" in await page.inner_text("main")
+        assert await site.value("SELECT forgotten_by = 'page' FROM jobs")
+
+
 async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browser) -> None:
     """A run that ends is in the history at once; a pause may have a name and a reason."""
     await add_copy(site.connection)

@@ -189,9 +189,10 @@ document.addEventListener("submit", (event) => {
   const address = new URL(by?.hasAttribute("formaction") ? by.formAction : form.action);
   const method = (by?.getAttribute("formmethod") || form.method).toLowerCase();
   if (method === "get") {
-    if (address.pathname.endsWith("/cancel")) { event.preventDefault(); ask(address); }
+    if (/\/(cancel|forget)$/.test(address.pathname)) { event.preventDefault(); ask(address); }
     return;
   }
+  if (address.pathname.endsWith("/forget")) return;  // what is left is another page
   event.preventDefault();
   const fields = new URLSearchParams(new FormData(form, by));
   const name = localStorage.getItem("by");
