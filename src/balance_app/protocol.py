@@ -82,12 +82,12 @@ class _Cycle(RequestResponseCycle):
 
     @override
     def receive(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
-        return _end_of_body() if self.broken else super().receive()
+        return _end_of_body() if self.broken else RequestResponseCycle.receive(self)
 
     @override
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
         if self.response_started or not (self.lingers or self.more_body):
-            return super().send(message)
+            return RequestResponseCycle.send(self, message)
         return self._start_last_answer(message)
 
     async def _start_last_answer(self, message: ASGISendEvent) -> None:
@@ -125,6 +125,8 @@ class LimitedProtocol(HttpToolsProtocol):
     # what comes is dropped; nothing more will come
     _deaf = False
     _ended = False
+    # the host that was checked last on this connection
+    _good_host: bytes | None = None
     # why the parser was stopped
     _fault: Problem | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -305,8 +307,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.expect_100_continue = version != "1.0" and value.lower() == b"100-continue"
         if len(hosts) != 1 and (hosts or version != "1.0"):
             self._stop(MalformedRequest("Send one Host header."))
-        if hosts and not _HOST.fullmatch(hosts[0].strip(b" \t")):
-            self._stop(MalformedRequest("The Host header names no host."))
+        if hosts and hosts[0] != self._good_host:
+            if not _HOST.fullmatch(hosts[0].strip(b" \t")):
+                self._stop(MalformedRequest("The Host header names no host."))
+            self._good_host = hosts[0]
         if codings and (codings != [b"chunked"] or version == "1.0"):
             self._check_codings(b",".join(codings).lower(), version)
 
