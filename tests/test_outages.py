@@ -152,7 +152,11 @@ async def test_a_limit_of_connections_refuses_no_request(
         await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 2')
         answers: Counter[str] = Counter()
         for _ in range(4):
-            answers += await fire(client, 100)
+            async with admin.transaction():  # so that the two are busy, and a third is wanted
+                await admin.execute("LOCK TABLE users")
+                asked = asyncio.create_task(fire(client, 100))
+                await asyncio.sleep(0.3)
+            answers += await asked
         ready = (await client.get("/readyz")).json()
         await admin.close()
     if not guarded:
