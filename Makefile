@@ -10,7 +10,6 @@ SHELL := bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 COPIES ?= 5
-PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -30,11 +29,11 @@ $(READY): requirements-dev.lock pyproject.toml
 	@for pth in $(VENV)/lib/python3*/site-packages/*balance_app*.pth; do echo ../../../../src > "$$pth"; done
 	@touch $@
 
-run: $(READY) ## start PostgreSQL and five copies: http://localhost:3000 (Ctrl-C stops)
-	@exec $(BIN)/balance-app up --copies $(COPIES) --port $(PORT)
+run: $(READY) ## start PostgreSQL and five copies: http://127.0.0.1:3000 (Ctrl-C stops)
+	@exec $(BIN)/balance-app up --copies $(COPIES) $(if $(PORT),--port $(PORT))
 
 load: $(READY) ## fire 10 000 withdrawals at the running copies, and print the verdict
-	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest http://127.0.0.1:$(PORT) $(LOAD)
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest $(if $(PORT),http://127.0.0.1:$(PORT)) $(LOAD)
 
 test: $(READY) ## run all tests against a real PostgreSQL
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m pytest $(TESTS)
@@ -73,8 +72,10 @@ lock: ## renew the lock files (needs uv)
 clean: ## delete the environment and the caches, but no data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-docker-up: ## the same in containers: http://localhost:3001 to 3005
+docker-up: ## the same in containers: http://127.0.0.1:3001 to 3005
 	docker compose up --detach --build --wait
+	@echo "  page       http://127.0.0.1:3001, and the same at 3002 to 3005: one port for each instance"
+	@echo "  try        make load (over all five), make docker-logs, make docker-down"
 
 docker-down: ## stop the containers, keep the data
 	docker compose down

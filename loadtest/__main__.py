@@ -11,14 +11,13 @@ from rich.console import Console
 
 from loadtest.accounts import Account, Accounts, Ledger
 from loadtest.burst import Order, Progress, fire
-from loadtest.preconditions import CannotRunError, Target, allow_open_files, locate
+from loadtest.preconditions import CannotRunError, Target, allow_open_files, find, locate
 from loadtest.progress import shown
 from loadtest.report import Report
 from loadtest.verdict import Expectation, judge
 
 EXIT_PASSED, EXIT_FAILED, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-_DEFAULT_URL = "http://127.0.0.1:3000"
 _LONGEST_TIMEOUT_SECONDS = 3600
 _REQUESTS_AT_MOST = 1_000_000
 
@@ -49,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _run(options: Namespace) -> Report:
-    targets = [Target.parse(url) for url in [*options.urls, *options.url] or [_DEFAULT_URL]]
+    targets = [Target.parse(url) for url in [*options.urls, *options.url]]
     connections = min(options.connections or options.requests, options.requests)
     allow_open_files(connections)
-    targets = [await locate(target) for target in targets]
+    targets = [await locate(target) for target in targets] or await find()
     accounts = Accounts(targets[0])
     before = await (
         accounts.create(options.balance) if options.user is None else accounts.find(options.user)
@@ -102,7 +101,8 @@ def _parser() -> ArgumentParser:
         "urls",
         nargs="*",
         metavar="URL",
-        help=f"base URLs of the service, fired at in turn; loopback only (default {_DEFAULT_URL})",
+        help="base URLs of the service, fired at in turn; loopback only (default: BALANCE_APP_URL "
+        "or PORT, of the environment or `.env`; if nobody is there, the ports of the containers)",
     )
     add("--url", action="append", default=[], help="the same as an option; may be repeated")
     add("--requests", type=_count, default=10_000, help="how many (default %(default)s)")

@@ -1,13 +1,17 @@
 """What must hold before a single request is sent: loopback targets that answer, enough files."""
 
 import asyncio
+import os
 import resource
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Self
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
+
 _PROBE_TIMEOUT_SECONDS = 5
+_PORTS_OF_CONTAINERS = range(3001, 3006)
 _FILES_BESIDE_CONNECTIONS = 64
 
 
@@ -60,6 +64,29 @@ class Target:
 def absent(target: Target) -> CannotRunError:
     """Return the error for a target where nobody listens."""
     return CannotRunError(f"No service answers at {target.url}: start it with `make run`.")
+
+
+async def find() -> list[Target]:
+    """Return where the service is on this machine when nobody says: `make run`, or containers.
+
+    BALANCE_APP_URL and PORT, in the environment or in `.env`, hold for the service's commands too.
+
+    Raises:
+        CannotRunError: nobody listens at any of these places.
+    """
+    said = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
+    url = said.get("BALANCE_APP_URL") or f"http://127.0.0.1:{said.get('PORT') or 3000}"
+    target = Target.parse(url)
+    try:
+        return [await locate(target)]
+    except CannotRunError:
+        if said.get("BALANCE_APP_URL"):
+            raise
+    containers = [Target("127.0.0.1", port) for port in _PORTS_OF_CONTAINERS]
+    tried = await asyncio.gather(*(locate(each) for each in containers), return_exceptions=True)
+    if found := [each for each in tried if isinstance(each, Target)]:
+        return found
+    raise absent(target)
 
 
 async def locate(target: Target) -> Target:

@@ -1,13 +1,16 @@
 """What the load test refuses to do, and how it says so."""
 
+import asyncio
 import json
 import resource
 import socket
+from pathlib import Path
 
 import pytest
 
+from loadtest import preconditions
 from loadtest.__main__ import EXIT_NOT_RUN, main
-from loadtest.preconditions import CannotRunError, Target, allow_open_files
+from loadtest.preconditions import CannotRunError, Target, allow_open_files, find
 
 
 def test_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +22,32 @@ def test_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert said.err == f"No service answers at {url}: start it with `make run`.\n"
     assert said.out == ""
+
+
+async def test_the_service_is_found_where_its_commands_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PORT says; where nobody listens, at the ports of the containers that answer."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PORT", "BALANCE_APP_URL"):
+        monkeypatch.delenv(name, raising=False)
+    servers = [
+        await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        for _ in range(3)
+    ]
+    ports = [server.sockets[0].getsockname()[1] for server in servers]
+    try:
+        (tmp_path / ".env").write_text(f"PORT={ports[0]}\n")
+        assert await find() == [Target("127.0.0.1", ports[0])]
+        servers[0].close()
+        monkeypatch.setattr(preconditions, "_PORTS_OF_CONTAINERS", ports)
+        assert await find() == [Target("127.0.0.1", port) for port in ports[1:]]
+        monkeypatch.setenv("BALANCE_APP_URL", f"http://127.0.0.1:{ports[0]}")
+        with pytest.raises(CannotRunError, match=f"No service answers at .*:{ports[0]}"):
+            await find()
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_reason_as_json(capsys: pytest.CaptureFixture[str]) -> None:
