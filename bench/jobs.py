@@ -25,7 +25,8 @@ import asyncpg
 import httpx
 
 from balance_app.embedded import EmbeddedPostgres
-from balance_app.jobs.repository import CLAIM, FINISH, Known, Me, Turn, claim_arguments
+from balance_app.jobs.declarations import Known
+from balance_app.jobs.repository import CLAIM, FINISH, Me, Turn, claim_arguments
 from balance_app.migrations import migrate
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect, running
@@ -118,7 +119,7 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     booted_at = await connection.fetchval("SELECT clock_timestamp() - interval '1 day'")
     await connection.close()
     claims: list[float] = []
-    known = Known(booted_at, MANY_JOBS, [])
+    known = Known(booted_at, MANY_JOBS, [], [asyncpg.Range(1, MANY_JOBS + 1)])
     started = monotonic()
     runs = await asyncio.gather(
         *(claimer(number, settings, known, claims) for number in range(CLAIMERS))

@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from balance_app import metrics as numbers
 from balance_app.jobs.audits import audit_ledger
+from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.facts import Facts
 from balance_app.jobs.registry import Job, Registry, job
-from balance_app.jobs.repository import LOST_LIMIT
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.metrics import OUTCOMES, JobFacts, Metrics

@@ -12,13 +12,13 @@ import asyncpg
 import structlog
 
 from balance_app.database import Database
+from balance_app.jobs.declarations import Known
 from balance_app.jobs.lease import Lease
 from balance_app.jobs.registry import Job, Registry
 from balance_app.jobs.repository import (
     Beat,
     Claimed,
     JobRepository,
-    Known,
     Look,
     Me,
     Progress,
@@ -181,7 +181,7 @@ class Ground:
 
     async def forget(self) -> None:
         """Begin anew with no job at all."""
-        await self.eye.execute("TRUNCATE jobs, job_runs, copies RESTART IDENTITY")
+        await self.eye.execute("TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY")
 
     async def shift(self, seconds: float) -> None:
         """Let time pass: all that was lies further back. Leases stay as they are."""

@@ -18,8 +18,9 @@ import pytest
 from balance_app.errors import DatabaseAway
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.controls import RUN
+from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.registry import Job, job
-from balance_app.jobs.repository import LOST_LIMIT, QUARANTINE, STOPPED, Claimed, Ending
+from balance_app.jobs.repository import STOPPED, Claimed, Ending
 from balance_app.jobs.run import LeaseLostError, Run
 from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler

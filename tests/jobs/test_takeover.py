@@ -18,8 +18,9 @@ import pytest
 
 from balance_app.database import Database
 from balance_app.errors import DatabaseAway
+from balance_app.jobs.declarations import QUARANTINE
 from balance_app.jobs.lease import Heart
-from balance_app.jobs.repository import QUARANTINE, JobRepository, Me
+from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run
 from balance_app.migrations import migrate
 from balance_app.settings import load_settings

@@ -17,7 +17,7 @@ from pydantic_core import from_json, to_json
 
 from balance_app.database import Database, read
 from balance_app.errors import Problem
-from balance_app.jobs.repository import LOST_LIMIT
+from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
 from balance_app.words import exact
@@ -251,7 +251,7 @@ WITH header AS (
 ), changed AS (
     SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
            paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
-           cancel_by, done, total, note, alive_at, lost_streak, failure_streak,
+           cancel_by, done, total, note, alive_at, lost_streak, failure_streak, other_schedules,
            last_outcome, last_server, last_started_at, last_ended_at, last_result,
            forgotten_at, forgotten_by, work_ended_at
     FROM jobs
@@ -305,6 +305,9 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
         "state": state,
         "description": row["description"],
         "schedule": {"text": row["schedule"], "words": _in_words(row["schedule"])},
+        "otherSchedules": [
+            {"text": text, "words": _in_words(text)} for text in row["other_schedules"]
+        ],
         "server": row["server"] if running else None,
         "copyId": holder,
         "startedAt": row["started_at"] if running else None,

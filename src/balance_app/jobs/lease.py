@@ -22,7 +22,8 @@ from typing import Final
 import asyncpg
 import structlog
 
-from balance_app.jobs.repository import LEAVE, Beat, Known, Me, Progress, heartbeat
+from balance_app.jobs.declarations import Known
+from balance_app.jobs.repository import LEAVE, Beat, Me, Progress, heartbeat
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.metrics import Metrics
 from balance_app.outages import Kind, classify

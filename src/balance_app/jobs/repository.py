@@ -15,22 +15,22 @@ import asyncpg
 from pydantic_core import from_json, to_json
 
 from balance_app.database import Connection, Database, read, write
-from balance_app.jobs.schedule import Every, parse
-from balance_app.outages import is_away
+from balance_app.jobs.declarations import (
+    LIVE,
+    LONGEST_QUARANTINE,
+    LOST_LIMIT,
+    QUARANTINE,
+    Known,
+    declare,
+)
 
-# So many runs lost in a row quarantine a job, for this long after the first time too many, and
-# twice as long after each loss that follows: a job that kills its process must not take down the
-# fleet, and one that was lost with its process tries again by itself.
-LOST_LIMIT: Final = 3
-QUARANTINE: Final = timedelta(minutes=10)
-LONGEST_QUARANTINE: Final = timedelta(hours=2)
 # What the history says of runs that ended without a word of their own.
 STOPPED: Final = "its copy was stopped"
 GONE: Final = "its instance sent no heartbeat until its lease was over"
 UNREACHABLE: Final = "its instance could not reach the database until its lease was over"
 NOT_BEGUN: Final = "its instance could not reach the database, and never began it"
-LIMITS: Final = (LOST_LIMIT, QUARANTINE, LONGEST_QUARANTINE, STOPPED, GONE)
-DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
+LIMITS: Final = (QUARANTINE, LONGEST_QUARANTINE, STOPPED, GONE)
+NOTICE_BATCH: Final = 500
 
 
 class Me(NamedTuple):
@@ -38,15 +38,6 @@ class Me(NamedTuple):
 
     id: UUID
     server: str
-
-
-class Known(NamedTuple):
-    """What a copy knew when it started, by PostgreSQL's clock: it claims nothing else."""
-
-    booted_at: datetime
-    # jobs are numbered in the order of first declaration: up to this one, but for those
-    knows_to: int
-    lacks: list[str]
 
 
 class Turn(NamedTuple):
@@ -131,6 +122,15 @@ class Ending:
     pause_reason: str | None = None
 
 
+class Ahead(NamedTuple):
+    """A lease whose last renewal lies in the future, by PostgreSQL's clock, and how long it is."""
+
+    name: str
+    fence: int
+    alive_at: datetime
+    length: timedelta
+
+
 class Abandoned(NamedTuple):
     """A claim of this instance whose answer it never took: the run did not begin."""
 
@@ -182,20 +182,39 @@ class JobRepository:
         # jobs of this program whose rows could not be written, with the reason
         self.undeclared: dict[str, str] = {}
 
-    async def declare(self, jobs: Mapping[str, tuple[str, str]]) -> Known:
+    async def declare(
+        self,
+        jobs: Mapping[str, tuple[str, str]],
+        jitters: Mapping[str, timedelta] | None = None,
+        *,
+        live: timedelta = LIVE,
+    ) -> Known:
         """Bring the rows up to the jobs (name: schedule, description) that the code declares.
 
-        A job that can't be declared keeps the row that it has, if any; see `undeclared`.
+        Said again and again, it keeps the declarations alive; see `declarations`. A job that can't
+        be declared keeps the row that it has, if any; see `undeclared`.
         """
         known, self.undeclared = await self._database.run(
-            lambda con: _declare(con, jobs), urgent=True
+            lambda con: declare(con, jobs, jitters or {}, live), urgent=True
         )
         return known
+
+    async def ahead(self) -> list[Ahead]:
+        """Return the leases that were renewed in the future: PostgreSQL's clock was set back."""
+        rows = await self._database.run(lambda con: read(con, AHEAD), urgent=True)
+        return [Ahead(*row) for row in rows]
+
+    async def expire(self, lease: Ahead) -> bool:
+        """End a lease that was not renewed for longer than it lasts; False: it was meanwhile."""
+        row = await self._database.run(
+            lambda con: write(con, EXPIRE, lease.name, lease.fence, lease.alive_at), urgent=True
+        )
+        return row is not None
 
     async def notice(self, known: Known, settling: timedelta) -> None:
         """Write down when this copy, which has just come up, saw which jobs will soon be ready."""
         await self._database.run(
-            lambda con: write(con, NOTICE, known.knows_to, known.lacks, settling, known.booted_at),
+            lambda con: write(con, NOTICE, known.numbers, NOTICE_BATCH, settling, known.booted_at),
             urgent=True,
         )
 
@@ -283,106 +302,12 @@ class JobRepository:
         return row is not None
 
 
-# A new row comes with the tick of its declaration (an interval) or its first tick (cron). A
-# changed schedule takes effect at its next tick; a tick that is due already stays. Copies that
-# start together take turns, so that a number below the highest can't appear later.
-DECLARATIONS: Final = """
-SELECT name, schedule, description, anchor_at, holder IS NOT NULL AS held,
-       forgotten_at IS NOT NULL AS forgotten
-FROM jobs WHERE name = ANY($1)
-"""
-
-ADD: Final = """
-INSERT INTO jobs (name, schedule, description, anchor_at, due_at, ready_at)
-VALUES ($1, $2, $3, $4, $5, $5)
-"""
-
-REDECLARE: Final = """
-UPDATE jobs SET schedule = $2, description = $3, forgotten_at = NULL, forgotten_by = NULL,
-    due_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
-             THEN $4 ELSE due_at END,
-    ready_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
-               THEN $4 ELSE ready_at END
-WHERE name = $1
-"""
-
-# A job that was forgotten begins anew: nothing of what waited then is made up for. Its fence goes
-# on, as the history has its runs.
-REVIVE: Final = """
-UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, ready_at = $5,
-    forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
-    pause_reason = NULL, attempt = 0, requested_by = NULL, checkpoint = NULL, lost_streak = 0,
-    releases = 0, retries = 0, failure_streak = 0,
-    seen_at = NULL
-WHERE name = $1 AND holder IS NULL
-"""
-
-KNOWN: Final = """
-SELECT clock_timestamp(), coalesce(max(number), 0),
-       coalesce(array_agg(name) FILTER (WHERE name <> ALL ($1)), '{}')
-FROM jobs
-"""
-
-
-# Services in two schemas of one database don't wait for each other.
-DECLARE_IN_TURN: Final = """
-SELECT pg_advisory_xact_lock(
-    $1::bigint # CASE current_schema() WHEN 'public' THEN 0 ELSE hashtext(current_schema()) END
-)
-"""
-
-
-async def _declare(
-    connection: Connection, jobs: Mapping[str, tuple[str, str]]
-) -> tuple[Known, dict[str, str]]:
-    undeclared = {}
-    async with connection.transaction(isolation="read_committed"):
-        # Who stands still in here must not keep others from coming up.
-        await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
-        await read(connection, DECLARE_IN_TURN, DECLARE_LOCK)
-        now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
-        rows = {row["name"]: row for row in await read(connection, DECLARATIONS, list(jobs))}
-        for name, declared in sorted(jobs.items()):
-            row = rows.get(name)
-            if (
-                row is not None
-                and not row["forgotten"]
-                and (row["schedule"], row["description"]) == declared
-            ):
-                continue
-            try:
-                async with connection.transaction():  # what fails harms its own job alone
-                    await _declare_one(connection, now, row, name, *declared)
-            except (asyncpg.PostgresError, ValueError) as error:
-                if is_away(error) is not None:
-                    raise
-                undeclared[name] = f"{type(error).__name__}: {error}"
-        return Known(*(await read(connection, KNOWN, list(jobs)))[0]), undeclared
-
-
-async def _declare_one(  # noqa: PLR0913, PLR0917 - a row and what is declared
-    connection: Connection,
-    now: datetime,
-    row: asyncpg.Record | None,
-    name: str,
-    schedule: str,
-    description: str,
-) -> None:
-    ticks = parse(schedule)
-    if row is None or (row["forgotten"] and not row["held"]):
-        first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
-        sql = ADD if row is None else REVIVE
-        await connection.execute(sql, name, schedule, description, now, first)
-    else:
-        due = ticks.next_after(now, row["anchor_at"])
-        await connection.execute(REDECLARE, name, schedule, description, due)
-
-
 # Written once for each time that a job is ready, by the first of the copies that come up: the next
 # can't push it on. Copies that come up at least a settling time after a note have no use for it, so
 # one that is twice as old concerns nobody any more, and is replaced; so is one that a run has
 # outlived. Nothing is written about a run that gave a sign of life after this copy's boot: the note
-# would outlive the fleet, and the next fleet would take it for its own.
+# would outlive the fleet, and the next fleet would take it for its own. Of many, the longest ready
+# come first, a batch at each look; nobody takes a job before it is noticed, or all have settled.
 NOTICE: Final = """
 WITH ready AS (
     SELECT name FROM jobs
@@ -390,7 +315,8 @@ WITH ready AS (
       AND (alive_at <= $4) IS NOT FALSE
       AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval
            OR seen_at <= alive_at)
-      AND number <= $1 AND name <> ALL ($2)
+      AND number <@ $1::int8multirange
+    ORDER BY claimable_at LIMIT $2
     FOR UPDATE SKIP LOCKED
 )
 UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
@@ -408,9 +334,9 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # in this round lets the others go first: rounds are the virtual time of start-time fair queueing
 # (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being counted.
 #
-# $1 id, $2 server, $3 lease, $4 booted_at, $5 knows_to, $6 lacks,
+# $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
 # $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over_until,
-# $13 to $17 the limits
+# $13 quarantine, $14 the longest, $15 and $16 what is said of who stopped, or is gone
 CLAIM: Final = """
 WITH own AS (
     SELECT $7::interval
@@ -421,13 +347,13 @@ WITH own AS (
            holder IS NOT NULL AS held,
            holder IS NOT NULL AND NOT parts AS lost,
            CASE WHEN parts THEN 'interrupted' ELSE 'lost' END AS outcome,
-           CASE WHEN parts THEN $16 ELSE $17 END AS result,
-           holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $13 AS quarantined,
+           CASE WHEN parts THEN $15 ELSE $16 END AS result,
+           holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $6 AS quarantined,
            holder IS NULL
-           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $13)) AS goes
+           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $6)) AS goes
     FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp())
-      AND number <= $5 AND name <> ALL ($6)
+      AND number <@ $5::int8multirange
       AND (holder IS NULL OR clock_timestamp() <= $12::timestamptz)
       AND (SELECT clock_timestamp() - wait FROM own) >=
           CASE WHEN alive_at > $4 THEN claimable_at
@@ -451,7 +377,7 @@ WITH own AS (
         lost_streak = lost_streak + lost::integer,
         round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
         ready_at = CASE WHEN quarantined THEN clock_timestamp() + least(
-            $15::interval, $14::interval * power(2, least(lost_streak + 1 - $13, 30)))
+            $14::interval, $13::interval * power(2, least(lost_streak + 1 - $6, 30)))
             ELSE ready_at END,
         last_outcome = CASE WHEN held THEN candidate.outcome ELSE last_outcome END,
         last_server = CASE WHEN held THEN candidate.server ELSE last_server END,
@@ -473,7 +399,7 @@ WITH own AS (
     SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE goes
 ), head AS (
     SELECT claimable_at, alive_at, seen_at, holder FROM jobs
-    WHERE claimable_at IS NOT NULL AND number <= $5 AND name <> ALL ($6)
+    WHERE claimable_at IS NOT NULL AND number <@ $5::int8multirange
     ORDER BY claimable_at LIMIT 20
 ), next AS (
     SELECT min(CASE WHEN seen_at <= $4 + $11 AND (alive_at > $4) IS NOT TRUE
@@ -491,7 +417,7 @@ FROM next LEFT JOIN taken ON true
 
 def claim_arguments(me: Me, lease: timedelta, known: Known, turn: Turn) -> tuple[object, ...]:
     """Return what CLAIM asks for, in its order."""
-    return (*me, lease, *known, *turn, *LIMITS)
+    return (*me, lease, known.booted_at, known.numbers, LOST_LIMIT, *turn, *LIMITS)
 
 
 # Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
@@ -532,6 +458,20 @@ WITH freed AS (
 SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
 FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# A renewal can't be later than now, unless the clock was set back since. Such a lease would stand
+# for as long as that. Its holder, if it lives, renews it by the new time; so it is only ended when
+# somebody has seen it not renewed for longer than it lasts, by a clock that is not set.
+AHEAD: Final = """
+SELECT name, fence, alive_at, lease_until - alive_at FROM jobs
+WHERE holder IS NOT NULL AND alive_at > clock_timestamp() + interval '1 s'
+"""
+
+EXPIRE: Final = """
+UPDATE jobs SET lease_until = least(lease_until, clock_timestamp())
+WHERE name = $1 AND fence = $2 AND alive_at = $3 AND holder IS NOT NULL
+RETURNING name
 """
 
 # A claim may be carried out for an instance that has stopped waiting for it. It names itself as the

@@ -13,15 +13,16 @@ import structlog
 
 from balance_app.database import Database
 from balance_app.errors import DatabaseAway
+from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Known
 from balance_app.jobs.lease import Heart
 from balance_app.jobs.registry import Job, Registry
 from balance_app.jobs.repository import (
     NOT_BEGUN,
     STOPPED,
+    Ahead,
     Claimed,
     Ending,
     JobRepository,
-    Known,
     Me,
     Skipped,
     Turn,
@@ -47,9 +48,11 @@ OWNERS_FIRST_SECONDS: Final = 2.0
 # What was released for any reason but an instance's stop waits: a second, then twice as long each
 # time, up to five minutes; released so many times in a row, or lasting so long, it counts anew.
 RELEASE_SECONDS: Final = 1.0
-LONGEST_RELEASE_SECONDS: Final = 300.0
+LONGEST_RELEASE_SECONDS: Final = LONGEST_RELEASE.total_seconds()
 MOST_RELEASES: Final = 10
 CLEAR_UP_SECONDS: Final = 0.5
+# How often an instance declares its jobs again.
+DECLARE_SECONDS: Final = 15.0
 LONGEST_RETRY_SECONDS: Final = 3600.0
 # How much later a copy takes a job that has claimed one in this round already.
 TIE: Final = timedelta(milliseconds=10)
@@ -96,6 +99,9 @@ class Scheduler:
         # when the database was last known to be unavailable, or a lease or an answer was late
         self._away_at = -math.inf
         self._cleared_at = -math.inf
+        # when the jobs were last declared, and leases from before PostgreSQL's clock was set back
+        self._declared_at = math.inf
+        self._ahead: dict[Ahead, float] = {}
         self._soon = asyncio.Event()
         self._draining = False
         self._loop: asyncio.Task[None] | None = None
@@ -180,6 +186,8 @@ class Scheduler:
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
         settling = timedelta(seconds=self._settings.job_settling_seconds)
+        if now - self._declared_at >= DECLARE_SECONDS:
+            await self._declare_again(now)
         if now - self._away_at < 2 * self._settings.job_lease_seconds:
             await self._clear_up(now)
         if not settled:
@@ -296,21 +304,44 @@ class Scheduler:
     async def _declare(self) -> Known:
         self._installation = self._database.installation
         try:
-            known = await self._jobs.declare(
-                {job.name: (str(job.schedule), job.description) for job in self._registry.values()}
-            )
+            known = await self._jobs.declare(*self._declared())
         except Exception as error:
             if not isinstance(error, DatabaseAway):  # which concerns more than the jobs
                 self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
             raise
         self._set_undeclared(self._jobs.undeclared)
         self._known = known
-        self._booted = monotonic()
+        self._booted = self._declared_at = monotonic()
         self._heart.set_clock(known.booted_at, self._booted)
         if not self._draining:
             self._heart.start(known)
         log.info("scheduler started", copy=str(self.me.id), jobs=len(self._registry))
         return known
+
+    def _declared(self) -> tuple[dict[str, tuple[str, str]], dict[str, timedelta]]:
+        jobs = self._registry.values()
+        return (
+            {job.name: (str(job.schedule), job.description) for job in jobs},
+            {job.name: timedelta(seconds=job.jitter_seconds) for job in jobs},
+        )
+
+    async def _declare_again(self, now: float) -> None:
+        """Keep the declarations alive, and mend what a clock that was set back has left.
+
+        Others may have been as long without the database as this instance: theirs count as long.
+        """
+        live = LIVE + timedelta(seconds=now - self._declared_at - DECLARE_SECONDS)
+        await self._jobs.declare(*self._declared(), live=live)
+        self._set_undeclared(self._jobs.undeclared)
+        self._declared_at = now
+        ahead = await self._jobs.ahead()
+        seen_at = monotonic()
+        self._ahead = {lease: self._ahead.get(lease, seen_at) for lease in ahead}
+        for lease, first_seen_at in self._ahead.items():
+            if seen_at - first_seen_at > lease.length.total_seconds() and (
+                await self._jobs.expire(lease)
+            ):
+                log.warning("a lease from before the clock was set back is over", job=lease.name)
 
     def _set_undeclared(self, undeclared: dict[str, str]) -> None:
         found = {name: plain(reason, 500) for name, reason in undeclared.items()}

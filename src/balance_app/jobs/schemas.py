@@ -236,6 +236,12 @@ class JobAnswer(_Answer):
     state: Annotated[Literal["running", "waiting", "paused"], Field(examples=["running"])]
     description: Annotated[str, Field(examples=["Check every entry against the one before it."])]
     schedule: ScheduleAnswer
+    other_schedules: Annotated[
+        list[ScheduleAnswer],
+        Field(
+            description="declared by live instances of other versions; the latest declared counts"
+        ),
+    ]
     server: Annotated[Server | None, Field(description="which copy runs it")]
     copy_id: CopyId | None
     started_at: Instant | None

@@ -32,6 +32,7 @@ jobs = Table(
     Column("number", BigInteger, Identity(always=True), nullable=False),
     Column("schedule", Text, nullable=False),
     Column("description", Text, nullable=False),
+    Column("other_schedules", ARRAY(Text), nullable=False, server_default="{}"),
     Column(
         "anchor_at",
         DateTime(timezone=True),
@@ -126,6 +127,24 @@ job_runs = Table(
     Index("job_runs_job_id_idx", "job", "id"),
     Index("job_runs_outcome_id_idx", "outcome", "id"),
     Index("job_runs_job_outcome_id_idx", "job", "outcome", "id"),
+)
+
+job_declarations = Table(
+    "job_declarations",
+    metadata,
+    Column("job", ForeignKey("jobs.name", ondelete="CASCADE"), primary_key=True),
+    Column("digest", Text, primary_key=True),
+    Column("schedule", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column(
+        "first_declared_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
+    ),
+    Column(
+        "seen_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()
+    ),
 )
 
 copies = Table(

@@ -1,0 +1,217 @@
+"""Which declaration of a job counts when versions differ; and a clock that is set back."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from balance_app.jobs import declarations
+from balance_app.jobs import scheduler as scheduling
+from balance_app.jobs.declarations import LIVE
+from balance_app.jobs.registry import Job, job
+from balance_app.jobs.repository import Ending
+from balance_app.jobs.run import Run
+from tests.jobs.support import Copy, Ground, on, until
+
+SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+OLD, NEW = "cron 0 3 * * * UTC", "cron 30 4 * * * UTC"
+
+# As f2f4455 does when it starts.
+OLD_REDECLARE = """
+UPDATE jobs SET schedule = $2, description = $3,
+    due_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
+             THEN $4 ELSE due_at END,
+    ready_at = CASE WHEN holder IS NULL AND due_at > clock_timestamp() AND schedule <> $2
+               THEN $4 ELSE ready_at END
+WHERE name = $1
+"""
+
+
+@pytest.fixture(scope="module")
+async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres) as ground:
+        yield ground
+
+
+@pytest.fixture
+async def ground(land: Ground) -> AsyncIterator[Ground]:
+    await land.forget()
+    yield land
+    await land.close()
+
+
+async def ages(ground: Ground, schedule: str, by: timedelta = 2 * LIVE) -> None:
+    """Let nobody have made a declaration for a while."""
+    await ground.eye.execute(
+        "UPDATE job_declarations SET seen_at = seen_at - $2::interval WHERE schedule = $1",
+        schedule,
+        by,
+    )
+
+
+async def shows(ground: Ground) -> tuple[str, list[str], int]:
+    row = await ground.row("moon")
+    return row["schedule"], row["other_schedules"], row["due_at"].hour
+
+
+async def test_the_code_that_lives_decides_the_schedule(ground: Ground) -> None:
+    """An older version that starts once more changes nothing, and who goes counts no more."""
+    old, new = ground.copy("old"), ground.copy("new")
+    await old.declare("moon", schedule=OLD)
+    await new.declare("moon", schedule=NEW)
+    assert await shows(ground) == (NEW, [OLD], 4)
+    await old.declare("moon", schedule=OLD)  # started again: it is not newer by that
+    assert await shows(ground) == (NEW, [OLD], 4)
+    await ages(ground, OLD)  # and stopped
+    await new.declare("moon", schedule=NEW)
+    assert await shows(ground) == (NEW, [], 4)
+    await old.declare("moon", schedule=OLD)  # going back on purpose
+    await ages(ground, NEW)
+    await old.declare("moon", schedule=OLD)
+    assert await shows(ground) == (OLD, [], 3)
+
+
+async def test_where_the_last_to_start_decides_the_old_schedule_stays(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: without the order of first declarations an old instance that starts wins."""
+    first = "first_declared_at DESC"
+    assert first in declarations.COUNTS
+    monkeypatch.setattr(declarations, "COUNTS", declarations.COUNTS.replace(first, "seen_at DESC"))
+    old, new = ground.copy("old"), ground.copy("new")
+    await old.declare("moon", schedule=OLD)
+    await new.declare("moon", schedule=NEW)
+    await old.declare("moon", schedule=OLD)
+    assert (await shows(ground))[0] == OLD
+
+
+async def test_a_program_that_makes_no_declarations_is_overruled(ground: Ground) -> None:
+    """The release before writes its schedule into the row when it starts; it does not stay."""
+    new = ground.copy("new")
+    await new.declare("moon", schedule=NEW)
+    due_at = (await ground.row("moon"))["due_at"]
+    await ground.eye.execute(OLD_REDECLARE, "moon", OLD, "", due_at - HOUR)
+    await new.declare("moon", schedule=NEW)
+    row = await ground.row("moon")
+    assert (row["schedule"], row["due_at"], row["ready_at"]) == (NEW, due_at, due_at)
+
+
+async def test_who_was_cut_off_takes_nobody_for_gone(ground: Ground) -> None:
+    """After an outage the first to come back gives the others as long as it was away itself."""
+    old, new = ground.copy("old"), ground.copy("new")
+    await old.declare("moon", schedule=OLD)
+    await new.declare("moon", schedule=NEW)
+    await ages(ground, NEW, 10 * MINUTE)
+    await old.jobs.declare({"moon": (OLD, "")}, live=11 * MINUTE)
+    assert (await shows(ground))[0] == NEW
+
+
+async def test_a_schedule_of_a_newer_program_stays(ground: Ground) -> None:
+    """Who can't read the schedule that counts leaves the row to those who can, and is at peace."""
+    old = ground.copy("old")
+    await old.declare("moon", schedule=OLD)
+    await ground.eye.execute("UPDATE jobs SET schedule = 'every full moon'")
+    await ground.eye.execute(
+        "INSERT INTO job_declarations (job, digest, schedule, description)"
+        " VALUES ('moon', 'x', 'every full moon', '')"
+    )
+    before = await ground.row("moon")
+    await old.declare("moon", schedule=OLD)
+    assert await ground.row("moon") == before
+    assert old.jobs.undeclared == {}
+
+
+# -- a clock that was set back ---------------------------------------------------------------------
+
+
+async def set_back(ground: Ground, by: timedelta) -> None:
+    """Let PostgreSQL's clock be set back: all that was lies further ahead."""
+    await ground.shift(-by.total_seconds())
+    await ground.eye.execute(
+        "UPDATE jobs SET lease_until = lease_until + $1::interval WHERE holder IS NOT NULL", by
+    )
+
+
+WAITS: dict[str, tuple[str, dict[str, object]]] = {
+    "an interval": ("every 300 s", {}),
+    "a cron schedule": ("cron */5 * * * * UTC", {}),
+    "a retry": ("every 300 s", {"attempt": 1, "retries": 1}),
+    "a quarantine": ("every 300 s", {"attempt": 3, "lost_streak": 3}),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+async def test_no_job_waits_for_a_clock_that_was_set_back(ground: Ground, what: str) -> None:
+    """Its next start is at most as far ahead as if the clock had always been right."""
+    schedule, columns = WAITS[what]
+    copy = ground.copy()
+    await copy.declare("moon", schedule=schedule)
+    claimed = await copy.claim() if what != "a cron schedule" else None
+    if claimed is not None:
+        next_at = claimed.due_at + 5 * MINUTE
+        ending = Ending(
+            outcome="succeeded", result="", seconds_ago=0, due_at=next_at, ready_at=next_at
+        )
+        await copy.jobs.finish("moon", 1, ending)
+    for column, value in columns.items():
+        await ground.eye.execute(f"UPDATE jobs SET {column} = $1", value)  # noqa: S608 - ours
+    if "attempt" in columns:
+        await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min'")
+    before = await ground.row("moon")
+    await copy.declare("moon", schedule=schedule)
+    assert {**await ground.row("moon")} == {**before}  # nothing is amiss
+    await set_back(ground, 3 * HOUR)
+    await copy.declare("moon", schedule=schedule)
+    row = await ground.row("moon")
+    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    assert row["due_at"] <= now + 5 * MINUTE
+    assert row["ready_at"] <= now + 5 * MINUTE
+    assert row["anchor_at"] <= now or what == "a cron schedule"
+    assert row["alive_at"] is None or row["alive_at"] <= now
+
+
+def _job(function: Any) -> Job:  # noqa: ANN401 - what a job may be
+    return job(name="moon", every=timedelta(hours=1))(function)
+
+
+async def test_a_dead_lease_does_not_stand_for_as_long_as_the_clock_was_set_back(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has seen for longer than it lasts that nobody renews it ends it; not what is renewed."""
+    monkeypatch.setattr(scheduling, "DECLARE_SECONDS", 0.2)
+    dead = ground.copy("dead", lease=timedelta(seconds=2))
+    await dead.declare("moon")
+    await dead.claim()
+    await set_back(ground, HOUR)
+
+    async def runs(_run: Run) -> str:
+        return "at last"
+
+    async with ground.scheduler([_job(runs)]) as scheduler:
+        await until(lambda: _sees(scheduler))
+        assert (await ground.row("moon"))["server"] == "dead"
+        await ground.ended("moon", runs=2)
+    assert [outcome for outcome, _ in await ground.outcomes("moon")][:2] == ["lost", "succeeded"]
+
+
+async def _sees(scheduler: scheduling.Scheduler) -> bool:
+    return bool(scheduler._ahead)
+
+
+async def test_a_lease_that_is_renewed_is_left_alone(ground: Ground) -> None:
+    """What is ended is the very lease that was seen, and only if nobody has renewed it since."""
+    copy: Copy = ground.copy()
+    await copy.declare("moon")
+    await copy.claim()
+    assert await copy.jobs.ahead() == []
+    await set_back(ground, HOUR)
+    (lease,) = await copy.jobs.ahead()
+    assert (lease.name, lease.fence, lease.length) == ("moon", 1, copy.lease)
+    await copy.beat(ground.eye, ("moon", 1))
+    assert not await copy.jobs.expire(lease)
+    assert await copy.jobs.ahead() == []
+    row = await ground.row("moon")
+    assert row["lease_until"] > await ground.eye.fetchval("SELECT clock_timestamp()")
