@@ -39,6 +39,7 @@ RIGHTS: Final = {
     "idempotency_keys": ("SELECT", "INSERT", "DELETE"),
     "jobs": ("SELECT", "INSERT", "UPDATE"),
     "job_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "job_declarations": ("SELECT", "INSERT", "UPDATE"),
     "copies": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "daily_balances": ("SELECT", "INSERT", "UPDATE"),
     "daily_totals": ("SELECT", "INSERT", "UPDATE"),

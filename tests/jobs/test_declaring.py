@@ -13,7 +13,7 @@ from starlette.requests import Request
 from typing_extensions import override
 
 from balance_app import health
-from balance_app.jobs import repository
+from balance_app.jobs import declarations
 from balance_app.jobs.registry import Job, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.schedule import Every
@@ -92,7 +92,7 @@ async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -
 
 async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in one: then none is declared, none runs, and all of them are named."""
-    monkeypatch.setattr(repository, "is_away", lambda _error: "no")
+    monkeypatch.setattr(declarations, "is_away", lambda _error: "no")
     async with ground.scheduler([*BAD, good]) as scheduler:
         async with asyncio.timeout(10):
             while not scheduler.undeclared:  # noqa: ASYNC110 - it has no event

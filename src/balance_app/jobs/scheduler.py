@@ -186,10 +186,7 @@ class Scheduler:
         now = monotonic()
         settled = now - self._booted >= self._settings.job_settling_seconds
         settling = timedelta(seconds=self._settings.job_settling_seconds)
-        if now - self._declared_at >= DECLARE_SECONDS:
-            await self._declare_again(now)
-        if now - self._away_at < 2 * self._settings.job_lease_seconds:
-            await self._clear_up(now)
+        await self._maintain(now)
         if not settled:
             await self._jobs.notice(known, settling)
         look = await self._jobs.look(
@@ -204,7 +201,7 @@ class Scheduler:
             ),
         )
         self._heart.set_clock(look.now, monotonic())
-        if monotonic() - now > self._patience_seconds:
+        if monotonic() - look.sent_at > self._patience_seconds:
             self._away_at = monotonic()
         if look.set_aside is not None:
             log.warning("job quarantined, or lost while paused", job=look.set_aside)
@@ -231,6 +228,12 @@ class Scheduler:
             await self._declare()
         self.fault = self._heart.fault()
         return 0 if self.fault is None else RACE_SECONDS
+
+    async def _maintain(self, now: float) -> None:
+        if now - self._declared_at >= DECLARE_SECONDS:
+            await self._declare_again(now)
+        if now - self._away_at < 2 * self._settings.job_lease_seconds:
+            await self._clear_up(now)
 
     # -- after an outage ----------------------------------------------------------------------
 
