@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Literal, cast
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from balance_app.database import Database
@@ -128,6 +129,8 @@ def _literal(value: object) -> str:
     """Return an argument as SQL; its type is the parameter's."""
     if value is None:
         return "NULL"
+    if isinstance(value, list) and value and isinstance(value[0], asyncpg.Range):
+        return _literal(f"{{{','.join(f'[{each.lower},{each.upper})' for each in value)}}}")
     if isinstance(value, list | tuple):
         items = ",".join(json.dumps(_text(item), ensure_ascii=False) for item in value)
         return _literal(f"{{{items}}}")
