@@ -8,8 +8,23 @@ from typing import Any
 import httpx
 import pytest
 
+from balance_app.balances.repository import BalanceRepository
+from balance_app.database import Database
+from balance_app.errors import DatabaseAway, Problem
+from tests.history import (
+    Accepted,
+    Entry,
+    Kind,
+    Ledger,
+    NotApplied,
+    Operation,
+    State,
+    Unknown,
+    check,
+)
 from tests.processes import Copy, connect
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
+from tests.test_database import settings_for
 
 KEYED = {"Idempotency-Key": "k"}
 NEW_KEY = {"Idempotency-Key": "new"}
@@ -123,6 +138,32 @@ async def locked(database: dict[str, str], statement: str = "") -> AsyncIterator
         await transaction.rollback()
     finally:
         await holder.close()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+async def test_a_history_shows_a_key_that_was_denied(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """The check of histories finds no lie; the control tells of one try what it says of all."""
+    if not guarded:
+        monkeypatch.setattr(Problem, "under", lambda _problem, _key: None)
+    pool = Database(settings_for(database))
+    await pool.start()
+    try:
+        made = await BalanceRepository(pool).change(1, -1, "k")
+        pool.refuse_requests()
+        with pytest.raises(DatabaseAway) as again:
+            await BalanceRepository(pool).change(1, -1, "k")
+    finally:
+        await pool.stop()
+    tried = NotApplied if again.value.applied == "no" else Unknown
+    operations: list[Operation] = [
+        Accepted("k", -1, made.version, made.balance, sent=1, answered=2),
+        tried("k", -1, sent=3, answered=4),
+    ]
+    entries = (Entry(1, 10_000, 10_000, None), Entry(2, -1, 9_999, "k"))
+    found = {each.kind for each in check(Ledger(entries, State(2, 9_999)), operations)}
+    assert found == (set() if guarded else {Kind.NOT_APPLIED_IN_LEDGER})
 
 
 Door = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
