@@ -453,7 +453,7 @@ class Database:
                 cause = _start_failure(error)
                 # Whoever starts this instance is told; once it serves, an operator may mend it.
                 if not self._serving and cause.kind in HOPELESS:
-                    raise UnusableDatabaseError(f"{cause.sentence} {error}") from error
+                    raise UnusableDatabaseError(f"{cause.sentence} {cause.text}") from error
                 if not self._serving and cause.kind in {Kind.SCHEMA, Kind.UNEXPECTED}:
                     raise
             if told is None or (cause.kind, cause.sentence) != (told.kind, told.sentence):
