@@ -112,6 +112,8 @@ def _state(job: Json) -> _Sign:
     if job["state"] == "running":
         if job["cancelBy"] is not None:
             return _Sign("●", "cancelling", "yellow")
+        if job["stoppingSince"] is not None:
+            return _Sign("●", "stopping", "yellow")
         return _Sign("●", "running" if job["paused"] is None else "running, then paused", "green")
     if job["state"] == "paused":
         return _Sign("‖", "paused", "yellow")
@@ -124,7 +126,10 @@ def _state(job: Json) -> _Sign:
 
 def _doing(job: Json, now: datetime, on: Console) -> str:
     if job["state"] == "running":
-        return f"{duration(job['elapsedSeconds'])}  {_progress(job['progress'], on)}".rstrip()
+        told_at = job["stoppingSince"]
+        told = "" if told_at is None else f"  told to stop {_since(_moment(told_at), now)}"
+        progress = _progress(job["progress"], on)
+        return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + told
     if job["state"] == "paused":
         paused = job["paused"]
         because = f": {paused['reason']}" if paused["reason"] else ""

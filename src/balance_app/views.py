@@ -103,8 +103,8 @@ def iso(moment: float | str | datetime) -> str:
 def state_of(job: Job) -> State:
     """Return what a job (a `JobAnswer`) does."""
     if job["state"] == "running":
-        if job["cancelBy"] is not None:
-            return State("▶", "cancelling", "warn")
+        if job["cancelBy"] is not None or job["stoppingSince"] is not None:
+            return State("▶", "stopping" if job["cancelBy"] is None else "cancelling", "warn")
         if job["paused"] is not None:
             return State("▶", "running, then paused", "run")
         return State("▶", "running", "run")
@@ -126,6 +126,9 @@ def outcome_of(outcome: str | None) -> State:
 def why(job: Job) -> str | None:
     """Return the sentence that explains a state, where the other columns do not."""
     if job["state"] == "running":
+        if job["stoppingSince"] is not None:
+            by = f" by {job['cancelBy']}" if job["cancelBy"] is not None else ""
+            return f"Told to stop{by} at {exact(job['stoppingSince'])}."
         if job["cancelBy"] is not None:
             return f"{job['cancelBy']} asked for its end."
         if job["workEndedAt"] is not None:

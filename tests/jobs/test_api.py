@@ -476,6 +476,16 @@ async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None
     assert answers["busy"]["workEndedAt"] is None
 
 
+async def test_a_run_that_is_told_to_stop_says_since_when(quiet: Quiet) -> None:
+    """`stoppingSince` is of the run under way, not of one before."""
+    one = await add_copy(quiet.connection, "app1")
+    await add_job(quiet.connection, "deaf", **running(one, "app1"), stopping_at=-2 * SECOND)
+    await add_job(quiet.connection, "well", **running(one, "app1"), stopping_at=-60 * SECOND)
+    jobs = {job["name"]: job for job in (await status(quiet.client))["jobs"]}
+    assert jobs["deaf"]["stoppingSince"] is not None
+    assert jobs["well"]["stoppingSince"] is None
+
+
 async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:
     """Pausing again changes nothing; resuming what is not paused neither."""
     await add_job(quiet.connection, "a-job")

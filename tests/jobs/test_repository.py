@@ -20,9 +20,12 @@ from balance_app.jobs.repository import (
     CLAIM,
     COMMIT,
     ENTER,
+    Beat,
     Ending,
+    Progress,
     Skipped,
     claim_arguments,
+    heartbeat,
 )
 from tests.jobs.support import AT_ONCE, Copy, Ground, on
 from tests.system.databases import somebody_waits
@@ -1115,6 +1118,24 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
     assert (pulses["moon", 1].renewed, pulses["moon", 1].cancel_by) == (True, "ada")
     assert (pulses["sun", 1].renewed, pulses["sun", 1].cancel_by) == (True, None)
     assert (pulses["mars", 1].renewed, pulses["mars", 1].ours) == (False, False)
+
+
+async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground) -> None:
+    """The first that says so sets the moment, and the next run does not inherit it."""
+    copy = ground.copy()
+    known = await copy.declare("moon")
+    for fence in (1, 2):
+        claimed = await copy.claim()
+        noted = []
+        for stopping in (False, True, True):
+            beat = Beat("moon", fence, Progress(None, None, None), stopping)
+            await heartbeat(ground.eye, copy.me, copy.lease, known, [beat])
+            stopping_at = (await ground.row("moon"))["stopping_at"]
+            noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
+        assert noted[0] is None
+        assert noted[1] is not None
+        assert noted[1] == noted[2]
+        await ground.eye.execute("UPDATE jobs SET parts = true, lease_until = clock_timestamp()")
 
 
 # -- declarations ----------------------------------------------------------------------------------

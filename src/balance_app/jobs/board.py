@@ -253,7 +253,7 @@ WITH header AS (
            paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
            cancel_by, done, total, note, alive_at, lost_streak, failure_streak, other_schedules,
            last_outcome, last_server, last_started_at, last_ended_at, last_result,
-           forgotten_at, forgotten_by, work_ended_at
+           forgotten_at, forgotten_by, work_ended_at, stopping_at
     FROM jobs
     WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
        OR age(jobs.xmin) <= age($1::text::xid)
@@ -317,7 +317,8 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
             if running and row["done"] is not None
             else None
         ),
-        "workEndedAt": _work_ended_at(row) if running else None,
+        "workEndedAt": _of_this_run(row, "work_ended_at") if running else None,
+        "stoppingSince": _of_this_run(row, "stopping_at") if running else None,
         "cancelBy": row["cancel_by"] if running else None,
         "dueAt": row["due_at"],
         "readyAt": row["ready_at"],
@@ -402,10 +403,10 @@ def _why(
     return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
 
 
-def _work_ended_at(row: asyncpg.Record) -> datetime | None:
-    """Return when the function of the run under way returned; what a run before left is older."""
-    ended_at: datetime | None = row["work_ended_at"]
-    return ended_at if ended_at is not None and ended_at >= row["started_at"] else None
+def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
+    """Return a moment of the run under way; what a run before left in the row is older."""
+    moment: datetime | None = row[column]
+    return moment if moment is not None and moment >= row["started_at"] else None
 
 
 def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:

@@ -52,6 +52,8 @@ class Lease:
     # is code of the run still executing?
     executing: bool = True
     told: bool = False
+    # the run was told to stop, by whomever; the next heartbeat writes down since when
+    stopping: bool = False
     progress: Progress = NOTHING_SAID
 
 
@@ -246,7 +248,7 @@ class Heart:
             leases = {(lease.name, lease.fence): lease for lease in self._leases}
         known = self._known
         assert known is not None  # noqa: S101 - started with it
-        beats = [Beat(*key, lease.progress) for key, lease in leases.items()]
+        beats = [Beat(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
         sent_at = monotonic()
         now, pulses = await asyncio.wait_for(
             heartbeat(connection, self._me, timedelta(seconds=self._lease_seconds), known, beats),

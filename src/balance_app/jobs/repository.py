@@ -154,6 +154,7 @@ class Beat(NamedTuple):
     name: str
     fence: int
     progress: Progress
+    stopping: bool = False
 
 
 class Pulse(NamedTuple):
@@ -539,18 +540,21 @@ RETURNING true
 # that is over stays over. A row that somebody holds locked is left out this time: waiting for
 # it would let all the other leases run out.
 #
-# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $10 the beats
+# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the beats
 HEARTBEAT: Final = """
 WITH beat AS (
-    SELECT * FROM unnest($6::text[], $7::bigint[], $8::bigint[], $9::bigint[], $10::text[])
-                  AS beat (name, fence, done, total, note)
+    SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
+                         $9::bigint[], $10::bigint[], $11::text[])
+                  AS beat (name, fence, stopping, done, total, note)
 ), held AS MATERIALIZED (
     SELECT name, fence FROM jobs JOIN beat USING (name, fence)
     WHERE holder = $1 AND lease_until > clock_timestamp()
     FOR NO KEY UPDATE OF jobs SKIP LOCKED
 ), renewed AS (
     UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
-                    done = beat.done, total = beat.total, note = beat.note
+                    done = beat.done, total = beat.total, note = beat.note,
+                    stopping_at = CASE WHEN NOT beat.stopping OR stopping_at >= started_at
+                                  THEN stopping_at ELSE clock_timestamp() END
     FROM held JOIN beat USING (name, fence)
     WHERE jobs.name = held.name
     RETURNING jobs.name, jobs.fence, cancel_by
@@ -577,8 +581,8 @@ async def heartbeat(
     beats: Iterable[Beat],
 ) -> tuple[datetime, list[Pulse]]:
     """Renew leases on the heart's own connection; return the server's time and what was renewed."""
-    rows_sent = [(beat.name, beat.fence, *beat.progress) for beat in beats]
-    columns = [list(column) for column in zip(*rows_sent, strict=True)] or [[], [], [], [], []]
+    rows_sent = [(beat.name, beat.fence, beat.stopping, *beat.progress) for beat in beats]
+    columns = [list(column) for column in zip(*rows_sent, strict=True)] or [[] for _ in range(6)]
     rows = await connection.fetch(HEARTBEAT, *me, lease, known.knows_to, known.lacks, *columns)
     pulses = [
         Pulse(row["name"], row["fence"], row["renewed"], bool(row["ours"]), row["cancel_by"])

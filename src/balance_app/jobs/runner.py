@@ -57,6 +57,8 @@ def stop(run: Run, outcome: Stopped, reason: str) -> None:
     """Tell a run to stop; what it was told first counts."""
     if run.stopped is None:
         run.stopped = (outcome, reason)
+    if run.lease is not None:
+        run.lease.stopping = True
     if run.scope is not None:
         run.scope.stop()
 

@@ -254,6 +254,14 @@ class JobAnswer(_Answer):
             examples=[None],
         ),
     ]
+    stopping_since: Annotated[
+        Instant | None,
+        Field(
+            description="when it was told to stop (a cancel, its timeout, a stop of its server): "
+            "it is told again every few seconds until it ends",
+            examples=[None],
+        ),
+    ]
     cancel_by: Annotated[
         str | None, Field(description="who asked for the run's end", examples=[None])
     ]

@@ -72,6 +72,7 @@ jobs = Table(
     Column("forgotten_at", DateTime(timezone=True)),
     Column("forgotten_by", Text),
     Column("work_ended_at", DateTime(timezone=True)),
+    Column("stopping_at", DateTime(timezone=True)),
     Column(
         "claimable_at",
         DateTime(timezone=True),
