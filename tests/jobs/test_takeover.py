@@ -17,11 +17,10 @@ import asyncpg
 import pytest
 
 from balance_app.database import Database
-from balance_app.errors import DatabaseAway
 from balance_app.jobs.declarations import QUARANTINE
 from balance_app.jobs.lease import Heart
 from balance_app.jobs.repository import JobRepository, Me
-from balance_app.jobs.run import Run
+from balance_app.jobs.run import Run, TransactionLimitError
 from balance_app.migrations import migrate
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
@@ -376,7 +375,7 @@ async def test_what_a_silent_transaction_holds_is_free_again(
     run = Run(look.claimed, service, jobs, min_seconds=0)
     other = await connect(database)
     async with asyncio.timeout(30):
-        with suppress(DatabaseAway):
+        with suppress(TransactionLimitError):
             async with run.transaction() as connection:
                 await connection.execute("SELECT pg_advisory_xact_lock(1)")
                 if half_way:

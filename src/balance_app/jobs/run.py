@@ -252,11 +252,14 @@ class Run:
                 case "25P04":
                     return f"The server ended a transaction: {long} (SQLSTATE 25P04)."
         # The driver does not pass on what the server says while nothing is under way.
-        if activity.ended_at is None:
+        ended_at = activity.ended_at
+        if ended_at is None and isinstance(error, NO_ANSWER):
+            ended_at = monotonic()  # it has ended, but its end has not been seen yet
+        if ended_at is None:
             return None
-        if activity.ended_at - activity.begun_at > self._jobs.transaction_seconds * ALMOST:
+        if ended_at - activity.begun_at > self._jobs.transaction_seconds * ALMOST:
             return f"The server ended a transaction: {long}."
-        if activity.ended_at - activity.last_at > self._jobs.idle_seconds * ALMOST:
+        if ended_at - activity.last_at > self._jobs.idle_seconds * ALMOST:
             return f"The server ended a transaction: {idle}."
         return None
 
