@@ -161,3 +161,24 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
     assert (answer.status_code, answer.json()["applied"]) == (500, "unknown")
     assert monotonic() - began < SLACK_SECONDS
     await connection.close()
+
+
+async def test_a_locked_job_holds_up_no_account(database: dict[str, str]) -> None:
+    """Who steers a job waits for its row too: of those, one has a connection."""
+    async with (
+        Copy(database) as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        status = (await client.get("/api/cron/status")).json()
+        name = status["jobs"][0]["name"]
+        async with locked(database, "SELECT FROM jobs FOR UPDATE"):
+            path = f"/api/cron/jobs/{name}/pause"
+            pressed = [asyncio.create_task(client.post(path, json={})) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            began = monotonic()
+            changed = await client.post("/api/balance", json={"userId": 1, "amount": -1})
+            assert changed.status_code == 200
+            assert monotonic() - began < SLACK_SECONDS
+            answers = await asyncio.gather(*pressed)
+    assert {each.status_code for each in answers} == {503}
+    assert {each.json()["applied"] for each in answers} == {"no"}

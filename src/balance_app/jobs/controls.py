@@ -23,6 +23,7 @@ from balance_app.jobs.errors import (
     JobWithoutCode,
 )
 from balance_app.jobs.schedule import ScheduleError, Skipped, parse
+from balance_app.wait_queue import Lane
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +77,7 @@ class Controls:
         """
         for _ in range(MAX_RACES):
             row = await self._database.run(
-                lambda con: write(con, FORGET, name, by, self._board.lease)
+                lambda con: write(con, FORGET, name, by, self._board.lease), lane=_lane(name)
             )
             if row is not None:
                 log.info("job steered", what="forget", job=name, by=by)
@@ -109,7 +110,8 @@ class Controls:
                 f"paused by {row['paused_by']}{because}",
             )
             done = await self._database.run(
-                lambda con, arguments=arguments: write(con, RESUME, *arguments)  # type: ignore[misc]
+                lambda con, arguments=arguments: write(con, RESUME, *arguments),  # type: ignore[misc]
+                lane=_lane(name),
             )
             if done is not None:
                 log.info("job steered", what="resume", job=name, by=by)
@@ -125,7 +127,9 @@ class Controls:
         refusal: Callable[[dict[str, Any]], Problem | None] | None = None,
     ) -> bytes:
         for _ in range(MAX_RACES):
-            row = await self._database.run(lambda con: write(con, sql, name, *arguments))
+            row = await self._database.run(
+                lambda con: write(con, sql, name, *arguments), lane=_lane(name)
+            )
             if row is not None:
                 log.info("job steered", what=what, job=name, by=arguments[0])
                 return await self._tell(name)
@@ -151,6 +155,11 @@ class Controls:
         if job is None:
             raise JobNotFound(name)
         return job
+
+
+def _lane(name: str) -> Lane:
+    """Return the lane of those who steer a job: of all that wait for its row, one is connected."""
+    return Lane(("job", name))
 
 
 def _refuses_run(job: dict[str, Any]) -> Problem | None:
