@@ -37,7 +37,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     commands = re.findall(r"^│ ([a-z]+) +\S", out, re.MULTILINE)
     assert set(commands) == {
         *("up", "serve", "healthcheck", "migrate", "psql", "reset"),
-        *("status", "history", "run", "pause", "resume", "cancel"),
+        *("status", "history", "run", "pause", "resume", "cancel", "forget"),
         *("balance", "change", "users", "audit"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]

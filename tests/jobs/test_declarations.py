@@ -237,7 +237,8 @@ async def test_a_lease_that_is_renewed_is_left_alone(ground: Ground) -> None:
     assert await copy.jobs.ahead() == []
     await set_back(ground, HOUR)
     (lease,) = await copy.jobs.ahead()
-    assert (lease.name, lease.fence, lease.length) == ("moon", 1, copy.lease)
+    assert (lease.name, lease.fence) == ("moon", 1)
+    assert abs(lease.length - copy.lease) < timedelta(seconds=1)  # the clock is read twice
     await copy.beat(ground.eye, ("moon", 1))
     assert not await copy.jobs.expire(lease)
     assert await copy.jobs.ahead() == []

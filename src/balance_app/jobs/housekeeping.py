@@ -123,6 +123,7 @@ ANALYZE: Final = {
     "daily_totals": "ANALYZE (SKIP_LOCKED) daily_totals",
     "entries": "ANALYZE (SKIP_LOCKED) entries",
     "idempotency_keys": "ANALYZE (SKIP_LOCKED) idempotency_keys",
+    "job_declarations": "ANALYZE (SKIP_LOCKED) job_declarations",
     "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
     "jobs": "ANALYZE (SKIP_LOCKED) jobs",
     "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",
