@@ -441,6 +441,9 @@ def _refuse_without_rights(
 async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Look) -> _Wait | None:
     """Send an upgrade; return what is in the way of it, if somebody else is."""
     lock = _lock(schema)
+    # An upgrade that is not its turn fails, whole, into the server's log: rather look before.
+    if (wait := await _others_turn(connection, lock)) is not None:
+        return wait
     message = UPGRADE.format(
         schema=_quoted(schema),
         lock=lock,
@@ -457,14 +460,8 @@ async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Lo
     except asyncpg.PostgresError as error:
         if error.sqlstate == NOT_IN_TURN:
             await connection.execute("ROLLBACK")
-            holder = await connection.fetchrow(HOLDER, lock)
-            return _Wait(
-                "Another instance has just migrated."
-                if holder is None
-                else f"It waits for another instance that migrates: {holder['application_name']}, "
-                f"PostgreSQL process {holder['pid']}, since {holder['since']} UTC.",
-                TURN_SECONDS,
-            )
+            done = _Wait("Another instance has just migrated.", TURN_SECONDS)
+            return await _others_turn(connection, lock) or done
         cause = classify(error)
         if cause is not None and cause.kind not in AT_FAULT:
             raise
@@ -474,6 +471,18 @@ async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Lo
             + (WHAT_TO_DO if clash else "Nothing was changed.")
         ) from error
     return None
+
+
+async def _others_turn(connection: "asyncpg.Connection[Any]", lock: int) -> _Wait | None:
+    """Return who migrates at this moment; None: nobody is seen."""
+    holder = await connection.fetchrow(HOLDER, lock)
+    if holder is None:
+        return None
+    return _Wait(
+        f"It waits for another instance that migrates: {holder['application_name']}, "
+        f"PostgreSQL process {holder['pid']}, since {holder['since']} UTC.",
+        TURN_SECONDS,
+    )
 
 
 def _statements(revision: str) -> str:

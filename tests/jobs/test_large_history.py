@@ -120,7 +120,8 @@ class OneConnection:
         self,
         operation: Callable[[Any], Awaitable[object]],
         *,
-        urgent: bool = False,  # noqa: ARG002 - there is no line
+        urgent: bool = False,  # noqa: ARG002 - nothing waits
+        lane: object = None,  # noqa: ARG002 - the same
     ) -> object:
         return await operation(self._connection)
 
