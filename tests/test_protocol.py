@@ -224,7 +224,7 @@ class AnyByteStartsAHead(LimitedProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._timer is None and not self.cycle.more_body:
+        if self._then is None and not self.cycle.more_body:
             self._wait(self.head_seconds, self._speak)
 
     def _speak(self) -> None:

@@ -17,7 +17,7 @@ import structlog
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from balance_app.errors import InternalError, Problem
 from balance_app.logs import REQUEST_ID, TRACE, Trace
@@ -50,7 +50,7 @@ class Front:
     ) -> None:
         self.app = app
         self._answers = (metrics or Metrics()).requests
-        self._direct = direct
+        self._direct = {route: _as_app(handler, app) for route, handler in direct.items()}
         self._log_requests = log_requests
         self._root_path = root_path
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
@@ -83,7 +83,9 @@ class Front:
             await send(message)
 
         try:
-            await self._pass_on(scope, receive, send_with_ids)
+            path = scope["path"].removeprefix(self._root_path)
+            app = self._direct.get((scope["method"], path), self.app)
+            await app(scope, receive, send_with_ids)
         except Problem as problem:
             await problem.response(method)(scope, receive, send_with_ids)
         except Exception:
@@ -117,17 +119,14 @@ class Front:
                 scope["path"] = root + scope["path"]
         return scope, send
 
-    def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        path = scope["path"].removeprefix(self._root_path)
-        handler = self._direct.get((scope["method"], path))
-        if handler is None:
-            return self.app(scope, receive, send)
-        return self._answer(handler, scope, receive, send)
 
-    async def _answer(self, handler: Handler, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self.app
+def _as_app(handler: Handler, behind: FastAPI) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = behind
         response = await handler(Request(scope, receive))
         await response(scope, receive, send)
+
+    return answer
 
 
 def _with_locations_under(root: bytes, send: Send) -> Send:

@@ -33,8 +33,10 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=StrictModel)
 
 
-async def read_json(request: Request, model: type[Model], *, within_seconds: float) -> Model:
-    """Read the request's body as one `model`.
+async def read_json(
+    request: Request, model: type[Model], *, within_seconds: float, key: str | None = None
+) -> Model:
+    """Read the body, as one `model`, of a request that may have an idempotency key.
 
     Raises:
         UnsupportedMediaType: it is not declared as JSON in UTF-8.
@@ -49,7 +51,12 @@ async def read_json(request: Request, model: type[Model], *, within_seconds: flo
     for declared in header_values(request, b"content-length"):
         if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
-    return parse_json(await read_body(request, within_seconds), model)
+    try:
+        body = await read_body(request, within_seconds)
+    except RequestTimeout as problem:
+        problem.under(key)
+        raise
+    return parse_json(body, model)
 
 
 def parse_json(raw: bytes, model: type[Model]) -> Model:

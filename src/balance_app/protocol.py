@@ -4,7 +4,7 @@ Whatever ends a connection early (a head that is late, or too large; what can't 
 that has sent its last byte) first asks whether a request is under way, and never speaks for it: the
 request has its own answer, and the connection ends behind that.
 
-A connection has one timer at most: an idle one may stay for `timeout_keep_alive` seconds, a head
+A connection has one deadline at most: an idle one may stay for `timeout_keep_alive` seconds, a head
 has `HEAD_SECONDS` from its first byte, or from the answer before it. While a request is under way
 there is none: how long its body and its answer may take is the application's to say.
 """
@@ -129,7 +129,11 @@ class LimitedProtocol(HttpToolsProtocol):
     _good_host: bytes | None = None
     # why the parser was stopped
     _fault: Problem | None = None
+    # what is done at the deadline, if there is one (the loop's time), and when it is looked at
+    _then: Callable[[], None] | None = None
+    _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
+    _timer_at = 0.0
 
     # -- the connection ----------------------------------------------------------------------
 
@@ -158,6 +162,8 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._running is not None and self._running is not self.cycle:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -186,7 +192,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(
                     HeadTooLarge(f"The head may have at most {MAX_HEAD_BYTES // 1024} KiB.")
                 )
-            elif self._timer is None and not self._is_under_way():
+            elif self._then is None and not self._is_under_way():
                 self._wait(self.head_seconds, self._give_up_head)
         elif self.cycle is not None and self.cycle.more_body:
             self._unfinished_bytes += len(data)
@@ -417,10 +423,31 @@ class LimitedProtocol(HttpToolsProtocol):
     # -- time --------------------------------------------------------------------------------
 
     def _wait(self, seconds: float, then: Callable[[], None]) -> None:
-        self._stop_waiting()
-        self._timer = self.loop.call_later(seconds, then)
+        """Call `then` in so many seconds, unless `_stop_waiting` is called before.
+
+        A timer that was made for an earlier wait, and goes off before the end of this one, is left
+        to look again: most waits end at once, and a timer costs more than to read a head.
+        """
+        self._then = then
+        self._deadline = deadline = self.loop.time() + seconds
+        if self._timer is None or self._timer_at > deadline:
+            self._set_timer(deadline)
 
     def _stop_waiting(self) -> None:
+        self._then = None
+
+    def _set_timer(self, at: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer_at = at
+        self._timer = self.loop.call_at(at, self._look_at_deadline)
+
+    def _look_at_deadline(self) -> None:
+        self._timer = None
+        if self._then is None:
+            return
+        if self.loop.time() < self._deadline:
+            self._set_timer(self._deadline)
+            return
+        then, self._then = self._then, None
+        then()

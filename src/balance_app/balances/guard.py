@@ -108,9 +108,11 @@ class Guard:
             Overloaded: as `Database.run`; or the time did not suffice.
         """
         waits = _Wait(user_id, key, self._database.settings.max_waiting_seconds)
-        self._refuse_held(waits.names)
-        suspected = any(name in self._held for name in waits.names)
-        lane = SUSPECTS if suspected else Lane(waits.names[0], self._at_once)
+        lane = Lane(waits.names[0], self._at_once)
+        if self._held:
+            self._refuse_held(waits.names)
+            if any(name in self._held for name in waits.names):
+                lane = SUSPECTS
         return await self._database.run(
             lambda connection: self._attempt(connection, operation, waits), lane=lane
         )
@@ -121,10 +123,11 @@ class Guard:
         operation: Callable[[Connection], Awaitable[Result]],
         waits: _Wait,
     ) -> Result:
-        self._refuse_held(waits.names)
-        for name in waits.names:
-            if name in self._held:  # others of it are refused while this one finds out
-                self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
+        if self._held:
+            self._refuse_held(waits.names)
+            for name in waits.names:
+                if name in self._held:  # others of it are refused while this one finds out
+                    self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
         waits.begin()
         while True:
             try:
@@ -208,8 +211,9 @@ class Guard:
         self._held[name] = (reason, now + seconds)
 
     def _release(self, names: list[int | str]) -> None:
-        for name in names:
-            self._held.pop(name, None)
+        if self._held:
+            for name in names:
+                self._held.pop(name, None)
 
 
 def _context(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """The routes of balances, and the one of them that must be fast."""
 
+from collections.abc import Awaitable
 from typing import Final, TypeVar, cast
 
 from fastapi import APIRouter
@@ -186,12 +187,8 @@ async def read_outcome(request: Request, key: PathKey) -> Response:
     )
 
 
-async def _read(request: Request, model: type[Model], key: str | None) -> Model:
-    try:
-        return await read_json(request, model, within_seconds=_settings(request).body_seconds)
-    except RequestTimeout as problem:
-        problem.under(key)
-        raise
+def _read(request: Request, model: type[Model], key: str | None) -> Awaitable[Model]:
+    return read_json(request, model, within_seconds=_settings(request).body_seconds, key=key)
 
 
 def _tell(outcome: Outcome) -> Response:

@@ -222,15 +222,16 @@ class _DefaultExecutor(ThreadPoolExecutor):
 
 
 class CountedCalls:
-    """An event loop's methods (mixed in before it) that count timers and executors of one's own."""
+    """What counts the timers and executors of runs; mixed in before `uvloop.Loop`."""
 
+    # `call_at` of uvloop calls it.
     def call_later(self, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # noqa: ANN401
         """See `asyncio.loop.call_later`."""
-        return _counted(super().call_later(*args, context=context), context)  # type: ignore[misc]
-
-    def call_at(self, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # noqa: ANN401
-        """See `asyncio.loop.call_at`."""
-        return _counted(super().call_at(*args, context=context), context)  # type: ignore[misc]
+        timer: asyncio.TimerHandle = super().call_later(*args, context=context)  # type: ignore[misc]
+        scope = CURRENT.get() if context is None else context.get(CURRENT)
+        if scope is not None:
+            scope.add_timer(timer)
+        return timer
 
     def run_in_executor(
         self,
@@ -277,10 +278,3 @@ def _create_task(
     if scope is not None:
         scope.add_task(task)
     return task
-
-
-def _counted(timer: asyncio.TimerHandle, context: Context | None) -> asyncio.TimerHandle:
-    scope = CURRENT.get() if context is None else context.get(CURRENT)
-    if scope is not None:
-        scope.add_timer(timer)
-    return timer
