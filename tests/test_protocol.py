@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from balance_app import protocol
+from balance_app.errors import RequestTimeout
 from balance_app.protocol import LimitedProtocol
 from tests.balances.hostile import chunked, raw_request
 
@@ -53,7 +54,11 @@ class Application:
         self.scopes.append(scope)
         body, more, whole = b"", scope["path"] not in {"/blind", "/stream"}, True
         while more:
-            message = await receive()
+            try:
+                message = await receive()
+            except RequestTimeout as late:
+                await late.response()(scope, receive, send)
+                return
             body += message.get("body", b"")
             whole = message["type"] == "http.request"
             more = message.get("more_body", False)
@@ -134,7 +139,7 @@ async def serving(
     """Serve an application whose heads have little time."""
 
     class Hasty(kind):  # type: ignore[misc, valid-type]
-        head_seconds = SOON
+        head_seconds = body_seconds = SOON
         linger_seconds = 1.0
 
     application, state = Application(), ServerState()
@@ -280,6 +285,68 @@ def test_a_head_behind_a_request_waits_for_its_answer(play: Play, packets: list[
             application.leave.set()
             assert (await client.answer())[2] == BODY
             assert (await client.answer())[0] == 408
+
+    play(scenario())
+
+
+@on_both_loops
+def test_a_late_body_is_given_up_when_its_turn_has_come(play: Play) -> None:
+    """Its time begins with its head, or when the request before it is answered."""
+
+    async def scenario() -> None:
+        async with serving() as (application, server), server.client() as client:
+            await client.send(post(LENGTH), BODY[:5])
+            assert (await client.answer())[0] == 408
+            assert await client.rest() == b""
+            application.leave.clear()
+            async with server.client() as behind:
+                await behind.send(WHOLE + post(LENGTH), BODY[:5])
+                assert await behind.is_quiet()
+                application.leave.set()
+                assert (await behind.answer())[2] == BODY
+                await behind.send(BODY[5:])
+                assert (await behind.answer())[2] == BODY
+                await behind.send(WHOLE + post(LENGTH), BODY[:5])
+                assert (await behind.answer())[2] == BODY
+                assert (await behind.answer())[0] == 408
+                assert await behind.rest() == b""
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    "packets", [[WHOLE], [post(LENGTH), BODY], [post(LENGTH) + BODY[:5], BODY[5:]]]
+)
+def test_an_answer_may_take_longer_than_a_body(play: Play, packets: list[bytes]) -> None:
+    """A body that came in time leaves no deadline behind."""
+
+    async def scenario() -> None:
+        async with serving() as (application, server), server.client() as client:
+            application.leave.clear()
+            await client.send(*packets)
+            assert await client.is_quiet()
+            application.leave.set()
+            assert (await client.answer())[2] == BODY
+
+    play(scenario())
+
+
+def test_a_late_body_that_nobody_reads_ends_no_answer(play: Play) -> None:
+    """An answer that has begun goes on; one that does not read the body is not 408."""
+
+    async def scenario() -> None:
+        async with serving() as (application, server):
+            async with server.client() as client:
+                await client.send(post(LENGTH, path="/stream"))
+                await client._reader.readuntil(b"\r\n\r\n")
+                assert await client.is_quiet()
+                assert not application.left.is_set()
+            async with server.client() as client:
+                application.leave.clear()
+                await client.send(post(LENGTH, path="/blind"))
+                assert await client.is_quiet()
+                application.leave.set()
+                assert (await client.answer())[0] == 200
 
     play(scenario())
 

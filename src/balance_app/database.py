@@ -221,22 +221,24 @@ class Database:
             Overloaded: too many wait, or this one waited too long.
         """
         self.check(urgent=urgent)
-        free = len(self._workers) - self._busy
-        goes_at_once = self._queue.admits(lane) and (
-            free > self._queue.ready or self._may_start_worker()
-        )
-        if not (goes_at_once or urgent):
-            waiting = len(self._queue) - min(free, self._queue.ready)
-            if waiting >= self.settings.max_waiting:
-                raise Overloaded(f"{waiting} requests wait already.")
+        if len(self._queue) >= self.settings.max_waiting and not urgent:
+            self._check_length(lane)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waits = _Operation(operation, answer, monotonic(), urgent)
         self._queue.put(waits, lane=lane, urgent=urgent)
         # Who connects at this moment takes it soon; a connection that is idle takes it now.
-        if (self._idle or free < self._queue.ready) and self._may_start_worker():
+        if self._may_start_worker() and (self._idle or self._free_workers() < self._queue.ready):
             # Of its own context: a worker serves many requests.
             self._workers.add(asyncio.create_task(self._work(), context=Context()))
         return await answer
+
+    def _check_length(self, lane: Lane | None) -> None:
+        free, ready = self._free_workers(), self._queue.ready
+        if self._queue.admits(lane) and (free > ready or self._may_start_worker()):
+            return  # it need not wait
+        waiting = len(self._queue) - min(free, ready)
+        if waiting >= self.settings.max_waiting:
+            raise Overloaded(f"{waiting} requests wait already.")
 
     def check(self, *, urgent: bool = False) -> None:
         """Raise what `run` would raise at once, if it would.
@@ -261,6 +263,9 @@ class Database:
                 operation.answer.set_exception(DatabaseAway(reason, applied="no"))
 
     # -- the workers --------------------------------------------------------------------------
+
+    def _free_workers(self) -> int:
+        return len(self._workers) - self._busy
 
     def _may_start_worker(self) -> bool:
         """Say whether one more worker is allowed, and has or may try to make a connection."""

@@ -40,7 +40,6 @@ from balance_app.pages import (
     overview_page,
     sentence,
 )
-from balance_app.settings import Settings
 
 FIELDS: Final = 20
 
@@ -169,7 +168,7 @@ async def _form(request: Request) -> dict[str, str]:
     declared = header_values(request, b"content-type")
     if [value.partition(b";")[0].strip().lower() for value in declared] != [_TYPE]:
         raise UnsupportedMediaType("Send the form as application/x-www-form-urlencoded.")
-    raw = await read_body(request, cast("Settings", request.app.state.settings).body_seconds)
+    raw = await read_body(request)
     try:
         pairs = parse_qsl(
             raw.decode("ascii"), keep_blank_values=True, max_num_fields=FIELDS, errors="strict"

@@ -5,8 +5,9 @@ that has sent its last byte) first asks whether a request is under way, and neve
 request has its own answer, and the connection ends behind that.
 
 A connection has one deadline at most: an idle one may stay for `timeout_keep_alive` seconds, a head
-has `HEAD_SECONDS` from its first byte, or from the answer before it. While a request is under way
-there is none: how long its body and its answer may take is the application's to say.
+has `HEAD_SECONDS` from its first byte, or from the answer before it, a body `body_seconds` from its
+head. An application that reads a late body is told by `RequestTimeout`, raised by `receive`. How
+long the answer may take is the application's to say.
 """
 
 import asyncio
@@ -68,21 +69,23 @@ class _Cycle(RequestResponseCycle):
     and if the rest of the body can't be read.
     """
 
-    # the rest of the body will not come
+    # the rest of the body will not come; why, if the client is there and can be told
     broken = False
+    fault: Problem | None = None
     # what the client still sends is read and dropped, or it may lose the answer to a reset
     lingers = False
 
-    def break_off(self) -> None:
+    def break_off(self, fault: Problem | None = None) -> None:
         """Say to the application that the rest of the body will not come."""
         self.broken = True
+        self.fault = fault
         self.message_event.set()
 
     # Neither is a coroutine of its own: each would be one more for every message.
 
     @override
     def receive(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
-        return _end_of_body() if self.broken else RequestResponseCycle.receive(self)
+        return self._end_of_body() if self.broken else RequestResponseCycle.receive(self)
 
     @override
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
@@ -97,9 +100,10 @@ class _Cycle(RequestResponseCycle):
         await super().send(message)
         self.keep_alive = True  # or it is closed at once, and not by `on_response_complete`
 
-
-async def _end_of_body() -> ASGIReceiveEvent:
-    return {"type": "http.disconnect"}
+    async def _end_of_body(self) -> ASGIReceiveEvent:
+        if self.fault is not None and not self.response_started:
+            raise self.fault
+        return {"type": "http.disconnect"}
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -112,6 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
     max_connections: ClassVar[int | None] = None
     logged_full_at: ClassVar[float | None] = None
     head_seconds = HEAD_SECONDS
+    body_seconds: ClassVar[float | None] = None
     linger_seconds = LINGER_SECONDS
 
     # the request that the application answers now; those behind it are in the pipeline
@@ -198,6 +203,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > MAX_FRAMED_BYTES:
                 self._refuse(MalformedRequest("The body's framing is too large."))
+            elif self._then is None and self._running is self.cycle:
+                self._wait_for_body()
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -353,6 +360,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_message_complete(self) -> None:
+        self._stop_waiting()
         if not self._offered and not self.cycle.response_complete:
             self.cycle.more_body = False
             self.cycle.message_event.set()
@@ -378,6 +386,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._linger()
         elif self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+            if self._running is self.cycle and self.cycle.more_body:
+                self._wait_for_body()
         elif self._in_head:
             self._wait(self.head_seconds, self._give_up_head)
         else:
@@ -385,6 +395,17 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _give_up_head(self) -> None:
         self._refuse(RequestTimeout(f"The head did not arrive within {self.head_seconds:g} s."))
+
+    def _wait_for_body(self) -> None:
+        if self.body_seconds is not None:
+            self._wait(self.body_seconds, self._give_up_body)
+
+    def _give_up_body(self) -> None:
+        cycle = self._running
+        assert cycle is not None  # noqa: S101 - whose body is waited for
+        if cycle.more_body and not (cycle.response_started or cycle.broken):
+            sentence = f"The body did not arrive within {self.body_seconds:g} s."
+            cycle.break_off(RequestTimeout(sentence, headers={"Connection": "close"}))
 
     def _refuse(self, problem: Problem) -> None:
         """Read no further; what was asked before is answered, by the application alone."""

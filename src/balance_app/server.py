@@ -70,6 +70,7 @@ def serve(settings: Settings, registry: Registry) -> None:
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
+        body_seconds = settings.body_seconds
 
     sockets = [listen(settings.host, settings.port)]
     if settings.shared_port is not None:

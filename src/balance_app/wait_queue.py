@@ -70,7 +70,9 @@ class WaitQueue(Generic[Item]):
         """Add an item at the end, or, if it is `urgent`, before all that are not."""
         queued = Queued((not urgent, next(self._arrivals)), item, lane)
         if lane is not None:
-            used = self._lanes.setdefault(lane.name, _Lane())
+            used = self._lanes.get(lane.name)
+            if used is None:
+                used = self._lanes[lane.name] = _Lane()
             if used.admitted >= lane.limit:
                 used.parked.append(queued)
                 self._parked += 1

@@ -1,6 +1,5 @@
 """The routes of balances, and the one of them that must be fast."""
 
-from collections.abc import Awaitable
 from typing import Final, TypeVar, cast
 
 from fastapi import APIRouter
@@ -45,7 +44,6 @@ from balance_app.errors import (
     UnsupportedMediaType,
 )
 from balance_app.json_body import StrictModel, read_json
-from balance_app.settings import Settings
 
 BODY_PROBLEMS: Final = (
     MalformedRequest,
@@ -62,10 +60,6 @@ router = APIRouter(prefix="/api", tags=["balances"])
 
 def _repository(request: Request) -> BalanceRepository:
     return cast("BalanceRepository", request.app.state.balances)
-
-
-def _settings(request: Request) -> Settings:
-    return cast("Settings", request.app.state.settings)
 
 
 @router.post(
@@ -93,7 +87,7 @@ async def change_balance(request: Request) -> Response:
     effect once, and every answer is the first one, byte for byte.
     """
     key = idempotency_key(request)
-    asked = await _read(request, ChangeRequest, key)
+    asked = await read_json(request, ChangeRequest, key=key)
     return _tell(await _repository(request).change(asked.user_id, asked.amount, key))
 
 
@@ -112,7 +106,7 @@ async def change_balance(request: Request) -> Response:
 async def open_account(request: Request) -> Response:
     """Create a user; the opening balance becomes entry 1 of the ledger."""
     key = idempotency_key(request)
-    asked = await _read(request, OpenRequest, key)
+    asked = await read_json(request, OpenRequest, key=key)
     return _tell(await _repository(request).open(asked.balance, key))
 
 
@@ -185,10 +179,6 @@ async def read_outcome(request: Request, key: PathKey) -> Response:
             "answer": outcome_body(outcome),
         }
     )
-
-
-def _read(request: Request, model: type[Model], key: str | None) -> Awaitable[Model]:
-    return read_json(request, model, within_seconds=_settings(request).body_seconds, key=key)
 
 
 def _tell(outcome: Outcome) -> Response:
