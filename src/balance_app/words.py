@@ -1,11 +1,12 @@
 """How people are told durations, moments and addresses; moments are in UTC, as everywhere."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86400
+HALF_A_DAY: Final = timedelta(hours=12)
 
 
 def duration(seconds: float) -> str:
@@ -41,8 +42,8 @@ def exact(moment: datetime) -> str:
 
 
 def brief(moment: datetime, now: datetime) -> str:
-    """Return the same, without the date if it is today's."""
-    return f"{moment:%H:%M:%S}" if moment.date() == now.date() else exact(moment)
+    """Return the same, without the date if that is no more than half a day away."""
+    return f"{moment:%H:%M:%S}" if abs(moment - now) <= HALF_A_DAY else exact(moment)
 
 
 def visible(text: str) -> str:
