@@ -111,6 +111,57 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None
     assert late["killed"][0] == "interrupted"
 
 
+FAILS_AT_COMMIT = """
+CREATE TEMP TABLE late (x int) ON COMMIT DROP;
+CREATE FUNCTION pg_temp.conflict() RETURNS trigger LANGUAGE plpgsql
+AS $$BEGIN RAISE 'conflict at commit' USING ERRCODE = '40001'; END$$;
+CREATE CONSTRAINT TRIGGER late AFTER INSERT ON late DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW EXECUTE FUNCTION pg_temp.conflict();
+INSERT INTO late VALUES (1)
+"""
+
+
+async def test_a_conflict_of_transactions_is_the_jobs_failure(ground: Ground) -> None:
+    """A deadlock or a serialization failure names its cause; it is no outage and no release."""
+
+    async def deadlock(run: Run) -> None:
+        other = await ground.connect()
+        await other.execute("SELECT pg_advisory_lock(8)")
+
+        async def close_the_circle() -> None:
+            await asyncio.sleep(0.3)  # who waits first looks first, and is ended
+            await other.execute("SELECT pg_advisory_lock(9)")
+
+        async with run.transaction() as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(9)")
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(close_the_circle())
+                try:
+                    await connection.execute("SELECT pg_advisory_xact_lock(8)")
+                except asyncpg.PostgresError:
+                    await connection.execute("ROLLBACK")  # or the other would wait for ever
+                    raise
+
+    ends = await outcomes(
+        ground,
+        {
+            "deadlock": deadlock,
+            "statement": statements("DO $$BEGIN RAISE SQLSTATE '40001'; END$$"),
+            "commit": statements(FAILS_AT_COMMIT),
+        },
+    )
+    for name, cause in {
+        "deadlock": "DeadlockDetectedError: deadlock detected",
+        "statement": "SerializationError: ",
+        "commit": "SerializationError: conflict at commit",
+    }.items():
+        outcome, result = ends[name]
+        assert outcome == "failed", ends
+        assert cause in str(result), ends
+        assert len(await ground.outcomes(name)) == 1
+        assert (await ground.row(name))["releases"] == 0
+
+
 async def body(run: Run) -> str:
     """Use all that a run has, as a function would that does not know how it is called."""
     run.progress(1, 2)
