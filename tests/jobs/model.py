@@ -18,8 +18,11 @@ told by the shortest way there. What is modelled, and why no more is needed:
 - Answers that refuse are left out: all they can do is to stop a run earlier. So is when a job is
   due: it always is. A copy that runs nothing is not frozen: it may do nothing for ever as it is.
 - There is one job. Where another matters (`Guard.TRUST_PER_RUN`), one step stands for it.
-- All monotonic clocks run equally fast, also while a process is frozen. No other clock is read. A
-  suspended machine may break this: without `Guard.CLOCK` it does.
+- All monotonic clocks run equally fast, also while a process is frozen. A suspended machine may
+  break this: without `Guard.CLOCK` it does.
+- PostgreSQL's clock runs as fast as they, and steps ahead between any two events, by `step` ticks
+  at most while one lease lasts. To a lease that is the same as to be so much shorter. A step back
+  only lets leases last longer.
 
 The heart of the proof is `Invariant.TRUST`: what a copy believes of its lease is never more than
 what the row says. Belief ends first, the run ends with belief (the dead man sees to it when the
@@ -102,6 +105,8 @@ class Row(NamedTuple):
     lease: int = 0
     paused: bool = False
     lost_streak: int = 0
+    # how far PostgreSQL's clock has stepped ahead since the lease was granted
+    stepped: int = 0
     # has the lease of the last run ever been over, and has that run no outcome yet?
     lapsed: bool = False
     open: bool = False
@@ -141,6 +146,9 @@ class Protocol:
     copies: int = 2
     lease: int = 3
     margin: int = 1
+    # what trust is shorter by than the lease, and how far PostgreSQL's clock may step ahead
+    reserve: int = 0
+    step: int = 0
     # statements and answers under way at the same time, of all copies together
     room: int = 2
     # runs lost in a row until the job is paused
@@ -154,6 +162,11 @@ class Protocol:
         """Say whether the guard is in place."""
         return guard not in self.without
 
+    @property
+    def full_trust(self) -> int:
+        """How long an answer is good for, from the sending of its statement."""
+        return self.lease - self.reserve
+
     # What can happen
 
     def steps(self, state: State) -> Iterator[Step]:
@@ -161,6 +174,8 @@ class Protocol:
         row, copies = state
         if not any(self._must_cancel(copy) for copy in copies):
             yield self._tick(state)
+        if row.stepped < self.step and row.lease > 0:
+            yield self._clock_steps(state)
         if row.paused:
             resumed = row._replace(paused=False, lost_streak=0)
             yield Step("Somebody resumes the job.", 0, State(resumed, copies))
@@ -194,6 +209,8 @@ class Protocol:
             floor = 0 if self.has(Guard.TIME_OF_EXECUTION) else -self.lease
             lease = max(row.lease - 1, floor)
             row = row._replace(lease=lease, lapsed=row.lapsed or lease <= 0)
+            if lease <= 0:
+                row = row._replace(stepped=0)  # it is over, however far the clock steps
         after = State(row, tuple(self._older(copy) for copy in copies))
         told, breaks, last = "A tick passes", None, 0
         for index, copy in enumerate(after.copies):
@@ -205,6 +222,15 @@ class Protocol:
         if row.holder is not None:
             told += "; the lease is over" if row.lease <= 0 else f"; the lease has {row.lease} left"
         return Step(f"{told}.", last, after, breaks)
+
+    def _clock_steps(self, state: State) -> Step:
+        """Let PostgreSQL's clock step a tick ahead, and no other."""
+        row = state.row
+        lease = row.lease - 1
+        stepped = row.stepped + 1 if lease > 0 else 0
+        row = row._replace(lease=lease, stepped=stepped, lapsed=row.lapsed or lease == 0)
+        told = f"PostgreSQL's clock steps ahead; the lease has {lease} left."
+        return Step(told, 0, State(row, state.copies))
 
     def _older(self, copy: Copy) -> Copy:
         elapsed = 0 if copy.mode == "frozen" and not self.has(Guard.CLOCK) else 1
@@ -248,7 +274,7 @@ class Protocol:
                 yield becomes("{copy}'s run ends, or is cancelled.", stopped)
             if not self.has(Guard.TRUST_PER_RUN):
                 told = "{copy} gets another job, and trusts this run for as long."
-                yield becomes(told, copy._replace(trust=self.lease))
+                yield becomes(told, copy._replace(trust=self.full_trust))
         elif copy.work == "stopped":
             told = "{copy} gives up telling the database."
             yield becomes(told, copy._replace(work="", run=0))
@@ -258,11 +284,12 @@ class Protocol:
         copy = state.copies[index]
         if copy.mode == "free":
             # Also while it runs the job: a claim asks for any job that can be had.
-            yield self._send(state, index, Message("claim", "sent", 0, self.lease, 0))
+            yield self._send(state, index, Message("claim", "sent", 0, self.full_trust, 0))
         if copy.work == "stopped":
             yield self._send(state, index, Message("finish", "sent", copy.run, 0, 0))
         elif copy.work == "running":
-            yield self._send(state, index, Message("renewal", "sent", copy.run, self.lease, 0))
+            renewal = Message("renewal", "sent", copy.run, self.full_trust, 0)
+            yield self._send(state, index, renewal)
             yield self._send(state, index, Message("write", "sent", copy.run, 0, 0))
             if not self.has(Guard.FINISH_AFTER_END):
                 yield self._send(state, index, Message("finish", "sent", copy.run, 0, 0))
@@ -290,7 +317,7 @@ class Protocol:
 
     def _arrives(self, state: State, index: int, message: Message) -> Iterator[Step]:
         """Let a copy hear that its claim or renewal was good."""
-        trust = message.trust if self.has(Guard.TRUST_FROM_SENDING) else self.lease
+        trust = message.trust if self.has(Guard.TRUST_FROM_SENDING) else self.full_trust
         after = _drop(state, index, message)
         copy = after.copies[index]
         if message.kind == "claim":
@@ -342,7 +369,7 @@ class Protocol:
         if not (its_own and in_time):
             return Step("{copy}'s renewal is refused.", index, after)
         breaks = Invariant.STRANGER if message.run != row.run else None
-        row = row._replace(lease=self.lease - message.age)
+        row = row._replace(lease=self.lease - message.age, stepped=0)
         told = f"{{copy}}'s renewal of run {message.run} is good: the lease has {row.lease} left."
         answer = message._replace(stage="answered", age=0)
         return Step(told, index, _post(State(row, after.copies), index, answer), breaks)

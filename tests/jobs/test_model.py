@@ -4,13 +4,21 @@
 without it.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from tests.jobs.model import Guard, Invariant, Protocol, search
 from tests.system.sizes import FULL, size, tell
 
-SMALL = [Protocol()]
-LARGE = [Protocol(copies=3), Protocol(room=3, lease=2), Protocol(lease=4)]
+STEPPING = Protocol(reserve=1, step=1)
+SMALL = [Protocol(), STEPPING]
+LARGE = [
+    Protocol(copies=3),
+    Protocol(room=3, lease=2),
+    Protocol(lease=4),
+    Protocol(lease=4, reserve=2, step=2),
+]
 
 NEEDED = [
     (Guard.EXPIRY, Invariant.OVERLAP),
@@ -48,7 +56,8 @@ REMAINS = {
 
 
 def size_of(protocol: Protocol) -> str:
-    return f"{protocol.copies} copies, lease {protocol.lease}, room {protocol.room}"
+    clock = f", step {protocol.step}" if protocol.step else ""
+    return f"{protocol.copies} copies, lease {protocol.lease}, room {protocol.room}{clock}"
 
 
 @pytest.mark.parametrize("protocol", SMALL + LARGE * FULL, ids=size_of)
@@ -84,3 +93,16 @@ def test_what_remains_without_a_guard(guard: Guard) -> None:
     verdict = search(protocol, REMAINS[guard])
     tell(f"Without this: {guard}. {verdict.states:,} states")
     assert verdict.broken is None, "\n".join(verdict.trace)
+
+
+@pytest.mark.parametrize("beyond", [replace(STEPPING, reserve=0), replace(STEPPING, step=2)])
+def test_a_clock_that_steps_further_than_the_reserve_lets_runs_overlap(beyond: Protocol) -> None:
+    """Control: as far as the reserve nothing breaks; further, trust outlasts the lease.
+
+    What a run writes is fenced all the same.
+    """
+    for invariant in (Invariant.TRUST, Invariant.OVERLAP):
+        verdict = search(beyond, frozenset({invariant}))
+        tell("\n".join([f"Reserve {beyond.reserve}, step {beyond.step}.", *verdict.trace]))
+        assert verdict.broken is invariant
+    assert search(replace(beyond, room=1), FENCED).broken is None
