@@ -8,7 +8,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 import uvicorn
@@ -726,6 +726,51 @@ def test_a_target_of_any_form_is_read(play: Play, sent: str, path: str, host: by
             (scope,) = application.scopes
             assert scope["path"] == path
             assert dict(scope["headers"]).get(b"host") == host
+
+    play(scenario())
+
+
+# -- answers of the protocol's own --------------------------------------------------------------
+
+
+class Counts(LimitedProtocol):
+    """Counts what is refused, and gives each an id."""
+
+    refusals: ClassVar[list[int]] = []
+
+    def count_refusal(self, status: int, scope: Scope | None) -> bytes:
+        self.refusals.append(status)
+        return b"read" if scope is not None else b"unread"
+
+
+class Full(Counts):
+    max_connections = 0
+
+
+def test_an_answer_of_the_protocols_own_is_counted_and_has_an_id(play: Play) -> None:
+    """Each once: 408, 400, 503; not where the application answers for the protocol."""
+
+    async def scenario() -> None:
+        Counts.refusals.clear()
+        async with serving(kind=Counts) as (application, server):
+            async with server.client() as late:
+                await late.send(GET[:9])
+                status, headers, _ = await late.answer()
+                assert (status, headers["x-request-id"]) == (408, "unread")
+            async with server.client() as behind:
+                application.leave.clear()
+                await behind.send(GET, b"\0")
+                application.leave.set()
+                status, headers, _ = await behind.answer()
+                assert (status, "x-request-id" in headers) == (200, False)
+            async with server.client() as garbage:
+                await garbage.send(b"\0")
+                assert (await garbage.answer())[0] == 400
+        async with serving(kind=Full) as (_, server), server.client() as client:
+            await client.send(GET)
+            status, headers, _ = await client.answer()
+            assert (status, headers["x-request-id"]) == (503, "read")
+        assert Counts.refusals == [408, 400, 503]
 
     play(scenario())
 

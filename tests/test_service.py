@@ -15,6 +15,7 @@ from starlette.responses import Response
 from balance_app.errors import InternalError
 from balance_app.front import Front
 from balance_app.server import ListenError, listen
+from tests.balances.hostile import exchange
 from tests.processes import Copy, connect
 
 
@@ -63,6 +64,36 @@ async def test_logs_are_json_with_server_and_request(
     assert {line["server"] for line in lines} == {"app7"}
     (found,) = [line for line in lines if line.get("request_id") == "find-me"]
     assert (found["event"], found["path"], found["status"]) == ("request", "/api/users/1", 200)
+
+
+REFUSED: Final = {
+    400: [b"GET / HTTP/1.1\r\n\r\n"],
+    431: [b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"x" * 70_000],
+    501: [b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"],
+}
+
+
+async def test_what_is_refused_before_it_is_a_request_has_an_id_and_is_counted(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """The id in the answer finds the line in the log that says why, and nothing else does."""
+    log = tmp_path / "log"
+    ids = {}
+    async with (
+        Copy(database, log=log, JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(trust_env=False) as client,
+    ):
+        for status, sent in REFUSED.items():
+            answer = await exchange(copy.port, *sent, pause_seconds=0.1)
+            assert answer.status == status
+            ids[status] = answer.headers["x-request-id"]
+        metrics = (await client.get(f"{copy.url}/metrics")).text
+    assert len(set(ids.values())) == len(REFUSED)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for status, request_id in ids.items():
+        (line,) = [line for line in lines if line.get("request_id") == request_id]
+        assert line["event"] == "request refused"
+        assert f'balance_app_requests_total{{status="{status}"}} 1.0' in metrics
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -104,6 +104,15 @@ class Front:
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
 
+    def count_refusal(self, status: int, scope: Scope | None) -> bytes:
+        """Count an answer that the server gives by itself; return the id of its request.
+
+        `scope` is None where the request can't be read.
+        """
+        self._answers.inc(status)
+        callers_id = None if scope is None else _callers_ids(scope)[0]
+        return callers_id or next(self._ids)
+
     def _adapt(self, scope: Scope, send: Send) -> tuple[Scope, Send]:
         """Make GET of HEAD, and put a request where it is for its caller.
 

@@ -13,12 +13,14 @@ long the answer may take is the application's to say.
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from time import monotonic
 from typing import Any, ClassVar, Final, NoReturn, cast
 from urllib.parse import unquote
 
 import httptools
 import structlog
+from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import (
@@ -46,8 +48,6 @@ REFUSAL_SECONDS: Final = 1.0
 LOG_EVERY_SECONDS: Final = 60.0
 
 _FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
-_refusal: Final = _FULL.response()
-_refusal.headers["Connection"] = "close"
 
 # A name, an address, or an address in brackets; perhaps a port (RFC 3986, 3.2).
 _HOST: Final = re.compile(
@@ -157,12 +157,18 @@ class LimitedProtocol(HttpToolsProtocol):
             log.warning("too many connections for the limit of open files", reason=_FULL.detail)
         if excess > REFUSED_AT_ONCE:
             self._deaf = True
-            self.transport.write(self._last_answer(_FULL))
+            self.transport.write(self._last_answer(_FULL, log.debug))
             self.transport.close()
             return
         # Its request is read before it is refused, so that the answer can't be lost to a reset.
-        self.app = _refusal
+        self.app = self._answer_full
         self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
+
+    async def _answer_full(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = _FULL.response(scope["method"])
+        response.headers["Connection"] = "close"
+        response.raw_headers.extend(self._note_refusal(_FULL, log.debug, scope))
+        await response(scope, receive, send)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -411,19 +417,36 @@ class LimitedProtocol(HttpToolsProtocol):
         """Read no further; what was asked before is answered, by the application alone."""
         self._deaf = True
         self._stop_waiting()
-        log.info("request refused", reason=problem.detail, client=self.client)
         if self._is_under_way():
+            log.info("request refused", reason=problem.detail, client=self.client)
             cycle = cast("_Cycle", self.cycle)
             cycle.lingers = True
             if cycle.more_body:
                 cycle.break_off()
         elif not self.transport.is_closing():
-            self.transport.write(self._last_answer(problem))
+            self.transport.write(self._last_answer(problem, log.info))
             self._linger()
 
-    def _last_answer(self, problem: Problem) -> bytes:
+    def count_refusal(self, _status: int, _scope: Scope | None) -> bytes | None:
+        """Count an answer of the protocol's own, and return an id for its request, if it gets one.
+
+        Overridden where requests are counted; `scope` is None if the request can't be read.
+        """
+        return None
+
+    def _note_refusal(
+        self, problem: Problem, write_log: Callable[..., None], scope: Scope | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Count and log an answer that the application has no part in; return its headers."""
+        request_id = self.count_refusal(problem.status, scope)
+        ids = {} if request_id is None else {"request_id": request_id.decode()}
+        write_log("request refused", reason=problem.detail, client=self.client, **ids)
+        return [] if request_id is None else [(b"x-request-id", request_id)]
+
+    def _last_answer(self, problem: Problem, write_log: Callable[..., None]) -> bytes:
         response = problem.response()
-        headers = [*self.server_state.default_headers, *response.raw_headers]
+        ids = self._note_refusal(problem, write_log)
+        headers = [*self.server_state.default_headers, *response.raw_headers, *ids]
         lines = [STATUS_LINE[problem.status], *(b"%b: %b\r\n" % header for header in headers)]
         return b"".join([*lines, b"connection: close\r\n\r\n", response.body])
 
@@ -461,7 +484,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        self._timer = self.loop.call_at(at, self._look_at_deadline)
+        # Of its own context: what it logs is not about the request that was answered before.
+        self._timer = self.loop.call_at(at, self._look_at_deadline, context=Context())
 
     def _look_at_deadline(self) -> None:
         self._timer = None

@@ -10,6 +10,8 @@ from types import FrameType
 
 import uvicorn
 import uvloop
+from starlette.types import Scope
+from typing_extensions import override
 
 from balance_app import open_files
 from balance_app.jobs.registry import Registry
@@ -67,17 +69,22 @@ def serve(settings: Settings, registry: Registry) -> None:
         SystemExit: the start failed; the log has the reason.
     """
     limit = open_files.raise_limit()
+    stopping = asyncio.Event()
+    front = create_app(settings, stopping, registry)
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
         body_seconds = settings.body_seconds
 
+        @override
+        def count_refusal(self, status: int, scope: Scope | None) -> bytes:
+            return front.count_refusal(status, scope)
+
     sockets = [listen(settings.host, settings.port)]
     if settings.shared_port is not None:
         sockets.append(listen(settings.host, settings.shared_port, shared=True))
-    stopping = asyncio.Event()
     config = uvicorn.Config(
-        create_app(settings, stopping, registry),
+        front,
         loop="balance_app.server:ServiceLoop",
         http=Protocol,
         ws="none",
