@@ -24,6 +24,7 @@ from tests.balances.hostile import chunked, raw_request
 SOON: Final = 0.2  # seconds that a head has in these tests
 LATER: Final = 0.3
 BODY: Final = b'{"userId":1,"amount":-2}'
+LARGE: Final = 16 * 1024 * 1024  # more than the kernel takes
 LENGTH: Final = f"Content-Length: {len(BODY)}"
 
 Play = Callable[[Coroutine[Any, Any, None]], None]
@@ -66,6 +67,8 @@ class Application:
             self.read.append(body)
         await self.leave.wait()
         status = 200 if whole else 400
+        if scope["path"] == "/large":
+            body = bytes(LARGE)
         if scope["path"] == "/stream":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             while (await receive())["type"] != "http.disconnect":
@@ -726,6 +729,92 @@ def test_a_target_of_any_form_is_read(play: Play, sent: str, path: str, host: by
             (scope,) = application.scopes
             assert scope["path"] == path
             assert dict(scope["headers"]).get(b"host") == host
+
+    play(scenario())
+
+
+# -- a client that does not read ----------------------------------------------------------------
+
+
+class Patient(LimitedProtocol):
+    """Mutant: as it was, what a client does not read is kept for ever."""
+
+    def _watch_reader(self) -> None:
+        pass
+
+
+class Blind(LimitedProtocol):
+    """Mutant: does not see that something was read."""
+
+    def _count_unsent(self) -> int:
+        return 0
+
+
+UNREAD: Final = {
+    "a large answer": [raw_request("GET", "/large", "Host: a")],
+    "and the end of the connection": [raw_request("GET", "/large", "Host: a", "Connection: close")],
+    "small answers": [post("Content-Length: 3000", body=b" " * 3000)] * 3000,
+    "a large answer to a late body": [post("Content-Length: 9", path="/large") + b"1"],
+}
+
+
+async def is_ended(packets: list[bytes], kind: type[LimitedProtocol]) -> bool:
+    """Send, read nothing, and say whether the server lets go of the connection."""
+    async with serving(keep_alive=SOON, kind=kind) as (_, server), server.client() as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.writer.write(b"".join(packets))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(3):
+                while not server.state.connections:  # noqa: ASYNC110 - of the server
+                    await asyncio.sleep(0.01)
+                while server.state.connections:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                return True
+        return False
+
+
+@on_both_loops
+@pytest.mark.parametrize("packets", UNREAD.values(), ids=UNREAD)
+def test_a_client_that_reads_nothing_is_not_waited_for(play: Play, packets: list[bytes]) -> None:
+    """However its answers came to be unread; the request that waits to be answered ends too."""
+
+    async def scenario() -> None:
+        assert await is_ended(packets, LimitedProtocol)
+
+    play(scenario())
+
+
+@on_both_loops
+def test_without_the_deadline_an_answer_is_kept_for_ever(play: Play) -> None:
+    """Control: the same client keeps its connection, and what it did not read."""
+
+    async def scenario() -> None:
+        assert not await is_ended(UNREAD["a large answer"], Patient)
+
+    play(scenario())
+
+
+async def slow_reader(kind: type[LimitedProtocol]) -> int:
+    """Read an answer over many times of what an idle connection has; return how much came."""
+    async with serving(keep_alive=0.5, kind=kind) as (_, server):
+        loop, arrived = asyncio.get_running_loop(), 0
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.setblocking(False)  # noqa: FBT003 - socket's own
+            await loop.sock_sendall(client, raw_request("GET", "/large", "Host: a"))
+            with suppress(ConnectionError):
+                while arrived < LARGE and (piece := await loop.sock_recv(client, LARGE // 64)):
+                    arrived += len(piece)
+                    await asyncio.sleep(0.05)
+        return arrived
+
+
+@on_both_loops
+def test_a_client_that_reads_slowly_gets_all_of_its_answer(play: Play) -> None:
+    """As long as it reads anything; the mutant that does not look cuts it off."""
+
+    async def scenario() -> None:
+        assert await slow_reader(LimitedProtocol) >= LARGE
+        assert await slow_reader(Blind) < LARGE
 
     play(scenario())
 

@@ -7,12 +7,19 @@ request has its own answer, and the connection ends behind that.
 A connection has one deadline at most: an idle one may stay for `timeout_keep_alive` seconds, a head
 has `HEAD_SECONDS` from its first byte, or from the answer before it, a body `body_seconds` from its
 head. An application that reads a late body is told by `RequestTimeout`, raised by `receive`. How
-long the answer may take is the application's to say.
+long the answer may take is the application's to say; but a client that takes nothing of it for
+`timeout_keep_alive` seconds, while more is to be sent, is not waited for.
 """
 
 import asyncio
+import fcntl
 import re
+import socket
+import struct
+import sys
+import termios
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context
 from time import monotonic
 from typing import Any, ClassVar, Final, NoReturn, cast
@@ -46,6 +53,7 @@ LINGER_SECONDS: Final = 2.0
 REFUSED_AT_ONCE: Final = 16
 REFUSAL_SECONDS: Final = 1.0
 LOG_EVERY_SECONDS: Final = 60.0
+_RESET: Final = struct.pack("ii", 1, 0)  # linger for no time
 
 _FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
 
@@ -139,6 +147,9 @@ class LimitedProtocol(HttpToolsProtocol):
     _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
     _timer_at = 0.0
+    # when it is looked at whether the client reads, and how much it had not taken before
+    _reader_timer: asyncio.TimerHandle | None = None
+    _unsent_bytes = 0
 
     # -- the connection ----------------------------------------------------------------------
 
@@ -173,8 +184,9 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._reader_timer):
+            if timer is not None:
+                timer.cancel()
         if self._running is not None and self._running is not self.cycle:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -386,6 +398,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            self._wait(self.timeout_keep_alive, self._watch_reader)
             return
         self.flow.resume_reading()
         if self._running is not None and self._running.lingers:
@@ -457,12 +470,73 @@ class LimitedProtocol(HttpToolsProtocol):
         unread resets the connection, and the client may lose what it has not read yet.
         """
         if self._ended:
-            self.transport.close()
+            self._close()
             return
         self._deaf = True
         self.flow.resume_reading()
         self.transport.write_eof()
-        self._wait(self.linger_seconds, self.transport.close)
+        self._wait(self.linger_seconds, self._close)
+
+    # -- a client that does not read ---------------------------------------------------------
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reader_timer is not None and not self.transport.is_closing():
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
+    @override
+    def timeout_keep_alive_handler(self) -> None:
+        if not self.transport.is_closing():
+            self._close()
+
+    def _close(self) -> None:
+        """Close the connection behind what is still to be sent, as long as the client takes it."""
+        self.transport.close()
+        self._wait(self.timeout_keep_alive, self._watch_reader)
+
+    def _watch_reader(self) -> None:
+        if self._reader_timer is None and self in self.connections:
+            self._unsent_bytes = self._count_unsent()
+            self._reader_timer = self.loop.call_later(
+                self.timeout_keep_alive, self._look_at_reader, context=Context()
+            )
+
+    def _look_at_reader(self) -> None:
+        """End the connection if the client has taken nothing since the last look."""
+        self._reader_timer = None
+        if self._count_unsent() < self._unsent_bytes:
+            self._watch_reader()
+        else:
+            log.info(
+                "connection ended: the client reads nothing",
+                client=self.client,
+                unsent_bytes=self._unsent_bytes,
+            )
+            # Reset, or the kernel would keep for minutes what was not taken.
+            with suppress(OSError):
+                self.transport.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, _RESET
+                )
+            self.transport.abort()
+
+    def _count_unsent(self) -> int:
+        """Return how many bytes the client's machine has not taken, of this process and the kernel.
+
+        What the kernel holds may be megabytes: of a slow client it alone tells that it reads.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        with suppress(OSError):
+            descriptor = self.transport.get_extra_info("socket").fileno()
+            queued = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4))
+            unsent += int.from_bytes(queued, sys.byteorder)
+        return unsent
 
     # -- time --------------------------------------------------------------------------------
 
