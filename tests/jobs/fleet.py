@@ -10,7 +10,8 @@ FLEET_SECONDS  how long each run lasts
 FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
                event loop), stubborn (a thread that can't be stopped), thread (one that can),
                thread-writes (one with transactions), writes (through its transaction),
-               held (the same, and each transaction is held open), poison (kills its process);
+               held (the same, and each transaction is held open), poison (kills its process),
+               clings (writes until its time is over, whatever it is told);
                one of those that leave the run's own task (tests/jobs/kinds.py);
                several, parted by commas, are taken in turn
 FLEET_ALARM    taken: jobs that write take SIGALRM and its timer for themselves
@@ -27,6 +28,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -133,6 +135,19 @@ class Script:
         finally:
             self.diary.write("end", run)
 
+    async def clings(self, run: Run) -> None:
+        begun = time.monotonic()
+        self.diary.write("start", run)
+        while time.monotonic() < begun + self.seconds:
+            with suppress(Exception, asyncio.CancelledError):
+                async with run.transaction() as connection:
+                    await connection.execute(
+                        "INSERT INTO fenced (job, fence, begun) VALUES ($1, $2, $3)",
+                        *(run.name, run.fence, begun),
+                    )
+                await asyncio.sleep(TICK_SECONDS)
+        self.diary.write("end", run)
+
     async def poison(self, run: Run) -> None:
         self.diary.write("start", run)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -152,6 +167,7 @@ def declare(number: int, diary: Diary) -> Job:
         "writes": script.writes,
         "held": script.writes,
         "poison": script.poison,
+        "clings": script.clings,
         **kinds.functions(diary, script.seconds),
     }
     limit = os.environ.get("FLEET_TIMEOUT")
@@ -265,6 +281,15 @@ def losses_stand() -> None:
     vars(scheduler)["Scheduler"]._takes_over_until = lambda *_: until
 
 
+def go_on_anew() -> None:
+    """Declare the jobs in tables made anew at once, and let the runs of before go on."""
+
+    def go_on(self: scheduler.Scheduler) -> None:
+        self._known = None
+
+    vars(scheduler)["Scheduler"]._begin_anew = go_on
+
+
 def own_clock() -> None:
     """Decide by a clock of the copy's own, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
@@ -284,6 +309,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "scope": main_task_only,
     "hand-back": no_hand_back,
     "outages": losses_stand,
+    "anew": go_on_anew,
 }
 
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from tests.jobs.fleet import Span, overlaps, read_diaries
-from tests.processes import Copy, connect, running
+from tests.processes import Copy, connect, empty_database, running
+from tests.system.sizes import tell
 
 JOBS = 3
 LEASE = 3
@@ -105,6 +106,59 @@ async def test_a_database_made_anew_is_migrated_as_at_start(
         await _all_run(tmp_path)
         assert {each.process and each.process.returncode for each in instances} == {None}
     assert overlaps(_runs(tmp_path)) == []
+
+
+# A run has time enough to see the tables made anew, and ends before its trust does.
+RUN_SECONDS = 8
+RUN_LEASE = 11
+ANEW = """
+BEGIN; DROP SCHEMA public CASCADE; CREATE SCHEMA public;
+CREATE TABLE fenced (job text, fence bigint, begun float8); COMMIT
+"""
+
+
+async def _writes_anew(postgres: dict[str, str], diaries: Path, unguarded: str) -> tuple[int, int]:
+    """Make the tables anew under runs; return the writes in them, of runs of before and of new."""
+    diaries.mkdir()
+    settings = {
+        "FLEET_KIND": "clings",
+        "FLEET_EVERY": "3600",
+        "FLEET_SECONDS": str(RUN_SECONDS),
+        "FLEET_UNGUARDED": unguarded,
+        "JOB_LEASE_SECONDS": str(RUN_LEASE),
+        "JOB_CLOCK_RESERVE_SECONDS": "0",
+    }
+    async with empty_database(postgres) as database:
+        connection = await connect(database)
+        await connection.execute(ANEW)
+        async with running(_fleet(database, diaries, ["app1"], **settings)), asyncio.timeout(60):
+            began = "SELECT count(DISTINCT job) FROM fenced"
+            while await connection.fetchval(began) < JOBS:  # noqa: ASYNC110 - of a database
+                await asyncio.sleep(0.05)
+            assert await connection.fetchval("SELECT max(fence) FROM fenced") == 1
+            await connection.execute(ANEW)
+            anew_at = monotonic()
+            began += " WHERE begun > $1"
+            while await connection.fetchval(began, anew_at) < JOBS:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            assert await connection.fetchval("SELECT max(fence) FROM fenced") == 1
+            counts = "SELECT count(*) FILTER (WHERE begun <= $1), count(*) FROM fenced"
+            before, written = await connection.fetchrow(counts, anew_at) or (0, 0)
+        await connection.close()
+    return before, written - before
+
+
+async def test_a_run_of_before_writes_nothing_into_tables_made_anew(
+    postgres: dict[str, str], tmp_path: Path
+) -> None:
+    """Fences begin again, and its holder is the same: the control that goes on at once lets it."""
+    guarded, control = await asyncio.gather(
+        _writes_anew(postgres, tmp_path / "1", ""), _writes_anew(postgres, tmp_path / "2", "anew")
+    )
+    tell(f"writes of runs of before, and of new ones: {guarded}, control {control}")
+    assert guarded[0] == 0
+    assert guarded[1] > 0
+    assert control[0] > 0
 
 
 async def test_two_services_in_two_schemas_do_not_disturb_each_other(
