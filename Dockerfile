@@ -50,7 +50,7 @@ EXPOSE 3000
 
 # The instance itself is asked, over HTTP, whether it is ready: database reachable, schema right. The
 # program that asks starts nothing but Python, and is patient: a burst is no reason to be unhealthy.
-COPY src/balance_app/probe.py /opt/probe.py
+COPY src/balance_app/http/probe.py /opt/probe.py
 HEALTHCHECK --interval=10s --timeout=30s --start-period=60s --retries=3 \
     CMD ["python", "-I", "-S", "/opt/probe.py"]
 

@@ -54,7 +54,7 @@ bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
 	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
 
 screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
-	@PYTHONPATH=. $(BIN)/python -m tests.pages.screenshots
+	@PYTHONPATH=. $(BIN)/python -m tests.web.screenshots
 
 reset: $(READY) ## delete the data of `make run`
 	@$(BIN)/balance-app reset

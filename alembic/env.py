@@ -1,14 +1,11 @@
-"""Run the migrations: as SQL for `balance_app.migrations.migrate`, or on a given connection."""
+"""Run the migrations: as SQL for `balance_app.db.migrations.migrate`, or on a given connection."""
 
 import asyncio
 
 from alembic import context
 from sqlalchemy import Connection
 
-import balance_app.balances.tables
-import balance_app.jobs.records
-import balance_app.jobs.tables  # noqa: F401 - the same
-from balance_app.migrations import VERSION_TABLE, metadata, migrate
+from balance_app.db.migrations import VERSION_TABLE, metadata, migrate
 from balance_app.settings import load_settings
 
 

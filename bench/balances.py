@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from balance_app.balances.repository import CHANGE
-from balance_app.embedded import EmbeddedPostgres, binaries
+from balance_app.local.postgres import EmbeddedPostgres, binaries
 
 ROUNDS = int(os.environ.get("ROUNDS", "7"))
 HOT_REQUESTS = 10_000

@@ -24,10 +24,10 @@ from uuid import uuid4
 import asyncpg
 import httpx
 
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.db.migrations import migrate
 from balance_app.jobs.declarations import Known
 from balance_app.jobs.repository import CLAIM, FINISH, Me, Turn, claim_arguments
-from balance_app.migrations import migrate
+from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import Settings, load_settings
 from tests.processes import Copy, connect, running
 

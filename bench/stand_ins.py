@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from balance_app import main, server
 from balance_app.balances.repository import BalanceRepository, Outcome
-from balance_app.jobs.registry import Registry
+from balance_app.jobs.job import Registry
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 

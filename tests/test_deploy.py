@@ -13,11 +13,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from balance_app.database import Database
-from balance_app.jobs.housekeeping import JOBS
+from balance_app.db.pool import Database
+from balance_app.jobs import Registry
 from balance_app.metrics import JobFacts, Metrics
 from balance_app.settings import load_settings
 
+JOBS: Final = Registry.load(["balance_app.maintenance"])
 DEPLOY: Final = Path(__file__).parents[1] / "deploy"
 ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
 README: Final = (DEPLOY / "README.md").read_text(encoding="utf-8")
@@ -51,10 +52,10 @@ QUERIES: Final = dict(expressions())
 @pytest.fixture(scope="module")
 async def series() -> dict[str, list[dict[str, str]]]:
     """The labels of every series of a copy that runs the ten jobs, by name."""
-    metrics = Metrics(server="app1", version="0", jobs=[job.name for job in JOBS])
+    metrics = Metrics(server="app1", version="0", jobs=list(JOBS))
 
     async def ask() -> list[JobFacts]:
-        return [JobFacts(job.name, 1.0, 0.0, False, False, False) for job in JOBS]  # noqa: FBT003 - a row
+        return [JobFacts(job.name, 1.0, 0.0, False, False, False) for job in JOBS.values()]  # noqa: FBT003 - a row
 
     metrics.ask_for_fleet(ask)
     Database(load_settings(db_host="localhost"), metrics)  # never started

@@ -15,12 +15,12 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from balance_app import metrics as numbers
-from balance_app.jobs.audits import audit_ledger
+from balance_app.jobs.api.stats import Facts
 from balance_app.jobs.declarations import LOST_LIMIT
-from balance_app.jobs.facts import Facts
-from balance_app.jobs.registry import Job, Registry, job
+from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
+from balance_app.maintenance.audits import AUDITS, LedgerMismatchError, audit_ledger
 from balance_app.metrics import OUTCOMES, JobFacts, Metrics
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import Ground, on, until
@@ -367,6 +367,10 @@ async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
     assert found['balance_app_job_ticks_skipped_total{job_name="good"}'] == skipped
 
 
+def _facts(ground: Ground, registry: Registry) -> Facts:
+    return Facts(ground.database, registry, AUDITS, LedgerMismatchError)
+
+
 async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
     """A share of the lease: half when heartbeats come at a sixth and a third is the reserve."""
     async with scheduler(ground, [declare("long", sleeps)]) as (_, metrics):
@@ -393,7 +397,7 @@ async def _beaten(metrics: Metrics, times: int) -> bool:
 
 async def facts(ground: Ground, *names: str) -> dict[str, JobFacts]:
     registry = Registry([declare(name, returns) for name in names])
-    return {fact.name: fact for fact in await Facts(ground.database, registry).look() or ()}
+    return {fact.name: fact for fact in await _facts(ground, registry).look() or ()}
 
 
 async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
@@ -475,7 +479,7 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
     await ground.eye.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(ground, [audit_ledger]) as (_, metrics):
-            metrics.ask_for_fleet(Facts(ground.database, Registry([audit_ledger])).look)
+            metrics.ask_for_fleet(_facts(ground, Registry([audit_ledger])).look)
             await ground.ended("audit-ledger")
             found = await of(metrics)
     finally:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.errors import InternalError
-from balance_app.front import Front
+from balance_app.http.middleware import Front
 from balance_app.server import ListenError, listen
 from tests.balances.hostile import exchange
 from tests.processes import Copy, connect

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from alembic.script import ScriptDirectory
 
-from balance_app import migrations
+from balance_app.db import migrations
 from balance_app.settings import BadSettingsError, load_settings
 
 

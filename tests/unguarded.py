@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 
-from balance_app import database, migrations, open_files, server, sessions
+from balance_app import open_files, server, sessions
 from balance_app.balances import repository
 from balance_app.balances.repository import RECALL, Outcome
-from balance_app.database import Connection, read, write
-from balance_app.jobs.registry import Registry
-from balance_app.json_body import MAX_INTEGER
+from balance_app.db import migrations
+from balance_app.db import pool as database
+from balance_app.db.pool import Connection, read, write
+from balance_app.http.body import MAX_INTEGER
+from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
 
 READ_FIRST = "SELECT balance, version FROM users WHERE id = $1"

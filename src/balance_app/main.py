@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 from fastapi import FastAPI
@@ -13,10 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Mount
 
-from balance_app import api_docs, forms, health, metrics, pages
+from balance_app import __version__
 from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database
+from balance_app.db.migrations import UnusableDatabaseError
+from balance_app.db.pool import Database
 from balance_app.errors import (
     InternalError,
     InvalidRequest,
@@ -25,22 +27,28 @@ from balance_app.errors import (
     NotFound,
     Problem,
 )
-from balance_app.front import Front
-from balance_app.jobs import router as jobs
-from balance_app.jobs.board import Board
-from balance_app.jobs.controls import Controls
-from balance_app.jobs.facts import Facts
-from balance_app.jobs.feed import Feed
-from balance_app.jobs.history import History
-from balance_app.jobs.registry import Registry
+from balance_app.formatting import url
+from balance_app.http import health
+from balance_app.http import openapi as api_docs
+from balance_app.http.body import FAULT_CODES
+from balance_app.http.health import Readiness
+from balance_app.http.middleware import Front
+from balance_app.http.services import Services
+from balance_app.jobs.api import router as jobs
+from balance_app.jobs.api.controls import Controls
+from balance_app.jobs.api.events import Feed
+from balance_app.jobs.api.history import History
+from balance_app.jobs.api.stats import Facts
+from balance_app.jobs.api.status import Board
+from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
-from balance_app.json_body import FAULT_CODES
-from balance_app.live import Live
+from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.metrics import Metrics
-from balance_app.migrations import UnusableDatabaseError
-from balance_app.overview import Overview
 from balance_app.settings import Settings
-from balance_app.words import url
+from balance_app.web import actions as forms
+from balance_app.web import router as pages
+from balance_app.web.queries import Overview
+from balance_app.web.stream import Live
 
 log = structlog.get_logger(__name__)
 
@@ -55,24 +63,20 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     """
     Problem.root_path = settings.root_path
     registry.check(min_seconds=settings.job_min_seconds)
+    metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
         description=api_docs.DESCRIPTION.format(root=settings.root_path),
-        version="0.1.0",
+        version=__version__,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=_lifespan,
+        lifespan=partial(_lifespan, settings, stopping, registry, metrics),
     )
-    app.state.settings = settings
-    app.state.stopping = stopping
-    app.state.registry = registry
-    app.state.metrics = Metrics(server=settings.server_id, version=app.version, jobs=registry)
     app.include_router(balances.router)
     app.include_router(jobs.router)
     app.include_router(health.router)
-    app.include_router(metrics.router)
     app.include_router(pages.router)
     app.include_router(forms.router)
     api_docs.add_docs(app)
@@ -85,27 +89,38 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
         direct={("POST", "/api/balance"): balances.change_balance},
         log_requests=settings.log_requests,
         root_path=settings.root_path,
-        metrics=app.state.metrics,
+        metrics=metrics,
     )
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings: Settings = app.state.settings
-    registry: Registry = app.state.registry
-    numbers: Metrics = app.state.metrics
-    database = Database(settings, numbers)
-    scheduler = Scheduler(settings, database, registry, numbers) if settings.jobs_enabled else None
-    numbers.ask_for_fleet(Facts(database, registry).look)
-    app.state.database = database
-    app.state.scheduler = scheduler
-    app.state.board = board = Board(database, settings)
-    app.state.feed = Feed(board.look, app.state.stopping)
-    app.state.controls = Controls(database, board)
-    app.state.history = History(database)
-    app.state.balances = BalanceRepository(database, numbers)
-    app.state.overview = overview = Overview(database, numbers)
-    app.state.live = Live(board, overview, app.state.stopping, root_path=settings.root_path)
+async def _lifespan(
+    settings: Settings,
+    stopping: asyncio.Event,
+    registry: Registry,
+    metrics: Metrics,
+    app: FastAPI,
+) -> AsyncIterator[None]:
+    database = Database(settings, metrics)
+    scheduler = Scheduler(settings, database, registry, metrics) if settings.jobs_enabled else None
+    metrics.ask_for_fleet(Facts(database, registry, AUDITS, LedgerMismatchError).look)
+    board = Board(database, settings)
+    overview = Overview(database, metrics)
+    told = {} if scheduler is None else {"jobs": scheduler.condition}
+    app.state.services = Services(
+        settings,
+        metrics,
+        database,
+        Readiness(database, stopping, only_told=told),
+        BalanceRepository(database, metrics),
+        *([] if scheduler is None else [scheduler]),
+        board,
+        Feed(board.look, stopping),
+        Controls(database, board),
+        History(database),
+        overview,
+        Live(board, overview, stopping, root_path=settings.root_path),
+    )
     try:
         try:
             await database.start()
@@ -120,16 +135,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
-        log.info("started", address=url(settings.host, settings.port), version=app.version)
+        log.info("started", address=url(settings.host, settings.port), version=__version__)
         if scheduler is not None:
             scheduler.start()
         refusal = asyncio.create_task(
-            _refuse_in_time(database, app.state.stopping, settings.stop_seconds / 6)
+            _refuse_in_time(database, stopping, settings.stop_seconds / 6)
         )
-        handing_back = asyncio.create_task(_hand_back(scheduler, app.state.stopping))
+        handing_back = asyncio.create_task(_hand_back(scheduler, stopping))
         yield
         refusal.cancel()
-        app.state.stopping.set()
+        stopping.set()
         await handing_back
         if scheduler is not None:
             await scheduler.part()

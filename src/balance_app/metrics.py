@@ -14,7 +14,6 @@ from itertools import accumulate
 from time import monotonic
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from fastapi import APIRouter
 from prometheus_client import Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -22,11 +21,9 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector, CollectorRegistry
-from starlette.requests import Request
-from starlette.responses import Response
 from typing_extensions import override
 
 # accepted, refused by the balance, told again; no such user, key of another request; 503 with
@@ -327,35 +324,3 @@ class _Fleet(Collector):
                 if number is not None:
                     family.add_metric([job.name], float(number))
             yield family
-
-
-router = APIRouter(tags=["health"])
-
-_OPENMETRICS: Final = "application/openmetrics-text"
-
-
-@router.get(
-    "/metrics",
-    response_class=Response,
-    response_description="One line for each number.",
-    responses={
-        200: {
-            "content": {
-                kind: {"schema": {"type": "string"}} for kind in ("text/plain", _OPENMETRICS)
-            }
-        }
-    },
-)
-async def read_metrics(request: Request) -> Response:
-    """Tell Prometheus this copy's numbers; also while the database is away."""
-    metrics = cast("Metrics", request.app.state.metrics)
-    as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
-    return Response(
-        await metrics.tell(as_openmetrics=as_openmetrics),
-        headers={
-            "Content-Type": (
-                openmetrics.CONTENT_TYPE_LATEST if as_openmetrics else CONTENT_TYPE_PLAIN_0_0_4
-            ),
-            "Cache-Control": "no-store",
-        },
-    )

@@ -14,10 +14,10 @@ from starlette.types import Scope
 from typing_extensions import override
 
 from balance_app import open_files
-from balance_app.jobs.registry import Registry
+from balance_app.http.protocol import LimitedProtocol
+from balance_app.jobs.job import Registry
 from balance_app.jobs.scope import CountedCalls
 from balance_app.main import create_app
-from balance_app.protocol import LimitedProtocol
 from balance_app.settings import Settings
 
 BACKLOG = 4096  # a burst knocks faster than one process opens

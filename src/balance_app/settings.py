@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     job_step_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
         0.25, description="how much longer a copy waits for a job than one that runs one job less"
     )
+    jobs_modules: str = Field(
+        "balance_app.maintenance", description="Python modules whose jobs run here, with commas"
+    )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
         2, description="connections that the transactions of this copy's jobs may use"
     )

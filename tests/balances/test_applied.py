@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database
+from balance_app.db.pool import Database
 from balance_app.errors import DatabaseAway, Problem
+from tests.db.test_pool import settings_for
 from tests.history import (
     Accepted,
     Entry,
@@ -24,7 +25,6 @@ from tests.history import (
 )
 from tests.processes import Copy, connect
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
-from tests.test_database import settings_for
 
 KEYED = {"Idempotency-Key": "k"}
 NEW_KEY = {"Idempotency-Key": "new"}

@@ -7,10 +7,10 @@ import httpx
 import pytest
 
 from balance_app.balances.guard import FORGET_SECONDS, Guard
-from balance_app.database import Database
+from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
+from tests.db.test_pool import settings_for
 from tests.processes import Copy, connect
-from tests.test_database import settings_for
 
 HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)

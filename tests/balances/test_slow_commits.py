@@ -11,9 +11,9 @@ import pytest
 
 from balance_app.balances import guard
 from balance_app.balances.repository import BalanceRepository
-from balance_app.database import Database
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.db.pool import Database
 from balance_app.errors import Problem
+from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import load_settings
 from tests.processes import connect
 from tests.system.databases import own_postgres

@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from balance_app import server
-from balance_app.jobs import lease, repository, runner, scheduler, scope, watchdog
+from balance_app.jobs import heartbeat as lease
+from balance_app.jobs import repository, runner, scheduler, scope, watchdog
 from balance_app.jobs import run as running
-from balance_app.jobs.registry import Job, Registry, job
+from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.threads import ThreadRun
 from balance_app.logs import configure_logs

@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from balance_app.database import Database
+from balance_app.db.pool import Database
 from balance_app.settings import Settings, load_settings
 from tests.processes import connect
 

@@ -11,10 +11,10 @@ from uuid import uuid4
 import asyncpg
 import structlog
 
-from balance_app.database import Database
+from balance_app.db.pool import Database
 from balance_app.jobs.declarations import Known
-from balance_app.jobs.lease import Lease
-from balance_app.jobs.registry import Job, Registry
+from balance_app.jobs.heartbeat import Lease
+from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
     Beat,
     Claimed,

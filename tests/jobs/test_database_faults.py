@@ -16,7 +16,7 @@ from typing import Protocol, Self
 import asyncpg
 import httpx
 
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.local.postgres import EmbeddedPostgres
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.processes import Copy, connect, running
 from tests.system.databases import own_postgres

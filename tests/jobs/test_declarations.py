@@ -10,7 +10,7 @@ import pytest
 from balance_app.jobs import declarations
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.declarations import LIVE, Known
-from balance_app.jobs.registry import Job, job
+from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import NOTICE_BATCH, Ending
 from balance_app.jobs.run import Run
 from tests.jobs.support import Copy, Ground, on, until

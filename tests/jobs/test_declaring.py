@@ -12,13 +12,13 @@ import pytest
 from starlette.requests import Request
 from typing_extensions import override
 
-from balance_app import health
+from balance_app.db.migrations import alembic_head
+from balance_app.http import health
 from balance_app.jobs import declarations
-from balance_app.jobs.registry import Job, job
+from balance_app.jobs.job import Job, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.schedule import Every
 from balance_app.jobs.scheduler import Scheduler
-from balance_app.migrations import alembic_head
 from tests.jobs.support import Ground, on
 
 

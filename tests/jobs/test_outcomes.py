@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from balance_app.errors import DatabaseAway
-from balance_app.jobs.registry import Job, job
+from balance_app.jobs.job import Job, job
 from balance_app.jobs.run import LeaseLostError, Run, describe
 from balance_app.jobs.threads import ThreadRun
 from balance_app.logs import configure_logs

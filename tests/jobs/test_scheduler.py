@@ -17,9 +17,9 @@ import pytest
 
 from balance_app.errors import DatabaseAway
 from balance_app.jobs import scheduler as scheduling
-from balance_app.jobs.controls import RUN
+from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
-from balance_app.jobs.registry import Job, job
+from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import STOPPED, Claimed, Ending
 from balance_app.jobs.run import LeaseLostError, Run
 from balance_app.jobs.runner import RunResult
@@ -1057,7 +1057,7 @@ async def test_nothing_is_claimed_without_heartbeats(
         # It ends by an error that nobody expects.
         thread = scheduler._heart._thread
         assert thread is not None
-        monkeypatch.setattr("balance_app.jobs.lease.AGAIN_SECONDS", "not a number")
+        monkeypatch.setattr("balance_app.jobs.heartbeat.AGAIN_SECONDS", "not a number")
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
         monkeypatch.undo()

@@ -16,12 +16,12 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from balance_app.database import Database
+from balance_app.db.migrations import migrate
+from balance_app.db.pool import Database
 from balance_app.jobs.declarations import QUARANTINE
-from balance_app.jobs.lease import Heart
+from balance_app.jobs.heartbeat import Heart
 from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run, TransactionLimitError
-from balance_app.migrations import migrate
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.jobs.support import AT_ONCE
@@ -403,7 +403,7 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
         def expire(self) -> None:
             told.append("expired")
 
-    monkeypatch.setattr("balance_app.jobs.lease.monotonic", lambda: now)
+    monkeypatch.setattr("balance_app.jobs.heartbeat.monotonic", lambda: now)
     heart = Heart(load_settings(job_lease_seconds=6), Me(uuid4(), "app1"))
     heart._watchdog = Timer()
     heart.hold("a", 1, now, lambda _outcome, _reason: None)

@@ -10,7 +10,7 @@ from time import monotonic
 import asyncpg
 import psutil
 
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.local.postgres import EmbeddedPostgres
 from tests.processes import connect
 
 WAITERS = """

@@ -5,7 +5,7 @@ from random import choice, uniform
 
 import pytest
 
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import Kind, check
 from tests.processes import Copy, connect, running
 from tests.system.client import Load, open_account, read_ledger

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import choice, uniform
 from time import monotonic
 
-from balance_app.embedded import SYSTEM_USER, EmbeddedPostgres, binaries
+from balance_app.local.postgres import SYSTEM_USER, EmbeddedPostgres, binaries
 from tests.history import check
 from tests.jobs.proxy import Proxy
 from tests.processes import Copy, connect, running

@@ -10,7 +10,7 @@ from typing import Self
 import httpx
 import pytest
 
-from balance_app.embedded import EmbeddedPostgres
+from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import check
 from tests.processes import Copy, connect, running
 from tests.system.client import Load, open_account, read_ledger

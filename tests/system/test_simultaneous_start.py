@@ -6,7 +6,7 @@ import time
 import httpx
 import pytest
 
-from balance_app.migrations import alembic_head
+from balance_app.db.migrations import alembic_head
 from tests.processes import Copy, connect, running
 from tests.system.sizes import size
 

@@ -16,9 +16,9 @@ import asyncpg
 import structlog
 
 from balance_app.balances.errors import too_slow
-from balance_app.database import Connection, Database, read
+from balance_app.db.pool import Connection, Database, read
+from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseAway
-from balance_app.wait_queue import Lane
 
 log = structlog.get_logger(__name__)
 

@@ -16,9 +16,9 @@ from balance_app.balances.errors import (
     UserNotFound,
 )
 from balance_app.balances.guard import Guard
-from balance_app.database import Connection, Database, read, write
+from balance_app.db.pool import Connection, Database, read, write
 from balance_app.errors import DatabaseAway, Overloaded, Problem
-from balance_app.json_body import MAX_INTEGER
+from balance_app.http.body import MAX_INTEGER
 from balance_app.metrics import Metrics
 
 MAX_RACES: Final = 1000
@@ -76,7 +76,7 @@ class BalanceRepository:
         Raises:
             UserNotFound: there is no such user.
             IdempotencyKeyReused: the key belongs to another request.
-            DatabaseAway, Overloaded: see `balance_app.database`; what became of earlier tries with
+            DatabaseAway, Overloaded: see `balance_app.db.pool`; what became of earlier tries with
                 this key is unknown.
         """
         started = perf_counter()

@@ -1,13 +1,12 @@
 """The routes of balances, and the one of them that must be fast."""
 
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.api_docs import headers, json_request, problems
 from balance_app.balances.errors import (
     BalanceLimitExceeded,
     IdempotencyKeyReused,
@@ -43,7 +42,9 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
-from balance_app.json_body import StrictModel, read_json
+from balance_app.http.body import StrictModel, read_json
+from balance_app.http.openapi import headers, json_request, problems
+from balance_app.http.services import services
 
 BODY_PROBLEMS: Final = (
     MalformedRequest,
@@ -59,7 +60,7 @@ router = APIRouter(prefix="/api", tags=["balances"])
 
 
 def _repository(request: Request) -> BalanceRepository:
-    return cast("BalanceRepository", request.app.state.balances)
+    return services(request)[BalanceRepository]
 
 
 @router.post(

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from balance_app.balances.repository import Account, Entry, Outcome, refusal
 from balance_app.errors import InvalidRequest
-from balance_app.json_body import MAX_INTEGER, StrictModel, header_values
+from balance_app.http.body import MAX_INTEGER, StrictModel, header_values
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
 _KEY: Final = re.compile(KEY_PATTERN.encode())

@@ -15,8 +15,8 @@ from sqlalchemy import (
     text,
 )
 
-from balance_app.json_body import MAX_INTEGER
-from balance_app.migrations import metadata
+from balance_app.db.migrations import metadata
+from balance_app.http.body import MAX_INTEGER
 
 users = Table(
     "users",

@@ -18,3 +18,8 @@ writes is checked against its fence in the transaction that writes it.
 Why they are shared evenly: a copy that runs k jobs waits for a ready job longer than one that runs
 k - 1, so the least loaded takes it, and each copy needs to know its own load only.
 """
+
+from balance_app.jobs.job import Job, Registry, job
+from balance_app.jobs.run import Run
+
+__all__ = ["Job", "Registry", "Run", "job"]

@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple
 
 import asyncpg
 
-from balance_app.database import Connection, read
+from balance_app.db.outages import is_away
+from balance_app.db.pool import Connection, read
 from balance_app.jobs.schedule import Every, ScheduleError, parse
-from balance_app.outages import is_away
 
 DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
 # A declaration that was not made again for so long is not alive; instances make it more often.

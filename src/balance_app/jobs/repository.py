@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 from pydantic_core import from_json, to_json
 
-from balance_app.database import Connection, Database, read, write
+from balance_app.db.pool import Connection, Database, read, write
 from balance_app.jobs.declarations import (
     LIVE,
     LONGEST_QUARANTINE,

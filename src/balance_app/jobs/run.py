@@ -13,10 +13,11 @@ from typing import Any, Final, Literal
 import asyncpg
 import structlog
 
-from balance_app.database import Connection, Database
+from balance_app.db.outages import is_away, is_fatal
+from balance_app.db.pool import Connection, Database
 from balance_app.errors import DatabaseAway, Overloaded
 from balance_app.jobs import children
-from balance_app.jobs.lease import Lease
+from balance_app.jobs.heartbeat import Lease
 from balance_app.jobs.repository import (
     COMMIT,
     ENTER,
@@ -28,7 +29,6 @@ from balance_app.jobs.repository import (
     encode,
 )
 from balance_app.jobs.scope import CURRENT, Scope, under
-from balance_app.outages import is_away, is_fatal
 
 CHECKPOINT_BYTES: Final = 8192
 # How much of an error is told in a run's result.

@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from balance_app.errors import DatabaseAway
-from balance_app.jobs.registry import Job
+from balance_app.jobs.job import Job
 from balance_app.jobs.run import (
     LeaseLostError,
     Run,

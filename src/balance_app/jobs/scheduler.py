@@ -5,17 +5,19 @@ import math
 import random
 from contextvars import Context
 from datetime import datetime, timedelta
+from itertools import islice
 from time import monotonic
 from typing import Final
 from uuid import uuid4
 
 import structlog
 
-from balance_app.database import Database
+from balance_app.db.migrations import Installation
+from balance_app.db.pool import Database
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Known
-from balance_app.jobs.lease import Heart
-from balance_app.jobs.registry import Job, Registry
+from balance_app.jobs.heartbeat import Heart
+from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
     NOT_BEGUN,
     STOPPED,
@@ -32,7 +34,6 @@ from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.jobs.scope import count_what_runs_start
 from balance_app.metrics import Metrics
-from balance_app.migrations import Installation
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -59,6 +60,7 @@ TIE: Final = timedelta(milliseconds=10)
 # The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
 HALF_OF_MOST: Final = 10
 DRAIN_SECONDS: Final = 0.8
+NAMED: Final = 5  # so many undeclared jobs are told with their reasons
 # What can't be stopped ends with the process within this; its lease later, by as much as
 # PostgreSQL's clock may step, and by this at least.
 PARTING_SECONDS: Final = 2.0
@@ -345,6 +347,18 @@ class Scheduler:
                 await self._jobs.expire(lease)
             ):
                 log.warning("a lease from before the clock was set back is over", job=lease.name)
+
+    def condition(self) -> str:
+        """Return what keeps jobs from running here as they are declared; "ok" if nothing does."""
+        if self.fault is not None:
+            return f"No jobs are claimed here. {self.fault}"
+        if not self.undeclared:
+            return "ok"
+        few = islice(self.undeclared.items(), NAMED)
+        named = "; ".join(f"{name}: {reason}" for name, reason in few)
+        rest = len(self.undeclared) - NAMED
+        more = f"; and {rest} more" if rest > 0 else ""
+        return f"Not declared, so not run as this program says: {named}{more}."
 
     def _set_undeclared(self, undeclared: dict[str, str]) -> None:
         found = {name: plain(reason, 500) for name, reason in undeclared.items()}

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from balance_app.migrations import metadata
+from balance_app.db.migrations import metadata
 
 _ZERO = text("0")
 

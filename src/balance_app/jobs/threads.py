@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import asyncpg
 
-from balance_app.database import Connection
+from balance_app.db.pool import Connection
 from balance_app.jobs.children import Child
 from balance_app.jobs.run import Run, RunStoppedError
 

@@ -1,0 +1,297 @@
+"""The command line: `balance-app --help`."""
+
+import asyncio
+import os
+import sys
+from functools import partial
+from io import TextIOWrapper
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+from typing_extensions import override
+
+from balance_app.cli.remote import (
+    Command,
+    Json,
+    Url,
+    asking,
+    fail,
+    given_before,
+    own_url,
+    without_types,
+)
+from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
+
+EXIT_CODES: Final = """
+Exit codes:
+
+- 0: done
+- 1: refused or failed, or what was looked at is not as it should be
+- 2: wrong usage or settings
+- 3: nobody answers, or the service can't at this moment; nothing was changed
+- 4: a change that the balance does not allow; nothing was changed
+- 5: it is not known whether it was done
+- 130: Ctrl-C
+"""
+
+
+MAX_SHARED_PORT: Final = 32_000  # from 32768 up are the ports of the burst's clients
+
+
+class _Group(TyperGroup):
+    @override
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types(super().get_params(ctx))
+
+
+cli = typer.Typer(
+    name="balance-app",
+    cls=_Group,
+    help="Exact balances in real time and jobs without a master, by any number of equal copies.",
+    epilog=EXIT_CODES,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+service, database = typer.Typer(), typer.Typer()
+for part in (service, asking, database):
+    cli.add_typer(part)
+
+
+@cli.callback()
+def before_the_command(context: typer.Context, *, json: Json = False, url: Url = None) -> None:
+    """Take `--url` and `--json` before the command, too."""
+    asks = {each.callback.__name__ for each in asking.registered_commands if each.callback}
+    asks |= {"healthcheck"} if not json else set()
+    if (json or url is not None) and context.invoked_subcommand not in asks:
+        fail(f"`{context.invoked_subcommand}` takes neither --url nor --json.", code=2)
+    given_before.update(json=json, url=url)
+
+
+_service = partial(service.command, cls=Command, rich_help_panel="The service")
+_database = partial(database.command, cls=Command, rich_help_panel="The database")
+
+
+# -- the service -------------------------------------------------------------------------------
+
+
+@_service()
+def up(
+    copies: Annotated[int, typer.Option(min=1, max=50, help="how many copies to run")] = 5,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_SHARED_PORT,
+            help="shared by all, PORT if not said; the copies take those above",
+        ),
+    ] = None,
+) -> None:
+    """Run the whole thing on this machine: a database if none is configured, and the copies."""
+    from balance_app.local.launcher import LaunchError, launch
+
+    settings = load_settings()
+    port = port or settings.port
+    if port > MAX_SHARED_PORT:
+        fail(f"PORT is {port}: `up` needs one up to {MAX_SHARED_PORT}, and those above.", code=2)
+    for sentence in _notes(settings):
+        typer.echo(sentence, err=True)
+    try:
+        code = asyncio.run(launch(settings, copies=copies, shared_port=port))
+    except LaunchError as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+@_service()
+def serve(
+    *,
+    launched: Annotated[bool, typer.Option(hidden=True, help="by `up`, which has warned")] = False,
+) -> None:
+    """Run one copy of the service; it is configured by the environment (see .env.example)."""
+    import structlog
+
+    from balance_app.jobs.job import DeclarationError, Registry
+    from balance_app.logs import configure_logs
+    from balance_app.server import ListenError
+    from balance_app.server import serve as run
+
+    settings = load_settings()
+    if settings.jobs_enabled and os.getpid() == 1:
+        fail(
+            "As process 1 this copy could not be ended by the kernel when it stands still, and a "
+            "job might run twice: start the container with an init (`docker run --init`), or "
+            "without jobs (JOBS_ENABLED=false)."
+        )
+    _require_database(settings)
+    configure_logs(settings)
+    notes = _notes(settings)
+    if not launched:
+        for sentence in notes:
+            structlog.get_logger(__name__).warning("look at the settings", reason=sentence)
+    try:
+        registry = Registry.load(
+            each.strip() for each in settings.jobs_modules.split(",") if each.strip()
+        )
+    except DeclarationError as error:
+        fail(str(error), code=2)
+    try:
+        run(settings, registry)
+    except (ListenError, DeclarationError) as error:
+        fail(str(error))
+
+
+@_service()
+def healthcheck(
+    url: Annotated[str | None, typer.Option(metavar="URL", help="another one")] = None,
+) -> None:
+    """Ask the copy that runs here (HOST, PORT) whether it is ready.
+
+    The exit code is 0 when it is, 1 when it is not, 3 when nobody answers.
+    """
+    from balance_app.http.probe import READY, ask
+
+    url = url or given_before.get("url")
+    settings = load_settings() if url is None else None
+    where = own_url(settings) if settings else str(url).rstrip("/")
+    try:
+        if settings is None:
+            status, body = _ask_afar(where)
+        else:
+            status, body = ask(settings.host, settings.port)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        fail(f"Nobody answers at {where}: {reason}", code=3)
+    typer.echo(body)
+    raise typer.Exit(0 if status == READY else 1)
+
+
+def _ask_afar(url: str) -> tuple[int, str]:
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/readyz", timeout=4, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return answer.status_code, answer.text
+
+
+# -- the database ------------------------------------------------------------------------------
+
+
+@_database()
+def migrate() -> None:
+    """Bring the database's schema to this program's version."""
+    from balance_app.db.migrations import UnusableDatabaseError
+    from balance_app.db.migrations import migrate as run
+    from balance_app.db.outages import HOPELESS, classify
+
+    settings = load_settings()
+    _require_database(settings)
+    for sentence in unknown_names():
+        typer.echo(sentence, err=True)
+    try:
+        schema = asyncio.run(run(settings, partial(typer.echo, err=True)))
+    except UnusableDatabaseError as error:
+        fail(str(error))
+    except Exception as error:
+        if (cause := classify(error)) is None:
+            raise
+        code = 1 if cause.kind in HOPELESS else 3
+        fail(f"{cause.sentence} ({settings.database_address}: {cause.text})", code=code)
+    typer.echo(f"The schema is at {schema.revision}.")
+
+
+@_database()
+def psql() -> None:
+    """Open a prompt in the embedded database, while `up` runs."""
+    from balance_app.local.postgres import (
+        EmbeddedError,
+        EmbeddedPostgres,
+        binaries,
+        data_directory,
+        running_server,
+    )
+
+    where = data_directory(load_settings())
+    try:
+        if running_server(where) is None:
+            fail(f"No PostgreSQL runs on {where}: start it with `balance-app up`.")
+        socket_directory = EmbeddedPostgres(where).socket_directory
+        program = str(binaries() / "psql")
+    except EmbeddedError as error:
+        fail(str(error))
+    # By this path psql finds the libraries and files that it came with.
+    os.execv(program, [program, f"--host={socket_directory}", "--username=postgres"])  # noqa: S606
+
+
+@_database()
+def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Delete the data of the embedded database, so that the next `up` starts over."""
+    from balance_app.local.postgres import EmbeddedError, about, data_directory, remove
+
+    settings = load_settings()
+    where = data_directory(settings)
+    if settings.database_is_configured:
+        typer.echo(
+            f"The configured database ({settings.database_address}) stays as it is: this is about "
+            "the embedded one.",
+            err=True,
+        )
+    try:
+        if not yes and where.exists():
+            typer.confirm(f"Delete all balances and jobs' histories in {about(where)}?", abort=True)
+        removed = remove(where)
+    except EmbeddedError as error:
+        fail(str(error))
+    typer.echo(f"Deleted {where}." if removed else f"There is nothing at {where}.")
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _require_database(settings: Settings) -> None:
+    if not settings.database_is_configured:
+        fail(
+            "No database is configured: set DATABASE_URL or DB_HOST, or use `balance-app up`.",
+            code=2,
+        )
+
+
+def _notes(settings: Settings) -> list[str]:
+    """Raise the limit of open files; return what should be known before it is too late."""
+    from balance_app import open_files
+
+    shortage = open_files.shortage(settings, open_files.raise_limit())
+    return [*unknown_names(), *([] if shortage is None else [shortage])]
+
+
+def main() -> None:
+    """Run the command line; wrong settings, and what the system refuses, are told in sentences."""
+    # What can't be encoded for this terminal is replaced, never raised.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        cli(prog_name="balance-app")
+    except BadSettingsError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+    except (OSError, UnicodeError) as error:
+        if os.environ.get("BALANCE_APP_TRACEBACK"):
+            raise
+        sys.exit(_sentence(error))
+
+
+def _sentence(error: OSError | UnicodeError) -> str:
+    """Return what the system refused, and of which file or name."""
+    reason = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        reason = "the current directory does not exist any more"
+    elif isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name]
+        reason = ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
+    return f"It ends here: {reason}. (BALANCE_APP_TRACEBACK=1 shows where in the program.)"

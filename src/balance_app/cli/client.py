@@ -1,0 +1,228 @@
+"""A running service, asked over HTTP, and what is said when it does not do what it is asked.
+
+This knows the service by its HTTP contract alone, as any client does.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import IntEnum
+from typing import Any, Final, NamedTuple
+
+import httpx
+from pydantic_core import from_json
+
+from balance_app.formatting import visible
+
+TIMEOUT_SECONDS: Final = 10.0
+STREAM_SECONDS: Final = 5.0  # an event comes every second
+RETRY_SECONDS: Final = 1.0
+LINE_SECONDS: Final = 30.0  # what changes something may stand in line before it is done
+
+_BY_THE_BALANCE: Final = {"insufficient-funds", "balance-limit-exceeded"}
+
+
+class Code(IntEnum):
+    """What the program's exit code says."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG = 2
+    AWAY = 3
+    REFUSED = 4
+    UNKNOWN = 5
+
+
+class AskError(Exception):
+    """The service did not do what it was asked; the message is a sentence for who asked.
+
+    `answer` is what the service said, as JSON, and `problem` the code in it; None: it said nothing.
+    """
+
+    def __init__(
+        self, sentence: str, code: Code, *, answer: str | None = None, problem: str | None = None
+    ) -> None:
+        super().__init__(visible(sentence))
+        self.code = code
+        self.answer = answer
+        self.problem = problem
+
+
+class Answer(NamedTuple):
+    """An answer of the service: `now` is its own time; `replayed`: it was given before."""
+
+    body: dict[str, Any]
+    text: str
+    now: datetime
+    replayed: bool
+
+
+class Event(NamedTuple):
+    """An event of the live feed: `status`, or `away` with a problem; or `broken`, our own."""
+
+    kind: str
+    body: dict[str, Any]
+    text: str
+
+
+class Service:
+    """The service at one URL.
+
+    Every method raises AskError when nobody answers, or the answer is not what was asked for.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            parsed = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in {"http", "https"} or not parsed.host:
+            raise AskError(
+                f"{url} is not the URL of a service: write it like http://127.0.0.1:3000.",
+                Code.WRONG,
+            )
+
+    def get(
+        self,
+        path: str,
+        has: str,
+        params: Mapping[str, str | int | None] | None = None,
+        *,
+        seconds: float = TIMEOUT_SECONDS,
+    ) -> Answer:
+        """Read something: a JSON object that has this member."""
+        with self._away(Code.AWAY):
+            answer = httpx.get(
+                self.url + path,
+                params=_given(params),
+                timeout=seconds,
+                trust_env=False,
+            )
+        return self._read(answer, has)
+
+    def post(
+        self,
+        path: str,
+        has: str,
+        *,
+        params: Mapping[str, str | int | None] | None = None,
+        json: object = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Ask for something to be done; the answer is a JSON object that has this member."""
+        with self._away(Code.UNKNOWN):
+            answer = httpx.post(
+                self.url + path,
+                params=_given(params),
+                json=json,
+                headers=headers,
+                timeout=httpx.Timeout(LINE_SECONDS, connect=TIMEOUT_SECONDS),
+                trust_env=False,
+            )
+        return self._read(answer, has)
+
+    def events(self) -> Iterator[Event]:
+        """Yield events of the live feed until the stream ends."""
+        with (
+            self._away(Code.AWAY),
+            httpx.stream(
+                "GET", f"{self.url}/api/cron/events", timeout=STREAM_SECONDS, trust_env=False
+            ) as answer,
+        ):
+            if not answer.is_success or not _is(answer, "text/event-stream"):
+                answer.read()
+                raise self._refusal(answer)
+            kind, data = "", ""
+            for line in answer.iter_lines():
+                field, _, value = line.partition(": ")
+                if field == "event":
+                    kind = value
+                elif field == "data":
+                    data += value
+                elif not line and data:
+                    yield Event(kind, _object(data), data)
+                    kind, data = "", ""
+
+    def follow(self) -> Iterator[Event]:
+        """Yield the events for ever; between two streams `broken`, with a `detail` that says so."""
+        while True:
+            said = "The stream ended."
+            try:
+                yield from self.events()
+            except AskError as error:
+                said = str(error)
+            yield Event("broken", {"detail": f"{said} Reconnecting."}, "")
+            time.sleep(RETRY_SECONDS)
+
+    @contextmanager
+    def _away(self, unclear: Code) -> Iterator[None]:
+        """Say that nobody answers; `unclear`: what it means when the request had been sent."""
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            if isinstance(error, httpx.TimeoutException):
+                reason = "no answer in time."
+            else:
+                reason = str(error).partition("] ")[2] or str(error) or type(error).__name__
+                reason = f"{reason.rstrip('.')}."
+            code = Code.AWAY if unsent else unclear
+            if code is Code.UNKNOWN:
+                reason = f"{reason.rstrip('.')}; whether it was done is not known."
+            raise AskError(f"Nobody answers at {self.url}: {reason}", code) from None
+
+    def _read(self, answer: httpx.Response, has: str) -> Answer:
+        body = _object(answer.content)
+        if not answer.is_success or has not in body:
+            raise self._refusal(answer)
+        replayed = answer.headers.get("idempotent-replayed") == "true"
+        return Answer(body, answer.text, _date(answer), replayed)
+
+    def _refusal(self, answer: httpx.Response) -> AskError:
+        """Return what an answer that is none, or none that helps, says."""
+        body, status = _object(answer.content), answer.status_code
+        detail, code = body.get("detail"), body.get("code")
+        if not isinstance(detail, str):
+            # What a proxy says when its service went away tells nothing of the request.
+            broke = answer.is_server_error and answer.request.method == "POST"
+            return AskError(
+                f"What answers at {self.url} is not this service: status {status}.",
+                Code.UNKNOWN if broke else Code.AWAY,
+            )
+        if code in _BY_THE_BALANCE:
+            means, said = Code.REFUSED, f"Refused: {detail} Nothing was changed."
+        elif body.get("applied") == "unknown":
+            means, said = Code.UNKNOWN, f"{self.url} answers {status}: {detail}"
+        elif status == httpx.codes.SERVICE_UNAVAILABLE:
+            means, said = Code.AWAY, f"{self.url} answers {status}: {detail}"
+        else:
+            means, said = Code.WRONG if code == "invalid-request" else Code.FAILED, detail
+        return AskError(said, means, answer=answer.text, problem=code)
+
+
+def _given(params: Mapping[str, str | int | None] | None) -> dict[str, str | int]:
+    return {name: value for name, value in (params or {}).items() if value is not None}
+
+
+def _object(text: bytes | str) -> dict[str, Any]:
+    """Return a JSON object; what is none has no members either."""
+    try:
+        body = from_json(text)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _is(answer: httpx.Response, media_type: str) -> bool:
+    return bool(answer.headers.get("content-type", "").startswith(media_type))
+
+
+def _date(answer: httpx.Response) -> datetime:
+    """Return the service's time, whose clock may not be this machine's."""
+    try:
+        return parsedate_to_datetime(answer.headers["date"]).astimezone(UTC)
+    except (KeyError, ValueError):
+        return datetime.now(UTC)

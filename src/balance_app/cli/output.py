@@ -1,0 +1,296 @@
+"""How a terminal shows what the service says: tables that fit its width, and plain lines elsewhere.
+
+Colour only repeats what a symbol or a word says, and what came from outside is shown, never obeyed.
+"""
+
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from balance_app.formatting import ago, brief, duration, exact, rough, visible
+
+PLAIN_WIDTH: Final = 1000  # what is not read on a terminal is not cut to its width
+ROOMY: Final = 100  # columns from which on there is room for bars and results
+BAR: Final = 10
+
+Json = dict[str, Any]
+
+
+class _Sign(NamedTuple):
+    symbol: str
+    word: str
+    style: str
+
+
+_WAITING: Final = {
+    "not-due": _Sign("○", "waiting", ""),
+    "due": _Sign("◔", "due", "cyan"),
+    "requested": _Sign("◔", "asked for", "cyan"),
+    "handed-back": _Sign("◔", "handed back", "cyan"),
+    "settling": _Sign("◔", "settling", "cyan"),
+    "retry": _Sign("↻", "trying again", "yellow"),
+    "quarantined": _Sign("✕", "quarantined", "red"),
+    "lost": _Sign("✕", "lost", "red"),
+    "no-code": _Sign("?", "no code", "yellow"),
+}
+_OUTCOMES: Final = {
+    "succeeded": _Sign("✓", "succeeded", "green"),
+    "failed": _Sign("✕", "failed", "red"),
+    "timed_out": _Sign("✕", "timed out", "red"),
+    "lost": _Sign("✕", "lost", "red"),
+    "cancelled": _Sign("■", "cancelled", ""),
+    "interrupted": _Sign("↷", "handed back", ""),
+    "skipped": _Sign("–", "skipped", ""),  # noqa: RUF001 - a dash for what did not happen
+    None: _Sign("●", "running", "green"),
+}
+_ASCII: Final = str.maketrans(
+    {
+        "●": "*", "○": "-", "◔": "+", "↻": "~", "✕": "x", "‖": "=", "✓": "ok", "■": "#",
+        "↷": ">", "–": "-", "━": "#", "─": "-", "·": "-",  # noqa: RUF001 - the same dash
+    }
+)  # fmt: skip
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return what is drawn on: colours and cut lines on a terminal alone."""
+    made = Console(highlight=False, stderr=stderr)
+    if not made.is_terminal:
+        made.width = max(made.width, PLAIN_WIDTH)
+    return made
+
+
+def text(said: str, on: Console, style: str = "") -> Text:
+    """Return one line without markup, with nothing that a terminal would obey, and in its letters.
+
+    It is cut where there is no room for it.
+    """
+    shown = visible(said)
+    if not on.encoding.lower().startswith("utf"):
+        shown = shown.translate(_ASCII)
+        shown = shown.encode(on.encoding, "replace").decode(on.encoding)
+    return Text(shown, style=style, no_wrap=True, overflow="ellipsis")
+
+
+# -- jobs --------------------------------------------------------------------------------------
+
+
+def board(status: Json, on: Console) -> RenderableType:
+    """Return what `/api/cron/status` says: the counts, a line per job, a line per copy."""
+    now = _moment(status["now"])
+    counts = status["counts"]
+    said = (
+        f"{counts['running']} running, {counts['waiting']} waiting ({counts['overdue']} overdue), "
+        f"{counts['paused']} paused · {exact(now)} UTC"
+    )
+    table = _table(("JOB", "STATE", "SERVER", "NOW", "LAST RUN"), cut=("LAST RUN",))
+    if on.is_terminal:
+        table.columns[3].max_width = on.width // 3 if _is_roomy(on) else 23
+    for job in sorted(status["jobs"], key=lambda job: (job["state"] != "running", job["name"])):
+        sign = _state(job)
+        table.add_row(
+            text(job["name"], on, "bold" if job["state"] == "running" else ""),
+            text(f"{sign.symbol} {sign.word}", on, sign.style),
+            text(job["server"] or "", on),
+            text(_doing(job, now, on), on),
+            _last(job["lastRun"], now, on),
+        )
+    return Group(text(said, on, "bold"), Text(), table, Text(), *_copies(status, now, on))
+
+
+def doing(job: Json, now: str, on: Console) -> Text:
+    """Return what one job is doing at a moment of the service, in a line."""
+    sign = _state(job)
+    where = f" on {job['server']}" if job["server"] else ""
+    said = f"{sign.symbol} {job['name']} {sign.word}{where}, {_doing(job, _moment(now), on)}"
+    return text(said, on, sign.style)
+
+
+def _state(job: Json) -> _Sign:
+    if job["state"] == "running":
+        if job["cancelBy"] is not None:
+            return _Sign("●", "cancelling", "yellow")
+        if job["stoppingSince"] is not None:
+            return _Sign("●", "stopping", "yellow")
+        return _Sign("●", "running" if job["paused"] is None else "running, then paused", "green")
+    if job["state"] == "paused":
+        return _Sign("‖", "paused", "yellow")
+    waiting = job["waiting"]
+    sign = _WAITING.get(waiting["reason"]) or _Sign("○", str(waiting["reason"]), "")
+    if waiting["overdue"]:
+        return _Sign(sign.symbol, f"{sign.word}, overdue", "red")
+    return sign
+
+
+def _doing(job: Json, now: datetime, on: Console) -> str:
+    if job["state"] == "running":
+        told_at = job["stoppingSince"]
+        told = "" if told_at is None else f"  told to stop {_since(_moment(told_at), now)}"
+        progress = _progress(job["progress"], on)
+        return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + told
+    if job["state"] == "paused":
+        paused = job["paused"]
+        because = f": {paused['reason']}" if paused["reason"] else ""
+        return f"by {paused['by']} {_since(_moment(paused['at']), now)}{because}"
+    waiting = job["waiting"]
+    until = waiting["until"] or (job["readyAt"] if waiting["reason"] == "due" else None)
+    if until is None:
+        return str(waiting["sentence"])
+    moment = _moment(until)
+    seconds = (moment - now).total_seconds()
+    length = (duration if _is_roomy(on) else rough)(abs(seconds))
+    failures = job["failuresInARow"]
+    failing = f", failed {failures} times in a row" if failures > 1 else ""
+    return f"{'in' if seconds > 0 else 'since'} {length} ({brief(moment, now)}){failing}"
+
+
+def _progress(progress: Json | None, on: Console) -> str:
+    if progress is None:
+        return ""
+    done, total, note = progress["done"], progress["total"], progress["note"]
+    if not total:
+        return f"{done} {note}".rstrip()
+    share = min(max(done / total, 0.0), 1.0)
+    percent = f"{int(share * 100)} %"
+    if not on.is_terminal:
+        return f"{done}/{total} ({percent}) {note}".rstrip()
+    if not _is_roomy(on):
+        return percent
+    full = int(share * BAR)
+    return f"{'━' * full}{'─' * (BAR - full)} {percent} of {total} {note}".rstrip()
+
+
+def _last(run: Json | None, now: datetime, on: Console) -> Text:
+    if run is None:
+        return Text()
+    sign = _sign(run["outcome"])
+    ended = _moment(run["endedAt"])
+    said = f"{sign.symbol} {ago((now - ended).total_seconds())}"
+    if _is_roomy(on):
+        said += f" ({brief(ended, now)})"
+    if not on.is_terminal or run["outcome"] != "succeeded":
+        said += f" {sign.word}"
+    said += f" on {run['server']} in {duration(run['seconds'])}"
+    said += f": {run['result']}" if run["result"] else ""
+    return text(said, on, sign.style if sign.style == "red" else "dim")
+
+
+def _copies(status: Json, now: datetime, on: Console) -> list[Text]:
+    lines = []
+    for copy in status["copies"]:
+        names = [job["name"] for job in status["jobs"] if job["copyId"] == copy["id"]]
+        up = duration((now - _moment(copy["startedAt"])).total_seconds())
+        said = f"{copy['server']}: {copy['running']} running"
+        said += f" ({', '.join(names)})" if names else ""
+        if copy["live"]:
+            lines.append(text(f"{said}, up {up}", on))
+        else:
+            said += f", not seen for {duration(copy['seenSecondsAgo'])}"
+            lines.append(text(said, on, "red"))
+    return lines or [text("No copy that runs jobs was seen in the last minute.", on, "red")]
+
+
+def history(runs: list[Json], now: datetime, on: Console) -> RenderableType:
+    """Return a line per run of `/api/cron/history`."""
+    table = _table(
+        ("STARTED (UTC)", "AGO", "JOB", "OUTCOME", "SERVER", "LASTED", "RESULT"), cut=("RESULT",)
+    )
+    for run in runs:
+        sign = _sign(run["outcome"])
+        # A tick that did not run has no start; it was due.
+        started = _moment(run["startedAt"] if run["server"] else run["dueAt"])
+        lasted = duration(run["seconds"]) if run["server"] and run["seconds"] is not None else ""
+        result = run["result"] or ""
+        if run["outcome"] == "skipped":
+            to = _moment(run["lastDueAt"] or run["dueAt"])
+            ticks = "1 tick" if run["ticks"] == 1 else f"{run['ticks']} ticks to {brief(to, now)}"
+            result = f"{ticks}: {result}"
+        table.add_row(
+            text(brief(started, now) if on.is_terminal else exact(started), on),
+            text(ago((now - started).total_seconds()), on),
+            text(run["job"], on),
+            text(f"{sign.symbol} {sign.word}", on, sign.style),
+            text(run["server"] or "", on),
+            text(lasted, on),
+            text(result, on, sign.style if sign.style == "red" else ""),
+        )
+    return table
+
+
+def run(run: Json, now: datetime) -> Text:
+    """Return what became of one run, in a sentence."""
+    sign = _sign(run["outcome"])
+    ended = _moment(run["endedAt"])
+    said = (
+        f"{run['job']} {sign.word} {ago((now - ended).total_seconds())} ({exact(ended)} UTC) "
+        f"on {run['server']} in {duration(run['seconds'])}."
+    )
+    return Text(visible(said), style=sign.style)
+
+
+# -- balances ----------------------------------------------------------------------------------
+
+
+def users(accounts: list[Json], on: Console) -> RenderableType:
+    """Return a line per account."""
+    table = _table(("USER", "BALANCE", "VERSION", "CREATED (UTC)"), numbers=3)
+    for account in accounts:
+        table.add_row(
+            str(account["userId"]),
+            str(account["balance"]),
+            str(account["version"]),
+            text(exact(_moment(account["createdAt"])), on),
+        )
+    return table
+
+
+def entries(ledger: list[Json], now: datetime, on: Console) -> RenderableType:
+    """Return a line per entry."""
+    table = _table(
+        ("VERSION", "AMOUNT", "BALANCE", "MADE (UTC)", "AGO", "KEY"), cut=("KEY",), numbers=3
+    )
+    for entry in ledger:
+        made = _moment(entry["at"])
+        table.add_row(
+            str(entry["version"]),
+            f"{entry['amount']:+d}",
+            str(entry["balance"]),
+            text(exact(made), on),
+            text(ago((now - made).total_seconds()), on),
+            text(entry["key"] or "", on),
+        )
+    return table
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: int = 0) -> Table:
+    """Return a table whose first columns hold numbers, and whose columns `cut` may be cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for place, title in enumerate(titles):
+        table.add_column(
+            title,
+            no_wrap=title not in cut,
+            overflow="ellipsis",
+            justify="right" if place < numbers else "left",
+        )
+    return table
+
+
+def _is_roomy(on: Console) -> bool:
+    return not on.is_terminal or on.width >= ROOMY
+
+
+def _sign(outcome: str | None) -> _Sign:
+    return _OUTCOMES.get(outcome) or _Sign("?", str(outcome), "")
+
+
+def _since(moment: datetime, now: datetime) -> str:
+    return f"{ago((now - moment).total_seconds())} ({brief(moment, now)})"
+
+
+def _moment(said: str) -> datetime:
+    return datetime.fromisoformat(said)

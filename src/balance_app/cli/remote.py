@@ -1,0 +1,311 @@
+"""The commands that ask a running service; `terminal.py` does what they say."""
+
+import getpass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperCommand
+from typing_extensions import override
+
+from balance_app.formatting import url as address
+from balance_app.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from balance_app.cli.session import Terminal
+
+
+def without_types(params: list[Any]) -> list[Any]:
+    """Return parameters whose flags are shown without the type that they all have."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    """A command whose flags are shown as flags."""
+
+    @override
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types(super().get_params(ctx))
+
+
+asking = typer.Typer()
+# the options that were given before the command's name
+given_before: dict[str, Any] = {}
+_jobs = partial(asking.command, cls=Command, rich_help_panel="Jobs of a running service")
+_balances = partial(asking.command, cls=Command, rich_help_panel="Balances of a running service")
+
+
+def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the jobs of the service that is asked; none when it is away."""
+    from balance_app.cli.session import job_names  # noqa: PLC0415 - nothing else waits for it
+
+    with suppress(Exception):
+        names = job_names(_service_url(ctx.params.get("url") or ctx.find_root().params.get("url")))
+        return [(name, said) for name, said in names if name.startswith(incomplete)]
+    return []
+
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="where the service is; if not said, BALANCE_APP_URL, or this machine (HOST, PORT)",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="print the service's own JSON")]
+JobName = Annotated[
+    str, typer.Argument(metavar="JOB", help="as `status` shows it", autocompletion=_complete_job)
+]
+UserId = Annotated[int, typer.Argument(metavar="USER", help="the user's id")]
+By = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="who asks, for people to read; if not said, your login"),
+]
+Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="so many at most")]
+Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
+
+
+# -- jobs --------------------------------------------------------------------------------------
+
+
+@_jobs()
+def status(
+    *,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="keep it up to date, until Ctrl-C")
+    ] = False,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show what every job is doing, where, and why the rest waits."""
+    with _asking(url, as_json=json) as terminal:
+        (terminal.watch if watch else terminal.status)()
+
+
+@_jobs()
+def history(  # noqa: PLR0913 - each is an option
+    *,
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB", help="of this job alone", autocompletion=_complete_job),
+    ] = None,
+    outcome: Annotated[Outcome | None, typer.Option(help="with this outcome alone")] = None,
+    before: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="as the page before says")
+    ] = None,
+    limit: Limit = 20,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show every run and its outcome, the latest first."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.history(job, outcome, before, limit)
+
+
+@_jobs()
+def run(
+    job: JobName,
+    *,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="wait for its end; 1 unless it succeeds")
+    ] = False,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Run a job now."""
+    with _asking(url, as_json=json) as terminal:
+        if wait:
+            raise typer.Exit(terminal.run_and_wait(job, by=by or _me()))
+        terminal.steer("run", job, by=by or _me())
+
+
+@_jobs()
+def pause(
+    job: JobName,
+    *,
+    reason: Annotated[
+        str | None, typer.Option(metavar="WHY", help="why, for people to read")
+    ] = None,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Keep a job from starting; a run under way goes on to its end."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.steer("pause", job, by=by or _me(), reason=reason)
+
+
+@_jobs()
+def resume(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
+    """Let a paused job go on with its next tick."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.steer("resume", job, by=by or _me())
+
+
+@_jobs()
+def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
+    """End a job's run, whichever copy it is on."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.steer("cancel", job, by=by or _me())
+
+
+@_jobs()
+def forget(
+    job: JobName,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="don't ask whether to")] = False,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Take a job off all lists whose code no live instance has; its history stays."""
+    if not yes and not typer.confirm(
+        f"Forget {job}? It is taken off all lists, its history stays.", err=True
+    ):
+        fail("Not done.")
+    with _asking(url, as_json=json) as terminal:
+        terminal.forget(job, by=by or _me())
+
+
+# -- balances ----------------------------------------------------------------------------------
+
+
+@_balances()
+def balance(
+    user: UserId,
+    *,
+    entries: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="how many entries, if not 5; as JSON they are all that is printed",
+        ),
+    ] = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show a user's balance and latest entries."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.balance(user, entries)
+
+
+@_balances(context_settings={"ignore_unknown_options": True})  # or -2 would be one
+def change(  # noqa: PLR0913 - the same
+    user: UserId,
+    amount: Annotated[
+        int, typer.Argument(metavar="AMOUNT", help="what is added; negative withdraws")
+    ],
+    *,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="of this change: however often it is sent, it is made once"
+        ),
+    ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="how long to try again while nothing is known"),
+    ] = 15,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Change a user's balance, once: `balance-app change 1 -2`.
+
+    It is sent with an idempotency key, and again with the same one while it is not known whether
+    it was made. When patience ends before that is known, the exit code is 5, and what is said
+    has the key to ask again with. The exit code is 4 when the balance does not allow the change.
+    """
+    with _asking(url, as_json=json) as terminal:
+        terminal.change(user, amount, key, patience)
+
+
+@_balances()
+def users(
+    *,
+    after: Annotated[int, typer.Option(min=0, metavar="ID", help="behind this user")] = 0,
+    limit: Limit = 20,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """List users by id."""
+    with _asking(url, as_json=json) as terminal:
+        terminal.users(after, limit)
+
+
+@_balances()
+def audit(
+    *,
+    now: Annotated[
+        bool, typer.Option("--now", help="ask for an audit and wait for what it finds")
+    ] = False,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show what the last audit of the ledger found.
+
+    The exit code is 1 unless all of it is right.
+    """
+    with _asking(url, as_json=json) as terminal:
+        raise typer.Exit(terminal.audit_now(by=by or _me()) if now else terminal.audit())
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _asking(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
+    """Give a terminal at a service; what that refuses is told, and ends the program."""
+    from balance_app.cli.client import AskError, Code, Service  # noqa: PLC0415 - the same
+    from balance_app.cli.session import Terminal  # noqa: PLC0415 - the same
+
+    url = url or given_before.get("url")
+    as_json = as_json or bool(given_before.get("json"))
+    settings = None if url else load_settings()
+    try:
+        yield Terminal(
+            Service(_service_url(url)),
+            as_json=as_json,
+            reached_by=(f"--url={url}",) if url else (),
+        )
+    except AskError as error:
+        if as_json and error.answer is not None:
+            typer.echo(error.answer)
+        guessed = settings is not None and settings.balance_app_url is None
+        guessed = guessed and error.code is Code.AWAY and error.answer is None
+        hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""
+        fail(f"{error}{hint}", code=error.code)
+
+
+def own_url(settings: Settings) -> str:
+    """Return where the instance that is configured here answers."""
+    return address(settings.host, settings.port)
+
+
+def _service_url(given: str | None) -> str:
+    """Return the service to ask: as an option says, or BALANCE_APP_URL, or the one that is here."""
+    if given:
+        return given
+    settings = load_settings()
+    return settings.balance_app_url or own_url(settings)
+
+
+def _me() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an id without a name, as containers have
+        return "command line"
+
+
+def fail(sentence: str, *, code: int = 1) -> NoReturn:
+    """Say why it ends, and end it."""
+    typer.echo(sentence, err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,507 @@
+"""The schema: whose it is, which revision it is at, and the upgrade to this program's.
+
+What revision a schema is at stands in a table of our own name, `balance_app_version`, beside the
+oldest revision whose program still works on it (`compatible_from`). Releases before this table kept
+it in alembic's usual `alembic_version`; that stays at their last revision, so that they go on.
+
+An upgrade is one message to PostgreSQL: lock, check, every statement, commit. An instance that is
+killed or stands still meanwhile has either sent all of it or nothing, so none waits for it.
+"""
+
+import asyncio
+import zlib
+from collections.abc import Callable
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import MetaData
+
+from balance_app.db.outages import Kind, classify
+from balance_app.sessions import open_session
+from balance_app.settings import Settings
+
+MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
+VERSION_TABLE: Final = "balance_app_version"
+TURN_SECONDS: Final = 0.3
+# Behind an upgrade that waits for a table everybody waits: between tries they go on.
+LOCKED_SECONDS: Final = 2.0
+
+# What the service does with each of its tables, as the rights that its role needs.
+RIGHTS: Final = {
+    "users": ("SELECT", "INSERT", "UPDATE"),
+    "entries": ("SELECT", "INSERT"),
+    "idempotency_keys": ("SELECT", "INSERT", "DELETE"),
+    "jobs": ("SELECT", "INSERT", "UPDATE"),
+    "job_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "job_declarations": ("SELECT", "INSERT", "UPDATE"),
+    "copies": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "daily_balances": ("SELECT", "INSERT", "UPDATE"),
+    "daily_totals": ("SELECT", "INSERT", "UPDATE"),
+    "counted_users": ("SELECT", "INSERT", "UPDATE"),
+    "table_sizes": ("SELECT", "INSERT", "DELETE"),
+}
+
+# How the first tables of every release are recognized; columns are only ever added.
+FIRST_TABLES: Final = {
+    "users": {"id", "balance", "version", "created_at"},
+    "entries": {"user_id", "version", "amount", "balance", "key", "at"},
+    "idempotency_keys": {"key", "outcome", "user_id", "amount", "balance", "version", "at"},
+}
+# The revisions of the releases that wrote them into `alembic_version`.
+FIRST_REVISIONS: Final = {"0001", "0002", "0003"}
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+
+class UnusableDatabaseError(Exception):
+    """The database answers, but waiting can't help; the message says what is to be done."""
+
+
+class Installation(NamedTuple):
+    """What tells tables from others of the same names."""
+
+    # made with the tables; a backup has it too
+    id: str
+    # PostgreSQL's number of `jobs`; a restored table has another
+    oid: int
+
+
+class Schema(NamedTuple):
+    """A schema that this program can work on."""
+
+    revision: str
+    installation: Installation
+
+
+class Version(NamedTuple):
+    """What a schema says of itself."""
+
+    revision: str
+    # the oldest revision whose program works on it; None: no newer one has said so
+    compatible_from: str | None
+    installation: str = ""
+
+    def fault(self) -> str | None:
+        """Say why this program can't work on such a schema, or None."""
+        head, known = alembic_head(), _known_revisions()
+        if self.revision == head:
+            return None
+        if self.revision in known:
+            return f"The schema is at {self.revision}, this program needs {head}."
+        if self.compatible_from in known:  # of a later program, which left room for this one
+            return None
+        return (
+            f"The schema is at {self.revision}, for programs from {self.compatible_from} on; "
+            f"this program is at {head}: start a newer one."
+        )
+
+
+# One row, which the migrations keep.
+SCHEMA_VERSION: Final = f"SELECT version_num, compatible_from FROM {VERSION_TABLE}"  # noqa: S608
+
+# What there is to be known without touching anything. $1 the schema
+LOOK: Final = """
+SELECT current_user::text AS role, current_database()::text AS database,
+       pg_is_in_recovery() AS standby,
+       namespace.oid IS NOT NULL AS made,
+       has_database_privilege(current_database(), 'CREATE') AS may_make,
+       coalesce(has_schema_privilege(namespace.oid, 'USAGE'), false) AS may_use,
+       coalesce(has_schema_privilege(namespace.oid, 'CREATE'), false) AS may_create,
+       current_schemas(false)::text[] AS usual_schemas
+FROM (SELECT) AS always LEFT JOIN pg_namespace AS namespace ON nspname = $1
+"""
+
+# $1 schemas, $2 names
+RELATIONS: Final = """
+SELECT nspname::text AS schema, relname::text AS name, pg_class.oid::bigint AS oid,
+       relkind IN ('r', 'p') AS is_table, pg_get_userbyid(relowner)::text AS owner,
+       pg_has_role(relowner, 'USAGE') AS is_ours,
+       ARRAY(SELECT attname::text FROM pg_attribute
+             WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped) AS columns
+FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+WHERE nspname = ANY ($1::text[]) AND relname = ANY ($2::text[])
+ORDER BY relname
+"""
+
+# $1 schema, $2 and $3 pairs of a table and a right
+MISSING_RIGHTS: Final = """
+SELECT name, string_agg(privilege, ', ' ORDER BY privilege) AS rights
+FROM unnest($2::text[], $3::text[]) AS needed (name, privilege)
+JOIN pg_class ON relname = name AND relnamespace = to_regnamespace(quote_ident($1))
+WHERE NOT has_table_privilege(pg_class.oid, privilege)
+GROUP BY name ORDER BY name
+"""
+
+# Who holds an advisory lock of 64 bits. $1 the key
+HOLDER: Final = """
+SELECT pid, application_name, to_char(coalesce(xact_start, backend_start) AT TIME ZONE 'UTC',
+                                      'YYYY-MM-DD HH24:MI:SS') AS since
+FROM pg_locks JOIN pg_stat_activity USING (pid)
+WHERE locktype = 'advisory' AND granted AND objsubid = 1
+  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (classid::bigint << 32) | objid::bigint = $1
+"""
+
+# Not in turn, or not the revision that was looked at: look again. A table that is locked by
+# somebody else is not waited for any longer than requests can stand behind.
+UPGRADE: Final = """
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '1s';
+SELECT set_config('transaction_timeout', '0', true)
+WHERE current_setting('server_version_num')::integer >= 170000;
+SET LOCAL search_path = {schema};
+DO $balance_app$
+DECLARE
+    found text;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock({lock}) THEN
+        RAISE EXCEPTION 'another instance migrates' USING ERRCODE = 'BL002';
+    END IF;
+    IF to_regclass('{schema}.{version_table}') IS NOT NULL THEN
+        EXECUTE 'SELECT version_num FROM {version_table}' INTO found;
+    ELSIF to_regclass('{schema}.alembic_version') IS NOT NULL THEN
+        EXECUTE 'SELECT version_num FROM alembic_version' INTO found;
+    END IF;
+    IF found IS DISTINCT FROM nullif('{revision}', 'base') THEN
+        RAISE EXCEPTION 'another instance has migrated' USING ERRCODE = 'BL002';
+    END IF;
+END
+$balance_app$;
+{statements}
+COMMIT;
+"""
+NOT_IN_TURN: Final = "BL002"
+# What is not mended by trying again.
+AT_FAULT: Final = {Kind.PRIVILEGE, Kind.SCHEMA_LOST}
+DUPLICATES: Final = (
+    asyncpg.DuplicateTableError,
+    asyncpg.DuplicateFunctionError,
+    asyncpg.DuplicateObjectError,
+)
+
+# The schema of a release that kept its revision in `alembic_version`.
+ADOPT: Final = f"""
+CREATE TABLE {VERSION_TABLE} (
+    version_num varchar(32) NOT NULL, CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num)
+);
+INSERT INTO {VERSION_TABLE} (version_num) SELECT version_num FROM alembic_version;
+"""  # noqa: S608 - our own name
+
+
+def alembic_config() -> Config:
+    """Return alembic's configuration, in a checkout or in an installed package."""
+    here = Path(__file__).parent
+    scripts = here / "_alembic"
+    location = str(scripts if scripts.is_dir() else here.parents[1] / "alembic")
+    config = Config()
+    config.set_main_option("path_separator", "os")
+    config.set_main_option("script_location", location.replace("%", "%%"))  # % interpolates
+    return config
+
+
+def alembic_head() -> str | None:
+    """Return the newest revision that this program knows."""
+    return next(iter(_known_revisions()), None)
+
+
+@cache
+def _known_revisions() -> tuple[str, ...]:
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return tuple(script.revision for script in scripts.walk_revisions())
+
+
+async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: None) -> Schema:
+    """Bring the schema to this program's head; any number of instances may try at once.
+
+    Nothing is locked when nothing is to be done. `report` is called with a sentence when somebody
+    else is waited for, and when it begins.
+
+    Raises:
+        UnusableDatabaseError: it is not ours, or a right is missing; nothing was changed.
+        asyncpg.PostgresError, OSError, TimeoutError: it can't be reached.
+    """
+    while True:
+        connection = await _connect(settings)
+        try:
+            look = await _look(connection, settings)
+            if isinstance(look, Schema):
+                return look
+            report(f"Migrating {look.place} from {look.upgrade_from} to {alembic_head()}.")
+            wait = await _upgrade(connection, settings.db_schema, look)
+        finally:
+            connection.terminate()
+        if wait is not None:
+            report(wait.reason)
+            await asyncio.sleep(wait.seconds)
+
+
+async def find(settings: Settings) -> Installation | None:
+    """Return which tables are there, at a revision that this program can work on.
+
+    Raises:
+        as `migrate`.
+    """
+    connection = await _connect(settings)
+    try:
+        look = await _look(connection, settings)
+    finally:
+        connection.terminate()
+    return look.installation if isinstance(look, Schema) else None
+
+
+async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
+    arguments = settings.connect_arguments()
+    # The database's own default is asked for: there may be tables of ours from before.
+    del arguments["server_settings"]["search_path"]
+    return await open_session(arguments)
+
+
+class _Look(NamedTuple):
+    """What there is to upgrade."""
+
+    place: str
+    upgrade_from: str
+    # statements that come before the migrations'
+    before: str
+
+
+class _Wait(NamedTuple):
+    """Why an upgrade has to wait, and for how long before the next try."""
+
+    reason: str
+    seconds: float
+
+
+async def _look(connection: "asyncpg.Connection[Any]", settings: Settings) -> Schema | _Look:
+    """Find out whose schema it is and what is to be done, without a lock and without writing."""
+    schema = settings.db_schema
+    there = await connection.fetchrow(LOOK, schema, timeout=settings.db_statement_seconds)
+    assert there is not None  # noqa: S101 - it always has a row
+    role, place = there["role"], f'schema "{schema}" of database "{there["database"]}"'
+    if there["made"] and not there["may_use"]:
+        raise UnusableDatabaseError(
+            f'The role "{role}" may not use {place}: '
+            f"GRANT USAGE ON SCHEMA {_quoted(schema)} TO {_quoted(role)}."
+        )
+    names = [*RIGHTS, VERSION_TABLE, "alembic_version"]
+    rows = await connection.fetch(RELATIONS, [schema], names)
+    relations = {row["name"]: row for row in rows}
+    version = await _version(connection, schema, relations, place)
+    if version is not None:
+        fault = version.fault()
+        if fault is None:
+            await _refuse_unusable(connection, schema, relations, role, place)
+            installation = Installation(version.installation, relations["jobs"]["oid"])
+            return Schema(version.revision, installation)
+        if version.revision not in _known_revisions():
+            raise UnusableDatabaseError(fault)
+    elif clashes := sorted(relations.keys() & RIGHTS.keys()):
+        raise UnusableDatabaseError(
+            f"{place[0].upper()}{place[1:]} has {_enumerated(clashes)}, but no version of "
+            f"balance_app's: they are another program's, or not restored whole. {WHAT_TO_DO}"
+        )
+    elif "db_schema" not in settings.model_fields_set:
+        await _refuse_elsewhere(connection, schema, there["usual_schemas"])
+    if there["standby"]:
+        raise asyncpg.ReadOnlySQLTransactionError("the server is a standby: it can't migrate")
+    _refuse_without_rights(there, schema, relations, place)
+    before = ""
+    if version is None and not there["made"]:
+        before = f"CREATE SCHEMA IF NOT EXISTS {_quoted(schema)};"
+    elif version is not None and VERSION_TABLE not in relations:
+        before = ADOPT
+    return _Look(place, "base" if version is None else version.revision, before)
+
+
+WHAT_TO_DO: Final = (
+    "Nothing was changed. Name a schema of its own (DB_SCHEMA), or another database (DB_NAME)."
+)
+
+
+async def _version(
+    connection: "asyncpg.Connection[Any]", schema: str, relations: dict[str, Any], place: str
+) -> Version | None:
+    """Return what the schema says of itself; None when nobody has made anything of ours there.
+
+    Raises:
+        UnusableDatabaseError: what it says is not ours.
+    """
+    for table in (VERSION_TABLE, "alembic_version"):
+        if table not in relations:
+            continue
+        try:
+            rows = await connection.fetch(f"SELECT * FROM {_quoted(schema)}.{table}")  # noqa: S608
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise UnusableDatabaseError(
+                f"{place[0].upper()}{place[1:]} can't be looked at ({error}): "
+                f"GRANT SELECT ON {_quoted(schema)}.{table}."
+            ) from error
+        found = [dict(row) for row in rows]
+        if len(found) == 1 and (
+            found[0].keys() >= {"version_num", "compatible_from", "installation"}
+            if table == VERSION_TABLE
+            else found[0].get("version_num") in FIRST_REVISIONS
+            and all(
+                name in relations and columns <= set(relations[name]["columns"])
+                for name, columns in FIRST_TABLES.items()
+            )
+        ):
+            row = found[0]
+            return Version(
+                row["version_num"], row.get("compatible_from"), str(row.get("installation"))
+            )
+        says = _enumerated([str(row.get("version_num")) for row in found]) if found else "nothing"
+        raise UnusableDatabaseError(
+            f"{place[0].upper()}{place[1:]} is another program's, or not restored whole: its "
+            f"{table} says {says}, which does not fit the tables. {WHAT_TO_DO}"
+        )
+    return None
+
+
+async def _refuse_elsewhere(
+    connection: "asyncpg.Connection[Any]", schema: str, usual_schemas: list[str]
+) -> None:
+    """Refuse to begin anew where a search path once led this role's tables elsewhere."""
+    rows = await connection.fetch(
+        RELATIONS, [each for each in usual_schemas if each != schema], list(FIRST_TABLES)
+    )
+    for other in usual_schemas:
+        columns = {row["name"]: set(row["columns"]) for row in rows if row["schema"] == other}
+        if columns and all(FIRST_TABLES[name] <= columns.get(name, set()) for name in FIRST_TABLES):
+            raise UnusableDatabaseError(
+                f'Schema "{schema}" is empty, but balance_app\'s tables are in "{other}", which is '
+                f"in the search path: set DB_SCHEMA to one of them. Nothing was changed."
+            )
+
+
+async def _refuse_unusable(
+    connection: "asyncpg.Connection[Any]",
+    schema: str,
+    relations: dict[str, Any],
+    role: str,
+    place: str,
+) -> None:
+    """Check that a schema at the right revision has its tables, and that they may be used."""
+    if missing := sorted(RIGHTS.keys() - relations.keys()):
+        raise UnusableDatabaseError(
+            f"{place[0].upper()}{place[1:]} is not whole: {_enumerated(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Restore it from a backup."
+        )
+    pairs = [(name, right) for name, rights in RIGHTS.items() for right in rights]
+    lacking = await connection.fetch(MISSING_RIGHTS, schema, *map(list, zip(*pairs, strict=True)))
+    if lacking:
+        rights = "; ".join(f"{row['rights']} on {row['name']}" for row in lacking)
+        raise UnusableDatabaseError(
+            f'The role "{role}" lacks rights in {place}: {rights}. '
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {_quoted(schema)} "
+            f"TO {_quoted(role)}."
+        )
+
+
+def _refuse_without_rights(
+    there: Any,  # noqa: ANN401 - a row of LOOK
+    schema: str,
+    relations: dict[str, Any],
+    place: str,
+) -> None:
+    role = there["role"]
+    if not there["made"] and not there["may_make"]:
+        raise UnusableDatabaseError(
+            f'There is no {place}, and the role "{role}" may not create it: '
+            f"GRANT CREATE ON DATABASE {_quoted(there['database'])} TO {_quoted(role)}."
+        )
+    if there["made"] and not there["may_create"]:
+        raise UnusableDatabaseError(
+            f'The role "{role}" may not create tables in {place}: '
+            f"GRANT CREATE ON SCHEMA {_quoted(schema)} TO {_quoted(role)}."
+        )
+    for row in relations.values():
+        if not row["is_ours"]:
+            raise UnusableDatabaseError(
+                f'The role "{role}" can\'t migrate {place}: {row["name"]} belongs to '
+                f'"{row["owner"]}". Run `balance-app migrate` as "{row["owner"]}".'
+            )
+
+
+async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Look) -> _Wait | None:
+    """Send an upgrade; return what is in the way of it, if somebody else is."""
+    lock = _lock(schema)
+    # An upgrade that is not its turn fails, whole, into the server's log: rather look before.
+    if (wait := await _others_turn(connection, lock)) is not None:
+        return wait
+    message = UPGRADE.format(
+        schema=_quoted(schema),
+        lock=lock,
+        version_table=VERSION_TABLE,
+        revision=look.upgrade_from,
+        statements=f"{look.before}\n{_statements(look.upgrade_from)}",
+    )
+    try:
+        await connection.execute(message)
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+        return _Wait(
+            f"To migrate, it waits for a table that is in use: {error.args[0]}.", LOCKED_SECONDS
+        )
+    except asyncpg.PostgresError as error:
+        if error.sqlstate == NOT_IN_TURN:
+            await connection.execute("ROLLBACK")
+            done = _Wait("Another instance has just migrated.", TURN_SECONDS)
+            return await _others_turn(connection, lock) or done
+        cause = classify(error)
+        if cause is not None and cause.kind not in AT_FAULT:
+            raise
+        clash = isinstance(error, DUPLICATES)
+        raise UnusableDatabaseError(
+            f"Migrating {look.place} from {look.upgrade_from} failed: {error.args[0]}. "
+            + (WHAT_TO_DO if clash else "Nothing was changed.")
+        ) from error
+    return None
+
+
+async def _others_turn(connection: "asyncpg.Connection[Any]", lock: int) -> _Wait | None:
+    """Return who migrates at this moment; None: nobody is seen."""
+    holder = await connection.fetchrow(HOLDER, lock)
+    if holder is None:
+        return None
+    return _Wait(
+        f"It waits for another instance that migrates: {holder['application_name']}, "
+        f"PostgreSQL process {holder['pid']}, since {holder['since']} UTC.",
+        TURN_SECONDS,
+    )
+
+
+def _statements(revision: str) -> str:
+    """Return the SQL of all migrations after a revision."""
+    written = StringIO()
+    config = alembic_config()
+    config.output_buffer = written
+    command.upgrade(config, f"{revision}:head", sql=True)
+    return written.getvalue()
+
+
+def _lock(schema: str) -> int:
+    """Return the lock of a schema: services in two schemas of a database don't wait for another."""
+    return MIGRATION_LOCK ^ (0 if schema == "public" else zlib.crc32(schema.encode()))
+
+
+def _quoted(name: str) -> str:
+    return '"{}"'.format(name.replace('"', '""'))
+
+
+def _enumerated(names: list[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])

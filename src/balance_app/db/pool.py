@@ -1,0 +1,660 @@
+"""The connections of the running service, and the knowledge whether PostgreSQL can be used.
+
+Few connections serve many requests: a row's lock is held through the flush of its commit, so more
+connections only add waiters inside PostgreSQL. Requests wait here instead, first come first served,
+and a connection goes from one request straight to the next. A worker connects before it takes a
+request: one that can't connect takes none with it, and the connections that there are serve on.
+When there is none, what waits is refused at once with the cause, as nothing of it was sent; then
+one task looks for the database's return, so that neither a hang nor a storm of log-ins builds up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from time import monotonic
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+import asyncpg
+import structlog
+from asyncpg.pool import PoolConnectionProxy
+
+from balance_app.db.migrations import Installation, UnusableDatabaseError, find, migrate
+from balance_app.db.outages import (
+    HOPELESS,
+    OF_A_STATEMENT,
+    Cause,
+    Kind,
+    classify,
+    pause_seconds,
+)
+from balance_app.db.wait_queue import Lane, WaitQueue
+from balance_app.errors import DatabaseAway, Overloaded
+from balance_app.metrics import Metrics
+from balance_app.sessions import open_session, pin, reset
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+_OwnConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Result = TypeVar("Result")
+
+ROLLBACK_SECONDS: Final = 0.3
+LOG_AGAIN_SECONDS: Final = 60.0
+_NOT_REACHED: Final = Cause(Kind.NOT_REACHED, "no")
+_STOPPING: Final = Cause(Kind.STOPPING, "no")
+
+
+class _Operation(NamedTuple):
+    """What waits in the pool wait queue."""
+
+    execute: Callable[[Connection], Awaitable[Any]]
+    answer: asyncio.Future[Any]
+    # monotonic
+    since: float
+    urgent: bool
+
+
+class Database:
+    """The connections, the wait queue in front of them, and what is known of the database."""
+
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
+        self.settings = settings
+        # open connections of requests that no worker uses
+        self._idle: list[_OwnConnection] = []
+        # all open connections of requests, and how many workers are busy with an operation
+        self._open: set[_OwnConnection] = set()
+        self._busy = 0
+        self._lent: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
+            **settings.job_arguments(),
+            min_size=0,
+            max_size=settings.job_connections,
+            max_inactive_connection_lifetime=60,
+            init=pin,
+            reset=reset,
+        )
+        self._queue: WaitQueue[_Operation] = WaitQueue()
+        self._workers: set[asyncio.Task[None] | None] = set()
+        # why the database can't be used; None when it can
+        self._outage: Cause | None = _NOT_REACHED
+        # why no further connection can be made while some are open, how often it was tried, and
+        # when it may be tried again (monotonic)
+        self._refusal: Cause | None = None
+        self._refusals = 0
+        self._connect_at = 0.0
+        self._read_only: Cause | None = None
+        # what the server said of itself when it was last found
+        self._server_warnings: list[str] = []
+        # causes by kind: when they were last logged (monotonic)
+        self._logged: dict[Kind, float] = {}
+        # which tables these are: another one after they were made anew or restored
+        self.installation: Installation | None = None
+        self._stopping = False
+        self._serving = False
+        # while somebody connects, it is not said that no connection can be made
+        self._connecting = 0
+        # in use, and not to be used again
+        self._expired: set[_OwnConnection] = set()
+        self._recovery: asyncio.Task[None] | None = None
+        self._writable: asyncio.Task[None] | None = None
+        self._schema_check: asyncio.Task[None] | None = None
+        self._show(metrics or Metrics())
+
+    def _show(self, metrics: Metrics) -> None:
+        self._waited = metrics.connection_wait
+        metrics.requests_waiting.set_function(
+            lambda: sum(not operation.urgent for operation in self._queue)
+        )
+        metrics.database_away.set_function(lambda: self._outage is not None)
+        for pool_name, limit, in_use in (
+            ("requests", self.settings.db_pool_size, lambda: len(self._workers)),
+            (
+                "jobs",
+                self.settings.job_connections,
+                lambda: self._lent.get_size() - self._lent.get_idle_size(),
+            ),
+        ):
+            metrics.connections_limit.labels(pool_name).set(limit)
+            metrics.connections_in_use.labels(pool_name).set_function(in_use)
+
+    async def start(self, patience_seconds: float = 5.0) -> None:
+        """Migrate and connect; a database that is unavailable is waited for in the background.
+
+        Raises:
+            UnusableDatabaseError: the database answers but can't be used.
+        """
+        await self._lent
+        self._recovery = asyncio.create_task(self._connect_with_retry())
+        done, _ = await asyncio.wait({self._recovery}, timeout=patience_seconds)
+        self._serving = True
+        if done:
+            await self._recovery
+
+    async def stop(self) -> None:
+        """Close every connection; what is still waiting is refused."""
+        self._outage = _STOPPING
+        self._refuse_all(_STOPPING.sentence)
+        watching = (self._recovery, self._writable, self._schema_check)
+        tasks = {task for task in watching if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for connection in list(self._open):
+            connection.terminate()
+        self._lent.terminate()
+
+    def warnings(self) -> list[str]:
+        """Return what an operator should know of the connections although requests are served."""
+        found = [*self._server_warnings]
+        if self._read_only is not None:
+            found.append(self._read_only.sentence)
+        if self._refusal is not None and self._outage is None:
+            found.append(
+                f"{len(self._open)} of {self.settings.db_pool_size} connections are open, no more "
+                f"can be made: {self._refusal.sentence}"
+            )
+        return found
+
+    @asynccontextmanager
+    async def lend(self) -> AsyncIterator[Connection]:
+        """Lend a connection for longer work; there are few, apart from those that serve requests.
+
+        It is closed, and what was not committed is rolled back, when the work ends by an exception.
+        A server that takes no more connections is waited for, as it serves on.
+        """
+        connection = await self._acquire_lent()
+        try:
+            yield connection
+        except BaseException:
+            # Of a connection that just ends, the server notices nothing while a statement is under
+            # way: that would go on, and keep its locks. To cancel it takes a connection of its own.
+            # By the driver's own time limit: asyncio's raises nothing but a cancellation in a task
+            # that is cancelled already (Python before 3.11.4), and the connection would be kept.
+            try:
+                with suppress(Exception):
+                    await connection.execute("ROLLBACK", timeout=ROLLBACK_SECONDS)
+            finally:
+                _terminate(connection)
+            raise
+        finally:
+            await self._lent.release(connection)
+
+    async def _acquire_lent(self) -> PoolConnectionProxy[asyncpg.Record]:
+        tries = 0
+        while True:
+            try:
+                return await self._lent.acquire()
+            except asyncpg.TooManyConnectionsError as error:
+                cause = classify(error)
+                assert cause is not None  # noqa: S101 - it is one of its codes
+                self._log_cause("a job waits for a connection", cause)
+                self._give_up_idle()
+                await asyncio.sleep(_pause_seconds(Kind.FULL, tries))
+                tries += 1
+
+    def _give_up_idle(self) -> None:
+        """Close a connection that no request needs now, but never the last one."""
+        self._forget_closed()
+        if len(self._open) > 1 and self._idle:
+            self._idle.pop().terminate()
+
+    async def run(
+        self,
+        operation: Callable[[Connection], Awaitable[Result]],
+        *,
+        urgent: bool = False,
+        lane: Lane | None = None,
+    ) -> Result:
+        """Run `operation` on a connection when its turn comes.
+
+        What is `urgent` goes to the head of the queue, however long it is, and is still done while
+        the instance stops. Of one `lane` only a few are on connections at once, the others wait for
+        them without one.
+
+        Raises:
+            DatabaseAway: it can't be used; nothing of the operation was sent.
+            Overloaded: too many wait, or this one waited too long.
+        """
+        self.check(urgent=urgent)
+        if len(self._queue) >= self.settings.max_waiting and not urgent:
+            self._check_length(lane)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        waits = _Operation(operation, answer, monotonic(), urgent)
+        self._queue.put(waits, lane=lane, urgent=urgent)
+        # Who connects at this moment takes it soon; a connection that is idle takes it now.
+        if self._may_start_worker() and (self._idle or self._free_workers() < self._queue.ready):
+            # Of its own context: a worker serves many requests.
+            self._workers.add(asyncio.create_task(self._work(), context=Context()))
+        return await answer
+
+    def _check_length(self, lane: Lane | None) -> None:
+        free, ready = self._free_workers(), self._queue.ready
+        if self._queue.admits(lane) and (free > ready or self._may_start_worker()):
+            return  # it need not wait
+        waiting = len(self._queue) - min(free, ready)
+        if waiting >= self.settings.max_waiting:
+            raise Overloaded(f"{waiting} requests wait already.")
+
+    def check(self, *, urgent: bool = False) -> None:
+        """Raise what `run` would raise at once, if it would.
+
+        Raises:
+            DatabaseAway: the database can't be used, or this instance is stopping.
+        """
+        if self._outage is not None:
+            raise DatabaseAway(self._outage.sentence, applied="no")
+        if self._stopping and not urgent:
+            raise DatabaseAway("This copy is stopping.", applied="no")
+
+    def refuse_requests(self) -> None:
+        """Refuse who waits and who comes, but for what is urgent: this copy stops."""
+        self._stopping = True
+        self._refuse_all("This copy is stopping.")
+
+    def _refuse_all(self, reason: str) -> None:
+        """Refuse who waits; what has its connection goes on."""
+        for operation in self._queue.clear():
+            if not operation.answer.done():
+                operation.answer.set_exception(DatabaseAway(reason, applied="no"))
+
+    # -- the workers --------------------------------------------------------------------------
+
+    def _free_workers(self) -> int:
+        return len(self._workers) - self._busy
+
+    def _may_start_worker(self) -> bool:
+        """Say whether one more worker is allowed, and has or may try to make a connection."""
+        return len(self._workers) < self.settings.db_pool_size and (
+            bool(self._idle) or not self._workers or monotonic() >= self._connect_at
+        )
+
+    async def _work(self) -> None:
+        """With one connection, serve one request after the other until nobody waits.
+
+        The next operation's statement is on its way before the last one's answer is looked at.
+        """
+        connection: _OwnConnection | None = None
+        try:
+            while self._queue.ready:
+                if connection is None or connection.is_closed():
+                    connection = await self._connection()
+                    if connection is None:
+                        return
+                    continue  # meanwhile others may have served everybody
+                queued = self._queue.take()
+                assert queued is not None  # noqa: S101 - looked at above
+                self._busy += 1
+                try:
+                    await self._serve(queued.item, connection)
+                finally:
+                    self._busy -= 1
+                    self._queue.done(queued)
+        finally:
+            self._workers.discard(asyncio.current_task())
+            if connection is not None:
+                self._release(connection)
+
+    def _release(self, connection: _OwnConnection) -> None:
+        if connection in self._expired:
+            self._expired.discard(connection)
+            connection.terminate()
+        elif not connection.is_closed():
+            self._idle.append(connection)
+
+    async def _serve(self, operation: _Operation, connection: _OwnConnection) -> None:
+        """Do what one of the queue wants."""
+        execute, answer, since, urgent = operation
+        if answer.done():  # who asked is gone
+            return
+        if monotonic() - since > self.settings.max_waiting_seconds:
+            answer.set_exception(Overloaded("Too slow: no turn came in time."))
+            return
+        try:
+            if not urgent:
+                self._waited.observe(monotonic() - since)
+            result = await execute(connection)
+            if not answer.done():
+                answer.set_result(result)
+        except asyncio.CancelledError:
+            # Nobody cancels a worker, but an operation may end as if it were cancelled.
+            connection.terminate()
+            if not answer.done():
+                answer.set_exception(_problem(Cause(Kind.CUT_OFF, "unknown")))
+            if _is_cancelled():  # the event loop ends
+                raise
+        except Exception as error:  # noqa: BLE001 - it belongs to who asked
+            self._handle_failure(error, connection)
+            if not answer.done():
+                answer.set_exception(error)
+
+    async def _connection(self) -> _OwnConnection | None:
+        """Return a connection that is idle, or a new one; None when none can be made now."""
+        if (idle := self._take_idle()) is not None:
+            return idle
+        self._connecting += 1
+        try:
+            connection = await self._open_connection()
+        except asyncio.CancelledError:
+            if _is_cancelled():  # the event loop ends
+                raise
+            cause = Cause(Kind.CUT_OFF, "no", text="cut off while it was made")
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection
+            cause = classify(error) or Cause(Kind.UNEXPECTED, "no", text=repr(error))
+        else:
+            self._open.add(connection)
+            self._refusal, self._refusals = None, 0
+            return connection
+        finally:
+            self._connecting -= 1
+        self._handle_refusal(cause)
+        return self._take_idle()
+
+    def _forget_closed(self) -> None:
+        self._open = {connection for connection in self._open if not connection.is_closed()}
+
+    def _take_idle(self) -> _OwnConnection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    async def _open_connection(self) -> _OwnConnection:
+        return await open_session(
+            {
+                **self.settings.statement_arguments(),
+                "command_timeout": self.settings.db_statement_seconds,
+            }
+        )
+
+    # -- unavailable, and available again -----------------------------------------------------
+
+    def _handle_refusal(self, cause: Cause) -> None:
+        """Go on with the connections that there are; without one, nothing can be served."""
+        self._forget_closed()
+        if not self._open and not self._connecting:
+            self._mark_unavailable(cause)
+            return
+        self._connect_at = monotonic() + _pause_seconds(cause.kind, self._refusals + 2)
+        self._refusals += 1
+        self._refusal = cause
+        self._log_cause("no further connection", cause)
+
+    def _handle_failure(self, error: Exception, connection: _OwnConnection) -> None:
+        """Draw the conclusions from what an operation met: for its connection, and for all."""
+        problem, cause = error, None
+        if isinstance(problem, DatabaseAway) and problem.__cause__ is not None:
+            cause = classify(problem.__cause__)
+        if cause is None:
+            return
+        if cause.applied == "unknown":
+            connection.terminate()
+        if cause.kind is Kind.NO_ANSWER:
+            self._mark_unavailable(cause)
+        elif cause.kind is Kind.READ_ONLY:
+            self._mark_read_only(cause)
+        elif cause.kind is Kind.SCHEMA_LOST:
+            if self._schema_check is None or self._schema_check.done():
+                check = self._check_schema(cause)
+                self._schema_check = asyncio.create_task(check, context=Context())
+        elif cause.kind not in OF_A_STATEMENT:
+            self._log_cause("the database failed", cause)
+
+    def _mark_unavailable(self, cause: Cause) -> None:
+        """Refuse everybody until the database can be used again."""
+        if self._outage is None:
+            log.warning(
+                "database unavailable",
+                **_for_log(cause),
+                address=self.settings.database_address,
+                waiting=len(self._queue),
+            )
+            # Of its own context: what it logs is not about the request that found out.
+            self._recovery = asyncio.create_task(self._connect_with_retry(), context=Context())
+            self._outage = cause
+        self._refuse_all(cause.sentence)
+
+    async def _check_schema(self, cause: Cause) -> None:
+        """Look whether the tables are still those that were there; else migrate as at start."""
+        with suppress(Exception):
+            if await find(self.settings) == self.installation:
+                return  # it is the statement that is wrong
+        self._mark_unavailable(cause)
+
+    def _mark_read_only(self, cause: Cause) -> None:
+        """Serve reads on, and look whether writes are possible again."""
+        if self._read_only is None:
+            log.warning("database read-only", **_for_log(cause))
+            self._read_only = cause
+            self._writable = asyncio.create_task(self._wait_until_writable(), context=Context())
+
+    def _log_cause(self, event: str, cause: Cause) -> None:
+        """Log a cause when it is found, and not with each request that meets it."""
+        now = monotonic()
+        if now - self._logged.get(cause.kind, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
+            self._logged[cause.kind] = now
+            log.warning(event, **_for_log(cause))
+
+    async def _connect_with_retry(self) -> None:
+        """Try until the database can be used, and its schema is at this program's revision.
+
+        Raises:
+            UnusableDatabaseError: while this instance starts: waiting can't help.
+        """
+        started, tries = monotonic(), 0
+        told = self._outage
+        while True:
+            try:
+                connection = await self._migrate_and_connect()
+                if connection is not None:
+                    break
+                cause = Cause(Kind.STANDBY, "no")
+            except Exception as error:
+                cause = _start_failure(error)
+                # Whoever starts this instance is told; once it serves, an operator may mend it.
+                if not self._serving and cause.kind in HOPELESS:
+                    raise UnusableDatabaseError(f"{cause.sentence} {cause.text}") from error
+                if not self._serving and cause.kind in {Kind.SCHEMA, Kind.UNEXPECTED}:
+                    raise
+            if told is None or (cause.kind, cause.sentence) != (told.kind, told.sentence):
+                tries, told = 0, cause
+                log.warning(
+                    "waiting for the database",
+                    **_for_log(cause),
+                    address=self.settings.database_address,
+                )
+            self._outage = cause
+            await asyncio.sleep(_pause_seconds(cause.kind, tries))
+            tries += 1
+        while (idle := self._take_idle()) is not None:
+            idle.terminate()
+        self._open = {connection}
+        self._idle = [connection]
+        self._outage = self._refusal = None
+        self._refusals, self._connect_at = 0, 0.0
+        self._logged.clear()
+        if self._serving:
+            log.info("database available", after_seconds=round(monotonic() - started, 1))
+
+    async def _migrate_and_connect(self) -> _OwnConnection | None:
+        """Return a connection to a schema at this program's revision; None: it is a standby's."""
+        schema = await migrate(self.settings, self._report_migration)
+        connection = await self._open_connection()
+        try:
+            row = await connection.fetchrow(SERVER)
+            if row is None or row["in_recovery"]:
+                connection.terminate()
+                return None
+            self._judge_server(row)
+        except BaseException:
+            connection.terminate()
+            raise
+        self.installation = schema.installation
+        return connection
+
+    def _judge_server(self, row: asyncpg.Record) -> None:
+        """Say, once, what of the server can't be made good from here.
+
+        Raises:
+            UnusableDatabaseError: while this instance starts: nothing would ever work.
+        """
+        warnings = [
+            f"PostgreSQL runs with {name} = off: what it acknowledges can be lost when its machine "
+            "stops, and its data destroyed."
+            for name in ("fsync", "full_page_writes")
+            if row[name] == "off"
+        ]
+        for warning in warnings:
+            if warning not in self._server_warnings:
+                log.error("PostgreSQL is not durable", reason=warning)
+        for whose in ("server", "role", "database"):
+            shortage = _shortage(self.settings, whose, row)
+            if shortage is None:
+                continue
+            if row[f"{whose}_limit"] < self.settings.connections_at_least and not self._serving:
+                raise UnusableDatabaseError(shortage)
+            warnings.append(shortage)
+            if not self._serving:  # later, who uses how many changes with each look
+                log.warning("few connections", reason=shortage)
+        self._server_warnings = warnings
+        if row["read_only"] and self._read_only is None:
+            self._mark_read_only(Cause(Kind.READ_ONLY, "no"))
+
+    def _report_migration(self, sentence: str) -> None:
+        cause = Cause(Kind.SCHEMA, "no", text=sentence)
+        if cause != self._outage:
+            log.info("migration", state=sentence)
+        self._outage = cause
+
+    async def _wait_until_writable(self) -> None:
+        """Look with new sessions, as the old ones may keep a default that has changed since."""
+        tries = 0
+        while True:
+            await asyncio.sleep(_pause_seconds(Kind.READ_ONLY, tries))
+            tries += 1
+            with suppress(Exception):  # what is amiss beyond that is found by those who work
+                connection = await self._open_connection()
+                try:
+                    if await connection.fetchval(READ_ONLY):
+                        continue
+                finally:
+                    connection.terminate()
+                break
+        log.info("database writable")
+        self._read_only = None
+        await self._lent.expire_connections()
+        self._expired = {each for each in self._open if not each.is_closed()}
+        while (idle := self._take_idle()) is not None:
+            self._release(idle)
+
+
+def _start_failure(error: Exception) -> Cause:
+    if isinstance(error, UnusableDatabaseError):
+        return Cause(Kind.SCHEMA, "no", text=str(error))
+    return classify(error) or Cause(Kind.UNEXPECTED, "no", text=repr(error))
+
+
+def _pause_seconds(kind: Kind, tries: int) -> float:
+    """Return how long to wait, not in step with other instances."""
+    return pause_seconds(kind, tries) * random.uniform(0.5, 1)
+
+
+def _is_cancelled() -> bool:
+    """Say whether the task itself is cancelled, and not only what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _for_log(cause: Cause) -> dict[str, str]:
+    fields = {"cause": cause.kind.name.lower(), "reason": cause.kind.value}
+    if cause.sqlstate is not None:
+        fields["sqlstate"] = cause.sqlstate
+    if cause.text:
+        fields["error"] = cause.text
+    return fields
+
+
+def _terminate(connection: Connection) -> None:
+    with suppress(asyncpg.InterfaceError):  # it closed, and the pool has taken it back already
+        if not connection.is_closed():
+            connection.terminate()
+
+
+# Limits of role and database do not hold for a superuser; -1 is none. Who shares a limit with this
+# instance (others of it too) is counted, this connection not.
+SERVER: Final = """
+WITH others AS (
+    SELECT usesysid, datname FROM pg_stat_activity
+    WHERE usesysid IS NOT NULL AND pid <> pg_backend_pid()
+)
+SELECT pg_is_in_recovery() AS in_recovery,
+       current_setting('transaction_read_only')::boolean AS read_only,
+       current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('max_connections')::integer
+       - current_setting('superuser_reserved_connections')::integer
+       - coalesce(current_setting('reserved_connections', true)::integer, 0) AS server_limit,
+       (SELECT count(*) FROM others) AS server_used,
+       CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS role_limit,
+       (SELECT count(*) FROM others WHERE usesysid = pg_roles.oid) AS role_used,
+       CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,
+       (SELECT count(*) FROM others WHERE others.datname = pg_database.datname) AS database_used
+FROM pg_roles, pg_database
+WHERE rolname = session_user AND pg_database.datname = current_database()
+"""
+
+
+READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
+
+
+def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None:
+    """Return a sentence when a limit does not allow the connections that are configured."""
+    limit, used = row[f"{whose}_limit"], row[f"{whose}_used"]
+    if limit < 0 or limit - used >= settings.connections_needed:
+        return None
+    return (
+        f"The {whose}'s limit is {limit} connections, of which others use {used}: this instance "
+        f"needs {settings.connections_at_least}, and may use {settings.connections_needed} "
+        "(DB_POOL_SIZE, JOB_CONNECTIONS, and 2)."
+    )
+
+
+def _problem(cause: Cause) -> DatabaseAway:
+    """Return what a request is told that met this cause while it changed something."""
+    return DatabaseAway(cause.sentence, applied=cause.applied)
+
+
+async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:
+    """Run a statement that changes something, as one transaction; return its first row.
+
+    Raises:
+        DatabaseAway: with `applied` "no" when the server rolled it back, "unknown" when the
+            connection ended or the time was up before its answer.
+    """
+    try:
+        return await connection.fetchrow(sql, *arguments)
+    except Exception as error:
+        cause = classify(error)
+        if cause is None:
+            raise
+        raise _problem(cause) from error
+
+
+async def read(connection: Connection, sql: str, *arguments: object) -> list[asyncpg.Record]:
+    """Run a statement that changes nothing; return its rows.
+
+    Raises:
+        DatabaseAway: always with `applied` "no".
+    """
+    try:
+        return await connection.fetch(sql, *arguments)
+    except Exception as error:
+        cause = classify(error)
+        if cause is None:
+            raise
+        raise DatabaseAway(cause.sentence, applied="no") from error

@@ -1,0 +1,148 @@
+"""Whether this copy lives, and whether it should be sent requests."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from fastapi import APIRouter
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from balance_app.db.migrations import SCHEMA_VERSION, Version
+from balance_app.db.pool import Database, read
+from balance_app.errors import Problem
+from balance_app.http.services import services
+from balance_app.metrics import Metrics
+from balance_app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+router = APIRouter(tags=["health"])
+
+
+class Readiness:
+    """Whether requests should come to this instance, and what else an operator should know."""
+
+    def __init__(
+        self,
+        database: Database,
+        stopping: asyncio.Event,
+        *,
+        only_told: Mapping[str, Callable[[], str]],
+    ) -> None:
+        """Ask also what is `only_told`: it is no reason to send requests elsewhere."""
+        self._database = database
+        self._stopping = stopping
+        self._only_told = only_told
+
+    async def look(self) -> tuple[dict[str, str], bool]:
+        """Return the checks with "ok" or what is wrong, and whether requests should come."""
+        checks = {"stopping": "This copy is stopping." if self._stopping.is_set() else "ok"}
+        checks |= await _database_checks(self._database)
+        ready = all(found == "ok" for found in checks.values())
+        return checks | {name: ask() for name, ask in self._only_told.items()}, ready
+
+
+_READY_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Every check holds.",
+        "content": {
+            "application/json": {
+                "example": {"status": "ok", "server": "app1", "checks": {"database": "ok"}}
+            }
+        },
+    },
+    503: {
+        "description": "At least one check fails; `checks` says which, and why.",
+        "content": {
+            "application/json": {
+                "example": {
+                    "status": "unavailable",
+                    "server": "app1",
+                    "checks": {
+                        "stopping": "ok",
+                        "database": "The database can't be reached.",
+                        "schema": "not known",
+                    },
+                }
+            }
+        },
+    },
+}
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    """Say that the process runs and answers; nothing else is looked at."""
+    return JSONResponse({"status": "ok", "server": services(request)[Settings].server_id})
+
+
+@router.get("/readyz", responses=_READY_ANSWERS)
+async def readyz(request: Request) -> Response:
+    """Say whether requests should come here: database reachable, schema right, not stopping.
+
+    `jobs` tells what could not be declared here, and does not count: requests may come. Nor do
+    `warnings`, of which there are none as a rule: a read-only server, fewer connections than
+    configured, a server that does not keep what it has acknowledged (`fsync`).
+    """
+    parts = services(request)
+    checks, ready = await parts[Readiness].look()
+    body = {
+        "status": "ok" if ready else "unavailable",
+        "server": parts[Settings].server_id,
+        "checks": checks,
+    }
+    warnings = parts[Database].warnings()
+    return JSONResponse(
+        body | {"warnings": warnings} if warnings else body,
+        status_code=200 if ready else 503,
+        headers={} if ready else {"Retry-After": "1"},
+    )
+
+
+router.add_api_route("/health", readyz, responses=_READY_ANSWERS, name="health")
+
+
+async def _database_checks(database: Database) -> dict[str, str]:
+    try:
+        rows = await database.run(lambda con: read(con, SCHEMA_VERSION), urgent=True)
+    except Problem as problem:
+        return {"database": problem.detail, "schema": "not known"}
+    except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
+        log.warning("readiness check failed", error=repr(error))
+        return {"database": "The database refused the question.", "schema": "not known"}
+    fault = Version(*rows[0]).fault() if rows else "The schema has no version."
+    return {"database": "ok", "schema": fault or "ok"}
+
+
+_OPENMETRICS: Final = "application/openmetrics-text"
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    response_description="One line for each number.",
+    responses={
+        200: {
+            "content": {
+                kind: {"schema": {"type": "string"}} for kind in ("text/plain", _OPENMETRICS)
+            }
+        }
+    },
+)
+async def read_metrics(request: Request) -> Response:
+    """Tell Prometheus this copy's numbers; also while the database is away."""
+    metrics = services(request)[Metrics]
+    as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
+    return Response(
+        await metrics.tell(as_openmetrics=as_openmetrics),
+        headers={
+            "Content-Type": (
+                openmetrics.CONTENT_TYPE_LATEST if as_openmetrics else CONTENT_TYPE_PLAIN_0_0_4
+            ),
+            "Cache-Control": "no-store",
+        },
+    )

@@ -1,0 +1,143 @@
+"""What the state of a job can say against a request."""
+
+from datetime import datetime
+from typing import Self
+
+from typing_extensions import override
+
+from balance_app.errors import Problem
+from balance_app.formatting import exact
+
+
+class JobNotFound(Problem):
+    """There is no job with this name.
+
+    Nothing was changed. `GET /api/cron/status` lists them.
+    """
+
+    status, code, title = 404, "job-not-found", "Job not found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no job {name}.", job=name)
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-moon")
+
+
+class JobRunning(Problem):
+    """The job runs already, and no job runs twice at once.
+
+    Nothing was changed. Wait for its end, or cancel it.
+    """
+
+    status, code, title = 409, "job-running", "Job running"
+
+    def __init__(
+        self, name: str, *, server: str, started_at: datetime | str, what: str = "started"
+    ) -> None:
+        at = datetime.fromisoformat(started_at) if isinstance(started_at, str) else started_at
+        super().__init__(
+            f"Job {name} was not {what}: it runs already on {server}, since {exact(at)} UTC.",
+            job=name,
+            server=server,
+            startedAt=started_at,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-ledger", server="app3", started_at="2026-11-21T21:49:33.940623Z")
+
+
+class JobPaused(Problem):
+    """The job is paused.
+
+    Nothing was changed. Resume it first.
+    """
+
+    status, code, title = 409, "job-paused", "Job paused"
+
+    def __init__(self, name: str, *, by: str, at: datetime | str) -> None:
+        super().__init__(f"Job {name} was paused by {by}.", job=name, pausedBy=by, pausedAt=at)
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-ledger", by="ada", at="2026-11-21T21:49:33.940623Z")
+
+
+class JobNotRunning(Problem):
+    """The job does not run, so there is nothing to cancel.
+
+    Nothing was changed. Pause it if it is not to start.
+    """
+
+    status, code, title = 409, "job-not-running", "Job not running"
+
+    def __init__(self, name: str, *, state: str) -> None:
+        super().__init__(f"Job {name} does not run: it is {state}.", job=name, state=state)
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-ledger", state="waiting")
+
+
+class JobWithoutCode(Problem):
+    """No live instance has the code of the job, so nobody could run it.
+
+    Nothing was changed. Start an instance that has the code, or forget the job.
+    """
+
+    status, code, title = 409, "job-without-code", "Job without code"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Job {name} can't run: no live instance has its code. It was removed or renamed, or "
+            "the instances that have it are down.",
+            job=name,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-moon")
+
+
+class JobHasCode(Problem):
+    """A live instance has the code of the job: it would run it again.
+
+    Nothing was changed. Remove the job from the code of all instances first, or pause it.
+    """
+
+    status, code, title = 409, "job-has-code", "Job has code"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Job {name} can't be forgotten: a live instance has its code, and would run it again.",
+            job=name,
+        )
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls("audit-ledger")
+
+
+class CrossSiteRequest(Problem):
+    """A page of another site sent this request through somebody's browser.
+
+    Nothing was changed. Send it from this service's own pages, or from a program.
+    """
+
+    status, code, title = 403, "cross-site-request", "Cross-site request"
+
+    def __init__(self) -> None:
+        super().__init__("Pages of other sites can't steer jobs.")
+
+    @classmethod
+    @override
+    def example(cls) -> Self:
+        return cls()

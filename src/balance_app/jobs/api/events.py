@@ -1,0 +1,123 @@
+"""The live feed: one look a second for all who watch this copy, and none while nobody does.
+
+A viewer is always sent the newest event. One who is slow misses those in between; nothing is kept
+for anybody.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import Final
+
+import structlog
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
+from typing_extensions import override
+
+from balance_app.errors import InternalError, Overloaded, Problem
+from balance_app.jobs.api.status import Snapshot
+
+log = structlog.get_logger(__name__)
+
+MAX_VIEWERS: Final = 1000
+TICK_SECONDS: Final = 1.0
+RETRY_MILLISECONDS: Final = 1000  # how soon a viewer whose copy has stopped asks the next one
+
+
+class Feed:
+    """Tells every viewer of this copy what the jobs are doing, until the copy stops."""
+
+    def __init__(self, look: Callable[[], Awaitable[Snapshot]], stopping: asyncio.Event) -> None:
+        self._look = look
+        self._stopping = stopping
+        self._viewers = 0
+        self._ticker: asyncio.Task[None] | None = None
+        # the newest event, how many there were, and what is set when the next one is there
+        self._event: bytes | None = None
+        self._events = 0
+        self._news = asyncio.Event()
+
+    @contextmanager
+    def viewer(self) -> Iterator[None]:
+        """Count somebody who watches.
+
+        Raises:
+            Overloaded: `MAX_VIEWERS` watch already.
+        """
+        if self._viewers >= MAX_VIEWERS:
+            raise Overloaded(f"{self._viewers} watch this copy already.")
+        self._viewers += 1
+        if self._ticker is None:
+            # Of its own context: it looks for all of them.
+            self._ticker = asyncio.create_task(self._tick(), context=Context())
+        try:
+            yield
+        finally:
+            self._viewers -= 1
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the newest event whenever there is one that was not yielded before."""
+        yield format_sse_event(retry=RETRY_MILLISECONDS)
+        seen = 0
+        while not self._stopping.is_set():
+            if self._event is None or self._events == seen:
+                await self._news.wait()
+            else:
+                seen = self._events
+                yield self._event
+
+    async def _tick(self) -> None:
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            while self._viewers:
+                event = asyncio.create_task(self._next_event())
+                await asyncio.wait({event, stop}, return_when=asyncio.FIRST_COMPLETED)
+                if stop.done():
+                    event.cancel()
+                    return
+                self._publish(event.result())
+                await asyncio.wait({stop}, timeout=TICK_SECONDS)
+        finally:
+            stop.cancel()
+            self._ticker = None
+            self._publish(None)
+
+    def _publish(self, event: bytes | None) -> None:
+        news, self._news = self._news, asyncio.Event()
+        self._event = event
+        self._events += event is not None
+        news.set()
+
+    async def _next_event(self) -> bytes:
+        try:
+            snapshot = await self._look()
+        except Problem as away:
+            problem = away
+        except Exception:
+            log.exception("no look at the jobs for the feed")
+            problem = InternalError()
+        else:
+            return format_sse_event(
+                event="status", data_str=snapshot.text.decode(), id=snapshot.now.isoformat()
+            )
+        return format_sse_event(event="away", data_str=to_json(problem.body("GET")).decode())
+
+
+class FeedResponse(EventSourceResponse):
+    """The answer to one viewer.
+
+    FastAPI would format each event anew for each viewer, and keep some that a slow one has not
+    read yet; here all are sent the same bytes.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(feed.events(), headers=headers)
+        self._feed = feed
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._feed.viewer():
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,115 @@
+"""The history of runs, read page by page, the latest first."""
+
+from typing import Any, Final
+
+import asyncpg
+
+from balance_app.db.pool import Connection, Database, read
+from balance_app.jobs.api.errors import JobNotFound
+
+# The planner may read and sort all of a job's runs to find the last few: of a table that it knows
+# little about, or where it does not know how few. In a transaction that may not sort, it takes
+# them from an index that has them in order.
+KEEP_TO_INDEX: Final = """
+SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
+"""
+
+
+async def read_in_order(
+    connection: Connection, sql: str, *arguments: object
+) -> list[asyncpg.Record]:
+    """Run a statement that reads the history, by indexes that have its order; return its rows.
+
+    Raises:
+        DatabaseAway: as `read` does.
+    """
+    async with connection.transaction(isolation="read_committed", readonly=True):
+        await read(connection, KEEP_TO_INDEX)
+        return await read(connection, sql, *arguments)
+
+
+class History:
+    """Reads what became of every run."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def page(
+        self, *, job: str | None, outcome: str | None, before: int, limit: int
+    ) -> dict[str, Any]:
+        """Return a `HistoryAnswer`: up to `limit` runs with ids below `before`.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        # Four statements, so that each is planned for its own index.
+        given = [each for each in (job, outcome) if each is not None]
+        sql = PAGES[job is not None, outcome is not None]
+        rows = await self._database.run(
+            lambda con: read_in_order(con, sql, before, limit + 1, *given)
+        )
+        if job is not None and not rows:
+            known = await self._database.run(lambda con: read(con, JOB, job))
+            if not known:
+                raise JobNotFound(job)
+        shown = rows[:limit]
+        return {
+            "runs": [_run(row) for row in shown],
+            "next": shown[-1]["id"] if len(rows) > limit else None,
+        }
+
+
+# Each reads no more rows than it returns, whatever the planner believes of the table. With
+# `job = $3 ORDER BY id` it may walk the primary key backwards through millions of other jobs' runs
+# (`ORDER BY job, id` is the same to it: an equality takes its column out of the order). A range
+# of rows does not: only the index that begins with these columns has that order.
+RUNS: Final = """
+SELECT *, clock_timestamp() AS now FROM job_runs WHERE id < $1 ORDER BY id DESC LIMIT $2
+"""
+
+RUNS_OF_JOB: Final = """
+SELECT *, clock_timestamp() AS now FROM job_runs
+WHERE (job, id) < ($3, $1) AND (job, id) > ($3, 0)
+ORDER BY job DESC, id DESC LIMIT $2
+"""
+
+RUNS_BY_OUTCOME: Final = """
+SELECT *, clock_timestamp() AS now FROM job_runs
+WHERE (outcome, id) < ($3, $1) AND (outcome, id) > ($3, 0)
+ORDER BY outcome DESC, id DESC LIMIT $2
+"""
+
+RUNS_OF_JOB_BY_OUTCOME: Final = """
+SELECT *, clock_timestamp() AS now FROM job_runs
+WHERE (job, outcome, id) < ($3, $4, $1) AND (job, outcome, id) > ($3, $4, 0)
+ORDER BY job DESC, outcome DESC, id DESC LIMIT $2
+"""
+
+PAGES: Final = {
+    (False, False): RUNS,
+    (True, False): RUNS_OF_JOB,
+    (False, True): RUNS_BY_OUTCOME,
+    (True, True): RUNS_OF_JOB_BY_OUTCOME,
+}
+
+JOB: Final = "SELECT FROM jobs WHERE name = $1"
+
+
+def _run(row: asyncpg.Record) -> dict[str, Any]:
+    ran = row["fence"] is not None
+    seconds = ((row["ended_at"] or row["now"]) - row["started_at"]).total_seconds()
+    return {
+        "id": row["id"],
+        "job": row["job"],
+        "outcome": row["outcome"],
+        "server": row["server"],
+        "fence": row["fence"],
+        "dueAt": row["due_at"],
+        "lastDueAt": row["last_due_at"],
+        "ticks": row["ticks"],
+        "attempt": row["attempt"],
+        "startedAt": row["started_at"] if ran else None,
+        "endedAt": row["ended_at"],
+        "seconds": round(max(seconds, 0.0), 3) if ran else None,
+        "result": row["result"],
+    }

@@ -1,0 +1,348 @@
+"""What is asked about jobs and what is answered, in JSON."""
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, get_args
+
+from fastapi import Depends, Path, Query
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request
+
+from balance_app.errors import InvalidRequest
+from balance_app.http.body import MAX_INTEGER
+
+NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
+_NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
+# No controls, and nothing that hides or turns the letters beside it.
+PRINTABLE_PATTERN: Final = (
+    r"^[^\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
+)
+_PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
+
+Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
+Reason = Literal[
+    "not-due",
+    "due",
+    "settling",
+    "paused",
+    "retry",
+    "quarantined",
+    "handed-back",
+    "lost",
+    "requested",
+    "no-code",
+]
+
+
+def _is_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise PydanticCustomError("not-a-name", "not the name of a job")
+    return name
+
+
+def _is_outcome(outcome: object) -> object:
+    if outcome not in get_args(Outcome):
+        raise PydanticCustomError("not-an-outcome", "not an outcome")
+    return outcome
+
+
+def _decimal(value: object) -> object:
+    """Let only plain decimal digits through: pydantic alone also reads `1_0`, `+1` and `1.0`."""
+    if isinstance(value, str) and not re.fullmatch(r"0|[1-9][0-9]*", value, re.ASCII):
+        raise PydanticCustomError("int_parsing", "not an integer")
+    return value
+
+
+def _printable(limit: int) -> AfterValidator:
+    def check(text: str) -> str:
+        if len(text) > limit or not _PRINTABLE.fullmatch(text):
+            raise PydanticCustomError("not-printable", "not printable, empty, or too long")
+        return text
+
+    return AfterValidator(check)
+
+
+def _printable_schema(limit: int) -> dict[str, Any]:
+    return {"minLength": 1, "maxLength": limit, "pattern": PRINTABLE_PATTERN}
+
+
+Decimal = BeforeValidator(_decimal)
+IsName = AfterValidator(_is_name)
+PathName = Annotated[
+    str,
+    Path(json_schema_extra={"pattern": NAME_PATTERN}, examples=["audit-ledger"]),
+    IsName,
+]
+
+
+class Who(BaseModel):
+    """Who steers a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Annotated[
+        str,
+        Field(
+            description="who asks for it, for people to read",
+            json_schema_extra=_printable_schema(100),
+            examples=["ada"],
+        ),
+        _printable(100),
+    ] = "api"
+
+
+class Pause(Who):
+    """Who pauses a job, and why."""
+
+    reason: Annotated[
+        str | None,
+        Field(
+            description="why, for people to read",
+            json_schema_extra=_printable_schema(200),
+            examples=["the disk is full"],
+        ),
+        _printable(200),
+    ] = None
+
+
+class Page(BaseModel):
+    """Which part of the history: the runs that began before a cursor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    job: Annotated[
+        str | None,
+        Field(
+            description="of this job alone",
+            json_schema_extra={"pattern": NAME_PATTERN},
+            examples=["audit-ledger"],
+        ),
+        IsName,
+    ] = None
+    outcome: Annotated[
+        Outcome | None,
+        Field(description="with this outcome alone", examples=["failed"]),
+        BeforeValidator(_is_outcome),
+    ] = None
+    before: Annotated[
+        int,
+        Field(ge=1, le=MAX_INTEGER, description="the `next` of the page before"),
+        Decimal,
+    ] = MAX_INTEGER
+    limit: Annotated[int, Field(ge=1, le=1000, description="runs on the page"), Decimal] = 100
+
+
+def _once(request: Request) -> None:
+    """Refuse a parameter that is sent twice: it asks for two things."""
+    if len(request.query_params) != len(request.query_params.multi_items()):
+        raise InvalidRequest(("query:", "duplicate-parameter"))
+
+
+async def _who(request: Request, who: Annotated[Who, Query()]) -> Who:
+    _once(request)
+    return who
+
+
+async def _pause(request: Request, pause: Annotated[Pause, Query()]) -> Pause:
+    _once(request)
+    return pause
+
+
+async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
+    _once(request)
+    return page
+
+
+WhoQuery = Annotated[Who, Depends(_who)]
+PauseQuery = Annotated[Pause, Depends(_pause)]
+PageQuery = Annotated[Page, Depends(_page)]
+
+
+Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]
+Seconds = Annotated[float, Field(examples=[41.2])]
+CopyId = Annotated[
+    str,
+    Field(
+        description="of one boot of one copy; the servers' names are for people",
+        examples=["5f0c3b1e-62d5-4a43-9d0a-1f6a2f6f8a11"],
+    ),
+]
+Name = Annotated[str, Field(examples=["audit-ledger"])]
+Server = Annotated[str, Field(examples=["app3"])]
+Sentence = Annotated[str, Field(examples=["checked 12 000 entries of 1 000 users: all match"])]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel)
+
+
+class ScheduleAnswer(_Answer):
+    """When a job is due: as it is stored, and for people."""
+
+    text: Annotated[str, Field(examples=["every 300 s"])]
+    words: Annotated[str, Field(examples=["every 5 minutes"])]
+
+
+class ProgressAnswer(_Answer):
+    """How far a run is, as it last said."""
+
+    done: Annotated[int, Field(examples=[4000])]
+    total: Annotated[int | None, Field(examples=[12000])]
+    note: Annotated[str, Field(examples=["user 331"])]
+
+
+class PausedAnswer(_Answer):
+    """By whom a job was paused, when, and why."""
+
+    by: Annotated[str, Field(examples=["ada"])]
+    at: Instant
+    reason: Annotated[str | None, Field(examples=["the disk is full"])]
+
+
+class WaitingAnswer(_Answer):
+    """Why a job does not run.
+
+    `until` is set when a moment ends it, `overdue` when nobody has come for the job in time.
+    """
+
+    reason: Annotated[Reason, Field(examples=["not-due"])]
+    until: Instant | None
+    overdue: Annotated[bool, Field(examples=[False])]
+    sentence: Annotated[str, Field(examples=["Not due before 2026-11-21 21:55:00 UTC."])]
+
+
+class LastRunAnswer(_Answer):
+    """The run of a job that ended last."""
+
+    outcome: Annotated[Outcome, Field(examples=["succeeded"])]
+    server: Server
+    started_at: Instant
+    ended_at: Instant
+    seconds: Annotated[float, Field(examples=[120.013])]
+    result: Sentence | None
+
+
+class JobAnswer(_Answer):
+    """A job as it is now.
+
+    `paused` may be set while it runs: then that run is its last for now. `dueAt` is the tick that
+    waits or runs, `readyAt` when it may start; `attempt` counts the runs that the tick had before.
+    """
+
+    name: Name
+    state: Annotated[Literal["running", "waiting", "paused"], Field(examples=["running"])]
+    description: Annotated[str, Field(examples=["Check every entry against the one before it."])]
+    schedule: ScheduleAnswer
+    other_schedules: Annotated[
+        list[ScheduleAnswer],
+        Field(
+            description="declared by live instances of other versions; the latest declared counts"
+        ),
+    ]
+    server: Annotated[Server | None, Field(description="which copy runs it")]
+    copy_id: CopyId | None
+    started_at: Instant | None
+    elapsed_seconds: Annotated[Seconds | None, Field(description="by the database's clock")]
+    progress: ProgressAnswer | None
+    work_ended_at: Annotated[
+        Instant | None,
+        Field(
+            description="when its function returned: it only lasts to its least duration",
+            examples=[None],
+        ),
+    ]
+    stopping_since: Annotated[
+        Instant | None,
+        Field(
+            description="when it was told to stop (a cancel, its timeout, a stop of its server): "
+            "it is told again every few seconds until it ends",
+            examples=[None],
+        ),
+    ]
+    cancel_by: Annotated[
+        str | None, Field(description="who asked for the run's end", examples=[None])
+    ]
+    due_at: Instant
+    ready_at: Instant
+    attempt: Annotated[int, Field(examples=[0])]
+    failures_in_a_row: Annotated[
+        int, Field(description="runs that failed or timed out since the last success", examples=[0])
+    ]
+    losses_in_a_row: Annotated[
+        int, Field(description="runs that ended with their process; 3 quarantine it", examples=[0])
+    ]
+    fence: Annotated[int, Field(description="rises with each run", examples=[12])]
+    requested_by: Annotated[str | None, Field(description="who asked for the run", examples=[None])]
+    has_code: Annotated[
+        bool, Field(description="whether a live instance could run it", examples=[True])
+    ]
+    paused: PausedAnswer | None
+    waiting: WaitingAnswer | None
+    last_run: LastRunAnswer | None
+
+
+class ForgottenAnswer(_Answer):
+    """A job that is off the lists; its history stays."""
+
+    name: Name
+    forgotten_at: Instant
+    forgotten_by: Annotated[str, Field(examples=["ada"])]
+
+
+class CountsAnswer(_Answer):
+    """How many jobs are in each state, and how many of those that wait nobody has come for."""
+
+    running: Annotated[int, Field(examples=[4])]
+    waiting: Annotated[int, Field(examples=[5])]
+    paused: Annotated[int, Field(examples=[1])]
+    overdue: Annotated[int, Field(examples=[0])]
+
+
+class CopyAnswer(_Answer):
+    """A copy that was seen in the last minute; `live`: within the time that a lease lasts."""
+
+    id: CopyId
+    server: Server
+    started_at: Instant
+    seen_seconds_ago: Annotated[float, Field(examples=[0.731])]
+    live: Annotated[bool, Field(examples=[True])]
+    running: Annotated[int, Field(description="how many jobs it runs", examples=[2])]
+
+
+class StatusAnswer(_Answer):
+    """Every job and every copy, in one consistent snapshot; `now` is the database's time."""
+
+    now: Instant
+    counts: CountsAnswer
+    copies: list[CopyAnswer]
+    jobs: list[JobAnswer]
+
+
+class RunAnswer(_Answer):
+    """A run, or a range of ticks that did not run (`skipped`: `dueAt` to `lastDueAt`)."""
+
+    id: Annotated[int, Field(examples=[4711])]
+    job: Name
+    outcome: Annotated[
+        Outcome | None, Field(description="null while it runs", examples=["succeeded"])
+    ]
+    server: Server | None
+    fence: Annotated[int | None, Field(examples=[12])]
+    due_at: Instant
+    last_due_at: Annotated[Instant | None, Field(examples=[None])]
+    ticks: Annotated[int, Field(examples=[1])]
+    attempt: Annotated[int, Field(description="how many runs the tick had before", examples=[0])]
+    started_at: Annotated[Instant | None, Field(description="null: it did not run")]
+    ended_at: Annotated[Instant | None, Field(description="null while it runs")]
+    seconds: Annotated[Seconds | None, Field(description="up to now while it runs")]
+    result: Annotated[Sentence | None, Field(description="its result, its error, or why it ended")]
+
+
+class HistoryAnswer(_Answer):
+    """A page of runs, the latest first; `next` is the cursor of the page after it."""
+
+    runs: list[RunAnswer]
+    next: Annotated[int | None, Field(examples=[4612], description="`before` of the next page")]

@@ -1,0 +1,82 @@
+"""What PostgreSQL knows of the jobs, for the metrics: the same from whichever copy it is asked."""
+
+from collections.abc import Iterable
+from typing import Final
+
+import structlog
+
+from balance_app.db.pool import Database
+from balance_app.errors import Problem
+from balance_app.jobs.api.history import read_in_order
+from balance_app.jobs.job import Job, Registry
+from balance_app.metrics import JobFacts
+
+log = structlog.get_logger(__name__)
+
+
+class Facts:
+    """The jobs that this copy's code declares, as their rows and runs are."""
+
+    def __init__(
+        self,
+        database: Database,
+        registry: Registry,
+        audits: Iterable[Job] = (),
+        mismatch: type[Exception] = Exception,
+    ) -> None:
+        """Take also which of the jobs are audits, and the error that one fails with."""
+        self._database = database
+        self._names = list(registry)
+        self._audits = [each.name for each in audits]
+        self._mismatch = mismatch.__name__
+
+    async def look(self) -> list[JobFacts] | None:
+        """Return what is known now; None while the database can't be asked."""
+        try:
+            rows = await self._database.run(
+                lambda con: read_in_order(con, FACTS, self._names, self._audits, self._mismatch),
+                urgent=True,
+            )
+        except Problem:
+            return None
+        except Exception as error:  # noqa: BLE001 - the other metrics are to be told all the same
+            log.warning("no facts for the metrics", error=repr(error))
+            return None
+        return [JobFacts(*row) for row in rows]
+
+
+# A job's runs begin one after the other, so the latest of a kind is the last in an index. The
+# ranges of rows keep to that index, as in `history.py`. An audit that could not be carried through
+# has no result: the one before stands, through up to 1000 failures.
+#
+# $1 the jobs, $2 those of them that are audits, $3 the error that an audit fails with
+FACTS: Final = """
+SELECT name,
+       extract(epoch FROM success.ended_at)::float8 AS last_success_at,
+       CASE WHEN paused_at IS NULL AND claimable_at < moment
+            THEN extract(epoch FROM moment - claimable_at)::float8 ELSE 0 END AS overdue_seconds,
+       paused_at IS NOT NULL AS paused,
+       coalesce(last_outcome IN ('failed', 'timed_out', 'lost'), false) AS last_run_failed,
+       CASE WHEN since.mismatch THEN true WHEN name = ANY ($2) AND success.id > 0 THEN false END
+       AS mismatch,
+       failure_streak AS failures_in_a_row, lost_streak AS losses_in_a_row
+FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN jobs
+LEFT JOIN LATERAL (
+    SELECT id, ended_at FROM job_runs
+    WHERE (job, outcome, id) < (name, 'succeeded', 9223372036854775807)
+      AND (job, outcome, id) > (name, 'succeeded', 0)
+    ORDER BY job DESC, outcome DESC, id DESC LIMIT 1
+) AS success ON true
+LEFT JOIN LATERAL (
+    SELECT bool_or(starts_with(result, $3 || ':')) AS mismatch
+    FROM (
+        SELECT result FROM job_runs
+        WHERE name = ANY ($2)
+          AND (job, outcome, id) < (name, 'failed', 9223372036854775807)
+          AND (job, outcome, id) > (name, 'failed', coalesce(success.id, 0))
+        ORDER BY job DESC, outcome DESC, id DESC LIMIT 1000
+    ) AS failed
+) AS since ON true
+WHERE name = ANY ($1)
+ORDER BY name
+"""

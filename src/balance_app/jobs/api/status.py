@@ -1,0 +1,445 @@
+"""The board: what every job and every copy is doing at one moment, for people to look at.
+
+A copy keeps each job's line as it was written last, and asks PostgreSQL only for the rows that
+have changed since its last look: ten thousand jobs cost little more than ten. Each look is one
+statement, so one snapshot; all times are differences to that statement's own clock.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+import asyncpg
+from pydantic_core import from_json, to_json
+
+from balance_app.db.pool import Database, read
+from balance_app.errors import Problem
+from balance_app.formatting import exact
+from balance_app.jobs.declarations import LOST_LIMIT
+from balance_app.jobs.schedule import ScheduleError, parse
+from balance_app.settings import Settings
+
+State = Literal["running", "waiting", "paused"]
+
+FAILURES: Final = frozenset({"failed", "timed_out", "lost"})
+
+_LOST: Final = (
+    "{} sent no heartbeat: it has stopped, or can't reach the database; another copy takes over."
+)
+_QUARANTINED: Final = (
+    "Its last {} runs were lost with their processes: it is tried again at {}, or when it is run."
+)
+_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+_AT_ONCE: Final = 200  # lines written before others get their turn
+_XIDS: Final = 2**32
+
+
+class Limits(NamedTuple):
+    """The durations that a reason to wait depends on."""
+
+    settling: timedelta
+    # ready for longer than this, and not running: nobody comes for it
+    overdue: timedelta
+
+
+class Fleet(NamedTuple):
+    """What the live copies can run, and since when the eldest of them is up."""
+
+    # jobs up to a number, but for those
+    abilities: frozenset[tuple[int, frozenset[str]]]
+    since: datetime | None
+
+    def can_run(self, number: int, name: str) -> bool:
+        """Say whether some live copy has the code of a job."""
+        return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
+
+
+class Forgotten(NamedTuple):
+    """When a job was taken off the lists, and by whom."""
+
+    at: datetime
+    by: str
+
+
+class Sums(NamedTuple):
+    """What a job counts for."""
+
+    state: State
+    overdue: bool
+    # its last run was no success
+    failed: bool
+    # the copy that runs it
+    holder: str | None
+
+
+class Line(NamedTuple):
+    """One job as JSON (a `JobAnswer`), and until when it may stand so."""
+
+    text: bytes
+    stands_until: datetime
+    sums: Sums
+
+
+class Snapshot(NamedTuple):
+    """Everything at one moment, as JSON (a `StatusAnswer`), and in parts for who shows few."""
+
+    now: datetime
+    text: bytes
+    counts: dict[str, int]
+    copies: list[dict[str, Any]]
+    # each a `JobAnswer`, in order of the names
+    lines: dict[str, Line]
+
+
+class Board:
+    """The jobs and copies as they are now, seen from one copy."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        # how long after its last heartbeat an instance counts as live
+        self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
+        settling = timedelta(seconds=settings.job_settling_seconds)
+        self._limits = Limits(settling, overdue=self.lease + settling)
+        self._turn = asyncio.Lock()
+        self._looks = 0
+        self._last: Snapshot | Problem | None = None
+        # what is known from the last look: since which transaction, of which server
+        self._horizon: str | None = None
+        self._booted_at: datetime | None = None
+        self._rows: dict[str, asyncpg.Record] = {}
+        # what was written of the rows, what of it has to be written again, and its sums
+        self._lines: dict[str, Line] = {}
+        self._in_order = True
+        self._stale: set[str] = set()
+        self._sums: Counter[Sums] = Counter()
+        self._lacks: dict[str, frozenset[str]] = {}
+        self._fleet: Fleet | None = None
+
+    async def look(self) -> Snapshot:
+        """Return everything as it is now; those who ask at the same time share one look.
+
+        Raises:
+            DatabaseAway: it can't be reached.
+        """
+        seen = self._looks
+        async with self._turn:
+            # A look that began before the question came may be older than what it asks about.
+            if self._looks == seen or self._last is None:
+                self._looks += 1
+                self._last = None
+                try:
+                    self._last = await self._look()
+                except Problem as problem:
+                    self._last = problem
+            if isinstance(self._last, Problem):
+                raise self._last
+            return self._last
+
+    def job(self, name: str) -> bytes | None:
+        """Return one job's part of the newest look, if there is such a job."""
+        line = self._lines.get(name)
+        return None if line is None else line.text
+
+    def forgotten(self, name: str) -> Forgotten | None:
+        """Return when a job was forgotten, if it was, by the newest look."""
+        row = self._rows.get(name)
+        if row is None or not _is_forgotten(row):
+            return None
+        return Forgotten(row["forgotten_at"], row["forgotten_by"])
+
+    async def _look(self) -> Snapshot:
+        header = await self._fetch()
+        if header["jobs"] != len(self._rows):  # a row was deleted
+            self._horizon = None
+            header = await self._fetch()
+        now: datetime = header["now"]
+        copies = from_json(header["copies"])
+        fleet = self._learn_fleet(copies)
+        if fleet != self._fleet:
+            self._fleet = fleet
+            self._stale.update(self._rows)
+        await self._write_lines(now, fleet)
+        counts = {"running": 0, "waiting": 0, "paused": 0, "overdue": 0}
+        runs: Counter[str | None] = Counter()
+        for (state, overdue, _, holder), number in self._sums.items():
+            counts[state] += number
+            counts["overdue"] += number * overdue
+            runs[holder] += number
+        for copy in copies:
+            copy["running"] = runs[copy["id"]]
+        head = to_json({"now": now, "counts": counts, "copies": copies})[:-1]
+        await asyncio.sleep(0)
+        lines = [line.text for line in self._lines.values()] or [b""]
+        # One copy of what may be many megabytes.
+        lines[0] = head + b',"jobs":[' + lines[0]
+        lines[-1] += b"]}"
+        return Snapshot(now, b",".join(lines), counts, copies, dict(self._lines))
+
+    async def _fetch(self) -> asyncpg.Record:
+        """Bring the rows up to now; return what else the statement said."""
+        rows = await self._database.run(
+            lambda con: read(
+                con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
+            ),
+            # There is one at a time; who watches a crowd should not have to stand behind it.
+            urgent=True,
+        )
+        (header,) = (row for row in rows if row["now"] is not None)
+        if self._horizon is None or header["booted_at"] != self._booted_at:
+            for known in (self._rows, self._lines, self._stale, self._sums):
+                known.clear()
+        for row in rows:
+            if row["name"] is not None:
+                self._rows[row["name"]] = row
+                self._stale.add(row["name"])
+        self._horizon = str(int(header["horizon"]) % _XIDS)
+        self._booted_at = header["booted_at"]
+        return header
+
+    def _learn_fleet(self, copies: Iterable[dict[str, Any]]) -> Fleet:
+        """Return what the live copies can do, and take out of `copies` what is not for people."""
+        lacks: dict[str, frozenset[str]] = {}
+        abilities = set()
+        since = []
+        for copy in copies:
+            lacked, knows_to = copy.pop("lacks"), copy.pop("knowsTo")
+            copy["startedAt"] = datetime.fromisoformat(copy["startedAt"]).astimezone(UTC)
+            known = self._lacks[copy["id"]] if lacked is None else frozenset(lacked)
+            lacks[copy["id"]] = known
+            if copy["live"]:
+                abilities.add((knows_to, known))
+                since.append(copy["startedAt"])
+        self._lacks = lacks
+        return Fleet(frozenset(abilities), min(since, default=None))
+
+    async def _write_lines(self, now: datetime, fleet: Fleet) -> None:
+        """Write the lines that no longer stand, a few at a time."""
+        self._stale.update(name for name, line in self._lines.items() if line.stands_until <= now)
+        for number, name in enumerate(list(self._stale), start=1):
+            self._stale.discard(name)
+            written = self._lines.get(name)
+            if written is not None:
+                self._sums[written.sums] -= 1
+            if _is_forgotten(self._rows[name]):
+                self._lines.pop(name, None)
+                continue
+            line = _write(self._rows[name], now, fleet, self._limits)
+            self._in_order = self._in_order and written is not None
+            self._lines[name] = line
+            self._sums[line.sums] += 1
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if not self._in_order:
+            self._lines = dict(sorted(self._lines.items()))
+            self._in_order = True
+        self._sums = +self._sums
+
+
+# A row that was written by a transaction older than any that ran during the last look was seen
+# by it, or is older still; all others are asked for. The rows and the header are one snapshot.
+# What a copy lacks never changes: it is asked for once.
+#
+# $1 the last look's oldest transaction (none: all rows), $2 the server that was asked,
+# $3 the lease, $4 the copies whose lacks are known
+CHANGED: Final = """
+WITH header AS (
+    SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
+           pg_snapshot_xmin(pg_current_snapshot())::text AS horizon
+), changed AS (
+    SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
+           paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
+           cancel_by, done, total, note, alive_at, lost_streak, failure_streak, other_schedules,
+           last_outcome, last_server, last_started_at, last_ended_at, last_result,
+           forgotten_at, forgotten_by, work_ended_at, stopping_at
+    FROM jobs
+    WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
+       OR age(jobs.xmin) <= age($1::text::xid)
+)
+SELECT header.*, changed.*
+FROM (
+    SELECT header.*, (SELECT count(*) FROM jobs) AS jobs,
+           (SELECT coalesce(json_agg(json_build_object(
+                'id', id,
+                'server', server,
+                'startedAt', started_at,
+                'seenSecondsAgo', greatest(round(extract(epoch FROM now - seen_at), 3), 0)::float8,
+                'live', seen_at + $3::interval > now,
+                'running', 0,
+                'knowsTo', knows_to,
+                'lacks', CASE WHEN id <> ALL ($4::uuid[]) THEN lacks END
+            ) ORDER BY server, started_at), '[]')::text
+            FROM copies WHERE seen_at > now - greatest($3, interval '1 minute')) AS copies
+    FROM header
+) AS header
+FULL JOIN changed ON false
+"""
+
+
+def _is_forgotten(row: asyncpg.Record) -> bool:
+    """Say whether a job is off the lists; an older program that runs it takes it back."""
+    return row["forgotten_at"] is not None and (
+        row["alive_at"] is None or row["alive_at"] <= row["forgotten_at"]
+    )
+
+
+def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> Line:
+    """Return a job's line; what it says is true from `now` on, until something changes."""
+    state: State = "waiting"
+    if row["holder"] is not None and row["lease_until"] > now:
+        state = "running"
+    elif row["paused_at"] is not None:
+        state = "paused"
+    running = state == "running"
+    holder = str(row["holder"]) if running else None
+    waiting = None
+    stands_until = now if running else _NEVER
+    if state == "paused":
+        waiting = _wait("paused", _paused(row))
+    elif state == "waiting":
+        waiting, stands_until = _why(row, now, fleet, limits)
+    body = {
+        "name": row["name"],
+        "state": state,
+        "description": row["description"],
+        "schedule": {"text": row["schedule"], "words": _in_words(row["schedule"])},
+        "otherSchedules": [
+            {"text": text, "words": _in_words(text)} for text in row["other_schedules"]
+        ],
+        "server": row["server"] if running else None,
+        "copyId": holder,
+        "startedAt": row["started_at"] if running else None,
+        "elapsedSeconds": _seconds(row["started_at"], now) if running else None,
+        "progress": (
+            {"done": row["done"], "total": row["total"], "note": row["note"] or ""}
+            if running and row["done"] is not None
+            else None
+        ),
+        "workEndedAt": _of_this_run(row, "work_ended_at") if running else None,
+        "stoppingSince": _of_this_run(row, "stopping_at") if running else None,
+        "cancelBy": row["cancel_by"] if running else None,
+        "dueAt": row["due_at"],
+        "readyAt": row["ready_at"],
+        "attempt": row["attempt"],
+        "failuresInARow": row["failure_streak"],
+        "lossesInARow": row["lost_streak"],
+        "fence": row["fence"],
+        "requestedBy": row["requested_by"],
+        "hasCode": running or fleet.can_run(row["number"], row["name"]),
+        "paused": (
+            {"by": row["paused_by"], "at": row["paused_at"], "reason": row["pause_reason"]}
+            if row["paused_at"] is not None
+            else None
+        ),
+        "waiting": waiting,
+        "lastRun": (
+            {
+                "outcome": row["last_outcome"],
+                "server": row["last_server"],
+                "startedAt": row["last_started_at"],
+                "endedAt": row["last_ended_at"],
+                "seconds": _seconds(row["last_started_at"], row["last_ended_at"]),
+                "result": row["last_result"],
+            }
+            if row["last_outcome"] is not None
+            else None
+        ),
+    }
+    failed = row["last_outcome"] in FAILURES
+    sums = Sums(state, bool(waiting and waiting["overdue"]), failed, holder)
+    return Line(to_json(body), stands_until, sums)
+
+
+def _why(
+    row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
+) -> tuple[dict[str, Any], datetime]:
+    """Return why a job waits, and until when that may be so."""
+    lost = row["holder"] is not None
+    ready_at: datetime = row["lease_until"] if lost else row["ready_at"]
+    overdue_at = ready_at + limits.overdue
+    settles_at = _settles_at(row, fleet, limits)
+    stands_until = min(
+        (at for at in (ready_at, overdue_at, settles_at) if at is not None and at > now),
+        default=_NEVER,
+    )
+    again = {"failed": "failed", "timed_out": "timed out"}.get(row["last_outcome"], "ended early")
+    failures = row["failure_streak"]
+    many = f" Its last {failures} runs failed." if failures > 1 else ""
+    until = None
+    if not fleet.can_run(row["number"], row["name"]):
+        reason, sentence = "no-code", "No live copy has its code."
+    elif lost:
+        reason, sentence = "lost", _LOST.format(row["server"])
+    elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
+        until = ready_at
+        reason = "quarantined"
+        sentence = _QUARANTINED.format(row["lost_streak"], _said(ready_at))
+    elif ready_at > now:
+        until = ready_at
+        reason, sentence = (
+            ("retry", f"The last run {again}; it is tried again at {_said(ready_at)}.{many}")
+            if row["attempt"]
+            else ("not-due", f"Not due before {_said(ready_at)}.{many}")
+        )
+    elif settles_at is not None and settles_at > now:
+        until = settles_at
+        reason, sentence = (
+            "settling",
+            f"Due, but copies are coming up: they share what is due at {_said(settles_at)}.",
+        )
+    elif row["requested_by"] is not None:
+        reason, sentence = "requested", f"{row['requested_by']} asked for a run: a copy takes it."
+    elif row["attempt"] and row["last_outcome"] == "interrupted":
+        reason, sentence = (
+            "handed-back",
+            f"{row['last_server']} handed it back: another copy goes on with it.",
+        )
+    elif row["attempt"]:
+        reason, sentence = "retry", f"The last run {again}; it is tried again now.{many}"
+    else:
+        reason, sentence = "due", f"Due since {_said(ready_at)}: a copy takes it."
+    return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
+
+
+def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
+    """Return a moment of the run under way; what a run before left in the row is older."""
+    moment: datetime | None = row[column]
+    return moment if moment is not None and moment >= row["started_at"] else None
+
+
+def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
+    """Return until when a job that is ready is left alone because all copies have just come up."""
+    if row["seen_at"] is None or fleet.since is None:
+        return None
+    if row["alive_at"] is not None and row["alive_at"] > fleet.since:
+        return None
+    return min(row["seen_at"], fleet.since) + limits.settling  # type: ignore[no-any-return]
+
+
+def _wait(
+    reason: str, sentence: str, until: datetime | None = None, *, overdue: bool = False
+) -> dict[str, Any]:
+    return {"reason": reason, "until": until, "overdue": overdue, "sentence": sentence}
+
+
+def _paused(row: asyncpg.Record) -> str:
+    because = f": {row['pause_reason']}" if row["pause_reason"] else "."
+    return f"Paused by {row['paused_by']} at {_said(row['paused_at'])}{because}"
+
+
+def _said(moment: datetime) -> str:
+    return f"{exact(moment)} UTC"
+
+
+def _seconds(start: datetime, end: datetime) -> float:
+    return round(max((end - start).total_seconds(), 0.0), 3)
+
+
+@lru_cache(maxsize=1000)
+def _in_words(schedule: str) -> str:
+    try:
+        return parse(schedule).in_words()
+    except ScheduleError:  # of a newer program
+        return schedule

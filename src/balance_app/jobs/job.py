@@ -1,0 +1,277 @@
+"""Jobs as code declares them; what can't work is refused before anything runs."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from textwrap import shorten
+from typing import Any, Final, Self
+
+from typing_extensions import override
+
+from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
+
+Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
+
+MOST_BACKOFF: Final = 10
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+# text is UTF-8 without NUL
+_UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
+
+
+class DeclarationError(ValueError):
+    """A job is declared in a way that can't work; the message names it and the wrong value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A function with a name and a schedule. Durations are in seconds; None: no such limit."""
+
+    name: str
+    function: Function
+    schedule: Schedule
+    timeout_seconds: float | None
+    retry_after_seconds: float | None
+    # by how much each retry of a tick waits longer than the one before; None: any number of them
+    retry_backoff: float
+    max_retries: int | None
+    # so many failures in a row pause the job; None: none do
+    pause_after_failures: int | None
+    # None: as the settings say
+    min_seconds: float | None
+    jitter_seconds: float
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is a coroutine function; any other runs in a thread."""
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - of an object that is called
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    @property
+    def description(self) -> str:
+        """The function's docstring, for people."""
+        return inspect.getdoc(self.function) or ""
+
+
+def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
+    *,
+    name: str,
+    every: timedelta | None = None,
+    cron: str | None = None,
+    tz: str | None = None,
+    timeout: timedelta | None = None,
+    retry_after: timedelta | None = None,
+    retry_backoff: float = 2.0,
+    max_retries: int | None = None,
+    pause_after_failures: int | None = None,
+    min_duration: timedelta | None = None,
+    jitter: timedelta = timedelta(0),
+) -> Callable[[Function], Job]:
+    """Declare a function as a job.
+
+    Args:
+        name: lower-case letters, digits and hyphens; unique in the whole fleet.
+        every: the interval between ticks, at least a second.
+        cron: instead, five fields as in crontab(5), or `@daily` and its like.
+        tz: the zone in which they are read (default UTC).
+        timeout: a run that lasts longer is stopped, and `timed_out`.
+        retry_after: a run that failed or timed out is tried again after this (and up to a tenth
+            more, at random), unless its next tick comes first.
+        retry_backoff: each further retry of a tick waits this many times as long as the one
+            before, up to an hour, or `retry_after` if that is longer; 1 to 10.
+        max_retries: how often a tick is tried again at most (default: until its next tick).
+        pause_after_failures: so many runs in a row that failed or timed out pause the job, until
+            somebody resumes it.
+        min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
+        jitter: each tick starts up to this much later, at random.
+
+    Raises:
+        DeclarationError: one sentence that names the job and the value.
+    """
+
+    def declare(function: Function) -> Job:
+        _check_name(name)
+        _check_function(name, function)
+        _check_durations(
+            name, every=every, timeout=timeout, retry_after=retry_after, min_duration=min_duration
+        )
+        _check_durations(name, jitter=jitter, optional=False)
+        _check_texts(name, cron=cron, tz=tz)
+        if (every is None) == (cron is None):
+            raise DeclarationError(f"Job {name}: give either every= or cron=.")
+        if every is not None and tz is not None:
+            raise DeclarationError(f"Job {name}: tz={tz!r} has a meaning only with cron=.")
+        try:
+            schedule = (
+                Every(every) if every is not None else Cron(cron or "", "UTC" if tz is None else tz)
+            )
+        except ValueError as error:
+            raise DeclarationError(f"Job {name}: {error}") from None
+        for label, value in {
+            "timeout": timeout,
+            "retry_after": retry_after,
+            "min_duration": min_duration,
+        }.items():
+            if value is not None and value <= timedelta(0):
+                raise DeclarationError(f"Job {name}: {label} is {value}; it must be above zero.")
+        _check_retries(name, retry_after, retry_backoff, max_retries, pause_after_failures)
+        if jitter < timedelta(0) or (every is not None and jitter >= every):
+            raise DeclarationError(
+                f"Job {name}: jitter is {jitter}; it must be between zero and the interval."
+            )
+        if timeout and min_duration and timeout <= min_duration:
+            raise DeclarationError(
+                f"Job {name}: timeout ({timeout}) must be above min_duration ({min_duration}), "
+                "or no run can succeed."
+            )
+        return Job(
+            name=name,
+            function=function,
+            schedule=schedule,
+            timeout_seconds=timeout.total_seconds() if timeout else None,
+            retry_after_seconds=retry_after.total_seconds() if retry_after else None,
+            retry_backoff=retry_backoff,
+            max_retries=max_retries,
+            pause_after_failures=pause_after_failures,
+            min_seconds=min_duration.total_seconds() if min_duration else None,
+            jitter_seconds=jitter.total_seconds(),
+        )
+
+    return declare
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DeclarationError(
+            f"A job can't be named {_shown(name)}: a name is up to 63 lower-case letters, "
+            "digits and hyphens, and begins with a letter."
+        )
+
+
+def _check_function(name: str, function: Function) -> None:
+    if not callable(function) or _yields(function):
+        raise DeclarationError(
+            f"Job {name}: {function!r} is not a function that runs when it is called."
+        )
+    if (character := _UNSTORABLE.search(inspect.getdoc(function) or "")) is not None:
+        raise DeclarationError(
+            f"Job {name}: its description (the docstring) has {character[0]!r}, which "
+            "PostgreSQL can't hold."
+        )
+
+
+def _check_durations(name: str, *, optional: bool = True, **durations: object) -> None:
+    for label, value in durations.items():
+        if value is None and optional:
+            continue
+        if not isinstance(value, timedelta):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            instead = f"timedelta(seconds={value})" if number else "timedelta(minutes=5)"
+            raise DeclarationError(
+                f"Job {name}: {label} is {_shown(value)}; write a timedelta, like {instead}."
+            )
+        if value > LONGEST and label != "every":
+            raise DeclarationError(
+                f"Job {name}: {label} is {value}; it must be at most {LONGEST.days} days."
+            )
+
+
+def _check_texts(name: str, **texts: object) -> None:
+    for label, value in texts.items():
+        if not isinstance(value, str | None):
+            raise DeclarationError(f"Job {name}: {label} is {_shown(value)}, which is no text.")
+
+
+def _shown(value: object) -> str:
+    """Return a value in one short line."""
+    return shorten(repr(value), 100, placeholder=" ...")
+
+
+def _check_retries(
+    name: str,
+    retry_after: timedelta | None,
+    retry_backoff: float,
+    max_retries: int | None,
+    pause_after_failures: int | None,
+) -> None:
+    if not isinstance(retry_backoff, int | float) or not 1 <= retry_backoff <= MOST_BACKOFF:
+        raise DeclarationError(
+            f"Job {name}: retry_backoff is {_shown(retry_backoff)}; it must be between 1 and "
+            f"{MOST_BACKOFF}."
+        )
+    for label, count in {
+        "max_retries": max_retries,
+        "pause_after_failures": pause_after_failures,
+    }.items():
+        if count is not None and (type(count) is not int or count < 1):
+            raise DeclarationError(
+                f"Job {name}: {label} is {_shown(count)}; it must be a whole number above zero."
+            )
+    if max_retries is not None and retry_after is None:
+        raise DeclarationError(
+            f"Job {name}: max_retries={max_retries} has a meaning only with retry_after=."
+        )
+
+
+def _yields(function: Function) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
+class Registry(Mapping[str, Job]):
+    """The jobs that a copy has the code of, by name."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs: dict[str, Job] = {}
+        for each in jobs:
+            if each.name in self._jobs:
+                raise DeclarationError(f"Two jobs are named {each.name}.")
+            self._jobs[each.name] = each
+
+    @classmethod
+    def load(cls, modules: Iterable[str]) -> Self:
+        """Return the jobs that modules have among their names.
+
+        Raises:
+            DeclarationError: a module can't be imported, or has no job; or two have one name.
+        """
+        jobs: dict[int, Job] = {}  # one that several modules import is one job
+        for name in modules:
+            try:
+                module = import_module(name)
+            except (Exception, SystemExit) as error:
+                raise DeclarationError(
+                    f"JOBS_MODULES: {name} can't be imported: {type(error).__name__}: {error}"
+                ) from error
+            found = {id(each): each for each in vars(module).values() if isinstance(each, Job)}
+            if not found:
+                raise DeclarationError(f"JOBS_MODULES: there is no job in {name}.")
+            jobs |= found
+        return cls(jobs.values())
+
+    def check(self, *, min_seconds: float) -> None:
+        """Refuse jobs that can't work when a run lasts at least that long by default.
+
+        Raises:
+            DeclarationError: naming the job and the values.
+        """
+        for each in self._jobs.values():
+            least = min_seconds if each.min_seconds is None else each.min_seconds
+            if each.timeout_seconds is not None and each.timeout_seconds <= least:
+                raise DeclarationError(
+                    f"Job {each.name}: its timeout ({each.timeout_seconds:g} s) must be above its "
+                    f"least duration ({least:g} s, by JOB_MIN_SECONDS), or no run can succeed."
+                )
+
+    @override
+    def __getitem__(self, name: str) -> Job:
+        return self._jobs[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._jobs)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._jobs)

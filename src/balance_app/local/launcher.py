@@ -1,0 +1,205 @@
+"""`balance-app up`: a database if none is configured, and several copies, on this machine.
+
+A launcher, not a master: it starts processes, tells when each is ready, and starts again what
+dies. No copy knows of it or talks to it.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+import httpx
+from rich.console import Console
+
+from balance_app.formatting import url
+from balance_app.local.postgres import (
+    EmbeddedError,
+    EmbeddedPostgres,
+    data_directory,
+    stop_with_parent,
+)
+from balance_app.server import ListenError, listen
+from balance_app.settings import Settings
+
+STOP_SECONDS: Final = 4.0
+READY_SECONDS: Final = 60.0
+PAUSES_SECONDS: Final = (0.5, 1, 2, 4, 8, 16, 30)
+HEALTHY_SECONDS: Final = 30.0  # a copy that ran this long starts again without a long pause
+
+console = Console(highlight=False)
+
+
+class LaunchError(Exception):
+    """It can't be started here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One copy to run: its name and its own port."""
+
+    name: str
+    port: int
+
+
+async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
+    """Run everything until SIGINT or SIGTERM; return the exit code.
+
+    Raises:
+        LaunchError: a port is taken, or the embedded database can't run.
+    """
+    stop = asyncio.Event()
+    hurry = asyncio.Event()
+
+    def ask_to_stop() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask_to_stop)
+
+    fleet = [Copy(f"app{n}", shared_port + n) for n in range(1, copies + 1)]
+    _require_free_ports(settings.host, [shared_port, *(copy.port for copy in fleet)])
+    database: EmbeddedPostgres | None = None
+    try:
+        if not settings.database_is_configured:
+            database = EmbeddedPostgres(data_directory(settings))
+            console.print("Starting PostgreSQL ...")
+            await database.start()
+        _tell_where(settings, shared_port, database)
+        chosen = "log_level" in settings.model_fields_set
+        log_level = settings.log_level if chosen else "warning"
+        environment = {
+            **os.environ,
+            **(database.environment() if database else {}),
+            "HOST": settings.host,
+            "SHARED_PORT": str(shared_port),
+            "LOG_LEVEL": log_level,
+        }
+        keepers = [
+            asyncio.create_task(_keep_running(copy, environment, settings.host, stop, hurry))
+            for copy in fleet
+        ]
+        if database is not None:
+            keepers.append(asyncio.create_task(_watch(database, stop)))
+        await asyncio.wait(keepers)
+        return max(keeper.result() for keeper in keepers)
+    except EmbeddedError as error:
+        raise LaunchError(str(error)) from error
+    finally:
+        if database is not None:
+            await database.stop()
+        if stop.is_set():
+            console.print("Stopped.")
+
+
+def _require_free_ports(host: str, ports: list[int]) -> None:
+    try:
+        for port in ports:
+            listen(host, port).close()
+    except ListenError as error:
+        hint = " (`balance-app up --port N`, or `make run PORT=N`)" if error.of_the_port else ""
+        raise LaunchError(f"{error}{hint}") from None
+
+
+def _tell_where(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
+    where = url(settings.host, port)
+    console.print(f"  page       {where}")
+    console.print(f"  API        {where}/api/users/1  (all copies)")
+    console.print(f"  docs       {where}/docs")
+    console.print(f"  database   {database.data if database else settings.database_address}")
+    console.print("  Ctrl-C stops everything.\n")
+
+
+async def _keep_running(
+    copy: Copy, environment: dict[str, str], host: str, stop: asyncio.Event, hurry: asyncio.Event
+) -> int:
+    """Run a copy, again after each death with a growing pause, until told to stop."""
+    deaths = 0
+    while not stop.is_set():
+        started = monotonic()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balance_app", "serve", "--launched"),
+            env={**environment, "SERVER_ID": copy.name, "PORT": str(copy.port)},
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours to pass on, not the terminal's
+            preexec_fn=stop_with_parent(signal.SIGTERM),
+        )
+        ready = asyncio.create_task(_tell_when_ready(copy, host, process))
+        await _first(process.wait(), stop.wait())
+        ready.cancel()
+        if stop.is_set():
+            return await _stop(process, hurry)
+        deaths = 0 if monotonic() - started > HEALTHY_SECONDS else deaths
+        pause = PAUSES_SECONDS[min(deaths, len(PAUSES_SECONDS) - 1)]
+        deaths += 1
+        console.print(
+            f"[bold red]{copy.name}[/] {_how_it_ended(process)}; again in {pause:g} s", style="red"
+        )
+        await _first(asyncio.sleep(pause), stop.wait())
+    return 0
+
+
+async def _tell_when_ready(copy: Copy, host: str, process: asyncio.subprocess.Process) -> None:
+    started = monotonic()
+    where = url(host, copy.port)
+    async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
+        while monotonic() - started < READY_SECONDS:
+            with suppress(httpx.HTTPError):
+                if (await client.get(f"{where}/readyz")).is_success:
+                    took = monotonic() - started
+                    console.print(
+                        f"[bold green]{copy.name}[/] ready at {where} "
+                        f"({took:.1f} s, pid {process.pid})"
+                    )
+                    return
+            await asyncio.sleep(0.1)
+    console.print(f"{copy.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
+
+
+async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> int:
+    """Stop a copy, by force when it takes too long; return 1 when force was needed."""
+    if process.returncode is None:
+        process.terminate()
+        await _first(process.wait(), asyncio.sleep(STOP_SECONDS), hurry.wait())
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
+        return 1
+    return 0
+
+
+async def _watch(database: EmbeddedPostgres, stop: asyncio.Event) -> int:
+    """Tell when the database dies, and start it again."""
+    while not stop.is_set():
+        await _first(database.process.wait(), stop.wait())
+        if not stop.is_set():
+            console.print(f"PostgreSQL ended; starting it again (see {database.log})", style="red")
+            await asyncio.sleep(0.5)
+            try:
+                await database.start()
+            except EmbeddedError as error:
+                console.print(str(error), style="red")
+                stop.set()
+                return 1
+    return 0
+
+
+async def _first(*waits: Coroutine[object, object, object]) -> None:
+    """Wait until one of several things happens; forget the others."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _how_it_ended(process: asyncio.subprocess.Process) -> str:
+    code = process.returncode or 0
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,175 @@
+"""Jobs that keep the database small and its planner informed."""
+
+from datetime import timedelta
+from typing import Final
+
+from balance_app.db.pool import Connection
+from balance_app.jobs.api.history import KEEP_TO_INDEX
+from balance_app.jobs.job import job
+from balance_app.jobs.run import Run
+from balance_app.maintenance.batches import Rows, State, count, in_steps
+from balance_app.maintenance.summaries import TABLES
+
+RUNS_AT_ONCE: Final = 1000
+ANALYZE_SECONDS: Final = 60
+
+OLD_REFUSALS: Final = """
+SELECT count(*) FROM (
+    SELECT FROM idempotency_keys
+    WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - interval '7 days') LIMIT 100000
+) AS old
+"""
+
+# Only refusals are ever forgotten, and only after the 7 days that they are promised for: an
+# accepted change must have one effect for ever. The oldest go first.
+FORGET_REFUSALS: Final = """
+WITH forgotten AS (
+    DELETE FROM idempotency_keys WHERE key = ANY (ARRAY(
+        SELECT key FROM idempotency_keys
+        WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - interval '7 days')
+        ORDER BY at LIMIT $1
+    ))
+    RETURNING 1
+)
+SELECT count(*) FROM forgotten
+"""
+
+
+@job(name="prune-refused-keys", every=timedelta(minutes=6))
+async def prune_refused_keys(run: Run) -> str:
+    """Forget the refusals that are older than 7 days; what was accepted is kept for ever."""
+    state = await in_steps(run, _prune_refused_keys, {}, Rows("refusals", OLD_REFUSALS, most=500))
+    return f"removed {count(state['done'], 'refusal')} older than 7 days"
+
+
+async def _prune_refused_keys(connection: Connection, _state: State, size: int) -> State:
+    await connection.fetchval(KEEP_TO_INDEX)
+    forgotten = await connection.fetchval(FORGET_REFUSALS, size)
+    return {"done": forgotten, "ended": forgotten < size}
+
+
+JOB_ROWS: Final = "SELECT count(*) FROM jobs"
+
+# Of the first job behind $1: the oldest runs, but neither its last 20 nor one under way (it has
+# no end). Runs start in the order of their numbers, so the oldest are found without a search; the
+# ranges of rows keep to the index that has them in this order (see `history.py`).
+PRUNE_RUNS: Final = """
+WITH next AS MATERIALIZED (
+    SELECT name FROM jobs WHERE name > $1 ORDER BY name LIMIT 1
+), oldest AS MATERIALIZED (
+    SELECT id, ended_at FROM job_runs
+    WHERE (job, id) > ((SELECT name FROM next), 0) AND (job, id) < ((SELECT name FROM next), (
+        SELECT id FROM job_runs
+        WHERE (job, id) < ((SELECT name FROM next), 9223372036854775807)
+          AND (job, id) > ((SELECT name FROM next), 0)
+        ORDER BY job DESC, id DESC OFFSET 19 LIMIT 1
+    ))
+    ORDER BY job, id LIMIT $2
+), removed AS (
+    DELETE FROM job_runs WHERE id = ANY (ARRAY(
+        SELECT id FROM oldest WHERE ended_at < (SELECT clock_timestamp() - interval '30 days')
+    ))
+    RETURNING 1
+)
+SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
+"""
+
+# Copies are listed for people; who comes back is listed again.
+PRUNE_COPIES: Final = """
+WITH removed AS (
+    DELETE FROM copies
+    WHERE seen_at < (SELECT clock_timestamp() - interval '1 day') AND id = ANY (ARRAY(
+        SELECT id FROM copies WHERE seen_at < (SELECT clock_timestamp() - interval '1 day') LIMIT $1
+    ))
+    RETURNING 1
+)
+SELECT count(*) FROM removed
+"""
+
+
+@job(name="prune-history", every=timedelta(minutes=15))
+async def prune_history(run: Run) -> str:
+    """Remove runs older than 30 days, but the last 20 of each job, and copies gone for a day."""
+    start = {"job": "", "runs": 0, "copies": 0}
+    state = await in_steps(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
+    runs, copies = count(state["runs"], "run"), count(state["copies"], "copy", "copies")
+    return f"removed {runs} older than 30 days and {copies} not seen for a day"
+
+
+async def _prune_history(connection: Connection, state: State, _size: int) -> State:
+    await connection.fetchval(KEEP_TO_INDEX)
+    row = await connection.fetchrow(PRUNE_RUNS, state["job"], RUNS_AT_ONCE)
+    assert row is not None  # noqa: S101 - the statement always has one
+    if row["removed"]:
+        return {"done": 0, "runs": state["runs"] + row["removed"]}
+    if row["name"] is not None:
+        return {"done": 1, "job": row["name"]}
+    removed = await connection.fetchval(PRUNE_COPIES, RUNS_AT_ONCE)
+    return {
+        "done": 0,
+        "copies": state["copies"] + removed,
+        "ended": removed < RUNS_AT_ONCE,
+    }
+
+
+# Rows that come and go decide which plan is good. A table that somebody holds is left for the
+# next time; nobody who reads or writes rows is kept waiting.
+ANALYZE: Final = {
+    "copies": "ANALYZE (SKIP_LOCKED) copies",
+    "counted_users": "ANALYZE (SKIP_LOCKED) counted_users",
+    "daily_balances": "ANALYZE (SKIP_LOCKED) daily_balances",
+    "daily_totals": "ANALYZE (SKIP_LOCKED) daily_totals",
+    "entries": "ANALYZE (SKIP_LOCKED) entries",
+    "idempotency_keys": "ANALYZE (SKIP_LOCKED) idempotency_keys",
+    "job_declarations": "ANALYZE (SKIP_LOCKED) job_declarations",
+    "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
+    "jobs": "ANALYZE (SKIP_LOCKED) jobs",
+    "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",
+    "users": "ANALYZE (SKIP_LOCKED) users",
+}
+
+# A sample of a large table that is not in memory takes longer than statements usually may; and
+# the counters are to be read as they are, before and after.
+TAKE_TIME: Final = """
+SELECT set_config('statement_timeout', $1, true),
+       set_config('stats_fetch_consistency', 'none', true)
+"""
+
+CHANGED: Final = """
+SELECT n_mod_since_analyze AS rows, last_analyze FROM pg_stat_user_tables
+WHERE relid = to_regclass($1)
+"""
+
+
+@job(name="refresh-statistics", every=timedelta(minutes=25))
+async def refresh_statistics(run: Run) -> str:
+    """Tell PostgreSQL's planner what the tables hold now, wherever rows have changed."""
+    state = await in_steps(
+        run,
+        _refresh_statistics,
+        {"table": "", "refreshed": 0, "most": 0, "most_in": None},
+        Rows("tables", TABLES, most=1),
+    )
+    sentence = (
+        f"refreshed the statistics of {state['refreshed']} of {count(state['done'], 'table')}"
+    )
+    if state["most_in"] is None:
+        return sentence
+    return f"{sentence}; most had changed in {state['most_in']}: {count(state['most'], 'row')}"
+
+
+async def _refresh_statistics(connection: Connection, state: State, _size: int) -> State:
+    table = min(name for name in ANALYZE if name > state["table"])
+    looked = {"done": 1, "table": table, "ended": table == max(ANALYZE)}
+    await connection.fetchrow(TAKE_TIME, f"{ANALYZE_SECONDS}s")
+    before = await connection.fetchrow(CHANGED, table)
+    if before is None or (before["last_analyze"] is not None and before["rows"] == 0):
+        return looked
+    await connection.execute(ANALYZE[table], timeout=ANALYZE_SECONDS)
+    after = await connection.fetchrow(CHANGED, table)
+    if after is None or after["last_analyze"] == before["last_analyze"]:
+        return looked
+    looked["refreshed"] = state["refreshed"] + 1
+    if before["rows"] > state["most"]:
+        looked |= {"most": before["rows"], "most_in": table}
+    return looked

@@ -1,0 +1,221 @@
+"""Jobs that write down what can't be asked for later, or only at a cost."""
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from balance_app.db.pool import Connection
+from balance_app.jobs.job import job
+from balance_app.jobs.run import Run
+from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_steps
+
+ENTRIES_AT_ONCE: Final = 2000
+LISTS_AT_ONCE: Final = 50
+
+# At most one row per user and UTC day, of the day's latest look, and only when something had
+# changed: never more rows than entries. The time is read after the snapshot was taken, so a
+# balance is never noted for a day that it was not seen on.
+NOTE: Final = """
+WITH few AS MATERIALIZED (
+    SELECT id, version, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2
+), look AS MATERIALIZED (
+    SELECT clock_timestamp() AS at
+), noted AS (
+    INSERT INTO daily_balances (user_id, day, version, balance, at)
+    SELECT id, (look.at AT TIME ZONE 'UTC')::date, few.version, few.balance, look.at
+    FROM few CROSS JOIN look LEFT JOIN LATERAL (
+        SELECT version FROM daily_balances WHERE user_id = id ORDER BY day DESC LIMIT 1
+    ) AS latest ON true
+    WHERE latest.version IS DISTINCT FROM few.version
+    ON CONFLICT (user_id, day) DO UPDATE
+    SET version = excluded.version, balance = excluded.balance, at = excluded.at
+    RETURNING user_id
+)
+SELECT count(*) AS users, max(id) AS user_id, (SELECT count(*) FROM noted) AS noted FROM few
+"""
+
+
+@job(name="note-daily-balances", every=timedelta(minutes=10))
+async def note_daily_balances(run: Run) -> str:
+    """Note the balance that each user has at the end of each day."""
+    start = {"user": FIRST_ID, "noted": 0}
+    state = await in_steps(run, _note_daily_balances, start, Rows("users", USERS, most=1000))
+    users, noted = count(state["done"], "user"), count(state["noted"], "new balance")
+    return f"looked at {users}: noted {noted}"
+
+
+async def _note_daily_balances(connection: Connection, state: State, size: int) -> State:
+    row = await connection.fetchrow(NOTE, state["user"], size)
+    assert row is not None  # noqa: S101 - an aggregate always has one
+    return {
+        "done": row["users"],
+        "user": row["user_id"],
+        "noted": state["noted"] + row["noted"],
+        "ended": row["users"] < size,
+    }
+
+
+# Every entry is counted once: what is added to the days and up to which version a user is
+# counted are written together. Versions are dense, so how many entries are new is known without
+# reading them, and no more than $3 are read. A user is active on a day once, in however many
+# runs its entries of that day are met.
+COUNT: Final = """
+WITH few AS MATERIALIZED (
+    SELECT id, users.version, coalesce(counted.version, 0) AS counted, counted.day AS counted_day,
+           greatest(0, users.version - coalesce(counted.version, 0)) AS new
+    FROM (SELECT id, version FROM users WHERE id >= $1 ORDER BY id LIMIT $2) AS users
+    LEFT JOIN LATERAL (
+        SELECT version, day FROM counted_users WHERE user_id = id LIMIT 1
+    ) AS counted ON true
+), line AS (
+    SELECT *, sum(new) OVER (ORDER BY id) - new AS ahead FROM few
+), share AS MATERIALIZED (
+    SELECT id, counted, counted_day, least(version, counted + $3::bigint - ahead)::bigint AS upto
+    FROM line WHERE new > 0 AND ahead < $3
+), fresh AS MATERIALIZED (
+    SELECT id AS user_id, entry.version, amount, (at AT TIME ZONE 'UTC')::date AS day, counted_day
+    FROM share CROSS JOIN LATERAL (
+        SELECT version, amount, at FROM entries
+        WHERE user_id = id AND version > counted AND version <= upto
+        ORDER BY version LIMIT upto - counted
+    ) AS entry
+), added AS (
+    INSERT INTO daily_totals AS known
+        (day, opened, opening, changes, deposited, withdrawn, active_users)
+    SELECT day,
+           count(*) FILTER (WHERE version = 1),
+           coalesce(sum(amount) FILTER (WHERE version = 1), 0),
+           count(*) FILTER (WHERE version > 1),
+           coalesce(sum(amount) FILTER (WHERE version > 1 AND amount > 0), 0),
+           coalesce(-sum(amount) FILTER (WHERE version > 1 AND amount < 0), 0),
+           count(DISTINCT user_id) FILTER (WHERE day IS DISTINCT FROM counted_day)
+    FROM fresh GROUP BY day
+    ON CONFLICT (day) DO UPDATE SET
+        opened = known.opened + excluded.opened,
+        opening = known.opening + excluded.opening,
+        changes = known.changes + excluded.changes,
+        deposited = known.deposited + excluded.deposited,
+        withdrawn = known.withdrawn + excluded.withdrawn,
+        active_users = known.active_users + excluded.active_users
+), marked AS (
+    INSERT INTO counted_users (user_id, version, day)
+    SELECT id, upto, day FROM share
+    LEFT JOIN (SELECT user_id, max(day) AS day FROM fresh GROUP BY user_id) AS days ON user_id = id
+    ON CONFLICT (user_id) DO UPDATE
+    SET version = excluded.version, day = coalesce(excluded.day, counted_users.day)
+), reach AS (
+    SELECT count(*) AS users, max(id) AS last,
+           CASE WHEN sum(new) > $3 THEN (SELECT max(id) FROM share) END AS cut_at
+    FROM few
+)
+SELECT coalesce(cut_at, last + 1) AS user_id,
+       (SELECT count(*) FROM few WHERE cut_at IS NULL OR id < cut_at) AS users,
+       (SELECT count(*) FROM fresh) AS entries,
+       cut_at IS NULL AND users < $2 AS ended
+FROM reach
+"""
+
+
+@job(name="total-days", every=timedelta(minutes=12))
+async def total_days(run: Run) -> str:
+    """Add up what each day brought: changes, deposits, withdrawals, and how many users had any."""
+    start = {"user": FIRST_ID, "entries": 0}
+    state = await in_steps(run, _total_days, start, Rows("users", USERS, most=1000))
+    entries = count(state["entries"], "new entry", "new entries")
+    return f"looked at {count(state['done'], 'user')}: counted {entries}"
+
+
+async def _total_days(connection: Connection, state: State, size: int) -> State:
+    row = await connection.fetchrow(COUNT, state["user"], size, ENTRIES_AT_ONCE)
+    assert row is not None  # noqa: S101 - an aggregate always has one
+    return {
+        "done": row["users"],
+        "user": row["user_id"],
+        "entries": state["entries"] + row["entries"],
+        "ended": row["ended"],
+    }
+
+
+TABLES: Final = """
+SELECT count(*) FROM pg_class
+WHERE relkind = 'r'
+  AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+"""
+
+# The next table, noted with all of its indexes. The moment is the run's, so that a run that is
+# taken over completes one list, and noting a table twice changes nothing.
+MEASURE: Final = """
+WITH next AS (
+    SELECT relname::text AS name, pg_total_relation_size(oid) AS bytes,
+           nullif(reltuples, -1)::bigint AS estimated_rows
+    FROM pg_class
+    WHERE relkind = 'r' AND relname > $2::name
+      AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+    ORDER BY relname LIMIT 1
+), noted AS (
+    INSERT INTO table_sizes (at, name, bytes, estimated_rows)
+    SELECT $1, name, bytes, estimated_rows FROM next
+    ON CONFLICT (at, name) DO NOTHING
+)
+SELECT name, bytes FROM next
+"""
+
+FORGET_SIZES: Final = """
+WITH forgotten AS (
+    DELETE FROM table_sizes WHERE at = ANY (ARRAY(
+        SELECT DISTINCT at FROM table_sizes
+        WHERE at < (SELECT clock_timestamp() - interval '90 days') ORDER BY at LIMIT $1
+    ))
+    RETURNING 1
+)
+SELECT count(*) FROM forgotten
+"""
+
+# All of the list at $1, and of the last one that is a day older.
+GROWTH: Final = """
+SELECT (SELECT sum(bytes) FROM table_sizes WHERE at = $1)::bigint AS bytes,
+       (SELECT name FROM table_sizes WHERE at = $1 ORDER BY bytes DESC LIMIT 1) AS largest,
+       (SELECT max(bytes) FROM table_sizes WHERE at = $1) AS largest_bytes,
+       (SELECT sum(bytes) FROM table_sizes WHERE at = (
+           SELECT max(at) FROM table_sizes WHERE at <= $1 - interval '1 day'
+       ))::bigint AS bytes_before
+"""
+
+
+@job(name="record-sizes", every=timedelta(minutes=30))
+async def record_sizes(run: Run) -> str:
+    """Record how large each table is; what is older than 90 days is forgotten."""
+    state = await in_steps(
+        run,
+        _record_sizes,
+        {"at": None, "table": "", "tables": 0, "sentence": ""},
+        Rows("tables", TABLES, most=1),
+    )
+    return f"measured {count(state['tables'], 'table')}: {state['sentence']}"
+
+
+async def _record_sizes(connection: Connection, state: State, _size: int) -> State:
+    if state["at"] is None:
+        at: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    else:
+        at = datetime.fromisoformat(state["at"])
+    row = await connection.fetchrow(MEASURE, at, state["table"])
+    if row is not None:
+        table, tables = row["name"], state["tables"] + 1
+        return {"done": 1, "at": at.isoformat(), "table": table, "tables": tables}
+    if await connection.fetchval(FORGET_SIZES, LISTS_AT_ONCE):
+        return {"done": 0}
+    growth = await connection.fetchrow(GROWTH, at)
+    assert growth is not None  # noqa: S101 - the statement always has one
+    sentence = (
+        f"{_megabytes(growth['bytes'])}, of which {growth['largest']} takes "
+        f"{_megabytes(growth['largest_bytes'])}"
+    )
+    if growth["bytes_before"] is not None:
+        grown = growth["bytes"] - growth["bytes_before"]
+        more = "more" if grown >= 0 else "less"
+        sentence += f"; {_megabytes(abs(grown))} {more} than a day before"
+    return {"done": 0, "sentence": sentence, "ended": True}
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB".replace(",", " ")

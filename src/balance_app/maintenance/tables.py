@@ -1,0 +1,55 @@
+"""The tables that the jobs write, declared for alembic as in `tables.py`."""
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Date,
+    DateTime,
+    Numeric,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+)
+
+from balance_app.db.migrations import metadata
+
+daily_balances = Table(
+    "daily_balances",
+    metadata,
+    Column("user_id", BigInteger, nullable=False),
+    Column("day", Date, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("balance", BigInteger, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("user_id", "day"),
+)
+
+daily_totals = Table(
+    "daily_totals",
+    metadata,
+    Column("day", Date, primary_key=True),
+    Column("opened", BigInteger, nullable=False),
+    Column("opening", Numeric, nullable=False),
+    Column("changes", BigInteger, nullable=False),
+    Column("deposited", Numeric, nullable=False),
+    Column("withdrawn", Numeric, nullable=False),
+    Column("active_users", BigInteger, nullable=False),
+)
+
+counted_users = Table(
+    "counted_users",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+    Column("day", Date),
+)
+
+table_sizes = Table(
+    "table_sizes",
+    metadata,
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("estimated_rows", BigInteger),
+    PrimaryKeyConstraint("at", "name"),
+)

@@ -1,0 +1,185 @@
+"""What people can do on the page: steer jobs, change balances; with forms that need no scripts."""
+
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, cast
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Depends
+from pydantic import ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from balance_app.balances.errors import BalanceLimitExceeded, InsufficientFunds
+from balance_app.balances.repository import refusal
+from balance_app.balances.schemas import KEY_PATTERN
+from balance_app.errors import (
+    DatabaseAway,
+    InvalidRequest,
+    MalformedRequest,
+    Overloaded,
+    Problem,
+    UnsupportedMediaType,
+)
+from balance_app.http.body import header_values, read_body
+from balance_app.http.services import services
+from balance_app.jobs.api.controls import Controls
+from balance_app.jobs.api.errors import JobNotFound
+from balance_app.jobs.api.router import refuse_other_sites, wake
+from balance_app.jobs.api.schemas import NAME_PATTERN, Pause
+from balance_app.web import view_models as views
+from balance_app.web.router import (
+    NO_USER,
+    Asked,
+    PageRoute,
+    Said,
+    balances_of,
+    came_from,
+    is_number,
+    job_page,
+    overview_page,
+    sentence,
+)
+
+FIELDS: Final = 20
+
+_TYPE: Final = b"application/x-www-form-urlencoded"
+_NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
+_AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
+
+Steer = Callable[[Controls, Pause], Coroutine[Any, Any, object]]
+
+router = APIRouter(
+    route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
+)
+
+
+@router.post("/jobs/{name}/run")
+async def run_job(request: Request, name: str) -> Response:
+    """Make a job ready now."""
+    return await _steer(request, name, "run", lambda to, who: to.run(name, who.by))
+
+
+@router.post("/jobs/{name}/pause")
+async def pause_job(request: Request, name: str) -> Response:
+    """Keep a job from starting."""
+    return await _steer(request, name, "pause", lambda to, who: to.pause(name, who.by, who.reason))
+
+
+@router.post("/jobs/{name}/resume")
+async def resume_job(request: Request, name: str) -> Response:
+    """Let a paused job go on."""
+    return await _steer(request, name, "resume", lambda to, who: to.resume(name, who.by))
+
+
+@router.post("/jobs/{name}/cancel")
+async def cancel_job(request: Request, name: str) -> Response:
+    """End a job's run."""
+    return await _steer(request, name, "cancel", lambda to, who: to.cancel(name, who.by))
+
+
+@router.post("/jobs/{name}/forget")
+async def forget_job(request: Request, name: str) -> Response:
+    """Take a job off all lists, and go to what is left of it: its history."""
+    return await _steer(request, name, "forget", lambda to, who: to.forget(name, who.by))
+
+
+async def _steer(request: Request, name: str, what: str, steer: Steer) -> Response:
+    """Do something to a job, and go back to the page that has the button."""
+    form = await _form(request)
+    if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
+        raise JobNotFound(name)
+    own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
+    try:
+        who = Pause.model_validate({field: text for field, text in form.items() if text})
+    except ValidationError as error:
+        place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
+        raise InvalidRequest((f"/{place}", "not-printable")) from None
+    try:
+        done = await steer(services(request)[Controls], who)
+    except (DatabaseAway, Overloaded, JobNotFound):
+        raise
+    except Problem as problem:
+        said = Said("bad", f"Not done. {problem.detail}")
+        if own_page:
+            return await job_page(request, name, said=said, status=problem.status)
+        return await overview_page(request, said=said, status=problem.status)
+    wake(request)
+    back = f"/jobs/{name}" if own_page else "/"
+    if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
+        what = "cancel-late"
+    return _go_to(f"{back}?did={what}&job={name}#job-{name}")
+
+
+@router.post("/change")
+async def change_balance(request: Request) -> Response:
+    """Change a balance; the form's key makes it take effect once, however often it is sent."""
+    form = await _form(request)
+    user, key = form.get("user", "").strip(), form.get("key", "")
+    amount = re.sub(r"\s", "", form.get("amount", ""))
+    form["user"] = user
+    if not is_number(user):
+        asked = Asked(form, Said("bad", f"Not done: {NO_USER[0].lower()}{NO_USER[1:]}"), 422)
+    elif not is_number(amount) or form.get("what") not in {"withdraw", "add"}:
+        asked = Asked(form, Said("bad", _NO_AMOUNT), 422)
+    elif not re.fullmatch(KEY_PATTERN, key, re.ASCII):
+        raise MalformedRequest("The form is not whole. Load the page again.")
+    else:
+        change = int(amount) if form["what"] == "add" else -int(amount)
+        try:
+            outcome = await balances_of(request).change(int(user), change, key)
+        except (DatabaseAway, Overloaded) as problem:
+            unknown = problem.applied == "unknown"
+            said = Said("bad", sentence(problem, request.method) + (_AGAIN if unknown else ""))
+            asked = Asked(form, said, problem.status, again=True)
+        except Problem as problem:
+            asked = Asked(form, Said("bad", f"Not done. {problem.detail}"), problem.status)
+        else:
+            if outcome.kind != "refused":
+                return _go_to(f"/?user={user}&entry={outcome.version}#balances")
+            refused = refusal(outcome)
+            asked = Asked(form, Said("bad", _refused(refused)), refused.status)
+    return await overview_page(request, asked=asked)
+
+
+def _refused(problem: InsufficientFunds | BalanceLimitExceeded) -> str:
+    said = cast("dict[str, int]", problem.members)
+    user, has, amount = said["userId"], views.number(said["balance"]), abs(said["amount"])
+    if isinstance(problem, InsufficientFunds):
+        return (
+            f"Not done: user {user} has {has}, so {views.number(amount)} can't be withdrawn. "
+            f"{views.number(said['shortfall'])} more would be needed. Nothing was changed."
+        )
+    return (
+        f"Not done: user {user} has {has}, and {views.number(amount)} more would pass what a "
+        f"balance can hold by {views.number(said['excess'])}. Nothing was changed."
+    )
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """Read a form; its fields are text, whatever it says.
+
+    Raises:
+        UnsupportedMediaType: it is no form.
+        MalformedRequest: it can't be read, or names a field twice.
+        BodyTooLarge, RequestTimeout: as `read_body` says.
+    """
+    declared = header_values(request, b"content-type")
+    if [value.partition(b";")[0].strip().lower() for value in declared] != [_TYPE]:
+        raise UnsupportedMediaType("Send the form as application/x-www-form-urlencoded.")
+    raw = await read_body(request)
+    try:
+        pairs = parse_qsl(
+            raw.decode("ascii"), keep_blank_values=True, max_num_fields=FIELDS, errors="strict"
+        )
+    except ValueError:
+        raise MalformedRequest("The form can't be read.") from None
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise MalformedRequest("The form names a field twice.")
+    return fields
+
+
+def _go_to(where: str) -> Response:
+    return RedirectResponse(where, status_code=303, headers={"Cache-Control": "no-store"})

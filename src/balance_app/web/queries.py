@@ -1,0 +1,198 @@
+"""What the page tells beside the board: recent runs, failures, totals; each is cheap to ask.
+
+For people alone: nothing decides by what is read here.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from time import monotonic
+from typing import Any, Final, NamedTuple
+
+from pydantic_core import from_json
+
+from balance_app.db.pool import Database, read
+from balance_app.jobs.api.history import read_in_order
+from balance_app.metrics import Metrics
+
+RUNS_KEPT: Final = 40  # of each job that is shown
+USERS_COUNTED: Final = 10_000  # as many are summed up at each look; more are told as of a job
+RATE_SECONDS: Final = 10.0
+
+Runs = list[dict[str, Any]]
+
+
+class Totals(NamedTuple):
+    """All balances together; `exact` as of now, else as the job `total-days` last counted."""
+
+    users: int
+    balance: int
+    exact: bool
+    # changes per second by all copies, and refusals by this one; None: not known yet
+    changes: float | None
+    refusals: float | None
+
+
+class Around(NamedTuple):
+    """What is around the board at one moment; times are seconds since 1970."""
+
+    now: float
+    # the last runs of each job that was asked for, the oldest first
+    runs: dict[str, Runs]
+    failed: int
+    failures: Runs
+    # lost runs of the last quarter of an hour, the latest first
+    lost: Runs
+    totals: Totals
+
+
+class Overview:
+    """Asks what the page tells beside the board, one statement a question."""
+
+    def __init__(self, database: Database, metrics: Metrics) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._runs: dict[str, Runs] = {}
+        # moment, changes so far, refusals so far
+        self._counted: deque[tuple[float, int, int]] = deque()
+
+    async def around(self, shown: Iterable[str], changed: Iterable[str]) -> Around:
+        """Return what is around the board; of jobs not in `changed` the runs are known."""
+        names = set(shown)
+        asked = sorted(names & set(changed) | (names - self._runs.keys()))
+        # As a look at the board: one at a time, and ahead of the crowd.
+        (row,) = await self._database.run(
+            lambda con: read_in_order(con, AROUND, asked, RUNS_KEPT), urgent=True
+        )
+        self._runs = {name: runs for name, runs in self._runs.items() if name in names}
+        self._runs.update((name, []) for name in asked)
+        for run in from_json(row["runs"]):
+            self._runs[run["job"]].append(run)
+        exact = row["users"] <= USERS_COUNTED
+        changes, refusals = self._rates(row["changes"], self._metrics.changes.count("refused"))
+        return Around(
+            now=row["now"].timestamp(),
+            runs=dict(self._runs),
+            failed=row["failed"],
+            failures=from_json(row["failures"]),
+            lost=from_json(row["lost"]),
+            totals=Totals(
+                users=row["users"] if exact else row["counted_users"],
+                balance=int(row["balance"] if exact else row["counted_balance"]),
+                exact=exact,
+                changes=changes,
+                refusals=refusals,
+            ),
+        )
+
+    async def checkpoint(self, job: str) -> str | None:
+        """Return what a run of a job would go on from, as JSON."""
+        rows = await self._database.run(lambda con: read(con, CHECKPOINT, job))
+        return rows[0]["checkpoint"] if rows else None
+
+    async def last_runs(self, job: str, limit: int) -> Runs:
+        """Return the last runs of a job, the oldest first, as `Around.runs` has them."""
+        (row,) = await self._database.run(lambda con: read_in_order(con, LAST_RUNS, [job], limit))
+        return list(from_json(row["runs"]))
+
+    async def entries(self, user_id: int, *, before: int, limit: int) -> list[dict[str, Any]]:
+        """Return up to `limit` entries of a user with versions below `before`, the latest first."""
+        rows = await self._database.run(lambda con: read(con, ENTRIES, user_id, before, limit))
+        return [dict(row) for row in rows]
+
+    def _rates(self, changes: int, refusals: int) -> tuple[float | None, float | None]:
+        now = monotonic()
+        self._counted.append((now, changes, refusals))
+        # What was counted before nobody looked for a while is no rate of now.
+        while now - self._counted[0][0] > 2 * RATE_SECONDS or (
+            len(self._counted) > 2 and now - self._counted[1][0] >= RATE_SECONDS  # noqa: PLR2004
+        ):
+            self._counted.popleft()
+        then, changes_then, refusals_then = self._counted[0]
+        if now - then < 1:
+            return None, None
+        # The statistics of a server that crashed begin anew.
+        return (
+            max(0, changes - changes_then) / (now - then),
+            (refusals - refusals_then) / (now - then),
+        )
+
+
+# Each part reads a bounded number of rows by an index, however long the history is: a job's runs
+# begin in the order of their fences (ticks that did not run have none), the ranges of rows keep to
+# the index that has them in this order (see `jobs/history.py`), and of users no more are summed up
+# than is cheap. How many changes there were is told by PostgreSQL's statistics, some seconds late.
+#
+# $1 the jobs whose runs are asked for, $2 how many of each
+AROUND: Final = """
+WITH moment AS (
+    SELECT clock_timestamp() AS now
+), runs AS (
+    SELECT run.* FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
+        SELECT * FROM job_runs
+        WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+        ORDER BY job DESC, fence DESC LIMIT $2
+    ) AS run
+), failed AS MATERIALIZED (
+    SELECT run.* FROM unnest(ARRAY['failed', 'timed_out', 'lost']) AS kind CROSS JOIN LATERAL (
+        SELECT * FROM job_runs
+        WHERE (outcome, id) < (kind, 9223372036854775807) AND (outcome, id) > (kind, 0)
+        ORDER BY outcome DESC, id DESC LIMIT 1000
+    ) AS run, moment
+    WHERE ended_at > now - interval '24 hours'
+), first_users AS (
+    SELECT count(*) AS users, coalesce(sum(balance), 0)::text AS balance
+    FROM (SELECT balance FROM users LIMIT 10001) AS few
+), counted AS (
+    SELECT coalesce(sum(opened), 0)::bigint AS counted_users,
+           coalesce(sum(opening + deposited - withdrawn), 0)::bigint::text AS counted_balance
+    FROM daily_totals
+)
+SELECT now, first_users.*, counted.*,
+    pg_stat_get_tuples_inserted('entries'::regclass)
+        - pg_stat_get_tuples_inserted('users'::regclass) AS changes,
+    (SELECT count(*) FROM failed) AS failed,
+    (SELECT coalesce(json_agg(json_build_object(
+        'id', id, 'job', job, 'server', server, 'outcome', outcome,
+        'result', left(result, 200),
+        'started', extract(epoch FROM started_at)::float8,
+        'ended', extract(epoch FROM ended_at)::float8
+    ) ORDER BY id), '[]')::text FROM runs) AS runs,
+    (SELECT coalesce(json_agg(json_build_object(
+        'id', id, 'job', job, 'server', server, 'outcome', outcome, 'result', left(result, 500),
+        'started', extract(epoch FROM started_at)::float8,
+        'ended', extract(epoch FROM ended_at)::float8
+    ) ORDER BY ended_at DESC), '[]')::text
+    FROM (SELECT * FROM failed ORDER BY ended_at DESC LIMIT 5) AS latest) AS failures,
+    (SELECT coalesce(json_agg(json_build_object(
+        'id', id, 'job', job, 'server', server, 'copy', holder,
+        'started', extract(epoch FROM started_at)::float8,
+        'ended', extract(epoch FROM ended_at)::float8
+    ) ORDER BY ended_at DESC), '[]')::text
+    FROM (
+        SELECT * FROM failed WHERE outcome = 'lost' AND ended_at > now - interval '15 minutes'
+        ORDER BY ended_at DESC LIMIT 100
+    ) AS lately) AS lost
+FROM moment CROSS JOIN first_users CROSS JOIN counted
+"""
+
+# $1 jobs, $2 how many runs of each
+LAST_RUNS: Final = """
+SELECT coalesce(json_agg(json_build_object(
+    'id', id, 'job', job, 'server', server, 'outcome', outcome,
+    'result', left(result, 200),
+    'started', extract(epoch FROM started_at)::float8,
+    'ended', extract(epoch FROM ended_at)::float8
+) ORDER BY id), '[]')::text AS runs
+FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
+    SELECT * FROM job_runs
+    WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+    ORDER BY job DESC, fence DESC LIMIT $2
+) AS run
+"""
+
+CHECKPOINT: Final = "SELECT checkpoint::text FROM jobs WHERE name = $1"
+
+ENTRIES: Final = """
+SELECT version, amount, balance, at, key FROM entries
+WHERE user_id = $1 AND version < $2 ORDER BY version DESC LIMIT $3
+"""

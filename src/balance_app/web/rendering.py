@@ -1,0 +1,149 @@
+"""Pages as answers: templates, files whose address changes with them, headers, compression."""
+
+import re
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from hashlib import sha256
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.requests import Request
+from starlette.responses import Response
+
+from balance_app.formatting import duration
+from balance_app.web import view_models as views
+
+# No scripts and no styles but the service's own files; no page of another site around it.
+HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+        "object-src 'none'"
+    ),
+    "Referrer-Policy": "same-origin",
+    "Vary": "Accept-Encoding",
+    "X-Content-Type-Options": "nosniff",
+}
+_OWN_ADDRESS: Final = re.compile(r'(?<= )(?:href|src|action|formaction|data-stream)="(?=/)')
+_FILES: Final = Path(__file__).parent / "static"
+_TEMPLATES: Final = Path(__file__).parent / "templates"
+
+
+class Asset(NamedTuple):
+    """A file of the page: as it is, compressed, and the mark of its content in its address."""
+
+    body: bytes
+    packed: bytes
+    mark: str
+    media_type: str | None
+
+
+@lru_cache(maxsize=1)
+def templates() -> Environment:
+    """Return the templates; everything that they are given is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "exact": views.exact,
+        "clock_time": views.clock_time,
+        "iso": views.iso,
+        "number": views.number,
+        "rate": views.rate,
+        "stamp": lambda moment: views.tenth(views.seconds_of(moment)),
+    }
+    environment.globals |= {
+        "asset": _address,
+        "state_of": views.state_of,
+        "outcome_of": views.outcome_of,
+        "why": views.why,
+        "share": views.share,
+    }
+    return environment
+
+
+def page(
+    request: Request,
+    template: str,
+    view: Mapping[str, object],
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Return a page, compressed if the browser can read that."""
+    html = under(
+        request.scope["root_path"], templates().get_template(template).render(view)
+    ).encode()
+    packed = takes_gzip(request)
+    return Response(
+        gzip(html) if packed else html,
+        status_code=status,
+        media_type="text/html",
+        headers={
+            **HEADERS,
+            **({"Content-Encoding": "gzip"} if packed else {}),
+            **(headers or {}),
+        },
+    )
+
+
+def under(root_path: str, html: str) -> str:
+    """Put the path that this program has behind a proxy before every address of its own.
+
+    Nothing but a template can write such an attribute: all that it is given is escaped.
+    """
+    return _OWN_ADDRESS.sub(rf"\g<0>{root_path}", html) if root_path else html
+
+
+def file(request: Request, name: str) -> Response | None:
+    """Return a file of the page, if there is one with this name."""
+    found = _asset(name) if name in _names() else None
+    if found is None:
+        return None
+    packed = takes_gzip(request)
+    known = request.query_params.get("v") == found.mark
+    return Response(
+        found.packed if packed else found.body,
+        media_type=found.media_type,
+        headers={
+            "Cache-Control": "public, max-age=31536000, immutable" if known else "no-cache",
+            "Vary": "Accept-Encoding",
+            "X-Content-Type-Options": "nosniff",
+            **({"Content-Encoding": "gzip"} if packed else {}),
+        },
+    )
+
+
+def takes_gzip(request: Request) -> bool:
+    """Say whether whoever asks can read gzip."""
+    return "gzip" in request.headers.get("accept-encoding", "")
+
+
+def gzip(body: bytes) -> bytes:
+    """Compress a whole answer."""
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
+    return packer.compress(body) + packer.flush()
+
+
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    return frozenset(path.name for path in _FILES.iterdir() if path.is_file())
+
+
+@lru_cache
+def _asset(name: str) -> Asset:
+    body = (_FILES / name).read_bytes()
+    return Asset(body, gzip(body), sha256(body).hexdigest()[:12], guess_type(name)[0])
+
+
+def _address(name: str) -> str:
+    """Return where a file is; its address changes with its content."""
+    return f"/static/{name}?v={_asset(name).mark}"

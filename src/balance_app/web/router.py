@@ -1,0 +1,391 @@
+"""The page for people, at `/`: what every copy and job does, and who has how much.
+
+It wires the two features, which do not know of it, and is complete without scripts: each button is
+a form (`forms.py`), each answer a page.
+"""
+
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from secrets import token_urlsafe
+from typing import Any, Final, NamedTuple, cast, get_args
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import override
+
+from balance_app.balances.repository import BalanceRepository
+from balance_app.errors import DatabaseAway, InvalidRequest, NotFound, Overloaded, Problem
+from balance_app.http.body import MAX_INTEGER
+from balance_app.http.services import services
+from balance_app.jobs.api.errors import JobNotFound
+from balance_app.jobs.api.history import History
+from balance_app.jobs.api.schemas import Outcome
+from balance_app.jobs.api.status import Board, Snapshot
+from balance_app.settings import Settings
+from balance_app.web import charts as bars
+from balance_app.web import view_models as views
+from balance_app.web.queries import Overview
+from balance_app.web.rendering import file, page, takes_gzip
+from balance_app.web.stream import Live, LiveResponse
+
+RUNS_ON_PAGE: Final = 25
+JOBS_ON_PAGE: Final = 100
+ENTRIES_SHOWN: Final = 8
+DURATIONS_SHOWN: Final = 60
+FIRST_USER: Final = "1"
+STATES: Final = ("", "running", "waiting", "paused", "overdue", "failed")
+NO_USER: Final = "A user's number is a whole number above 0."
+
+_NUMBER: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
+
+
+class Said(NamedTuple):
+    """A sentence for the person who asked; its tone is `good` or `bad`."""
+
+    tone: str
+    sentence: str
+
+
+class Asked(NamedTuple):
+    """A change that was asked for by the form, and what came of it."""
+
+    form: Mapping[str, str]
+    said: Said
+    status: int
+    # its outcome is not known: to send it again must be safe
+    again: bool = False
+
+
+class PageRoute(APIRoute):
+    """A route whose problems are pages too."""
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_for_people(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Problem as problem:
+                return tell(request, problem)
+
+        return handle_for_people
+
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
+
+
+def tell(request: Request, problem: Problem) -> Response:
+    """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
+    passes = path_of(request, request.scope["path"]) == "/" and isinstance(
+        problem, DatabaseAway | Overloaded
+    )
+    view = {
+        "heading": problem.title,
+        "sentence": sentence(problem, request.method),
+        "lives": passes,
+    }
+    return _page(request, "sorry.html", view, status=problem.status, headers=problem.headers)
+
+
+def sentence(problem: Problem, method: str) -> str:
+    """Return what a problem says of a request of this method, for people."""
+    body = problem.body(method)
+    if body.get("applied") == "unknown":
+        return f"It is not known whether it was done. {problem.detail}"
+    if isinstance(problem, DatabaseAway):
+        return f"{body['detail']} This page goes on by itself when it can."
+    return str(body["detail"])
+
+
+@router.get("/")
+async def show_overview(request: Request) -> Response:
+    """Show everything at one glance."""
+    return await overview_page(request)
+
+
+@router.get("/live")
+async def watch(request: Request) -> Response:
+    """Send what changes in the picture, as events; `job` is for that job's own page."""
+    return LiveResponse(
+        live_of(request),
+        since=request.headers.get("last-event-id") or request.query_params.get("since"),
+        job=request.query_params.get("job"),
+        compress=takes_gzip(request),
+    )
+
+
+@router.get("/static/{name}")
+async def read_file(request: Request, name: str) -> Response:
+    """Serve a file of the page."""
+    found = file(request, name)
+    if found is None:
+        raise NotFound("There is no such file.")
+    return found
+
+
+@router.get("/jobs")
+async def list_jobs(request: Request) -> Response:
+    """List jobs by name and state, page by page."""
+    snapshot = await live_of(request).refresh()
+    query = request.query_params
+    begin, after = query.get("name", "")[:63], query.get("after", "")
+    state = query.get("state", "")
+    names = [
+        name
+        for name, line in snapshot.lines.items()
+        if name > after
+        and name.startswith(begin)
+        and (
+            state == line.sums.state
+            or state not in STATES[1:]
+            or (state == "overdue" and line.sums.overdue)
+            or (state == "failed" and line.sums.failed)
+        )
+    ]
+    shown = names[:JOBS_ON_PAGE]
+    view = {
+        "jobs": [_job(snapshot, name) for name in shown],
+        "next": shown[-1] if len(names) > JOBS_ON_PAGE else None,
+        "name": begin,
+        "state_is": state,
+        "states": STATES,
+    }
+    return _page(request, "jobs.html", view)
+
+
+@router.get("/jobs/{name}")
+async def show_job(request: Request, name: str) -> Response:
+    """Show a job: what it does, what it did, how long it took, why it failed."""
+    return await job_page(request, name)
+
+
+@router.get("/jobs/{name}/cancel")
+async def ask_to_cancel(request: Request, name: str) -> Response:
+    """Ask whether a run is really to be cancelled: it destroys work."""
+    job = _job(await live_of(request).refresh(), name)
+    view = {
+        "job": job,
+        "checkpoint": await _overview(request).checkpoint(name),
+        "back": "job" if came_from(request) == f"/jobs/{name}" else "",
+    }
+    return _page(request, "cancel.html", view)
+
+
+@router.get("/jobs/{name}/forget")
+async def ask_to_forget(request: Request, name: str) -> Response:
+    """Ask whether a job is really to be forgotten."""
+    job = _job(await live_of(request).refresh(), name)
+    return _page(request, "forget.html", {"job": job})
+
+
+# -- everything at one glance ----------------------------------------------------------------
+
+
+async def overview_page(
+    request: Request, *, said: Said | None = None, asked: Asked | None = None, status: int = 200
+) -> Response:
+    """Return the page at `/`, also with what came of something that was asked for."""
+    live = live_of(request)
+    status, headers = (asked.status if asked else status), None
+    try:
+        await live.refresh()
+    except (DatabaseAway, Overloaded) as problem:
+        if live.picture.snapshot is None:
+            raise
+        status, headers = problem.status, problem.headers
+        said = Said("bad", f"{sentence(problem, 'GET')} What is below was seen before that.")
+    snapshot = live.picture.snapshot
+    assert snapshot is not None  # noqa: S101 - there is a picture
+    now = snapshot.now.timestamp()
+    form = asked.form if asked else request.query_params
+    user = form.get("user", FIRST_USER)
+    view = {
+        "said": said or _said_of_job(request),
+        "version": live.version,
+        "sections": live.picture.sections(now),
+        "shown": len(live.picture.shown),
+        "hidden": len(snapshot.lines) - len(live.picture.shown),
+        "account": await _account(request, user),
+        "changed": asked.said if asked else await _said_of_entry(request, user),
+        "change": {
+            "user": user,
+            "what": form.get("what", "withdraw"),
+            "amount": form.get("amount", ""),
+            "key": form["key"] if asked and asked.again else f"page-{token_urlsafe(16)}",
+        },
+    }
+    return _page(request, "overview.html", view, status=status, headers=headers)
+
+
+async def _account(request: Request, user: str) -> dict[str, Any]:
+    """Return a user's balance and latest entries, or the sentence that says why not."""
+    if not is_number(user):
+        return {"asked": user[:20], "problem": NO_USER}
+    before = request.query_params.get("before", "")
+    upto = int(before) if is_number(before) else MAX_INTEGER
+    try:
+        account = await balances_of(request).account(int(user))
+        entries = await _overview(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
+    except Problem as problem:
+        return {"asked": user, "problem": sentence(problem, "GET")}
+    shown = entries[:ENTRIES_SHOWN]
+    return {
+        "asked": user,
+        "problem": None,
+        "user": account.user_id,
+        "balance": account.balance,
+        "version": account.version,
+        "entries": shown,
+        "older": shown[-1]["version"] if len(entries) > ENTRIES_SHOWN else None,
+    }
+
+
+async def _said_of_entry(request: Request, user: str) -> Said | None:
+    """Tell of a change that was made what the ledger says of it."""
+    version = request.query_params.get("entry", "")
+    if not is_number(user) or not is_number(version):
+        return None
+    try:
+        found = await _overview(request).entries(int(user), before=int(version) + 1, limit=1)
+    except Problem:
+        return None
+    if not found or found[0]["version"] != int(version):
+        return None
+    amount, balance = found[0]["amount"], views.number(found[0]["balance"])
+    did = "added" if amount > 0 else "withdrew"
+    return Said("good", f"Done: {did} {views.number(abs(amount))}. User {user} then had {balance}.")
+
+
+_DID: Final = {
+    "run": "{} is to run now: a copy takes it within a second or two.",
+    "pause": "{} is paused: nothing starts it until it is resumed.",
+    "resume": "{} goes on with its next tick.",
+    "cancel": "The run of {} is being cancelled: its copy is told with its next heartbeat.",
+    "cancel-late": (
+        "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
+        "now."
+    ),
+}
+
+
+def _said_of_job(request: Request) -> Said | None:
+    did, job = request.query_params.get("did"), request.query_params.get("job", "")
+    snapshot = live_of(request).picture.snapshot
+    if did not in _DID or snapshot is None or job not in snapshot.lines:
+        return None
+    return Said("good", _DID[did].format(job))
+
+
+# -- one job ---------------------------------------------------------------------------------
+
+
+async def job_page(
+    request: Request, name: str, *, said: Said | None = None, status: int = 200
+) -> Response:
+    """Return a job's own page.
+
+    Raises:
+        JobNotFound: there is no such job.
+        InvalidRequest: no part of its history is like what is asked for.
+    """
+    live, overview = live_of(request), _overview(request)
+    history = services(request)[History]
+    outcome, before = (request.query_params.get(field) for field in ("outcome", "before"))
+    if outcome not in {None, *get_args(Outcome)}:
+        raise InvalidRequest(("query:outcome", "not-an-outcome"))
+    if before is not None and not is_number(before):
+        raise InvalidRequest(("query:before", "not-an-integer"))
+    with live.keeping(name):
+        snapshot = await live.refresh()
+        now = snapshot.now.timestamp()
+        forgotten = services(request)[Board].forgotten(name)
+        if forgotten is None:
+            job = _job(snapshot, name)
+            row, version = live.picture.row(name, now), live.version
+    runs = await history.page(
+        job=name,
+        outcome=outcome,
+        before=int(before) if before else MAX_INTEGER,
+        limit=RUNS_ON_PAGE,
+    )
+    view: dict[str, object] = {
+        "name": name,
+        "durations": bars.durations(await overview.last_runs(name, DURATIONS_SHOWN), now),
+        "outcomes": views.OUTCOMES,
+        "outcome": outcome,
+        "before": before,
+        "runs": runs["runs"],
+        "next": runs["next"],
+    }
+    if forgotten is not None:
+        return _page(request, "forgotten.html", {**view, "forgotten": forgotten})
+    view |= {
+        "said": said or _said_of_job(request),
+        "version": version,
+        "job": job,
+        "row": row,
+        "checkpoint": await overview.checkpoint(name),
+    }
+    return _page(request, "job.html", view, status=status)
+
+
+def _job(snapshot: Snapshot, name: str) -> views.Job:
+    line = snapshot.lines.get(name)
+    if line is None:
+        raise JobNotFound(name)
+    return cast("views.Job", from_json(line.text))
+
+
+# -- of every request ------------------------------------------------------------------------
+
+
+def is_number(text: str) -> bool:
+    """Say whether a text is a whole number from 1 to 2^53-1."""
+    return _NUMBER.fullmatch(text) is not None and 1 <= int(text) <= MAX_INTEGER
+
+
+def came_from(request: Request) -> str:
+    """Return the path of the page that a request was sent from, as far as its browser says."""
+    return path_of(request, urlsplit(request.headers.get("referer", "")).path)
+
+
+def path_of(request: Request, path: str) -> str:
+    """Return a path without what a proxy puts before it."""
+    return path.removeprefix(request.scope["root_path"])
+
+
+def live_of(request: Request) -> Live:
+    """Return what the page shows."""
+    return services(request)[Live]
+
+
+def balances_of(request: Request) -> BalanceRepository:
+    """Return the balances."""
+    return services(request)[BalanceRepository]
+
+
+def _overview(request: Request) -> Overview:
+    return services(request)[Overview]
+
+
+def _page(
+    request: Request,
+    template: str,
+    view: Mapping[str, object],
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    picture = live_of(request).picture
+    common = {
+        "said": None,
+        "title": picture.title,
+        "now": picture.snapshot.now.timestamp() if picture.snapshot else None,
+        "server": services(request)[Settings].server_id,
+    }
+    return page(request, template, {**common, **view}, status=status, headers=headers)

@@ -1,0 +1,315 @@
+"""How the page says things: numbers, moments, states, and what became of what was lost."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Any, Final, NamedTuple
+
+from balance_app import formatting as words
+from balance_app.formatting import ago, duration
+from balance_app.jobs.api.status import Line
+from balance_app.web.queries import Runs
+
+JOBS_OF_COPY: Final = 5
+
+Job = dict[str, Any]
+
+
+class State(NamedTuple):
+    """A job's state for people: never told by colour alone."""
+
+    symbol: str
+    word: str
+    # which colour: run, wait, warn, bad, rest
+    tone: str
+
+
+_REASONS: Final = {
+    "not-due": State("○", "waiting", "rest"),
+    "due": State("◔", "due", "wait"),
+    "requested": State("◔", "asked for", "wait"),
+    "handed-back": State("◔", "handed back", "wait"),
+    "settling": State("◔", "settling", "wait"),
+    "retry": State("↻", "trying again", "warn"),
+    "quarantined": State("✕", "quarantined", "bad"),
+    "lost": State("✕", "lost", "bad"),
+    "no-code": State("?", "no code", "warn"),
+}
+_OUTCOMES: Final = {
+    "succeeded": State("✓", "succeeded", "good"),
+    "failed": State("✕", "failed", "bad"),
+    "timed_out": State("✕", "timed out", "bad"),
+    "lost": State("✕", "lost", "bad"),
+    "cancelled": State("■", "cancelled", "rest"),
+    "interrupted": State("↷", "handed back", "rest"),
+    "skipped": State("□", "skipped", "rest"),
+    None: State("▶", "running", "run"),
+}
+OUTCOMES: Final = tuple(outcome for outcome in _OUTCOMES if outcome is not None)
+
+
+def due(seconds: float) -> str:
+    """Return when something is due: "in 41 s", or since when it was."""
+    return f"in {duration(seconds)}" if seconds > 0 else f"since {duration(-seconds)}"
+
+
+# What a clock shows, so many seconds after its moment. `static/app.js` says it in the same words: a
+# clock goes on in the browser from what the server has written.
+CLOCKS: Final[dict[str, Callable[[float], str]]] = {
+    "for": duration,
+    "ago": ago,
+    "in": lambda seconds: due(-seconds),
+}
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """Return a number with its thousands apart: "12 000"."""
+    return "…" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f")
+
+
+def rate(value: float | None) -> str:
+    """Return how many there are a second: "0.4", "1 312"."""
+    return number(value, digits=1 if value and value < 10 else 0)  # noqa: PLR2004
+
+
+def seconds_of(moment: float | str | datetime) -> float:
+    """Return a moment as seconds since 1970."""
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    return moment.timestamp() if isinstance(moment, datetime) else moment
+
+
+def tenth(seconds: float) -> float:
+    """Return the last tenth of a second before a moment, or the moment itself."""
+    return math.floor(10 * seconds) / 10
+
+
+def exact(moment: float | str | datetime) -> str:
+    """Return a moment to the second, with its zone."""
+    return f"{words.exact(datetime.fromtimestamp(seconds_of(moment), UTC))} UTC"
+
+
+def clock_time(moment: float | str | datetime) -> str:
+    """Return a moment's time of day, UTC."""
+    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%H:%M:%S}"
+
+
+def iso(moment: float | str | datetime) -> str:
+    """Return a moment for machines."""
+    return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def state_of(job: Job) -> State:
+    """Return what a job (a `JobAnswer`) does."""
+    if job["state"] == "running":
+        if job["cancelBy"] is not None or job["stoppingSince"] is not None:
+            return State("▶", "stopping" if job["cancelBy"] is None else "cancelling", "warn")
+        if job["paused"] is not None:
+            return State("▶", "running, then paused", "run")
+        return State("▶", "running", "run")
+    if job["state"] == "paused":
+        return State("‖", "paused", "rest")
+    waiting = job["waiting"]
+    state = _REASONS[waiting["reason"]]
+    if waiting["overdue"] and state.tone != "bad":
+        word = "overdue" if waiting["reason"] == "due" else f"{state.word}, overdue"
+        return State("!", word, "warn")
+    return state
+
+
+def outcome_of(outcome: str | None) -> State:
+    """Return what became of a run."""
+    return _OUTCOMES[outcome]
+
+
+def why(job: Job) -> str | None:
+    """Return the sentence that explains a state, where the other columns do not."""
+    if job["state"] == "running":
+        if job["stoppingSince"] is not None:
+            by = f" by {job['cancelBy']}" if job["cancelBy"] is not None else ""
+            return f"Told to stop{by} at {exact(job['stoppingSince'])}."
+        if job["cancelBy"] is not None:
+            return f"{job['cancelBy']} asked for its end."
+        if job["workEndedAt"] is not None:
+            return "Its work is done; it lasts to its least duration."
+        return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
+    if job["waiting"]["reason"] == "not-due":
+        failures = job["failuresInARow"]
+        return f"Its last {failures} runs failed." if failures > 1 else None
+    return str(job["waiting"]["sentence"])
+
+
+def share(job: Job) -> float | None:
+    """Return how much of its run a job has done, in percent."""
+    progress = job["progress"]
+    if progress is None or not progress["total"]:
+        return None
+    return float(min(100, round(100 * progress["done"] / progress["total"], 1)))
+
+
+class Tile(NamedTuple):
+    """A number of the strip."""
+
+    id: str
+    value: str
+    label: str
+    tone: str
+    href: str
+
+
+def strip(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> list[Tile]:
+    """Return the numbers that tell most in one glance."""
+    cards = list(cards)
+    live = sum(card.live for card in cards)
+    overdue = counts["overdue"]
+    return [
+        Tile(
+            "copies",
+            f"{live} / {len(cards)}",
+            "copies live",
+            "bad" if live < len(cards) or not live else "",
+            "#servers",
+        ),
+        Tile("running", number(counts["running"]), "running", "", "#jobs"),
+        Tile("waiting", number(counts["waiting"]), "waiting", "", "#jobs"),
+        *(
+            [Tile("paused", number(counts["paused"]), "paused", "", "#jobs")]
+            if counts["paused"]
+            else []
+        ),
+        Tile("overdue", number(overdue), "overdue", "warn" if overdue else "", "#jobs"),
+        Tile(
+            "failed",
+            number(failed),
+            "failed in 24 h",
+            "bad" if failed else "",
+            "#failures",
+        ),
+    ]
+
+
+def title(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> str:
+    """Return the essence for the browser's tab, the bad news first."""
+    cards = list(cards)
+    gone = sum(not card.live for card in cards)
+    news = [
+        f"{number} {word}"
+        for number, word in (
+            (gone, "lost" if gone == 1 else "copies lost"),
+            (counts["overdue"], "overdue"),
+            (failed or 0, "failed"),
+        )
+        if number
+    ]
+    return " · ".join([*news, f"{counts['running']} running", "balance_app"])
+
+
+class Loss(NamedTuple):
+    """A run that its copy took with it, and what became of the job."""
+
+    job: str
+    at: float
+    became: str
+
+
+class Card(NamedTuple):
+    """A server by its name: the copies that have it, what they run, and what was lost with it."""
+
+    server: str
+    live: bool
+    # the last sign of life
+    seen: float | None
+    up_since: float | None
+    boots: int
+    jobs: list[dict[str, Any]]
+    more: int
+    losses: list[Loss]
+
+
+def cards_of(
+    copies: Iterable[dict[str, Any]],
+    lost: Runs,
+    now: float,
+    held: Mapping[str, list[str]],
+    job_of: Callable[[str], Job | None],
+) -> list[Card]:
+    """Return a card for each server, by name.
+
+    Args:
+        copies: a `CopyAnswer` each; of one server there may be several.
+        lost: the runs that were lost lately.
+        now: the moment of the look.
+        held: the names of the jobs that each copy runs, by its id.
+        job_of: gives a job by its name.
+    """
+    by_server: dict[str, list[dict[str, Any]]] = {}
+    for copy in copies:
+        by_server.setdefault(copy["server"], []).append(copy)
+    losses: dict[str, Runs] = {}
+    for run in lost:
+        losses.setdefault(run["server"], []).append(run)
+    cards = []
+    for server in sorted(by_server.keys() | losses.keys()):
+        boots = by_server.get(server, [])
+        live = [copy for copy in boots if copy["live"]]
+        newest = min(live or boots, key=lambda copy: copy["seenSecondsAgo"], default=None)
+        names = [name for copy in boots for name in held.get(copy["id"], ())]
+        jobs = [job for name in names[:JOBS_OF_COPY] if (job := job_of(name)) is not None]
+        cards.append(
+            Card(
+                server=server,
+                live=bool(live),
+                seen=(
+                    max(run["ended"] for run in losses[server])
+                    if newest is None
+                    # To a tenth: a sign of life is one moment, however often it is asked for.
+                    else tenth(now - newest["seenSecondsAgo"])
+                ),
+                up_since=(None if newest is None else tenth(seconds_of(newest["startedAt"]))),
+                boots=len(live),
+                jobs=[
+                    {"name": job["name"], "since": seconds_of(job["startedAt"])}
+                    for job in jobs
+                    if job["startedAt"] is not None
+                ],
+                more=max(0, len(names) - JOBS_OF_COPY),
+                losses=[
+                    Loss(run["job"], run["ended"], _became(run, job_of(run["job"])))
+                    for run in losses.get(server, [])[:JOBS_OF_COPY]
+                ],
+            )
+        )
+    return cards
+
+
+def _became(run: dict[str, Any], job: Job | None) -> str:
+    """Return what became of a job whose run was lost."""
+    if job is None:
+        return "is no more"
+    if job["state"] == "running":
+        return f"runs on {job['server']}"
+    last = job["lastRun"]
+    if last is not None and seconds_of(last["startedAt"]) > run["started"] + 0.001:
+        return f"{outcome_of(last['outcome']).word} on {last['server']}"
+    if job["state"] == "paused":
+        return "is paused"
+    return "waits for a copy"
+
+
+def last_run(job: Job | None) -> dict[str, Any] | None:
+    """Return a job's last run, if there was one."""
+    return None if job is None else job["lastRun"]
+
+
+def jobs_of(lines: Mapping[str, Line], limit: int) -> list[str]:
+    """Return the names of the jobs to show: all in their order, or those that matter most."""
+    if len(lines) <= limit:
+        return list(lines)
+    ranks: list[list[str]] = [[], [], [], []]
+    for name, line in lines.items():
+        sums = line.sums
+        ranks[
+            0 if sums.overdue else 1 if sums.failed else 2 if sums.state == "running" else 3
+        ].append(name)
+    return list(islice(chain.from_iterable(ranks), limit))

@@ -1,0 +1,164 @@
+"""What the machine refuses is told in one sentence; what is set is obeyed by every command."""
+
+import asyncio
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from balance_app import settings
+from balance_app.formatting import url
+from balance_app.local.postgres import binaries
+from tests.processes import DATABASE_VARIABLES, free_ports
+from tests.terminal import PATIENCE_SECONDS, environment, run
+
+NOWHERE = {"DB_HOST": "127.0.0.1", "DB_PORT": "9"}
+
+
+async def balance_app(cwd: Path, *arguments: str, **env: str) -> tuple[int | None, str]:
+    """Run `balance-app` in a directory; return its exit code and all it says."""
+    inherited = {k: v for k, v in environment().items() if k not in DATABASE_VARIABLES}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balance_app", *arguments),
+        env={**inherited, **env},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=cwd,
+    )
+    said, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+    return process.returncode, said.decode()
+
+
+async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """Each names the path or the host; there is no traceback unless it is asked for."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "postgres").touch()
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / ".env").write_bytes(b"SERVER_ID=\xff")
+    port = free_ports(2, below=32_000)
+    up = ("up", "--copies=1", f"--port={port}")
+    data = "PostgreSQL can't keep its data in"
+    long_host = "x" * 70
+    cases: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+        (up, {"BALANCE_APP_DATA": str(tmp_path / "file")}, f"{data} {tmp_path}/file/postgres"),
+        (up, {"BALANCE_APP_DATA": str(tmp_path / "loop")}, f"{data} {tmp_path}/loop/postgres"),
+        (up, {"BALANCE_APP_DATA": str(tmp_path / "taken")}, f"{data} {tmp_path}/taken/postgres"),
+        (up, {"BALANCE_APP_DATA": "/proc/none"}, f"{data} /proc/none/postgres"),
+        (up, {"BALANCE_APP_DATA": "x" * 300}, f"{data} {tmp_path}/xxx"),
+        (up, {"HOST": "nowhere.invalid"}, "Can't listen on HOST=nowhere.invalid: "),
+        (up, {"HOST": long_host}, f"Can't listen on HOST={long_host}: not a name"),
+        (("serve",), {**NOWHERE, "HOST": "192.0.2.1"}, "Can't listen on 192.0.2.1:"),
+        (("migrate",), NOWHERE, "(127.0.0.1 port 9: "),
+        (("migrate",), {"DB_HOST": "nowhere.invalid"}, "(nowhere.invalid port 5432: "),
+        (("--install-completion", "bash"), {"HOME": "/proc/none"}, "/proc/none"),
+        (("psql",), {"BALANCE_APP_DATA": str(tmp_path / "loop")}, f"{tmp_path}/loop"),
+    ]
+    results = await asyncio.gather(
+        *(balance_app(tmp_path, *arguments, **env) for arguments, env, _ in cases)
+    )
+    for (arguments, env, sentence), (code, said) in zip(cases, results, strict=True):
+        assert code in {1, 3}, (arguments, env, said)
+        lines = [line for line in said.splitlines() if line != "Starting PostgreSQL ..."]
+        assert len(lines) == 1, (arguments, env, said)
+        assert sentence in lines[0]
+    code, said = await balance_app(tmp_path / "latin", "status")
+    assert (code != 0, said.count("\n")) == (True, 1), said
+    home = {"HOME": "/proc/none", "BALANCE_APP_TRACEBACK": "1"}
+    assert "Traceback" in (await balance_app(tmp_path, "--install-completion", "bash", **home))[1]
+
+
+def test_names_that_nobody_reads_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one in `.env`, and in the environment what is nearly one of ours."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(
+        "DB_PASSWROD=geheim\ndb_host=localhost\nSOMETHING_ELSE=1\nCOMPOSE_PROJECT_NAME=x\n"
+    )
+    monkeypatch.setenv("JOB_LEASE_SECOND", "6")
+    monkeypatch.setenv("POST", "1")
+    assert settings.unknown_names() == [
+        "DB_PASSWROD in .env is no setting: is DB_PASSWORD meant?",
+        "SOMETHING_ELSE in .env is no setting of this program.",
+        "JOB_LEASE_SECOND in the environment is no setting: is JOB_LEASE_SECONDS meant?",
+    ]
+
+
+async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_path: Path) -> None:
+    """For the commands that ask, and for `up`, whose port is the one that they ask."""
+    (tmp_path / ".env").write_text("PORT=9\n")
+    where = "Nobody answers at http://127.0.0.1"
+    asked = await asyncio.gather(
+        balance_app(tmp_path, "status"),
+        balance_app(tmp_path, "healthcheck"),
+        balance_app(tmp_path, "status", PORT="8"),
+        balance_app(tmp_path, "status", BALANCE_APP_URL="http://127.0.0.1:7"),
+        balance_app(tmp_path, "status", "--url=http://127.0.0.1:6", BALANCE_APP_URL="http://x:7"),
+        balance_app(tmp_path, "--url=http://127.0.0.1:5", "--json", "status"),
+        balance_app(tmp_path, "--url=http://127.0.0.1:4", "healthcheck"),
+        balance_app(tmp_path, "up", HOST="192.0.2.1"),
+    )
+    for port, (code, said) in zip((9, 9, 8, 7, 6, 5, 4), asked, strict=False):
+        assert (code, said.startswith(f"{where}:{port}: ")) == (3, True), said
+    assert "Can't listen on 192.0.2.1:9: " in asked[-1][1]
+    (tmp_path / ".env").write_text(
+        f"BALANCE_APP_URL=http://127.0.0.1:3\nBALANCE_APP_DATA={tmp_path}/d"
+    )
+    assert (await balance_app(tmp_path, "status"))[1].startswith(f"{where}:3: ")
+    nothing = f"There is nothing at {tmp_path}/d/postgres.\n"
+    assert (await balance_app(tmp_path, "reset", "--yes"))[1] == nothing
+    code, said = await balance_app(tmp_path, "--url=http://127.0.0.1:5", "migrate", **NOWHERE)
+    assert (code, said) == (2, "`migrate` takes neither --url nor --json.\n")
+
+
+async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:
+    """Path, size and last use are asked about; a configured database is not meant."""
+    place = tmp_path / "postgres"
+    place.mkdir()
+    (place / "a").write_bytes(bytes(3_000_000))
+    env = {"BALANCE_APP_DATA": str(tmp_path), "DATABASE_URL": "postgresql://u:geheim@h:5/d"}
+    code, said = await balance_app(tmp_path, "reset", **env)
+    assert code == 1
+    assert said.startswith("The configured database (h port 5) stays as it is")
+    assert f"in {place} (3 MB, last written " in said
+    assert "geheim" not in said
+    assert place.exists()
+
+
+def test_addresses_are_written_as_they_are_reached() -> None:
+    """Who listens on all addresses is reached at its own; IPv6 stands in brackets."""
+    assert url("127.0.0.1", 1) == url("0.0.0.0", 1) == "http://127.0.0.1:1"  # noqa: S104
+    assert url("::1", 1) == url("::", 1) == "http://[::1]:1"
+    assert url("localhost", 1) == "http://localhost:1"
+
+
+async def test_psql_is_the_one_that_came_with_the_server(tmp_path: Path) -> None:
+    """It finds its own libraries, whether or not there is another in PATH."""
+    fake = tmp_path / "bin" / "psql"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho another\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    program = (
+        "import os; os.execv = lambda path, words: print(path, words[0]); "
+        "from balance_app import embedded; embedded.running_server = lambda data: 1; "
+        "import sys; sys.argv[1:] = ['psql']; from balance_app.cli.app import main; main()"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program),
+        env={**os.environ, "PATH": str(fake.parent), "BALANCE_APP_DATA": str(tmp_path)},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    expected = str(binaries() / "psql")
+    assert out.decode().split() == [expected, expected]
+
+
+async def test_help_has_the_options_of_all_commands() -> None:
+    """They are shown before the command, and with it."""
+    code, out, _ = await run("--help", COLUMNS="100")
+    assert code == 0
+    assert "--url" in out
+    assert "--json" in out

@@ -1,0 +1,370 @@
+"""The schema and its migrations."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+from alembic import command
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from balance_app.db.migrations import (
+    MIGRATION_LOCK,
+    RIGHTS,
+    VERSION_TABLE,
+    UnusableDatabaseError,
+    alembic_config,
+    alembic_head,
+    migrate,
+)
+from balance_app.settings import Settings, load_settings
+from tests.processes import Copy, connect
+
+
+def settings_for(database: dict[str, str]) -> Settings:
+    return load_settings(**{name.lower(): value for name, value in database.items()})
+
+
+async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
+    """The migrations make exactly what `balances.tables` declares."""
+    settings = settings_for(database)
+    await migrate(settings)
+    config = alembic_config()
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
+    )
+
+    def check(connection: object) -> None:
+        config.attributes["connection"] = connection
+        command.check(config)
+
+    async with engine.connect() as connection:
+        await connection.run_sync(check)
+    await engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "rewriting",
+    ["UPDATE entries SET amount = 1", "DELETE FROM entries", "TRUNCATE entries"],
+)
+async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: str) -> None:
+    """PostgreSQL itself refuses to rewrite an entry (M4)."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    with pytest.raises(asyncpg.RaiseError, match="append-only"):
+        await connection.execute(rewriting)
+    await connection.close()
+
+
+@pytest.mark.parametrize("balance", [-1, 2**53])
+async def test_the_check_is_the_last_net(database: dict[str, str], balance: int) -> None:
+    """No statement, however wrong, can store a balance that must not be (M2)."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute("UPDATE users SET balance = $1", balance)
+    await connection.close()
+
+
+# -- whose schema it is -------------------------------------------------------------------------
+
+FOREIGN_VERSION = (
+    "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);"
+    "INSERT INTO alembic_version VALUES ('{}');"
+)
+RELATIONS = """
+SELECT nspname || '.' || relname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' ORDER BY 1
+"""
+
+
+async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
+    return [name for (name,) in await connection.fetch(RELATIONS)]
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (
+            FOREIGN_VERSION.format("0001") + "CREATE TABLE users (id int)",
+            "alembic_version says 0001",
+        ),
+        (FOREIGN_VERSION.format("0003"), "alembic_version says 0003"),
+        (FOREIGN_VERSION.format("ae10"), "alembic_version says ae10"),
+        ("CREATE TABLE alembic_version (version_num int)", "alembic_version says nothing"),
+        ("CREATE TABLE balance_app_version (a int)", "balance_app_version says nothing"),
+        ("CREATE TABLE users (id int)", "has users, but no version"),
+        ("CREATE TABLE jobs (id int); CREATE VIEW entries AS SELECT 1", "has entries and jobs"),
+        ("CREATE SEQUENCE copies", "has copies"),
+        ("CREATE TYPE users AS ENUM ('a')", 'type "users" already exists'),
+        ("CREATE FUNCTION hold_lease() RETURNS int RETURN 1", 'function "hold_lease" already'),
+        ("CREATE FUNCTION refuse_rewriting() RETURNS int RETURN 1", '"refuse_rewriting" already'),
+        (
+            "CREATE TABLE x (a int); CREATE INDEX jobs_round_idx ON x (a)",
+            '"jobs_round_idx" already',
+        ),
+    ],
+)
+async def test_the_schema_of_another_program_is_left_alone(
+    database: dict[str, str], there: str, said: str
+) -> None:
+    """One sentence says what was found and what to do; nothing is written. Beside it is room."""
+    connection = await connect(database)
+    await connection.execute(there)
+    before = await everything(connection)
+    with pytest.raises(UnusableDatabaseError) as refused:
+        await migrate(settings_for(database))
+    sentence = str(refused.value)
+    assert said in sentence
+    assert "DB_SCHEMA" in sentence
+    assert "\n" not in sentence
+    assert await everything(connection) == before
+    await migrate(settings_for({**database, "DB_SCHEMA": "own-1"}))
+    after = await everything(connection)
+    await connection.close()
+    assert [name for name in after if not name.startswith("own-1.")] == before
+    assert "own-1.alembic_version" not in after
+
+
+async def test_tables_of_others_elsewhere_do_not_matter(database: dict[str, str]) -> None:
+    """Only the schema that is named is looked at."""
+    connection = await connect(database)
+    await connection.execute("CREATE SCHEMA x; CREATE TABLE x.users (a int); SET search_path = x")
+    await connection.execute(FOREIGN_VERSION.format("0001"))
+    await connection.close()
+    assert (await migrate(settings_for(database))).revision == alembic_head()
+
+
+async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[str, str]) -> None:
+    """Releases before made them where the role's search path led: DB_SCHEMA has to say so."""
+    connection = await connect(database)
+    name = database["DB_NAME"]
+    await connection.execute(f'CREATE SCHEMA mine; ALTER DATABASE "{name}" SET search_path = mine')
+    mine = settings_for({**database, "DB_SCHEMA": "mine"})
+    await migrate(mine)
+    before = await everything(connection)
+    with pytest.raises(UnusableDatabaseError, match='are in "mine"'):
+        await migrate(settings_for(database))
+    assert await everything(connection) == before
+    assert (await migrate(mine)).revision == alembic_head()
+    await migrate(settings_for({**database, "DB_SCHEMA": "public"}))  # said on purpose
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DROP TABLE job_runs", "not whole: job_runs is missing"),
+        ("TRUNCATE balance_app_version", "balance_app_version says nothing"),
+        ("UPDATE balance_app_version SET version_num = '0099'", None),
+        (
+            "UPDATE balance_app_version SET version_num = '0099', compatible_from = '0098'",
+            "at 0099, for programs from 0098 on",
+        ),
+    ],
+)
+async def test_a_schema_that_is_not_whole_or_too_new_is_refused(
+    database: dict[str, str], change: str, said: str | None
+) -> None:
+    """A newer one that still works with this program is used as it is."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    await connection.execute(change)
+    await connection.close()
+    if said is None:
+        assert (await migrate(settings_for(database))).revision == "0099"
+        return
+    with pytest.raises(UnusableDatabaseError, match=said):
+        await migrate(settings_for(database))
+
+
+async def test_every_table_has_its_rights(database: dict[str, str]) -> None:
+    """What the service needs is listed for exactly the tables that there are."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    await connection.close()
+    assert {name for (name,) in tables} == {*RIGHTS, VERSION_TABLE, "alembic_version"}
+
+
+# -- rights -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
+    """The DB_* variables of a role that owns nothing and may do nothing by itself."""
+    admin, name = await connect(database), f"role_{uuid4().hex[:12]}"
+    await admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
+    await admin.execute("REVOKE ALL ON SCHEMA public FROM public")
+    try:
+        yield {**database, "DB_USER": name, "DB_PASSWORD": "x"}
+    finally:
+        await admin.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+        await admin.close()
+
+
+@pytest.mark.parametrize(
+    ("granted", "schema", "said"),
+    [
+        ("SELECT", "public", r"may not use schema .*: GRANT USAGE ON SCHEMA"),
+        (
+            "GRANT USAGE ON SCHEMA public TO {role}",
+            "public",
+            r"may not create tables.*GRANT CREATE",
+        ),
+        ("SELECT", "own", r"There is no schema .*: GRANT CREATE ON DATABASE"),
+        ("GRANT CREATE, USAGE ON SCHEMA public TO {role}", "public", None),
+        ('GRANT CREATE ON DATABASE "{database}" TO {role}', "own", None),
+    ],
+)
+async def test_the_right_that_is_missing_is_named(
+    database: dict[str, str], role: dict[str, str], granted: str, schema: str, said: str | None
+) -> None:
+    """Of a role without CREATE or USAGE, in a sentence with what to grant."""
+    admin = await connect(database)
+    await admin.execute(granted.format(role=role["DB_USER"], database=database["DB_NAME"]))
+    await admin.close()
+    settings = settings_for({**role, "DB_SCHEMA": schema})
+    if said is None:
+        assert (await migrate(settings)).revision == alembic_head()
+        return
+    with pytest.raises(UnusableDatabaseError, match=said):
+        await migrate(settings)
+
+
+async def test_a_role_that_runs_needs_no_right_to_create(
+    database: dict[str, str], role: dict[str, str]
+) -> None:
+    """At this program's revision it needs the rights on the rows; each that is missing is named."""
+    await migrate(settings_for(database))
+    admin, name = await connect(database), role["DB_USER"]
+    await admin.execute(f"GRANT USAGE ON SCHEMA public TO {name}")
+    with pytest.raises(UnusableDatabaseError, match=r"GRANT SELECT ON .*balance_app_version"):
+        await migrate(settings_for(role))
+    await admin.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {name}")
+    with pytest.raises(UnusableDatabaseError, match=r"INSERT on entries;.*GRANT SELECT, INSERT"):
+        await migrate(settings_for(role))
+    await admin.execute(f"GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}")
+    assert (await migrate(settings_for(role))).revision == alembic_head()
+    await admin.execute("UPDATE balance_app_version SET version_num = '0003'")
+    await admin.execute(f"GRANT CREATE ON SCHEMA public TO {name}")
+    with pytest.raises(UnusableDatabaseError, match=r"belongs to .*Run `balance-app migrate` as"):
+        await migrate(settings_for(role))
+    await admin.close()
+
+
+# -- whoever stands still -----------------------------------------------------------------------
+
+STOPPED = """
+import asyncio, os, signal
+from balance_app.db import migrations
+from balance_app.settings import load_settings
+
+if os.environ.get("STOP") == "in-turn":
+    # What an instance of the release before does: it stands still with the lock of its session.
+    async def main():
+        connection = await migrations._connect(load_settings())
+        await connection.fetchval("SELECT pg_advisory_lock($1)", migrations.MIGRATION_LOCK)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    asyncio.run(main())
+# In the middle of an upgrade that takes two seconds.
+statements = migrations._statements
+migrations._statements = lambda revision: "SELECT pg_sleep(2);" + statements(revision)
+asyncio.run(migrations.migrate(load_settings()))
+"""
+
+
+async def test_an_instance_that_stands_still_in_its_upgrade_keeps_nobody_waiting(
+    database: dict[str, str],
+) -> None:
+    """PostgreSQL has all of the upgrade: it ends without the instance that sent it."""
+    frozen = await _migrate_in_a_process(database)
+    connection = await connect(database)
+    try:
+        await _lock_holder(connection)
+        frozen.send_signal(signal.SIGSTOP)
+        assert await everything(connection) == []
+        reports: list[str] = []
+        async with asyncio.timeout(20):
+            await migrate(settings_for(database), reports.append)
+        assert any("another instance that migrates" in report for report in reports)
+    finally:
+        frozen.kill()
+        await frozen.wait()
+        await connection.close()
+
+
+async def test_an_upgrade_that_is_cut_off_leaves_nothing(database: dict[str, str]) -> None:
+    """A session that is ended in the middle has changed nothing; the next try does it all."""
+    cut = await _migrate_in_a_process(database)
+    connection = await connect(database)
+    await connection.execute("SELECT pg_terminate_backend($1)", await _lock_holder(connection))
+    assert await cut.wait() != 0
+    assert await everything(connection) == []
+    await connection.close()
+    assert (await migrate(settings_for(database))).revision == alembic_head()
+
+
+async def test_who_holds_the_lock_is_told_and_an_upgraded_schema_needs_none(
+    database: dict[str, str],
+) -> None:
+    """An instance that stands still with the lock is named; at head nobody asks for it."""
+    frozen = await _migrate_in_a_process(database, STOP="in-turn")
+    connection = await connect(database)
+    try:
+        holder = await _lock_holder(connection)
+        async with Copy(database, JOBS_ENABLED="false", DB_SCHEMA="own"):
+            pass  # of another schema, which has a lock of its own
+        waiting = Copy(database, "waiting", JOBS_ENABLED="false")
+        await waiting.launch()
+        try:
+            async with httpx.AsyncClient(trust_env=False, timeout=5) as http, asyncio.timeout(30):
+                said = ""
+                while f"PostgreSQL process {holder}, since" not in said:
+                    with suppress(httpx.HTTPError):
+                        said = (await http.get(f"{waiting.url}/readyz")).text
+                    await asyncio.sleep(0.1)
+            assert frozen.returncode is None
+            frozen.kill()
+            await frozen.wait()
+            await waiting.ready()
+        finally:
+            assert await waiting.stop() == 0
+        assert await connection.fetchval("SELECT pg_try_advisory_lock($1)", MIGRATION_LOCK)
+        async with asyncio.timeout(10):
+            await migrate(settings_for(database))
+    finally:
+        if frozen.returncode is None:
+            frozen.kill()
+        await connection.close()
+
+
+LOCKED = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32) | objid::bigint = $1
+  AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+async def _lock_holder(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
+    """Wait until somebody holds the lock of schema "public"; return the process in PostgreSQL."""
+    async with asyncio.timeout(30):
+        while True:
+            for (pid,) in await connection.fetch(LOCKED, MIGRATION_LOCK):
+                return int(pid)
+            await asyncio.sleep(0.02)
+
+
+async def _migrate_in_a_process(database: dict[str, str], **env: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STOPPED),
+        env={**os.environ, **database, **env},
+        stderr=asyncio.subprocess.DEVNULL,
+    )

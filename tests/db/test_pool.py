@@ -1,0 +1,93 @@
+"""What stands in front of the database."""
+
+import asyncio
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+
+from balance_app.db import pool as db
+from balance_app.db.migrations import migrate
+from balance_app.errors import DatabaseAway
+from balance_app.settings import Settings, load_settings
+from tests.processes import Copy, connect
+
+
+def settings_for(database: dict[str, str]) -> Settings:
+    return load_settings(**{name.lower(): value for name, value in database.items()})
+
+
+async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str, str]) -> None:
+    """What ends as if it were cancelled is an answer too, and the line goes on."""
+    await migrate(settings_for(database))
+    line = db.Database(settings_for(database))
+    await line.start()
+
+    async def cut_off(_connection: db.Connection) -> None:
+        raise asyncio.CancelledError
+
+    try:
+        for _ in range(5):  # more than there are connections
+            with pytest.raises(DatabaseAway) as caught:
+                await asyncio.wait_for(line.run(cut_off), 10)
+            assert caught.value.applied == "unknown"
+        assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1
+    finally:
+        await line.stop()
+
+
+async def test_a_full_house_says_so(database: dict[str, str]) -> None:
+    """Who finds too many waiting gets a 503 at once, and nothing is changed for it (B1)."""
+    async with Copy(database, DB_POOL_SIZE="1", MAX_WAITING="1") as copy:
+        holder = await connect(database)
+        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+
+            async def change() -> httpx.Response:
+                return await client.post("/api/balance", json={"userId": 1, "amount": -1})
+
+            async with holder.transaction():
+                await holder.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
+                first = asyncio.create_task(change())
+                second = asyncio.create_task(change())
+                await _until_somebody_waits_for_a_lock(holder)
+                refused = await change()
+            answers = [await first, await second]
+            assert [answer.status_code for answer in answers] == [200, 200]
+            assert refused.status_code == 503
+            assert refused.json()["code"] == "overloaded"
+            assert refused.json()["applied"] == "no"
+            assert refused.headers["retry-after"] == "1"
+            assert (await client.get("/api/users/1")).json()["balance"] == 9_998
+        await holder.close()
+
+
+async def _until_somebody_waits_for_a_lock(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    async with asyncio.timeout(10):
+        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):  # noqa: ASYNC110 - a fact in the database has no event
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"DB_NAME": "no_such_database"}, "no_such_database"),
+        ({"DB_HOST": ""}, "No database is configured"),
+        ({"PORT": "70000"}, "PORT"),
+    ],
+)
+async def test_what_waiting_cannot_mend_ends_the_copy(
+    database: dict[str, str], tmp_path: Path, wrong: dict[str, str], said: str
+) -> None:
+    """A copy that can never serve ends at once, with a sentence and no traceback."""
+    log = tmp_path / "log"
+    copy = Copy({**database, **wrong}, log=log)
+    copy._environment |= wrong
+    await copy.launch()
+    assert copy.process is not None
+    code = await asyncio.wait_for(copy.process.wait(), 30)
+    assert code in {1, 2, 3}
+    assert said in log.read_text()
+    assert "Traceback" not in log.read_text()

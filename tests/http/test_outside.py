@@ -1,0 +1,143 @@
+"""Numbers and texts from outside: each has a bound, and none is more than a 4xx."""
+
+from typing import Final
+
+import httpx
+import pytest
+from pydantic import Field
+
+from balance_app.errors import InvalidRequest
+from balance_app.http.body import StrictModel, parse_json
+from balance_app.http.openapi import json_request
+from tests.processes import Copy
+from tests.web.test_live import version, watch
+
+NUMBERS: Final = (
+    *("9" * 20, "9" * 400, "9" * 4301, "9" * 5000, "0" * 5000, "-" + "9" * 5000, "1" + "0" * 5000),
+    *("1e999", "%D9%A1" * 9, "%C2%B2", "%F0%9D%9F%8F" * 99, "NaN", "1.5", "0x10", "+1"),
+)
+TEXTS: Final = (
+    "%00",
+    "a%00b",
+    "%ED%A0%80",
+    "%FF",
+    "%C3%28",
+    "a" * 9000,
+    "%F4%90%80%80",
+    "%1B",
+    "%0A",
+)
+QUERIES: Final = (
+    *("/?user={}", "/?user=1&before={}", "/?user=1&entry={}", "/?did=run&job={}", "/?did={}&job=a"),
+    *("/jobs?name={}", "/jobs?state={}", "/jobs?after={}", "/static/app.css?v={}"),
+    *(
+        "/api/users?after={}",
+        "/api/users?limit={}",
+        "/api/users/{}",
+        "/api/users/1/entries?after={}",
+    ),
+    *("/api/users/{}/entries", "/api/users/1/entries?limit={}", "/api/changes/{}", "/problems/{}"),
+    *("/api/cron/history?before={}", "/api/cron/history?limit={}", "/api/cron/history?job={}"),
+    *(
+        "/api/cron/history?outcome={}",
+        "/jobs/{}",
+        "/jobs/{}/cancel",
+        "/jobs/a?before={}",
+        "/static/{}",
+    ),
+    *("/docs/assets/{}", "/{}"),
+)
+STEERING: Final = (
+    *("/api/cron/jobs/{}/run", "/api/cron/jobs/{}/pause", "/api/cron/jobs/{}/resume"),
+    *("/api/cron/jobs/{}/cancel", "/api/cron/jobs/a/run?by={}", "/api/cron/jobs/a/pause?reason={}"),
+)
+FORMS: Final = (
+    *("/jobs/{}/run", "/jobs/{}/pause", "/jobs/{}/resume", "/jobs/{}/cancel"),
+    *("/jobs/a/pause|by={}", "/jobs/a/pause|by=a&reason={}", "/jobs/a/run|back={}&by=a"),
+    *("/change|user={}", "/change|user=1&what=add&key=k&amount={}", "/change|user=1&what={}&key=k"),
+    *("/change|user=1&what=add&amount=1&key={}", "/change|{}=1"),
+)
+HEADERS: Final = (
+    *("X-Request-Id", "traceparent", "Idempotency-Key", "Cookie", "Accept-Encoding", "Referer"),
+    *("Origin", "Sec-Fetch-Site", "If-None-Match", "Range", "Content-Encoding"),
+)
+
+
+@pytest.mark.parametrize("values", [NUMBERS, TEXTS], ids=["numbers", "texts"])
+async def test_nothing_from_outside_is_a_fault_of_ours(
+    client: httpx.AsyncClient, values: tuple[str, ...]
+) -> None:
+    """In addresses, queries, forms and headers, wherever something is read."""
+    form = "application/x-www-form-urlencoded"
+    for value in values:
+        for template in QUERIES:
+            answer = await client.get(template.format(value))
+            assert answer.status_code < 500, (template, value[:20], answer.text[:200])
+        for template in STEERING:
+            answer = await client.post(template.format(value))
+            assert 400 <= answer.status_code < 500, (template, value[:20], answer.text[:200])
+        for template in FORMS:
+            path, _, body = template.format(value).partition("|")
+            answer = await client.post(path, content=body, headers={"Content-Type": form})
+            assert answer.status_code < 500, (template, value[:20], answer.text[:200])
+        for name in HEADERS:
+            answer = await client.get("/api/users/1", headers={name: value})
+            assert answer.status_code < 500, (name, value[:20], answer.text[:200])
+
+
+async def test_a_version_of_any_length_is_another_boots(
+    copy: Copy, client: httpx.AsyncClient
+) -> None:
+    """A stream's version has as many digits as there is use for."""
+    boot = version((await client.get("/")).text).partition(".")[0]
+    for number in ("9" * 5000, "9" * 17, "\u0661", "-1", "1e3", ""):
+        query = f"?since={boot}.{number}"
+        async with watch(copy.url, query) as viewer:
+            assert "jobs-list" in (await viewer.event())["html"], number
+        if number.isascii():
+            async with watch(copy.url, last_id=f"{boot}.{number}") as viewer:
+                assert "jobs-list" in (await viewer.event())["html"], number
+
+
+class _Inner(StrictModel):
+    words: list[str] = Field(default_factory=list)
+
+
+class _Noted(StrictModel):
+    """A model as a newcomer would write it."""
+
+    note: str | None = None
+    plain: str = ""
+    patterned: str = Field("", pattern="^.*$")
+    inner: _Inner = _Inner()
+    by_name: dict[str, str] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (r'{"note":"a\u0000b"}', "/note"),
+        (r'{"plain":"\u0000"}', "/plain"),
+        (r'{"patterned":"\u0000"}', "/patterned"),
+        (r'{"inner":{"words":["a","\u0000"]}}', "/inner/words/1"),
+        (r'{"byName":{"a":"\u0000"}}', "/byName/a"),
+        (r'{"byName":{"\u0000":"a"}}', "/byName"),
+        (r'{"note":"\ud800"}', "/note"),
+        (r'{"plain":"a\udfff"}', "/plain"),
+        (r'{"inner":{"words":["\udc00\ud800"]}}', "/inner/words/0"),
+    ],
+)
+def test_a_text_that_can_not_be_stored_is_refused(body: str, place: str) -> None:
+    """NUL and lone surrogates, in any text of any model, those to come included."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_json(body.encode(), _Noted)
+    assert caught.value.members["errors"] == [{"pointer": place, "code": "not-text"}]
+
+
+def test_other_texts_are_taken() -> None:
+    """Control: what looks like a NUL and is none, and every other letter."""
+    body = r'{"note":"\\u0000 \ud83d\udcb0 \u0001\n €"}'
+    assert parse_json(body.encode(), _Noted).note == "\\u0000 \U0001f4b0 \x01\n €"
+    schema = json_request(_Noted, key_pattern="x")["requestBody"]["content"]["application/json"]
+    assert schema["schema"]["properties"]["plain"]["pattern"] == r"^[^\u0000]*$"
+    assert schema["schema"]["properties"]["patterned"]["pattern"] == "^.*$"

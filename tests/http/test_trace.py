@@ -1,0 +1,158 @@
+"""A caller's trace goes on in the logs and in the answer (W3C Trace Context)."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from balance_app.http.middleware import Front
+from balance_app.logs import REQUEST_ID, TRACE
+from tests.processes import Copy, connect
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = "00f067aa0ba902b7"
+VALID = f"00-{TRACE_ID}-{PARENT}-01"
+
+# Each look at a user divides by zero, which is nobody's fault but the program's.
+A_MISTAKE = """
+ALTER TABLE users RENAME TO true_users;
+CREATE VIEW users AS SELECT id, balance / (id - id) AS balance, version, created_at FROM true_users
+"""
+
+
+async def _tell(_request: Request) -> Response:
+    trace = TRACE.get()
+    return JSONResponse({"trace": trace and trace._asdict(), "request": REQUEST_ID.get()})
+
+
+async def ask(*traceparents: str, direct: bool = False, path: str = "/x") -> httpx.Response:
+    """Send a request with these headers through the front; it answers what logs would say."""
+    app = FastAPI()
+    app.router.add_route("/x", _tell)
+    front = Front(app, direct={("GET", "/x"): _tell} if direct else {}, log_requests=False)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://here"
+    ) as client:
+        return await client.get(path, headers=[("traceparent", each) for each in traceparents])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_a_valid_trace_goes_on(*, direct: bool) -> None:
+    """The answer and the logs name the same trace, and the same new span in it."""
+    answers = [await ask(VALID, direct=direct) for _ in range(20)]
+    spans = set()
+    for answer in answers:
+        version, trace_id, span_id, flags = answer.headers["traceparent"].split("-")
+        assert (version, trace_id, flags) == ("00", TRACE_ID, "01")
+        assert answer.json()["trace"] == {"trace_id": TRACE_ID, "span_id": span_id}
+        assert answer.headers["x-request-id"] == answer.json()["request"]
+        assert len(span_id) == 16
+        spans.add(span_id)
+    assert len(spans) == len(answers)
+    assert not spans & {PARENT, "0" * 16}
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [("00", "00"), ("01", "01"), ("02", "02"), ("03", "03"), ("ff", "03"), ("80", "00")],
+)
+async def test_only_known_flags_are_handed_on(sent: str, answered: str) -> None:
+    """Sampled and random are; the others have no meaning in version 00."""
+    answer = await ask(f"00-{TRACE_ID}-{PARENT}-{sent}")
+    assert answer.headers["traceparent"].endswith(f"-{answered}")
+
+
+@pytest.mark.parametrize("later", ["", "-", "-what-will-be"])
+async def test_a_later_version_is_read_as_far_as_it_is_known(later: str) -> None:
+    """And answered in the version that this program speaks."""
+    answer = await ask(f"cc-{TRACE_ID}-{PARENT}-09{later}")
+    assert answer.json()["trace"]["trace_id"] == TRACE_ID
+    assert answer.headers["traceparent"].startswith(f"00-{TRACE_ID}-")
+    assert answer.headers["traceparent"].endswith("-01")
+
+
+INVALID = {
+    "empty": [""],
+    "no version": [f"{TRACE_ID}-{PARENT}-01"],
+    "version ff": [f"ff-{TRACE_ID}-{PARENT}-01"],
+    "version not hexadecimal": [f"0x-{TRACE_ID}-{PARENT}-01"],
+    "more than version 00 has": [f"{VALID}-more"],
+    "more without a dash": [f"cc-{TRACE_ID}-{PARENT}-01more"],
+    "trace of zeros": [f"00-{'0' * 32}-{PARENT}-01"],
+    "span of zeros": [f"00-{TRACE_ID}-{'0' * 16}-01"],
+    "upper case": [VALID.upper()],
+    "short trace": [f"00-{TRACE_ID[1:]}-{PARENT}-01"],
+    "long trace": [f"00-0{TRACE_ID}-{PARENT}-01"],
+    "short span": [f"00-{TRACE_ID}-{PARENT[1:]}-01"],
+    "no flags": [f"00-{TRACE_ID}-{PARENT}"],
+    "flags not hexadecimal": [f"00-{TRACE_ID}-{PARENT}-0."],
+    "a new line": [f"00-{TRACE_ID}-{PARENT}-01\n"],
+    "two of them": [VALID, VALID],
+    "three of them": [VALID, VALID, VALID],
+}
+
+
+@pytest.mark.parametrize("headers", [[], *INVALID.values()], ids=["none", *INVALID])
+async def test_what_names_no_trace_is_as_if_there_were_none(headers: list[str]) -> None:
+    """No half of it is believed, and nothing is made up."""
+    answer = await ask(*headers)
+    assert answer.status_code == 200
+    assert answer.json()["trace"] is None
+    assert "traceparent" not in answer.headers
+
+
+async def test_refusals_name_the_trace_too() -> None:
+    """Whatever the answer is."""
+    answer = await ask(VALID, path="/nowhere")
+    assert answer.status_code == 404
+    assert answer.headers["traceparent"].split("-")[1] == TRACE_ID
+
+
+async def test_every_line_about_a_request_names_its_trace(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """Also what the service says before it answers; and no line that is about something else."""
+    log = tmp_path / "log"
+    async with (
+        Copy(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        connection = await connect(database)
+        await connection.execute(A_MISTAKE)
+        await connection.close()
+        mistake = await client.get("/api/users/1", headers={"traceparent": VALID})
+        assert mistake.status_code == 500
+        await client.get("/livez")
+    lines = _lines(log)
+    traced = [line for line in lines if "trace_id" in line or "span_id" in line]
+    assert [line["event"] for line in traced] == ["internal error", "request"]
+    span_id = mistake.headers["traceparent"].split("-")[2]
+    assert {(line["trace_id"], line["span_id"]) for line in traced} == {(TRACE_ID, span_id)}
+    assert {line["request_id"] for line in traced} == {mistake.headers["x-request-id"]}
+    assert [line["path"] for line in lines if line["event"] == "request"][-1] == "/livez"
+
+
+async def test_a_trace_ends_with_its_request(database: dict[str, str], tmp_path: Path) -> None:
+    """The next request on the connection, even one that came along with it, is not in the trace."""
+    log = tmp_path / "log"
+    async with Copy(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as copy:
+        reader, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+        traced = f"GET /first HTTP/1.1\r\nHost: x\r\ntraceparent: {VALID}\r\n\r\n"
+        plain = "GET /second HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        writer.write((traced + plain).encode())
+        answers = (await reader.read()).decode().lower()
+        writer.close()
+    assert answers.count("http/1.1 404") == 2
+    assert answers.count("traceparent: ") == 1
+    traces = {line["path"]: line.get("trace_id") for line in _lines(log) if "path" in line}
+    assert (traces["/first"], traces["/second"]) == (TRACE_ID, None)
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]

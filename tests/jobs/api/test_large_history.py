@@ -1,0 +1,348 @@
+"""A history of a million runs: whatever is asked, few of its pages are read.
+
+Every statement is explained where the service's own code sends it, as it is planned for its
+arguments and as it is planned once for all (asyncpg's prepared statements may get either), with
+statistics of the table as it is, as it was long before, and with none. What is bounded is the
+number of pages that are touched, not the time.
+"""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal, cast
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from balance_app.db.pool import Database
+from balance_app.http.body import MAX_INTEGER
+from balance_app.jobs import repository
+from balance_app.jobs.api import history
+from balance_app.jobs.api.controls import Controls
+from balance_app.jobs.api.history import KEEP_TO_INDEX, History
+from balance_app.jobs.api.stats import Facts
+from balance_app.jobs.api.status import Board
+from balance_app.jobs.job import Registry, job
+from balance_app.jobs.repository import Ending, JobRepository
+from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
+from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
+from balance_app.metrics import Metrics
+from balance_app.settings import load_settings
+from balance_app.web.queries import Overview
+from tests.jobs.rows import add_job
+from tests.jobs.support import AT_ONCE, LEASE, Connection, Ground, on
+
+RUNS: Final = 1_000_000
+# Of each kind of job there are some among the million: one that always succeeds, one that never
+# did (an audit), one that succeeded once, at the very beginning, one whose ticks are skipped, one
+# with five runs at the beginning, one with one in the middle, a new one, and one of the name that
+# is the last.
+MANY, FAILING, ONCE, SKIPPING = "many", "audit-keys", "once", "skipping"
+RARE, SINGLE, FRESH, LAST = "rare", "single", "fresh", "zz-last"
+NAMES: Final = (MANY, FAILING, ONCE, SKIPPING, RARE, SINGLE, FRESH, LAST)
+
+BULK: Final = """
+INSERT INTO job_runs (job, fence, due_at, last_due_at, started_at, ended_at, outcome, result)
+SELECT job, CASE WHEN outcome <> 'skipped' THEN n END, at,
+       CASE WHEN outcome = 'skipped' THEN at END, at, at, outcome, 'ValueError: no'
+FROM (
+    SELECT n, clock_timestamp() - (3000000 - n) * interval '1 s' AS at,
+           CASE WHEN n <= 5 THEN 'rare' WHEN n = 6 THEN 'once' WHEN n = 7 THEN 'skipping'
+                WHEN n = $1 / 2 THEN 'single' WHEN n % 10 < 4 THEN 'many'
+                WHEN n % 10 < 6 THEN 'audit-keys' WHEN n % 10 < 8 THEN 'once'
+                ELSE 'skipping' END AS job,
+           CASE WHEN n <= 5 THEN 'lost' WHEN n <= 7 THEN 'succeeded' WHEN n % 10 < 4
+                THEN 'succeeded' WHEN n % 10 < 8 THEN 'failed' ELSE 'skipped' END AS outcome
+    FROM generate_series(1, $1::integer) AS n
+) AS runs
+"""
+# Filling a table first and indexing it then takes a third of the time.
+INDEXES: Final = """
+SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid) AS sql, conname,
+       pg_get_constraintdef(pg_constraint.oid) AS constraint
+FROM pg_index LEFT JOIN pg_constraint ON conindid = indexrelid
+WHERE indrelid = 'job_runs'::regclass
+"""
+
+NOTHING_KNOWN: Final = """
+DELETE FROM pg_statistic WHERE starelid = 'job_runs'::regclass;
+UPDATE pg_class SET reltuples = -1 WHERE oid = 'job_runs'::regclass
+"""
+
+Statistics = Literal["stale", "none", "fresh"]
+
+
+class Explaining:
+    """A connection that explains what it is sent, with EXPLAIN (ANALYZE), before it does it."""
+
+    def __init__(self, connection: Connection, mode: str) -> None:
+        self._connection = connection
+        self._mode = mode
+        # each: a statement that reads the history, and how many pages it touched
+        self.touched: list[tuple[str, int, str]] = []
+
+    async def fetch(self, sql: str, *arguments: object) -> list[Any]:
+        await self._explain(sql, arguments)
+        return cast("list[Any]", await self._connection.fetch(sql, *arguments))
+
+    async def fetchrow(self, sql: str, *arguments: object) -> Any:  # noqa: ANN401 - a row
+        await self._explain(sql, arguments)
+        return await self._connection.fetchrow(sql, *arguments)
+
+    def transaction(self, **_options: object) -> Any:  # noqa: ANN401 - a context manager
+        return self._connection.transaction()
+
+    async def _explain(self, sql: str, arguments: tuple[object, ...]) -> None:
+        if "job_runs" not in sql:
+            return
+        given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
+        await self._connection.execute(
+            f"SAVEPOINT explained; SET LOCAL plan_cache_mode = {self._mode}; "
+            f"PREPARE explained AS {sql}"
+        )
+        plan = await self._connection.fetchval(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained{given}"
+        )
+        await self._connection.execute("ROLLBACK TO explained; DEALLOCATE explained")
+        root = json.loads(plan)[0]["Plan"]
+        pages = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
+        # What is read to plan is bounded as well, but not by the history's size.
+        self.touched.append((sql, pages, plan))
+
+
+class OneConnection:
+    """Stands for the pool: runs everything on one connection."""
+
+    def __init__(self, connection: Explaining) -> None:
+        self._connection = connection
+
+    async def run(
+        self,
+        operation: Callable[[Any], Awaitable[object]],
+        *,
+        urgent: bool = False,  # noqa: ARG002 - nothing waits
+        lane: object = None,  # noqa: ARG002 - the same
+    ) -> object:
+        return await operation(self._connection)
+
+
+def _literal(value: object) -> str:
+    """Return an argument as SQL; its type is the parameter's."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, list) and value and isinstance(value[0], asyncpg.Range):
+        return _literal(f"{{{','.join(f'[{each.lower},{each.upper})' for each in value)}}}")
+    if isinstance(value, list | tuple):
+        items = ",".join(json.dumps(_text(item), ensure_ascii=False) for item in value)
+        return _literal(f"{{{items}}}")
+    return "'" + _text(value).replace("'", "''") + "'"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds()} s"
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+@pytest.fixture(scope="module")
+async def large(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+    async with on(postgres) as ground:
+        for name in NAMES:
+            await add_job(ground.eye, name, fence=RUNS)
+        await ground.eye.execute("ALTER TABLE job_runs SET (autovacuum_enabled = false)")
+        await ground.eye.execute("SET session_replication_role = replica")  # no foreign keys
+        await ground.eye.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
+        await ground.eye.execute("ANALYZE job_runs; DELETE FROM job_runs")
+        indexes = await ground.eye.fetch(INDEXES)
+        for index in indexes:
+            await ground.eye.execute(
+                f"ALTER TABLE job_runs DROP CONSTRAINT {index['conname']}"
+                if index["conname"]
+                else f"DROP INDEX {index['name']}"
+            )
+        await ground.eye.execute(BULK, RUNS, timeout=120)
+        for index in indexes:
+            await ground.eye.execute(
+                f"ALTER TABLE job_runs ADD CONSTRAINT {index['conname']} {index['constraint']}"
+                if index["conname"]
+                else index["sql"],
+                timeout=120,
+            )
+        await ground.eye.execute("RESET session_replication_role")
+        yield ground
+
+
+@pytest.fixture(scope="module", params=["stale", "none", "fresh"])
+async def statistics(large: Ground, request: pytest.FixtureRequest) -> Statistics:
+    """What the planner knows of the history: what was true of 1000 runs, nothing, or the truth."""
+    known: Statistics = request.param
+    if known == "none":
+        await large.eye.execute(NOTHING_KNOWN)
+    elif known == "fresh":
+        await large.eye.execute("ANALYZE job_runs")
+    return known
+
+
+@asynccontextmanager
+async def explaining(large: Ground, mode: str) -> AsyncIterator[Explaining]:
+    """Give a connection that explains; nothing that it does stays."""
+    transaction = large.eye.transaction()
+    await transaction.start()
+    try:
+        yield Explaining(large.eye, mode)
+    finally:
+        await transaction.rollback()
+
+
+def bounded(touched: Iterable[tuple[str, int, str]], pages: int) -> None:
+    """Check that each statement touched at most so many pages."""
+    touched = list(touched)
+    assert touched
+    for sql, number, plan in touched:
+        assert number <= pages, f"{number} pages by {sql}\n{plan}"
+
+
+both_plans = pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+
+
+@both_plans
+async def test_the_history_is_read_by_pages(
+    large: Ground,
+    statistics: Statistics,  # noqa: ARG001 - it sets them
+    mode: str,
+) -> None:
+    """Of every job, with every outcome, from anywhere: as many rows as are shown, and no more."""
+    async with explaining(large, mode) as connection:
+        runs = History(cast("Database", OneConnection(connection)))
+        for before in (MAX_INTEGER, RUNS // 2, 10):
+            for job in (None, *NAMES):
+                for outcome in (None, "succeeded", "failed", "lost", "timed_out", "skipped"):
+                    page = await runs.page(job=job, outcome=outcome, before=before, limit=100)
+                    assert all(run["job"] == job for run in page["runs"] if job is not None)
+    bounded(connection.touched, 250)
+
+
+@both_plans
+async def test_the_metrics_read_few_runs(
+    large: Ground,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """The last successes, also of what never succeeded, and the last result of an audit."""
+    registry = Registry([job(name=name, cron="0 0 * * *")(print) for name in NAMES])
+    async with explaining(large, mode) as connection:
+        found = await Facts(
+            cast("Database", OneConnection(connection)), registry, AUDITS, LedgerMismatchError
+        ).look()
+    assert found is not None
+    succeeded = {fact.name for fact in found if fact.last_success_at is not None}
+    assert succeeded == {MANY, ONCE, SKIPPING, SINGLE}
+    # At most a thousand failures of each audit are looked at for one that found a contradiction.
+    bounded(connection.touched, 1200)
+
+
+@both_plans
+async def test_the_page_reads_few_runs(
+    large: Ground,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """The last runs of each job, without the ticks that did not run, and what failed lately."""
+    async with explaining(large, mode) as connection:
+        overview = Overview(cast("Database", OneConnection(connection)), Metrics())
+        around = await overview.around(NAMES, ())
+        shown = {name: len(await overview.last_runs(name, 60)) for name in NAMES}
+    assert {name: len(runs) for name, runs in around.runs.items()} == {
+        name: min(number, 40) for name, number in shown.items()
+    }
+    assert shown == {**dict.fromkeys(NAMES, 0), MANY: 60, FAILING: 60, ONCE: 60} | {
+        SKIPPING: 1,
+        RARE: 5,
+        SINGLE: 1,
+    }
+    # A thousand of each kind of failure are looked at for those of the last day.
+    bounded(connection.touched, 2500)
+
+
+@both_plans
+async def test_runs_begin_and_end_by_an_index(
+    large: Ground,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """A claim, a claim of what was lost, a loss that is taken back, an end, a resumption."""
+    async with explaining(large, mode) as connection:
+        database = cast("Database", OneConnection(connection))
+        me = repository.Me(uuid4(), "app1")
+        jobs = JobRepository(database, me, LEASE)
+        known = await large.copy().declare(*NAMES)
+        await large.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")
+        for _ in NAMES:
+            claimed = (await jobs.look(known, AT_ONCE)).claimed
+            assert claimed is not None
+            if claimed.name in {RARE, FAILING}:
+                await large.eye.execute(
+                    "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 h'"
+                    " WHERE name = $1",
+                    claimed.name,
+                )
+                claimed = (await jobs.look(known, AT_ONCE)).claimed
+                assert claimed is not None
+                assert claimed.attempt == 1
+            ending = Ending(
+                outcome="succeeded",
+                result=None,
+                seconds_ago=0,
+                due_at=claimed.started_at + timedelta(hours=1),
+                ready_at=claimed.started_at + timedelta(hours=1),
+            )
+            assert await jobs.finish(claimed.name, claimed.fence, ending) is True
+        assert sorted(await jobs.refute_losses()) == [FAILING, RARE]
+        controls = Controls(database, Board(database, load_settings(db_host="localhost")))
+        await controls.pause(MANY, "ada", None)
+        await controls.resume(MANY, "ada")
+    bounded(connection.touched, 200)
+
+
+@both_plans
+async def test_old_runs_are_pruned_by_an_index(
+    large: Ground,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """Of each job a thousand at a time, of few as well as of many."""
+    await large.eye.execute(
+        "UPDATE job_runs SET ended_at = ended_at - interval '30 days' WHERE id <= 1000"
+    )
+    async with explaining(large, mode) as connection:
+        await large.eye.fetchval(KEEP_TO_INDEX)
+        for name in ("", *sorted(NAMES)):
+            await connection.fetchrow(PRUNE_RUNS, name, RUNS_AT_ONCE)
+    # Each of a thousand rows is looked up by its key.
+    bounded(connection.touched, 8 * RUNS_AT_ONCE)
+
+
+BY_EQUALITY: Final = """
+SELECT * FROM job_runs WHERE job = $3 AND id < $1 ORDER BY job DESC, id DESC LIMIT $2
+"""
+
+
+@pytest.mark.parametrize("guard", ["range", "index", "order"])
+async def test_without_these_guards_much_is_read(large: Ground, guard: str) -> None:
+    """The controls: each mends nothing by itself."""
+    await large.eye.execute("ANALYZE job_runs")
+    async with explaining(large, "force_generic_plan") as connection:
+        if guard == "range":
+            await connection.fetch(BY_EQUALITY, MAX_INTEGER, 100, SINGLE)
+        elif guard == "order":
+            await large.eye.execute(NOTHING_KNOWN)
+            await connection.fetch(history.RUNS_OF_JOB, MAX_INTEGER, 100, MANY)
+        else:
+            await large.eye.execute("DROP INDEX job_runs_job_outcome_id_idx")
+            await connection.fetch(
+                history.RUNS_OF_JOB_BY_OUTCOME, MAX_INTEGER, 100, FAILING, "timed_out"
+            )
+    with pytest.raises(AssertionError, match="pages by"):
+        bounded(connection.touched, 250)

@@ -1,0 +1,454 @@
+"""The board says what the rows say: of every job, at every moment, to whoever asks."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from pydantic_core import from_json
+
+from balance_app.db.outages import Cause, Kind
+from balance_app.db.pool import Connection as PoolConnection
+from balance_app.errors import DatabaseAway
+from balance_app.jobs.api import status as board_module
+from balance_app.jobs.api.status import Board
+from tests.jobs.rows import Connection, add_copy, add_job, migrated, running, settings_for
+from tests.processes import connect
+
+Rows: TypeAlias = "list[asyncpg.Record]"
+Read: TypeAlias = Callable[[PoolConnection], Awaitable[Rows]]
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture
+async def rows(database: dict[str, str]) -> AsyncIterator[tuple[Board, Connection]]:
+    """A board over a database without jobs, and a connection to write them."""
+    async with migrated(database) as (served, connection):
+        yield Board(served, settings_for(database)), connection
+
+
+async def look(board: Board) -> dict[str, Any]:
+    status: dict[str, Any] = from_json((await board.look()).text)
+    return status
+
+
+REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
+    "not-due": ({"due_at": 60 * SECOND}, "readyAt", "Not due before "),
+    "due": ({"due_at": -2 * SECOND}, None, "Due since "),
+    "paused": (
+        {"paused_at": -5 * SECOND, "paused_by": "ada", "pause_reason": "too loud"},
+        None,
+        "Paused by ada at ",
+    ),
+    "retry": (
+        {
+            "due_at": -60 * SECOND,
+            "ready_at": 60 * SECOND,
+            "attempt": 1,
+            "last_outcome": "failed",
+        },
+        "readyAt",
+        "The last run failed; it is tried again at ",
+    ),
+    "handed-back": (
+        {
+            "due_at": -60 * SECOND,
+            "ready_at": -1 * SECOND,
+            "attempt": 1,
+            "last_outcome": "interrupted",
+        },
+        None,
+        "app9 handed it back",
+    ),
+    "requested": (
+        {"due_at": -1 * SECOND, "requested_by": "bob"},
+        None,
+        "bob asked for a run",
+    ),
+    "quarantined": (
+        {"due_at": -60 * SECOND, "ready_at": 600 * SECOND, "attempt": 3, "lost_streak": 3}
+        | {"last_outcome": "lost"},
+        "readyAt",
+        "Its last 3 runs were lost with their processes: it is tried again at",
+    ),
+    "lost": (
+        {**running(uuid4(), "app7"), "lease_until": -1 * SECOND},
+        None,
+        "app7 sent no heartbeat",
+    ),
+}
+LAST = {
+    "last_server": "app9",
+    "last_started_at": -70 * SECOND,
+    "last_ended_at": -60 * SECOND,
+    "last_result": "so",
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+async def test_a_waiting_job_says_why(rows: tuple[Board, Connection], reason: str) -> None:
+    """Each reason has its word, its sentence and the moment that ends it, if one does."""
+    board, connection = rows
+    columns, until, sentence = REASONS[reason]
+    await add_copy(connection)
+    last = LAST if "last_outcome" in columns else {}
+    await add_job(connection, "a-job", **columns, **last)
+    status = await look(board)
+    (job,) = status["jobs"]
+    state = "paused" if reason == "paused" else "waiting"
+    assert (job["state"], job["waiting"]["reason"]) == (state, reason)
+    assert job["waiting"]["sentence"].startswith(sentence)
+    assert job["waiting"]["until"] == (None if until is None else job[until])
+    assert job["waiting"]["overdue"] is False
+    assert (job["server"], job["copyId"], job["elapsedSeconds"]) == (None, None, None)
+    assert status["counts"] == {"running": 0, "waiting": 0, "paused": 0, "overdue": 0, state: 1}
+
+
+async def test_a_start_of_all_copies_settles(rows: tuple[Board, Connection]) -> None:
+    """A due job waits for the settling time while every copy has just come up, and only then."""
+    board, connection = rows
+    await add_copy(connection, up_seconds=-3600)
+    await add_job(connection, "seen", due_at=-1 * SECOND, seen_at=3600 * SECOND)
+    await add_job(connection, "a-run", due_at=-1 * SECOND, seen_at=3600 * SECOND)
+    await connection.execute(
+        "UPDATE jobs SET alive_at = clock_timestamp() + interval '2 hours' WHERE name = 'a-run'"
+    )
+    fleet_up, job = (await look(board))["jobs"]
+    assert (job["waiting"]["reason"], fleet_up["waiting"]["reason"]) == ("settling", "due")
+    assert job["waiting"]["until"] > job["readyAt"]
+    await add_copy(connection, "app2", up_seconds=600)
+    _, job = (await look(board))["jobs"]
+    assert job["waiting"]["reason"] == "due"
+
+
+async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> None:
+    """Live copies count, with the jobs they knew when they started but for those they lack."""
+    board, connection = rows
+    for name in ("early", "gone", "late"):
+        await add_job(connection, name)
+
+    async def without_code() -> set[str]:
+        jobs = (await look(board))["jobs"]
+        return {job["name"] for job in jobs if job["waiting"]["reason"] == "no-code"}
+
+    assert await without_code() == {"early", "gone", "late"}
+    number = await connection.fetchval("SELECT number FROM jobs WHERE name = 'gone'")
+    await add_copy(connection, seen_seconds_ago=30)
+    assert await without_code() == {"early", "gone", "late"}
+    await add_copy(connection, "app2", knows_to=number, lacks=("gone",))
+    assert await without_code() == {"gone", "late"}
+    await add_copy(connection, "app3", lacks=("early", "gone"))
+    assert await without_code() == {"gone"}
+    await add_copy(connection, "app4", knows_to=number)
+    assert await without_code() == set()
+    await connection.execute("UPDATE copies SET seen_at = clock_timestamp() - interval '20 s'")
+    assert await without_code() == {"early", "gone", "late"}
+
+
+async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[Board, Connection]) -> None:
+    """Ready for longer than a lease and the settling time: counted, whatever the reason."""
+    board, connection = rows
+    await add_copy(connection)
+    await add_job(connection, "due", due_at=-30 * SECOND)
+    await add_job(connection, "lost", **{**running(uuid4(), "x"), "lease_until": -30 * SECOND})
+    await add_job(connection, "soon", due_at=-5 * SECOND)
+    await add_job(connection, "paused", due_at=-30 * SECOND, paused_at=SECOND, paused_by="ada")
+    status = await look(board)
+    overdue = {job["name"] for job in status["jobs"] if job["waiting"]["overdue"]}
+    assert overdue == {"due", "lost"}
+    assert status["counts"] == {"running": 0, "waiting": 3, "paused": 1, "overdue": 2}
+
+
+async def test_time_alone_changes_what_is_said(rows: tuple[Board, Connection]) -> None:
+    """A job becomes due, and a lease runs out, without a row being written."""
+    board, connection = rows
+    await add_copy(connection)
+    await add_job(connection, "soon", due_at=0.3 * SECOND)
+    await add_job(connection, "run", **{**running(uuid4(), "x"), "lease_until": 0.3 * SECOND})
+    run, soon = (await look(board))["jobs"]
+    assert (run["state"], soon["waiting"]["reason"]) == ("running", "not-due")
+    await asyncio.sleep(0.4)
+    run, soon = (await look(board))["jobs"]
+    assert (run["waiting"]["reason"], soon["waiting"]["reason"]) == ("lost", "due")
+
+
+async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Connection]) -> None:
+    """By the database's clock; with its progress, who wants its end, and that it is its last."""
+    board, connection = rows
+    one, other = await add_copy(connection, "app1"), await add_copy(connection, "app1")
+    await add_job(connection, "plain", **running(one, "app1"))
+    await add_job(
+        connection,
+        "rich",
+        **running(other, "app1", seconds=90),
+        done=4,
+        total=12,
+        note="users",
+        cancel_by="ada",
+        requested_by="bob",
+        paused_at=-1 * SECOND,
+        paused_by="eve",
+    )
+    status = await look(board)
+    plain, rich = status["jobs"]
+    for job, copy, seconds in ((plain, one, 40), (rich, other, 90)):
+        assert (job["state"], job["server"], job["copyId"]) == ("running", "app1", str(copy))
+        now, started = (datetime.fromisoformat(at) for at in (status["now"], job["startedAt"]))
+        assert job["elapsedSeconds"] == pytest.approx((now - started).total_seconds(), abs=0.002)
+        assert seconds <= job["elapsedSeconds"] < seconds + 30
+        assert job["waiting"] is None
+    assert (plain["progress"], plain["cancelBy"], plain["paused"]) == (None, None, None)
+    assert rich["progress"] == {"done": 4, "total": 12, "note": "users"}
+    assert (rich["cancelBy"], rich["requestedBy"], rich["paused"]["by"]) == ("ada", "bob", "eve")
+    assert {copy["id"]: copy["running"] for copy in status["copies"]} == {
+        str(one): 1,
+        str(other): 1,
+    }
+
+
+async def test_the_last_run_and_the_schedule_are_told(rows: tuple[Board, Connection]) -> None:
+    """The last run as it ended; the schedule in words, or as it is if it can't be read here."""
+    board, connection = rows
+    await add_job(connection, "new", schedule="every other Tuesday")
+    await add_job(connection, "old", last_outcome="timed_out", **LAST)
+    new, old = (await look(board))["jobs"]
+    assert new["lastRun"] is None
+    assert new["schedule"] == {"text": "every other Tuesday", "words": "every other Tuesday"}
+    assert old["schedule"] == {"text": "every 300 s", "words": "every 5 minutes"}
+    assert old["lastRun"].pop("seconds") == pytest.approx(10, abs=1)
+    assert (old["lastRun"]["outcome"], old["lastRun"]["server"]) == ("timed_out", "app9")
+
+
+async def test_copies_are_listed_while_they_are_seen(rows: tuple[Board, Connection]) -> None:
+    """Live within a lease, listed for a minute, whatever they know."""
+    board, connection = rows
+    await add_copy(connection, "live", seen_seconds_ago=1, lacks=("x",))
+    await add_copy(connection, "silent", seen_seconds_ago=20)
+    await add_copy(connection, "gone", seen_seconds_ago=70)
+    for _ in range(2):
+        live, silent = (await look(board))["copies"]
+        assert live.keys() == {"id", "server", "startedAt", "seenSecondsAgo", "live", "running"}
+        assert (live["server"], live["live"]) == ("live", True)
+        assert (silent["server"], silent["live"]) == ("silent", False)
+        assert 20 <= silent["seenSecondsAgo"] < 50
+        assert live["startedAt"].endswith("Z")
+
+
+async def test_a_board_without_jobs_is_whole(rows: tuple[Board, Connection]) -> None:
+    """An empty database is told as such."""
+    board, _ = rows
+    assert {**await look(board), "now": 0} == {
+        "now": 0,
+        "counts": {"running": 0, "waiting": 0, "paused": 0, "overdue": 0},
+        "copies": [],
+        "jobs": [],
+    }
+
+
+async def test_only_what_changed_is_asked_for_and_nothing_is_missed(
+    rows: tuple[Board, Connection], database: dict[str, str]
+) -> None:
+    """A board that has looked all along says what one says that looks for the first time."""
+    assert await _differences(*rows, database) == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("pg_snapshot_xmin", "pg_snapshot_xmax"), ("<= age($1", "< age($1")]
+)
+async def test_a_board_that_asks_for_less_is_found_out(
+    rows: tuple[Board, Connection],
+    database: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    right: str,
+    wrong: str,
+) -> None:
+    """The control: one that forgets transactions that were open misses what they wrote."""
+    assert right in board_module.CHANGED
+    monkeypatch.setattr(board_module, "CHANGED", board_module.CHANGED.replace(right, wrong))
+    assert await _differences(*rows, database) > 0
+
+
+async def _differences(  # noqa: C901 - a small world
+    board: Board, connection: Connection, database: dict[str, str]
+) -> int:
+    """Count looks that a fresh board contradicts, while a small world goes on.
+
+    Writers commit, roll back and stay open across looks; rows are added, deleted, frozen, moved.
+    """
+    await add_copy(connection)
+    for number in range(20):
+        await add_job(connection, f"job-{number:02}")
+    writers = [await connect(database) for _ in range(3)]
+    open_transactions: dict[int, Any] = {}
+    choose = random.Random(1)
+    differences = 0
+    try:
+        for step in range(300):
+            which = choose.randrange(3)
+            writer = writers[which]
+            match choose.randrange(8):
+                case 0 | 1 | 2 | 3:
+                    if which not in open_transactions and choose.random() < 0.3:
+                        open_transactions[which] = writer.transaction()
+                        await open_transactions[which].start()
+                    taken = choose.randrange(which, 20, 3)  # no writer waits for another
+                    await writer.execute(
+                        "UPDATE jobs SET note = $2, attempt = attempt + 1 WHERE name = $1",
+                        f"job-{taken:02}",
+                        f"step {step}",
+                    )
+                case 4 | 5 if which in open_transactions:
+                    transaction = open_transactions.pop(which)
+                    await (transaction.commit if choose.random() < 0.7 else transaction.rollback)()
+                case 6 if not open_transactions:
+                    how = choose.choice(("FREEZE", "FULL"))
+                    await connection.execute(f"VACUUM ({how}) jobs")
+                case 7 if not open_transactions:
+                    await connection.execute("DELETE FROM jobs WHERE name = 'extra'")
+                    if choose.random() < 0.7:
+                        await add_job(connection, "extra")
+            if choose.random() < 0.6:
+                fresh = Board(board._database, settings_for(database))
+                differences += _lasting(await look(board)) != _lasting(await look(fresh))
+    finally:
+        for writer in writers:
+            writer.terminate()
+    return differences
+
+
+def _lasting(status: dict[str, Any]) -> object:
+    """What two looks one after the other must both say."""
+    return [{**job, "elapsedSeconds": 0} for job in status["jobs"]], status["counts"]
+
+
+async def test_little_is_read_of_what_has_not_changed(rows: tuple[Board, Connection]) -> None:
+    """The second look reads one row besides the header when one job has changed."""
+    board, connection = rows
+    for number in range(50):
+        await add_job(connection, f"job-{number:02}")
+    read = _count_rows(board)
+    await look(board)
+    await look(board)
+    await connection.execute("UPDATE jobs SET note = 'x' WHERE name = 'job-07'")
+    await look(board)
+    assert read == [51, 1, 2]
+
+
+async def test_another_server_is_read_from_the_start(rows: tuple[Board, Connection]) -> None:
+    """After a restore or a failover the numbers of transactions say nothing."""
+    board, connection = rows
+    for number in range(5):
+        await add_job(connection, f"job-{number}")
+    await look(board)
+    board._booted_at = datetime.fromisoformat("2020-01-01T00:00:00Z")
+    read = _count_rows(board)
+    await look(board)
+    await look(board)
+    assert read == [6, 1]
+
+
+def _count_rows(board: Board) -> list[int]:
+    """Count the rows of each statement that a board runs from now on."""
+    counted: list[int] = []
+    run = board._database.run
+
+    async def count(operation: Read, *, urgent: bool = False) -> Rows:
+        rows = await run(operation, urgent=urgent)
+        counted.append(len(rows))
+        return rows
+
+    board._database.run = count  # type: ignore[assignment,method-assign]
+    return counted
+
+
+async def test_those_who_ask_together_share_a_look(rows: tuple[Board, Connection]) -> None:
+    """One look is under way, one more serves all who came meanwhile; its own caller may leave."""
+    board, connection = rows
+    await add_job(connection, "a-job")
+    read = _count_rows(board)
+    first = asyncio.create_task(board.look())
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(board.look()) for _ in range(50)]
+    await asyncio.gather(first, *others)
+    assert len(read) == 2
+    leader = asyncio.create_task(board.look())
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(board.look()) for _ in range(5)]
+    leader.cancel()
+    assert len({(await other).text for other in others}) == 1
+
+
+async def test_a_look_is_never_older_than_the_question(rows: tuple[Board, Connection]) -> None:
+    """Who asks while a look is under way gets the next one."""
+    board, connection = rows
+    await add_job(connection, "a-job", attempt=0)
+    looked, go_on = asyncio.Event(), asyncio.Event()
+    run = board._database.run
+
+    async def slow(operation: Read, *, urgent: bool = False) -> Rows:
+        result = await run(operation, urgent=urgent)
+        looked.set()
+        await go_on.wait()
+        return result
+
+    board._database.run = slow  # type: ignore[assignment,method-assign]
+    early = asyncio.create_task(look(board))
+    await looked.wait()
+    await connection.execute("UPDATE jobs SET attempt = 5")
+    late = asyncio.create_task(look(board))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await early)["jobs"][0]["attempt"] == 0
+    assert (await late)["jobs"][0]["attempt"] == 5
+
+
+async def test_a_look_that_was_given_up_leaves_nothing_behind(
+    rows: tuple[Board, Connection],
+) -> None:
+    """Cancelled at any of its steps, the next look is right all the same."""
+    board, connection = rows
+    await add_copy(connection)
+    for number in range(600):
+        await add_job(connection, f"job-{number:03}")
+    for steps in range(12):
+        await connection.execute("UPDATE jobs SET attempt = $1", steps)
+        given_up = asyncio.create_task(board.look())
+        for _ in range(steps * 3):
+            await asyncio.sleep(0)
+            if steps % 2:
+                await asyncio.sleep(0.002)
+        given_up.cancel()
+        with suppress(asyncio.CancelledError):
+            await given_up
+        jobs = (await look(board))["jobs"]
+        assert [job["attempt"] for job in jobs] == [steps] * 600
+        assert [job["name"] for job in jobs] == sorted(job["name"] for job in jobs)
+
+
+async def test_an_outage_is_told_to_all_who_ask(database: dict[str, str]) -> None:
+    """The look that failed is nobody's answer later."""
+    async with migrated(database) as (served, connection):
+        board = Board(served, settings_for(database))
+        await add_job(connection, "a-job")
+        served._outage = Cause(Kind.NO_ANSWER, "no")
+        for result in await asyncio.gather(
+            *(board.look() for _ in range(5)), return_exceptions=True
+        ):
+            assert isinstance(result, DatabaseAway)
+        served._outage = None
+        assert len((await look(board))["jobs"]) == 1
+
+
+async def test_what_jobs_say_is_json(rows: tuple[Board, Connection]) -> None:
+    """Quotes, line ends and any letters come through as they are."""
+    board, connection = rows
+    text = 'a "quote", a \\, a\nline, \x1b[31m, ümlaut, 🙂'
+    await add_job(connection, "a-job", description=text, last_outcome="failed", **LAST)
+    (job,) = (await look(board))["jobs"]
+    assert job["description"] == text

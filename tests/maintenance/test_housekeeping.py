@@ -1,0 +1,790 @@
+"""The ten jobs, on a real database and with real runs."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from random import Random
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from typing_extensions import override
+
+from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSE_ONCE
+from balance_app.db.pool import Database
+from balance_app.jobs.api.history import KEEP_TO_INDEX
+from balance_app.jobs.job import Registry
+from balance_app.jobs.repository import Claimed, JobRepository, Me
+from balance_app.jobs.run import LeaseLostError, Run
+from balance_app.jobs.schedule import Every
+from balance_app.maintenance import audits, housekeeping, limits, summaries
+from balance_app.maintenance import batches as steps
+from balance_app.maintenance.audits import LedgerMismatchError
+from balance_app.maintenance.housekeeping import ANALYZE
+from balance_app.maintenance.limits import LimitNearError
+from balance_app.settings import load_settings
+from tests.processes import connect
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+REGISTRY = Registry.load(["balance_app.maintenance"])
+JOBS = tuple(REGISTRY.values())
+
+CLAIM = """
+UPDATE jobs SET holder = $2, server = 'test', started_at = clock_timestamp(), fence = fence + 1,
+    lease_until = clock_timestamp() + interval '1 hour'
+WHERE name = $1
+RETURNING fence, due_at, checkpoint, schedule, anchor_at, started_at
+"""
+
+FREE = """
+UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,
+    checkpoint = CASE WHEN $2 THEN checkpoint END
+WHERE name = $1
+"""
+
+
+class CutError(BaseException):
+    """The run ends here, as when its copy is killed."""
+
+
+class TracedRun(Run):
+    """A run that does not rest, notes its progress, and can be cut after some steps."""
+
+    cut_after: int | None = None
+    loses_lease: bool = False
+    seen: tuple[tuple[int, int | None, str], ...] = ()
+
+    @override
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        self.seen += ((done, total, note),)
+
+    @override
+    async def pace(self) -> None:
+        if len(self.seen) == self.cut_after:
+            raise CutError
+
+    @override
+    async def checkpoint(self, state: object) -> None:
+        if self.loses_lease:
+            raise LeaseLostError("cut between its effect and its commit")
+        await super().checkpoint(state)
+
+
+class House:
+    """A migrated database whose jobs are run by hand."""
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        self.connection = connection
+        self._database = database
+        self._me = Me(uuid4(), "test")
+        self._jobs = JobRepository(database, self._me, timedelta(hours=1))
+        self.last: TracedRun | None = None
+
+    async def declare(self) -> None:
+        await self._jobs.declare({each.name: (str(each.schedule), "") for each in JOBS})
+
+    async def run(
+        self, name: str, *, cut_after: int | None = None, loses_lease: bool = False
+    ) -> str:
+        """Run a job and return its result; a run that was cut leaves its checkpoint."""
+        row = await self.connection.fetchrow(CLAIM, name, self._me.id)
+        assert row is not None
+        checkpoint = row["checkpoint"]
+        claimed = Claimed(
+            name=name,
+            fence=row["fence"],
+            due_at=row["due_at"],
+            attempt=0,
+            resumed=None if checkpoint is None else json.loads(checkpoint),
+            cancel_by=None,
+            schedule=row["schedule"],
+            anchor_at=row["anchor_at"],
+            started_at=row["started_at"],
+            round=0,
+        )
+        run = self.last = TracedRun(claimed, self._database, self._jobs, min_seconds=0)
+        run.cut_after, run.loses_lease = cut_after, loses_lease
+        was_cut = False
+        try:
+            result = await REGISTRY[name].function(run)
+        except (CutError, LeaseLostError):
+            was_cut = True
+            raise
+        finally:
+            await self.connection.execute(FREE, name, was_cut)
+        assert isinstance(result, str)
+        return result
+
+    async def rewrite(self, *statements: str) -> None:
+        """Change what the ledger's guards refuse to change."""
+        async with self.connection.transaction():
+            await self.connection.execute("ALTER TABLE entries DISABLE TRIGGER USER")
+            for statement in statements:
+                await self.connection.execute(statement)
+            await self.connection.execute("ALTER TABLE entries ENABLE TRIGGER USER")
+
+    async def populate(self, users: int, entries: int) -> None:
+        """Give users 1 to `users` so many entries each; every second one came with a key."""
+        for statement in POPULATE:
+            await self.connection.execute(statement, users, entries)
+        await self.connection.execute(
+            "SELECT setval(pg_get_serial_sequence('users', 'id'), max(id)) FROM users"
+        )
+
+    async def rows(self, sql: str, *arguments: object) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in await self.connection.fetch(sql, *arguments)]
+
+
+POPULATE = (
+    """
+    INSERT INTO users (id, balance, version)
+    SELECT id, 1000 - $2::bigint + 1, $2 FROM generate_series(2, $1::bigint) AS id
+    """,
+    """
+    INSERT INTO entries (user_id, version, amount, balance, key)
+    SELECT id, version, CASE version WHEN 1 THEN 1000 ELSE -1 END,
+           CASE id WHEN 1 THEN 10000 ELSE 1000 END - version + 1,
+           CASE version % 2 WHEN 0 THEN format('key-%s-%s', id, version) END
+    FROM generate_series(1, $1::bigint) AS id, generate_series(1, $2::bigint) AS version
+    WHERE id > 1 OR version > 1
+    """,
+    """
+    UPDATE users SET balance = balance - $2 + 1, version = $2 + 0 * $1 WHERE id = 1
+    """,
+    """
+    INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+    SELECT key, 'accepted', user_id, amount, balance, version, at FROM entries
+    WHERE key IS NOT NULL AND user_id <= $1 AND version <= $2
+    """,
+)
+
+
+@pytest.fixture
+async def house(database: dict[str, str]) -> AsyncIterator[House]:
+    settings = load_settings(**{name.lower(): value for name, value in database.items()})
+    pool = Database(settings)
+    await pool.start()
+    connection = await connect(database)
+    house = House(pool, connection)
+    await house.declare()
+    try:
+        yield house
+    finally:
+        await pool.stop()
+        await connection.close()
+
+
+# -- all of them ------------------------------------------------------------------------------
+
+FRESH = {
+    "watch-limits": r"watched 7 limits and 1 user: most used is .+ \d+%",
+    "audit-ledger": r"checked 1 entry of 1 user: all balances match",
+    "prune-refused-keys": r"removed 0 refusals older than 7 days",
+    "audit-keys": r"checked 0 idempotency keys: all agree with the ledger",
+    "note-daily-balances": r"looked at 1 user: noted 1 new balance",
+    "total-days": r"looked at 1 user: counted 1 new entry",
+    "prune-history": r"removed 0 runs older than 30 days and 0 copies not seen for a day",
+    "audit-daily-balances": r"checked 1 daily balance: all agree with the ledger",
+    "refresh-statistics": r"refreshed the statistics of 11 of 11 tables.*",
+    "record-sizes": r"measured 13 tables: 0\.\d MB, of which \w+ takes 0\.\d MB",
+}
+
+
+async def test_all_ten_work_on_a_new_database(house: House) -> None:
+    """Each says what it did in one sentence, though there is next to nothing to do."""
+    assert {each.name for each in JOBS} == set(FRESH)
+    for name, sentence in FRESH.items():
+        assert re.fullmatch(sentence, await house.run(name)), name
+
+
+def test_every_job_has_an_interval_of_its_own() -> None:
+    """All intervals differ, and lie between 3 and 30 minutes."""
+    schedules = [each.schedule for each in JOBS]
+    intervals = {schedule.interval for schedule in schedules if isinstance(schedule, Every)}
+    assert len(intervals) == len(JOBS) == 10
+    assert min(intervals) >= timedelta(minutes=3)
+    assert max(intervals) <= timedelta(minutes=30)
+
+
+def test_every_job_is_described_in_a_line() -> None:
+    """The description is for people: one sentence."""
+    for each in JOBS:
+        assert re.fullmatch(r"[A-Z][^\n]+\.", each.description), each.name
+
+
+# The steps each takes, and what it says, of 30 users with 4 entries each, 60 old refusals, and
+# 5 old runs of each job.
+BUSY = {
+    "watch-limits": (16, r"watched 7 limits and 30 users: .+"),
+    "audit-ledger": (25, r"checked 120 entries of 30 users: all balances match"),
+    "prune-refused-keys": (21, r"removed 60 refusals older than 7 days"),
+    "audit-keys": (25, r"checked 120 idempotency keys: all agree with the ledger"),
+    "note-daily-balances": (16, r"looked at 30 users: noted 30 new balances"),
+    "total-days": (16, r"looked at 30 users: counted 120 new entries"),
+    "prune-history": (21, r"removed 50 runs older than 30 days and 0 copies not seen for a day"),
+    "audit-daily-balances": (16, r"checked 30 daily balances: all agree with the ledger"),
+    "refresh-statistics": (11, r"refreshed the statistics of \d+ of 11 tables; .+"),
+    "record-sizes": (14, r"measured 13 tables: .+"),
+}
+
+
+@pytest.mark.parametrize("name", BUSY)
+async def test_a_job_goes_on_where_it_was_cut(house: House, name: str) -> None:
+    """Cut twice, the third run does the rest and only the rest: all is as if uncut."""
+    await keep_busy(house)
+    number_of_steps, sentence = BUSY[name]
+    seen: tuple[tuple[int, int | None, str], ...] = ()
+    for after in (1, 4):
+        with pytest.raises(CutError):
+            await house.run(name, cut_after=after)
+        assert house.last is not None
+        seen += house.last.seen
+    assert re.fullmatch(sentence, await house.run(name))
+    assert house.last is not None
+    seen += house.last.seen
+    assert len(seen) == number_of_steps
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("name", BUSY)
+async def test_a_job_that_is_repeated_changes_nothing_more(house: House, name: str) -> None:
+    """A run that loses its lease leaves no trace (J6); one that comes again adds nothing."""
+    await keep_busy(house)
+    before = await traces(house)
+    with pytest.raises(LeaseLostError):
+        await house.run(name, loses_lease=True)
+    assert await traces(house) == before
+    assert re.fullmatch(BUSY[name][1], await house.run(name))
+    before = await traces(house, but="table_sizes")
+    await house.run(name)
+    assert await traces(house, but="table_sizes") == before
+
+
+async def test_a_state_of_another_version_is_not_gone_on_from(house: House) -> None:
+    """A checkpoint that has other members than this program's is left aside."""
+    await house.populate(30, 4)
+    await house.connection.execute(
+        "UPDATE jobs SET checkpoint = '{\"done\": 7}' WHERE name = 'audit-ledger'"
+    )
+    assert (await house.run("audit-ledger")).startswith("checked 120 entries of 30 users")
+
+
+async def keep_busy(house: House) -> None:
+    await house.populate(30, 4)
+    await house.connection.execute("""
+        INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+        SELECT 'no-' || n, 'refused', 1, -20000, 9999, 2, clock_timestamp() - interval '8 days'
+        FROM generate_series(1, 60) AS n
+    """)
+    await house.connection.execute("""
+        INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome)
+        SELECT name, n - 25, at, at, at, 'succeeded' FROM jobs, generate_series(1, 25) AS n,
+               (SELECT clock_timestamp() - interval '31 days' AS at) AS old
+    """)
+    await house.connection.execute("""
+        INSERT INTO daily_balances (user_id, day, version, balance, at)
+        SELECT user_id, date '2026-01-01', version, balance, at FROM entries WHERE version = 3
+    """)
+    await house.connection.execute("SELECT pg_stat_force_next_flush()")
+
+
+async def traces(house: House, *, but: str = "") -> dict[str, str]:
+    """All that jobs write, but for when they wrote it."""
+    return {
+        table: str(await house.rows(sql))
+        for table, sql in {
+            "daily_balances": "SELECT user_id, day, version FROM daily_balances ORDER BY 1, 2",
+            "daily_totals": "SELECT * FROM daily_totals ORDER BY 1",
+            "counted_users": "SELECT * FROM counted_users ORDER BY 1",
+            "table_sizes": "SELECT name, bytes FROM table_sizes ORDER BY at, name",
+            "job_runs": "SELECT id FROM job_runs ORDER BY 1",
+            "keys": "SELECT key FROM idempotency_keys ORDER BY 1",
+            "checkpoints": "SELECT name, checkpoint FROM jobs ORDER BY 1",
+        }.items()
+        if table != but
+    }
+
+
+# -- the audits -------------------------------------------------------------------------------
+
+
+async def test_a_sound_ledger_matches(house: House) -> None:
+    """The sentence says how much was checked."""
+    await house.populate(1000, 12)
+    assert await house.run("audit-ledger") == (
+        "checked 12 000 entries of 1 000 users: all balances match"
+    )
+    assert house.last is not None
+    assert house.last.seen[-1] == (12_000, 12_000, "entries")
+
+
+# What is done to user 3 or 30 of 30 with 4 entries each, and what is said of it.
+CORRUPTED = {
+    "a balance": (
+        "UPDATE users SET balance = 998 WHERE id = 3",
+        "user 3: the balance is 998 at version 4, but entry 4, the last, left 997",
+    ),
+    "a version": (
+        "UPDATE users SET version = 5 WHERE id = 30",
+        "user 30: the balance is 997 at version 5, but entry 4, the last, left 997",
+    ),
+    "a missing entry": (
+        "DELETE FROM entries WHERE user_id = 3 AND version = 2",
+        "user 3: entry 2 is missing",
+    ),
+    "a missing first entry": (
+        "DELETE FROM entries WHERE user_id = 30 AND version = 1",
+        "user 30: entry 1 is missing",
+    ),
+    "a missing last entry": (
+        "DELETE FROM entries WHERE user_id = 30 AND version = 4",
+        "user 30: the balance is 997 at version 4, but entry 3, the last, left 998",
+    ),
+    "no entries": (
+        "DELETE FROM entries WHERE user_id = 3",
+        "user 3: there are no entries",
+    ),
+    "no entries of the last user": (
+        "DELETE FROM entries WHERE user_id = 30",
+        "user 30: there are no entries",
+    ),
+    "a running balance": (
+        "UPDATE entries SET balance = 1 WHERE user_id = 3 AND version = 2",
+        "user 3: entry 2 adds -1 to 1000 and leaves 1",
+    ),
+    "an amount": (
+        "UPDATE entries SET amount = 9223372036854775807 WHERE user_id = 30 AND version = 3",
+        "user 30: entry 3 adds 9223372036854775807 to 999 and leaves 998",
+    ),
+    "an opening": (
+        "UPDATE entries SET balance = 1001 WHERE user_id = 3 AND version = 1",
+        "user 3: entry 1 adds 1000 to 0 and leaves 1001",
+    ),
+    "an entry too many": (
+        "INSERT INTO entries (user_id, version, amount, balance) VALUES (30, 5, 1, 998)",
+        "user 30: the balance is 997 at version 4, but entry 5, the last, left 998",
+    ),
+    "a key that is gone": (
+        "DELETE FROM idempotency_keys WHERE key = 'key-3-4'",
+        "user 3: the key of entry 4 is not recorded",
+    ),
+    "a key that was refused": (
+        "UPDATE idempotency_keys SET outcome = 'refused' WHERE key = 'key-3-4'",
+        "user 3: the key of entry 4 is not recorded",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CORRUPTED)
+async def test_the_audit_names_who_differs(
+    house: House, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Whatever is wrong is found, wherever the steps begin and end, and nobody else is accused."""
+    corrupt, said = CORRUPTED[what]
+    await house.populate(30, 4)
+    await house.rewrite(corrupt)
+    for number_of_steps in (1, 17, 1000):
+        monkeypatch.setattr(steps, "STEPS", number_of_steps)
+        with pytest.raises(LedgerMismatchError) as error:
+            await house.run("audit-ledger")
+        assert str(error.value) == f"1 of 30 users differs: {said}"
+
+
+async def test_the_audit_goes_on_behind_the_first_fault(house: House) -> None:
+    """All users are checked; the first few that differ are named, the others counted."""
+    await house.populate(1200, 2)
+    await house.rewrite("UPDATE users SET balance = 5 WHERE id > 3")
+    with pytest.raises(LedgerMismatchError) as error:
+        await house.run("audit-ledger")
+    said = str(error.value)
+    assert said.startswith("1 197 of 1 200 users differ: user 4: the balance is 5 at version 2")
+    assert re.findall(r"user (\d+)", said) == ["4", "5", "6", "7", "8"]
+    assert said.endswith("; and 1 192 more")
+
+
+async def test_the_audits_see_changes_whole(
+    house: House, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes under way never look like faults, however small the steps; the control sees some."""
+    await house.populate(4, 4)
+    monkeypatch.setattr(steps, "STEPS", 8)
+    async with changes(database) as made:
+        before = len(made)
+        for _ in range(5):
+            for name in ("audit-ledger", "audit-keys", "note-daily-balances", "total-days"):
+                await house.run(name)
+            await house.run("audit-daily-balances")
+        assert len(made) > before
+        async with asyncio.timeout(60):
+            while not await differs_in_two_looks(house):
+                pass
+    assert await days_as_counted(house) != await days_as_they_were(house)
+    await house.run("total-days")
+    assert await days_as_counted(house) == await days_as_they_were(house)
+
+
+async def differs_in_two_looks(house: House) -> bool:
+    """The control: users and entries read one after the other, as a naive audit would."""
+    users = await house.rows("SELECT id, version FROM users ORDER BY id")
+    entries = await house.rows("SELECT user_id, max(version) FROM entries GROUP BY 1 ORDER BY 1")
+    return users != entries
+
+
+@asynccontextmanager
+async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
+    """Change balances of users 1 to 4, and open new ones, as the service does, all the time."""
+    made: list[str] = []
+
+    async def client(number: int) -> None:
+        random = Random(number)
+        connection = await connect(database)
+        try:
+            while True:
+                user, amount = random.randint(1, 4), random.choice([-40, -7, 3, 11])
+                key = f"{number}-{len(made)}"
+                made.append(key)
+                match random.randint(0, 9):
+                    case 0:
+                        await connection.fetchrow(OPEN, random.randint(0, 9), key)
+                    case 1:
+                        await connection.fetchrow(REFUSE_ONCE, user, -(10**9), key)
+                    case 2 | 3 | 4:
+                        await connection.fetchrow(CHANGE_ONCE, user, amount, key)
+                    case _:
+                        await connection.fetchrow(CHANGE, user, amount)
+        finally:
+            connection.terminate()
+
+    clients = [asyncio.create_task(client(number)) for number in range(3)]
+    try:
+        async with asyncio.timeout(30):
+            while len(made) < 20 and not any(task.done() for task in clients):  # noqa: ASYNC110 - the clients' list has no event
+                await asyncio.sleep(0.01)
+        yield made
+        assert not any(task.done() for task in clients)
+    finally:
+        for task in clients:
+            task.cancel()
+        await asyncio.wait(clients)
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "said"),
+    [
+        (
+            "UPDATE idempotency_keys SET balance = 5 WHERE key = 'key-3-2'",
+            "key key-3-2: it says 5, but entry 2 of user 3 left 999",
+        ),
+        (
+            "UPDATE idempotency_keys SET version = 9 WHERE key = 'key-3-2'",
+            "key key-3-2: user 3 has no entry 9",
+        ),
+        (
+            "UPDATE idempotency_keys SET amount = -2 WHERE key = 'key-3-2'",
+            "key key-3-2: it is not what made entry 2 of user 3",
+        ),
+        (
+            "UPDATE idempotency_keys SET at = at + interval '1 s' WHERE key = 'key-3-2'",
+            "key key-3-2: it is not what made entry 2 of user 3",
+        ),
+        (
+            "INSERT INTO idempotency_keys VALUES ('again', 'accepted', 3, -1, 999, 2)",
+            "key again: it is not what made entry 2 of user 3",
+        ),
+        (
+            "INSERT INTO idempotency_keys VALUES ('a-no', 'refused', 3, -999, 999, 2)",
+            "key a-no: it refuses -999 to user 3, who had 999",
+        ),
+        (
+            "INSERT INTO idempotency_keys VALUES ('a-no', 'refused', 3, -999, 998, 2)",
+            "key a-no: it says 998, but entry 2 of user 3 left 999",
+        ),
+    ],
+)
+async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, said: str) -> None:
+    """A key that would be told again otherwise than the ledger has it is found."""
+    await house.populate(30, 4)
+    await house.connection.execute(corrupt)
+    with pytest.raises(LedgerMismatchError) as error:
+        await house.run("audit-keys")
+    assert re.fullmatch(rf"1 of \d+ idempotency keys differs: {said}", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "said"),
+    [
+        (
+            "UPDATE daily_balances SET balance = 5 WHERE user_id = 3",
+            "it says 5, but entry 4 left 997",
+        ),
+        ("UPDATE daily_balances SET version = 7 WHERE user_id = 3", "there is no entry 7"),
+    ],
+)
+async def test_the_audit_names_a_daily_balance_that_differs(
+    house: House, corrupt: str, said: str
+) -> None:
+    """A daily balance that is not what the ledger has is found."""
+    await house.populate(30, 4)
+    await house.run("note-daily-balances")
+    await house.connection.execute(corrupt)
+    day = await house.connection.fetchval("SELECT day::text FROM daily_balances WHERE user_id = 3")
+    with pytest.raises(LedgerMismatchError) as error:
+        await house.run("audit-daily-balances")
+    assert str(error.value) == f"1 of 30 daily balances differs: user 3 on {day}: {said}"
+
+
+# -- what is forgotten ------------------------------------------------------------------------
+
+
+async def test_only_old_refusals_are_forgotten(house: House) -> None:
+    """Not one younger than 7 days, and nothing that was accepted or opened, however old."""
+    await house.connection.execute("""
+        INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+        SELECT outcome || age, outcome, 1, -1, 0, 1, clock_timestamp() - age::interval
+        FROM unnest(ARRAY['opened', 'accepted', 'refused']) AS outcome,
+             unnest(ARRAY['1 min', '6 days 23:59', '7 days 00:01', '400 days']) AS age
+    """)
+    assert await house.run("prune-refused-keys") == "removed 2 refusals older than 7 days"
+    refused = await house.rows("SELECT key FROM idempotency_keys WHERE outcome = 'refused'")
+    assert sorted(refused) == [("refused1 min",), ("refused6 days 23:59",)]
+    others = "SELECT count(*) FROM idempotency_keys WHERE outcome <> 'refused'"
+    assert await house.rows(others) == [(8,)]
+
+
+async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> None:
+    """What is older than 30 days goes, but the last 20 of a job stay, and whatever still runs."""
+    await house.connection.execute("""
+        INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome, server)
+        SELECT 'audit-keys', n, at, at, at, 'succeeded', 'old-' || n
+        FROM generate_series(1, 2500) AS n,
+             LATERAL (SELECT clock_timestamp() - interval '60 days' + n * interval '1 min' AS at)
+        UNION ALL
+        SELECT 'audit-ledger', n, at, at, at, 'lost', 'few-' || n
+        FROM generate_series(1, 20) AS n, (SELECT timestamptz '2020-01-01' AS at)
+        UNION ALL
+        SELECT 'total-days', n, at, at, at, 'failed', 'young-' || n
+        FROM generate_series(1, 30) AS n,
+             LATERAL (SELECT clock_timestamp() - interval '29 days' AS at)
+        UNION ALL
+        SELECT 'record-sizes', 1, at, at, NULL, NULL, 'runs'
+        FROM (SELECT timestamptz '2020-01-01' AS at)
+        UNION ALL
+        SELECT 'record-sizes', n, at, at, at, 'timed_out', 'last-' || n
+        FROM generate_series(2, 22) AS n, (SELECT timestamptz '2020-01-01' AS at)
+    """)
+    await house.connection.execute("""
+        INSERT INTO copies (id, server, seen_at, knows_to, lacks)
+        SELECT gen_random_uuid(), age, clock_timestamp() - age::interval, 1, '{}'
+        FROM unnest(ARRAY['1 s', '23:59', '24:01', '9 days']) AS age
+    """)
+    assert await house.run("prune-history") == (
+        "removed 2 481 runs older than 30 days and 2 copies not seen for a day"
+    )
+    left = {row[0] for row in await house.rows("SELECT server FROM job_runs")}
+    assert left == {
+        *(f"old-{n}" for n in range(2481, 2501)),
+        *(f"few-{n}" for n in range(1, 21)),
+        *(f"young-{n}" for n in range(1, 31)),
+        *("runs", *(f"last-{n}" for n in range(3, 23))),
+    }
+    assert sorted(await house.rows("SELECT server FROM copies")) == [("1 s",), ("23:59",)]
+
+
+# -- what is recorded -------------------------------------------------------------------------
+
+
+async def test_a_daily_balance_is_the_last_of_its_day(house: House) -> None:
+    """One row per user and day, and only when something has changed since the last one."""
+    await house.populate(3, 1)
+    assert await house.run("note-daily-balances") == "looked at 3 users: noted 3 new balances"
+    assert await house.run("note-daily-balances") == "looked at 3 users: noted 0 new balances"
+    await house.connection.fetchrow(CHANGE, 2, -100)
+    assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
+    noted = "SELECT user_id, version, balance FROM daily_balances ORDER BY day, user_id"
+    assert await house.rows(noted) == [(1, 1, 10_000), (2, 2, 900), (3, 1, 1000)]
+    await house.connection.execute("UPDATE daily_balances SET day = day - 1")
+    await house.connection.fetchrow(CHANGE, 3, -1)
+    assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
+    assert (await house.rows(noted))[3:] == [(3, 2, 999)]
+
+
+async def test_days_are_totalled_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries are counted once, whenever they come; a user is active on a day once."""
+    monkeypatch.setattr(summaries, "ENTRIES_AT_ONCE", 7)
+    await house.populate(10, 9)
+    spread = "UPDATE entries SET at = timestamptz '2026-03-01 20:00Z' + version * interval '1 h'"
+    await house.rewrite(spread)
+    assert await house.run("total-days") == "looked at 10 users: counted 90 new entries"
+    assert await house.run("total-days") == "looked at 10 users: counted 0 new entries"
+    assert await days_as_counted(house) == await days_as_they_were(house)
+    assert [tuple(map(int, day[1:])) for day in await days_as_counted(house)] == [
+        (10, 19_000, 20, 0, 20, 10),
+        (0, 0, 60, 0, 60, 10),
+    ]
+    await house.connection.fetchrow(CHANGE, 2, 500)
+    await house.rewrite("UPDATE entries SET at = '2026-03-02 07:00Z' WHERE version = 10")
+    await house.connection.fetchrow(CHANGE, 2, -1)
+    assert await house.run("total-days") == "looked at 10 users: counted 2 new entries"
+    assert await days_as_counted(house) == await days_as_they_were(house)
+
+
+async def days_as_counted(house: House) -> list[tuple[Any, ...]]:
+    return await house.rows("SELECT * FROM daily_totals ORDER BY day")
+
+
+async def days_as_they_were(house: House) -> list[tuple[Any, ...]]:
+    return await house.rows("""
+        SELECT (at AT TIME ZONE 'UTC')::date,
+               count(*) FILTER (WHERE version = 1),
+               coalesce(sum(amount) FILTER (WHERE version = 1), 0),
+               count(*) FILTER (WHERE version > 1),
+               coalesce(sum(amount) FILTER (WHERE version > 1 AND amount > 0), 0),
+               coalesce(-sum(amount) FILTER (WHERE amount < 0), 0),
+               count(DISTINCT user_id)
+        FROM entries GROUP BY 1 ORDER BY 1
+    """)
+
+
+async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> None:
+    """Every table is in the list; growth since the day before is told."""
+    await house.connection.execute("""
+        INSERT INTO table_sizes (at, name, bytes)
+        SELECT clock_timestamp() - age, 'entries', 1
+        FROM unnest(ARRAY[interval '1 day', '25 hours', '89 days', '91 days', '400 days']) AS age
+    """)
+    result = await house.run("record-sizes")
+    assert re.fullmatch(
+        r"measured 13 tables: 0\.(\d) MB, of which \w+ takes 0\.\d MB; "
+        r"0\.\1 MB more than a day before",
+        result,
+    )
+    recorded = "SELECT name FROM table_sizes WHERE at = (SELECT max(at) FROM table_sizes)"
+    tables = "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'"
+    assert sorted(await house.rows(recorded)) == sorted(await house.rows(tables))
+    assert await house.rows("SELECT count(*) FROM table_sizes WHERE bytes = 1") == [(3,)]
+
+
+# -- the planner, and limits ------------------------------------------------------------------
+
+
+async def test_statistics_are_refreshed_where_rows_changed(house: House) -> None:
+    """All tables are known to the job; one that has not changed is left alone."""
+    tables = await house.rows("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
+    assert {name for (name,) in tables} == {*ANALYZE, "alembic_version", "balance_app_version"}
+    assert all(statement == f"ANALYZE (SKIP_LOCKED) {name}" for name, statement in ANALYZE.items())
+    await house.run("refresh-statistics")
+    await house.populate(300, 4)
+    await house.connection.execute("SELECT pg_stat_force_next_flush()")
+    assert re.fullmatch(
+        r"refreshed the statistics of [34] of 11 tables; most had changed in entries: 1 199 rows",
+        await house.run("refresh-statistics"),
+    )
+    known = "SELECT reltuples::int FROM pg_class WHERE oid = 'entries'::regclass"
+    assert await house.rows(known) == [(1200,)]
+
+
+async def test_a_table_that_is_held_is_left_for_the_next_time(
+    house: House, database: dict[str, str]
+) -> None:
+    """The job does not wait for the lock, and does not say that it refreshed the table."""
+    holder = await connect(database)
+    async with holder.transaction():
+        await holder.execute("LOCK TABLE entries IN SHARE UPDATE EXCLUSIVE MODE")
+        assert "of 10 of 11 tables" in await house.run("refresh-statistics")
+    await holder.close()
+
+
+async def test_a_rich_user_is_mentioned(house: House) -> None:
+    """Nothing is wrong with a large balance, but its next deposit may be refused."""
+    await house.populate(5, 1)
+    await house.connection.execute("UPDATE users SET balance = 9007199254740991 WHERE id IN (3, 5)")
+    assert await house.run("watch-limits") == (
+        "watched 7 limits and 5 users: 2 users are near the largest balance, first user 3"
+    )
+
+
+async def test_ids_that_run_out_are_told_in_time(house: House) -> None:
+    """An id beyond 2^53-1 would not be exact in JSON: the run fails well before."""
+    await house.connection.execute("SELECT setval('users_id_seq', 8000000000000000)")
+    with pytest.raises(LimitNearError, match=r"^1 limit near: numbers of users_id_seq 89%$"):
+        await house.run("watch-limits")
+
+
+async def test_a_transaction_that_stays_open_is_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What keeps PostgreSQL from cleaning up makes the run fail."""
+    monkeypatch.setattr(limits, "LIMITS", limits.LIMITS.replace("/ 3600", "/ 0.001"), raising=True)
+    with pytest.raises(LimitNearError, match="the hour that a transaction may last"):
+        await house.run("watch-limits")
+
+
+# -- at size ----------------------------------------------------------------------------------
+
+
+async def test_no_statement_reads_more_than_its_share(house: House) -> None:
+    """With 100 000 entries, half of them one user's, each step reads some thousand rows at most."""
+    await house.populate(10_000, 5)
+    await house.connection.execute("""
+        WITH changed AS (
+            UPDATE users SET balance = balance + 50000, version = version + 50000 WHERE id = 1
+        )
+        INSERT INTO entries (user_id, version, amount, balance)
+        SELECT 1, 5 + n, 1, 9996 + n FROM generate_series(1, 50000) AS n
+    """)
+    await house.run("note-daily-balances")
+    await house.connection.execute("""
+        INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+        SELECT n, 'refused', 1, -1, 0, 1, '2026-01-01' FROM generate_series(1, 20000) AS n
+    """)
+    await house.connection.execute("""
+        INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome)
+        SELECT 'audit-keys', n, '2026-01-01', '2026-01-01', '2026-01-01', 'succeeded'
+        FROM generate_series(1, 20000) AS n
+    """)
+    for analyzed in (False, True):
+        if analyzed:
+            await house.connection.execute("ANALYZE")
+        for sql, *arguments in (
+            (audits.LEDGER, 1, 20_000, 29_991, 2000),
+            (audits.LEDGER, 5000, 0, 0, 2000),
+            (audits.RECORDED, "key-5", 1000),
+            (audits.NOTED, 5000, "2026-01-01", 1000),
+            (summaries.NOTE, 5000, 1000),
+            (summaries.COUNT, 1, 1000, 2000),
+            (summaries.COUNT, 5000, 1000, 2000),
+            (limits.RICH, 5000, 2000, 0.8),
+            (housekeeping.FORGET_REFUSALS, 500),
+            (housekeeping.PRUNE_RUNS, "audit-kex", 1000),
+        ):
+            async with house.connection.transaction():
+                if sql in {housekeeping.FORGET_REFUSALS, housekeeping.PRUNE_RUNS}:
+                    await house.connection.execute(KEEP_TO_INDEX)
+                read = await rows_read(house.connection, sql, *arguments)
+            assert read <= 8000, sql
+    assert await house.run("audit-ledger") == (
+        "checked 100 000 entries of 10 000 users: all balances match"
+    )
+    assert await house.run("total-days") == "looked at 10 000 users: counted 100 000 new entries"
+    assert await days_as_counted(house) == await days_as_they_were(house)
+
+
+async def rows_read(connection: Connection, sql: str, *arguments: object) -> int:
+    """Run a statement; return how many rows of tables it looked at, those it dropped included."""
+    prepared = await connection.prepare(sql)
+    (plan,) = await prepared.explain(*arguments, analyze=True)
+
+    def below(node: dict[str, Any]) -> int:
+        looked_at = 0
+        if "Relation Name" in node and node["Node Type"] != "ModifyTable":
+            each = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+            looked_at = round(each * node["Actual Loops"])
+        return looked_at + sum(below(child) for child in node.get("Plans", ()))
+
+    return below(plan["Plan"])

@@ -1,0 +1,183 @@
+"""Pictures of the page for the README, from a real run: `python -m tests.web.screenshots`.
+
+Five copies run the ten jobs for some minutes, one is killed and comes back, balances change. A run
+lasts a tenth of its usual 120 s, and jobs run ten times as often; then the times in the history are
+drawn out by ten: the picture is the one of half an hour. Needs chromium, takes four minutes.
+"""
+
+import asyncio
+import random
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+import httpx
+from playwright.async_api import Browser
+
+from tests.processes import Copy, connect
+from tests.system.databases import own_postgres
+from tests.web.browser import chromium, live, tab
+from tests.web.smaller import smaller
+
+FOLDER: Final = Path(__file__).parents[2] / "docs" / "screenshots"
+MOST_BYTES: Final = 150_000
+STRETCH: Final = 10
+SECONDS: Final = 185
+KILL_AT: Final = 95
+
+STRETCH_RUNS: Final = """
+UPDATE job_runs SET started_at = now() - $1 * (now() - started_at),
+    ended_at = now() - $1 * (now() - ended_at), due_at = now() - $1 * (now() - due_at)
+WHERE ended_at IS NOT NULL
+"""
+STRETCH_JOBS: Final = """
+UPDATE jobs SET last_started_at = now() - $1 * (now() - last_started_at),
+    last_ended_at = now() - $1 * (now() - last_ended_at)
+"""
+
+
+async def status(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Return what every job and copy does."""
+    answer = await client.get("/api/cron/status")
+    return dict(answer.json())
+
+
+async def keep_busy(client: httpx.AsyncClient) -> None:
+    """Let balances change, some forty times a second, and some changes be refused."""
+    users = [1]
+    for opening in (500, 2_000, 12_000):
+        answer = await client.post("/api/users", json={"balance": opening})
+        users.append(answer.json()["userId"])
+    while True:
+        amount = random.choice([-40, -12, -5, -2, 1, 3, 25])
+        await client.post("/api/balance", json={"userId": random.choice(users), "amount": amount})
+        if random.random() < 0.1:
+            await client.post("/api/balance", json={"userId": 2, "amount": -10_000})
+        await asyncio.sleep(0.02)
+
+
+async def keep_running(client: httpx.AsyncClient, name: str, every_seconds: float) -> None:
+    """Let a job run as often as it would, on a clock that is ten times as fast."""
+    await asyncio.sleep(random.random() * every_seconds)
+    while True:
+        await client.post(f"/api/cron/jobs/{name}/run")
+        await asyncio.sleep(every_seconds)
+
+
+async def run_for_a_while(copies: list[Copy], client: httpx.AsyncClient) -> None:
+    """Make half an hour of history, with a loss in it."""
+    jobs = (await status(client))["jobs"]
+    began = monotonic()
+    tasks = [
+        asyncio.create_task(
+            keep_running(client, job["name"], float(job["schedule"]["text"].split()[1]) / STRETCH)
+        )
+        for job in jobs
+    ]
+    await asyncio.sleep(KILL_AT)
+    await kill_a_busy_one(copies, client)
+    for copy in copies:
+        assert copy.process is not None
+        if copy.process.returncode is not None:
+            await copy.launch()
+    await asyncio.sleep(began + SECONDS - monotonic())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def kill_a_busy_one(copies: list[Copy], client: httpx.AsyncClient) -> None:
+    """End a copy that runs something, but not the one that is asked, and wait until it is lost."""
+    busy: set[str] = set()
+    while not busy:
+        await asyncio.sleep(0.1)
+        seen = (await status(client))["copies"]
+        busy = {copy["server"] for copy in seen if copy["running"]} - {copies[0].name}
+    (victim,) = (copy for copy in copies if copy.name == max(busy))
+    await victim.stop(signal.SIGKILL)
+    await asyncio.sleep(10)
+
+
+async def draw_out(database: dict[str, str]) -> None:
+    """Draw the times of the history out, from now."""
+    connection = await connect(database)
+    for statement in (STRETCH_RUNS, STRETCH_JOBS):
+        await connection.execute(statement, STRETCH)
+    await connection.close()
+
+
+async def start_some(copies: list[Copy], client: httpx.AsyncClient) -> None:
+    """Let half of the jobs run, and one be paused, as soon as none runs."""
+    while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
+        await asyncio.sleep(0.2)
+    names = ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history")
+    # Who is asked looks at once, all others at their next turn.
+    for copy, name in zip(copies, names, strict=True):
+        await client.post(f"{copy.url}/api/cron/jobs/{name}/run")
+    pause = {"by": "ada", "reason": "until the disk is larger"}
+    await client.post("/api/cron/jobs/record-sizes/pause", params=pause)
+    await asyncio.sleep(6)
+
+
+async def take(  # noqa: PLR0913 - what there is to say of a picture
+    browser: Browser,
+    copy: Copy,
+    name: str,
+    *,
+    path: str = "/",
+    width: int = 1280,
+    height: int = 1160,
+    **options: Any,  # noqa: ANN401 - a context's
+) -> None:
+    """Take a picture, and refuse one that is too large for a README."""
+    size = {"width": width, "height": height}
+    async with tab(browser, copy.url, viewport=size, **options) as page:
+        await live(page, path)
+        await asyncio.sleep(2.2)
+        picture = smaller(await page.screenshot())
+    file = FOLDER / f"{name}.png"
+    file.write_bytes(picture)
+    print(f"{file.name:<24} {len(picture) / 1000:>6.1f} kB")
+    if len(picture) > MOST_BYTES:
+        sys.exit(f"{file} is too large.")
+
+
+async def main() -> None:
+    """Run the service, and take the pictures."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    async with own_postgres(max_connections="200") as server, AsyncExitStack() as stack:
+        database = server.environment()
+        copies = [
+            Copy(database, f"app{number}", JOB_MIN_SECONDS=str(120 / STRETCH))
+            for number in range(1, 6)
+        ]
+        for copy in copies:
+            stack.push_async_callback(copy.kill)
+            await copy.launch()
+        await asyncio.gather(*(copy.ready() for copy in copies))
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=copies[0].url, trust_env=False, timeout=30)
+        )
+        busy = asyncio.create_task(keep_busy(client))
+        stack.callback(busy.cancel)
+        await run_for_a_while(copies, client)
+        await draw_out(database)
+        async with chromium() as browser:
+            await start_some(copies, client)
+            await take(browser, copies[0], "overview-light")
+            await take(browser, copies[0], "balances", path="/#balances", height=760)
+            await start_some(copies, client)
+            await take(browser, copies[0], "overview-dark", color_scheme="dark")
+            await start_some(copies, client)
+            await take(browser, copies[0], "phone", width=360, height=780, color_scheme="dark")
+            await take(browser, copies[0], "job", path="/jobs/audit-ledger", height=900)
+            await start_some(copies, client)
+            await kill_a_busy_one(copies, client)
+            await take(browser, copies[0], "after-a-kill")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,431 @@
+"""The page in a real browser: live, honest when it is not, and for everybody."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Browser, Page
+
+from balance_app.local.postgres import EmbeddedPostgres
+from balance_app.web import view_models as views
+from tests.jobs.rows import add_copy, add_job, running
+from tests.processes import Copy
+from tests.system.databases import kill, own_postgres
+from tests.web.browser import chromium, live, says, tab
+from tests.web.site import SECOND, Site, add_example, add_run
+
+PATHS: Final = (
+    *("/", "/jobs", "/jobs/job-failed", "/jobs/job-running/cancel", "/jobs/none"),
+    "/?user=x",
+    "/?did=pause&job=job-paused",
+)
+# What a reload would take away.
+MARK: Final = "window.mark = 1"
+MARKED: Final = "window.mark"
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """A browser for this file."""
+    async with chromium() as running:
+        yield running
+
+
+# -- live ------------------------------------------------------------------------------------
+
+
+async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -> None:
+    """State, tab title, tiles and pictures change as the rows do; clocks tick in between."""
+    copy = await add_copy(site.connection, "app1")
+    await add_job(site.connection, "job-a")
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        await page.evaluate(MARK)
+        await site.connection.execute(
+            "UPDATE jobs SET holder = $1, server = 'app1', started_at = now() - interval '58 s', "
+            "lease_until = now() + interval '1 h', fence = 1, done = 1, total = 4",
+            copy,
+        )
+        await add_run(site.connection, "job-a", None, began_ago=58, fence=1)
+        await says(page, "#job-job-a", "▶ running on app1")
+        await says(page, "#job-job-a", "25 %")
+        await says(page, "#server-app1", "job-a")
+        await says(page, "#job-job-a", "for 1 min 1 s")
+        bar = page.locator("#lane-job-a .bar")
+        before = float((await bar.get_attribute("width") or "").rstrip("%"))
+        await says(page, "#job-job-a", "for 1 min 4 s")
+        assert float((await bar.get_attribute("width") or "").rstrip("%")) > before
+        assert await page.title() == "1 running · balance_app"
+        assert await page.evaluate(MARKED) == 1
+
+
+async def test_a_copy_that_is_killed_is_seen_to_be_lost(
+    database: dict[str, str], tmp_path: Path, browser: Browser
+) -> None:
+    """Its card says so, and what became of its job, which goes on elsewhere."""
+    (tmp_path / "diary").mkdir()
+    copies = [
+        Copy(
+            database,
+            f"app{number}",
+            program=("-m", "tests.jobs.fleet"),
+            FLEET_DIARY=str(tmp_path / "diary"),
+            FLEET_JOBS="2",
+            FLEET_EVERY="3600",
+            FLEET_SECONDS="120",
+            JOB_LEASE_SECONDS="3",
+            JOB_HEARTBEAT_SECONDS="0.5",
+            JOB_SETTLING_SECONDS="2",
+        )
+        for number in (1, 2)
+    ]
+    try:
+        for copy in copies:
+            await copy.launch()
+        for copy in copies:
+            await copy.ready()
+        async with tab(browser, copies[0].url) as page:
+            await live(page)
+            await page.evaluate(MARK)
+            await says(page, "#server-app2", "job-0")
+            await copies[1].stop(signal.SIGKILL)
+            await says(page, "#server-app2", "lost")
+            await says(page, "#server-app2", "runs on app1")
+            await says(page, "#tile-copies", "1 / 2")
+            assert (await page.title()).startswith("1 lost · 1 failed · 2 running")
+            assert await page.locator("#lanes .bar.bad").count() == 1
+            assert await page.evaluate(MARKED) == 1
+    finally:
+        for copy in copies:
+            await copy.kill()
+
+
+async def test_a_restart_is_said_and_then_it_is_live_again(
+    database: dict[str, str], browser: Browser
+) -> None:
+    """While nobody answers it is reconnecting; the page itself is never loaded anew."""
+    copy = Copy(database, JOBS_ENABLED="false")
+    async with copy, tab(browser, copy.url) as page:
+        await live(page)
+        await page.evaluate(MARK)
+        await copy.kill()
+        await says(page, "#state", "reconnecting")
+        assert await page.evaluate("document.body.classList.contains('stale')")
+        await copy.launch()
+        await says(page, "#state", "live")
+        await says(page, "#jobs-list", "There are no jobs.")
+        assert await page.evaluate(MARKED) == 1
+        await copy.stop()
+        await says(page, "#state", "reconnecting")
+
+
+@asynccontextmanager
+async def alone(server: EmbeddedPostgres, browser: Browser) -> AsyncIterator[Page]:
+    """Open a tab to a copy on a server of its own."""
+    async with (
+        Copy(server.environment(), JOBS_ENABLED="false") as copy,
+        tab(browser, copy.url) as page,
+    ):
+        yield page
+
+
+async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None:
+    """The page that was live says so; one that was opened meanwhile becomes whole by itself."""
+    async with own_postgres() as server, alone(server, browser) as late:
+        await kill(server)
+        await late.goto("/")
+        await late.wait_for_selector("#sorry-title")
+        await says(late, "#state", "database away")
+        await late.evaluate(MARK)
+        await server.start()
+        await late.wait_for_selector("#jobs-list")
+        await says(late, "#state", "live")
+        assert await late.evaluate(MARKED) == 1
+        await kill(server)
+        await says(late, "#state", "database away")
+        await server.start()
+        await says(late, "#state", "live")
+
+
+async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> None:
+    """While it is, nothing moves and the page says since when; then it goes on."""
+    await add_job(site.connection, "job-a")
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        await page.get_by_role("button", name="Pause", exact=True).click()
+        await says(page, "#state", "paused at")
+        before = await page.inner_text("main")
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'ada'")
+        await asyncio.sleep(2.5)
+        assert await page.inner_text("main") == before
+        await page.get_by_role("button", name="Go on").click()
+        await says(page, "#job-job-a", "Paused by ada")
+        await says(page, "#state", "live")
+
+
+async def test_focus_and_selection_survive_updates(site: Site, browser: Browser) -> None:
+    """What one has under the finger stays, and no other button slips under it."""
+    copy = await add_copy(site.connection, "app1")
+    await add_job(site.connection, "job-a", done=1, total=9, **running(copy, "app1"))
+    await add_job(site.connection, "job-b")
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        await page.fill("form.change [name=amount]", "12")
+        await page.get_by_role("button", name="Run job-b now").focus()
+        await page.evaluate(
+            "getSelection().selectAllChildren(document.querySelector('#job-job-a .is'))"
+        )
+        await site.connection.execute("UPDATE jobs SET done = 8 WHERE name = 'job-a'")
+        await says(page, "#job-job-a", "88 %")
+        assert await page.evaluate("document.activeElement.id") == "run-job-b"
+        assert "running" in await page.evaluate("getSelection().toString()")
+        assert await page.input_value("form.change [name=amount]") == "12"
+        await site.connection.execute(
+            "UPDATE jobs SET holder = $1, server = 'app1', started_at = now(), fence = 1, "
+            "lease_until = now() + interval '1 h' WHERE name = 'job-b'",
+            copy,
+        )
+        await says(page, "#job-job-b", "running")
+        assert await page.evaluate("document.activeElement.getAttribute('href')") == "/jobs/job-b"
+
+
+async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Browser) -> None:
+    """The script says every duration as the page was written."""
+    seconds = [-90_000, -3_600, -61, -1, -0.4, 0, 0.9, 1, 59.9, 60, 61, 3599, 3600, 86_399, 200_000]
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        for kind, say in views.CLOCKS.items():
+            said = await page.evaluate(
+                "([kind, all]) => all.map((each) => clocks[kind](each))", [kind, seconds]
+            )
+            assert said == [say(each) for each in seconds], kind
+
+
+# -- what one can do -------------------------------------------------------------------------
+
+
+async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None:
+    """Run, pause, resume; a run is cancelled only after a question."""
+    copy = await add_copy(site.connection, "app1")
+    await add_job(site.connection, "job-a")
+    await add_job(site.connection, "job-b", **running(copy, "app1"))
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        await page.evaluate(MARK)
+        await page.get_by_role("button", name="Run job-a now").click()
+        await says(page, "#said", "job-a is to run now")
+        await says(page, "#job-job-a", "asked for")
+        await page.get_by_role("button", name="Pause job-a").click()
+        await says(page, "#job-job-a", "Paused by page")
+        await page.get_by_role("button", name="Resume job-a").click()
+        await says(page, "#said", "job-a goes on with its next tick")
+        cancel = page.get_by_role("button", name="Cancel the run of job-b")
+        await cancel.click()
+        await page.get_by_role("dialog").get_by_text("Let it run").click()
+        assert not await page.get_by_role("dialog").is_visible()
+        assert await site.value("SELECT cancel_by IS NULL FROM jobs WHERE name = 'job-b'")
+        await cancel.click()
+        await says(page, "#ask", "what it did so far is lost")
+        await page.get_by_role("dialog").get_by_role("button", name="Cancel the run").click()
+        await says(page, "#job-job-b", "cancelling")
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
+        await page.get_by_role("button", name="Resume job-a").wait_for()
+        assert await page.evaluate(MARKED) == 1
+        assert page.url == f"{site.copy.url}/"
+
+
+async def test_a_job_without_code_is_forgotten_after_a_question(
+    site: Site, browser: Browser
+) -> None:
+    """Its page has the button; what is left is its history."""
+    await add_job(site.connection, "job-a")
+    await add_run(site.connection, "job-a", "failed", began_ago=60, result="ValueError: dark")
+    async with tab(browser, site.copy.url) as page:
+        await live(page, "/jobs/job-a")
+        await page.get_by_role("button", name="Forget…").click()
+        await page.get_by_role("dialog").get_by_text("Keep it").click()
+        assert await site.value("SELECT forgotten_at IS NULL FROM jobs")
+        await page.get_by_role("button", name="Forget…").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Forget the job").click()
+        await page.get_by_text("had this job forgotten at").wait_for()
+        assert "ValueError: dark" in await page.inner_text("main")
+        assert await site.value("SELECT forgotten_by = 'page' FROM jobs")
+
+
+async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browser) -> None:
+    """A run that ends is in the history at once; a pause may have a name and a reason."""
+    await add_copy(site.connection)
+    await add_job(site.connection, "job-a")
+    async with tab(browser, site.copy.url) as page:
+        await live(page, "/jobs/job-a")
+        await page.get_by_label("Your name").fill("ada")
+        await page.get_by_label("Why").fill("a full disk")
+        await page.get_by_role("button", name="Pause with a reason").click()
+        await says(page, "#job-job-a", "a full disk")
+        assert page.url == f"{site.copy.url}/jobs/job-a"
+        await page.get_by_role("button", name="Resume job-a").click()
+        await says(page, "#job-job-a", "waiting")
+        await page.get_by_role("button", name="Pause job-a").click()
+        await says(page, "#job-job-a", "Paused by ada")  # the name is remembered
+        await add_run(site.connection, "job-a", result="it is done")
+        await site.connection.execute(
+            "UPDATE jobs SET fence = 1, last_outcome = 'succeeded', last_server = 'app1', "
+            "last_started_at = now() - interval '9 s', last_ended_at = now()"
+        )
+        await says(page, "table.history", "it is done")
+
+
+async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
+    """Both are said by the form, in place."""
+    user = await site.open(100)
+    async with tab(browser, site.copy.url) as page:
+        await live(page, f"/?user={user}")
+        await page.evaluate(MARK)
+        await page.get_by_label("Amount").fill("30")
+        await page.get_by_role("button", name="Change it").click()
+        await says(page, "#changed", f"Done: withdrew 30. User {user} then had 70.")
+        await says(page, ".balance", "70")
+        await page.get_by_label("Amount").fill("71")
+        await page.get_by_role("button", name="Change it").click()
+        await says(page, "#changed", "1 more would be needed. Nothing was changed.")
+        assert await page.evaluate(MARKED) == 1
+        assert await site.value("SELECT balance FROM users WHERE id = $1", int(user)) == 70
+
+
+async def test_everything_works_without_scripts(site: Site, browser: Browser) -> None:
+    """The page is a whole picture, and each button a form."""
+    await add_example(site.connection)
+    user = await site.open(100)
+    async with tab(browser, site.copy.url, java_script_enabled=False) as page:
+        await page.goto("/")
+        assert "Load the page again for a newer one." in await page.inner_text("main")
+        for row in ("running on app1 for 40 s 25 %", "waiting in 1 min", "in 30 s on app2"):
+            assert row in " ".join((await page.inner_text("#jobs-list")).split())
+        assert await page.locator("#lanes .bar").count() == 7
+        assert not await page.locator("#pause").is_visible()
+        await page.locator("#pause-job-waiting").click()
+        assert "job-waiting is paused" in await page.inner_text("#said")
+        await page.locator("#resume-job-waiting").click()
+        await page.locator("#run-job-waiting").click()
+        assert "asked for" in await page.inner_text("#job-job-waiting")
+        await page.locator("#cancel-job-running").click()
+        assert await page.title() == "Cancel job-running? · balance_app"
+        await page.get_by_role("button", name="Cancel the run").click()
+        assert "cancelling" in await page.inner_text("#job-job-running")
+        await page.goto(f"/?user={user}")
+        await page.get_by_label("Amount").fill("1000")
+        await page.get_by_role("button", name="Change it").click()
+        assert "900 more would be needed" in await page.inner_text("#changed")
+        await page.get_by_label("Amount").fill("1")
+        await page.get_by_role("button", name="Change it").click()
+        assert f"User {user} then had 99." in await page.inner_text("#changed")
+
+
+# -- for everybody ---------------------------------------------------------------------------
+
+
+async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
+    """Skip to the content, reach a job, a button, a bar; Enter does it; Escape lets it be."""
+    await add_example(site.connection)
+    async with tab(browser, site.copy.url) as page:
+        await live(page)
+        await page.keyboard.press("Tab")
+        assert await focused(page) == "Skip to the content"
+        await page.keyboard.press("Enter")
+        seen = []
+        for _ in range(60):
+            await page.keyboard.press("Tab")
+            seen.append(await focused(page))
+        order = [
+            *("copies live", "job-running", "Cancel the run of job-running", "Pause job-running"),
+            "Run job-waiting now",
+        ]
+        places = [seen.index(each) for each in order]
+        assert places == sorted(places)
+        assert any(each.startswith("job-failed ran on app2 from") for each in seen)
+        assert any(each.startswith("job-running has been running on app1") for each in seen)
+        await page.locator("#cancel-job-running").focus()
+        await page.keyboard.press("Enter")
+        await page.get_by_role("dialog").wait_for()
+        assert await focused(page) == "Let it run"
+        await page.keyboard.press("Escape")
+        assert not await page.get_by_role("dialog").is_visible()
+        assert await focused(page) == "Cancel the run of job-running"
+        await page.locator("#pause-job-waiting").focus()
+        await page.keyboard.press("Enter")
+        await says(page, "#job-job-waiting", "Paused by page")
+
+
+async def focused(page: Page) -> str:
+    said: str = await page.evaluate(
+        "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText "
+        "|| document.activeElement.tagName).trim()"
+    )
+    return said
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> None:  # noqa: ANN401
+    """No violation of its rules for WCAG 2 A and AA, contrast included, on any page."""
+    await add_example(site.connection)
+    gone = await add_copy(site.connection, "app3", seen_seconds_ago=20)
+    await add_run(site.connection, "job-waiting", "lost", began_ago=50, server="app3", holder=gone)
+    async with tab(browser, site.copy.url, color_scheme=theme) as page:
+        for path in PATHS:
+            await page.goto(path)
+            if await page.locator("#pause").is_visible():
+                await says(page, "#state", "live")
+            found = await Axe().run(page)
+            assert found.violations_count == 0, (path, found.generate_report())
+        await page.goto("/")
+        await page.locator("#cancel-job-running").click()
+        await says(page, "#ask", "Let it run")
+        found = await Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.mark.parametrize(
+    ("width", "scale"), [pytest.param(360, 1, id="360 px"), pytest.param(640, 2, id="200 %")]
+)
+async def test_nothing_is_cut_off_where_it_is_narrow(
+    site: Site, browser: Browser, width: int, scale: int
+) -> None:
+    """No page has to be moved sideways, and every button can be seen."""
+    await add_example(site.connection)
+    await add_job(
+        site.connection,
+        "a-job-with-a-very-long-name-that-is-as-long-as-a-name-may-be-xyz",
+        due_at=-SECOND * 90_000,
+    )
+    size = {"width": width, "height": 700}
+    async with tab(browser, site.copy.url, viewport=size, device_scale_factor=scale) as page:
+        for path in PATHS:
+            await page.goto(path)
+            wide = await page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, (path, wide)
+            out = await page.evaluate(
+                """() => [...document.querySelectorAll('th, td, li, dd, button, input, a')].filter(
+                    (each) => {
+                        const box = each.getBoundingClientRect();
+                        return each.checkVisibility() && !each.closest('svg, .skip') && box.width
+                            && (box.right > innerWidth + 1 || box.left < -1
+                                || (each.clientWidth && each.scrollWidth > each.clientWidth + 1));
+                    }).map((each) => each.outerHTML)"""
+            )
+            assert out == [], path
+
+
+async def test_who_wants_no_motion_gets_none(site: Site, browser: Browser) -> None:
+    """`prefers-reduced-motion` stops the only thing that moves by itself."""
+    for wish, name in (("reduce", "none"), ("no-preference", "beat")):
+        async with tab(browser, site.copy.url, reduced_motion=wish) as page:
+            await live(page)
+            animation = await page.evaluate(
+                "getComputedStyle(document.querySelector('#state > span')).animationName"
+            )
+            assert animation == name

@@ -1,0 +1,585 @@
+"""What the pages say, without a browser: every section, every refusal, nothing that is obeyed."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from secrets import token_hex
+from typing import Final
+
+import httpx
+import pytest
+
+from balance_app.local.postgres import EmbeddedPostgres
+from balance_app.web import view_models as views
+from tests.jobs.rows import add_copy, add_job, insert, running
+from tests.processes import Copy
+from tests.system.databases import kill, own_postgres
+from tests.web.site import SECOND, Site, Tags, add_example, add_run, text
+
+HOSTILE: Final = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{7*7}}&amp;"
+STATES: Final = {
+    "job-running": ("▶ running on app1", "progress of job-running", "25 %", "row 30", "Cancel…"),
+    "job-cancelled": ("▶ cancelling on app2", "ada asked for its end."),
+    "job-waiting": ("○ waiting", "in 1 min", "Run now", "Last 5 runs: 5 succeeded"),
+    "job-overdue": ("! overdue", "since 10 min"),
+    "job-paused": ("‖ paused", "Paused by ada at", "a full disk", "Resume"),
+    "job-failed": ("✕ failed", "1 min ago", "in 30 s on app2"),
+}
+
+
+async def test_every_state_is_told_by_a_symbol_and_a_word(site: Site) -> None:
+    """A job's row says what it does, where, for how long, and what became of its last run."""
+    await add_example(site.connection)
+    html = await site.page()
+    for job, said in STATES.items():
+        row = text(html, f"job-{job}")
+        for each in said:
+            assert each in row, (job, each, row)
+    assert text(html, "strip") == (
+        "copies live 2 / 2 running 2 waiting 3 paused 1 overdue 1 failed in 24 h 1"
+    )
+    assert "<title>1 overdue · 1 failed · 2 running · balance_app</title>" in html
+
+
+async def test_copies_are_shown_with_what_they_run(site: Site) -> None:
+    """A card per server: its running jobs, the age of its last sign of life."""
+    await add_example(site.connection)
+    html = await site.page()
+    assert re.search(r"app1 .*last sign of life 0 s job-running 4\d s", text(html, "server-app1"))
+    assert "job-cancelled" in text(html, "server-app2")
+
+
+async def test_a_lost_copy_is_shown_with_what_became_of_its_jobs(site: Site) -> None:
+    """Each job that it took with it is told by what it does now."""
+    gone = await add_copy(site.connection, "app3", seen_seconds_ago=30)
+    heir = await add_copy(site.connection, "app1")
+    await add_job(site.connection, "job-a", **running(heir, "app1", seconds=10))
+    await add_job(site.connection, "job-b")
+    for job in ("job-a", "job-b"):
+        await add_run(
+            site.connection, job, "lost", began_ago=50, seconds=25, server="app3", holder=gone
+        )
+    card = text(await site.page(), "server-app3")
+    assert re.search(r"✕ lost 3\d s ago", card)
+    assert "job-a runs on app1" in card
+    assert "job-b waits for a copy" in card
+    assert "1 / 2" in text(await site.page(), "strip")
+    await add_copy(site.connection, "app3", up_seconds=4)
+    card = text(await site.page(), "server-app3")
+    assert re.search(r"Before it came back \d s ago, it lost: job-", card)
+    assert "job-a runs on app1" in card
+    assert "✕" not in card
+
+
+async def test_the_last_half_hour_has_a_lane_per_job_and_a_sentence_per_run(site: Site) -> None:
+    """Failures are hatched; what ended before is not there; every bar can be reached."""
+    await add_example(site.connection)
+    await add_run(site.connection, "job-failed", began_ago=1900)
+    html = await site.page()
+    assert text(html, "lanes").count("ran on app1 from") == 5 * 2  # as label and as tooltip
+    lane = re.search(r'<li id="lane-job-failed">.*?</li>', html, re.DOTALL)
+    assert lane is not None
+    assert lane[0].count("<a ") == 2  # the job, and the only run of the last half hour
+    assert 'fill="url(#hatch)"' in lane[0]
+    assert "(30 s) and failed: ZeroDivisionError: division by zero" in lane[0]
+    bar = re.search(r'data-from="([\d.]+)" width="([\d.]+)%"', html)
+    assert bar is not None
+    assert 2.0 < float(bar[2]) < 3.5  # 40 s of 1800
+
+
+async def test_failures_are_listed_with_their_errors(site: Site) -> None:
+    """The latest first."""
+    await add_example(site.connection)
+    await add_run(site.connection, "job-waiting", "timed_out", began_ago=30, result="too slow")
+    html = text(await site.page(), "failures-list")
+    assert html.index("timed out job-waiting") < html.index("failed job-failed")
+    assert "too slow" in html
+    assert "ZeroDivisionError" in html
+
+
+async def test_nothing_is_said_in_sentences(site: Site) -> None:
+    """Empty lists say what it means that they are empty."""
+    html = text(await site.page())
+    for sentence in (
+        "No copy that runs jobs was seen in the last minute: nothing starts until one comes up.",
+        "There are no jobs.",
+        "Nothing has failed in the last 24 hours.",
+        "There was none yet.",
+    ):
+        assert sentence in html
+
+
+async def test_totals_are_counted_and_the_last_audit_told(site: Site) -> None:
+    """Few users are summed up at once; the audit's own sentence is repeated."""
+    await add_job(
+        site.connection,
+        "audit-ledger",
+        last_outcome="failed",
+        last_server="app1",
+        last_started_at=-200 * SECOND,
+        last_ended_at=-180 * SECOND,
+        last_result="1 of 2 entries differs: user 1",
+    )
+    totals = text(await site.page(), "totals")
+    users = await site.value("SELECT count(*) FROM users")
+    balance = await site.value("SELECT sum(balance) FROM users")
+    assert f"users {users} all balances {views.number(balance)}".replace("\u202f", " ") in totals
+    assert "✕ failed 3 min ago" in totals
+    assert "1 of 2 entries differs: user 1" in totals
+
+
+async def test_what_comes_from_outside_is_shown_and_never_obeyed(site: Site) -> None:
+    """Names, notes, reasons, results and servers are text, on every page."""
+    server = "a<b>\"'&{{7*7}}"
+    copy = await add_copy(site.connection, server)
+    await add_job(
+        site.connection,
+        "job-hostile",
+        description=HOSTILE,
+        note=HOSTILE,
+        done=1,
+        total=None,
+        last_outcome="failed",
+        last_server=server,
+        last_started_at=-9 * SECOND,
+        last_ended_at=-5 * SECOND,
+        last_result=HOSTILE,
+        **running(copy, server),
+    )
+    await add_job(
+        site.connection, "job-paused", paused_at=-SECOND, paused_by=HOSTILE, pause_reason=HOSTILE
+    )
+    await add_run(site.connection, "job-hostile", "failed", result=HOSTILE, server=server)
+    for path in (
+        "/",
+        "/jobs",
+        "/jobs/job-hostile",
+        "/jobs/job-hostile/cancel",
+        f"/?user={HOSTILE}&before={HOSTILE}&entry={HOSTILE}&did={HOSTILE}&job={HOSTILE}",
+        f"/jobs?name={HOSTILE}&state={HOSTILE}&after=",
+        f"/jobs/job-hostile?did=run&job={HOSTILE}",
+    ):
+        html = await site.page(path)
+        assert "{{7*7}}" in html or HOSTILE not in path, path
+        assert "49" not in re.sub(r"[\d:.]{3,}", "", text(html, "main")), path
+        for tag, given in Tags(html).found:
+            assert tag not in {"img", "iframe", "b<b>"}, path
+            assert not [name for name in given if name.startswith("on")], path
+            assert tag != "script" or (given["src"] or "").startswith("/static/"), path
+            assert "style" not in given, path
+    html = await site.page("/jobs/job-hostile")
+    assert text(html).count("<script>alert(1)</script>") >= 3
+    for path in ("/jobs/" + HOSTILE.replace("/", ""), f"/jobs/job-hostile?outcome={HOSTILE}"):
+        answer = await site.client.get(path)
+        assert answer.status_code in {404, 422}
+        assert "<script>alert" not in answer.text
+
+
+async def test_every_page_allows_its_own_files_only(site: Site) -> None:
+    """No scripts or styles but the service's own, no frames around it, nothing kept."""
+    await add_job(site.connection, "job-a")
+    answers = [
+        await site.client.get(path)
+        for path in ("/", "/jobs", "/jobs/job-a", "/jobs/job-a/cancel", "/jobs/none")
+    ]
+    answers.append(await site.send("/jobs/none/run"))
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'self';")
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "same-origin"
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+
+
+async def test_files_are_kept_by_browsers_while_their_content_is_the_same(site: Site) -> None:
+    """An address that names the content never changes; nothing else is served."""
+    html = await site.page()
+    addresses = re.findall(r'(?:src|href)="(/static/[^"]+)"', html)
+    assert len(addresses) == 4
+    for address in addresses:
+        answer = await site.client.get(address)
+        assert "immutable" in answer.headers["cache-control"]
+        later = await site.client.get(address.partition("?")[0] + "?v=other")
+        assert later.headers["cache-control"] == "no-cache"
+    for path in ("/static/none.css", "/static/..%2fpages.py", "/static/"):
+        assert (await site.client.get(path)).status_code == 404
+    licence = (await site.client.get("/static/idiomorph-0.7.4.min.js")).text[:800]
+    assert "idiomorph 0.7.4" in licence
+    assert "Zero-Clause BSD" in licence
+
+
+# -- a job's own page ------------------------------------------------------------------------
+
+
+async def test_a_jobs_page_tells_its_history_page_by_page(site: Site) -> None:
+    """The latest runs first, filtered by outcome; the way to the runs before is a link."""
+    await add_job(
+        site.connection,
+        "job-a",
+        description="Counts.\n\nEach of them.",
+        fence=31,
+        checkpoint='{"row": 17}',
+    )
+    for number in range(30):
+        await add_run(
+            site.connection,
+            "job-a",
+            "lost" if number % 10 == 0 else "succeeded",
+            began_ago=3000 - 100 * number,
+            result=f"run {number}",
+        )
+    html = await site.page("/jobs/job-a")
+    assert "Counts. Each of them." in text(html)
+    assert [f"run {number} " in text(html) for number in (29, 5, 4)] == [True, True, False]
+    assert '{"row": 17}' in text(html)
+    assert "How long the last 30 runs took: the shortest 20 s" in text(html)
+    (earlier,) = re.findall(r'href="([^"#]+)[^"]*">Earlier runs', html)
+    older = text(await site.page(earlier))
+    assert "run 4 " in older
+    assert "run 5 " not in older
+    lost = text(await site.page("/jobs/job-a?outcome=lost"))
+    assert [f"run {number}" in lost for number in (0, 10, 20, 21)] == [True, True, True, False]
+    none = text(await site.page("/jobs/job-a?outcome=failed"))
+    assert "No run of job-a has failed." in none
+
+
+async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -> None:
+    """It is told by its number and its end, and is no run in any picture."""
+    await add_job(site.connection, "job-a")
+    await insert(
+        site.connection,
+        "job_runs",
+        job="job-a",
+        due_at=-900 * SECOND,
+        last_due_at=-300 * SECOND,
+        ticks=3,
+        started_at=-200 * SECOND,
+        ended_at=-200 * SECOND,
+        outcome="skipped",
+        result="paused by ada",
+    )
+    html = await site.page("/jobs/job-a")
+    assert re.search(r"□ skipped . . 3 ticks up to [-\d: ]+UTC: paused by ada", text(html))
+    assert "It has not run yet." in text(html)
+    assert "no runs yet" in text(await site.page(), "job-job-a")
+
+
+async def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
+    """A sentence, a way back, and the right status."""
+    html = await site.page("/jobs/none", 404)
+    assert "There is no job none." in text(html)
+    assert 'href="/"' in html
+    assert "Wrong in query:before" in text(await site.page("/jobs/none?before=x", 422))
+
+
+# -- many jobs -------------------------------------------------------------------------------
+
+MANY: Final = """
+INSERT INTO jobs (name, schedule, description, due_at, ready_at, last_outcome, last_server,
+                  last_started_at, last_ended_at)
+SELECT format('job-%s', lpad(n::text, 5, '0')), 'every 300 s', '', now() + interval '1 day',
+       now() + interval '1 day', CASE n % 1000 WHEN 7 THEN 'failed' ELSE 'succeeded' END, 'app1',
+       now(), now()
+FROM generate_series(1, 10000) AS n
+"""
+
+
+async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
+    """Those that matter most are shown, all others are found by name and state."""
+    await site.connection.execute(MANY)
+    await add_copy(site.connection)
+    await add_job(site.connection, "zz-overdue", due_at=-600 * SECOND)
+    html = await site.page()
+    rows = re.findall(r'<tr id="job-([^"]+)"', html)
+    assert len(rows) == 50
+    assert rows[:2] == ["zz-overdue", "job-00007"]
+    assert "50 of 10\u202f001" in html
+    assert len((await site.client.get("/")).content) < 150_000
+    first = await site.page("/jobs?name=job-0")
+    (more,) = re.findall(r'href="([^"]+)">More jobs', first)
+    second = await site.page(more.replace("&amp;", "&"))
+    assert "job-00100" in text(first)
+    assert "job-00100" not in text(second)
+    assert "job-00101" in text(second)
+    failed = re.findall(
+        r'<th scope="row"><a href="/jobs/([^"]+)', await site.page("/jobs?state=failed")
+    )
+    assert len(failed) == 10
+    assert "No job is like that." in text(await site.page("/jobs?name=none"))
+
+
+# -- forms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "columns", "fact"),
+    [
+        ("run", {}, "requested_by = 'ada' AND ready_at <= clock_timestamp()"),
+        ("pause", {}, "paused_by = 'ada' AND pause_reason = 'why <not>'"),
+        ("resume", {"paused_at": -SECOND, "paused_by": "bob"}, "paused_at IS NULL"),
+        ("cancel", {"running": True}, "cancel_by = 'ada'"),
+    ],
+)
+async def test_a_job_is_steered_by_a_form(
+    site: Site, what: str, columns: dict[str, object], fact: str
+) -> None:
+    """The answer leads back to the page, which says what was done."""
+    copy = await add_copy(site.connection)
+    if columns.pop("running", False):
+        columns = running(copy, "app1")
+    await add_job(site.connection, "job-a", **columns)
+    more = {"reason": "why <not>"} if what == "pause" else {}
+    answer = await site.send(f"/jobs/job-a/{what}", by="ada", **more)
+    assert (answer.status_code, answer.headers["location"]) == (
+        303,
+        f"/?did={what}&job=job-a#job-job-a",
+    )
+    assert await site.value(f"SELECT {fact} FROM jobs")  # noqa: S608 - written above
+    assert "job-a" in text(await site.page(answer.headers["location"]), "said")
+
+
+async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
+    """The page asks first; what is left is a page with its history. Others have no such button."""
+    await add_job(site.connection, "moon")
+    await add_run(site.connection, "moon", "failed", began_ago=60, result="ValueError: dark")
+    assert 'action="/jobs/moon/forget"' in await site.page("/jobs/moon")
+    assert "Forget moon?" in text(await site.page("/jobs/moon/forget"), "question")
+    answer = await site.send("/jobs/moon/forget", by="ada", back="job")
+    assert answer.status_code == 303
+    page = text(await site.page(answer.headers["location"]))
+    assert "ada had this job forgotten at" in page
+    assert "ValueError: dark" in page
+    assert "moon" not in text(await site.page("/jobs"))
+    await add_job(site.connection, "sun")
+    await add_copy(site.connection)
+    assert "/forget" not in await site.page("/jobs/sun")
+    assert "can't be forgotten" in text(await site.page("/jobs/sun/forget"), "question")
+    answer = await site.send("/jobs/sun/forget", by="ada", back="job")
+    assert answer.status_code == 409
+    assert "a live instance has its code" in answer.text
+
+
+async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
+    """On the question, on the row, and in the answer."""
+    copy = await add_copy(site.connection)
+    await add_job(site.connection, "moon", **running(copy, "app1"), work_ended_at=-2 * SECOND)
+    assert "Its work is done" in text(await site.page("/jobs/moon/cancel"), "question")
+    assert "Its work is done" in text(await site.page(), "job-moon")
+    answer = await site.send("/jobs/moon/cancel", by="ada")
+    said = text(await site.page(answer.headers["location"]), "said")
+    assert said.startswith("Nothing was cancelled: the work of moon was done already.")
+
+
+async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
+    """A job's own page stays the page one is on."""
+    await add_job(site.connection, "job-a")
+    own = {"Referer": f"{site.copy.url}/jobs/job-a"}
+    answer = await site.client.post("/jobs/job-a/pause", data={"by": "a"}, headers=own)
+    assert answer.headers["location"].startswith("/jobs/job-a?did=pause")
+    again = await site.client.post("/jobs/job-a/run", data={"by": "a"}, headers=own)
+    assert again.status_code == 409
+    assert "Not done. Job job-a was paused by a." in text(again.text, "said")
+    assert "Durations" in again.text
+    question = await site.page("/jobs/job-a/cancel", headers=own)
+    assert "there is nothing to cancel" in text(question)
+
+
+async def test_what_can_not_be_done_is_said_on_the_page(site: Site) -> None:
+    """A refusal has its status, and the page is all there."""
+    await add_example(site.connection)
+    for call, sentence in (
+        ("job-running/run", "Not done. Job job-running was not started: it runs already on app1"),
+        ("job-paused/run", "Not done. Job job-paused was paused by ada."),
+        ("job-waiting/cancel", "Not done. Job job-waiting does not run: it is waiting."),
+    ):
+        answer = await site.send(f"/jobs/{call}", by="ada")
+        assert answer.status_code == 409
+        assert text(answer.text, "said").startswith(sentence)
+        assert 'id="job-job-waiting"' in answer.text
+
+
+BEFORE: Final = """
+SELECT (SELECT jsonb_agg(j ORDER BY name) FROM jobs j), (SELECT jsonb_agg(u) FROM users u)
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "change"),
+    [
+        (403, {"headers": {"Sec-Fetch-Site": "cross-site"}}),
+        (403, {"headers": {"Origin": "https://elsewhere.example"}}),
+        (415, {"json": {"by": "ada"}}),
+        (415, {"content": b"by=ada"}),
+        (400, {"content": b"by=a&by=b", "headers": {"Content-Type": "FORM"}}),
+        (400, {"content": b"by=%ff%fe", "headers": {"Content-Type": "FORM"}}),
+        (400, {"content": b"by=\xff", "headers": {"Content-Type": "FORM"}}),
+        (
+            400,
+            {
+                "content": b"&".join(b"f%d=1" % n for n in range(30)),
+                "headers": {"Content-Type": "FORM"},
+            },
+        ),
+        (413, {"content": b"by=" + b"a" * 20_000, "headers": {"Content-Type": "FORM"}}),
+    ],
+)
+async def test_forms_of_other_sites_and_bad_forms_do_nothing(
+    site: Site, status: int, change: dict[str, dict[str, str]]
+) -> None:
+    """They are refused with a page, and no row changes."""
+    await add_job(site.connection, "job-a")
+    options = {**change}
+    headers = dict(change.get("headers", {}))
+    if headers.get("Content-Type") == "FORM":
+        headers["Content-Type"] = "application/x-www-form-urlencoded"
+    options["headers"] = headers
+    if status == 403:
+        options["data"] = {"by": "ada", "user": "1", "what": "add", "amount": "1", "key": "k"}
+    before = await site.connection.fetchrow(BEFORE)
+    for path in ("/jobs/job-a/pause", "/change"):
+        answer = await site.client.post(path, **options)  # type: ignore[arg-type]
+        assert answer.status_code == status, answer.text
+        assert answer.headers["content-type"].startswith("text/html")
+    assert await site.connection.fetchrow(BEFORE) == before
+
+
+async def test_a_name_that_can_not_be_shown_is_refused(site: Site) -> None:
+    """As the API does."""
+    await add_job(site.connection, "job-a")
+    for fields in ({"by": "a\u202eb"}, {"by": "x" * 101}, {"by": "a", "surprise": "1"}):
+        answer = await site.send("/jobs/job-a/pause", **fields)
+        assert answer.status_code == 422
+    assert await site.value("SELECT paused_at IS NULL FROM jobs")
+    assert (await site.send("/jobs/job-a/pause", by="")).status_code == 303
+    assert await site.value("SELECT paused_by FROM jobs") == "api"
+
+
+def field(html: str, name: str) -> str:
+    """Return what a field of the form for changes holds."""
+    form = html[html.index('action="/change"') :]
+    found = re.search(rf'name="{name}"[^>]*value="([^"]*)"', form)
+    assert found is not None
+    return found[1]
+
+
+async def test_a_change_is_made_once_and_told_by_the_ledger(site: Site) -> None:
+    """Sent twice with the key of the form, it takes effect once; the page tells what it left."""
+    user = await site.open()
+    key = field(await site.page(), "key")
+    for _ in range(2):
+        answer = await site.send("/change", user=user, what="withdraw", amount="1 500", key=key)
+        assert (answer.status_code, answer.headers["location"]) == (
+            303,
+            f"/?user={user}&entry=2#balances",
+        )
+    html = await site.page(answer.headers["location"])
+    assert text(html, "changed") == f"Done: withdrew 1 500. User {user} then had 8 500."
+    assert f"User {user} has 8 500 after 2 entries" in text(html)
+    assert re.search(r"2 .1\s500 8\s500 \d{4}-", text(html))
+    assert field(html, "key") != key
+    assert await site.value("SELECT balance FROM users WHERE id = $1", int(user)) == 8500
+
+
+TOO_MUCH: Final = (
+    "Not done: user 1 has 10 000, so 10 001 can't be withdrawn. 1 more would be needed. "
+    "Nothing was changed."
+)
+TOO_MANY: Final = (
+    "Not done: user 1 has 10 000, and 9 007 199 254 740 991 more would pass what a balance can "
+    "hold by 10 000. Nothing was changed."
+)
+NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "sentence"),
+    [
+        ({"amount": "10001"}, 409, TOO_MUCH),
+        ({"what": "add", "amount": "9007199254740991"}, 409, TOO_MANY),
+        ({"user": "404404"}, 404, "Not done. There is no user 404404."),
+        ({"user": "me"}, 422, "Not done: a user's number is a whole number above 0."),
+        ({"amount": "-5"}, 422, NO_AMOUNT),
+        ({"amount": "1.5"}, 422, NO_AMOUNT),
+        ({"amount": "0"}, 422, NO_AMOUNT),
+        ({"amount": "9007199254740992"}, 422, NO_AMOUNT),
+        ({"what": "double"}, 422, NO_AMOUNT),
+    ],
+)
+async def test_a_refused_change_is_said_as_a_person_would(
+    site: Site, fields: dict[str, str], status: int, sentence: str
+) -> None:
+    """The sentence stands by the form, which keeps what was typed; nothing is changed."""
+    entries = await site.value("SELECT count(*) FROM entries")
+    sent = {"user": "1", "what": "withdraw", "amount": "5", **fields}
+    answer = await site.send("/change", key=token_hex(8), **sent)
+    assert answer.status_code == status
+    assert text(answer.text, "changed") == sentence
+    assert field(answer.text, "amount") == sent["amount"]
+    assert field(answer.text, "user") == sent["user"]
+    assert await site.value("SELECT count(*) FROM entries") == entries
+
+
+async def test_a_user_is_looked_up(site: Site) -> None:
+    """The latest entries first, and the way to those before."""
+    user = await site.open()
+    for number in range(12):
+        await site.client.post("/api/balance", json={"userId": int(user), "amount": number + 1})
+    html = await site.page(f"/?user={user}")
+    assert "The latest 8 entries" in text(html)
+    (earlier,) = re.findall(r'href="([^"#]+)[^"]*">Earlier entries', html)
+    assert "+10 000" in text(await site.page(earlier.replace("&amp;", "&")))
+    for other, sentence in (("7777", "There is no user 7777."), ("x", "A user's number is")):
+        assert sentence in text(await site.page(f"/?user={other}"))
+
+
+# -- when the database is away ----------------------------------------------------------------
+
+
+async def until(
+    what: Callable[[httpx.Response], bool], client: httpx.AsyncClient
+) -> httpx.Response:
+    """Get the page until it is so."""
+    async with asyncio.timeout(30):
+        while not what(answer := await client.get("/")):  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.1)
+    return answer
+
+
+@asynccontextmanager
+async def alone(server: EmbeddedPostgres) -> AsyncIterator[httpx.AsyncClient]:
+    """Run a copy without jobs on a server of its own."""
+    async with (
+        Copy(server.environment(), JOBS_ENABLED="false") as copy,
+        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+    ):
+        yield client
+
+
+async def test_without_its_database_the_page_still_comes() -> None:
+    """503 and a sentence; what was seen before is shown as such; it goes on by itself."""
+    async with own_postgres() as server, alone(server) as client:
+        await kill(server)
+        answer = await until(lambda answer: answer.status_code == 503, client)
+        assert answer.headers["retry-after"] == "1"
+        assert 'data-stream="/live"' in answer.text
+        assert "goes on by itself" in text(answer.text)
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        form = {"user": "1", "what": "add", "amount": "1", "key": "k"}
+        assert (await client.post("/change", data=form)).status_code == 503
+        assert (await client.get("/jobs/any")).status_code == 503
+        await server.start()
+        seen = await until(lambda answer: answer.status_code == 200, client)
+        assert "There are no jobs." in text(seen.text)
+        await kill(server)
+        answer = await until(lambda answer: answer.status_code == 503, client)
+        assert "What is below was seen before that." in text(answer.text, "said")
+        assert "There are no jobs." in text(answer.text)
+        refused = await client.post("/change", data=form)
+        assert refused.status_code == 503
+        assert "amount" in refused.text
+        await server.start()
+        await until(lambda answer: answer.status_code == 200, client)

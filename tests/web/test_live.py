@@ -1,0 +1,287 @@
+"""The stream: what has changed and nothing else, one statement a tick, whoever watches."""
+
+import asyncio
+import re
+import signal
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from time import monotonic
+from typing import Any, Final
+
+import httpx
+import psutil
+import pytest
+from pydantic_core import from_json
+
+from tests.jobs.rows import add_copy, add_job, running
+from tests.processes import Copy
+from tests.web.site import SECOND, Site, add_example, add_run, text
+
+FIRST_LOAD_BYTES: Final = 60_000
+UPDATE_BYTES: Final = 5_000
+
+
+class Watch:
+    """One viewer: its events, and what came over the wire."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self.answer = answer
+        self.packed = answer.headers.get("content-encoding") == "gzip"
+        self._unpack = zlib.decompressobj(31)
+        self._chunks = answer.aiter_raw()
+        self._text = ""
+        self.bytes = 0
+        self.last_id = ""
+
+    async def chunk(self) -> bool:
+        """Read on; False at the end."""
+        async for chunk in self._chunks:
+            self.bytes += len(chunk)
+            self._text += (self._unpack.decompress(chunk) if self.packed else chunk).decode()
+            return True
+        return False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the compressed stream came to its end, and its sums agree."""
+        return self._unpack.eof
+
+    async def event(self) -> dict[str, Any]:
+        """Return the next event that carries something."""
+        async with asyncio.timeout(20):
+            while True:
+                while "\n\n" not in self._text:
+                    assert await self.chunk()
+                event, _, self._text = self._text.partition("\n\n")
+                fields = dict(line.split(": ", 1) for line in event.splitlines())
+                if "data" in fields:
+                    self.last_id = fields.get("id", "")
+                    return {"kind": fields["event"], **from_json(fields["data"])}
+
+    async def until(self, id_: str) -> str:
+        """Return the element with this id when it comes."""
+        while True:
+            html = (await self.event())["html"]
+            if id_ in html:
+                return str(html[id_])
+
+
+@asynccontextmanager
+async def watch(
+    url: str, query: str = "", *, packed: bool = True, last_id: str = ""
+) -> AsyncIterator[Watch]:
+    headers = {"Accept-Encoding": "gzip" if packed else "identity"}
+    if last_id:
+        headers["Last-Event-ID"] = last_id
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=20) as client,
+        client.stream("GET", f"{url}/live{query}", headers=headers) as answer,
+    ):
+        assert answer.status_code == 200
+        yield Watch(answer)
+
+
+def version(html: str) -> str:
+    found = re.search(r'data-stream="/live\?(?:job=[a-z0-9-]+&amp;)?since=([^"]+)"', html)
+    assert found is not None
+    return found[1]
+
+
+def whole(html: str) -> set[str]:
+    """Return the ids of the items that are not told to stay as they are."""
+    items = re.findall(r'<(?:li|tr|div) id="([^"]+)"([^>]*)>', html)
+    return {id_ for id_, more in items if "data-same" not in more}
+
+
+async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
+    """Whoever comes with the version of a page gets what changed after it, and the time."""
+    await add_job(site.connection, "job-a")
+    since = version(await site.page())
+    async with watch(site.copy.url, f"?since={since}") as viewer:
+        first = await viewer.event()
+        assert first["html"] == {}
+        assert abs(first["now"] - await site.value("SELECT extract(epoch FROM now())::float8")) < 5
+        assert viewer.last_id == since
+
+
+async def test_only_what_has_changed_is_sent(site: Site) -> None:
+    """One row of two, and the numbers that count it; the rest is told to stay as it is."""
+    await add_job(site.connection, "job-a")
+    await add_job(site.connection, "job-b")
+    async with watch(site.copy.url, f"?since={version(await site.page())}") as viewer:
+        await viewer.event()
+        await site.connection.execute(
+            "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'job-a'"
+        )
+        html: dict[str, str] = {}
+        while "jobs-list" not in html:
+            html = (await viewer.event())["html"]
+        assert whole(html["jobs-list"]) == {"job-job-a"}
+        assert '<tr id="job-job-b" data-same></tr>' in html["jobs-list"]
+        assert (
+            {"tile-waiting", "tile-paused"}
+            <= whole(html["strip"])
+            <= {
+                "tile-waiting",
+                "tile-paused",
+                "tile-failed",
+            }
+        )
+        assert "lanes" not in html
+        assert "servers-list" not in html
+
+
+async def test_who_has_another_boots_version_gets_everything(site: Site) -> None:
+    """So does who has none; the one who comes back with an event's id does not."""
+    await add_example(site.connection)
+    await site.page()
+    for query in ("", "?since=00000000.3", "?since=nonsense", "?since=."):
+        async with watch(site.copy.url, query) as viewer:
+            html = (await viewer.event())["html"]
+            assert set(html) == {
+                *("strip", "servers-list", "jobs-list", "lanes", "failures-list", "totals")
+            }
+            assert "data-same" not in "".join(html.values())
+    async with watch(site.copy.url, last_id=viewer.last_id) as viewer:
+        assert "jobs-list" not in (await viewer.event())["html"]
+
+
+async def test_nothing_that_ticks_is_sent(site: Site) -> None:
+    """A run that only lasts longer changes nothing; how far it is does."""
+    copy = await add_copy(site.connection)
+    await add_job(site.connection, "job-a", done=1, total=4, **running(copy, "app1"))
+    await site.page()
+    async with watch(site.copy.url, f"?since={version(await site.page())}") as viewer:
+        for _ in range(4):
+            assert not {"jobs-list", "lanes"} & set((await viewer.event())["html"])
+        await site.connection.execute("UPDATE jobs SET done = 2")
+        assert 'value="50.0"' in await viewer.until("jobs-list")
+
+
+async def test_a_jobs_own_page_is_sent_its_row_alone(site: Site) -> None:
+    """Also of a job that is not among those on the page for all."""
+    await site.connection.execute(
+        """INSERT INTO jobs (name, schedule, description, due_at, ready_at)
+        SELECT format('job-%s', 1000 + n), 'every 300 s', '', now() + interval '1 day',
+               now() + interval '1 day' FROM generate_series(1, 60) AS n"""
+    )
+    html = await site.page("/jobs/job-1060")
+    assert "? no code" in text(html, "job-job-1060")
+    async with watch(site.copy.url, f"?job=job-1060&since={version(html)}") as viewer:
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'ada'")
+        row = await viewer.until("job-job-1060")
+        assert "Paused by ada" in row
+        everything = await watch_once(site.copy.url)
+        assert "job-job-1060" not in everything["jobs-list"]
+
+
+async def watch_once(url: str) -> dict[str, str]:
+    async with watch(url) as viewer:
+        html: dict[str, str] = (await viewer.event())["html"]
+        return html
+
+
+async def test_the_page_and_its_updates_are_light(site: Site) -> None:
+    """The first load, with all its files, and each update, as they come over the wire."""
+    copies = [await add_copy(site.connection, f"app{number}") for number in range(1, 6)]
+    for number in range(10):
+        more: dict[str, object] = {"due_at": 100 * SECOND}
+        if number % 2:
+            server = f"app{number // 2 + 1}"
+            more = {
+                "done": 1,
+                "total": 500,
+                "note": "user 1",
+                **running(copies[number // 2], server),
+            }
+        name = f"some-job-{number}"
+        await add_job(site.connection, name, **more)
+        for run in range(20):
+            await add_run(
+                site.connection,
+                name,
+                "failed" if run % 7 == number else "succeeded",
+                began_ago=60 + 300 * (20 - run),
+                seconds=120 + run,
+                result="checked 12 000 entries of 1 000 users: all balances match",
+            )
+    html = await site.client.get("/")
+    total = int(html.headers["content-length"])
+    for address in re.findall(r'(?:src|href)="(/static/[^"]+)"', html.text):
+        total += int((await site.client.get(address)).headers["content-length"])
+    updates = []
+    async with watch(site.copy.url, f"?since={version(html.text)}") as viewer:
+        await viewer.event()
+        for step in range(5):
+            before = viewer.bytes
+            await site.connection.execute("UPDATE jobs SET done = done + $1", step + 1)
+            await site.connection.execute("UPDATE copies SET seen_at = now()")
+            await viewer.until("jobs-list")
+            updates.append(viewer.bytes - before)
+    everything = 0
+    async with watch(site.copy.url) as viewer:
+        await viewer.event()
+        everything = viewer.bytes
+    print(f"first load {total} bytes, updates {updates}, everything anew {everything}")
+    assert total <= FIRST_LOAD_BYTES
+    assert max(updates) <= UPDATE_BYTES
+
+
+STATEMENTS: Final = """
+SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()
+"""
+
+
+@pytest.mark.parametrize("viewers", [100])
+async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers: int) -> None:
+    """However many watch, this copy asks once a tick."""
+    await add_example(site.connection)
+    await site.page()
+    process = psutil.Process(site.copy.pid)
+    async with AsyncExitStack() as stack:
+        watching = [await stack.enter_async_context(watch(site.copy.url)) for _ in range(viewers)]
+        await asyncio.gather(*(viewer.event() for viewer in watching))
+        readers = [asyncio.create_task(_read(viewer)) for viewer in watching]
+        began, used = monotonic(), sum(process.cpu_times()[:2])
+        counts = []
+        for pause in (1.5, 8.0):
+            await asyncio.sleep(pause)
+            # What a connection did is told by it a second later, or when it has a pause.
+            await site.connection.execute("SELECT pg_stat_force_next_flush()")
+            counts.append(await site.value(STATEMENTS))
+        seconds, used = monotonic() - began, sum(process.cpu_times()[:2]) - used
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+    rate = (counts[1] - counts[0]) / seconds
+    print(f"{viewers} viewers: {rate:.2f} statements a second, {used / seconds:.1%} of a core")
+    assert rate <= 1.0 + 4 / seconds  # the test's own are counted too
+
+
+async def _read(viewer: Watch) -> None:
+    while await viewer.chunk():
+        pass
+
+
+async def test_streams_end_when_the_copy_stops(database: dict[str, str]) -> None:
+    """Twenty of them, whole, and the copy with them, within 3 seconds."""
+    async with Copy(database, JOBS_ENABLED="false") as copy, AsyncExitStack() as stack:
+        watching = [await stack.enter_async_context(watch(copy.url)) for _ in range(20)]
+        await asyncio.gather(*(viewer.event() for viewer in watching))
+        asked = monotonic()
+        stop = asyncio.create_task(copy.stop(signal.SIGTERM))
+        await asyncio.gather(*(_read(viewer) for viewer in watching))
+        assert await stop == 0
+        took = monotonic() - asked
+        assert all(viewer.whole for viewer in watching)
+    print(f"20 streams ended, and the copy with them, within {took:.2f} s")
+    assert took < 3
+
+
+async def test_a_stream_need_not_be_compressed(site: Site) -> None:
+    """Who does not ask for it gets plain events."""
+    async with watch(site.copy.url, packed=False) as viewer:
+        assert "content-encoding" not in viewer.answer.headers
+        assert viewer.answer.headers["content-type"].startswith("text/event-stream")
+        assert (await viewer.event())["kind"] == "status"
