@@ -5,6 +5,9 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection
 
+import balance_app.balances.tables
+import balance_app.jobs.tables
+import balance_app.maintenance.tables  # noqa: F401 - each declares tables in `metadata`
 from balance_app.db.migrations import VERSION_TABLE, metadata, migrate
 from balance_app.settings import load_settings
 

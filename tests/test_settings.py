@@ -124,6 +124,6 @@ def test_a_directory_may_have_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     source = tmp_path / "100% sure, %(here)s" / "src" / "balance_app"
     source.mkdir(parents=True)
     (source.parents[1] / "alembic").symlink_to(Path(__file__).parents[1] / "alembic")
-    monkeypatch.setattr(migrations, "__file__", str(source / "migrations.py"))
+    monkeypatch.setattr(migrations, "__file__", str(source / "db" / "migrations.py"))
     scripts = ScriptDirectory.from_config(migrations.alembic_config())
     assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"

@@ -143,7 +143,7 @@ async def test_psql_is_the_one_that_came_with_the_server(tmp_path: Path) -> None
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     program = (
         "import os; os.execv = lambda path, words: print(path, words[0]); "
-        "from balance_app import embedded; embedded.running_server = lambda data: 1; "
+        "from balance_app.local import postgres; postgres.running_server = lambda data: 1; "
         "import sys; sys.argv[1:] = ['psql']; from balance_app.cli.app import main; main()"
     )
     process = await asyncio.create_subprocess_exec(

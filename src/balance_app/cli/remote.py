@@ -1,4 +1,4 @@
-"""The commands that ask a running service; `terminal.py` does what they say."""
+"""The commands that ask a running service; `session` does what they say."""
 
 import getpass
 from collections.abc import Iterator

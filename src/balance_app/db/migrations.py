@@ -205,7 +205,7 @@ INSERT INTO {VERSION_TABLE} (version_num) SELECT version_num FROM alembic_versio
 
 def alembic_config() -> Config:
     """Return alembic's configuration, in a checkout or in an installed package."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]  # the package
     scripts = here / "_alembic"
     location = str(scripts if scripts.is_dir() else here.parents[1] / "alembic")
     config = Config()

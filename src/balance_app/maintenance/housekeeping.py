@@ -52,7 +52,7 @@ JOB_ROWS: Final = "SELECT count(*) FROM jobs"
 
 # Of the first job behind $1: the oldest runs, but neither its last 20 nor one under way (it has
 # no end). Runs start in the order of their numbers, so the oldest are found without a search; the
-# ranges of rows keep to the index that has them in this order (see `history.py`).
+# ranges of rows keep to the index that has them in this order (see `jobs/api/history.py`).
 PRUNE_RUNS: Final = """
 WITH next AS MATERIALIZED (
     SELECT name FROM jobs WHERE name > $1 ORDER BY name LIMIT 1

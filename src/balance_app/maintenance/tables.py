@@ -1,4 +1,4 @@
-"""The tables that the jobs write, declared for alembic as in `tables.py`."""
+"""The tables that the jobs write, declared for alembic as those of the features."""
 
 from sqlalchemy import (
     BigInteger,

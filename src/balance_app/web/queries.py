@@ -119,8 +119,9 @@ class Overview:
 
 # Each part reads a bounded number of rows by an index, however long the history is: a job's runs
 # begin in the order of their fences (ticks that did not run have none), the ranges of rows keep to
-# the index that has them in this order (see `jobs/history.py`), and of users no more are summed up
-# than is cheap. How many changes there were is told by PostgreSQL's statistics, some seconds late.
+# the index that has them in this order (see `jobs/api/history.py`), and of users no more are summed
+# up than is cheap. How many changes there were is told by PostgreSQL's statistics, some seconds
+# late.
 #
 # $1 the jobs whose runs are asked for, $2 how many of each
 AROUND: Final = """
