@@ -9,7 +9,7 @@ SHELL := bash
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-COPIES ?= 5
+INSTANCES ?= 5
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -29,10 +29,10 @@ $(READY): requirements-dev.lock pyproject.toml
 	@for pth in $(VENV)/lib/python3*/site-packages/*balance_app*.pth; do echo ../../../../src > "$$pth"; done
 	@touch $@
 
-run: $(READY) ## start PostgreSQL and five copies: http://127.0.0.1:3000 (Ctrl-C stops)
-	@exec $(BIN)/balance-app up --copies $(COPIES) $(if $(PORT),--port $(PORT))
+run: $(READY) ## start PostgreSQL and five instances: http://127.0.0.1:3000 (Ctrl-C stops)
+	@exec $(BIN)/balance-app up --instances $(INSTANCES) $(if $(PORT),--port $(PORT))
 
-load: $(READY) ## fire 10 000 withdrawals at the running copies, and print the verdict
+load: $(READY) ## fire 10 000 withdrawals at the running instances, and print the verdict
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest $(if $(PORT),http://127.0.0.1:$(PORT)) $(LOAD)
 
 test: $(READY) ## run all tests against a real PostgreSQL
@@ -83,5 +83,5 @@ docker-down: ## stop the containers, keep the data
 docker-reset: ## stop the containers, delete the data
 	docker compose down --volumes
 
-docker-logs: ## follow the logs; of one copy: make docker-logs COPY=app3
-	docker compose logs --follow --tail 100 $(COPY)
+docker-logs: ## follow the logs; of one instance: make docker-logs INSTANCE=app3
+	docker compose logs --follow --tail 100 $(INSTANCE)

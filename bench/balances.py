@@ -1,8 +1,9 @@
 """How fast balances change, as ratios to what the machine allows: `make bench`.
 
-(a) Changes per second of one hot user over HTTP, from 100 kept-alive connections to one copy,
+(a) Changes per second of one hot user over HTTP, from 100 kept-alive connections to one instance,
     against pgbench running the same statement on the same server: the ceiling.
-(b) Wall and CPU seconds of 10 000 requests at one moment against one copy, beside the same copy
+(b) Wall and CPU seconds of 10 000 requests at one moment against one instance, beside the same
+instance
     without its database call, and a bare ASGI callable.
 
 All are measured in turn, several rounds; ratios are taken within a round, medians are told.

@@ -1,9 +1,11 @@
 """How soon jobs start, what idling costs, how many one database bears: `make bench`.
 
-(c) Start latency: started_at - due_at of short runs on five real copies, ten jobs that fall due one
+(c) Start latency: started_at - due_at of short runs on five real instances, ten jobs that fall due
+one
     after the other.
-(d) Idle load: statements per second and copy while nothing is due, counted in PostgreSQL's log.
-(e) 100 000 jobs and 50 copies, each with a connection of its own, that claim and finish as fast as
+(d) Idle load: statements per second and instance while nothing is due, counted in PostgreSQL's log.
+(e) 100 000 jobs and 50 instances, each with a connection of its own, that claim and finish as fast
+as
     they can: runs per second, and how long a claim takes.
 (f) `GET /api/cron/status` with 10 000 jobs.
 """
@@ -29,9 +31,9 @@ from balance_app.jobs.declarations import Known
 from balance_app.jobs.repository import CLAIM, FINISH, Me, Turn, claim_arguments
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import Settings, load_settings
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 
-COPIES = 5
+INSTANCES = 5
 STARTS = int(os.environ.get("STARTS", "500"))
 IDLE_SECONDS = 20
 CLAIMERS = 50
@@ -90,7 +92,7 @@ async def starts(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None
                 if len(rows) == STARTS:
                     break
             await connection.close()
-    print(f"(c) {STARTS} starts on {COPIES} copies, ms after they were due")
+    print(f"(c) {STARTS} starts on {INSTANCES} instances, ms after they were due")
     print(f"    {milliseconds([row[0] for row in rows])}")
 
 
@@ -105,8 +107,8 @@ async def idling(variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
             before = postgres.log.read_text().count("LOG:  execute ")
             await asyncio.sleep(IDLE_SECONDS)
             statements = postgres.log.read_text().count("LOG:  execute ") - before
-    rate = statements / IDLE_SECONDS / COPIES
-    print(f"(d) idle, statements per second and copy: {rate:.2f}")
+    rate = statements / IDLE_SECONDS / INSTANCES
+    print(f"(d) idle, statements per second and instance: {rate:.2f}")
 
 
 async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
@@ -126,15 +128,15 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     )
     rate = sum(runs) / (monotonic() - started)
     print(
-        f"(e) {MANY_JOBS} jobs, {CLAIMERS} copies: {rate:.0f} runs claimed and finished per second"
+        f"(e) {MANY_JOBS} jobs, {CLAIMERS} instances: {rate:.0f} runs claimed and finished a second"
     )
-    print(f"    a claim, ms: {milliseconds(claims)}; runs per copy {min(runs)} to {max(runs)}")
+    print(f"    a claim, ms: {milliseconds(claims)}; runs per instance {min(runs)} to {max(runs)}")
 
 
 async def claimer(number: int, settings: Settings, known: Known, claims: list[float]) -> int:
-    """Claim and finish for a while, as a copy that runs nothing else; return how often."""
+    """Claim and finish for a while, as an instance that runs nothing else; return how often."""
     connection = await asyncpg.connect(**settings.statement_arguments())
-    me = Me(uuid4(), f"copy {number}")
+    me = Me(uuid4(), f"instance {number}")
     turn = Turn(
         wait=timedelta(0),
         round=0,
@@ -180,7 +182,7 @@ async def claimer(number: int, settings: Settings, known: Known, claims: list[fl
 
 async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (f)."""
-    async with running([Copy(variables, JOBS_ENABLED="false")]) as (copy,):
+    async with running([Instance(variables, JOBS_ENABLED="false")]) as (instance,):
         connection = await connect(variables)
         await connection.execute(FILL, LISTED_JOBS, 3600)
         await connection.execute("VACUUM ANALYZE jobs")
@@ -189,7 +191,7 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             for _ in range(STATUS_CALLS):
                 asked = monotonic()
-                answer = await client.get(f"{copy.url}/api/cron/status")
+                answer = await client.get(f"{instance.url}/api/cron/status")
                 took.append(monotonic() - asked)
                 assert answer.is_success
         assert len(answer.json()["jobs"]) == LISTED_JOBS
@@ -199,13 +201,14 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
 
 @asynccontextmanager
 async def fleet(variables: dict[str, str], diary: str, **env: str) -> AsyncIterator[None]:
-    """Run copies whose ten jobs do next to nothing."""
+    """Run instances whose ten jobs do next to nothing."""
     program = ("-m", "tests.jobs.fleet")
     told: dict[str, Any] = {"FLEET_DIARY": diary, "LOG_LEVEL": "warning", **env}
-    copies = [
-        Copy(variables, f"app{number}", program=program, **told) for number in range(1, COPIES + 1)
+    instances = [
+        Instance(variables, f"app{number}", program=program, **told)
+        for number in range(1, INSTANCES + 1)
     ]
-    async with running(copies):
+    async with running(instances):
         await asyncio.sleep(6)  # settled
         yield
 

@@ -1,6 +1,6 @@
 """The service, and two stand-ins that do less of it, to see where the time goes.
 
-`service`: a copy as it is. `constant`: the same, but each change is answered with a constant
+`service`: an instance as it is. `constant`: the same, but each change is answered with a constant
 instead of asking the database. `bare`: an ASGI callable that reads the body and answers `{}`.
 """
 

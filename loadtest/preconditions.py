@@ -21,7 +21,7 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One address of the service; several may be the same service's copies."""
+    """One address of the service; several may be the same service's instances."""
 
     host: str
     port: int

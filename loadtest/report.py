@@ -109,7 +109,7 @@ class Report:
                     {"startSeconds": band.start, "endSeconds": band.end, "answers": band.answers}
                     for band in bands(volley)
                 ],
-                "requestsPerCopy": dict(_requests_per_copy(volley)),
+                "requestsPerInstance": dict(_requests_per_instance(volley)),
             }
         )
 
@@ -157,8 +157,8 @@ class Report:
             f"p50 {_milliseconds(timing.p50)}, p95 {_milliseconds(timing.p95)}, "
             f"p99 {_milliseconds(timing.p99)}, max {_milliseconds(timing.max)}",
         )
-        copies = (f"{name} {count}" for name, count in _requests_per_copy(volley))
-        table.add_row("answers per copy", Text(", ".join(copies) or "none"))
+        instances = (f"{name} {count}" for name, count in _requests_per_instance(volley))
+        table.add_row("answers per instance", Text(", ".join(instances) or "none"))
         table.add_row(
             "this client",
             f"{volley.opening_seconds:.2f} s to open the connections, "
@@ -204,7 +204,7 @@ def _answers(volley: Volley) -> list[Answer]:
     return [outcome for outcome in volley.outcomes if isinstance(outcome, Answer)]
 
 
-def _requests_per_copy(volley: Volley) -> list[tuple[str, int]]:
+def _requests_per_instance(volley: Volley) -> list[tuple[str, int]]:
     return sorted(Counter(answer.server_id for answer in _answers(volley)).items())
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.processes import DATABASE_VARIABLES, Copy, empty_database
+from tests.processes import DATABASE_VARIABLES, Instance, empty_database
 from tests.system.databases import own_postgres
 
 
@@ -29,14 +29,14 @@ async def database(postgres: dict[str, str]) -> AsyncIterator[dict[str, str]]:
 
 
 @pytest.fixture
-async def copy(database: dict[str, str]) -> AsyncIterator[Copy]:
-    """One running copy of the service on an empty database, without jobs."""
-    async with Copy(database, JOBS_ENABLED="false") as running:
+async def instance(database: dict[str, str]) -> AsyncIterator[Instance]:
+    """One running instance of the service on an empty database, without jobs."""
+    async with Instance(database, JOBS_ENABLED="false") as running:
         yield running
 
 
 @pytest.fixture
-async def client(copy: Copy) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client of that copy."""
-    async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+async def client(instance: Instance) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of that instance."""
+    async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
         yield client

@@ -1,4 +1,4 @@
-"""Real servers for the tests: PostgreSQL and copies of the service, as processes."""
+"""Real servers for the tests: PostgreSQL and instances of the service, as processes."""
 
 import asyncio
 import os
@@ -50,8 +50,8 @@ def _reserve(port: int) -> int:
 _holders: list[socket.socket] = []
 
 
-class Copy:
-    """One copy of the service, as a process of its own."""
+class Instance:
+    """One instance of the service, as a process of its own."""
 
     def __init__(
         self,
@@ -145,15 +145,17 @@ class Copy:
 
 
 @asynccontextmanager
-async def running(copies: list[Copy]) -> AsyncIterator[list[Copy]]:
-    """Run several copies, started together."""
+async def running(instances: list[Instance]) -> AsyncIterator[list[Instance]]:
+    """Run several instances, started together."""
     try:
-        for copy in copies:
-            await copy.launch()
-        await asyncio.gather(*(copy.ready() for copy in copies))
-        yield copies
+        for instance in instances:
+            await instance.launch()
+        await asyncio.gather(*(instance.ready() for instance in instances))
+        yield instances
     finally:
-        await asyncio.gather(*(copy.stop() for copy in copies if copy.process is not None))
+        await asyncio.gather(
+            *(instance.stop() for instance in instances if instance.process is not None)
+        )
 
 
 async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Record]":

@@ -126,7 +126,7 @@ async def answering(*answers: bytes) -> AsyncIterator[StandIn]:
 
 @asynccontextmanager
 async def losing(answers: int, port: int) -> AsyncIterator[StandIn]:
-    """Pass requests on to a copy, and lose the first answers on the way back."""
+    """Pass requests on to an instance, and lose the first answers on the way back."""
 
     async def pass_on(request: bytes, number: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

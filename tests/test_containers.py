@@ -54,8 +54,8 @@ def test_the_example_can_be_read_with_all_its_comments_taken_off(
     assert settings.db_password.get_secret_value() == "PASSWORD"
 
 
-def test_the_copies_differ_in_name_and_port_only() -> None:
-    """Equal copies: what one is told, all are told."""
+def test_the_instances_differ_in_name_and_port_only() -> None:
+    """Equal instances: what one is told, all are told."""
     blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
     assert [number for number, _ in blocks] == ["1", "2", "3", "4", "5"]
     told = {

@@ -51,7 +51,7 @@ QUERIES: Final = dict(expressions())
 
 @pytest.fixture(scope="module")
 async def series() -> dict[str, list[dict[str, str]]]:
-    """The labels of every series of a copy that runs the ten jobs, by name."""
+    """The labels of every series of an instance that runs the ten jobs, by name."""
     metrics = Metrics(server="app1", version="0", jobs=list(JOBS))
 
     async def ask() -> list[JobFacts]:
@@ -126,7 +126,7 @@ def test_every_grouping_is_by_a_label_that_there_is(
 
 @pytest.mark.parametrize("where", QUERIES)
 def test_counters_are_asked_for_their_increase(where: str) -> None:
-    """A counter's value says when its copy started, and no more; a gauge has no rate."""
+    """A counter's value says when its instance started, and no more; a gauge has no rate."""
     parts = parse(QUERIES[where])
     ranged = {
         part.vector_selector.name

@@ -24,7 +24,7 @@ from balance_app.maintenance.audits import AUDITS, LedgerMismatchError, audit_le
 from balance_app.metrics import OUTCOMES, JobFacts, Metrics
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import Ground, on, until
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.system.databases import somebody_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
@@ -109,15 +109,15 @@ async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncCli
 async def test_the_line_is_seen(database: dict[str, str]) -> None:
     """Who waits and what is in use is told while no connection is free, without what needs one."""
     async with (
-        Copy(
+        Instance(
             database,
             JOBS_ENABLED="false",
             DB_POOL_SIZE="1",
             MAX_WAITING="2",  # one more request, and the question for the fleet's numbers
             DB_LOCK_SECONDS="20",
             DB_STATEMENT_SECONDS="25",
-        ) as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        ) as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         body = {"userId": 1, "amount": -1}
         holder = await connect(database)
@@ -148,10 +148,10 @@ async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
 
 
 async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
-    """While the database is away the copy tells so, and all that it knows by itself."""
+    """While the database is away the instance tells so, and all that it knows by itself."""
     async with (
-        Copy(database, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(database, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         before = await told(client)
         assert before["balance_app_database_away"] == 0
@@ -216,7 +216,7 @@ async def ground(land: Ground) -> AsyncIterator[Ground]:
 async def scheduler(
     ground: Ground, jobs: Iterable[Job]
 ) -> AsyncIterator[tuple[Scheduler, Metrics]]:
-    """Run a copy's scheduler; yield it and its numbers."""
+    """Run an instance's scheduler; yield it and its numbers."""
     registry = Registry(jobs)
     metrics = Metrics(jobs=registry)
     running = Scheduler(ground.settings, ground.database, registry, metrics, dead_man=False)
@@ -287,8 +287,8 @@ async def _holds(metrics: Metrics, name: str, value: float) -> bool:
 
 async def test_how_late_a_run_starts_is_measured_once_a_tick(ground: Ground) -> None:
     """From its tick, by the server's clock; a run that is tried again is not late."""
-    copy = ground.copy()
-    await copy.declare("bad")
+    instance = ground.instance()
+    await instance.declare("bad")
     await ground.ready("bad", seconds_ago=100)
     again = declare("bad", fails, retry_after=timedelta(milliseconds=100))
     async with scheduler(ground, [again]) as (_, metrics):
@@ -301,7 +301,7 @@ async def test_how_late_a_run_starts_is_measured_once_a_tick(ground: Ground) -> 
 
 async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
     """Who takes a job over counts both: the loss, and that it took over."""
-    other = ground.copy("other")
+    other = ground.instance("other")
     await other.declare("good")
     await other.claim()
     await ground.expire("good")
@@ -315,8 +315,8 @@ async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
 
 
 async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -> None:
-    """A copy that parts leaves a run that could not be stopped: it is interrupted, not lost."""
-    other = ground.copy("other")
+    """An instance that parts leaves a run that can not be stopped: interrupted, not lost."""
+    other = ground.instance("other")
     await other.declare("good")
     claimed = await other.claim()
     await other.jobs.part(claimed.name, claimed.fence, timedelta(0))
@@ -330,7 +330,7 @@ async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -
 
 async def test_a_quarantined_job_was_lost(ground: Ground) -> None:
     """The loss counts, although nobody takes the job over."""
-    other = ground.copy("other")
+    other = ground.instance("other")
     await other.declare("good")
     await other.claim()
     await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
@@ -352,8 +352,8 @@ async def _quarantined(ground: Ground) -> bool:
 
 async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
     """As many as the history has in its ranges."""
-    copy = ground.copy()
-    await copy.declare("good", schedule="every 60 s")
+    instance = ground.instance()
+    await instance.declare("good", schedule="every 60 s")
     await ground.shift(600)
     async with scheduler(ground, [declare("good", returns, every=timedelta(minutes=1))]) as (
         _,
@@ -420,7 +420,7 @@ async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: fl
 
 
 async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
-    """Last success, overdue, paused, failed: of the jobs that this copy has the code of."""
+    """Last success, overdue, paused, failed: of the jobs that this instance has the code of."""
     names = ("fresh", "failing", "lost", "paused", "ready", "other")
     for name in names:
         await add_job(ground.eye, name)
@@ -466,7 +466,7 @@ async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
     await ran(ground, "audit-ledger", "failed", "LedgerMismatchError: 1 of 2 users differs")
     assert await mismatch() is True
     await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
-    await ran(ground, "audit-ledger", "interrupted", "its copy was stopped")
+    await ran(ground, "audit-ledger", "interrupted", "its instance was stopped")
     assert await mismatch() is True
     await ran(ground, "audit-ledger", "succeeded", "all balances match")
     assert await mismatch() is False
@@ -513,7 +513,7 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this copy knows by itself is told all the same."""
+    """What this instance knows by itself is told all the same."""
     monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
 
     async def ask() -> list[JobFacts]:

@@ -16,7 +16,7 @@ from balance_app.errors import InternalError
 from balance_app.http.middleware import Front
 from balance_app.server import ListenError, listen
 from tests.balances.hostile import exchange
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
@@ -56,10 +56,10 @@ async def test_logs_are_json_with_server_and_request(
     """Off a terminal each line is an object that names the server, and the request it is about."""
     log = tmp_path / "log"
     async with (
-        Copy(database, "app7", log=log, LOG_REQUESTS="true") as copy,
+        Instance(database, "app7", log=log, LOG_REQUESTS="true") as instance,
         httpx.AsyncClient(trust_env=False) as client,
     ):
-        await client.get(f"{copy.url}/api/users/1", headers={"X-Request-Id": "find-me"})
+        await client.get(f"{instance.url}/api/users/1", headers={"X-Request-Id": "find-me"})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["server"] for line in lines} == {"app7"}
     (found,) = [line for line in lines if line.get("request_id") == "find-me"]
@@ -80,14 +80,14 @@ async def test_what_is_refused_before_it_is_a_request_has_an_id_and_is_counted(
     log = tmp_path / "log"
     ids = {}
     async with (
-        Copy(database, log=log, JOBS_ENABLED="false") as copy,
+        Instance(database, log=log, JOBS_ENABLED="false") as instance,
         httpx.AsyncClient(trust_env=False) as client,
     ):
         for status, sent in REFUSED.items():
-            answer = await exchange(copy.port, *sent, pause_seconds=0.1)
+            answer = await exchange(instance.port, *sent, pause_seconds=0.1)
             assert answer.status == status
             ids[status] = answer.headers["x-request-id"]
-        metrics = (await client.get(f"{copy.url}/metrics")).text
+        metrics = (await client.get(f"{instance.url}/metrics")).text
     assert len(set(ids.values())) == len(REFUSED)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for status, request_id in ids.items():
@@ -195,7 +195,7 @@ async def test_allow_names_every_method(client: httpx.AsyncClient, path: str, me
     assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
-async def test_a_half_closed_client_gets_its_change(copy: Copy) -> None:
+async def test_a_half_closed_client_gets_its_change(instance: Instance) -> None:
     """Twenty of twenty: who says that it has sent everything still listens."""
     body = b'{"userId":1,"amount":-2}'
     head = (
@@ -203,7 +203,7 @@ async def test_a_half_closed_client_gets_its_change(copy: Copy) -> None:
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     for _ in range(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
         writer.write(head.encode() + body)
         writer.write_eof()
         assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 ")

@@ -1,4 +1,4 @@
-"""Copies of the service with one guard taken out: `python -m tests.unguarded GUARD`.
+"""Instances of the service with one guard taken out: `python -m tests.unguarded GUARD`.
 
 A test of safety that passes without the guard is no test. Each guard here is the difference to an
 implementation that looks right.

@@ -54,9 +54,9 @@ log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) -> Front:
-    """Return the application of one copy; its lifespan migrates, connects, and runs jobs.
+    """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
-    `stopping` is set from outside when the copy is told to stop.
+    `stopping` is set from outside when the instance is told to stop.
 
     Raises:
         DeclarationError: a job can't work with these settings.
@@ -162,7 +162,7 @@ async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: 
 
 
 async def _hand_back(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
-    """Give the jobs to other copies at once after the signal, while requests are still answered."""
+    """Release the jobs at once after the signal, while requests are still answered."""
     await stopping.wait()
     if scheduler is not None:
         await scheduler.stop()

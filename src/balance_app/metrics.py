@@ -1,9 +1,10 @@
-"""What a copy counts and measures, told to Prometheus at `/metrics`.
+"""What an instance counts and measures, told to Prometheus at `/metrics`.
 
-Every value is this copy's own since its start, to be summed over the copies; but what is named
-`balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each copy. It is
-asked for at most once a second, by one statement. While it can't be had soon it is left out, and
-`balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there never fires.
+Every value is this instance's own since its start, to be summed over the instances; but what is
+named `balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each
+instance. It is asked for at most once a second, by one statement. While it can't be had soon it is
+left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there never
+fires.
 """
 
 import asyncio
@@ -51,12 +52,12 @@ _TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class JobFacts(NamedTuple):
-    """What PostgreSQL says of one job, whichever copy runs it."""
+    """What PostgreSQL says of one job, whichever instance runs it."""
 
     name: str
     # Unix time; None: it never succeeded
     last_success_at: float | None
-    # how long it has been ready, or its lease over, and no copy has taken it
+    # how long it has been ready, or its lease over, and no instance has taken it
     overdue_seconds: float
     paused: bool
     last_run_failed: bool
@@ -121,7 +122,7 @@ Ask: TypeAlias = Callable[[], Coroutine[Any, Any, Facts]]
 
 
 class Metrics:
-    """The numbers of one copy, to be changed where something happens.
+    """The numbers of one instance, to be changed where something happens.
 
     Labels have few values: jobs are those that the code declares (`job_name`, because Prometheus
     calls by `job` and `instance` what it scrapes), statuses those that the service answers with.
@@ -130,7 +131,7 @@ class Metrics:
     def __init__(self, *, server: str = "", version: str = "", jobs: Iterable[str] = ()) -> None:
         self._registry = registry = _Registry()
         ProcessCollector(registry=registry)
-        Info("balance_app", "The copy.", registry=registry).info(
+        Info("balance_app", "The instance.", registry=registry).info(
             {"server": server, "version": version}
         )
         self.requests: Final = Tally(
@@ -174,11 +175,11 @@ class Metrics:
         )
         self.database_away: Final = Gauge(
             "balance_app_database_away",
-            "1 while this copy can't use its database.",
+            "1 while this instance can't use its database.",
             registry=registry,
         )
         self.jobs_running: Final = Gauge(
-            "balance_app_jobs_running", "Runs on this copy.", registry=registry
+            "balance_app_jobs_running", "Runs on this instance.", registry=registry
         )
         self.jobs_undeclared: Final = Gauge(
             "balance_app_jobs_undeclared",
@@ -199,19 +200,19 @@ class Metrics:
         )
         self._runs = Counter(
             "balance_app_job_runs",
-            "Runs that this copy ended, or found lost.",
+            "Runs that this instance ended, or found lost.",
             ["job_name", "outcome"],
             registry=registry,
         )
         self.takeovers: Final = Counter(
             "balance_app_job_takeovers",
-            "Jobs that this copy took from one that sent no heartbeat.",
+            "Jobs that this instance took from one that sent no heartbeat.",
             ["job_name"],
             registry=registry,
         )
         self.ticks_skipped: Final = Counter(
             "balance_app_job_ticks_skipped",
-            "Ticks that no copy was free for, or that the run before outlasted; not those of a"
+            "Ticks that no instance was free for, or that the run before outlasted; not those of a"
             " pause.",
             ["job_name"],
             registry=registry,
@@ -228,7 +229,7 @@ class Metrics:
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
-        """Count a run whose end this copy wrote down; None: there was none."""
+        """Count a run whose end this instance wrote down; None: there was none."""
         if outcome is not None:
             self._runs.labels(name, outcome).inc()
 
@@ -287,12 +288,12 @@ class _Fleet(Collector):
         gauges: tuple[tuple[str, str, Callable[[JobFacts], float | None]], ...] = (
             (
                 "last_success_timestamp_seconds",
-                "When the job last succeeded, on any copy.",
+                "When the job last succeeded, on any instance.",
                 lambda job: job.last_success_at,
             ),
             (
                 "overdue_seconds",
-                "How long the job has been ready (or its lease over) without a copy that took it.",
+                "How long the job has been ready (or its lease over) and no instance took it.",
                 lambda job: job.overdue_seconds,
             ),
             ("paused", "1 while the job is paused.", lambda job: job.paused),

@@ -1,4 +1,4 @@
-"""One copy of the service: its sockets, its signals, uvicorn."""
+"""One instance of the service: its sockets, its signals, uvicorn."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ class ServiceLoop(CountedCalls, uvloop.Loop):  # type: ignore[misc] # its annota
 
 
 def serve(settings: Settings, registry: Registry) -> None:
-    """Run one copy, with the jobs of `registry`, until SIGINT or SIGTERM.
+    """Run one instance, with the jobs of `registry`, until SIGINT or SIGTERM.
 
     Raises:
         DeclarationError: a job can't work with these settings.

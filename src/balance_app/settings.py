@@ -31,7 +31,7 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
 class Settings(BaseSettings):
-    """Every knob of one copy; the field's name in capitals is its environment variable."""
+    """Every knob of one instance; the field's name in capitals is its environment variable."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     )
 
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
-        3, description="connections per copy: one works, one waits for the row, one spare"
+        3, description="connections per instance: one works, one waits for the row, one spare"
     )
     db_connect_seconds: Seconds = 1.5
     db_statement_seconds: Seconds = Field(2.5, description="an answer later than this is 'away'")
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Port = 3000
     shared_port: Port | None = Field(
-        None, description="a second port that several copies listen on together (SO_REUSEPORT)"
+        None, description="a second port that several instances listen on together (SO_REUSEPORT)"
     )
     root_path: str = Field(
         "", description="what a proxy puts before every path, as /balances; also if it strips it"
@@ -85,28 +85,31 @@ class Settings(BaseSettings):
         3, description="how long requests under way may take to end after SIGTERM"
     )
 
-    jobs_enabled: bool = Field(default=True, description="false: this copy serves requests only")
+    jobs_enabled: bool = Field(
+        default=True, description="false: this instance serves requests only"
+    )
     job_min_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         120.0, description="a run lasts at least this long, unless its job says otherwise"
     )
     job_lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = Field(
-        6.0, description="a copy that gives no sign of life for this long has lost its jobs"
+        6.0, description="an instance that gives no sign of life for this long has lost its jobs"
     )
     job_heartbeat_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
     job_clock_reserve_seconds: Annotated[float, Field(ge=0, le=1200)] = Field(
         2.0, description="how far PostgreSQL's clock may step ahead and two runs never overlap"
     )
     job_settling_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
-        5.0, description="how far apart copies may come up and still share evenly"
+        5.0, description="how far apart instances may come up and still share evenly"
     )
     job_step_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
-        0.25, description="how much longer a copy waits for a job than one that runs one job less"
+        0.25,
+        description="how much longer an instance waits for a job than one that runs one job less",
     )
     jobs_modules: str = Field(
         "balance_app.maintenance", description="Python modules whose jobs run here, with commas"
     )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
-        2, description="connections that the transactions of this copy's jobs may use"
+        2, description="connections that the transactions of this instance's jobs may use"
     )
 
     balance_app_data: str = Field(
@@ -244,8 +247,8 @@ class Settings(BaseSettings):
     def job_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for the transactions of jobs.
 
-        The server ends one whose copy has stood still for as long as a lease: what it holds locked
-        is free again when its job is taken over.
+        The server ends one whose instance has stood still for as long as a lease: what it holds
+        locked is free again when its job is taken over.
         """
         arguments = self.connect_arguments()
         milliseconds = f"{round(self.job_lease_seconds * 1000)}ms"
@@ -262,7 +265,8 @@ class Settings(BaseSettings):
                 "search_path": SEARCH_PATH.format(schema=self.db_schema),
                 "application_name": f"balance_app {self.server_id}"[:63],
                 "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
-                # Of a copy whose network is cut PostgreSQL hears nothing, for two hours by default.
+                # Of an instance whose network is cut PostgreSQL hears nothing, for two hours by
+                # default.
                 "tcp_keepalives_idle": "60",
                 "tcp_keepalives_interval": "10",
                 "tcp_keepalives_count": "3",

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from tests.processes import Copy, empty_database
+from tests.processes import Instance, empty_database
 
 MAX: Final = 2**53 - 1
 CHANGE: Final = b'{"userId":1,"amount":-2}'
@@ -15,16 +15,16 @@ GOOD: Final = {"/api/balance": CHANGE, "/api/users": OPEN}
 
 
 @asynccontextmanager
-async def one_copy(
+async def one_instance(
     postgres: dict[str, str], *, body_seconds: str = "5"
-) -> AsyncIterator[tuple[Copy, dict[str, str]]]:
-    """Run one copy on an empty database, for as many tests as share it."""
+) -> AsyncIterator[tuple[Instance, dict[str, str]]]:
+    """Run one instance on an empty database, for as many tests as share it."""
     async with (
         empty_database(postgres) as database,
         # Without jobs nothing but the requests changes a row.
-        Copy(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as copy,
+        Instance(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as instance,
     ):
-        yield copy, database
+        yield instance, database
 
 
 # -- sending bytes, whatever they are ----------------------------------------------------------

@@ -23,7 +23,7 @@ from tests.history import (
     Unknown,
     check,
 )
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
 
 KEYED = {"Idempotency-Key": "k"}
@@ -39,8 +39,8 @@ READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/changes/k")
 async def refusing(database: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """An instance that made a change under the key `k`, and lost its database since."""
     async with (
-        Copy(database, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(database, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         made = await client.post("/api/balance", json=CHANGE, headers=KEYED)
         assert made.status_code == 200
@@ -84,15 +84,17 @@ async def test_what_reads_says_nothing_of_changes(refusing: httpx.AsyncClient) -
 
 async def test_a_body_that_never_comes_says_nothing_of_its_key(database: dict[str, str]) -> None:
     """The try that is given up may repeat one that took effect."""
-    async with Copy(database, JOBS_ENABLED="false", BODY_SECONDS="0.1") as copy:
-        said = [await _half_a_request(copy, headers) for headers in ("", "Idempotency-Key: k\r\n")]
+    async with Instance(database, JOBS_ENABLED="false", BODY_SECONDS="0.1") as instance:
+        said = [
+            await _half_a_request(instance, headers) for headers in ("", "Idempotency-Key: k\r\n")
+        ]
     assert [b'"applied":"no"' in each for each in said] == [True, False]
     assert [b'"applied":"unknown"' in each for each in said] == [False, True]
     assert all(each.startswith(b"HTTP/1.1 408") for each in said)
 
 
-async def _half_a_request(copy: Copy, headers: str) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+async def _half_a_request(instance: Instance, headers: str) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
     head = f"POST /api/balance HTTP/1.1\r\nHost: x\r\n{headers}Content-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
     try:
@@ -105,8 +107,8 @@ async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[s
     """Refused for the crowd, for a lock, or because the instance stops: unknown under a key."""
     limits = {"DB_POOL_SIZE": "1", "MAX_WAITING": "1", "DB_LOCK_SECONDS": "1"}
     async with (
-        Copy({**database, **limits}, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance({**database, **limits}, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
         locked(database),
     ):
 
@@ -208,8 +210,8 @@ async def test_what_a_standby_lacks_is_not_told(*, guarded: bool) -> None:
     program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.unguarded", "recall")
     async with (
         own_postgres() as server,
-        Copy(server.environment(), program=program, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(server.environment(), program=program, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         admin = await connect(server.environment())
         await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
@@ -252,8 +254,8 @@ async def test_a_frozen_database_denies_no_key() -> None:
     """Neither the try whose answer did not come nor those that were not sent deny it."""
     async with (
         own_postgres() as server,
-        Copy(server.environment(), JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(server.environment(), JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         assert (await _repeat(client)).status_code == 200
         await freeze(server)

@@ -10,7 +10,7 @@ from balance_app.balances.guard import FORGET_SECONDS, Guard
 from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
@@ -72,8 +72,8 @@ async def test_a_locked_account_is_refused_soon(
 async def test_many_locked_accounts_leave_room_for_others(database: dict[str, str]) -> None:
     """What is known to be locked is looked at by one connection, however many accounts it is."""
     async with (
-        Copy(database, JOBS_ENABLED="false", DB_POOL_SIZE="2") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=60) as client,
+        Instance(database, JOBS_ENABLED="false", DB_POOL_SIZE="2") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=60) as client,
     ):
         users = [
             (await client.post("/api/users", json={"balance": 9})).json()["userId"]
@@ -166,8 +166,8 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
 async def test_a_locked_job_holds_up_no_account(database: dict[str, str]) -> None:
     """Who steers a job waits for its row too: of those, one has a connection."""
     async with (
-        Copy(database) as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(database) as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         status = (await client.get("/api/cron/status")).json()
         name = status["jobs"][0]["name"]

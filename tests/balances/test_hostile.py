@@ -24,11 +24,11 @@ from tests.balances.hostile import (
     all_cases,
     chunked,
     exchange,
-    one_copy,
+    one_instance,
     raw_request,
     request,
 )
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 CASES: Final = all_cases()
 MEMBERS: Final = {"type", "title", "status", "detail", "code", "applied"}
@@ -43,9 +43,9 @@ SELECT (SELECT jsonb_agg(u ORDER BY id) FROM users u),
 
 @dataclass(frozen=True)
 class House:
-    """One running copy, and a look into its database that does not go through it."""
+    """One running instance, and a look into its database that does not go through it."""
 
-    copy: Copy
+    instance: Instance
     ledger: "asyncpg.Connection[asyncpg.Record]"
 
     async def stored(self) -> tuple[str | None, ...]:
@@ -55,16 +55,16 @@ class House:
         return tuple(row)
 
     async def send(self, *parts: bytes, pause_seconds: float = 0) -> Answer:
-        return await exchange(self.copy.port, *parts, pause_seconds=pause_seconds)
+        return await exchange(self.instance.port, *parts, pause_seconds=pause_seconds)
 
 
 @pytest.fixture(scope="module")
 async def house(postgres: dict[str, str]) -> AsyncIterator[House]:
-    """One copy for the whole file; bodies have a second to arrive."""
-    async with one_copy(postgres, body_seconds="1") as (copy, database):
+    """One instance for the whole file; bodies have a second to arrive."""
+    async with one_instance(postgres, body_seconds="1") as (instance, database):
         ledger = await connect(database)
         try:
-            yield House(copy, ledger)
+            yield House(instance, ledger)
         finally:
             await ledger.close()
 
@@ -238,7 +238,7 @@ async def test_fifty_megabytes_are_refused_and_not_kept(
     house: House, framing: str, expect: tuple[str, ...]
 ) -> None:
     """The answer is 413, and the memory of the server does not grow by the body."""
-    before, memory = await house.stored(), _memory_bytes(house.copy.pid)
+    before, memory = await house.stored(), _memory_bytes(house.instance.pid)
     head = raw_request("POST", "/api/balance", *HEAD, FRAMINGS[framing], *expect)
     piece, end = b" " * 50_000, b""
     if framing == "chunked":
@@ -247,7 +247,7 @@ async def test_fifty_megabytes_are_refused_and_not_kept(
     # What was not read did not become a request, and did not cost the client its answer.
     assert_problem(answer, 413, "body-too-large")
     assert answer.headers["connection"] == "close"
-    assert _memory_bytes(house.copy.pid) < memory + 10_000_000
+    assert _memory_bytes(house.instance.pid) < memory + 10_000_000
     assert await house.stored() == before
 
 
@@ -306,7 +306,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(
 async def test_a_client_that_leaves_halfway_changes_nothing(house: House, body: bytes) -> None:
     """A body shorter than declared is no request, even when what came would be one."""
     before = await house.stored()
-    _, writer = await asyncio.open_connection("127.0.0.1", house.copy.port)
+    _, writer = await asyncio.open_connection("127.0.0.1", house.instance.port)
     writer.write(raw_request("POST", "/api/balance", *HEAD, "Content-Length: 25", body=body))
     await writer.drain()
     writer.close()
@@ -327,19 +327,19 @@ async def test_what_follows_a_request_does_not_deny_it(house: House, garbage: by
 
 async def test_a_head_without_end_is_not_collected(house: House) -> None:
     """Headers have a limit: twenty megabytes of them end the connection, and are not kept."""
-    memory = _memory_bytes(house.copy.pid)
+    memory = _memory_bytes(house.instance.pid)
     line = b"X-Poison: " + b"p" * 49_988 + b"\r\n"
     head = b"GET /api/users/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     answer = await house.send(head, *[line] * 400, b"\r\n")
     assert answer.status in {0, 400, 431}
-    assert _memory_bytes(house.copy.pid) < memory + 10_000_000
+    assert _memory_bytes(house.instance.pid) < memory + 10_000_000
 
 
-async def test_the_copy_is_still_the_same_and_well(house: House) -> None:
+async def test_the_instance_is_still_the_same_and_well(house: House) -> None:
     """Nothing above ended the process, and the ledger still adds up."""
-    assert house.copy.process is not None
-    assert house.copy.process.returncode is None
-    async with httpx.AsyncClient(base_url=house.copy.url, trust_env=False) as client:
+    assert house.instance.process is not None
+    assert house.instance.process.returncode is None
+    async with httpx.AsyncClient(base_url=house.instance.url, trust_env=False) as client:
         assert (await client.get("/readyz")).is_success
     wrong = await house.ledger.fetch(
         """

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.sizes import size
 
 KEYS = size(small=40, full=200)
@@ -14,16 +14,16 @@ TRIES = 100
 
 
 @pytest.fixture
-async def two_copies(database: dict[str, str]) -> AsyncIterator[list[Copy]]:
-    async with running([Copy(database, "app1"), Copy(database, "app2")]) as copies:
-        yield copies
+async def two_instances(database: dict[str, str]) -> AsyncIterator[list[Instance]]:
+    async with running([Instance(database, "app1"), Instance(database, "app2")]) as instances:
+        yield instances
 
 
 async def test_a_hundred_tries_at_once_have_one_effect(
-    two_copies: list[Copy], database: dict[str, str]
+    two_instances: list[Instance], database: dict[str, str]
 ) -> None:
     """Each key is sent 100 times at once; half of the keys ask for more than there is."""
-    bodies = await hammer(two_copies)
+    bodies = await hammer(two_instances)
     assert all(len(set(answers)) == 1 for answers in bodies)
     accepted = [answers[0] for answers in bodies if answers[0][0] == 200]
     assert len(accepted) == KEYS // 2
@@ -38,19 +38,19 @@ async def test_a_hundred_tries_at_once_have_one_effect(
 
 
 async def test_without_the_key_the_same_has_many_effects(database: dict[str, str]) -> None:
-    """The control: a copy that does not remember keys gives many answers to one key."""
-    async with Copy(database, program=("-m", "tests.unguarded", "key")) as copy:
-        bodies = await hammer([copy], keys=2)
+    """The control: an instance that does not remember keys gives many answers to one key."""
+    async with Instance(database, program=("-m", "tests.unguarded", "key")) as instance:
+        bodies = await hammer([instance], keys=2)
     assert any(len(set(answers)) > 1 for answers in bodies)
 
 
-async def hammer(copies: list[Copy], keys: int = KEYS) -> list[list[tuple[int, bytes]]]:
+async def hammer(instances: list[Instance], keys: int = KEYS) -> list[list[tuple[int, bytes]]]:
     """Send each of several keys many times at once; return the answers by key."""
 
     async def send(http: httpx.AsyncClient, number: int, attempt: int) -> tuple[int, bytes]:
         amount = -1 if number % 2 else -20_000
         answer = await http.post(
-            f"{copies[attempt % len(copies)].url}/api/balance",
+            f"{instances[attempt % len(instances)].url}/api/balance",
             json={"userId": 1, "amount": amount},
             headers={"Idempotency-Key": f"key-{number}"},
         )

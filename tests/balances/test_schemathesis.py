@@ -14,8 +14,8 @@ import pytest
 
 import balance_app.main  # noqa: F401 - with it every problem is known
 from balance_app.errors import PROBLEM_JSON, all_problems, explain
-from tests.balances.hostile import one_copy
-from tests.processes import Copy
+from tests.balances.hostile import one_instance
+from tests.processes import Instance
 
 KINDS: Final = {kind.code: kind for kind in all_problems()}
 
@@ -42,17 +42,19 @@ def before_call(context, case, kwargs):
 
 
 @pytest.fixture(scope="module")
-async def copy(postgres: dict[str, str]) -> AsyncIterator[Copy]:
-    """One copy for the whole file."""
-    async with one_copy(postgres) as (running, _):
+async def instance(postgres: dict[str, str]) -> AsyncIterator[Instance]:
+    """One instance for the whole file."""
+    async with one_instance(postgres) as (running, _):
         yield running
 
 
-async def test_the_service_keeps_to_its_openapi_document(copy: Copy, tmp_path: Path) -> None:
+async def test_the_service_keeps_to_its_openapi_document(
+    instance: Instance, tmp_path: Path
+) -> None:
     """Schemathesis finds no undocumented answer, no wrong body, no 5xx, nothing wrongly taken."""
     (tmp_path / "hooks.py").write_text(HOOKS)
     tester = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "schemathesis.cli", "run", f"{copy.url}/openapi.json"),
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{instance.url}/openapi.json"),
         *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
         *("--max-examples", "60", "--generation-deterministic", "--seed", "1"),
         *("--continue-on-failure", "--no-color"),
@@ -71,7 +73,7 @@ async def test_the_service_keeps_to_its_openapi_document(copy: Copy, tmp_path: P
     assert tester.returncode == 0, said.decode()
     tested = re.search(r"Tested: (\d+)", said.decode())
     assert tested is not None, said.decode()
-    assert int(tested[1]) == len(list(_operations(await _document(copy))))
+    assert int(tested[1]) == len(list(_operations(await _document(instance))))
 
 
 def _path_with(folder: Path) -> str:
@@ -93,15 +95,15 @@ async def test_every_problem_is_explained(client: httpx.AsyncClient) -> None:
         assert (answer.status_code, answer.json()) == (200, about)
 
 
-async def test_the_schema_of_a_problem_names_every_code(copy: Copy) -> None:
+async def test_the_schema_of_a_problem_names_every_code(instance: Instance) -> None:
     """A client generated from the document knows every code it may meet."""
-    schema = (await _document(copy))["components"]["schemas"]["Problem"]
+    schema = (await _document(instance))["components"]["schemas"]["Problem"]
     assert set(schema["properties"]["code"]["enum"]) == KINDS.keys()
 
 
-async def test_every_documented_example_is_true(copy: Copy) -> None:
+async def test_every_documented_example_is_true(instance: Instance) -> None:
     """Each fits its schema; a problem's has the code, status and text of its kind."""
-    document = await _document(copy)
+    document = await _document(instance)
     seen = set()
     for name, status, media_type, content in _contents(document):
         examples = {key: one["value"] for key, one in content.get("examples", {}).items()}
@@ -122,9 +124,9 @@ async def test_every_documented_example_is_true(copy: Copy) -> None:
     }
 
 
-async def test_every_refusal_is_documented_as_a_problem(copy: Copy) -> None:
+async def test_every_refusal_is_documented_as_a_problem(instance: Instance) -> None:
     """4xx answers are problem+json with the Problem schema, and nothing of the framework's own."""
-    document = await _document(copy)
+    document = await _document(instance)
     for name, status, media_type, content in _contents(document):
         if status.startswith("4"):
             assert (name, status, media_type) == (name, status, PROBLEM_JSON)
@@ -132,9 +134,9 @@ async def test_every_refusal_is_documented_as_a_problem(copy: Copy) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-async def test_numbers_are_documented_with_their_limits(copy: Copy) -> None:
+async def test_numbers_are_documented_with_their_limits(instance: Instance) -> None:
     """Every integer of a request has a least and a greatest value in the document."""
-    for name, operation in _operations(await _document(copy)):
+    for name, operation in _operations(await _document(instance)):
         for parameter in operation.get("parameters", ()):
             if parameter["schema"].get("type") == "integer":
                 assert {"minimum", "maximum"} <= parameter["schema"].keys(), (name, parameter)
@@ -155,8 +157,8 @@ async def test_the_docs_page_needs_no_internet(client: httpx.AsyncClient) -> Non
             )
 
 
-async def _document(copy: Copy) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=copy.url, trust_env=False) as client:
+async def _document(instance: Instance) -> dict[str, Any]:
+    async with httpx.AsyncClient(base_url=instance.url, trust_env=False) as client:
         document: dict[str, Any] = (await client.get("/openapi.json")).json()
     return document
 
@@ -183,9 +185,9 @@ COMMON_HEADERS: Final = {
 }
 
 
-async def test_headers_are_documented_on_the_answers_that_carry_them(copy: Copy) -> None:
+async def test_headers_are_documented_on_the_answers_that_carry_them(instance: Instance) -> None:
     """Each answer has the headers that the document requires of it, and no other."""
-    document = await _document(copy)
+    document = await _document(instance)
     change: dict[str, Any] = {"json": {"userId": 1, "amount": -2}}
     refused: dict[str, Any] = {"json": {"userId": 1, "amount": -(10**9)}}
     key, other = ({"Idempotency-Key": f"headers-{number}"} for number in (1, 2))
@@ -209,7 +211,7 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(copy: Copy)
         ("GET", "/readyz", "/readyz", {}),
     ]
     seen: set[str] = set()
-    async with httpx.AsyncClient(base_url=copy.url, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=instance.url, trust_env=False) as client:
         for method, template, path, more in calls:
             answer = await client.request(method, path, **more)
             described = document["paths"][template][method.lower()]["responses"]

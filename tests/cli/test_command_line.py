@@ -41,7 +41,7 @@ async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) ->
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / ".env").write_bytes(b"SERVER_ID=\xff")
     port = free_ports(2, below=32_000)
-    up = ("up", "--copies=1", f"--port={port}")
+    up = ("up", "--instances=1", f"--port={port}")
     data = "PostgreSQL can't keep its data in"
     long_host = "x" * 70
     cases: list[tuple[tuple[str, ...], dict[str, str], str]] = [

@@ -11,8 +11,8 @@ from typing import Final
 import httpx
 import pytest
 
-from tests.jobs.rows import Connection, add_copy, add_job, insert, running
-from tests.processes import Copy, connect
+from tests.jobs.rows import Connection, add_instance, add_job, insert, running
+from tests.processes import Instance, connect
 from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
@@ -22,15 +22,15 @@ SHOWN: Final = re.escape("[red]user 7[/red] [2J differs")
 
 @pytest.fixture
 async def connection(database: dict[str, str]) -> AsyncIterator[Connection]:
-    """A connection to the database of `copy`."""
+    """A connection to the database of `instance`."""
     connection = await connect(database)
     yield connection
     await connection.close()
 
 
 async def fill(connection: Connection) -> None:
-    one, other = await add_copy(connection, "app1"), await add_copy(connection, "app2")
-    await add_copy(connection, "app3", seen_seconds_ago=25)
+    one, other = await add_instance(connection, "app1"), await add_instance(connection, "app2")
+    await add_instance(connection, "app3", seen_seconds_ago=25)
     await add_job(
         connection, "at-work", **running(one, "app1", seconds=200), done=4, total=16, note="users"
     )
@@ -67,10 +67,10 @@ def assert_lines(out: str, patterns: list[str]) -> None:
 # -- what there is -----------------------------------------------------------------------------
 
 
-async def test_the_table_says_what_runs_where(copy: Copy, connection: Connection) -> None:
-    """A line per job, those that run first; a line per copy; nothing that a terminal obeys."""
+async def test_the_table_says_what_runs_where(instance: Instance, connection: Connection) -> None:
+    """A line per job, those that run first; a line per instance; nothing that a terminal obeys."""
     await fill(connection)
-    code, out, err = await run("status", BALANCE_APP_URL=f"{copy.url}/")
+    code, out, err = await run("status", BALANCE_APP_URL=f"{instance.url}/")
     assert (code, err) == (0, "")
     moment = r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"  # with its date around midnight
     last = rf"✕ 1 min ago \({moment}\) failed on app2 in 29 s: {SHOWN}"
@@ -94,9 +94,9 @@ async def test_the_table_says_what_runs_where(copy: Copy, connection: Connection
     assert "\x1b" not in out
 
 
-async def test_why_a_job_waits_is_told(copy: Copy, connection: Connection) -> None:
-    """Asked for, handed back, tried again, lost, or without a copy that has its code."""
-    one = await add_copy(connection, "app1", lacks=("strange",))
+async def test_why_a_job_waits_is_told(instance: Instance, connection: Connection) -> None:
+    """Asked for, handed back, tried again, lost, or without an instance that has its code."""
+    one = await add_instance(connection, "app1", lacks=("strange",))
     over = {**running(one, "app1"), "lease_until": -SECOND}
     late = {"due_at": -2 * SECOND, "attempt": 1, "last_server": "app1"}
     ended = {"last_started_at": -9 * SECOND, "last_ended_at": -5 * SECOND}
@@ -105,46 +105,46 @@ async def test_why_a_job_waits_is_told(copy: Copy, connection: Connection) -> No
     await add_job(connection, "gone", **over)
     await add_job(connection, "once-more", **late, **ended, last_outcome="failed")
     await add_job(connection, "strange")
-    code, out, _ = await run("status", BALANCE_APP_URL=copy.url)
+    code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert code == 0
     for pattern in (
-        r"asked +◔ asked for +ada asked for a run: a copy takes it\.",
-        r"back +◔ handed back +app1 handed it back: another copy goes on with it\. +↷ 5 s ago",
+        r"asked +◔ asked for +ada asked for a run: an instance takes it\.",
+        r"back +◔ handed back +app1 handed it back: another instance goes on with it\. +↷ 5 s ago",
         r"gone +✕ lost +app1 sent no heartbeat",
         r"once-more +↻ trying again +The last run failed; it is tried again now\. +✕ 5 s ago",
-        r"strange +\? no code +No live copy has its code\.",
+        r"strange +\? no code +No live instance has its code\.",
     ):
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
 
 
 async def test_symbols_are_plain_where_there_are_no_others(
-    copy: Copy, connection: Connection
+    instance: Instance, connection: Connection
 ) -> None:
     """Without UTF-8 the table is told in ASCII, whatever letters a job has used."""
     await fill(connection)
     await connection.execute("UPDATE jobs SET last_result = 'süß' WHERE name = 'later'")
-    code, out, err = await run("status", BALANCE_APP_URL=copy.url, PYTHONIOENCODING="ascii")
+    code, out, err = await run("status", BALANCE_APP_URL=instance.url, PYTHONIOENCODING="ascii")
     assert (code, err) == (0, "")
     assert "* running" in out
     assert "= paused" in out
     assert "29 s: s??" in out
 
 
-async def test_the_port_says_whom_to_ask(copy: Copy, connection: Connection) -> None:
-    """Without a URL it is the copy that runs here; without jobs and copies it says so."""
-    code, out, _ = await run("status", PORT=str(copy.port), HOST="0.0.0.0")  # noqa: S104
+async def test_the_port_says_whom_to_ask(instance: Instance, connection: Connection) -> None:
+    """Without a URL it is the instance that runs here; without jobs and instances it says so."""
+    code, out, _ = await run("status", PORT=str(instance.port), HOST="0.0.0.0")  # noqa: S104
     assert code == 0
-    assert "No copy that runs jobs was seen in the last minute." in out
+    assert "No instance that runs jobs was seen in the last minute." in out
     await connection.execute("SELECT 1")
 
 
 async def test_programs_get_what_the_service_says(
-    copy: Copy, connection: Connection, client: httpx.AsyncClient
+    instance: Instance, connection: Connection, client: httpx.AsyncClient
 ) -> None:
     """With --json nothing is added and nothing left out."""
     await fill(connection)
     await add_run(connection, "later", 1, outcome="failed", result=HOSTILE)
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("status", "--json", **asked)
     assert (code, err) == (0, "")
     ours, theirs = json.loads(out), (await client.get("/api/cron/status")).json()
@@ -155,7 +155,7 @@ async def test_programs_get_what_the_service_says(
 
 
 async def test_the_history_says_what_became_of_every_run(
-    copy: Copy, connection: Connection
+    instance: Instance, connection: Connection
 ) -> None:
     """The latest first; how to see earlier ones; ticks that did not run are told as ticks."""
     await add_job(connection, "one")
@@ -165,7 +165,7 @@ async def test_the_history_says_what_became_of_every_run(
     await add_run(connection, "two", None, outcome="skipped", **skipped)
     await add_run(connection, "one", 2, outcome="interrupted")
     await add_run(connection, "one", 3)
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("history", **asked)
     assert (code, err) == (0, "")
     start = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| \d+ s ago"
@@ -191,10 +191,10 @@ async def test_the_history_says_what_became_of_every_run(
 # -- watching ----------------------------------------------------------------------------------
 
 
-async def test_watching_goes_on_over_a_restart(copy: Copy, connection: Connection) -> None:
-    """The copy stops: "Reconnecting"; it comes back: the table. Ctrl-C ends it with exit code 0."""
+async def test_watching_goes_on_over_a_restart(instance: Instance, connection: Connection) -> None:
+    """The instance stops: "Reconnecting"; it comes back: the table. Ctrl-C ends it with code 0."""
     await add_job(connection, "first")
-    watcher = await command("status", "--watch", BALANCE_APP_URL=copy.url)
+    watcher = await command("status", "--watch", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None
     stdout = watcher.stdout
 
@@ -203,10 +203,10 @@ async def test_watching_goes_on_over_a_restart(copy: Copy, connection: Connectio
 
     try:
         await _until(line, lambda said: "first" in said)
-        await copy.stop()
+        await instance.stop()
         await _until(line, lambda said: "Reconnecting" in said)
-        await copy.launch()
-        await copy.ready()
+        await instance.launch()
+        await instance.ready()
         await add_job(connection, "second")
         await _until(line, lambda said: "second" in said)
         watcher.send_signal(signal.SIGINT)
@@ -218,10 +218,10 @@ async def test_watching_goes_on_over_a_restart(copy: Copy, connection: Connectio
             await watcher.wait()
 
 
-async def test_programs_can_watch(copy: Copy, connection: Connection) -> None:
+async def test_programs_can_watch(instance: Instance, connection: Connection) -> None:
     """Each line is a status; that the service is away is said beside."""
     await add_job(connection, "first")
-    watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=copy.url)
+    watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None
     assert watcher.stderr is not None
     stderr = watcher.stderr
@@ -229,7 +229,7 @@ async def test_programs_can_watch(copy: Copy, connection: Connection) -> None:
         for _ in range(2):
             status = json.loads(await asyncio.wait_for(watcher.stdout.readline(), 30))
             assert [job["name"] for job in status["jobs"]] == ["first"]
-        await copy.stop()
+        await instance.stop()
 
         async def line() -> str:
             return (await stderr.readline()).decode()
@@ -252,11 +252,11 @@ async def _until(line: Callable[[], Awaitable[str]], found: Callable[[str], bool
 
 
 async def test_on_a_terminal_the_table_is_redrawn_in_place(
-    copy: Copy, connection: Connection, client: httpx.AsyncClient
+    instance: Instance, connection: Connection, client: httpx.AsyncClient
 ) -> None:
     """With colours, over and over at one place; the cursor is there again at the end."""
     await fill(connection)
-    async with Screen("status", "--watch", BALANCE_APP_URL=copy.url) as screen:
+    async with Screen("status", "--watch", BALANCE_APP_URL=instance.url) as screen:
         await screen.until("at-work")
         assert "\x1b[" in screen.shown
         assert "━━────────" in screen.shown
@@ -268,10 +268,12 @@ async def test_on_a_terminal_the_table_is_redrawn_in_place(
     assert screen.shown.rindex("\x1b[?25h") > screen.shown.rindex("2 paused")
 
 
-async def test_a_narrow_terminal_keeps_what_matters(copy: Copy, connection: Connection) -> None:
+async def test_a_narrow_terminal_keeps_what_matters(
+    instance: Instance, connection: Connection
+) -> None:
     """At 80 columns no line is broken, and state, server, time and outcome are still there."""
     await fill(connection)
-    async with Screen("status", BALANCE_APP_URL=copy.url, COLUMNS="80", NO_COLOR="1") as screen:
+    async with Screen("status", BALANCE_APP_URL=instance.url, COLUMNS="80", NO_COLOR="1") as screen:
         assert await screen.end() == 0
     lines = [re.sub(r"\x1b\[[0-9;?]*\w", "", line).rstrip() for line in screen.shown.splitlines()]
     assert max(len(line) for line in lines) <= 80
@@ -284,13 +286,13 @@ async def test_a_narrow_terminal_keeps_what_matters(copy: Copy, connection: Conn
 # -- steering ----------------------------------------------------------------------------------
 
 
-async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
+async def test_jobs_are_steered(instance: Instance, connection: Connection) -> None:
     """Each is told in a sentence, or as the service's JSON; what the state forbids is refused."""
-    one = await add_copy(connection, "app1")
+    one = await add_instance(connection, "app1")
     await add_job(connection, "idle")
     await add_job(connection, "busy", **running(one, "app1"))
     await add_job(connection, "done", **running(one, "app1"), work_ended_at=-SECOND)
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("run", "busy", **asked)
     assert (code, out) == (1, "")
     assert re.fullmatch(
@@ -302,7 +304,7 @@ async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
         "run idle": (1, "", "Job idle was paused by ada.\n"),
         "run idle --wait": (1, "", "Job idle was paused by ada.\n"),
         "resume idle": (0, "idle is not paused any more.\n", ""),
-        "run idle --by ada": (0, "idle is ready: a copy takes it.\n", ""),
+        "run idle --by ada": (0, "idle is ready: an instance takes it.\n", ""),
         "cancel idle": (1, "", "Job idle does not run: it is waiting.\n"),
         "cancel busy --by ada": (
             *(
@@ -334,10 +336,12 @@ async def test_jobs_are_steered(copy: Copy, connection: Connection) -> None:
     assert json.loads(out)["code"] == "job-not-running"
 
 
-async def test_a_job_is_forgotten_after_a_question(copy: Copy, connection: Connection) -> None:
+async def test_a_job_is_forgotten_after_a_question(
+    instance: Instance, connection: Connection
+) -> None:
     """Nothing is done without a yes; then it is off the list, and its history is told of."""
     await add_job(connection, "moon")
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("forget", "moon", **asked)
     assert code == 1
     assert "Forget moon?" in err
@@ -352,11 +356,11 @@ async def test_a_job_is_forgotten_after_a_question(copy: Copy, connection: Conne
 
 
 async def _waits(
-    copy: Copy, connection: Connection, *arguments: str
+    instance: Instance, connection: Connection, *arguments: str
 ) -> asyncio.Task[tuple[int | None, str, str]]:
     """Ask for a run of `one`, as far as that it was asked for."""
     task = asyncio.create_task(
-        run("run", "one", "--wait", *arguments, "--by=ada", BALANCE_APP_URL=copy.url)
+        run("run", "one", "--wait", *arguments, "--by=ada", BALANCE_APP_URL=instance.url)
     )
     asked = "SELECT requested_by FROM jobs WHERE name = 'one'"
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -366,14 +370,16 @@ async def _waits(
     return task
 
 
-async def test_waiting_for_a_run_is_waiting_for_its_end(copy: Copy, connection: Connection) -> None:
+async def test_waiting_for_a_run_is_waiting_for_its_end(
+    instance: Instance, connection: Connection
+) -> None:
     """A run before it does not count, nor one that is handed on; exit code 1 when it fails."""
-    await add_copy(connection, "app1")
+    await add_instance(connection, "app1")
     await add_job(connection, "one", fence=4)
     await add_run(connection, "one", 4, outcome="succeeded", result="before")
     for outcome, code in (("succeeded", 0), ("failed", 1)):
         fence = await connection.fetchval("SELECT max(fence) FROM job_runs")
-        waits = await _waits(copy, connection, "--json")
+        waits = await _waits(instance, connection, "--json")
         await add_run(connection, "one", fence + 1, outcome="interrupted")
         await asyncio.sleep(1.5)  # some looks
         assert not waits.done(), waits.result()
@@ -386,22 +392,24 @@ async def test_waiting_for_a_run_is_waiting_for_its_end(copy: Copy, connection: 
         assert "● one" not in err
 
 
-async def test_waiting_ends_when_the_job_is_paused(copy: Copy, connection: Connection) -> None:
+async def test_waiting_ends_when_the_job_is_paused(
+    instance: Instance, connection: Connection
+) -> None:
     """Nobody waits for what will not come."""
-    await add_copy(connection, "app1")
+    await add_instance(connection, "app1")
     await add_job(connection, "one")
-    waits = await _waits(copy, connection)
+    waits = await _waits(instance, connection)
     await connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
     code, out, err = await waits
     assert (code, out) == (1, "")
     assert err.endswith("Job one was paused by bob before it had run.\n")
 
 
-async def test_a_run_under_way_is_joined(copy: Copy, connection: Connection) -> None:
+async def test_a_run_under_way_is_joined(instance: Instance, connection: Connection) -> None:
     """It says so, and tells the end of that run; a restart of the service does not end it."""
-    one = await add_copy(connection, "app1")
+    one = await add_instance(connection, "app1")
     await add_job(connection, "one", **running(one, "app1"))
-    process = await command("run", "one", "--wait", BALANCE_APP_URL=copy.url)
+    process = await command("run", "one", "--wait", BALANCE_APP_URL=instance.url)
     assert process.stderr is not None
     stderr = process.stderr
 
@@ -412,14 +420,14 @@ async def test_a_run_under_way_is_joined(copy: Copy, connection: Connection) -> 
         joined = r"Job one was not started: .* on app1, since .* UTC\. Waiting for that run, .*\n"
         await _until(line, lambda said: re.fullmatch(joined, said) is not None)
         await _until(line, lambda said: said.startswith("● one running on app1, 4"))
-        await copy.stop()
+        await instance.stop()
         await _until(line, lambda said: said.endswith("Reconnecting.\n"))
         await add_run(connection, "one", 7, outcome="succeeded", result=HOSTILE)
         await connection.execute(
             "UPDATE jobs SET holder = NULL, lease_until = NULL, started_at = NULL, server = NULL"
         )
-        await copy.launch()
-        await copy.ready()
+        await instance.launch()
+        await instance.ready()
         out, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
     finally:
         if process.returncode is None:
@@ -436,8 +444,8 @@ async def test_a_run_under_way_is_joined(copy: Copy, connection: Connection) -> 
 
 async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
     """What the last audit found is told; --now asks for one, which names the user that differs."""
-    async with Copy(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as copy:
-        asked = {"BALANCE_APP_URL": copy.url}
+    async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as instance:
+        asked = {"BALANCE_APP_URL": instance.url}
         code, out, err = await run("audit", "--now", **asked)
         assert code == 0
         assert "Waiting for " in err.splitlines()[0]
@@ -463,14 +471,14 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
         assert (code, json.loads(out)["outcome"]) == (1, "failed")
 
 
-async def test_no_verdict_is_no_success(copy: Copy, connection: Connection) -> None:
+async def test_no_verdict_is_no_success(instance: Instance, connection: Connection) -> None:
     """An audit that was cut short has found nothing; exit code 1 until there is one."""
     await add_job(connection, "audit-ledger")
     await add_run(connection, "audit-ledger", 1, outcome="lost")
-    code, out, err = await run("audit", BALANCE_APP_URL=copy.url)
+    code, out, err = await run("audit", BALANCE_APP_URL=instance.url)
     assert (code, out) == (1, "")
     assert err == "The ledger was not audited yet: ask for it with --now.\n"
     await add_run(connection, "audit-ledger", 2, outcome="succeeded", result="all match")
     await add_run(connection, "audit-ledger", 3, outcome="cancelled")
-    code, out, _ = await run("audit", BALANCE_APP_URL=copy.url)
+    code, out, _ = await run("audit", BALANCE_APP_URL=instance.url)
     assert (code, out.splitlines()[1]) == (0, "all match")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from balance_app.formatting import ago, brief, duration, exact, visible
-from tests.processes import Copy, connect, free_port
+from tests.processes import Instance, connect, free_port
 from tests.terminal import PATIENCE_SECONDS, Screen, answering, command, http, losing, run
 
 DONE = '{"userId":1,"balance":9998,"version":2,"change":{"amount":-2,"at":"2026-11-21T21:49:33Z"}}'
@@ -49,7 +49,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
 
 
 async def test_jobs_are_completed_from_the_running_service(
-    copy: Copy, database: dict[str, str]
+    instance: Instance, database: dict[str, str]
 ) -> None:
     """Their names, of the service that is asked; nothing at all when it is away."""
     connection = await connect(database)
@@ -67,10 +67,10 @@ async def test_jobs_are_completed_from_the_running_service(
         assert (code, err) == (0, "")
         return out.split()
 
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     assert await complete("balance-app run audit-", **asked) == ["audit-x", "audit-y"]
     assert await complete("balance-app history p", **asked) == ["prune-z"]
-    line = f"balance-app pause --url {copy.url} "
+    line = f"balance-app pause --url {instance.url} "
     assert await complete(line, PORT="1") == ["audit-x", "audit-y", "prune-z"]
     assert (
         await complete("balance-app run ", BALANCE_APP_URL=f"http://127.0.0.1:{free_port()}") == []
@@ -112,11 +112,11 @@ REFUSED: Final = [
 ]
 
 
-async def test_what_is_refused_is_said_in_a_sentence(copy: Copy) -> None:
+async def test_what_is_refused_is_said_in_a_sentence(instance: Instance) -> None:
     """On stderr, with an exit code that tells what a script can do about it."""
     none = dict.fromkeys(("DATABASE_URL", "DB_HOST"), "")
     for line, code, said in REFUSED:
-        found = await run(*line.split(" "), BALANCE_APP_URL=copy.url, **none)
+        found = await run(*line.split(" "), BALANCE_APP_URL=instance.url, **none)
         assert (found[0], found[1]) == (code, ""), line
         assert said in found[2], found[2]
         assert found[2].count("\n") == 1 or "╭─ Error" in found[2]
@@ -166,10 +166,10 @@ async def test_what_is_no_answer_is_said_in_a_sentence(
 
 
 async def test_a_health_check_says_ready_not_ready_or_away(
-    copy: Copy, database: dict[str, str]
+    instance: Instance, database: dict[str, str]
 ) -> None:
-    """0, 1 and 3; it asks the copy that runs here, whatever BALANCE_APP_URL says."""
-    env = {"PORT": str(copy.port), "BALANCE_APP_URL": "http://127.0.0.1:1"}
+    """0, 1 and 3; it asks the instance that runs here, whatever BALANCE_APP_URL says."""
+    env = {"PORT": str(instance.port), "BALANCE_APP_URL": "http://127.0.0.1:1"}
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (0, "ok")
     connection = await connect(database)
@@ -195,9 +195,11 @@ async def test_migrating_says_where_the_schema_is(database: dict[str, str]) -> N
 # -- balances ----------------------------------------------------------------------------------
 
 
-async def test_a_change_and_its_refusal_are_told(copy: Copy, client: httpx.AsyncClient) -> None:
+async def test_a_change_and_its_refusal_are_told(
+    instance: Instance, client: httpx.AsyncClient
+) -> None:
     """What is left after it; what it lacked, with exit code 4; and both as the service's JSON."""
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("change", "1", "-2", "--key", "k1", **asked)
     assert (code, err) == (0, "")
     assert re.fullmatch(r"User 1 has 9998 after -2 \(version 2, \d{4}-.{14} UTC\)\.\n", out)
@@ -216,9 +218,9 @@ async def test_a_change_and_its_refusal_are_told(copy: Copy, client: httpx.Async
     assert (code, err, json.loads(out)["balance"]) == (0, "", 10005)
 
 
-async def test_balances_are_shown(copy: Copy, client: httpx.AsyncClient) -> None:
+async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient) -> None:
     """A user with the latest entries; users by pages; as JSON what the service says, as it is."""
-    asked = {"BALANCE_APP_URL": copy.url}
+    asked = {"BALANCE_APP_URL": instance.url}
     for number in range(1, 8):
         await client.post(
             "/api/balance",
@@ -250,8 +252,8 @@ async def test_balances_are_shown(copy: Copy, client: httpx.AsyncClient) -> None
     code, out, err = await run("users", "--limit", "1", **asked)
     assert (code, err) == (0, "More: balance-app users --after=1 --limit=1\n")
     assert [line.split()[:3] for line in out.splitlines()][1:] == [["1", "9972", "8"]]
-    assert (await run("users", "--limit=1", "--url", copy.url))[2] == (
-        f"More: balance-app users --after=1 --limit=1 --url={copy.url}\n"
+    assert (await run("users", "--limit=1", "--url", instance.url))[2] == (
+        f"More: balance-app users --after=1 --limit=1 --url={instance.url}\n"
     )
     code, out, err = await run(*shlex.split(err)[2:], **asked)
     assert (code, err) == (0, "")
@@ -259,10 +261,10 @@ async def test_balances_are_shown(copy: Copy, client: httpx.AsyncClient) -> None
 
 
 async def test_a_change_whose_answer_is_lost_is_made_once(
-    copy: Copy, client: httpx.AsyncClient
+    instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """It is sent again with the same key, until an answer comes back; it took effect once."""
-    async with losing(2, copy.port) as front:
+    async with losing(2, instance.port) as front:
         code, out, err = await run("change", "1", "-2", BALANCE_APP_URL=front.url)
     assert code == 0
     assert out.startswith("User 1 has 9998 after -2 (version 2, ")
@@ -274,16 +276,16 @@ async def test_a_change_whose_answer_is_lost_is_made_once(
 
 
 async def test_an_outcome_that_stays_unknown_leaves_its_key(
-    copy: Copy, client: httpx.AsyncClient
+    instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """Exit code 5, and a command that asks again: it does not change the balance a second time."""
-    async with losing(100, copy.port) as front:
+    async with losing(100, instance.port) as front:
         code, out, err = await run("change", "1", "-2", "--patience=0", BALANCE_APP_URL=front.url)
     assert (code, out) == (5, "")
     assert "It is not known whether the change was made." in err
     again = shlex.split(err.rpartition(": ")[2])
     assert again == ["balance-app", "change", "1", "-2", f"--key={front.keys[0]}"]
-    code, out, _ = await run(*again[1:], BALANCE_APP_URL=copy.url)
+    code, out, _ = await run(*again[1:], BALANCE_APP_URL=instance.url)
     assert code == 0
     assert out.endswith("This key's change was made before.\n")
     assert (await client.get("/api/users/1")).json()["version"] == 2
@@ -319,23 +321,23 @@ async def test_a_change_is_sent_again_while_nothing_is_known(
 # -- on a terminal -----------------------------------------------------------------------------
 
 
-async def test_colours_are_for_terminals_that_want_them(copy: Copy) -> None:
+async def test_colours_are_for_terminals_that_want_them(instance: Instance) -> None:
     """There are some on a terminal, none with NO_COLOR, and none in a pipe."""
     colour = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
-    async with Screen("status", BALANCE_APP_URL=copy.url) as screen:
+    async with Screen("status", BALANCE_APP_URL=instance.url) as screen:
         assert await screen.end() == 0
     assert colour.search(screen.shown)
-    async with Screen("status", BALANCE_APP_URL=copy.url, NO_COLOR="1") as screen:
+    async with Screen("status", BALANCE_APP_URL=instance.url, NO_COLOR="1") as screen:
         assert await screen.end() == 0
-    assert "No copy that runs jobs" in screen.shown
+    assert "No instance that runs jobs" in screen.shown
     assert not colour.search(screen.shown)
-    _, out, _ = await run("status", BALANCE_APP_URL=copy.url)
+    _, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert "\x1b" not in out
 
 
-async def test_a_reader_that_has_seen_enough_is_no_mistake(copy: Copy) -> None:
+async def test_a_reader_that_has_seen_enough_is_no_mistake(instance: Instance) -> None:
     """A pipe that is closed early ends it without a traceback."""
-    process = await command("status", "--watch", "--json", BALANCE_APP_URL=copy.url)
+    process = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
     assert process.stdout is not None
     assert process.stderr is not None
     assert json.loads(await process.stdout.readline())["jobs"] == []

@@ -24,7 +24,7 @@ from balance_app.db.migrations import (
     migrate,
 )
 from balance_app.settings import Settings, load_settings
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -102,7 +102,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
         ("CREATE TABLE balance_app_version (a int)", "balance_app_version says nothing"),
         ("CREATE TABLE users (id int)", "has users, but no version"),
         ("CREATE TABLE jobs (id int); CREATE VIEW entries AS SELECT 1", "has entries and jobs"),
-        ("CREATE SEQUENCE copies", "has copies"),
+        ("CREATE SEQUENCE instances", "has instances"),
         ("CREATE TYPE users AS ENUM ('a')", 'type "users" already exists'),
         ("CREATE FUNCTION hold_lease() RETURNS int RETURN 1", 'function "hold_lease" already'),
         ("CREATE FUNCTION refuse_rewriting() RETURNS int RETURN 1", '"refuse_rewriting" already'),
@@ -320,9 +320,9 @@ async def test_who_holds_the_lock_is_told_and_an_upgraded_schema_needs_none(
     connection = await connect(database)
     try:
         holder = await _lock_holder(connection)
-        async with Copy(database, JOBS_ENABLED="false", DB_SCHEMA="own"):
+        async with Instance(database, JOBS_ENABLED="false", DB_SCHEMA="own"):
             pass  # of another schema, which has a lock of its own
-        waiting = Copy(database, "waiting", JOBS_ENABLED="false")
+        waiting = Instance(database, "waiting", JOBS_ENABLED="false")
         await waiting.launch()
         try:
             async with httpx.AsyncClient(trust_env=False, timeout=5) as http, asyncio.timeout(30):

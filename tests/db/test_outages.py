@@ -18,7 +18,7 @@ from balance_app.db.outages import HOPELESS, Kind, classify, is_fatal, pause_sec
 from balance_app.db.pool import Database
 from balance_app.sessions import PoolerError
 from tests.jobs.rows import settings_for
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.system.databases import own_postgres
 
 POOLED = "unsupported startup parameter: default_transaction_isolation"  # PgBouncer 1.18
@@ -145,8 +145,10 @@ async def test_a_limit_of_connections_refuses_no_request(
     log = tmp_path / "log"
     async with (
         a_role(database) as plain,
-        Copy(plain, log=log, program=program, JOBS_ENABLED="false", DB_POOL_SIZE="5") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(
+            plain, log=log, program=program, JOBS_ENABLED="false", DB_POOL_SIZE="5"
+        ) as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         admin = await connect(database)
         await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 2')
@@ -177,18 +179,20 @@ async def test_too_few_connections_are_told_at_start(
     """An instance that could never work ends with a sentence; another one warns, and serves."""
     log = tmp_path / "log"
     async with a_role(database, f"CONNECTION LIMIT {limit}") as plain:
-        copy = Copy(plain, log=log, JOBS_ENABLED=jobs)
-        await copy.launch()
-        assert copy.process is not None
+        instance = Instance(plain, log=log, JOBS_ENABLED=jobs)
+        await instance.launch()
+        assert instance.process is not None
         if starts:
-            await copy.ready()
-            async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+            await instance.ready()
+            async with httpx.AsyncClient(
+                base_url=instance.url, trust_env=False, timeout=30
+            ) as client:
                 assert await fire(client, 60) == {"200": 60}
                 warnings = (await client.get("/readyz")).json()["warnings"]
             assert "role's limit is 4 connections" in warnings[0]
         else:
-            assert await asyncio.wait_for(copy.process.wait(), 30) == 3
-        await copy.stop()
+            assert await asyncio.wait_for(instance.process.wait(), 30) == 3
+        await instance.stop()
     assert f"The role's limit is {limit} connections" in log.read_text()
     assert "Traceback" not in log.read_text()
 
@@ -219,8 +223,8 @@ async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_pat
     """Reads go on, writes are refused with that reason, and both heal by themselves (A3)."""
     log = tmp_path / "log"
     async with (
-        Copy(database, log=log, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(database, log=log, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         await fire(client, 10)
         admin = await connect({**database, "DB_NAME": "postgres"})
@@ -284,8 +288,8 @@ async def test_the_cause_of_an_outage_is_told(
     log = tmp_path / "log"
     async with (
         a_role(database) as plain,
-        Copy(plain, log=log, JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(plain, log=log, JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         names = {"role": plain["DB_USER"], "name": database["DB_NAME"]}
         await fire(client, 10)
@@ -302,7 +306,7 @@ async def test_the_cause_of_an_outage_is_told(
         assert state in refused.json()["detail"]
         assert refused.json()["applied"] == "no"
         await admin.execute(give_back.format(**names))
-        await copy.ready(within_seconds=15)
+        await instance.ready(within_seconds=15)
         await admin.close()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     told = [line for line in lines if line.get("sqlstate") == state]
@@ -322,8 +326,8 @@ async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
         await admin.execute("SELECT pg_reload_conf()")
         plain = {**server.environment(), "DB_USER": "app", "DB_PASSWORD": "old"}
         async with (
-            Copy(plain, JOBS_ENABLED="false") as copy,
-            httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+            Instance(plain, JOBS_ENABLED="false") as instance,
+            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
         ):
             await admin.execute("ALTER ROLE app PASSWORD 'new'")
             await admin.execute(
@@ -344,8 +348,8 @@ async def test_a_server_that_does_not_flush_is_told() -> None:
     """`fsync = off` is no reason not to serve, but nobody is left in the dark."""
     async with (
         own_postgres(fsync="off", full_page_writes="off") as server,
-        Copy(server.environment(), JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(server.environment(), JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         ready = await client.get("/readyz")
     assert ready.status_code == 200

@@ -11,7 +11,7 @@ from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
 from balance_app.errors import DatabaseAway
 from balance_app.settings import Settings, load_settings
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -39,9 +39,9 @@ async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str
 
 async def test_a_full_house_says_so(database: dict[str, str]) -> None:
     """Who finds too many waiting gets a 503 at once, and nothing is changed for it (B1)."""
-    async with Copy(database, DB_POOL_SIZE="1", MAX_WAITING="1") as copy:
+    async with Instance(database, DB_POOL_SIZE="1", MAX_WAITING="1") as instance:
         holder = await connect(database)
-        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
 
             async def change() -> httpx.Response:
                 return await client.post("/api/balance", json={"userId": 1, "amount": -1})
@@ -78,16 +78,16 @@ async def _until_somebody_waits_for_a_lock(
         ({"PORT": "70000"}, "PORT"),
     ],
 )
-async def test_what_waiting_cannot_mend_ends_the_copy(
+async def test_what_waiting_cannot_mend_ends_the_instance(
     database: dict[str, str], tmp_path: Path, wrong: dict[str, str], said: str
 ) -> None:
-    """A copy that can never serve ends at once, with a sentence and no traceback."""
+    """An instance that can never serve ends at once, with a sentence and no traceback."""
     log = tmp_path / "log"
-    copy = Copy({**database, **wrong}, log=log)
-    copy._environment |= wrong
-    await copy.launch()
-    assert copy.process is not None
-    code = await asyncio.wait_for(copy.process.wait(), 30)
+    instance = Instance({**database, **wrong}, log=log)
+    instance._environment |= wrong
+    await instance.launch()
+    assert instance.process is not None
+    code = await asyncio.wait_for(instance.process.wait(), 30)
     assert code in {1, 2, 3}
     assert said in log.read_text()
     assert "Traceback" not in log.read_text()

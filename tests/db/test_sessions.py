@@ -12,7 +12,7 @@ import pytest
 from balance_app.db.pool import Connection
 from balance_app.sessions import PINNED, PoolerError, open_session, reset
 from balance_app.settings import Settings, load_settings
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 
 # What each default would do: refuse or repeat changes, delay, misread, hide, or end sessions.
 HOSTILE = {
@@ -136,15 +136,18 @@ async def test_the_service_works_under_hostile_defaults(
 ) -> None:
     """It migrates, accepts and refuses exactly, with two instances and no 503; jobs run."""
     async with hostile(database):
-        copies = [
-            Copy(database, name, log=tmp_path / name, JOB_MIN_SECONDS="0", JOB_SETTLING_SECONDS="0")
+        instances = [
+            Instance(
+                database, name, log=tmp_path / name, JOB_MIN_SECONDS="0", JOB_SETTLING_SECONDS="0"
+            )
             for name in ("app1", "app2")
         ]
-        async with running(copies), httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        async with running(instances), httpx.AsyncClient(trust_env=False, timeout=30) as client:
             answers = await asyncio.gather(
                 *(
                     client.post(
-                        f"{copies[number % 2].url}/api/balance", json={"userId": 1, "amount": -100}
+                        f"{instances[number % 2].url}/api/balance",
+                        json={"userId": 1, "amount": -100},
                     )
                     for number in range(200)
                 )

@@ -9,7 +9,7 @@ from pydantic import Field
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import StrictModel, parse_json
 from balance_app.http.openapi import json_request
-from tests.processes import Copy
+from tests.processes import Instance
 from tests.web.test_live import version, watch
 
 NUMBERS: Final = (
@@ -86,16 +86,16 @@ async def test_nothing_from_outside_is_a_fault_of_ours(
 
 
 async def test_a_version_of_any_length_is_another_boots(
-    copy: Copy, client: httpx.AsyncClient
+    instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """A stream's version has as many digits as there is use for."""
     boot = version((await client.get("/")).text).partition(".")[0]
     for number in ("9" * 5000, "9" * 17, "\u0661", "-1", "1e3", ""):
         query = f"?since={boot}.{number}"
-        async with watch(copy.url, query) as viewer:
+        async with watch(instance.url, query) as viewer:
             assert "jobs-list" in (await viewer.event())["html"], number
         if number.isascii():
-            async with watch(copy.url, last_id=f"{boot}.{number}") as viewer:
+            async with watch(instance.url, last_id=f"{boot}.{number}") as viewer:
                 assert "jobs-list" in (await viewer.event())["html"], number
 
 

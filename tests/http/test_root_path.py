@@ -12,7 +12,7 @@ from balance_app.jobs.job import Registry
 from balance_app.main import create_app
 from balance_app.settings import OWN_PATHS, BadSettingsError, load_settings
 from tests.jobs.rows import add_job
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.web.test_live import watch_once
 
 ROOT = "/ledger/v1"
@@ -22,9 +22,9 @@ ADDRESS = re.compile(
 
 
 @pytest.fixture
-async def proxied(database: dict[str, str]) -> AsyncIterator[Copy]:
-    """One copy whose proxy strips the prefix, or does not."""
-    async with Copy(database, JOBS_ENABLED="false", ROOT_PATH=ROOT) as running:
+async def proxied(database: dict[str, str]) -> AsyncIterator[Instance]:
+    """One instance whose proxy strips the prefix, or does not."""
+    async with Instance(database, JOBS_ENABLED="false", ROOT_PATH=ROOT) as running:
         connection = await connect(database)
         await add_job(connection, "job-a")
         await connection.close()
@@ -32,7 +32,7 @@ async def proxied(database: dict[str, str]) -> AsyncIterator[Copy]:
 
 
 @pytest.mark.parametrize("sent", ["", ROOT], ids=["stripped", "kept"])
-async def test_every_address_follows_the_prefix(proxied: Copy, sent: str) -> None:
+async def test_every_address_follows_the_prefix(proxied: Instance, sent: str) -> None:
     """Links, forms, files and streams of pages; `Location`, problem types, the documentation."""
     async with httpx.AsyncClient(base_url=proxied.url + sent, trust_env=False) as client:
         for page in ("/", "/jobs", "/jobs/job-a", "/jobs/job-a/cancel", "/docs", "/jobs/nothing"):

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from balance_app.http.middleware import Front
 from balance_app.logs import REQUEST_ID, TRACE
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
@@ -120,8 +120,8 @@ async def test_every_line_about_a_request_names_its_trace(
     """Also what the service says before it answers; and no line that is about something else."""
     log = tmp_path / "log"
     async with (
-        Copy(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         connection = await connect(database)
         await connection.execute(A_MISTAKE)
@@ -141,8 +141,8 @@ async def test_every_line_about_a_request_names_its_trace(
 async def test_a_trace_ends_with_its_request(database: dict[str, str], tmp_path: Path) -> None:
     """The next request on the connection, even one that came along with it, is not in the trace."""
     log = tmp_path / "log"
-    async with Copy(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as copy:
-        reader, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+    async with Instance(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as instance:
+        reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
         traced = f"GET /first HTTP/1.1\r\nHost: x\r\ntraceparent: {VALID}\r\n\r\n"
         plain = "GET /second HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         writer.write((traced + plain).encode())

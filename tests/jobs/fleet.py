@@ -1,9 +1,9 @@
-"""A copy of the service with jobs that write what they do into local files.
+"""An instance of the service with jobs that write what they do into local files.
 
-`python -m tests.jobs.fleet` serves one copy. The verdict on overlaps comes from the files alone,
-never from the service's own tables. What the jobs are is said by the environment:
+`python -m tests.jobs.fleet` serves one instance. The verdict on overlaps comes from the files
+alone, never from the service's own tables. What the jobs are is said by the environment:
 
-FLEET_DIARY    the directory that all copies write to, a file per boot
+FLEET_DIARY    the directory that all instances write to, a file per boot
 FLEET_JOBS     how many jobs, named job-01 and so on
 FLEET_EVERY    their interval in seconds
 FLEET_SECONDS  how long each run lasts
@@ -14,11 +14,10 @@ FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spi
                clings (writes until its time is over, whatever it is told);
                one of those that leave the run's own task (tests/jobs/kinds.py);
                several, parted by commas, are taken in turn
-FLEET_ALARM    taken: jobs that write take SIGALRM and its timer for themselves
-FLEET_TIMEOUT  the jobs' timeout in seconds, if they have one
-FLEET_HOLD     how many seconds a held transaction lasts
-FLEET_TIE      how many seconds a copy that has claimed lately lets equals go first, if not as usual
-FLEET_UNGUARDED  guards to take out, for controls
+FLEET_ALARM    taken: jobs that write take SIGALRM and its timer for themselves FLEET_TIMEOUT  the
+jobs' timeout in seconds, if they have one FLEET_HOLD     how many seconds a held transaction lasts
+FLEET_TIE      how many seconds an instance that has claimed lately lets equals go first, if not as
+usual FLEET_UNGUARDED  guards to take out, for controls
 """
 
 import asyncio
@@ -209,7 +208,7 @@ def no_turns() -> None:
 
 
 def newcomers_first() -> None:
-    """Let every copy that comes up begin the settling time anew, for all."""
+    """Let every instance that comes up begin the settling time anew, for all."""
     settled = """CASE WHEN alive_at > $4"""
     newcomers = """CASE WHEN true THEN
         greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
@@ -218,7 +217,7 @@ def newcomers_first() -> None:
 
 
 def seen_again() -> None:
-    """Let every copy that comes up write anew when it saw which jobs, and all go by that."""
+    """Let every instance that comes up write anew when it saw which jobs, and all go by that."""
     for name, guard, without in (
         ("NOTICE", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
         ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
@@ -292,7 +291,7 @@ def go_on_anew() -> None:
 
 
 def own_clock() -> None:
-    """Decide by a clock of the copy's own, which is wrong by FLEET_SHIFT seconds."""
+    """Decide by a clock of the instance's own, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
     vars(repository)["CLAIM"] = repository.CLAIM.replace("clock_timestamp()", shifted)
 
@@ -366,7 +365,7 @@ def overlaps(spans: list[Span]) -> list[tuple[Span, Span]]:
 
 
 def main() -> None:
-    """Serve one copy."""
+    """Serve one instance."""
     for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
         GUARDS[guard]()
     if tie := os.environ.get("FLEET_TIE"):

@@ -1,4 +1,4 @@
-"""What copies with diaries stand on: a database and a directory, and questions to both."""
+"""What instances with diaries stand on: a database and a directory, and questions to both."""
 
 import asyncio
 import itertools
@@ -11,28 +11,30 @@ from typing import Any
 
 from tests.jobs.fleet import Span, read_diaries
 from tests.jobs.nursery import Nursery
-from tests.processes import Copy, connect, empty_database
+from tests.processes import Instance, connect, empty_database
 
 Database = dict[str, str]
 
 
 @dataclass
 class Ground:
-    """An empty database, and a directory for the diaries of the copies that use it."""
+    """An empty database, and a directory for the diaries of the instances that use it."""
 
     nest: Nursery
     database: Database
     directory: Path
 
-    def copies(
+    def instances(
         self, count: int, env: dict[str, str], *, name: str = "app", forked: bool = True
-    ) -> list[Copy]:
+    ) -> list[Instance]:
         names = [f"{name}{number}" for number in range(1, count + 1)]
         env = {"FLEET_DIARY": str(self.diaries), **env}
         if forked:
-            return [self.nest.copy(self.database, name, self.log, **env) for name in names]
+            return [self.nest.instance(self.database, name, self.log, **env) for name in names]
         program = ("-m", "tests.jobs.fleet")
-        return [Copy(self.database, name, log=self.log, program=program, **env) for name in names]
+        return [
+            Instance(self.database, name, log=self.log, program=program, **env) for name in names
+        ]
 
     @property
     def diaries(self) -> Path:
@@ -83,5 +85,7 @@ async def ground(postgres: Database, nest: Nursery, top: Path) -> AsyncIterator[
         yield Ground(nest, database, directory)
 
 
-async def end(copies: Iterable[Copy], number: int = signal.SIGKILL) -> None:
-    await asyncio.gather(*(copy.stop(number) for copy in copies if copy.process is not None))
+async def end(instances: Iterable[Instance], number: int = signal.SIGKILL) -> None:
+    await asyncio.gather(
+        *(instance.stop(number) for instance in instances if instance.process is not None)
+    )

@@ -1,4 +1,4 @@
-"""A model of how copies share one job, small enough to look at every state it can be in.
+"""A model of how instances share one job, small enough to look at every state it can be in.
 
 The row of the job and the processes are values; `Protocol.steps` lists all that can happen next,
 and `search` follows every step from every state, breadth first, so that what it finds broken is
@@ -16,7 +16,8 @@ told by the shortest way there. What is modelled, and why no more is needed:
 - One statement is one event, since it holds the lock of the row from its check to its commit. A
   write is a transaction of a run, which checks the lease in the message that commits.
 - Answers that refuse are left out: all they can do is to stop a run earlier. So is when a job is
-  due: it always is. A copy that runs nothing is not frozen: it may do nothing for ever as it is.
+  due: it always is. An instance that runs nothing is not frozen: it may do nothing for ever as it
+  is.
 - There is one job. Where another matters (`Guard.TRUST_PER_RUN`), one step stands for it.
 - All monotonic clocks run equally fast, also while a process is frozen. A suspended machine may
   break this: without `Guard.CLOCK` it does.
@@ -24,9 +25,9 @@ told by the shortest way there. What is modelled, and why no more is needed:
   at most while one lease lasts. To a lease that is the same as to be so much shorter. A step back
   only lets leases last longer.
 
-The heart of the proof is `Invariant.TRUST`: what a copy believes of its lease is never more than
-what the row says. Belief ends first, the run ends with belief (the dead man sees to it when the
-process itself can't), and only then can anybody else claim.
+The heart of the proof is `Invariant.TRUST`: what an instance believes of its lease is never more
+than what the row says. Belief ends first, the run ends with belief (the dead man sees to it when
+the process itself can't), and only then can anybody else claim.
 """
 
 from collections import deque
@@ -55,7 +56,7 @@ class Guard(StrEnum):
     TRUST_IN_CLAIM = "a claim that is answered after its trust has ended is not begun"
     TRUST_PER_RUN = "good news about one run does not prolong the trust in another"
     DEAD_MAN = "the kernel ends a process that runs a job when its trust ends"
-    CANCEL = "a copy cancels its run before its trust ends"
+    CANCEL = "an instance cancels its run before its trust ends"
     HOLDER = "renewal, write and finish check the holder"
     CLOCK = "the clock of a frozen process goes on"
 
@@ -70,7 +71,7 @@ class Invariant(StrEnum):
     OUTCOME = "every run gets one outcome, and none before it has ended"
     TRUST = "a process that runs the job has a lease that lasts at least as long as its trust"
     SURVIVAL = "a process that is neither frozen nor blocked is not ended by the dead man"
-    STRANDED = "whatever happened, one healthy copy is enough for the job to be claimed again"
+    STRANDED = "whatever happened, one healthy instance is enough for the job to be claimed again"
 
 
 class Message(NamedTuple):
@@ -86,7 +87,7 @@ class Message(NamedTuple):
     age: int
 
 
-class Copy(NamedTuple):
+class Instance(NamedTuple):
     """A process, and what it sent."""
 
     mode: Literal["free", "blocked", "frozen", "ended"]
@@ -116,14 +117,14 @@ class State(NamedTuple):
     """Everything there is."""
 
     row: Row
-    copies: tuple[Copy, ...]
+    instances: tuple[Instance, ...]
 
 
 class Step(NamedTuple):
     """One thing that can happen, and what comes of it."""
 
     told: str
-    copy: int
+    instance: int
     after: State
     breaks: Invariant | None = None
 
@@ -135,7 +136,7 @@ FENCES: Final = {
     "write": Guard.WRITE_FENCE,
     "finish": Guard.FINISH_FENCE,
 }
-NEW: Final = Copy("free", "", 0, 0, ())
+NEW: Final = Instance("free", "", 0, 0, ())
 
 
 @dataclass(frozen=True)
@@ -143,20 +144,20 @@ class Protocol:
     """Claim, heartbeat, expiry, finish and takeover of one job, less the guards taken out."""
 
     without: frozenset[Guard] = frozenset()
-    copies: int = 2
+    instances: int = 2
     lease: int = 3
     margin: int = 1
     # what trust is shorter by than the lease, and how far PostgreSQL's clock may step ahead
     reserve: int = 0
     step: int = 0
-    # statements and answers under way at the same time, of all copies together
+    # statements and answers under way at the same time, of all instances together
     room: int = 2
     # runs lost in a row until the job is paused
     lost_limit: int = 2
 
     def start(self) -> State:
-        """Return the state in which the copies have just come up."""
-        return State(Row(), (NEW,) * self.copies)
+        """Return the state in which the instances have just come up."""
+        return State(Row(), (NEW,) * self.instances)
 
     def has(self, guard: Guard) -> bool:
         """Say whether the guard is in place."""
@@ -171,39 +172,39 @@ class Protocol:
 
     def steps(self, state: State) -> Iterator[Step]:
         """Yield all that can happen next."""
-        row, copies = state
-        if not any(self._must_cancel(copy) for copy in copies):
+        row, instances = state
+        if not any(self._must_cancel(instance) for instance in instances):
             yield self._tick(state)
         if row.stepped < self.step and row.lease > 0:
             yield self._clock_steps(state)
         if row.paused:
             resumed = row._replace(paused=False, lost_streak=0)
-            yield Step("Somebody resumes the job.", 0, State(resumed, copies))
+            yield Step("Somebody resumes the job.", 0, State(resumed, instances))
         else:
-            yield Step("Somebody pauses the job.", 0, State(row._replace(paused=True), copies))
-        has_room = sum(len(copy.mail) for copy in copies) < self.room
-        for index, copy in enumerate(copies):
-            if copy.mode != "ended":
-                yield Step("{copy} is killed.", index, _end(state, index))
+            yield Step("Somebody pauses the job.", 0, State(row._replace(paused=True), instances))
+        has_room = sum(len(instance.mail) for instance in instances) < self.room
+        for index, instance in enumerate(instances):
+            if instance.mode != "ended":
+                yield Step("{instance} is killed.", index, _end(state, index))
                 yield from self._changes(state, index)
-                if has_room and copy.mode != "frozen":
+                if has_room and instance.mode != "frozen":
                     yield from self._sends(state, index)
-            for message in dict.fromkeys(copy.mail):
-                lost = f"{{copy}}'s {message.kind} is lost."
+            for message in dict.fromkeys(instance.mail):
+                lost = f"{{instance}}'s {message.kind} is lost."
                 yield Step(lost, index, _drop(state, index, message))
                 yield from self._moves(state, index, message)
 
-    def _must_cancel(self, copy: Copy) -> bool:
+    def _must_cancel(self, instance: Instance) -> bool:
         return (
-            copy.work == "running"
-            and copy.mode == "free"
-            and copy.trust <= self.margin
+            instance.work == "running"
+            and instance.mode == "free"
+            and instance.trust <= self.margin
             and self.has(Guard.CANCEL)
         )
 
     def _tick(self, state: State) -> Step:
         """Let time pass for everybody; the dead man strikes where trust is over."""
-        row, copies = state
+        row, instances = state
         if row.holder is not None:
             # How long it has been over counts for nothing, unless a clock was read in the past.
             floor = 0 if self.has(Guard.TIME_OF_EXECUTION) else -self.lease
@@ -211,13 +212,13 @@ class Protocol:
             row = row._replace(lease=lease, lapsed=row.lapsed or lease <= 0)
             if lease <= 0:
                 row = row._replace(stepped=0)  # it is over, however far the clock steps
-        after = State(row, tuple(self._older(copy) for copy in copies))
+        after = State(row, tuple(self._older(instance) for instance in instances))
         told, breaks, last = "A tick passes", None, 0
-        for index, copy in enumerate(after.copies):
-            if copy.mode in ("free", "blocked") and self._dead_man_strikes(copy):
+        for index, instance in enumerate(after.instances):
+            if instance.mode in ("free", "blocked") and self._dead_man_strikes(instance):
                 after = _end(after, index)
-                told, last = "A tick passes, and the kernel ends {copy}", index
-                if copy.mode == "free":
+                told, last = "A tick passes, and the kernel ends {instance}", index
+                if instance.mode == "free":
                     breaks = Invariant.SURVIVAL
         if row.holder is not None:
             told += "; the lease is over" if row.lease <= 0 else f"; the lease has {row.lease} left"
@@ -230,10 +231,10 @@ class Protocol:
         stepped = row.stepped + 1 if lease > 0 else 0
         row = row._replace(lease=lease, stepped=stepped, lapsed=row.lapsed or lease == 0)
         told = f"PostgreSQL's clock steps ahead; the lease has {lease} left."
-        return Step(told, 0, State(row, state.copies))
+        return Step(told, 0, State(row, state.instances))
 
-    def _older(self, copy: Copy) -> Copy:
-        elapsed = 0 if copy.mode == "frozen" and not self.has(Guard.CLOCK) else 1
+    def _older(self, instance: Instance) -> Instance:
+        elapsed = 0 if instance.mode == "frozen" and not self.has(Guard.CLOCK) else 1
         mail = tuple(
             [
                 Message(
@@ -243,67 +244,73 @@ class Protocol:
                     max(message.trust - elapsed, 0),
                     min(message.age + 1, self.lease) if message.stage == "begun" else 0,
                 )
-                for message in copy.mail
+                for message in instance.mail
             ]
         )
-        return Copy(copy.mode, copy.work, copy.run, max(copy.trust - elapsed, 0), mail)
+        return Instance(
+            instance.mode, instance.work, instance.run, max(instance.trust - elapsed, 0), mail
+        )
 
-    def _dead_man_strikes(self, copy: Copy) -> bool:
-        return copy.work == "running" and copy.trust == 0 and self.has(Guard.DEAD_MAN)
+    def _dead_man_strikes(self, instance: Instance) -> bool:
+        return instance.work == "running" and instance.trust == 0 and self.has(Guard.DEAD_MAN)
 
     def _changes(self, state: State, index: int) -> Iterator[Step]:
         """Yield what can happen to a process without a message."""
-        copy = state.copies[index]
+        instance = state.instances[index]
 
-        def becomes(told: str, copy: Copy) -> Step:
-            return Step(told, index, _put(state, index, copy))
+        def becomes(told: str, instance: Instance) -> Step:
+            return Step(told, index, _put(state, index, instance))
 
-        if copy.mode == "frozen":
-            if self._dead_man_strikes(copy):
-                told = "{copy} is thawed, and the kernel ends it before it does anything."
+        if instance.mode == "frozen":
+            if self._dead_man_strikes(instance):
+                told = "{instance} is thawed, and the kernel ends it before it does anything."
                 yield Step(told, index, _end(state, index))
             else:
-                yield becomes("{copy} is thawed.", copy._replace(mode="free"))
-        elif copy.work == "running":
-            yield becomes("{copy} is frozen.", copy._replace(mode="frozen"))
-            if copy.mode == "blocked":
-                yield becomes("{copy} is no longer blocked.", copy._replace(mode="free"))
+                yield becomes("{instance} is thawed.", instance._replace(mode="free"))
+        elif instance.work == "running":
+            yield becomes("{instance} is frozen.", instance._replace(mode="frozen"))
+            if instance.mode == "blocked":
+                yield becomes("{instance} is no longer blocked.", instance._replace(mode="free"))
             else:
-                yield becomes("{copy} is blocked by its run.", copy._replace(mode="blocked"))
-                stopped = copy._replace(work="stopped", trust=0)
-                yield becomes("{copy}'s run ends, or is cancelled.", stopped)
+                yield becomes(
+                    "{instance} is blocked by its run.", instance._replace(mode="blocked")
+                )
+                stopped = instance._replace(work="stopped", trust=0)
+                yield becomes("{instance}'s run ends, or is cancelled.", stopped)
             if not self.has(Guard.TRUST_PER_RUN):
-                told = "{copy} gets another job, and trusts this run for as long."
-                yield becomes(told, copy._replace(trust=self.full_trust))
-        elif copy.work == "stopped":
-            told = "{copy} gives up telling the database."
-            yield becomes(told, copy._replace(work="", run=0))
+                told = "{instance} gets another job, and trusts this run for as long."
+                yield becomes(told, instance._replace(trust=self.full_trust))
+        elif instance.work == "stopped":
+            told = "{instance} gives up telling the database."
+            yield becomes(told, instance._replace(work="", run=0))
 
     def _sends(self, state: State, index: int) -> Iterator[Step]:
         """Yield the statements that a process can send."""
-        copy = state.copies[index]
-        if copy.mode == "free":
+        instance = state.instances[index]
+        if instance.mode == "free":
             # Also while it runs the job: a claim asks for any job that can be had.
             yield self._send(state, index, Message("claim", "sent", 0, self.full_trust, 0))
-        if copy.work == "stopped":
-            yield self._send(state, index, Message("finish", "sent", copy.run, 0, 0))
-        elif copy.work == "running":
-            renewal = Message("renewal", "sent", copy.run, self.full_trust, 0)
+        if instance.work == "stopped":
+            yield self._send(state, index, Message("finish", "sent", instance.run, 0, 0))
+        elif instance.work == "running":
+            renewal = Message("renewal", "sent", instance.run, self.full_trust, 0)
             yield self._send(state, index, renewal)
-            yield self._send(state, index, Message("write", "sent", copy.run, 0, 0))
+            yield self._send(state, index, Message("write", "sent", instance.run, 0, 0))
             if not self.has(Guard.FINISH_AFTER_END):
-                yield self._send(state, index, Message("finish", "sent", copy.run, 0, 0))
+                yield self._send(state, index, Message("finish", "sent", instance.run, 0, 0))
 
     def _send(self, state: State, index: int, message: Message) -> Step:
         of_run = f" of run {message.run}" if message.run else ""
-        told = f"{{copy}} sends a {message.kind}{of_run}."
+        told = f"{{instance}} sends a {message.kind}{of_run}."
         return Step(told, index, _post(state, index, message))
 
     def _moves(self, state: State, index: int, message: Message) -> Iterator[Step]:
         """Yield what can become of a message, but for its loss."""
-        copy = state.copies[index]
+        instance = state.instances[index]
         if message.stage == "answered":
-            if copy.mode == "free" or (copy.mode == "blocked" and message.kind == "renewal"):
+            if instance.mode == "free" or (
+                instance.mode == "blocked" and message.kind == "renewal"
+            ):
                 yield from self._arrives(state, index, message)
         elif (
             message.kind == "renewal"
@@ -311,24 +318,28 @@ class Protocol:
             and not self.has(Guard.TIME_OF_EXECUTION)
         ):
             begun = _post(_drop(state, index, message), index, message._replace(stage="begun"))
-            yield Step("{copy}'s renewal begins, and waits for a lock.", index, begun)
+            yield Step("{instance}'s renewal begins, and waits for a lock.", index, begun)
         else:
             yield self._carry_out(state, index, message)
 
     def _arrives(self, state: State, index: int, message: Message) -> Iterator[Step]:
-        """Let a copy hear that its claim or renewal was good."""
+        """Let an instance hear that its claim or renewal was good."""
         trust = message.trust if self.has(Guard.TRUST_FROM_SENDING) else self.full_trust
         after = _drop(state, index, message)
-        copy = after.copies[index]
+        instance = after.instances[index]
         if message.kind == "claim":
             if trust > self.margin or not self.has(Guard.TRUST_IN_CLAIM):
-                told = f"{{copy}} hears that it has the job, and begins run {message.run}."
-                begun = copy._replace(work="running", run=message.run, trust=trust)
-                breaks = Invariant.OVERLAP if copy.work == "running" else None
+                told = f"{{instance}} hears that it has the job, and begins run {message.run}."
+                begun = instance._replace(work="running", run=message.run, trust=trust)
+                breaks = Invariant.OVERLAP if instance.work == "running" else None
                 yield Step(told, index, _put(after, index, begun), breaks)
-        elif copy.work == "running" and self._same(copy.run, message.run) and trust > copy.trust:
-            told = f"{{copy}} hears of its renewal, and trusts for {trust} more."
-            yield Step(told, index, _put(after, index, copy._replace(trust=trust)))
+        elif (
+            instance.work == "running"
+            and self._same(instance.run, message.run)
+            and trust > instance.trust
+        ):
+            told = f"{{instance}} hears of its renewal, and trusts for {trust} more."
+            yield Step(told, index, _put(after, index, instance._replace(trust=trust)))
 
     # What the database does
 
@@ -346,20 +357,22 @@ class Protocol:
         after = _drop(state, index, message)
         lost = row.holder is not None
         if lost and row.lease > 0 and self.has(Guard.EXPIRY):
-            return Step("{copy}'s claim is refused: the lease lasts.", index, after)
+            return Step("{instance}'s claim is refused: the lease lasts.", index, after)
         if lost and not self.has(Guard.TAKEOVER):
-            return Step("{copy}'s claim is refused: the job is held.", index, after)
+            return Step("{instance}'s claim is refused: the job is held.", index, after)
         if row.paused and not (lost and self.has(Guard.LAID_ASIDE)):
-            return Step("{copy}'s claim is refused: the job is paused.", index, after)
+            return Step("{instance}'s claim is refused: the job is paused.", index, after)
         streak = min(row.lost_streak + lost, self.lost_limit)
         if row.paused or streak == self.lost_limit:
             row = Row(run=row.run, paused=True, lost_streak=streak)
-            return Step("{copy}'s claim lays the job aside.", index, State(row, after.copies))
+            return Step(
+                "{instance}'s claim lays the job aside.", index, State(row, after.instances)
+            )
         breaks = Invariant.OUTCOME if row.open and not lost else None
         row = Row(index, row.run + 1, self.lease, lost_streak=streak, open=True)
         answer = message._replace(stage="answered", run=row.run)
-        told = f"{{copy}}'s claim is good: run {row.run}, the lease has {row.lease} left."
-        return Step(told, index, _post(State(row, after.copies), index, answer), breaks)
+        told = f"{{instance}}'s claim is good: run {row.run}, the lease has {row.lease} left."
+        return Step(told, index, _post(State(row, after.instances), index, answer), breaks)
 
     def _renew(self, state: State, index: int, message: Message) -> Step:
         row = state.row
@@ -367,12 +380,14 @@ class Protocol:
         its_own = self._its_own(row, index, message.run, Guard.RENEWAL_FENCE)
         in_time = row.lease + message.age > 0 or not self.has(Guard.RENEWAL_IN_TIME)
         if not (its_own and in_time):
-            return Step("{copy}'s renewal is refused.", index, after)
+            return Step("{instance}'s renewal is refused.", index, after)
         breaks = Invariant.STRANGER if message.run != row.run else None
         row = row._replace(lease=self.lease - message.age, stepped=0)
-        told = f"{{copy}}'s renewal of run {message.run} is good: the lease has {row.lease} left."
+        told = (
+            f"{{instance}}'s renewal of run {message.run} is good: the lease has {row.lease} left."
+        )
         answer = message._replace(stage="answered", age=0)
-        return Step(told, index, _post(State(row, after.copies), index, answer), breaks)
+        return Step(told, index, _post(State(row, after.instances), index, answer), breaks)
 
     def _write(self, state: State, index: int, message: Message) -> Step:
         row = state.row
@@ -380,20 +395,22 @@ class Protocol:
         its_own = self._its_own(row, index, message.run, Guard.WRITE_FENCE)
         in_time = row.lease > 0 or not self.has(Guard.WRITE_IN_TIME)
         if not (its_own and in_time):
-            return Step("{copy}'s write is refused.", index, after)
+            return Step("{instance}'s write is refused.", index, after)
         breaks = Invariant.WRITE if message.run != row.run or row.lapsed else None
-        return Step(f"{{copy}}'s write of run {message.run} takes effect.", index, after, breaks)
+        return Step(
+            f"{{instance}}'s write of run {message.run} takes effect.", index, after, breaks
+        )
 
     def _finish(self, state: State, index: int, message: Message) -> Step:
         row = state.row
         after = _drop(state, index, message)
         if not self._its_own(row, index, message.run, Guard.FINISH_FENCE):
-            return Step("{copy}'s finish is refused.", index, after)
+            return Step("{instance}'s finish is refused.", index, after)
         last = message.run == row.run
         breaks = None if last and row.open else Invariant.OUTCOME
         row = Row(run=row.run, paused=row.paused, open=row.open and not last)
-        told = f"{{copy}}'s finish of run {message.run} is good: the job is free."
-        return Step(told, index, State(row, after.copies), breaks)
+        told = f"{{instance}}'s finish of run {message.run} is good: the job is free."
+        return Step(told, index, State(row, after.instances), breaks)
 
     def _its_own(self, row: Row, index: int, run: int, fence: Guard) -> bool:
         """Compare holder and fence with the row's."""
@@ -409,16 +426,20 @@ class Protocol:
 
     def broken(self, state: State) -> Iterator[Invariant]:
         """Yield the invariants that the state breaks."""
-        row, copies = state
-        runs = [copy for copy in copies if copy.work == "running" and copy.mode != "ended"]
-        active = [copy for copy in runs if copy.mode != "frozen"]
+        row, instances = state
+        runs = [
+            instance
+            for instance in instances
+            if instance.work == "running" and instance.mode != "ended"
+        ]
+        active = [instance for instance in runs if instance.mode != "frozen"]
         if len(active) > 1:
             yield Invariant.OVERLAP
-        for copy in active:
-            if copy.run != row.run or not row.open:
+        for instance in active:
+            if instance.run != row.run or not row.open:
                 yield Invariant.OUTCOME
-        for copy in runs:
-            if copy.trust > 0 and (copy.run != row.run or row.lease < copy.trust):
+        for instance in runs:
+            if instance.trust > 0 and (instance.run != row.run or row.lease < instance.trust):
                 yield Invariant.TRUST
         if (row.holder is not None) != row.open:
             yield Invariant.OUTCOME
@@ -426,22 +447,22 @@ class Protocol:
     def ticks_to_claim(self, state: State) -> int | None:
         """Return how long it takes until the job is claimed again when all faults have ended.
 
-        Nothing is under way any more, and one copy is healthy, any one; the others do nothing.
+        Nothing is under way any more, and one instance is healthy, any one; the others do nothing.
         None: its claims are in vain for ever.
         """
         ways = [
             self._ticks_alone(state, index)
-            for index, copy in enumerate(state.copies)
-            if copy.mode != "ended"
+            for index, instance in enumerate(state.instances)
+            if instance.mode != "ended"
         ]
         return None if None in ways else max(ticks for ticks in ways if ticks is not None)
 
     def _ticks_alone(self, state: State, index: int) -> int | None:
-        copy = state.copies[index]
-        if copy.mode == "frozen" and self._dead_man_strikes(copy):
-            state, index = _end(state, index), len(state.copies)
-        elif copy.work:
-            finish = Message("finish", "sent", copy.run, 0, 0)
+        instance = state.instances[index]
+        if instance.mode == "frozen" and self._dead_man_strikes(instance):
+            state, index = _end(state, index), len(state.instances)
+        elif instance.work:
+            finish = Message("finish", "sent", instance.run, 0, 0)
             state = self._finish(_post(state, index, finish), index, finish).after
             state = _put(state, index, NEW)
         claim = Message("claim", "sent", 0, self.lease, 0)
@@ -456,40 +477,46 @@ class Protocol:
     def reduced(self, state: State) -> State:
         """Return the one state that stands for all that differ in nothing that matters.
 
-        Copies are equal, so their order is nothing; neither is how high a fence is, only which of
-        two is higher. An ended process is forgotten with its last message and its lease, and a
+        Instances are equal, so their order is nothing; neither is how high a fence is, only which
+        of two is higher. An ended process is forgotten with its last message and its lease, and a
         statement that will be refused whenever it is carried out, like an answer that changes
         nothing, is lost at once.
         """
-        row, copies = state
+        row, instances = state
         kept = []
         runs = {0, row.run}
-        for index, copy in enumerate(copies):
-            known = copy
-            if copy.mail:
-                mail = [message for message in copy.mail if self._matters(message, copy, row.run)]
+        for index, instance in enumerate(instances):
+            known = instance
+            if instance.mail:
+                mail = [
+                    message
+                    for message in instance.mail
+                    if self._matters(message, instance, row.run)
+                ]
                 runs.update([message.run for message in mail])
-                known = Copy(copy.mode, copy.work, copy.run, copy.trust, tuple(sorted(mail)))
-            if known.mail or index == row.holder or copy.mode != "ended":
-                runs.add(copy.run)
+                known = Instance(
+                    instance.mode, instance.work, instance.run, instance.trust, tuple(sorted(mail))
+                )
+            if known.mail or index == row.holder or instance.mode != "ended":
+                runs.add(instance.run)
                 kept.append((known, index == row.holder))
         kept.sort()
         for index, (_, held) in enumerate(kept):
             if held and index != row.holder:
                 row = Row(index, *row[1:])
-        reduced = State(row, tuple([copy for copy, _ in kept]))
+        reduced = State(row, tuple([instance for instance, _ in kept]))
         return reduced if max(runs) < len(runs) else _renumbered(reduced, sorted(runs))
 
-    def _matters(self, message: Message, copy: Copy, last_run: int) -> bool:
+    def _matters(self, message: Message, instance: Instance, last_run: int) -> bool:
         """Say whether anything can still come of a message."""
         if message.stage != "answered":
             fence = FENCES[message.kind]
             return fence is None or self._same(message.run, last_run) or not self.has(fence)
         if message.kind == "renewal":
-            if copy.work != "running" or not self._same(copy.run, message.run):
+            if instance.work != "running" or not self._same(instance.run, message.run):
                 return False
-            return message.trust > copy.trust or not self.has(Guard.TRUST_FROM_SENDING)
-        if copy.mode == "ended":
+            return message.trust > instance.trust or not self.has(Guard.TRUST_FROM_SENDING)
+        if instance.mode == "ended":
             return False
         late_is_good = not (self.has(Guard.TRUST_FROM_SENDING) and self.has(Guard.TRUST_IN_CLAIM))
         return message.trust > self.margin or late_is_good
@@ -501,35 +528,35 @@ def _renumbered(state: State, runs: list[int]) -> State:
     return State(
         state.row._replace(run=rank[state.row.run]),
         tuple(
-            copy._replace(
-                run=rank[copy.run],
-                mail=tuple(message._replace(run=rank[message.run]) for message in copy.mail),
+            instance._replace(
+                run=rank[instance.run],
+                mail=tuple(message._replace(run=rank[message.run]) for message in instance.mail),
             )
-            for copy in state.copies
+            for instance in state.instances
         ),
     )
 
 
-def _put(state: State, index: int, copy: Copy) -> State:
-    copies = state.copies
-    return State(state.row, (*copies[:index], copy, *copies[index + 1 :]))
+def _put(state: State, index: int, instance: Instance) -> State:
+    instances = state.instances
+    return State(state.row, (*instances[:index], instance, *instances[index + 1 :]))
 
 
 def _post(state: State, index: int, message: Message) -> State:
-    copy = state.copies[index]
-    return _put(state, index, copy._replace(mail=(*copy.mail, message)))
+    instance = state.instances[index]
+    return _put(state, index, instance._replace(mail=(*instance.mail, message)))
 
 
 def _drop(state: State, index: int, message: Message) -> State:
-    copy = state.copies[index]
-    at = copy.mail.index(message)
-    return _put(state, index, copy._replace(mail=copy.mail[:at] + copy.mail[at + 1 :]))
+    instance = state.instances[index]
+    at = instance.mail.index(message)
+    return _put(state, index, instance._replace(mail=instance.mail[:at] + instance.mail[at + 1 :]))
 
 
 def _end(state: State, index: int) -> State:
     """End a process; a new one comes in its place."""
-    ended = _put(state, index, Copy("ended", "", 0, 0, state.copies[index].mail))
-    return State(ended.row, (*ended.copies, NEW))
+    ended = _put(state, index, Instance("ended", "", 0, 0, state.instances[index].mail))
+    return State(ended.row, (*ended.instances, NEW))
 
 
 class Verdict(NamedTuple):
@@ -560,7 +587,7 @@ def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invarian
                 came_from[after] = state
                 queue.append(after)
                 broken.update(protocol.broken(after))
-                if not any(copy.mail for copy in after.copies):
+                if not any(instance.mail for instance in after.instances):
                     ticks = protocol.ticks_to_claim(after)
                     longest = max(longest, ticks or 0)
                     broken.add(Invariant.STRANDED if ticks is None else None)
@@ -580,13 +607,13 @@ def _way(came_from: dict[State, State | None], state: State) -> list[State]:
 
 
 def _tell(protocol: Protocol, way: list[State], broken: Invariant) -> tuple[str, ...]:
-    """Walk the way again, with copies that keep their names."""
+    """Walk the way again, with instances that keep their names."""
     state = protocol.start()
     sentences = []
     for goal in way[1:]:
         there = [s for s in protocol.steps(state) if protocol.reduced(s.after) == goal]
         step = next((s for s in there if s.breaks == broken), there[0])
-        sentences.append(step.told.format(copy="ABCDEFGHIJ"[step.copy]))
+        sentences.append(step.told.format(instance="ABCDEFGHIJ"[step.instance]))
         state = step.after
     if broken is Invariant.STRANDED:
         sentences.append("All is well again, but no claim ever gets the job.")

@@ -1,8 +1,8 @@
-"""Copies forked from a process that has imported everything: they are up in a moment.
+"""Instances forked from a process that has imported everything: they are up in a moment.
 
 Each is a process of its own that serves as `python -m tests.jobs.fleet` does; only its imports are
-done already. `python -m tests.jobs.nursery` is the parent: it reads a line of JSON per copy that
-is to be born (a number and its environment), and says who was born and who has ended, and how.
+done already. `python -m tests.jobs.nursery` is the parent: it reads a line of JSON per instance
+that is to be born (a number and its environment), and says who was born and who has ended, and how.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from tests.jobs import fleet
-from tests.processes import Copy
+from tests.processes import Instance
 
 
 class Child:
@@ -54,10 +54,10 @@ class Nursery:
         self._process = process
         self._children: list[Child] = []
 
-    def copy(
+    def instance(
         self, database: dict[str, str], name: str, log: Path | None = None, **env: str
-    ) -> Copy:
-        """Return a copy that will be forked when it is launched."""
+    ) -> Instance:
+        """Return an instance that will be forked when it is launched."""
         return _Forked(self, database, name, log, env)
 
     async def fork(self, log: Path | None, environment: dict[str, str]) -> Child:
@@ -76,7 +76,7 @@ class Nursery:
             getattr(self._children[number], what).set_result(value)
 
 
-class _Forked(Copy):
+class _Forked(Instance):
     def __init__(
         self,
         nursery: Nursery,
@@ -152,7 +152,7 @@ def _say(what: str, number: int, value: int) -> None:
 
 
 def _live(log: str, environment: dict[str, str]) -> None:
-    """Be a copy, and end with it."""
+    """Be an instance, and end with it."""
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

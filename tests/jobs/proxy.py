@@ -1,4 +1,4 @@
-"""A network between a copy and PostgreSQL that can fall silent."""
+"""A network between an instance and PostgreSQL that can fall silent."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -26,7 +26,7 @@ class Proxy:
         self._mute = False
 
     def environment(self) -> dict[str, str]:
-        """Return the DB_* variables that lead a copy through here."""
+        """Return the DB_* variables that lead an instance through here."""
         return {**self._database, "DB_HOST": "127.0.0.1", "DB_PORT": str(self._port)}
 
     def freeze(self) -> None:

@@ -1,4 +1,4 @@
-"""Jobs and copies as rows, for tests of what is said about them."""
+"""Jobs and instances as rows, for tests of what is said about them."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,17 +14,17 @@ from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-EVER = 10**6  # a copy that knows jobs up to this number knows all
+EVER = 10**6  # an instance that knows jobs up to this number knows all
 
 
 def settings_for(database: dict[str, str], **more: object) -> Settings:
-    """Settings of a copy on this database."""
+    """Settings of an instance on this database."""
     return load_settings(**{name.lower(): value for name, value in database.items()}, **more)
 
 
 @asynccontextmanager
 async def migrated(database: dict[str, str]) -> AsyncIterator[tuple[Database, Connection]]:
-    """Bring a database up as a copy does; yield it, and a connection to it."""
+    """Bring a database up as an instance does; yield it, and a connection to it."""
     running = Database(settings_for(database))
     await running.start()
     connection = await connect(database)
@@ -59,7 +59,7 @@ def running(holder: UUID, server: str, *, seconds: float = 40) -> dict[str, obje
     }
 
 
-async def add_copy(  # noqa: PLR0913 - what there is to say of a copy
+async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
     connection: Connection,
     server: str = "app1",
     *,
@@ -68,19 +68,19 @@ async def add_copy(  # noqa: PLR0913 - what there is to say of a copy
     knows_to: int = EVER,
     lacks: tuple[str, ...] = (),
 ) -> UUID:
-    """Add a copy; it stays live for the whole test unless its last sign of life is said."""
-    copy = uuid4()
+    """Add an instance; it stays live for the whole test unless its last sign of life is said."""
+    instance = uuid4()
     await insert(
         connection,
-        "copies",
-        id=copy,
+        "instances",
+        id=instance,
         server=server,
         started_at=timedelta(seconds=-up_seconds),
         seen_at=timedelta(seconds=-seen_seconds_ago),
         knows_to=knows_to,
         lacks=list(lacks),
     )
-    return copy
+    return instance
 
 
 async def insert(connection: Connection, table: str, **columns: object) -> None:

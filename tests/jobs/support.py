@@ -1,4 +1,4 @@
-"""Copies that live in the test's own process, on a real database; time passes by rewriting rows."""
+"""Instances in the test's own process, on a real database; time passes by rewriting rows."""
 
 import asyncio
 import logging
@@ -61,8 +61,8 @@ UPDATE job_runs SET due_at = due_at - $1::interval, last_due_at = last_due_at - 
 END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1"
 
 
-class Copy:
-    """A copy as its repository sees it: what it knows, and what it signs with."""
+class Instance:
+    """An instance as its repository sees it: what it knows, and what it signs with."""
 
     def __init__(self, ground: "Ground", name: str, lease: timedelta) -> None:
         self._ground = ground
@@ -100,7 +100,7 @@ class Copy:
 
 
 class Ground:
-    """A migrated database, a connection that looks at it from outside, and copies."""
+    """A migrated database, a connection that looks at it from outside, and instances."""
 
     def __init__(
         self, variables: Mapping[str, str], settings: Settings, database: Database, eye: Connection
@@ -111,8 +111,8 @@ class Ground:
         self.eye = eye
         self._connections: list[Connection] = []
 
-    def copy(self, name: str = "app1", *, lease: timedelta = LEASE) -> Copy:
-        return Copy(self, name, lease)
+    def instance(self, name: str = "app1", *, lease: timedelta = LEASE) -> Instance:
+        return Instance(self, name, lease)
 
     async def connect(self) -> Connection:
         """Connect once more; it is closed at the end."""
@@ -128,7 +128,7 @@ class Ground:
     async def scheduler(
         self, jobs: Iterable[Job], *, starts: bool = True, **settings: object
     ) -> AsyncIterator[Scheduler]:
-        """Run a copy's scheduler, without a dead man's timer: the process is the test's."""
+        """Run an instance's scheduler, without a dead man's timer: the process is the test's."""
         changed = Settings.model_validate(
             {**self.settings.model_dump(exclude_unset=True), **settings}
         )
@@ -181,7 +181,9 @@ class Ground:
 
     async def forget(self) -> None:
         """Begin anew with no job at all."""
-        await self.eye.execute("TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY")
+        await self.eye.execute(
+            "TRUNCATE jobs, job_declarations, job_runs, instances RESTART IDENTITY"
+        )
 
     async def shift(self, seconds: float) -> None:
         """Let time pass: all that was lies further back. Leases stay as they are."""

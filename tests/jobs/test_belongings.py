@@ -35,7 +35,7 @@ async def nest() -> AsyncIterator[Nursery]:
 
 async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[str, str | None]]:
     """Let runs of all kinds end in every way; return the overlaps by kind and the run's outcome."""
-    copies = where.copies(
+    instances = where.instances(
         3,
         {
             "FLEET_JOBS": str(len(kinds)),
@@ -51,26 +51,26 @@ async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[
         },
     )
     try:
-        for copy in copies:
-            await copy.launch()
-        await asyncio.gather(*(copy.ready() for copy in copies))
+        for instance in instances:
+            await instance.launch()
+        await asyncio.gather(*(instance.ready() for instance in instances))
         await where.until(len(kinds))
         for _ in range(ROUNDS):
             await asyncio.sleep(4)  # timeouts
             await where.rows("UPDATE jobs SET cancel_by = 'ada' WHERE holder IS NOT NULL")
             await asyncio.sleep(3)
-            await copies[0].stop(signal.SIGTERM)
-            await copies[0].launch()
-            await copies[0].ready()
+            await instances[0].stop(signal.SIGTERM)
+            await instances[0].launch()
+            await instances[0].ready()
             await asyncio.sleep(1)
-            assert copies[1].process is not None
-            copies[1].process.send_signal(signal.SIGSTOP)
+            assert instances[1].process is not None
+            instances[1].process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(LEASE + 1.5)
-            await copies[1].stop(signal.SIGCONT)
-            await copies[1].launch()
-            await copies[1].ready()
+            await instances[1].stop(signal.SIGCONT)
+            await instances[1].launch()
+            await instances[1].ready()
     finally:
-        await end(copies)
+        await end(instances)
     outcomes = {
         (job, fence): outcome
         for job, fence, outcome in await where.rows("SELECT job, fence, outcome FROM job_runs")
@@ -111,14 +111,14 @@ async def test_children_end_with_the_process_of_their_instance(
     kinds = ["subprocess", "grandchild", "deaf-child", "thread-child"]
     async with ground(postgres, nest, tmp_path) as where:
         env = {"FLEET_JOBS": str(len(kinds)), "FLEET_KIND": ",".join(kinds)}
-        (copy,) = where.copies(1, {**env, "JOB_SETTLING_SECONDS": "0"})
-        await copy.launch()
+        (instance,) = where.instances(1, {**env, "JOB_SETTLING_SECONDS": "0"})
+        await instance.launch()
         try:
             spans = await where.until(len(kinds))
             await asyncio.sleep(0.5)
             assert len(spans) == len(kinds)
         finally:
-            await copy.kill()
+            await instance.kill()
         await asyncio.sleep(1)
         before = [len(span.lines) for span in where.spans()]
         await asyncio.sleep(0.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.jobs.fleet import overlaps, read_diaries
 from tests.jobs.proxy import Proxy
-from tests.processes import Copy, connect, empty_database, running
+from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import tell
 
 LEASE_SECONDS = 4.5
@@ -32,12 +32,12 @@ async def _step(postgres: dict[str, str], diaries: Path, reserve: float) -> tupl
     }
     program = ("-m", "tests.jobs.fleet")
     async with empty_database(postgres) as database, Proxy(database) as proxy:
-        copies = [
-            Copy(proxy.environment(), "app1", log=None, program=program, **env),
-            Copy(database, "app2", log=None, program=program, **env),
+        instances = [
+            Instance(proxy.environment(), "app1", log=None, program=program, **env),
+            Instance(database, "app2", log=None, program=program, **env),
         ]
         connection = await connect(database)
-        async with running(copies):
+        async with running(instances):
             async with asyncio.timeout(60):
                 while len(read_diaries(diaries)) < 4:  # noqa: ASYNC110 - of other processes
                     await asyncio.sleep(0.05)

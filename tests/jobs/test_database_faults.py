@@ -1,4 +1,4 @@
-"""PostgreSQL restarts or is away while jobs run, and clocks of copies are wrong."""
+"""PostgreSQL restarts or is away while jobs run, and clocks of instances are wrong."""
 
 import asyncio
 import random
@@ -18,12 +18,12 @@ import httpx
 
 from balance_app.local.postgres import EmbeddedPostgres
 from tests.jobs.fleet import Span, overlaps, read_diaries
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
 from tests.system.sizes import size, tell
 from tests.system.test_outage import Probes
 
-COPIES = size(small=3, full=5)
+INSTANCES = size(small=3, full=5)
 JOBS = size(small=6, full=10)
 RESTARTS = size(small=2, full=10)
 AWAY_SECONDS = size(small=8, full=60)
@@ -35,7 +35,7 @@ BOUND_SECONDS = 25
 
 KINDS = "paced,quiet,thread,thread-writes"
 
-# A job waits for its time, or it is running and renewed by a copy that is seen.
+# A job waits for its time, or it is running and renewed by an instance that is seen.
 STATES = """
 SELECT name, fence, holder IS NOT NULL AS runs, paused_at IS NOT NULL AS paused,
        extract(epoch FROM clock_timestamp() - claimable_at)::float8 AS since,
@@ -81,8 +81,8 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
     lost = Counter[str]()
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
-        copies = _fleet(database, tmp_path, {"FLEET_SECONDS": "2", "FLEET_EVERY": "1"})
-        async with running(copies), Watch(database, lease_seconds=6) as watch:
+        instances = _fleet(database, tmp_path, {"FLEET_SECONDS": "2", "FLEET_EVERY": "1"})
+        async with running(instances), Watch(database, lease_seconds=6) as watch:
             await _all_run(tmp_path, monotonic())
             for _ in range(RESTARTS):
                 for name, mode in (("fast", signal.SIGINT), ("immediate", signal.SIGQUIT)):
@@ -94,7 +94,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
                     back_seconds[name].append(await _all_run(tmp_path, back) - back)
                     lost[name] += (await _outcomes(database))["lost"] - before
             outcomes = await _outcomes(database)
-            alive = _alive(copies)
+            alive = _alive(instances)
     spans = read_diaries(tmp_path)
     tell(
         f"{RESTARTS} fast and {RESTARTS} immediate restarts: all {JOBS} jobs run again within "
@@ -106,14 +106,14 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
     assert lost["fast"] == 0
     assert set(outcomes) <= {"succeeded", "interrupted", "lost"}
     assert outcomes["succeeded"] > 0
-    assert alive == [None] * COPIES
+    assert alive == [None] * INSTANCES
 
 
 async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     """Jobs end before their leases while the database is away, and go on when it is back."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
-        copies = _fleet(
+        instances = _fleet(
             database,
             tmp_path,
             {
@@ -123,24 +123,24 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
             },
         )
         async with (
-            running(copies),
-            Probes([copy.url for copy in copies]) as probes,
+            running(instances),
+            Probes([instance.url for instance in instances]) as probes,
             Watch(database, lease_seconds=AWAY_LEASE_SECONDS) as watch,
         ):
             await _all_run(tmp_path, monotonic())
             await server.stop()
             gone = monotonic()
             told = await probes.until(ready=False) - gone
-            meanwhile = {await _withdraw(copy) for copy in copies}
+            meanwhile = {await _withdraw(instance) for instance in instances}
             await asyncio.sleep(gone + AWAY_SECONDS - monotonic())
             await server.start()
             back = monotonic()
             ready = await probes.until(ready=True) - back
-            afterwards = {await _withdraw(copy) for copy in copies}
+            afterwards = {await _withdraw(instance) for instance in instances}
             again = await _all_run(tmp_path, back) - back
             await asyncio.sleep(2)
             outcomes = await _outcomes_by_run(database)
-            alive = _alive(copies)
+            alive = _alive(instances)
     spans = read_diaries(tmp_path)
     stopped = [span for span in spans if span.begin < gone]
     last = max(span.end for span in stopped) - gone
@@ -157,14 +157,14 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     assert "lost" not in outcomes.values()
     assert (meanwhile, afterwards) == ({503}, {200})
     assert {sample.status for sample in probes.samples if sample.path == "/livez"} == {200}
-    assert alive == [None] * COPIES
+    assert alive == [None] * INSTANCES
 
 
 async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
     """The control: runs that outlive their lease are seen, and so are jobs that nobody takes."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
-        copies = _fleet(
+        instances = _fleet(
             database,
             tmp_path,
             {
@@ -174,25 +174,25 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
                 "JOB_LEASE_SECONDS": "3",
                 "JOB_HEARTBEAT_SECONDS": "1",
             },
-            copies=2,
+            instances=2,
         )
         async with Watch(database, lease_seconds=3) as watch:
-            async with running(copies):
+            async with running(instances):
                 await _all_run(tmp_path, monotonic())
                 await server.stop()
                 await asyncio.sleep(4)
                 await server.start()
                 await _overlaps(tmp_path)
                 assert watch.complaints == []
-                for copy in copies:
-                    await copy.kill()
+                for instance in instances:
+                    await instance.kill()
             async with asyncio.timeout(BOUND_SECONDS):
                 await watch.complained.wait()
     assert overlaps(read_diaries(tmp_path)) != []
 
 
 async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
-    """Copies an hour ahead and behind neither take the jobs of others nor leave them."""
+    """Instances an hour ahead and behind neither take the jobs of others nor leave them."""
     async with own_postgres(max_connections="300") as server:
         fleets = {"interpreter": _shifted_by_interpreter, "library": _shifted_by_library}
         if not LIBRARIES:
@@ -213,25 +213,25 @@ async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
 async def _wrong_clocks(
     database: dict[str, str], directory: Path, shift: "Shift", name: str
 ) -> None:
-    """Run a fleet of which two copies are an hour off, and kill some."""
-    copies = [
+    """Run a fleet of which two instances are an hour off, and kill some."""
+    instances = [
         shift(database, directory, "app1", 3600),
         shift(database, directory, "app2", -3600),
-        *_fleet(database, directory, CLOCK_SETTINGS, copies=COPIES - 2, first=3),
+        *_fleet(database, directory, CLOCK_SETTINGS, instances=INSTANCES - 2, first=3),
     ]
     again = []
-    async with running(copies), Watch(database, lease_seconds=3) as watch:
-        for copy, hours in zip(copies, (1, -1, 0), strict=False):
-            assert abs(await _hours_off(copy) - hours) < 0.1
+    async with running(instances), Watch(database, lease_seconds=3) as watch:
+        for instance, hours in zip(instances, (1, -1, 0), strict=False):
+            assert abs(await _hours_off(instance) - hours) < 0.1
         await _all_run(directory, monotonic())
         for number in range(KILLS):
             # A right one first: the wrong ones take its jobs, neither early nor never.
-            copy = copies[(2 + number) % COPIES]
-            await copy.kill()
+            instance = instances[(2 + number) % INSTANCES]
+            await instance.kill()
             killed = monotonic()
             again.append(await _all_run(directory, killed) - killed)
-            await copy.launch()
-            await copy.ready()
+            await instance.launch()
+            await instance.ready()
             # A job that is lost three times in a row would be paused.
             await asyncio.sleep(size(small=0, full=5))
         outcomes = await _outcomes(database)
@@ -243,17 +243,17 @@ async def _wrong_clocks(
     assert overlaps(spans) == []
     assert watch.complaints == []
     assert set(outcomes) <= {"succeeded", "lost", "interrupted"}
-    assert {span.server for span in spans} == {copy.name for copy in copies}
+    assert {span.server for span in spans} == {instance.name for instance in instances}
 
 
 async def _own_clock(database: dict[str, str], directory: Path) -> list[tuple[Span, Span]]:
-    """The control: return the overlaps of a copy that decides by its own clock."""
+    """The control: return the overlaps of an instance that decides by its own clock."""
     own = {**CLOCK_SETTINGS, "FLEET_UNGUARDED": "own-clock", "FLEET_SHIFT": "3600"}
-    copies = [
-        *_fleet(database, directory, CLOCK_SETTINGS, copies=1),
-        *_fleet(database, directory, own, copies=1, first=2),
+    instances = [
+        *_fleet(database, directory, CLOCK_SETTINGS, instances=1),
+        *_fleet(database, directory, own, instances=1, first=2),
     ]
-    async with running(copies):
+    async with running(instances):
         return await _overlaps(directory)
 
 
@@ -264,7 +264,7 @@ class Watch:
         self.complaints: list[str] = []
         self.complained = asyncio.Event()
         self._database = database
-        # how long a job may be ready or lost, both with a copy that was away for a moment
+        # how long a job may be ready or lost, both with an instance that was away for a moment
         self._longest_ready = lease_seconds + SETTLING_SECONDS + 6
         self._longest_over = 6.0
         self._lease_seconds = lease_seconds
@@ -309,10 +309,10 @@ class Watch:
     ) -> None:
         began = monotonic()
         while True:
-            if await connection.fetchval("SELECT to_regclass('copies') IS NOT NULL"):
+            if await connection.fetchval("SELECT to_regclass('instances') IS NOT NULL"):
                 rows = await connection.fetch(STATES)
                 self._looks += 1
-                # What waited for the database did not wait for a copy.
+                # What waited for the database did not wait for an instance.
                 self._judge(rows, monotonic() - began)
             await asyncio.sleep(1)
 
@@ -334,9 +334,9 @@ class Watch:
                 self._ended.add((name, fence))
             elif (name, fence) in self._ended:
                 self._complain(f"the lease of {name} ({fence}) was over and lives again")
-            # After an outage a copy may claim before it is seen again.
+            # After an outage an instance may claim before it is seen again.
             if unseen is not None and unseen > 2 * self._lease_seconds and up_seconds > 4:
-                self._complain(f"{name} is held by a copy that is not seen")
+                self._complain(f"{name} is held by an instance that is not seen")
 
     def _complain(self, sentence: str) -> None:
         self.complaints.append(sentence)
@@ -348,21 +348,22 @@ def _fleet(
     directory: Path,
     env: dict[str, str],
     *,
-    copies: int = COPIES,
+    instances: int = INSTANCES,
     first: int = 1,
-) -> list[Copy]:
+) -> list[Instance]:
     return [
-        _copy(database, directory, f"app{number}", env) for number in range(first, first + copies)
+        _instance(database, directory, f"app{number}", env)
+        for number in range(first, first + instances)
     ]
 
 
-def _copy(
+def _instance(
     database: dict[str, str],
     directory: Path,
     name: str,
     env: dict[str, str],
     program: tuple[str, str] = ("-m", "tests.jobs.fleet"),
-) -> Copy:
+) -> Instance:
     directory.mkdir(exist_ok=True)
     settings = {
         "FLEET_DIARY": str(directory),
@@ -371,7 +372,7 @@ def _copy(
         "JOB_SETTLING_SECONDS": str(SETTLING_SECONDS),
         **env,
     }
-    return Copy(database, name, log=directory.with_suffix(".log"), program=program, **settings)
+    return Instance(database, name, log=directory.with_suffix(".log"), program=program, **settings)
 
 
 CLOCK_SETTINGS = {
@@ -387,19 +388,21 @@ CLOCK_SETTINGS = {
 class Shift(Protocol):
     def __call__(
         self, database: dict[str, str], directory: Path, name: str, seconds: int
-    ) -> Copy: ...
+    ) -> Instance: ...
 
 
 def _shifted_by_interpreter(
     database: dict[str, str], directory: Path, name: str, seconds: int
-) -> Copy:
-    """Return a copy in which Python's wall clock is wrong."""
+) -> Instance:
+    """Return an instance in which Python's wall clock is wrong."""
     shift = {**CLOCK_SETTINGS, "FLEET_SHIFT": str(seconds)}
-    return _copy(database, directory, name, shift, ("-c", SHIFTED))
+    return _instance(database, directory, name, shift, ("-c", SHIFTED))
 
 
-def _shifted_by_library(database: dict[str, str], directory: Path, name: str, seconds: int) -> Copy:
-    """Return a copy in which the C library's wall clock is wrong."""
+def _shifted_by_library(
+    database: dict[str, str], directory: Path, name: str, seconds: int
+) -> Instance:
+    """Return an instance in which the C library's wall clock is wrong."""
     shift = {
         **CLOCK_SETTINGS,
         "LD_PRELOAD": str(LIBRARIES[0]),
@@ -407,13 +410,13 @@ def _shifted_by_library(database: dict[str, str], directory: Path, name: str, se
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-    return _copy(database, directory, name, shift)
+    return _instance(database, directory, name, shift)
 
 
-async def _hours_off(copy: Copy) -> float:
-    """Return how wrong a copy's clock is, by the dates of its answers."""
+async def _hours_off(instance: Instance) -> float:
+    """Return how wrong an instance's clock is, by the dates of its answers."""
     async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
-        answer = await http.get(f"{copy.url}/livez")
+        answer = await http.get(f"{instance.url}/livez")
     off = parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)
     return off.total_seconds() / 3600
 
@@ -450,9 +453,9 @@ async def _overlaps(directory: Path) -> list[tuple[Span, Span]]:
             await asyncio.sleep(0.2)
 
 
-async def _withdraw(copy: Copy) -> int:
+async def _withdraw(instance: Instance) -> int:
     async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
-        answer = await http.post(f"{copy.url}/api/balance", json={"userId": 1, "amount": -1})
+        answer = await http.post(f"{instance.url}/api/balance", json={"userId": 1, "amount": -1})
     return answer.status_code
 
 
@@ -467,6 +470,6 @@ async def _outcomes(database: dict[str, str]) -> Counter[str]:
     return Counter(filter(None, (await _outcomes_by_run(database)).values()))
 
 
-def _alive(copies: Iterable[Copy]) -> list[int | None]:
-    """Return None for each copy that has not ended."""
-    return [copy.process.returncode for copy in copies if copy.process is not None]
+def _alive(instances: Iterable[Instance]) -> list[int | None]:
+    """Return None for each instance that has not ended."""
+    return [instance.process.returncode for instance in instances if instance.process is not None]

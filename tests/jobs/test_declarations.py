@@ -13,7 +13,7 @@ from balance_app.jobs.declarations import LIVE, Known
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import NOTICE_BATCH, Ending
 from balance_app.jobs.run import Run
-from tests.jobs.support import Copy, Ground, on, until
+from tests.jobs.support import Ground, Instance, on, until
 from tests.system.sizes import tell
 
 SECOND = timedelta(seconds=1)
@@ -61,7 +61,7 @@ async def shows(ground: Ground) -> tuple[str, list[str], int]:
 
 async def test_the_code_that_lives_decides_the_schedule(ground: Ground) -> None:
     """An older version that starts once more changes nothing, and who goes counts no more."""
-    old, new = ground.copy("old"), ground.copy("new")
+    old, new = ground.instance("old"), ground.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
     assert await shows(ground) == (NEW, [OLD], 4)
@@ -83,7 +83,7 @@ async def test_where_the_last_to_start_decides_the_old_schedule_stays(
     first = "first_declared_at DESC"
     assert first in declarations.COUNTS
     monkeypatch.setattr(declarations, "COUNTS", declarations.COUNTS.replace(first, "seen_at DESC"))
-    old, new = ground.copy("old"), ground.copy("new")
+    old, new = ground.instance("old"), ground.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
     await old.declare("moon", schedule=OLD)
@@ -92,7 +92,7 @@ async def test_where_the_last_to_start_decides_the_old_schedule_stays(
 
 async def test_a_program_that_makes_no_declarations_is_overruled(ground: Ground) -> None:
     """The release before writes its schedule into the row when it starts; it does not stay."""
-    new = ground.copy("new")
+    new = ground.instance("new")
     await new.declare("moon", schedule=NEW)
     due_at = (await ground.row("moon"))["due_at"]
     await ground.eye.execute(OLD_REDECLARE, "moon", OLD, "", due_at - HOUR)
@@ -103,7 +103,7 @@ async def test_a_program_that_makes_no_declarations_is_overruled(ground: Ground)
 
 async def test_who_was_cut_off_takes_nobody_for_gone(ground: Ground) -> None:
     """After an outage the first to come back gives the others as long as it was away itself."""
-    old, new = ground.copy("old"), ground.copy("new")
+    old, new = ground.instance("old"), ground.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
     await ages(ground, NEW, 10 * MINUTE)
@@ -113,7 +113,7 @@ async def test_who_was_cut_off_takes_nobody_for_gone(ground: Ground) -> None:
 
 async def test_a_schedule_of_a_newer_program_stays(ground: Ground) -> None:
     """Who can't read the schedule that counts leaves the row to those who can, and is at peace."""
-    old = ground.copy("old")
+    old = ground.instance("old")
     await old.declare("moon", schedule=OLD)
     await ground.eye.execute("UPDATE jobs SET schedule = 'every full moon'")
     await ground.eye.execute(
@@ -135,16 +135,16 @@ async def test_many_jobs_make_no_look_slow(ground: Ground) -> None:
     )
     await ground.eye.execute("ANALYZE jobs")
     names = await ground.eye.fetch("SELECT name FROM jobs WHERE name LIKE 'own-%'")
-    copy = ground.copy()
+    instance = ground.instance()
     (row,) = await ground.eye.fetch(declarations.KNOWN, [name for (name,) in names])
     known = Known(*row)
     assert (known.knows_to, len(known.lacks), len(known.numbers)) == (40000, 20000, 20000)
-    copy.known = known
+    instance.known = known
     took = []
     for _ in range(5):
         since = monotonic()
-        await copy.jobs.notice(known, MINUTE)
-        assert (await copy.claim()).name.startswith("own-")
+        await instance.jobs.notice(known, MINUTE)
+        assert (await instance.claim()).name.startswith("own-")
         took.append(monotonic() - since)
     noticed = await ground.eye.fetchval("SELECT count(*) FROM jobs WHERE seen_at IS NOT NULL")
     tell(f"a note and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms")
@@ -175,24 +175,24 @@ WAITS: dict[str, tuple[str, dict[str, object]]] = {
 async def test_no_job_waits_for_a_clock_that_was_set_back(ground: Ground, what: str) -> None:
     """Its next start is at most as far ahead as if the clock had always been right."""
     schedule, columns = WAITS[what]
-    copy = ground.copy()
-    await copy.declare("moon", schedule=schedule)
-    claimed = await copy.claim() if what != "a cron schedule" else None
+    instance = ground.instance()
+    await instance.declare("moon", schedule=schedule)
+    claimed = await instance.claim() if what != "a cron schedule" else None
     if claimed is not None:
         next_at = claimed.due_at + 5 * MINUTE
         ending = Ending(
             outcome="succeeded", result="", seconds_ago=0, due_at=next_at, ready_at=next_at
         )
-        await copy.jobs.finish("moon", 1, ending)
+        await instance.jobs.finish("moon", 1, ending)
     for column, value in columns.items():
         await ground.eye.execute(f"UPDATE jobs SET {column} = $1", value)  # noqa: S608 - ours
     if "attempt" in columns:
         await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min'")
     before = await ground.row("moon")
-    await copy.declare("moon", schedule=schedule)
+    await instance.declare("moon", schedule=schedule)
     assert {**await ground.row("moon")} == {**before}  # nothing is amiss
     await set_back(ground, 3 * HOUR)
-    await copy.declare("moon", schedule=schedule)
+    await instance.declare("moon", schedule=schedule)
     row = await ground.row("moon")
     now = await ground.eye.fetchval("SELECT clock_timestamp()")
     assert row["due_at"] <= now + 5 * MINUTE
@@ -210,7 +210,7 @@ async def test_a_dead_lease_does_not_stand_for_as_long_as_the_clock_was_set_back
 ) -> None:
     """Who has seen for longer than it lasts that nobody renews it ends it; not what is renewed."""
     monkeypatch.setattr(scheduling, "DECLARE_SECONDS", 0.2)
-    dead = ground.copy("dead", lease=timedelta(seconds=2))
+    dead = ground.instance("dead", lease=timedelta(seconds=2))
     await dead.declare("moon")
     await dead.claim()
     await set_back(ground, HOUR)
@@ -231,16 +231,16 @@ async def _sees(scheduler: scheduling.Scheduler) -> bool:
 
 async def test_a_lease_that_is_renewed_is_left_alone(ground: Ground) -> None:
     """What is ended is the very lease that was seen, and only if nobody has renewed it since."""
-    copy: Copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
-    assert await copy.jobs.ahead() == []
+    instance: Instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
+    assert await instance.jobs.ahead() == []
     await set_back(ground, HOUR)
-    (lease,) = await copy.jobs.ahead()
+    (lease,) = await instance.jobs.ahead()
     assert (lease.name, lease.fence) == ("moon", 1)
-    assert abs(lease.length - copy.lease) < timedelta(seconds=1)  # the clock is read twice
-    await copy.beat(ground.eye, ("moon", 1))
-    assert not await copy.jobs.expire(lease)
-    assert await copy.jobs.ahead() == []
+    assert abs(lease.length - instance.lease) < timedelta(seconds=1)  # the clock is read twice
+    await instance.beat(ground.eye, ("moon", 1))
+    assert not await instance.jobs.expire(lease)
+    assert await instance.jobs.ahead() == []
     row = await ground.row("moon")
     assert row["lease_until"] > await ground.eye.fetchval("SELECT clock_timestamp()")

@@ -74,7 +74,7 @@ async def ready(ground: Ground, scheduler: Scheduler) -> tuple[int, dict[str, An
 
 async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -> None:
     """The others run; each that does not is named with its reason, and keeps the row it has."""
-    await ground.copy().declare("a-nul", schedule="every 7200 s")
+    await ground.instance().declare("a-nul", schedule="every 7200 s")
     async with ground.scheduler([*BAD, good]) as scheduler:
         await ground.ended("good")
         assert sorted(scheduler.undeclared) == sorted(each.name for each in BAD)
@@ -110,19 +110,19 @@ async def _declared(scheduler: Scheduler) -> datetime:
 
 async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Ground) -> None:
     """What waited then is not made up for; its fence goes on, as its history does."""
-    copy = ground.copy()
-    await copy.declare("good")
-    claimed = await copy.claim()
+    instance = ground.instance()
+    await instance.declare("good")
+    claimed = await instance.claim()
     await ground.eye.execute(
         "UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,"
         " paused_at = now(), paused_by = 'ada', attempt = 3, checkpoint = '1',"
         " due_at = now() - interval '9 days', ready_at = now() - interval '9 days',"
         " forgotten_at = clock_timestamp(), forgotten_by = 'ada'"
     )
-    known = await ground.copy("app2").declare("good")
+    known = await ground.instance("app2").declare("good")
     assert known.lacks == []
     row = await ground.row("good")
     assert (row["forgotten_at"], row["paused_at"], row["checkpoint"]) == (None, None, None)
     assert (row["attempt"], row["fence"]) == (0, claimed.fence)
     assert row["due_at"] == row["anchor_at"] > claimed.started_at
-    assert (await copy.claim()).fence == claimed.fence + 1
+    assert (await instance.claim()).fence == claimed.fence + 1

@@ -1,4 +1,4 @@
-"""A copy that is asked to stop hands its jobs back; they go on elsewhere, where they were."""
+"""An instance that is asked to stop hands its jobs back; they go on elsewhere, where they were."""
 
 import asyncio
 import itertools
@@ -13,7 +13,7 @@ import pytest
 from tests.jobs.fleet import Span, overlaps
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.jobs.nursery import Nursery, nursery
-from tests.processes import Copy
+from tests.processes import Instance
 from tests.system.sizes import size, tell
 
 ROUNDS = size(small=2, full=10)
@@ -38,15 +38,15 @@ async def nest() -> AsyncIterator[Nursery]:
         yield running_nursery
 
 
-async def serve(where: Ground, count: int, env: dict[str, str]) -> list[Copy]:
-    """Start copies whose jobs last for ever; wait until all jobs run."""
+async def serve(where: Ground, count: int, env: dict[str, str]) -> list[Instance]:
+    """Start instances whose jobs last for ever; wait until all jobs run."""
     env = {"FLEET_SECONDS": "3600", "JOB_SETTLING_SECONDS": "2", **env}
-    copies = where.copies(count, env)
-    for copy in copies:
-        await copy.launch()
-    await asyncio.gather(*(copy.ready() for copy in copies))
+    instances = where.instances(count, env)
+    for instance in instances:
+        await instance.launch()
+    await asyncio.gather(*(instance.ready() for instance in instances))
     await where.until(int(env["FLEET_JOBS"]))
-    return copies
+    return instances
 
 
 def gaps(spans: list[Span]) -> list[float]:
@@ -91,25 +91,25 @@ def figures(name: str, seconds: list[float]) -> str:
 async def test_a_rolling_restart_loses_nothing(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """Copy after copy is restarted under its jobs: none overlaps, is lost, or waits for long."""
+    """Each instance in turn is restarted: none of its jobs overlaps, is lost, or waits long."""
     stops: list[float] = []
     codes: list[int] = []
     async with ground(postgres, nest, tmp_path) as where:
-        copies = await serve(where, 5, {"FLEET_JOBS": "10", "FLEET_KIND": "paced,thread"})
+        instances = await serve(where, 5, {"FLEET_JOBS": "10", "FLEET_KIND": "paced,thread"})
         try:
             for _ in range(ROUNDS):
-                for copy in copies:
+                for instance in instances:
                     await asyncio.sleep(random.uniform(0, 0.7))
                     asked = monotonic()
-                    codes.append(await copy.stop(signal.SIGTERM))
+                    codes.append(await instance.stop(signal.SIGTERM))
                     stops.append(monotonic() - asked)
-                    await copy.launch()
-                    await copy.ready()
+                    await instance.launch()
+                    await instance.ready()
             await asyncio.sleep(HAND_BACK_SECONDS)
             history = await where.rows(HISTORY)
             held = await where.column(HELD)
         finally:
-            await end(copies)
+            await end(instances)
         spans = where.spans()
     waits = [wait for outcome, wait in history if outcome is not None and wait is not None]
     outcomes = [outcome for outcome, _ in history]
@@ -131,24 +131,24 @@ async def test_a_rolling_restart_loses_nothing(
     assert max(waits) <= HAND_BACK_SECONDS
 
 
-async def test_all_copies_are_stopped_at_once(
+async def test_all_instances_are_stopped_at_once(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
     """All end soon, all jobs are free, and the next start goes on where they were."""
     async with ground(postgres, nest, tmp_path) as where:
-        copies = await serve(where, 5, {"FLEET_JOBS": "10"})
+        instances = await serve(where, 5, {"FLEET_JOBS": "10"})
         try:
             await asyncio.sleep(1)
             asked = monotonic()
-            codes = await asyncio.gather(*(copy.stop(signal.SIGTERM) for copy in copies))
+            codes = await asyncio.gather(*(instance.stop(signal.SIGTERM) for instance in instances))
             took = monotonic() - asked
             history = await where.rows(HISTORY)
             held = await where.column(HELD)
-            for copy in copies:
-                await copy.launch()
+            for instance in instances:
+                await instance.launch()
             spans = await where.until(10, monotonic())
         finally:
-            await end(copies)
+            await end(instances)
         spans = where.spans()
     tell(f"all had ended {took:.2f} s after the signal")
     assert codes == [0] * 5
@@ -163,7 +163,7 @@ async def test_all_copies_are_stopped_at_once(
 async def test_without_the_hand_back_jobs_wait_for_the_lease(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """The control: a copy that ends without a word leaves its jobs until their leases run out."""
+    """The control: an instance that just ends leaves its jobs until their leases run out."""
     env = {
         "FLEET_JOBS": "4",
         "FLEET_UNGUARDED": "hand-back",
@@ -171,13 +171,13 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
     async with ground(postgres, nest, tmp_path) as where:
-        copies = await serve(where, 2, env)
+        instances = await serve(where, 2, env)
         try:
-            await copies[0].stop(signal.SIGTERM)
+            await instances[0].stop(signal.SIGTERM)
             await where.until(6)
             history = await where.rows(HISTORY)
         finally:
-            await end(copies)
+            await end(instances)
         spans = where.spans()
     tell(figures("last line to next start", gaps(spans)))
     assert [outcome for outcome, _ in history if outcome is not None] == ["lost"] * 2
@@ -185,21 +185,21 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
 
 
 async def stop_stubborn(where: Ground, env: dict[str, str]) -> tuple[int, float, list[Span]]:
-    """Stop one of two copies whose jobs can't be stopped, while a client keeps it waiting."""
-    copies = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "stubborn", **env})
+    """Stop one of two instances whose jobs can't be stopped, while a client keeps it waiting."""
+    instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "stubborn", **env})
     try:
-        _, writer = await asyncio.open_connection("127.0.0.1", copies[0].port)
+        _, writer = await asyncio.open_connection("127.0.0.1", instances[0].port)
         head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
         await writer.drain()
         asked = monotonic()
-        code = await copies[0].stop(signal.SIGTERM, within_seconds=20)
+        code = await instances[0].stop(signal.SIGTERM, within_seconds=20)
         took = monotonic() - asked
         writer.close()
         await where.until(6)
         return code, took, where.spans()
     finally:
-        await end(copies)
+        await end(instances)
 
 
 async def test_a_thread_that_never_ends(postgres: Database, nest: Nursery, tmp_path: Path) -> None:

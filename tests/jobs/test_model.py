@@ -14,7 +14,7 @@ from tests.system.sizes import FULL, size, tell
 STEPPING = Protocol(reserve=1, step=1)
 SMALL = [Protocol(), STEPPING]
 LARGE = [
-    Protocol(copies=3),
+    Protocol(instances=3),
     Protocol(room=3, lease=2),
     Protocol(lease=4),
     Protocol(lease=4, reserve=2, step=2),
@@ -57,7 +57,7 @@ REMAINS = {
 
 def size_of(protocol: Protocol) -> str:
     clock = f", step {protocol.step}" if protocol.step else ""
-    return f"{protocol.copies} copies, lease {protocol.lease}, room {protocol.room}{clock}"
+    return f"{protocol.instances} instances, lease {protocol.lease}, room {protocol.room}{clock}"
 
 
 @pytest.mark.parametrize("protocol", SMALL + LARGE * FULL, ids=size_of)

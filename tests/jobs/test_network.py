@@ -1,4 +1,4 @@
-"""The network between a copy and PostgreSQL falls silent, or a job leaves no time for it."""
+"""The network between an instance and PostgreSQL falls silent, or a job leaves no time for it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +11,7 @@ import asyncpg
 
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.jobs.proxy import Proxy
-from tests.processes import Copy, connect, empty_database, running
+from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import size, tell
 from tests.system.test_outage import Probes
 
@@ -19,7 +19,7 @@ LEASE_SECONDS = size(small=3, full=6)
 ROUNDS = size(small=2, full=15)
 BLOCKING_SECONDS = size(small=8, full=20)
 RUN_SECONDS = size(small=8, full=20)
-# Past every lease of the copy, and late enough for others to have taken its jobs.
+# Past every lease of the instance, and late enough for others to have taken its jobs.
 SILENT_SECONDS = LEASE_SECONDS + 3
 TAKES_PART_SECONDS = 30
 
@@ -48,7 +48,7 @@ HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_a
 
 
 class Round(NamedTuple):
-    """A copy whose network was frozen and healed (monotonic), and how soon it was not ready."""
+    """An instance whose network froze and healed (monotonic), and how soon it was not ready."""
 
     name: str
     frozen: float
@@ -57,8 +57,8 @@ class Round(NamedTuple):
 
 
 async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_path: Path) -> None:
-    """A copy whose network is frozen stops its jobs in time, lives on, and takes part again."""
-    copies, jobs = size(small=3, full=5), size(small=6, full=10)
+    """An instance whose network is frozen stops its jobs in time, lives, and takes part again."""
+    instances, jobs = size(small=3, full=5), size(small=6, full=10)
     rounds: list[Round] = []
     lives = set()
     async with AsyncExitStack() as stack:
@@ -66,7 +66,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
             _fleet(
                 database,
                 tmp_path,
-                copies,
+                instances,
                 FLEET_JOBS=str(jobs),
                 FLEET_KIND="quiet,thread,paced,thread-writes",
                 FLEET_SECONDS=str(RUN_SECONDS),
@@ -78,10 +78,10 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
         await connection.execute(WATCH_LEASES)
         await _wait_for(connection, "SELECT count(*) = $1 FROM jobs WHERE holder IS NOT NULL", jobs)
         for number in range(ROUNDS):
-            copy, proxy = fleet[number % copies]
+            instance, proxy = fleet[number % instances]
             await _blink(proxy)
-            await _wait_for(connection, HAS_YOUNG_RUNS, copy.name, RUN_SECONDS / 2)
-            async with Probes([copy.url]) as probes:
+            await _wait_for(connection, HAS_YOUNG_RUNS, instance.name, RUN_SECONDS / 2)
+            async with Probes([instance.url]) as probes:
                 frozen = monotonic()
                 proxy.freeze()
                 unready = await probes.until(ready=False) - frozen
@@ -89,9 +89,9 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
                 healed = monotonic()
                 proxy.heal()
                 await probes.until(ready=True)
-                await _starts_again(tmp_path, copy.name, healed)
+                await _starts_again(tmp_path, instance.name, healed)
             lives |= {sample.status for sample in probes.samples if sample.path == "/livez"}
-            rounds.append(Round(copy.name, frozen, unready, healed))
+            rounds.append(Round(instance.name, frozen, unready, healed))
         alive = _alive(fleet)
         outcomes = await _outcomes(connection)
         revived = await connection.fetch("SELECT * FROM revived")
@@ -114,7 +114,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
     assert overlaps(spans) == []
     assert len(moves) >= ROUNDS
     assert all(before.ended for _, before, _ in moves)  # it could say good-bye: it was not killed
-    assert alive == [None] * copies
+    assert alive == [None] * instances
     assert lives == {200}
     assert revived == []
     assert paused == []
@@ -134,10 +134,12 @@ async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_p
     ) as fleet:
         connection = await connect(database)
         await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")
-        copy, proxy = fleet[0]
+        instance, proxy = fleet[0]
         proxy.freeze()
         await _wait_for(
-            connection, "SELECT bool_and(server IS NOT NULL AND server <> $1) FROM jobs", copy.name
+            connection,
+            "SELECT bool_and(server IS NOT NULL AND server <> $1) FROM jobs",
+            instance.name,
         )
         await asyncio.sleep(1)
         await connection.close()
@@ -163,7 +165,7 @@ async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: 
 
 
 async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path: Path) -> None:
-    """A job that sleeps or computes in the event loop keeps its lease, and its copy lives."""
+    """A job that sleeps or computes in the event loop keeps its lease, and its instance lives."""
     async with _fleet(
         database,
         tmp_path,
@@ -196,9 +198,9 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
 
 @asynccontextmanager
 async def _fleet(
-    database: dict[str, str], directory: Path, copies: int, **env: str
-) -> AsyncIterator[list[tuple[Copy, Proxy]]]:
-    """Run copies that reach their database through a proxy each."""
+    database: dict[str, str], directory: Path, instances: int, **env: str
+) -> AsyncIterator[list[tuple[Instance, Proxy]]]:
+    """Run instances that reach their database through a proxy each."""
     directory.mkdir(exist_ok=True)
     settings = {
         "FLEET_DIARY": str(directory),
@@ -209,25 +211,25 @@ async def _fleet(
     }
     async with AsyncExitStack() as stack:
         fleet = []
-        for number in range(1, copies + 1):
+        for number in range(1, instances + 1):
             proxy = await stack.enter_async_context(Proxy(database))
-            copy = Copy(
+            instance = Instance(
                 proxy.environment(),
                 f"app{number}",
                 log=directory.with_suffix(".log"),
                 program=("-m", "tests.jobs.fleet"),
                 **settings,
             )
-            fleet.append((copy, proxy))
-        await stack.enter_async_context(running([copy for copy, _ in fleet]))
+            fleet.append((instance, proxy))
+        await stack.enter_async_context(running([instance for instance, _ in fleet]))
         yield fleet
 
 
 async def _revivals(database: dict[str, str], directory: Path, **env: str) -> list[Any]:
-    """Freeze the only copy for longer than its lease; return the leases that were revived."""
+    """Freeze the only instance for longer than its lease; return the leases that were revived."""
     async with _fleet(
         database, directory, 1, FLEET_JOBS="2", FLEET_KIND="quiet", FLEET_SECONDS="30", **env
-    ) as [(copy, proxy)]:
+    ) as [(instance, proxy)]:
         connection = await connect(database)
         await connection.execute(WATCH_LEASES)
         await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")
@@ -239,8 +241,8 @@ async def _revivals(database: dict[str, str], directory: Path, **env: str) -> li
         proxy.heal()
         # It takes its jobs again, as new runs.
         await _wait_for(connection, "SELECT bool_and(fence > 1 AND holder IS NOT NULL) FROM jobs")
-        assert copy.process is not None
-        assert copy.process.returncode is None
+        assert instance.process is not None
+        assert instance.process.returncode is None
         revived = await connection.fetch("SELECT * FROM revived")
         await connection.close()
     assert overlaps(read_diaries(directory)) == []
@@ -260,28 +262,28 @@ async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
         # A look at the jobs is waited for for 2.5 s: longer than this lease.
         JOB_LEASE_SECONDS="1.5",
         JOB_HEARTBEAT_SECONDS="0.5",
-    ) as [(copy, proxy)]:
+    ) as [(instance, proxy)]:
         connection = await connect(database)
         for _ in range(size(small=3, full=20)):
             began = await connection.fetchval("SELECT clock_timestamp()")
-            await _wait_for(connection, HAS_STARTED, copy.name, began)
+            await _wait_for(connection, HAS_STARTED, instance.name, began)
             proxy.hold_answers()
             await asyncio.sleep(2)
             proxy.heal()
             await asyncio.sleep(1)
-        assert copy.process is not None
-        assert copy.process.returncode is None
+        assert instance.process is not None
+        assert instance.process.returncode is None
         rows = await connection.fetch("SELECT job, fence FROM job_runs WHERE fence IS NOT NULL")
         await connection.close()
-        await copy.stop()
+        await instance.stop()
     spans = read_diaries(directory)
     assert overlaps(spans) == []
     return len({(row["job"], row["fence"]) for row in rows} - {(s.job, s.fence) for s in spans})
 
 
-def _alive(fleet: Sequence[tuple[Copy, Proxy]]) -> list[int | None]:
-    """Return None for each copy that has not ended."""
-    return [copy.process.returncode for copy, _ in fleet if copy.process is not None]
+def _alive(fleet: Sequence[tuple[Instance, Proxy]]) -> list[int | None]:
+    """Return None for each instance that has not ended."""
+    return [instance.process.returncode for instance, _ in fleet if instance.process is not None]
 
 
 async def _blink(proxy: Proxy) -> None:
@@ -292,7 +294,7 @@ async def _blink(proxy: Proxy) -> None:
 
 
 def _moves(spans: Sequence[Span], frozen: Round) -> list[tuple[Span, Span]]:
-    """Return the runs that a frozen copy had, each with the one elsewhere that came after it."""
+    """Return the runs of a frozen instance, each with the one elsewhere that came after it."""
     under_way = [
         span
         for span in spans

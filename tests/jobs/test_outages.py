@@ -8,7 +8,7 @@ from time import monotonic
 import asyncpg
 
 from tests.jobs.fleet import overlaps, read_diaries
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.databases import freeze, own_postgres, thaw
 from tests.system.sizes import size, tell
 
@@ -75,7 +75,7 @@ async def test_without_the_guards_losses_stand(tmp_path: Path) -> None:
     assert any(each.startswith("lost") for each in outcomes)
 
 
-def _fleet(database: dict[str, str], top: Path, **more: str) -> list[Copy]:
+def _fleet(database: dict[str, str], top: Path, **more: str) -> list[Instance]:
     (top / "diaries").mkdir()
     settings = {
         "FLEET_DIARY": str(top / "diaries"),
@@ -88,7 +88,7 @@ def _fleet(database: dict[str, str], top: Path, **more: str) -> list[Copy]:
     }
     program = ("-m", "tests.jobs.fleet")
     return [
-        Copy(database, f"app{number}", log=top / "log", program=program, **settings)
+        Instance(database, f"app{number}", log=top / "log", program=program, **settings)
         for number in range(1, INSTANCES + 1)
     ]
 

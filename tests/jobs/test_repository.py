@@ -27,7 +27,7 @@ from balance_app.jobs.repository import (
     claim_arguments,
     heartbeat,
 )
-from tests.jobs.support import AT_ONCE, Copy, Ground, on
+from tests.jobs.support import AT_ONCE, Ground, Instance, on
 from tests.system.databases import somebody_waits
 from tests.system.sizes import size, tell
 
@@ -66,7 +66,7 @@ class Guard(NamedTuple):
 
 async def live_lease(ground: Ground) -> AsyncIterator[str]:
     """A job whose lease lasts is nobody else's, however long it has been ready."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -76,10 +76,10 @@ async def live_lease(ground: Ground) -> AsyncIterator[str]:
 
 async def two_at_once(ground: Ground) -> AsyncIterator[str]:
     """While one claim is under way, another neither gets the same job nor waits for it."""
-    copy = ground.copy()
-    known = await copy.declare("moon")
+    instance = ground.instance()
+    known = await instance.declare("moon")
     first, second = await ground.connect(), await ground.connect()
-    arguments = claim_arguments(copy.me, copy.lease, known, AT_ONCE)
+    arguments = claim_arguments(instance.me, instance.lease, known, AT_ONCE)
     async with first.transaction():
         one = await first.fetchrow(CLAIM, *arguments)
         other = asyncio.create_task(second.fetchrow(repository.CLAIM, *arguments))
@@ -95,14 +95,14 @@ async def two_at_once(ground: Ground) -> AsyncIterator[str]:
 
 
 async def stranger(ground: Ground) -> AsyncIterator[str]:
-    """A copy takes no job that was declared after its start, and none that it lacks."""
-    old, new = ground.copy("old"), ground.copy("new")
+    """An instance takes no job that was declared after its start, and none that it lacks."""
+    old, new = ground.instance("old"), ground.instance("new")
     await old.declare("moon")
     await new.declare("moon", "sun")
     await ground.ready("sun", seconds_ago=9)
     taken = []
-    for copy in (old, old, new):
-        claimed = (await copy.look()).claimed
+    for instance in (old, old, new):
+        claimed = (await instance.look()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["moon", None, "sun"]:
         yield f"it took a job that was declared later: {taken}"
@@ -111,16 +111,16 @@ async def stranger(ground: Ground) -> AsyncIterator[str]:
     await old.declare("sun")
     await ground.ready("moon", seconds_ago=9)
     taken = []
-    for copy in (old, old, new):
-        claimed = (await copy.look()).claimed
+    for instance in (old, old, new):
+        claimed = (await instance.look()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["sun", None, "moon"]:
         yield f"it took a job that it lacks: {taken}"
 
 
 async def owners_first(ground: Ground) -> AsyncIterator[str]:
-    """A copy that lets owners come first takes what waits, and nothing that was lost."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    """An instance that lets owners come first takes what waits, and nothing that was lost."""
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -134,7 +134,7 @@ async def owners_first(ground: Ground) -> AsyncIterator[str]:
 
 async def higher_fence(ground: Ground) -> AsyncIterator[str]:
     """The fence rises with each claim: what the run before still sends is refused."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
@@ -152,7 +152,7 @@ async def higher_fence(ground: Ground) -> AsyncIterator[str]:
 
 async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
     """A job that was lost while it was paused is laid aside, not started."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -174,18 +174,18 @@ async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
 
 async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
     """The third loss in a row quarantines a job for a while; an end in between counts anew."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     for _ in range(LOST_LIMIT - 1):
         await ground.expire("moon")
-        last = await copy.claim()
-    await copy.jobs.finish("moon", last.fence, HANDED_BACK)
+        last = await instance.claim()
+    await instance.jobs.finish("moon", last.fence, HANDED_BACK)
     assert (await ground.row("moon"))["lost_streak"] == 0
-    await copy.claim()
+    await instance.claim()
     for loss in range(1, LOST_LIMIT + 1):
         await ground.expire("moon")
-        look = await copy.look()
+        look = await instance.look()
         if (look.claimed is None) != (loss == LOST_LIMIT):
             yield f"after {loss} losses in a row it was {'' if look.claimed else 'not '}started"
             return
@@ -201,20 +201,20 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
         if not expected - MINUTE < lasts <= expected:
             yield f"the quarantine lasts {lasts} after {LOST_LIMIT + doubled} losses in a row"
         await ground.ready("moon")
-        assert (await copy.claim()).resumed == {"done": 7}
+        assert (await instance.claim()).resumed == {"done": 7}
         await ground.expire("moon")
-        assert (await copy.look()).set_aside == "moon"
+        assert (await instance.look()).set_aside == "moon"
 
 
 async def refuted(ground: Ground) -> AsyncIterator[str]:
     """An instance that lives takes back the losses recorded against it, each once, and no other."""
-    owner, other, dead = ground.copy("owner"), ground.copy("other"), ground.copy("dead")
-    for copy in (owner, other, dead):
-        await copy.declare("moon")
+    owner, other, dead = ground.instance("owner"), ground.instance("other"), ground.instance("dead")
+    for instance in (owner, other, dead):
+        await instance.declare("moon")
     await dead.claim()
-    for copy in (owner, owner, other):
+    for instance in (owner, owner, other):
         await ground.expire("moon")
-        await copy.look()
+        await instance.look()
     row = await ground.row("moon")
     assert (row["lost_streak"], row["holder"]) == (3, None)
     if await other.jobs.refute_losses() != []:
@@ -234,21 +234,21 @@ async def refuted(ground: Ground) -> AsyncIterator[str]:
 
 async def abandoned(ground: Ground) -> AsyncIterator[str]:
     """What an instance holds and does not run is found: neither its runs, nor what others hold."""
-    copy, other = ground.copy("app1"), ground.copy("app2")
-    await copy.declare("moon", "sun", "mars")
+    instance, other = ground.instance("app1"), ground.instance("app2")
+    await instance.declare("moon", "sun", "mars")
     await other.declare("moon", "sun", "mars")
-    runs, never, _ = await copy.claim(), await copy.claim(), await other.claim()
-    found = await copy.jobs.abandoned([(runs.name, runs.fence)])
+    runs, never, _ = await instance.claim(), await instance.claim(), await other.claim()
+    found = await instance.jobs.abandoned([(runs.name, runs.fence)])
     if found != [(never.name, never.fence, 0, 0)]:
         yield f"it found {found}"
-    found = await copy.jobs.abandoned([(runs.name, runs.fence), (never.name, 7)])
+    found = await instance.jobs.abandoned([(runs.name, runs.fence), (never.name, 7)])
     if [(each.name, each.fence) for each in found] != [(never.name, never.fence)]:
         yield f"with an old fence it found {found}"
 
 
 async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
     """Who asked for the end of a run that was then lost is still heard, by the next owner."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -260,70 +260,70 @@ async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
 
 async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
     """A lease lasts from the statement on, however long ago its transaction began."""
-    copy = ground.copy()
-    known = await copy.declare("moon")
+    instance = ground.instance()
+    known = await instance.declare("moon")
     connection = await ground.connect()
     async with connection.transaction():
         await asyncio.sleep(0.3)
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
         await ground.ready("moon", seconds_ago=9)
-        arguments = claim_arguments(copy.me, copy.lease, known, AT_ONCE)
+        arguments = claim_arguments(instance.me, instance.lease, known, AT_ONCE)
         await connection.fetchrow(repository.CLAIM, *arguments)
     row = await ground.row("moon")
-    if row["holder"] is None or row["lease_until"] < sent_at + copy.lease:
+    if row["holder"] is None or row["lease_until"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
 
 
 async def delayed_heartbeat(ground: Ground) -> AsyncIterator[str]:
     """A renewal in a transaction that began while the lease lasted does not revive it."""
-    copy = ground.copy()
-    await copy.declare("moon", "sun")
-    claims = [await copy.claim(), await copy.claim()]
+    instance = ground.instance()
+    await instance.declare("moon", "sun")
+    claims = [await instance.claim(), await instance.claim()]
     connection = await ground.connect()
     async with connection.transaction():
         await connection.execute("SELECT")
         await asyncio.sleep(0.01)
         await ground.expire("moon")
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
-        pulses = await copy.beat(connection, *((each.name, each.fence) for each in claims))
+        pulses = await instance.beat(connection, *((each.name, each.fence) for each in claims))
     if pulses["moon", 1].renewed or pulses["moon", 1].ours:
         yield "a lease that was over was revived"
     assert pulses["sun", 1].renewed
-    if (await ground.row("sun"))["lease_until"] < sent_at + copy.lease:
+    if (await ground.row("sun"))["lease_until"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
 
 
 async def late_heartbeat(ground: Ground) -> AsyncIterator[str]:
     """A renewal does not revive a lease that is over, though nobody has taken the job yet."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     await ground.expire("moon")
-    pulse = (await copy.beat(ground.eye, ("moon", 1)))["moon", 1]
+    pulse = (await instance.beat(ground.eye, ("moon", 1)))["moon", 1]
     if pulse.renewed or pulse.ours:
         yield "it was revived"
 
 
 async def others_heartbeat(ground: Ground) -> AsyncIterator[str]:
-    """A copy renews its own leases only, whatever fence it names."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    """An instance renews its own leases only, whatever fence it names."""
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     pulse = (await other.beat(ground.eye, ("moon", 1), note="of another"))["moon", 1]
     if pulse.renewed or (await ground.row("moon"))["note"]:
-        yield "another copy renewed it"
+        yield "another instance renewed it"
     assert not pulse.ours
 
 
 async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
-    """A renewal of an old run renews nothing, though the same copy holds the job again."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    """A renewal of an old run renews nothing, though the same instance holds the job again."""
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     await ground.expire("moon")
-    await copy.claim()
-    pulse = (await copy.beat(ground.eye, ("moon", 1), note="of the old run"))["moon", 1]
+    await instance.claim()
+    pulse = (await instance.beat(ground.eye, ("moon", 1), note="of the old run"))["moon", 1]
     if pulse.renewed or (await ground.row("moon"))["note"]:
         yield "the old run renewed the new one's lease"
     assert not pulse.ours
@@ -331,13 +331,13 @@ async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
 
 async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
     """Of an old run and the new one in the same renewal, the new one alone is renewed."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     await ground.expire("moon")
-    await copy.claim()
+    await instance.claim()
     for fences in ((1, 2), (2, 1)):
-        pulses = await copy.beat(ground.eye, *(("moon", fence) for fence in fences))
+        pulses = await instance.beat(ground.eye, *(("moon", fence) for fence in fences))
         assert pulses["moon", 2].renewed
         if pulses["moon", 1].renewed or pulses["moon", 1].ours:
             yield "the old run's lease was renewed too"
@@ -345,16 +345,16 @@ async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
 
 async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
     """A row that somebody holds locked keeps no other lease from being renewed, and is not lost."""
-    copy = ground.copy()
-    await copy.declare("moon", "sun")
-    await copy.claim()
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon", "sun")
+    await instance.claim()
+    await instance.claim()
     locker, heart = await ground.connect(), await ground.connect()
     await heart.execute("SET lock_timeout = '300ms'")
     async with locker.transaction():
         await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
         try:
-            pulses = await copy.beat(heart, ("moon", 1), ("sun", 1))
+            pulses = await instance.beat(heart, ("moon", 1), ("sun", 1))
         except asyncpg.LockNotAvailableError:
             yield "it waited"
             return
@@ -364,7 +364,7 @@ async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
 
 async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
     """A renewal that meets the job while it changes hands leaves the new owner's run alone."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -381,14 +381,14 @@ async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
 
 
 async def old_finish(ground: Ground) -> AsyncIterator[str]:
-    """The end of an old run changes nothing, though the same copy holds the job again."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    """The end of an old run changes nothing, though the same instance holds the job again."""
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     await ground.expire("moon")
-    await copy.claim()
+    await instance.claim()
     before = [await ground.row("moon"), *await ground.runs("moon")]
-    if await copy.jobs.finish("moon", 1, DONE):
+    if await instance.jobs.finish("moon", 1, DONE):
         yield "it was recorded"
     if before != [await ground.row("moon"), *await ground.runs("moon")]:
         yield "it changed something"
@@ -396,24 +396,24 @@ async def old_finish(ground: Ground) -> AsyncIterator[str]:
 
 async def others_finish(ground: Ground) -> AsyncIterator[str]:
     """Nobody but its holder ends a run."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     if await other.jobs.finish("moon", 1, DONE):
-        yield "another copy ended it"
+        yield "another instance ended it"
 
 
 async def parting(ground: Ground) -> AsyncIterator[str]:
-    """A copy that ends shortens its own lease, that of this run, and never makes it longer."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    """An instance that ends shortens its own lease, that of this run, and never makes it longer."""
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     lease_until = (await ground.row("moon"))["lease_until"]
     await other.jobs.part("moon", 1, SECOND)
     if (await ground.row("moon"))["lease_until"] != lease_until:
-        yield "another copy shortened it"
+        yield "another instance shortened it"
     await owner.jobs.finish("moon", 1, HANDED_BACK)
     await owner.claim()
     lease_until = (await ground.row("moon"))["lease_until"]
@@ -427,7 +427,7 @@ async def parting(ground: Ground) -> AsyncIterator[str]:
     await other.claim()
     row = await ground.row("moon")
     assert (row["lost_streak"], row["attempt"], row["parts"]) == (0, 2, False)
-    said = ("interrupted", "its copy was stopped")
+    said = ("interrupted", "its instance was stopped")
     assert (row["last_outcome"], row["last_result"]) == said
     _, parted, _ = await ground.runs("moon")
     assert (parted["outcome"], parted["result"]) == said
@@ -435,13 +435,13 @@ async def parting(ground: Ground) -> AsyncIterator[str]:
 
 async def checkpoints(ground: Ground) -> AsyncIterator[str]:
     """A checkpoint is the holder's, with its fence, while the lease lasts."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     assert await owner.jobs.checkpoint("moon", 1, "[1]")
     if await other.jobs.checkpoint("moon", 1, "[2]"):
-        yield "another copy wrote it"
+        yield "another instance wrote it"
     await ground.expire("moon")
     if await owner.jobs.checkpoint("moon", 1, "[3]"):
         yield "it was written after the lease"
@@ -453,18 +453,18 @@ async def checkpoints(ground: Ground) -> AsyncIterator[str]:
 
 async def begin(ground: Ground) -> AsyncIterator[str]:
     """A transaction begins for the holder, with its fence, while the lease lasts."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
 
-    async def enters(copy: Copy, fence: int) -> bool:
-        row = await ground.eye.fetchrow(repository.ENTER, "moon", fence, copy.me.id)
+    async def enters(instance: Instance, fence: int) -> bool:
+        row = await ground.eye.fetchrow(repository.ENTER, "moon", fence, instance.me.id)
         return row is not None
 
     assert await enters(owner, 1)
     if await enters(other, 1):
-        yield "another copy entered"
+        yield "another instance entered"
     await ground.expire("moon")
     if await enters(owner, 1):
         yield "it entered after the lease"
@@ -476,30 +476,30 @@ async def begin(ground: Ground) -> AsyncIterator[str]:
 
 async def delayed_begin(ground: Ground) -> AsyncIterator[str]:
     """Whether the lease lasts is asked of the clock, not of the transaction's begin."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     connection = await ground.connect()
     async with connection.transaction():
         await connection.execute("SELECT")
         await asyncio.sleep(0.01)
         await ground.expire("moon")
-        if await connection.fetchrow(repository.ENTER, "moon", 1, copy.me.id) is not None:
+        if await connection.fetchrow(repository.ENTER, "moon", 1, instance.me.id) is not None:
             yield "it began after the lease"
 
 
 async def commits(ground: Ground) -> AsyncIterator[str]:
     """A transaction commits for the holder, with its fence, while the lease lasts."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
 
-    async def commits_after(copy: Copy, fence: int, *meanwhile: Awaitable[Any]) -> bool:
+    async def commits_after(instance: Instance, fence: int, *meanwhile: Awaitable[Any]) -> bool:
         """Name the run as ENTER does, and let something happen before the commit."""
         connection = await ground.connect()
         await connection.execute("BEGIN")
-        for name, value in {"job": "moon", "fence": fence, "holder": copy.me.id}.items():
+        for name, value in {"job": "moon", "fence": fence, "holder": instance.me.id}.items():
             await connection.execute(
                 "SELECT set_config($1, $2, true)", f"balance_app.{name}", str(value)
             )
@@ -515,7 +515,7 @@ async def commits(ground: Ground) -> AsyncIterator[str]:
 
     assert await commits_after(owner, 1)
     if await commits_after(other, 1):
-        yield "another copy committed"
+        yield "another instance committed"
     if await commits_after(owner, 1, asyncio.sleep(0.01), ground.expire("moon")):
         yield "it committed after the lease"
     await owner.claim()
@@ -526,7 +526,7 @@ async def commits(ground: Ground) -> AsyncIterator[str]:
 
 async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
     """From the check on nobody can take the job, though its lease ends before the commit."""
-    owner, other = ground.copy("owner", lease=SECOND), ground.copy("other")
+    owner, other = ground.instance("owner", lease=SECOND), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     connection = await ground.connect()
@@ -545,7 +545,7 @@ async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
 
 async def seen_once(ground: Ground) -> AsyncIterator[str]:
     """When a job was first seen ready is written once: who comes later can't push it on."""
-    first, second = ground.copy("first"), ground.copy("second")
+    first, second = ground.instance("first"), ground.instance("second")
     await second.declare("moon")
     known = await first.declare("moon", "sun")
     await ground.eye.execute("UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'")
@@ -574,41 +574,41 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
 
 
 async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
-    """A number below the highest that a copy knows can't appear after its start."""
+    """A number below the highest that an instance knows can't appear after its start."""
     other = await ground.connect()
-    copy = ground.copy()
-    await copy.declare()
+    instance = ground.instance()
+    await instance.declare()
     await other.execute("BEGIN")
     await other.fetch("SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
     now = datetime.now(UTC)
     await other.execute(declarations.ADD, "sun", "every 60 s", "", now, now)
-    declaring = asyncio.create_task(copy.declare("moon"))
+    declaring = asyncio.create_task(instance.declare("moon"))
     if declarations.DECLARE_LOCK == DECLARE_LOCK:
         await somebody_waits(ground.variables)
     else:
         await declaring
     await other.execute("COMMIT")
     await declaring
-    known = copy.known
+    known = instance.known
     assert known is not None
     number = (await ground.row("sun"))["number"]
     if number <= known.knows_to and "sun" not in known.lacks:
         yield "it says that it can run a job that it does not know"
-    claims = [(await copy.look()).claimed for _ in range(2)]
+    claims = [(await instance.look()).claimed for _ in range(2)]
     assert "sun" not in [claimed.name for claimed in claims if claimed]
 
 
 async def limited(ground: Ground) -> AsyncIterator[str]:
     """A paused job is not claimed; a job that is not ready neither."""
-    copy = ground.copy()
-    await copy.declare("moon", "sun")
+    instance = ground.instance()
+    await instance.declare("moon", "sun")
     await ground.eye.execute(
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'moon'"
     )
     await ground.eye.execute(
         "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min' WHERE name = 'sun'"
     )
-    look = await copy.look()
+    look = await instance.look()
     if look.claimed:
         yield f"{look.claimed.name} was claimed"
         return
@@ -790,15 +790,15 @@ async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario
 async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
     """Fifty connections that claim at once, over and over, share all jobs without a double."""
     jobs = size(small=300, full=3000)
-    copies = [ground.copy(f"app{number}") for number in range(50)]
-    for copy in copies:
-        await copy.declare(*(f"job-{number}" for number in range(jobs)))
+    instances = [ground.instance(f"app{number}") for number in range(50)]
+    for instance in instances:
+        await instance.declare(*(f"job-{number}" for number in range(jobs)))
     taken: list[tuple[str, int]] = []
 
-    async def claim_all(copy: Copy) -> None:
+    async def claim_all(instance: Instance) -> None:
         connection = await ground.connect()
-        assert copy.known is not None
-        arguments = claim_arguments(copy.me, copy.lease, copy.known, AT_ONCE)
+        assert instance.known is not None
+        arguments = claim_arguments(instance.me, instance.lease, instance.known, AT_ONCE)
         await together.wait()
         while len(taken) < jobs:
             row = await connection.fetchrow(CLAIM, *arguments)
@@ -806,29 +806,29 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
             if row["name"] is not None:
                 taken.append((row["name"], row["fence"]))
 
-    together = asyncio.Barrier(len(copies))
+    together = asyncio.Barrier(len(instances))
     started = monotonic()
     async with asyncio.TaskGroup() as crowd:
-        for copy in copies:
-            crowd.create_task(claim_all(copy))
+        for instance in instances:
+            crowd.create_task(claim_all(instance))
     tell(f"{len(taken)} claims in {monotonic() - started:.1f} s")
     assert sorted(taken) == sorted((f"job-{number}", 1) for number in range(jobs))
     held = await ground.eye.fetch("SELECT holder FROM jobs GROUP BY holder")
-    assert {row["holder"] for row in held} <= {copy.me.id for copy in copies}
+    assert {row["holder"] for row in held} <= {instance.me.id for instance in instances}
     assert await ground.eye.fetchval("SELECT count(*) FROM job_runs") == jobs
 
 
 async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
     """The row and the history tell the same, and the claim says all that a run needs."""
-    copy = ground.copy("app7", lease=timedelta(seconds=9))
-    await copy.declare("moon")
-    look = await copy.look()
+    instance = ground.instance("app7", lease=timedelta(seconds=9))
+    await instance.declare("moon")
+    look = await instance.look()
     claimed = look.claimed
     assert claimed is not None
     row = await ground.row("moon")
     (run,) = await ground.runs("moon")
-    assert (row["holder"], row["server"], row["fence"]) == (copy.me.id, "app7", 1)
-    assert (run["holder"], run["server"], run["fence"]) == (copy.me.id, "app7", 1)
+    assert (row["holder"], row["server"], row["fence"]) == (instance.me.id, "app7", 1)
+    assert (run["holder"], run["server"], run["fence"]) == (instance.me.id, "app7", 1)
     assert run["started_at"] == row["started_at"] == claimed.started_at <= row["alive_at"]
     assert run["due_at"] == row["due_at"] == claimed.due_at == claimed.anchor_at
     assert (run["outcome"], run["ended_at"], run["attempt"]) == (None, None, 0)
@@ -841,7 +841,7 @@ async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
 
 async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
     """The old run is lost as of the end of its lease; the new one has tick and checkpoint of it."""
-    owner, other = ground.copy("owner"), ground.copy("other")
+    owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
@@ -865,42 +865,42 @@ async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
 
 async def test_the_longest_ready_comes_first(ground: Ground) -> None:
     """Jobs are taken in the order in which they became ready, lost ones by the end of the lease."""
-    copy = ground.copy()
-    await copy.declare("late", "lost", "middle", "first")
+    instance = ground.instance()
+    await instance.declare("late", "lost", "middle", "first")
     for name, seconds_ago in {"lost": 99, "late": 1, "middle": 5, "first": 9}.items():
         await ground.ready(name, seconds_ago=seconds_ago)
-    assert (await copy.claim()).name == "lost"
+    assert (await instance.claim()).name == "lost"
     await ground.eye.execute(
         "UPDATE jobs SET lease_until = clock_timestamp() - interval '3 s' WHERE name = 'lost'"
     )
-    names = [(await copy.claim()).name for _ in range(4)]
+    names = [(await instance.claim()).name for _ in range(4)]
     assert names == ["first", "middle", "lost", "late"]
 
 
 async def test_a_look_says_when_to_look_again(ground: Ground) -> None:
     """Nothing known: no wait; otherwise until the next is ready, or a lease is over."""
-    copy = ground.copy()
-    await copy.declare()
-    look = await copy.look()
+    instance = ground.instance()
+    await instance.declare()
+    look = await instance.look()
     assert (look.claimed, look.set_aside, look.wait_seconds, look.busy) == (
         None,
         None,
         None,
         False,
     )
-    await copy.declare("moon")
-    await copy.claim()
-    look = await copy.look()
+    await instance.declare("moon")
+    await instance.claim()
+    look = await instance.look()
     assert look.wait_seconds is not None
     assert LEASE_SECONDS - 5 < look.wait_seconds <= LEASE_SECONDS
     assert look.busy
     next_at = look.now + timedelta(seconds=600)
-    await copy.jobs.finish("moon", 1, DONE_UNTIL(next_at))
-    look = await copy.look()
+    await instance.jobs.finish("moon", 1, DONE_UNTIL(next_at))
+    look = await instance.look()
     assert look.wait_seconds is not None
     assert 590 < look.wait_seconds <= 600
     assert not look.busy
-    look = await copy.look(wait=HOUR)
+    look = await instance.look(wait=HOUR)
     assert look.wait_seconds is not None
     assert 4190 < look.wait_seconds <= 4200
 
@@ -914,29 +914,31 @@ def DONE_UNTIL(due_at: datetime) -> Ending:  # noqa: N802 - a constant but for i
 
 # -- turns -----------------------------------------------------------------------------------------
 
-# Whether a copy takes a job, by: seconds since its boot, since the job is ready, since it was seen
-# ready (None: never), since the last sign of life of a run (None: never). It settles for 10 s.
+# Whether an instance takes a job, by: seconds since its boot, since the job is ready, since it was
+# seen ready (None: never), since the last sign of life of a run (None: never). It settles for 10 s.
 TURNS = {
-    "never seen, by a copy that is not settled": ((5, 3, None, None), False),
+    "never seen, by an instance that is not settled": ((5, 3, None, None), False),
     "seen long ago": ((5, 90, 11, None), True),
     "seen lately": ((5, 3, 3, None), False),
     "seen before it is ready": ((5, -20, 3, None), False),
-    "seen while the copy settled": ((15, 90, 6, None), False),
+    "seen while the instance settled": ((15, 90, 6, None), False),
     "seen by a newcomer": ((50, 90, 3, None), True),
     "seen by a newcomer, and ready since then": ((50, 3, 4, None), True),
-    "never seen, by a copy that is settled": ((50, 90, None, None), True),
-    "the fleet was up before the copy": ((5, 90, 3, 4), True),
-    "the fleet was up before the copy, never seen": ((5, 3, None, 4), True),
-    "a run ended before the copy came up": ((5, 3, 3, 6), False),
+    "never seen, by an instance that is settled": ((50, 90, None, None), True),
+    "the fleet was up before the instance": ((5, 90, 3, 4), True),
+    "the fleet was up before the instance, never seen": ((5, 3, None, 4), True),
+    "a run ended before the instance came up": ((5, 3, 3, 6), False),
 }
 
 
 @pytest.mark.parametrize("case", TURNS)
-async def test_copies_that_come_up_together_wait_for_each_other(ground: Ground, case: str) -> None:
+async def test_instances_that_come_up_together_wait_for_each_other(
+    ground: Ground, case: str
+) -> None:
     """They settle first, from when the job was first seen; a fleet that is up does not wait."""
     (booted, ready, seen, alive), takes = TURNS[case]
-    copy = ground.copy()
-    known = await copy.declare("moon")
+    instance = ground.instance()
+    known = await instance.declare("moon")
     await ground.eye.execute(
         "UPDATE jobs SET due_at = clock_timestamp() - $1::interval,"
         " ready_at = clock_timestamp() - $1::interval,"
@@ -944,10 +946,10 @@ async def test_copies_that_come_up_together_wait_for_each_other(ground: Ground, 
         *(None if ago is None else timedelta(seconds=ago) for ago in (ready, seen, alive)),
     )
     now = await ground.eye.fetchval("SELECT clock_timestamp()")
-    copy.known = known._replace(booted_at=now - timedelta(seconds=booted))
+    instance.known = known._replace(booted_at=now - timedelta(seconds=booted))
     settled = booted > 10
     turn = {"settled": settled, "settling": timedelta(seconds=10)}
-    look = await copy.look(**turn)
+    look = await instance.look(**turn)
     assert (look.claimed is not None) == takes
     if not takes and seen is not None:
         assert look.wait_seconds is not None
@@ -955,50 +957,50 @@ async def test_copies_that_come_up_together_wait_for_each_other(ground: Ground, 
         assert until_then - 2 < look.wait_seconds <= until_then
     if takes and not settled and alive is None:
         await ground.forget()  # and a load's wait counts from the end of the settling
-        await copy.declare("moon")
+        await instance.declare("moon")
         await ground.eye.execute(
             "UPDATE jobs SET seen_at = clock_timestamp() - interval '11 s',"
             " ready_at = clock_timestamp() - interval '20 s'"
         )
         turn["settling"] = timedelta(seconds=10)
-        assert (await copy.look(**turn, wait=timedelta(seconds=5))).claimed is None
-        assert (await copy.look(**turn, wait=timedelta(seconds=0.5))).claimed is not None
+        assert (await instance.look(**turn, wait=timedelta(seconds=5))).claimed is None
+        assert (await instance.look(**turn, wait=timedelta(seconds=0.5))).claimed is not None
 
 
 async def test_who_runs_more_waits_longer(ground: Ground) -> None:
-    """A job may be taken as long after it is ready as the copy has to wait for its turn."""
-    copy = ground.copy()
-    await copy.declare("moon")
+    """A job may be taken as long after it is ready as the instance has to wait for its turn."""
+    instance = ground.instance()
+    await instance.declare("moon")
     await ground.ready("moon", seconds_ago=60)
-    look = await copy.look(wait=timedelta(seconds=80))
+    look = await instance.look(wait=timedelta(seconds=80))
     assert look.claimed is None
     assert look.wait_seconds is not None
     assert 10 < look.wait_seconds <= 20
-    assert (await copy.look(wait=timedelta(seconds=59))).claimed is not None
+    assert (await instance.look(wait=timedelta(seconds=59))).claimed is not None
 
 
 async def test_light_load_goes_round(ground: Ground) -> None:
     """Who has claimed in this round lets those go first who have not."""
-    copies = [ground.copy(name) for name in "ABC"]
+    instances = [ground.instance(name) for name in "ABC"]
     names = [f"job-{number}" for number in range(12)]
-    for copy in copies:
-        await copy.declare(*names)
+    for instance in instances:
+        await instance.declare(*names)
     round_of = dict.fromkeys("ABC", 0)
     order = ""
     for _ in names:
         takers = []
-        for copy in copies:
-            turn = {"round": round_of[copy.me.server], "tie": HOUR}
-            claimed = (await copy.look(**turn)).claimed
+        for instance in instances:
+            turn = {"round": round_of[instance.me.server], "tie": HOUR}
+            claimed = (await instance.look(**turn)).claimed
             if claimed is not None:
-                takers.append(copy.me.server)
-                round_of[copy.me.server] = claimed.round + 1
+                takers.append(instance.me.server)
+                round_of[instance.me.server] = claimed.round + 1
         if not takers:  # all have had their turn: after the tie the next round begins
-            copy = min(copies, key=lambda copy: round_of[copy.me.server])
-            turn = {"round": round_of[copy.me.server], "tie": timedelta(0)}
-            claimed = await copy.claim(**turn)
-            takers.append(copy.me.server)
-            round_of[copy.me.server] = claimed.round + 1
+            instance = min(instances, key=lambda instance: round_of[instance.me.server])
+            turn = {"round": round_of[instance.me.server], "tie": timedelta(0)}
+            claimed = await instance.claim(**turn)
+            takers.append(instance.me.server)
+            round_of[instance.me.server] = claimed.round + 1
         order += "".join(takers)
         if len(order) >= len(names):
             break
@@ -1013,17 +1015,17 @@ async def test_light_load_goes_round(ground: Ground) -> None:
 
 async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
     """The next tick is a new one: no attempt, no checkpoint, no wish of anybody is left."""
-    copy = ground.copy("app7")
-    await copy.declare("moon")
-    claimed = await copy.claim()
-    await copy.jobs.checkpoint("moon", 1, "[1]")
+    instance = ground.instance("app7")
+    await instance.declare("moon")
+    claimed = await instance.claim()
+    await instance.jobs.checkpoint("moon", 1, "[1]")
     await ground.eye.execute(
         "UPDATE jobs SET cancel_by = 'ada', requested_by = 'eve', seen_at = now()"
     )
     due_at = claimed.due_at + HOUR
     first = claimed.due_at + SECOND
     skipped = [
-        Skipped(first, first + 8 * SECOND, 9, "no copy was free"),
+        Skipped(first, first + 8 * SECOND, 9, "no instance was free"),
         Skipped(first + 9 * SECOND, first + 9 * SECOND, 1, "it was under way"),
     ]
     ending = Ending(
@@ -1034,7 +1036,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         ready_at=due_at + SECOND,
         skipped=skipped,
     )
-    assert await copy.jobs.finish("moon", 1, ending)
+    assert await instance.jobs.finish("moon", 1, ending)
     row = await ground.row("moon")
     for column in ("holder", "server", "started_at", "lease_until", "cancel_by", "requested_by"):
         assert row[column] is None, column
@@ -1057,23 +1059,23 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         for each in ranges
     ] == [("skipped", *each) for each in skipped]
     assert {each["fence"] for each in ranges} == {None}
-    assert not await copy.jobs.finish("moon", 1, ending)
+    assert not await instance.jobs.finish("moon", 1, ending)
     assert len(await ground.runs("moon")) == 3
 
 
 async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
     """The tick and its checkpoint go to the next owner, at once or when it is said."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    first = await copy.claim()
-    await copy.jobs.checkpoint("moon", 1, "[1]")
-    assert await copy.jobs.finish("moon", 1, HANDED_BACK)
-    second = await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    first = await instance.claim()
+    await instance.jobs.checkpoint("moon", 1, "[1]")
+    assert await instance.jobs.finish("moon", 1, HANDED_BACK)
+    second = await instance.claim()
     assert (second.due_at, second.attempt, second.resumed) == (first.due_at, 1, [1])
     later = await ground.eye.fetchval("SELECT clock_timestamp() + interval '1 min'")
     ending = Ending(outcome="failed", result="no", seconds_ago=0, ready_at=later)
-    assert await copy.jobs.finish("moon", 2, ending)
-    assert (await copy.look()).claimed is None
+    assert await instance.jobs.finish("moon", 2, ending)
+    assert (await instance.look()).claimed is None
     row = await ground.row("moon")
     assert (row["due_at"], row["ready_at"], row["attempt"]) == (first.due_at, later, 2)
     assert row["checkpoint"] is None
@@ -1081,27 +1083,27 @@ async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
 
 async def test_a_late_end_counts_while_nobody_has_taken_the_job(ground: Ground) -> None:
     """A run that ended in time may say so after its lease, if no other run has begun."""
-    copy = ground.copy()
-    await copy.declare("moon")
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon")
+    await instance.claim()
     await ground.expire("moon")
-    assert await copy.jobs.finish("moon", 1, DONE)
+    assert await instance.jobs.finish("moon", 1, DONE)
     assert (await ground.row("moon"))["last_outcome"] == "succeeded"
 
 
 # -- heartbeats ------------------------------------------------------------------------------------
 
 
-async def test_a_heartbeat_tells_of_the_copy(ground: Ground) -> None:
-    """A copy is seen with what it can run, whether or not it runs anything."""
-    copy = ground.copy("app7")
-    await ground.copy().declare("moon")
-    await copy.declare("sun")
-    assert await copy.beat(ground.eye) == {}
+async def test_a_heartbeat_tells_of_the_instance(ground: Ground) -> None:
+    """An instance is seen with what it can run, whether or not it runs anything."""
+    instance = ground.instance("app7")
+    await ground.instance().declare("moon")
+    await instance.declare("sun")
+    assert await instance.beat(ground.eye) == {}
     (first,) = await ground.eye.fetch("SELECT * FROM copies")
-    assert (first["id"], first["server"]) == copy.me
+    assert (first["id"], first["server"]) == instance.me
     assert (first["knows_to"], first["lacks"]) == (2, ["moon"])
-    await copy.beat(ground.eye)
+    await instance.beat(ground.eye)
     (second,) = await ground.eye.fetch("SELECT * FROM copies")
     assert second["seen_at"] > first["seen_at"]
     assert second["started_at"] == first["started_at"]
@@ -1109,12 +1111,12 @@ async def test_a_heartbeat_tells_of_the_copy(ground: Ground) -> None:
 
 async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
     """Who renews learns that somebody asked for the end of that run, and of no other."""
-    copy = ground.copy()
-    await copy.declare("moon", "sun")
-    await copy.claim()
-    await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon", "sun")
+    await instance.claim()
+    await instance.claim()
     await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
-    pulses = await copy.beat(ground.eye, ("moon", 1), ("sun", 1), ("mars", 1))
+    pulses = await instance.beat(ground.eye, ("moon", 1), ("sun", 1), ("mars", 1))
     assert (pulses["moon", 1].renewed, pulses["moon", 1].cancel_by) == (True, "ada")
     assert (pulses["sun", 1].renewed, pulses["sun", 1].cancel_by) == (True, None)
     assert (pulses["mars", 1].renewed, pulses["mars", 1].ours) == (False, False)
@@ -1122,14 +1124,14 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
 
 async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground) -> None:
     """The first that says so sets the moment, and the next run does not inherit it."""
-    copy = ground.copy()
-    known = await copy.declare("moon")
+    instance = ground.instance()
+    known = await instance.declare("moon")
     for fence in (1, 2):
-        claimed = await copy.claim()
+        claimed = await instance.claim()
         noted = []
         for stopping in (False, True, True):
             beat = Beat("moon", fence, Progress(None, None, None), stopping)
-            await heartbeat(ground.eye, copy.me, copy.lease, known, [beat])
+            await heartbeat(ground.eye, instance.me, instance.lease, known, [beat])
             stopping_at = (await ground.row("moon"))["stopping_at"]
             noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
         assert noted[0] is None
@@ -1141,29 +1143,31 @@ async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground
 # -- declarations ----------------------------------------------------------------------------------
 
 
-async def test_copies_declare_at_once(ground: Ground) -> None:
-    """Ten copies with the same jobs make each row once, with dense numbers, and know all."""
+async def test_instances_declare_at_once(ground: Ground) -> None:
+    """Ten instances with the same jobs make each row once, with dense numbers, and know all."""
     names = [f"job-{number}" for number in range(20)]
-    copies = [ground.copy(f"app{number}") for number in range(10)]
-    known = await asyncio.gather(*(copy.declare(*names) for copy in copies))
+    instances = [ground.instance(f"app{number}") for number in range(10)]
+    known = await asyncio.gather(*(instance.declare(*names) for instance in instances))
     rows = await ground.eye.fetch("SELECT number, name FROM jobs ORDER BY number")
     assert [row["number"] for row in rows] == list(range(1, 21))
     assert {(each.knows_to, tuple(each.lacks)) for each in known} == {(20, ())}
     before = await ground.eye.fetch("SELECT * FROM jobs ORDER BY number")
-    await copies[0].declare(*names)
+    await instances[0].declare(*names)
     assert await ground.eye.fetch("SELECT * FROM jobs ORDER BY number") == before
 
 
-async def test_copies_with_other_code_declare_at_once(ground: Ground) -> None:
-    """Whatever the order, a copy knows its own jobs, and none that it has no code of."""
+async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None:
+    """Whatever the order, an instance knows its own jobs, and none that it has no code of."""
     sets = [{f"job-{(start + step) % 30}" for step in range(12)} for start in range(0, 30, 3)]
-    copies = [ground.copy(f"app{number}") for number in range(10)]
-    await asyncio.gather(*(copy.declare(*names) for copy, names in zip(copies, sets, strict=True)))
+    instances = [ground.instance(f"app{number}") for number in range(10)]
+    await asyncio.gather(
+        *(instance.declare(*names) for instance, names in zip(instances, sets, strict=True))
+    )
     rows = await ground.eye.fetch("SELECT name, number FROM jobs")
     numbers = {row["name"]: row["number"] for row in rows}
     assert len(numbers) == 30
-    for copy, names in zip(copies, sets, strict=True):
-        known = copy.known
+    for instance, names in zip(instances, sets, strict=True):
+        known = instance.known
         assert known is not None
         can = {
             name
@@ -1175,9 +1179,9 @@ async def test_copies_with_other_code_declare_at_once(ground: Ground) -> None:
 
 async def test_first_ticks(ground: Ground) -> None:
     """An interval begins with its declaration; cron waits for its first tick."""
-    copy = ground.copy()
-    await copy.declare("moon", schedule="every 7 s")
-    await copy.declare("sun", schedule="cron 0 3 * * * Europe/Berlin")
+    instance = ground.instance()
+    await instance.declare("moon", schedule="every 7 s")
+    await instance.declare("sun", schedule="cron 0 3 * * * Europe/Berlin")
     moon, sun = await ground.row("moon"), await ground.row("sun")
     assert moon["due_at"] == moon["ready_at"] == moon["anchor_at"]
     assert sun["due_at"] == sun["ready_at"] > sun["anchor_at"]
@@ -1186,44 +1190,44 @@ async def test_first_ticks(ground: Ground) -> None:
 
 async def test_a_changed_schedule_takes_effect(ground: Ground) -> None:
     """A job that waits is due at the new schedule's next tick; the grid's anchor stays."""
-    copy = ground.copy()
-    await copy.declare("moon", schedule="every 3600 s")
-    claimed = await copy.claim()
-    await copy.jobs.finish("moon", 1, DONE_UNTIL(claimed.due_at + HOUR))
-    await copy.declare("moon", schedule="every 60 s")
+    instance = ground.instance()
+    await instance.declare("moon", schedule="every 3600 s")
+    claimed = await instance.claim()
+    await instance.jobs.finish("moon", 1, DONE_UNTIL(claimed.due_at + HOUR))
+    await instance.declare("moon", schedule="every 60 s")
     row = await ground.row("moon")
     assert row["due_at"] == row["ready_at"] == claimed.anchor_at + timedelta(seconds=60)
     assert (row["schedule"], row["anchor_at"]) == ("every 60 s", claimed.anchor_at)
-    await copy.jobs.declare({"moon": ("every 60 s", "Now with words.")})
+    await instance.jobs.declare({"moon": ("every 60 s", "Now with words.")})
     changed = await ground.row("moon")
     assert (changed["description"], changed["due_at"]) == ("Now with words.", row["due_at"])
 
 
 async def test_a_changed_schedule_forgets_no_tick(ground: Ground) -> None:
     """A tick that is due already, or is to be tried again, still runs."""
-    copy = ground.copy()
-    await copy.declare("moon", "sun")
-    claimed = await copy.claim()
+    instance = ground.instance()
+    await instance.declare("moon", "sun")
+    claimed = await instance.claim()
     again_at = claimed.due_at + timedelta(seconds=99)
     ending = Ending(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
-    await copy.jobs.finish(claimed.name, 1, ending)
+    await instance.jobs.finish(claimed.name, 1, ending)
     before = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
-    await copy.declare("moon", "sun", schedule="every 60 s")
+    await instance.declare("moon", "sun", schedule="every 60 s")
     rows = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
     assert rows == before
 
 
 async def test_a_schedule_that_changes_under_a_run(ground: Ground) -> None:
     """The end of a run is refused with the new schedule, so that its next tick is one of that."""
-    copy = ground.copy()
-    await copy.declare("moon", schedule="every 31622400 s")
-    claimed = await copy.claim()
-    await copy.declare("moon", schedule="every 60 s")
+    instance = ground.instance()
+    await instance.declare("moon", schedule="every 31622400 s")
+    claimed = await instance.claim()
+    await instance.declare("moon", schedule="every 60 s")
     row = await ground.row("moon")
-    assert (row["due_at"], row["holder"]) == (claimed.due_at, copy.me.id)
+    assert (row["due_at"], row["holder"]) == (claimed.due_at, instance.me.id)
     ending = DONE_UNTIL(claimed.due_at + timedelta(days=366))
-    assert await copy.jobs.finish("moon", 1, ending, claimed.schedule) == "every 60 s"
+    assert await instance.jobs.finish("moon", 1, ending, claimed.schedule) == "every 60 s"
     assert await ground.row("moon") == row
     ending = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
-    assert await copy.jobs.finish("moon", 1, ending, "every 60 s") is True
-    assert await copy.jobs.finish("moon", 1, ending, "every 60 s") is False
+    assert await instance.jobs.finish("moon", 1, ending, "every 60 s") is True
+    assert await instance.jobs.finish("moon", 1, ending, "every 60 s") is False

@@ -25,7 +25,7 @@ from balance_app.jobs.run import (
     RunStoppedError,
 )
 from balance_app.jobs.threads import ThreadRun
-from tests.jobs.support import Copy, Ground, on, until
+from tests.jobs.support import Ground, Instance, on, until
 
 Result = TypeVar("Result")
 
@@ -48,15 +48,15 @@ async def ground(land: Ground) -> AsyncIterator[Ground]:
 
 
 @pytest.fixture
-async def copy(ground: Ground) -> Copy:
-    copy = ground.copy()
-    await copy.declare("moon")
-    return copy
+async def instance(ground: Ground) -> Instance:
+    instance = ground.instance()
+    await instance.declare("moon")
+    return instance
 
 
 @pytest.fixture
-async def run(copy: Copy) -> Run:
-    return copy.run(await copy.claim())
+async def run(instance: Instance) -> Run:
+    return instance.run(await instance.claim())
 
 
 async def notes(ground: Ground) -> list[str]:
@@ -64,8 +64,8 @@ async def notes(ground: Ground) -> list[str]:
 
 
 async def take_over(ground: Ground) -> None:
-    """Let another copy have the job."""
-    other = ground.copy("other")
+    """Let another instance have the job."""
+    other = ground.instance("other")
     await other.declare("moon")
     await ground.expire("moon")
     await other.claim()
@@ -88,17 +88,17 @@ PROGRESS: dict[tuple[Any, Any, str], Progress] = {
 
 
 async def test_progress_is_written_with_the_next_heartbeat(
-    ground: Ground, copy: Copy, run: Run
+    ground: Ground, instance: Instance, run: Run
 ) -> None:
     """Whatever a job says of its progress is made fit, and can't spoil a heartbeat."""
     assert run.lease is not None
     for said, expected in PROGRESS.items():
         run.progress(*said)
         assert run.lease.progress == expected
-        assert copy.known is not None
+        assert instance.known is not None
         beat = repository.Beat("moon", 1, run.lease.progress)
         _, (pulse,) = await repository.heartbeat(
-            ground.eye, copy.me, copy.lease, copy.known, [beat]
+            ground.eye, instance.me, instance.lease, instance.known, [beat]
         )
         assert pulse.renewed
         row = await ground.row("moon")
@@ -118,9 +118,9 @@ async def test_progress_that_is_none_changes_nothing(run: Run, done: Any) -> Non
     assert run.lease.progress == Progress(2, None, "None")
 
 
-async def test_pace_follows_the_progress(copy: Copy) -> None:
+async def test_pace_follows_the_progress(instance: Instance) -> None:
     """A run sleeps until as much of its time is over as it has done of its work, and no longer."""
-    run = copy.run(await copy.claim(), min_seconds=1)
+    run = instance.run(await instance.claim(), min_seconds=1)
     started = monotonic()
     for done, total in ((0, 10), (5, None), (5, 0)):
         run.progress(done, total)
@@ -154,21 +154,23 @@ STATES = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
-async def test_a_checkpoint_comes_back(ground: Ground, copy: Copy, run: Run, state: object) -> None:
+async def test_a_checkpoint_comes_back(
+    ground: Ground, instance: Instance, run: Run, state: object
+) -> None:
     """The next owner goes on from what the last one wrote, once it is lost."""
     assert run.resumed is None
     await run.checkpoint("an older one")
     await run.checkpoint(state)
     await ground.expire("moon")
-    assert copy.run(await copy.claim()).resumed == state
+    assert instance.run(await instance.claim()).resumed == state
 
 
-async def test_none_forgets_a_checkpoint(ground: Ground, copy: Copy, run: Run) -> None:
+async def test_none_forgets_a_checkpoint(ground: Ground, instance: Instance, run: Run) -> None:
     """A run may begin anew by itself."""
     await run.checkpoint([1])
     await run.checkpoint(None)
     await ground.expire("moon")
-    assert copy.run(await copy.claim()).resumed is None
+    assert instance.run(await instance.claim()).resumed is None
 
 
 def nested(depth: int) -> list[Any]:
@@ -200,7 +202,7 @@ BAD_STATES: dict[str, Any] = {
 @pytest.mark.parametrize("what", BAD_STATES)
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 async def test_a_checkpoint_that_cannot_be_is_refused(
-    ground: Ground, copy: Copy, run: Run, what: str, *, inside: bool
+    ground: Ground, instance: Instance, run: Run, what: str, *, inside: bool
 ) -> None:
     """What JSON or PostgreSQL can't hold, or nobody could read, fails the function at once."""
     await run.checkpoint({"good": True})
@@ -214,7 +216,7 @@ async def test_a_checkpoint_that_cannot_be_is_refused(
         with pytest.raises(CheckpointError):
             await run.checkpoint(BAD_STATES[what])
     await ground.expire("moon")
-    assert copy.run(await copy.claim()).resumed == {"good": True}
+    assert instance.run(await instance.claim()).resumed == {"good": True}
 
 
 async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
@@ -264,7 +266,7 @@ async def test_a_checkpoint_after_the_lease_is_refused(ground: Ground, run: Run)
 
 
 async def test_a_checkpoint_inside_is_written_with_the_transaction(
-    ground: Ground, copy: Copy, run: Run
+    ground: Ground, instance: Instance, run: Run
 ) -> None:
     """Both are written or neither is; of several in one transaction the last counts."""
     await run.checkpoint("before")
@@ -283,7 +285,7 @@ async def test_a_checkpoint_inside_is_written_with_the_transaction(
         await connection.execute(NOTE, "written without")
     assert await notes(ground) == ["written", "written without"]
     await ground.expire("moon")
-    assert copy.run(await copy.claim()).resumed == {"second": "'; --"}
+    assert instance.run(await instance.claim()).resumed == {"second": "'; --"}
 
 
 async def test_none_inside_forgets_too(ground: Ground, run: Run) -> None:
@@ -506,10 +508,10 @@ async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) ->
 
 
 async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]) -> None:
-    """The server ends a transaction whose copy says nothing for as long as a lease."""
+    """The server ends a transaction whose instance says nothing for as long as a lease."""
     async with on(postgres, job_lease_seconds=1.5) as quick:
         await quick.eye.execute("CREATE TABLE notes (what text)")
-        other = quick.copy(lease=timedelta(seconds=30))
+        other = quick.instance(lease=timedelta(seconds=30))
         await other.declare("moon")
         run = other.run(await other.claim())
         with pytest.raises(DatabaseAway):
@@ -527,11 +529,11 @@ async def in_thread(run: Run, function: Callable[[ThreadRun], Result]) -> Result
     return await asyncio.to_thread(function, ThreadRun(run))
 
 
-async def test_a_thread_gets_the_same(ground: Ground, copy: Copy, run: Run) -> None:
+async def test_a_thread_gets_the_same(ground: Ground, instance: Instance, run: Run) -> None:
     """Progress, checkpoints, transactions and what there is to know, called from a thread."""
     await run.checkpoint("before")
     await ground.expire("moon")
-    run = copy.run(await copy.claim())
+    run = instance.run(await instance.claim())
 
     def function(run: ThreadRun) -> str:
         assert (run.name, run.fence, run.attempt, run.resumed) == ("moon", 2, 1, "before")

@@ -238,10 +238,10 @@ EXITS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-async def test_a_job_cannot_end_its_copy(ground: Ground) -> None:
-    """What would end a program is a failure of the run; the copy goes on."""
+async def test_a_job_cannot_end_its_instance(ground: Ground) -> None:
+    """What would end a program is a failure of the run; the instance goes on."""
 
-    async def copy(ground: Ground) -> None:
+    async def instance(ground: Ground) -> None:
         jobs = [declare(function, name) for name, function in EXITS.items()]
         async with ground.scheduler([*jobs, declare(returns("well"), "well")]):
             for name in [*EXITS, "well"]:
@@ -252,11 +252,11 @@ async def test_a_job_cannot_end_its_copy(ground: Ground) -> None:
 
         async def live() -> None:
             async with on(ground.variables) as other:
-                await copy(other)
+                await instance(other)
                 for name in EXITS:
                     ((outcome, result),) = await other.outcomes(name)
                     assert outcome == "failed"
-                    assert "tried to end its copy" in str(result)
+                    assert "tried to end its instance" in str(result)
                 assert await other.outcomes("well") == [("succeeded", "well")]
 
         try:
@@ -294,12 +294,12 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> N
         assert await ground.outcomes(name) == [("cancelled", "cancelled by ada")], name
         row = await ground.row(name)
         assert (row["due_at"], row["cancel_by"]) == (row["anchor_at"] + HOUR, None)
-    assert await ground.outcomes("other") == [("interrupted", "its copy was stopped")]
+    assert await ground.outcomes("other") == [("interrupted", "its instance was stopped")]
 
 
-async def test_a_wish_to_cancel_outlives_its_copy(ground: Ground) -> None:
+async def test_a_wish_to_cancel_outlives_its_instance(ground: Ground) -> None:
     """Who takes over a run that was to be cancelled does not begin it."""
-    lost = ground.copy("lost")
+    lost = ground.instance("lost")
     await lost.declare("moon")
     await lost.claim()
     await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
@@ -322,7 +322,7 @@ async def _run_all(ground: Ground, jobs: int) -> None:
     await asyncio.sleep(0.1)
 
 
-async def test_a_copy_that_stops_hands_its_runs_back(ground: Ground) -> None:
+async def test_a_instance_that_stops_hands_its_runs_back(ground: Ground) -> None:
     """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
 
     async def goes_on(run: Run) -> str:
@@ -346,7 +346,7 @@ async def test_a_copy_that_stops_hands_its_runs_back(ground: Ground) -> None:
     tell(f"stopped after {took:.2f} s")
     assert took < 5
     for name in functions:
-        assert await ground.outcomes(name) == [("interrupted", "its copy was stopped")], name
+        assert await ground.outcomes(name) == [("interrupted", "its instance was stopped")], name
         row = await ground.row(name)
         assert (row["holder"], row["attempt"], row["due_at"]) == (None, 1, row["anchor_at"])
         assert row["ready_at"] == row["alive_at"] or row["ready_at"] <= row["alive_at"] + SECOND
@@ -359,13 +359,13 @@ async def test_a_copy_that_stops_hands_its_runs_back(ground: Ground) -> None:
     assert await ground.eye.fetchval("SELECT count(*) FROM copies") == 0
 
 
-async def test_a_claim_under_way_when_the_copy_stops_is_handed_back(ground: Ground) -> None:
-    """A job that is claimed while the copy stops is freed at once, and never begins."""
+async def test_a_claim_under_way_when_the_instance_stops_is_handed_back(ground: Ground) -> None:
+    """A job that is claimed while the instance stops is freed at once, and never begins."""
     begun = []
     jobs = [declare(lambda _run: begun.append(1))]
     blocker = await ground.connect()
     async with ground.scheduler(jobs, starts=False) as scheduler:
-        await ground.copy().declare("moon")
+        await ground.instance().declare("moon")
         transaction = blocker.transaction()
         await transaction.start()
         await blocker.execute("LOCK TABLE job_runs IN EXCLUSIVE MODE")  # a claim writes here
@@ -377,7 +377,7 @@ async def test_a_claim_under_way_when_the_copy_stops_is_handed_back(ground: Grou
         await transaction.rollback()
         await stopping
     assert begun == []
-    assert await ground.outcomes("moon") == [("interrupted", "its copy was stopped")]
+    assert await ground.outcomes("moon") == [("interrupted", "its instance was stopped")]
     row = await ground.row("moon")
     assert (row["holder"], row["fence"], row["attempt"]) == (None, 1, 1)
 
@@ -649,7 +649,7 @@ async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Groun
 
 
 async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(ground: Ground) -> None:
-    """While copies are replaced, the last run of the old ones is followed by a tick of the new."""
+    """While instances are replaced, the last run of the old is followed by a tick of the new."""
     go = asyncio.Event()
 
     async def waits(_run: Run) -> None:
@@ -657,7 +657,7 @@ async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(groun
 
     async with ground.scheduler([declare(waits, every=timedelta(days=366))]) as scheduler:
         await _run_all(ground, 1)
-        await ground.copy("new").declare("moon", schedule="every 60 s")
+        await ground.instance("new").declare("moon", schedule="every 60 s")
         scheduler._draining = True  # it takes no other run
         go.set()
         await ground.ended("moon")
@@ -673,7 +673,7 @@ SELDOM: dict[str, Any] = {"job_lease_seconds": 900, "job_heartbeat_seconds": 300
 
 
 class Life:
-    """A job whose every step the test decides, on a copy whose looks the test makes."""
+    """A job whose every step the test decides, on an instance whose looks the test makes."""
 
     def __init__(self, ground: Ground, random: Random) -> None:
         self.ground = ground
@@ -726,7 +726,7 @@ class Life:
         if what == "lost":
             seconds = 0
             if (await self.ground.row("moon"))["lost_streak"] == 0:
-                other = self.ground.copy("other")
+                other = self.ground.instance("other")
                 await other.declare("moon", schedule="every 1 s")
                 await self.ground.expire("moon")
                 await other.claim()
@@ -814,7 +814,7 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
 ) -> None:
     """The control: whoever records fewer ranges is found out."""
     guarded = scheduling._ending
-    reasons = ["no copy was free to run it", "the run before was still under way"]
+    reasons = ["no instance was free to run it", "the run before was still under way"]
 
     def forgetful(*arguments: Any, seconds_ago: float) -> Ending:  # noqa: ANN401 - as they are
         ending = guarded(*arguments, seconds_ago=seconds_ago)
@@ -866,7 +866,7 @@ async def _claims(scheduler: Scheduler) -> bool:
 
 async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
     """A job that was lost too often waits, and the next one is looked at without delay."""
-    lost = ground.copy("lost")
+    lost = ground.instance("lost")
     await lost.declare("moon")
     await lost.claim()
     await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
@@ -882,7 +882,7 @@ async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
 
 
 async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:
-    """A copy that runs more waits longer for its turn, up to ten steps."""
+    """An instance that runs more waits longer for its turn, up to ten steps."""
     async with ground.scheduler([], starts=False, job_step_seconds=0.5) as scheduler:
         waits = []
         for runs in range(200):
@@ -896,8 +896,8 @@ async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> No
     assert waits[-1] < timedelta(seconds=5)
 
 
-async def _shares(ground: Ground, *, copies: int, jobs: int, step: float) -> list[int]:
-    """Let copies come up together; return how many jobs each runs."""
+async def _shares(ground: Ground, *, instances: int, jobs: int, step: float) -> list[int]:
+    """Let instances come up together; return how many jobs each runs."""
     names = [f"job-{number}" for number in range(jobs)]
     async with AsyncExitStack() as stack:
         schedulers = [
@@ -909,18 +909,18 @@ async def _shares(ground: Ground, *, copies: int, jobs: int, step: float) -> lis
                     job_step_seconds=step,
                 )
             )
-            for number in range(copies)
+            for number in range(instances)
         ]
         await _run_all(ground, jobs)
         return sorted(len(scheduler._runs) for scheduler in schedulers)
 
 
-async def test_copies_that_come_up_together_share_evenly(ground: Ground) -> None:
+async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> None:
     """Nobody runs two more than another; without the wait for a turn, somebody does."""
-    shares = await _shares(ground, copies=4, jobs=10, step=0.3)
+    shares = await _shares(ground, instances=4, jobs=10, step=0.3)
     await ground.forget()
-    unguarded = await _shares(ground, copies=4, jobs=30, step=0)
-    tell(f"10 jobs on 4 copies: {shares}; 30 without steps: {unguarded}")
+    unguarded = await _shares(ground, instances=4, jobs=30, step=0)
+    tell(f"10 jobs on 4 instances: {shares}; 30 without steps: {unguarded}")
     assert shares == [2, 2, 3, 3]
 
 
@@ -960,7 +960,7 @@ async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, func
 
 
 async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> None:
-    """A copy that lost its database, or came up before it, takes jobs when it is there."""
+    """An instance that lost its database, or came up before it, takes jobs when it is there."""
     count = []
     async with ground.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
         await ground.ended("moon")
@@ -978,7 +978,7 @@ async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> Non
 
 
 async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
-    """A copy that hears that its lease is over stops the run, and leaves the new one alone."""
+    """An instance that hears that its lease is over stops the run, and leaves the new one alone."""
     begun: list[int] = []
 
     async def waits(run: Run) -> None:
@@ -990,7 +990,7 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
 
     async with ground.scheduler([declare(waits)]):
         await _run_all(ground, 1)
-        other = ground.copy("other")
+        other = ground.instance("other")
         await other.declare("moon")
         await ground.eye.execute(
             "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"

@@ -1,4 +1,4 @@
-"""Copies that know nothing of each other share the jobs evenly, and newcomers delay nobody."""
+"""Instances that know nothing of each other share the jobs evenly, and newcomers delay nobody."""
 
 import asyncio
 import itertools
@@ -17,12 +17,12 @@ import pytest
 from tests.jobs.fleet import overlaps
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.jobs.nursery import Nursery, nursery
-from tests.processes import Copy, running
+from tests.processes import Instance, running
 from tests.system.sizes import FULL, size, tell
 
 LIGHT_EVERY = size(small=25, full=50) / 10
 LIGHT_RUNS = 60
-# On a machine that is busy with other tests, copies wake up later than the tie lasts.
+# On a machine that is busy with other tests, instances wake up later than the tie lasts.
 TIE: dict[str, str] = {} if FULL else {"FLEET_TIE": "0.08"}
 
 SKEW_SECONDS = 1.5
@@ -34,7 +34,7 @@ SHORT_SETTLING = 3
 # Starts under way at a time; most of each is waiting.
 AT_ONCE = 2
 
-# Copies that came up last, by the clock of the database: from the first to the last of them.
+# Instances that came up last, by the clock of the database: from the first to the last of them.
 SKEW = """
 SELECT extract(epoch FROM max(started_at) - min(started_at))::float8
 FROM (SELECT started_at FROM copies ORDER BY started_at DESC LIMIT $1) AS latest
@@ -53,7 +53,7 @@ SELECT coalesce(outcome, 'under way'), sum(ticks)::int FROM job_runs WHERE start
 GROUP BY 1 ORDER BY 1
 """
 
-# Ready for a copy that came up first, after that time.
+# Ready for an instance that came up first, after that time.
 DUE_AFTER_BOOT = """
 UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at, seen_at = NULL
 FROM (SELECT min(started_at) + $1::interval AS at FROM copies) AS boot
@@ -88,7 +88,7 @@ class Start:
 
     kind: str
     loads: list[int]
-    # from the first copy that came up to the last, and the promise
+    # from the first instance that came up to the last, and the promise
     skew: float
     settling: float
     # from then to the last job's start
@@ -106,17 +106,17 @@ class Start:
 
 
 async def start_together(
-    where: Ground, copies: list[Copy], jobs: int, kind: str, settling: float
+    where: Ground, instances: list[Instance], jobs: int, kind: str, settling: float
 ) -> Start:
-    """Launch copies within the skew; wait until all jobs run, and somewhat longer."""
+    """Launch instances within the skew; wait until all jobs run, and somewhat longer."""
 
-    async def launch(copy: Copy) -> None:
+    async def launch(instance: Instance) -> None:
         await asyncio.sleep(random.uniform(0, SKEW_SECONDS))
-        await copy.launch()
-        await copy.ready()
+        await instance.launch()
+        await instance.ready()
 
     begun = monotonic()
-    await asyncio.gather(*map(launch, copies))
+    await asyncio.gather(*map(launch, instances))
     ready = monotonic()
     await where.until(jobs, begun)
     await asyncio.sleep(0.5)
@@ -125,8 +125,8 @@ async def start_together(
     loads = Counter(span.server for span in spans)
     return Start(
         kind=kind,
-        loads=sorted((loads[copy.name] for copy in copies), reverse=True),
-        skew=(await where.value(SKEW, len(copies))),
+        loads=sorted((loads[instance.name] for instance in instances), reverse=True),
+        skew=(await where.value(SKEW, len(instances))),
         settling=settling,
         took=spans[-1].begin - ready,
         overlaps=len(overlaps(where.spans())),
@@ -136,7 +136,7 @@ async def start_together(
 async def cold_and_warm(
     where: Ground, count: int, jobs: int, *, forked: bool, ending: int, **env: str
 ) -> list[Start]:
-    """Start copies on an empty database; end them with that signal while all jobs run; again."""
+    """Start instances on an empty database; end them with that signal while all jobs run; again."""
     what = f"{jobs} jobs on {count}"
     settling = FORKED_SETTLING if forked else PROGRAM_SETTLING
     env = {
@@ -145,17 +145,17 @@ async def cold_and_warm(
         "JOB_SETTLING_SECONDS": f"{settling}",
         **env,
     }
-    copies = where.copies(count, env, forked=forked)
+    instances = where.instances(count, env, forked=forked)
     try:
-        cold = await start_together(where, copies, jobs, f"{what}, cold", settling)
+        cold = await start_together(where, instances, jobs, f"{what}, cold", settling)
         await asyncio.sleep(random.uniform(0, 3))  # while the leases are young, or not
-        await end(copies, ending)
-        # Leases that ran out long ago, or that run out while the copies come up.
+        await end(instances, ending)
+        # Leases that ran out long ago, or that run out while the instances come up.
         await asyncio.sleep(random.choice([0, 1, 2, 3, 4, 8]) if ending == signal.SIGKILL else 0)
         name = f"{what}, warm after {signal.Signals(ending).name}"
-        return [cold, await start_together(where, copies, jobs, name, settling)]
+        return [cold, await start_together(where, instances, jobs, name, settling)]
     finally:
-        await end(copies)
+        await end(instances)
 
 
 def tell_starts(starts: list[Start]) -> None:
@@ -173,10 +173,10 @@ def tell_starts(starts: list[Start]) -> None:
             tell(f"uneven: {start}")
 
 
-async def test_copies_that_start_together_share_the_jobs(
+async def test_instances_that_start_together_share_the_jobs(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """Cold or warm, after a stop or a kill, the copies' loads differ by at most 1."""
+    """Cold or warm, after a stop or a kill, the instances' loads differ by at most 1."""
     plans = (
         [(5, 10)] * size(small=1, full=50)
         + [(5, 7)] * size(small=1, full=13)
@@ -186,7 +186,7 @@ async def test_copies_that_start_together_share_the_jobs(
     beyond: list[Start] = []
 
     async def one(turn: int, count: int, jobs: int) -> list[Start]:
-        # The promise is for copies that come up within the settling time.
+        # The promise is for instances that come up within the settling time.
         while len(beyond) <= len(plans):
             async with gate, ground(postgres, nest, tmp_path) as where:
                 starts = await cold_and_warm(
@@ -210,28 +210,30 @@ async def test_copies_that_start_together_share_the_jobs(
     assert [start for start in starts if start.difference > 1] == []
 
 
-async def test_jobs_that_become_due_while_copies_settle(
+async def test_jobs_that_become_due_while_instances_settle(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """They are shared evenly too, though the first copy has settled by then and the last has not.
+    """They are shared evenly too, though the first instance has settled and the last has not.
 
     And without waiting: they were seen long before they were due.
     """
     settling = FORKED_SETTLING
     async with ground(postgres, nest, tmp_path) as where:
-        copies = where.copies(5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"})
+        instances = where.instances(
+            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"}
+        )
         try:
-            await copies[0].launch()
-            await copies[0].ready()
+            await instances[0].launch()
+            await instances[0].ready()
             await where.until_fact(IS_UP)
             await where.rows(DUE_AFTER_BOOT, timedelta(seconds=settling + 0.7))
             begun = monotonic()
             await asyncio.sleep(1)
-            for copy in copies[1:]:
-                await copy.launch()
+            for instance in instances[1:]:
+                await instance.launch()
             spans = await where.until(10)
         finally:
-            await end(copies)
+            await end(instances)
         late = await where.column(LATE, datetime.min.replace(tzinfo=UTC))
     loads = Counter(span.server for span in spans)
     tell(f"loads {sorted(loads.values())}, the last {max(late):.2f} s late")
@@ -243,29 +245,31 @@ async def test_jobs_that_become_due_while_copies_settle(
 async def test_a_start_soon_after_a_start(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """Copies go by what they saw themselves, not by what copies saw that are dead by now."""
+    """Instances go by what they saw themselves, not by what instances saw that are dead by now."""
     settling = FORKED_SETTLING
     async with ground(postgres, nest, tmp_path) as where:
-        copies = where.copies(5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"})
+        instances = where.instances(
+            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"}
+        )
         try:
-            await copies[0].launch()
+            await instances[0].launch()
             await asyncio.sleep(2.5)
-            for copy in copies[1:]:
-                await copy.launch()
+            for instance in instances[1:]:
+                await instance.launch()
             await where.until(10)
             # The later ones still look around while all jobs run; then all are dead.
             await asyncio.sleep(1.8)
-            await end(copies)
+            await end(instances)
             await asyncio.sleep(settling)
-            start = await start_together(where, copies, 10, "soon after a start", settling)
+            start = await start_together(where, instances, 10, "soon after a start", settling)
         finally:
-            await end(copies)
+            await end(instances)
     tell_starts([start])
     assert start.counts, "the machine is too busy"
     assert start.difference <= 1
 
 
-async def test_without_turns_the_first_copy_takes_all(
+async def test_without_turns_the_first_instance_takes_all(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
     """The control: whatever is due is taken as soon as it is seen, and the shares are uneven."""
@@ -281,7 +285,7 @@ async def test_without_turns_the_first_copy_takes_all(
 
 
 async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
-    """Let five copies run ten short jobs over and over; return the runs of each."""
+    """Let five instances run ten short jobs over and over; return the runs of each."""
     every = LIGHT_EVERY
     env = {
         "FLEET_EVERY": f"{every}",
@@ -289,8 +293,8 @@ async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
         "JOB_SETTLING_SECONDS": f"{SHORT_SETTLING}",
         **env,
     }
-    copies = where.copies(5, env)
-    async with running(copies):
+    instances = where.instances(5, env)
+    async with running(instances):
         await where.until(10)
         await where.until_fact(NOTHING_RUNS)
         await where.rows(STAGGER, timedelta(seconds=every / 10 if stagger else 0))
@@ -298,7 +302,7 @@ async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
         spans = (await where.until(LIGHT_RUNS, begun))[:LIGHT_RUNS]
         assert overlaps(where.spans()) == []
     loads = Counter(span.server for span in spans)
-    return sorted((loads[copy.name] for copy in copies), reverse=True)
+    return sorted((loads[instance.name] for instance in instances), reverse=True)
 
 
 async def test_light_load_goes_round(postgres: Database, nest: Nursery, tmp_path: Path) -> None:
@@ -323,22 +327,22 @@ async def test_light_load_goes_round(postgres: Database, nest: Nursery, tmp_path
 
 
 @asynccontextmanager
-async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[Copy]]:
-    """Start a copy every second, and kill it as soon as it is up or a little later."""
-    born: list[Copy] = []
+async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[Instance]]:
+    """Start an instance every second, and kill it as soon as it is up or a little later."""
+    born: list[Instance] = []
 
-    async def live(copy: Copy) -> None:
-        await copy.launch()
-        await copy.ready()
+    async def live(instance: Instance) -> None:
+        await instance.launch()
+        await instance.ready()
         await asyncio.sleep(random.uniform(0.1, 0.6))
-        await copy.kill()
+        await instance.kill()
 
     async def loop() -> None:
         async with asyncio.TaskGroup() as lives:
             while not stopping.is_set():
-                copy = where.copies(1, env, name="newcomer")[0]
-                born.append(copy)
-                lives.create_task(live(copy))
+                instance = where.instances(1, env, name="newcomer")[0]
+                born.append(instance)
+                lives.create_task(live(instance))
                 await asyncio.sleep(1)
 
     stopping = asyncio.Event()
@@ -351,10 +355,10 @@ async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[C
 
 
 async def lateness(where: Ground, seconds: float, **env: str) -> list[float]:
-    """Return how late the jobs of three settled copies started, with newcomers every second."""
+    """Return how late the jobs of three settled instances started, with newcomers every second."""
     settling = {"JOB_SETTLING_SECONDS": f"{SHORT_SETTLING}"}
     env = {"FLEET_EVERY": "2", "FLEET_SECONDS": "0.1", **settling, **env}
-    async with running(where.copies(3, env)):
+    async with running(where.instances(3, env)):
         await where.until(10)
         await where.until_fact(NOTHING_RUNS)
         await where.rows(STAGGER, timedelta(seconds=0.2))
@@ -375,7 +379,7 @@ def quantile(ordered: list[float], share: float) -> float:
 async def test_newcomers_that_die_delay_nobody(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """A copy that comes up every second and dies does not delay jobs on settled copies."""
+    """An instance that comes up every second and dies does not delay jobs on settled instances."""
     async with ground(postgres, nest, tmp_path) as where:
         late = await lateness(where, size(small=8, full=30))
     async with ground(postgres, nest, tmp_path) as where:
@@ -392,7 +396,7 @@ async def test_newcomers_that_die_delay_nobody(
 async def test_newcomers_that_die_delay_no_start(
     postgres: Database, nest: Nursery, tmp_path: Path
 ) -> None:
-    """Copies that come up among newcomers that die wait for the settling time once.
+    """Instances that come up among newcomers that die wait for the settling time once.
 
     Without the guard that what was seen is written once, they wait for as long as newcomers come.
     """
@@ -402,7 +406,7 @@ async def test_newcomers_that_die_delay_no_start(
         async with (
             ground(postgres, nest, tmp_path) as where,
             crash_loop(where, env),
-            running(where.copies(3, env)),
+            running(where.instances(3, env)),
         ):
             ready = monotonic()
             await asyncio.sleep(8)
@@ -412,6 +416,8 @@ async def test_newcomers_that_die_delay_no_start(
             return list(first.values())
 
     guarded, control = await asyncio.gather(start(), start(FLEET_UNGUARDED="once"))
-    tell(f"the last began {max(guarded):.2f} s after the last copy was ready; control: {control}")
+    tell(
+        f"the last began {max(guarded):.2f} s after the last instance was ready; control: {control}"
+    )
     assert len(guarded) == 10
     assert control == []

@@ -1,4 +1,4 @@
-"""Copies are killed and frozen under their jobs: each job goes on elsewhere, and nowhere twice."""
+"""Instances are killed and frozen: each of their jobs goes on elsewhere, and nowhere twice."""
 
 import asyncio
 import math
@@ -25,7 +25,7 @@ from balance_app.jobs.run import Run, TransactionLimitError
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_diaries
 from tests.jobs.support import AT_ONCE
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
 from tests.system.sizes import size, tell
 
@@ -86,41 +86,41 @@ async def fenced(stamping: dict[str, str]) -> AsyncIterator[dict[str, str]]:
     await admin.close()
 
 
-async def test_jobs_of_killed_copies_go_on_elsewhere(
+async def test_jobs_of_killed_instances_go_on_elsewhere(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """A job whose copy is killed starts elsewhere in time, from its checkpoint, and never twice."""
+    """A job whose instance is killed starts elsewhere in time, from its checkpoint, not twice."""
     names = ("twin", "twin", "app1", "app2", "app3", "app4")  # a name is for people alone
-    copies = _fleet(database, tmp_path, names, jobs=12, FLEET_SECONDS="12", FLEET_EVERY="1")
+    instances = _fleet(database, tmp_path, names, jobs=12, FLEET_SECONDS="12", FLEET_EVERY="1")
     lost: list[Span] = []
     delays: list[float] = []
     kills: list[tuple[str, datetime]] = []
-    async with running(copies):
+    async with running(instances):
         await _all_started(tmp_path, 12)
-        await _until(lambda: all(_under_way(tmp_path, copy) for copy in copies[:2]))
-        victims = [copies[0], copies[-1]]
+        await _until(lambda: all(_under_way(tmp_path, instance) for instance in instances[:2]))
+        victims = [instances[0], instances[-1]]
         for _ in range(KILLS // 2):
-            kills += [(copy.name, datetime.now(UTC)) for copy in victims]
+            kills += [(instance.name, datetime.now(UTC)) for instance in victims]
             gone, after = await _kill(victims, tmp_path)
             lost += gone
             delays += after
-            await asyncio.gather(*(copy.ready() for copy in victims))
+            await asyncio.gather(*(instance.ready() for instance in victims))
             await _forgive(database)
             await asyncio.sleep(uniform(0, HEARTBEAT))
-            owners = [copy for copy in copies if _under_way(tmp_path, copy)]
+            owners = [instance for instance in instances if _under_way(tmp_path, instance)]
             victims = sample(owners, 2)
     spans = read_diaries(tmp_path)
     wrong = [span for span in lost if not _goes_on(span, _successor(span, spans))]
     recorded = await _lost_runs(database)
-    # A copy may also be killed just before its run's first line, or after its last.
+    # An instance may also be killed just before its run's first line, or after its last.
     unexplained = [
         run
         for run, (server, since, until) in recorded.items()
         if not any(name == server and since - SOON < at < until for name, at in kills)
     ]
     tell(
-        f"{KILLS} copies killed: {len(lost)} jobs lost, started elsewhere after {_times(delays)}; "
-        f"{sum(_checkpoint(span) > 0 for span in lost)} "
+        f"{KILLS} instances killed: {len(lost)} jobs lost, started elsewhere after "
+        f"{_times(delays)}; {sum(_checkpoint(span) > 0 for span in lost)} "
         f"from a checkpoint, {len(spans)} runs, {len(overlaps(spans))} overlaps"
     )
     assert overlaps(spans) == []
@@ -131,14 +131,14 @@ async def test_jobs_of_killed_copies_go_on_elsewhere(
     assert any(_checkpoint(span) for span in lost)
 
 
-async def test_frozen_copies_are_ended_before_they_go_on(
+async def test_frozen_instances_are_ended_before_they_go_on(
     fenced: dict[str, str], tmp_path: Path
 ) -> None:
-    """A copy that was frozen past its leases does nothing more, and what it held is free.
+    """An instance that was frozen past its leases does nothing more, and what it held is free.
 
     Its jobs have taken SIGALRM for themselves: the watchdog timer does not depend on it.
     """
-    copies = _fleet(
+    instances = _fleet(
         fenced,
         tmp_path,
         [f"app{number}" for number in range(1, 7)],
@@ -155,32 +155,41 @@ async def test_frozen_copies_are_ended_before_they_go_on(
     late_lines = long_transactions = 0
     unharmed: list[Span] = []
     connection = await connect(fenced)
-    async with running(copies):
+    async with running(instances):
         await _all_started(tmp_path, 12)
         while len(codes) < FREEZES:
-            dead = [copy for copy in copies if copy.process and copy.process.returncode is not None]
-            if len(dead) > len(copies) / 2:
-                await asyncio.gather(*(copy.launch() for copy in dead))
-                await asyncio.gather(*(copy.ready() for copy in dead))
+            dead = [
+                instance
+                for instance in instances
+                if instance.process and instance.process.returncode is not None
+            ]
+            if len(dead) > len(instances) / 2:
+                await asyncio.gather(*(instance.launch() for instance in dead))
+                await asyncio.gather(*(instance.ready() for instance in dead))
                 dead = []
-            owners = [copy for copy in copies if copy not in dead and _under_way(tmp_path, copy)]
+            owners = [
+                instance
+                for instance in instances
+                if instance not in dead and _under_way(tmp_path, instance)
+            ]
             some = min(3, FREEZES - len(codes), max(1, len(owners) - 1))
             frozen = sample(owners, some)
-            other = choice([copy for copy in copies if copy not in dead + frozen])
+            other = choice([instance for instance in instances if instance not in dead + frozen])
             await _forgive(fenced)
             await asyncio.sleep(uniform(0, HEARTBEAT))
             async with _frozen(frozen):
                 since = monotonic()
-                gone = [span for copy in frozen for span in _under_way(tmp_path, copy)]
+                gone = [span for instance in frozen for span in _under_way(tmp_path, instance)]
                 unharmed += await _freeze_shortly(other, tmp_path)
                 delays += await _takeovers(gone, tmp_path, since)
                 lost += gone
                 await asyncio.sleep(since + LEASE + 1.5 - monotonic())
                 long_transactions += await connection.fetchval(LONG_TRANSACTIONS, LEASE + 1.0)
-                sizes = [_size(tmp_path, copy) for copy in frozen]
-            codes += [await _end(copy) for copy in frozen]
+                sizes = [_size(tmp_path, instance) for instance in frozen]
+            codes += [await _end(instance) for instance in frozen]
             late_lines += sum(
-                _size(tmp_path, copy) != size for copy, size in zip(frozen, sizes, strict=True)
+                _size(tmp_path, instance) != size
+                for instance, size in zip(frozen, sizes, strict=True)
             )
         spans = read_diaries(tmp_path)
     late = _late(await connection.fetch(COMMITTED))
@@ -189,7 +198,7 @@ async def test_frozen_copies_are_ended_before_they_go_on(
     recorded = await _lost_runs(fenced)
     inside = sum(_said(span) == "inside" for span in lost)
     tell(
-        f"{FREEZES} copies frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
+        f"{FREEZES} instances frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
         f"started elsewhere after {_times(delays)}; after SIGCONT {late_lines} wrote lines, "
         f"{late} of {writes} writes were late, {len(overlaps(spans))} overlaps, "
         f"{len(unharmed)} runs went on after a short freeze"
@@ -218,10 +227,10 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
         "no fence, held": ("held", "dead-man,fence"),
         "guarded": ("writes", ""),
     }
-    copies = [
-        copy
+    instances = [
+        instance
         for name, (kind, guards) in kinds.items()
-        for copy in _fleet(
+        for instance in _fleet(
             fenced,
             tmp_path,
             [name.replace(" ", "_")],
@@ -235,15 +244,19 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
         )
     ]
     connection = await connect(fenced)
-    async with running(copies):
+    async with running(instances):
         await _all_started(tmp_path, 10)
         after = await asyncio.gather(
             *(
-                _lines_after_a_freeze(copy, tmp_path, held=kind == "held")
-                for copy, (kind, _) in zip(copies[:-1], kinds.values(), strict=False)
+                _lines_after_a_freeze(instance, tmp_path, held=kind == "held")
+                for instance, (kind, _) in zip(instances[:-1], kinds.values(), strict=False)
             )
         )
-        alive = [copy for copy in copies if copy.process and copy.process.returncode is None]
+        alive = [
+            instance
+            for instance in instances
+            if instance.process and instance.process.returncode is None
+        ]
         rows = await connection.fetch(COMMITTED)
         spans = read_diaries(tmp_path)
     await connection.close()
@@ -256,7 +269,7 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
             for name, lines, count, errors in zip(kinds, after, late, refusals, strict=False)
         )
     )
-    assert alive == copies
+    assert alive == instances
     assert overlaps(spans)
     assert all(after)
     # The fence refuses all by itself, at the beginning of a transaction and at its commit.
@@ -276,7 +289,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
     database: dict[str, str], tmp_path: Path
 ) -> None:
     """After three runs that were lost in a row a job waits for long, and the fleet lives."""
-    copies = _fleet(
+    instances = _fleet(
         database,
         tmp_path,
         ("app1", "app2", "app3"),
@@ -289,15 +302,15 @@ async def test_a_job_that_kills_its_process_is_quarantined(
         JOB_HEARTBEAT_SECONDS="0.5",
     )
     connection = await connect(database)
-    async with running(copies), _supervised(copies) as deaths:
+    async with running(instances), _supervised(instances) as deaths:
         await _until_true(
             connection,
             "SELECT holder IS NULL AND lost_streak >= 3 FROM jobs WHERE name = 'job-01'",
         )
         quarantined_at = monotonic()
-        await asyncio.gather(*(copy.ready() for copy in copies))
+        await asyncio.gather(*(instance.ready() for instance in instances))
         await asyncio.sleep(3)  # two leases: time for a run that must not be
-        await asyncio.gather(*(copy.ready() for copy in copies))
+        await asyncio.gather(*(instance.ready() for instance in instances))
         spans = read_diaries(tmp_path)
     row = await connection.fetchrow("SELECT * FROM jobs WHERE name = 'job-01'")
     outcomes = await connection.fetch("SELECT outcome FROM job_runs WHERE job = 'job-01'")
@@ -307,7 +320,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
     after = [span for span in other if span.begin > quarantined_at and span.ended]
     between = [later.begin - earlier.begin for earlier, later in pairwise(poison)]
     tell(
-        f"{len(poison)} runs killed their copies, {_times(between)} apart; quarantined since; "
+        f"{len(poison)} runs killed their instances, {_times(between)} apart; quarantined since; "
         f"the other job ran {len(other)} times, {len(after)} times since"
     )
     assert row is not None
@@ -325,11 +338,11 @@ async def test_a_job_that_kills_its_process_is_quarantined(
 async def test_a_claim_that_is_answered_too_late_starts_nothing(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """A lease that was over before it was known is handed back, and the copy lives."""
+    """A lease that was over before it was known is handed back, and the instance lives."""
     await migrate(load_settings(**{name.lower(): value for name, value in database.items()}))
     connection = await connect(database)
     await connection.execute(LATE_ANSWER)
-    copies = _fleet(
+    instances = _fleet(
         database,
         tmp_path,
         ["app1"],
@@ -338,9 +351,9 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
         JOB_LEASE_SECONDS="1",
         JOB_HEARTBEAT_SECONDS="0.3",
     )
-    async with running(copies):
+    async with running(instances):
         await _until_true(connection, "SELECT count(*) > 2 FROM job_runs")
-        await copies[0].ready()
+        await instances[0].ready()
         too_early = read_diaries(tmp_path)
         await connection.execute("DROP TRIGGER dawdle ON job_runs")
         await _all_started(tmp_path, 1)
@@ -357,7 +370,7 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
 async def test_what_a_silent_transaction_holds_is_free_again(
     database: dict[str, str], *, half_way: bool
 ) -> None:
-    """A copy that falls silent in a transaction, even within a statement, blocks nobody for long.
+    """An instance that falls silent in a transaction, even in a statement, blocks nobody long.
 
     To the server a statement of which only the first message came is not idle.
     """
@@ -412,7 +425,7 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
 
 def _fleet(
     database: dict[str, str], diaries: Path, names: Iterable[str], *, jobs: int, **env: str
-) -> list[Copy]:
+) -> list[Instance]:
     settings = {
         "FLEET_DIARY": str(diaries),
         "FLEET_JOBS": str(jobs),
@@ -422,12 +435,12 @@ def _fleet(
         **env,
     }
     program = ("-m", "tests.jobs.fleet")
-    return [Copy(database, name, log=None, program=program, **settings) for name in names]
+    return [Instance(database, name, log=None, program=program, **settings) for name in names]
 
 
-def _under_way(diaries: Path, copy: Copy) -> list[Span]:
-    """Return the runs of a copy's process that have not ended."""
-    return [span for span in read_diaries(diaries) if span.pid == copy.pid and not span.ended]
+def _under_way(diaries: Path, instance: Instance) -> list[Span]:
+    """Return the runs of an instance's process that have not ended."""
+    return [span for span in read_diaries(diaries) if span.pid == instance.pid and not span.ended]
 
 
 def _successor(span: Span, spans: list[Span]) -> Span | None:
@@ -484,14 +497,14 @@ async def _all_started(diaries: Path, jobs: int) -> None:
     await _until(lambda: len({span.job for span in read_diaries(diaries)}) == jobs)
 
 
-async def _kill(victims: list[Copy], diaries: Path) -> tuple[list[Span], list[float]]:
-    """Kill copies and start them again; return what they ran, and how long it was idle."""
+async def _kill(victims: list[Instance], diaries: Path) -> tuple[list[Span], list[float]]:
+    """Kill instances and start them again; return what they ran, and how long it was idle."""
     since = monotonic()
-    pids = {copy.pid for copy in victims}
-    await asyncio.gather(*(copy.kill() for copy in victims))
-    gone = [span for copy in victims for span in _under_way(diaries, copy)]
+    pids = {instance.pid for instance in victims}
+    await asyncio.gather(*(instance.kill() for instance in victims))
+    gone = [span for instance in victims for span in _under_way(diaries, instance)]
     assert {span.pid for span in gone} <= pids
-    await asyncio.gather(*(copy.launch() for copy in victims))
+    await asyncio.gather(*(instance.launch() for instance in victims))
     return gone, await _takeovers(gone, diaries, since)
 
 
@@ -506,7 +519,7 @@ async def _takeovers(gone: list[Span], diaries: Path, since: float) -> list[floa
 
 
 async def _forgive(database: dict[str, str]) -> None:
-    """Let no job be paused for the losses of its copies: here they are not its fault."""
+    """Let no job be paused for the losses of its instances: here they are not its fault."""
     connection = await connect(database)
     await connection.execute("UPDATE jobs SET lost_streak = 0 WHERE lost_streak > 0")
     await connection.close()
@@ -523,45 +536,47 @@ async def _lost_runs(
 
 
 @asynccontextmanager
-async def _frozen(copies: list[Copy]) -> AsyncIterator[None]:
+async def _frozen(instances: list[Instance]) -> AsyncIterator[None]:
     """Stop processes where they stand, then let them go on."""
-    for copy in copies:
-        assert copy.process is not None
-        copy.process.send_signal(signal.SIGSTOP)
+    for instance in instances:
+        assert instance.process is not None
+        instance.process.send_signal(signal.SIGSTOP)
     try:
         yield
     finally:
-        for copy in copies:
-            assert copy.process is not None
+        for instance in instances:
+            assert instance.process is not None
             with suppress(ProcessLookupError):  # the watchdog timer ends it where it stands
-                copy.process.send_signal(signal.SIGCONT)
+                instance.process.send_signal(signal.SIGCONT)
 
 
-async def _freeze_shortly(copy: Copy, diaries: Path) -> list[Span]:
-    """Freeze a copy for less than its leases last; return its runs, which went on."""
-    async with _frozen([copy]):
-        before = _under_way(diaries, copy)
+async def _freeze_shortly(instance: Instance, diaries: Path) -> list[Span]:
+    """Freeze an instance for less than its leases last; return its runs, which went on."""
+    async with _frozen([instance]):
+        before = _under_way(diaries, instance)
         await asyncio.sleep(LEASE / 4)
         thawed = monotonic()
     await _until(lambda: all(span.end > thawed for span in _again(before, read_diaries(diaries))))
     return before
 
 
-async def _end(copy: Copy) -> int:
+async def _end(instance: Instance) -> int:
     """Return the exit code of a process that is about to end."""
-    assert copy.process is not None
+    assert instance.process is not None
     async with asyncio.timeout(10):
-        return await copy.process.wait()
+        return await instance.process.wait()
 
 
-def _size(diaries: Path, copy: Copy) -> int:
-    """Return how much a copy's process has written into its diary."""
-    return sum(path.stat().st_size for path in diaries.glob(f"*-{copy.pid}-*"))
+def _size(diaries: Path, instance: Instance) -> int:
+    """Return how much an instance's process has written into its diary."""
+    return sum(path.stat().st_size for path in diaries.glob(f"*-{instance.pid}-*"))
 
 
-async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> list[dict[str, Any]]:
-    """Freeze a copy until others run its jobs; return what its runs write afterwards."""
-    async with _frozen_when(copy, diaries, "inside" if held else "wrote") as before:
+async def _lines_after_a_freeze(
+    instance: Instance, diaries: Path, *, held: bool
+) -> list[dict[str, Any]]:
+    """Freeze an instance until others run its jobs; return what its runs write afterwards."""
+    async with _frozen_when(instance, diaries, "inside" if held else "wrote") as before:
         since = monotonic()
         await _takeovers(before, diaries, since)
         await asyncio.sleep(0.5)
@@ -571,23 +586,23 @@ async def _lines_after_a_freeze(copy: Copy, diaries: Path, *, held: bool) -> lis
     return [
         line
         for span in read_diaries(diaries)
-        if span.pid == copy.pid and (span.job, span.fence) in names
+        if span.pid == instance.pid and (span.job, span.fence) in names
         for line in span.lines[names[span.job, span.fence] :]
     ]
 
 
 @asynccontextmanager
-async def _frozen_when(copy: Copy, diaries: Path, said: str) -> AsyncIterator[list[Span]]:
-    """Freeze a copy when some runs have just said that: the server ends idle transactions."""
+async def _frozen_when(instance: Instance, diaries: Path, said: str) -> AsyncIterator[list[Span]]:
+    """Freeze an instance when some runs have just said that: the server ends idle transactions."""
     async with asyncio.timeout(60) as limit:
         while True:
-            async with _frozen([copy]):
+            async with _frozen([instance]):
                 await asyncio.sleep(0.02)  # the signal takes its time
                 now = monotonic()
                 # What follows the line is under way by then.
                 if runs := [
                     span
-                    for span in _under_way(diaries, copy)
+                    for span in _under_way(diaries, instance)
                     if _said(span) == said and 0.02 < now - span.end < 1
                 ]:
                     limit.reschedule(None)
@@ -616,17 +631,17 @@ def _times(seconds: list[float]) -> str:
 
 
 @asynccontextmanager
-async def _supervised(copies: list[Copy]) -> AsyncIterator[list[int]]:
-    """Start each copy again whenever it ends; the list grows with each exit code."""
+async def _supervised(instances: list[Instance]) -> AsyncIterator[list[int]]:
+    """Start each instance again whenever it ends; the list grows with each exit code."""
     deaths: list[int] = []
 
-    async def keep(copy: Copy) -> None:
+    async def keep(instance: Instance) -> None:
         while True:
-            assert copy.process is not None
-            deaths.append(await copy.process.wait())
-            await copy.launch()
+            assert instance.process is not None
+            deaths.append(await instance.process.wait())
+            await instance.launch()
 
-    keepers = [asyncio.create_task(keep(copy)) for copy in copies]
+    keepers = [asyncio.create_task(keep(instance)) for instance in instances]
     try:
         yield deaths
     finally:

@@ -20,7 +20,7 @@ class FakeService:
     """One user in memory behind just enough HTTP/1.1; subclasses misbehave by overriding.
 
     `keys` collects the Idempotency-Keys received, `peers` the clients' addresses of changes. The
-    port that took a request is the copy's X-Server-Id.
+    port that took a request is the instance's X-Server-Id.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ async def test_right_service_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["accepted"] == report["refused"] == {"measured": 100, "expected": 100}
     assert report["balance"] == {"measured": 0, "expected": 0}
     assert report["newEntries"] == {"measured": 100, "expected": 100}
-    assert list(report["requestsPerCopy"].values()) == [REQUESTS]
+    assert list(report["requestsPerInstance"].values()) == [REQUESTS]
     assert sum(band["answers"] for band in report["latencyBands"]) == REQUESTS
     assert len(service.peers) == REQUESTS
     assert service.keys == []
@@ -196,7 +196,7 @@ async def test_two_urls_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     async with service.running():
         report = await judged(service, capsys, f"--url={service.url}")
     assert report["verdict"] == "pass", report["problems"]
-    assert list(report["requestsPerCopy"].values()) == [REQUESTS // 2, REQUESTS // 2]
+    assert list(report["requestsPerInstance"].values()) == [REQUESTS // 2, REQUESTS // 2]
 
 
 async def test_one_accept_too_many_fails(capsys: pytest.CaptureFixture[str]) -> None:

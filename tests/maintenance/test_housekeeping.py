@@ -49,7 +49,7 @@ WHERE name = $1
 
 
 class CutError(BaseException):
-    """The run ends here, as when its copy is killed."""
+    """The run ends here, as when its instance is killed."""
 
 
 class TracedRun(Run):
@@ -188,7 +188,7 @@ FRESH = {
     "audit-keys": r"checked 0 idempotency keys: all agree with the ledger",
     "note-daily-balances": r"looked at 1 user: noted 1 new balance",
     "total-days": r"looked at 1 user: counted 1 new entry",
-    "prune-history": r"removed 0 runs older than 30 days and 0 copies not seen for a day",
+    "prune-history": r"removed 0 runs older than 30 days and 0 instances not seen for a day",
     "audit-daily-balances": r"checked 1 daily balance: all agree with the ledger",
     "refresh-statistics": r"refreshed the statistics of 11 of 11 tables.*",
     "record-sizes": r"measured 13 tables: 0\.\d MB, of which \w+ takes 0\.\d MB",
@@ -226,7 +226,7 @@ BUSY = {
     "audit-keys": (25, r"checked 120 idempotency keys: all agree with the ledger"),
     "note-daily-balances": (16, r"looked at 30 users: noted 30 new balances"),
     "total-days": (16, r"looked at 30 users: counted 120 new entries"),
-    "prune-history": (21, r"removed 50 runs older than 30 days and 0 copies not seen for a day"),
+    "prune-history": (21, r"removed 50 runs older than 30 days and 0 instances not seen for a day"),
     "audit-daily-balances": (16, r"checked 30 daily balances: all agree with the ledger"),
     "refresh-statistics": (11, r"refreshed the statistics of \d+ of 11 tables; .+"),
     "record-sizes": (14, r"measured 13 tables: .+"),
@@ -584,7 +584,7 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
         FROM unnest(ARRAY['1 s', '23:59', '24:01', '9 days']) AS age
     """)
     assert await house.run("prune-history") == (
-        "removed 2 481 runs older than 30 days and 2 copies not seen for a day"
+        "removed 2 481 runs older than 30 days and 2 instances not seen for a day"
     )
     left = {row[0] for row in await house.rows("SELECT server FROM job_runs")}
     assert left == {

@@ -254,7 +254,7 @@ class Load:
         body: dict[str, int] | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[float, httpx.Response | httpx.TransportError, float]:
-        """Send a request to any copy; return when it was sent, what came back, and when."""
+        """Send a request to any instance; return when it was sent, what came back, and when."""
         url = choice(self._urls)
         answer: httpx.Response | httpx.TransportError
         sent = monotonic()

@@ -7,7 +7,7 @@ import pytest
 
 from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import Kind, check
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import accepting, kill, own_postgres
 from tests.system.sizes import size, tell
@@ -18,23 +18,23 @@ OPENING_BALANCE = 100
 UNGUARDED = "tests.unguarded"
 
 
-async def test_killed_copies_lose_nothing(database: dict[str, str]) -> None:
-    """Copies die in the middle of changes; the others go on and each change happens once."""
-    copies = [Copy(database, f"app{number}") for number in range(1, 4)]
-    async with running(copies):
-        account = await open_account(copies[0].url, OPENING_BALANCE)
-        async with Load([copy.url for copy in copies], account) as load:
+async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
+    """Instances die in the middle of changes; the others go on and each change happens once."""
+    instances = [Instance(database, f"app{number}") for number in range(1, 4)]
+    async with running(instances):
+        account = await open_account(instances[0].url, OPENING_BALANCE)
+        async with Load([instance.url for instance in instances], account) as load:
             for _ in range(COPY_KILLS):
                 await load.progress(50)
                 await asyncio.sleep(uniform(0, 0.3))
-                victim = choice(copies)
+                victim = choice(instances)
                 await victim.kill()
                 await load.progress(20)  # the others serve on
                 await victim.launch()
                 await victim.ready()
             await load.progress(50)
-        ledger = await read_ledger(copies[0].url, account)
-    tell(f"{COPY_KILLS} copies killed: {load.figures()}")
+        ledger = await read_ledger(instances[0].url, account)
+    tell(f"{COPY_KILLS} instances killed: {load.figures()}")
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert load.answers["cut"], "no kill met a request under way"
@@ -42,15 +42,15 @@ async def test_killed_copies_lose_nothing(database: dict[str, str]) -> None:
 
 
 async def test_a_killed_database_loses_nothing() -> None:
-    """PostgreSQL dies in the middle of commits; the copies wait, and all answers stay true."""
+    """PostgreSQL dies in the middle of commits; the instances wait, and all answers stay true."""
     # Commits take as long as on a slow disk, so that each kill meets some.
     async with own_postgres(commit_delay="5000", commit_siblings="0") as server:
-        copies = [Copy(server.environment(), f"app{number}") for number in (1, 2)]
-        async with running(copies):
-            account = await open_account(copies[0].url, OPENING_BALANCE)
-            async with Load([copy.url for copy in copies], account) as load:
+        instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
+        async with running(instances):
+            account = await open_account(instances[0].url, OPENING_BALANCE)
+            async with Load([instance.url for instance in instances], account) as load:
                 seconds = await _kill_database(server, load, DATABASE_KILLS)
-            ledger = await read_ledger(copies[0].url, account)
+            ledger = await read_ledger(instances[0].url, account)
     after = ", ".join(f"{each:.2f}" for each in seconds)
     tell(f"{DATABASE_KILLS} database kills, first answer after {after} s: {load.figures()}")
     assert load.unexpected == []
@@ -79,14 +79,14 @@ async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
         connection = await connect(server.environment())
         await connection.execute("ALTER DATABASE postgres SET synchronous_commit = off")
         program = ("-m", "balance_app", "serve") if guarded else ("-m", UNGUARDED, "durability")
-        copies = [Copy(server.environment(), program=program, JOBS_ENABLED="false")]
-        async with running(copies):
-            account = await open_account(copies[0].url, OPENING_BALANCE)
+        instances = [Instance(server.environment(), program=program, JOBS_ENABLED="false")]
+        async with running(instances):
+            account = await open_account(instances[0].url, OPENING_BALANCE)
             await connection.execute("CHECKPOINT")  # the account itself must not be lost
             await connection.close()
-            async with Load([copies[0].url], account) as load:
+            async with Load([instances[0].url], account) as load:
                 await _kill_database(server, load, 1)
-            ledger = await read_ledger(copies[0].url, account)
+            ledger = await read_ledger(instances[0].url, account)
     lost = [each for each in check(ledger, load.operations) if each.kind == Kind.LOST_CHANGE]
     tell(f"{guarded=}: {len(lost)} changes are lost: {load.figures()}")
     assert bool(lost) is not guarded

@@ -10,14 +10,14 @@ import httpx
 import pytest
 
 from tests.jobs.fleet import Span, overlaps, read_diaries
-from tests.processes import Copy, connect, empty_database, running
+from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import tell
 
 JOBS = 3
 LEASE = 3
 
 
-def _fleet(database: dict[str, str], diaries: Path, names: list[str], **env: str) -> list[Copy]:
+def _fleet(database: dict[str, str], diaries: Path, names: list[str], **env: str) -> list[Instance]:
     settings = {
         "FLEET_DIARY": str(diaries),
         "FLEET_JOBS": str(JOBS),
@@ -30,7 +30,7 @@ def _fleet(database: dict[str, str], diaries: Path, names: list[str], **env: str
         **env,
     }
     return [
-        Copy(database, name, log=None, program=("-m", "tests.jobs.fleet"), **settings)
+        Instance(database, name, log=None, program=("-m", "tests.jobs.fleet"), **settings)
         for name in names
     ]
 

@@ -17,22 +17,22 @@ import psutil
 from tests.processes import DATABASE_VARIABLES, free_ports
 from tests.system.sizes import tell
 
-COPIES = 2
+INSTANCES = 2
 READY_SECONDS = 60
 STOP_SECONDS = 5
 
 
-async def test_a_dead_copy_comes_back_and_interrupt_ends_everything(tmp_path: Path) -> None:
-    """All copies serve one port, a killed one is reported and replaced, Ctrl-C leaves nothing."""
+async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path: Path) -> None:
+    """All instances serve one port, a killed one is replaced, Ctrl-C leaves nothing."""
     async with _up(tmp_path) as launched:
         pids = {name: await launched.ready(name) for name in ("app1", "app2")}
-        assert len(set(pids.values())) == COPIES
+        assert len(set(pids.values())) == INSTANCES
         assert await launched.withdraw(2) == 9_998
 
         psutil.Process(pids["app1"]).kill()
         await launched.says(r"app1 was ended by SIGKILL; again in [\d.]+ s")
         assert await launched.ready("app1", but_not=pids["app1"])
-        assert await launched.withdraw(2, copy=1) == 9_996
+        assert await launched.withdraw(2, instance=1) == 9_996
 
         family = launched.family()
         assert any(process.name() == "postgres" for process in family)
@@ -60,7 +60,7 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
 
     async with _up(tmp_path) as launched:
         await launched.ready("app1")
-        assert await launched.withdraw(1, copy=1) == 9_994
+        assert await launched.withdraw(1, instance=1) == 9_994
         assert await launched.end(signal.SIGTERM) < STOP_SECONDS
         assert launched.process.returncode == 0
 
@@ -83,7 +83,7 @@ async def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> No
 
     async with _up(tmp_path) as launched:
         await launched.ready("app1")
-        assert await launched.withdraw(1, copy=1) == 9_999
+        assert await launched.withdraw(1, instance=1) == 9_999
     assert not new.exists()
 
 
@@ -92,8 +92,8 @@ async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path
     place = tmp_path / "postgres"
     place.mkdir()
     (place / "PG_VERSION").write_text("18\n")
-    port = free_ports(COPIES + 1, below=32_000)
-    code, said = await _run(tmp_path, "up", "--copies", str(COPIES), "--port", str(port))
+    port = free_ports(INSTANCES + 1, below=32_000)
+    code, said = await _run(tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port))
     assert code == 1
     assert f"{place} is not a complete PostgreSQL data directory (global/pg_control is m" in said
     assert "Traceback" not in said
@@ -103,12 +103,12 @@ async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path
 
 async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
     """Nothing is started when a port is taken; one line says which, and what to do."""
-    port = free_ports(COPIES + 1, below=32_000)
+    port = free_ports(INSTANCES + 1, below=32_000)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", port + 2))
         other.listen()
-        code, said = await _run(tmp_path, "up", "--copies", str(COPIES), "--port", str(port))
+        code, said = await _run(tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port))
     assert code == 1
     assert said.startswith(f"Can't listen on 127.0.0.1:{port + 2}: ")
     assert said.count("\n") == 1
@@ -134,16 +134,16 @@ class _Launched:
         raise AssertionError(f"never said {pattern!r}:\n{self._output.read_text()}")
 
     async def ready(self, name: str, *, but_not: int = 0) -> int:
-        """Wait until a copy is said to be ready; return its pid."""
+        """Wait until an instance is said to be ready; return its pid."""
         other = rf"(?!{but_not}\))"
         said = await self.says(rf"{name} ready at http\S+ \([\d.]+ s, pid {other}(\d+)\)")
         return int(said[1])
 
-    async def withdraw(self, amount: int, *, copy: int = 0) -> int:
-        """Withdraw from user 1 through the shared port, or a copy's own; return the balance."""
+    async def withdraw(self, amount: int, *, instance: int = 0) -> int:
+        """Withdraw from user 1 by the shared port, or an instance's own; return the balance."""
         async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
             answer = await http.post(
-                f"http://127.0.0.1:{self.port + copy}/api/balance",
+                f"http://127.0.0.1:{self.port + instance}/api/balance",
                 json={"userId": 1, "amount": -amount},
             )
         return int(answer.raise_for_status().json()["balance"])
@@ -168,12 +168,12 @@ class _Launched:
 
 @asynccontextmanager
 async def _up(data: Path) -> AsyncIterator[_Launched]:
-    port = free_ports(COPIES + 1, below=32_000)
+    port = free_ports(INSTANCES + 1, below=32_000)
     output = data / "output"
     with output.open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app"),
-            *("up", "--copies", str(COPIES), "--port", str(port)),
+            *("up", "--instances", str(INSTANCES), "--port", str(port)),
             env=_environment(data),
             cwd=data,
             stdin=asyncio.subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from time import monotonic
 from balance_app.local.postgres import SYSTEM_USER, EmbeddedPostgres, binaries
 from tests.history import check
 from tests.jobs.proxy import Proxy
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import freeze, kill, own_postgres, thaw
 from tests.system.sizes import size, tell
@@ -65,14 +65,14 @@ class Faults:
 
     def __init__(
         self,
-        copies: list[Copy],
+        instances: list[Instance],
         proxies: list[Proxy],
         primary: EmbeddedPostgres,
         standby: EmbeddedPostgres,
         account: int,
     ) -> None:
         self.seen: Counter[str] = Counter()
-        self._copies, self._proxies = copies, proxies
+        self._instances, self._proxies = instances, proxies
         self._primary, self._standby = primary, standby
         self._account = account
 
@@ -105,13 +105,13 @@ class Faults:
             proxy._database = self._standby.environment()
 
     async def _kill_instance(self) -> None:
-        victim = choice(self._copies)
+        victim = choice(self._instances)
         await victim.kill()
         await victim.launch()
         await victim.ready()
 
     async def _stop_instance(self) -> None:
-        victim = choice(self._copies)
+        victim = choice(self._instances)
         assert victim.process is not None
         victim.process.send_signal(signal.SIGSTOP)
         await _a_while()
@@ -160,14 +160,14 @@ async def test_no_answer_lies_whatever_fails() -> None:
         proxies = [
             await stack.enter_async_context(Proxy(primary.environment())) for _ in range(INSTANCES)
         ]
-        copies = [
-            Copy(proxy.environment(), f"app{number}", JOBS_ENABLED="false")
+        instances = [
+            Instance(proxy.environment(), f"app{number}", JOBS_ENABLED="false")
             for number, proxy in enumerate(proxies, 1)
         ]
-        await stack.enter_async_context(running(copies))
-        account = await open_account(copies[0].url, OPENING_BALANCE)
-        faults = Faults(copies, proxies, primary, standby, account)
-        async with Load([copy.url for copy in copies], account) as load:
+        await stack.enter_async_context(running(instances))
+        account = await open_account(instances[0].url, OPENING_BALANCE)
+        faults = Faults(instances, proxies, primary, standby, account)
+        async with Load([instance.url for instance in instances], account) as load:
             ends = monotonic() + SECONDS
             while monotonic() < ends:
                 await faults.one()
@@ -175,7 +175,7 @@ async def test_no_answer_lies_whatever_fails() -> None:
             await load.progress(20)
             await faults.fail_over()
             await load.progress(20)
-        ledger = await read_ledger(copies[0].url, account)
+        ledger = await read_ledger(instances[0].url, account)
     tell(f"{dict(faults.seen)} and a failover: {load.figures()}")
     assert check(ledger, load.operations) == []
     assert load.unexpected == []

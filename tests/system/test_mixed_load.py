@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from random import choice, random
 
 from tests.history import Kind, Violation, check
-from tests.processes import Copy, running
+from tests.processes import Instance, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import own_postgres
 from tests.system.sizes import size
@@ -31,17 +31,19 @@ class MixedLoad(Load):
 
 
 async def run_mixed_load(changes: int, *program: str) -> tuple[list[Violation], MixedLoad, str]:
-    """Run the load on three copies; return what is wrong, the load, and the server's log of it."""
+    """Run the load on three instances; return what is wrong, the load, and the server's log."""
     async with own_postgres() as server:
-        copies = [
-            Copy(server.environment(), f"app{number}", program=program) for number in (1, 2, 3)
+        instances = [
+            Instance(server.environment(), f"app{number}", program=program) for number in (1, 2, 3)
         ]
-        async with running(copies):
+        async with running(instances):
             started = len(server.log.read_text())  # one instance's upgrade may refuse another's
-            account = await open_account(copies[0].url, OPENING_BALANCE)
-            async with MixedLoad([copy.url for copy in copies], account, changes) as load:
+            account = await open_account(instances[0].url, OPENING_BALANCE)
+            async with MixedLoad(
+                [instance.url for instance in instances], account, changes
+            ) as load:
                 pass
-            ledger = await read_ledger(copies[0].url, account)
+            ledger = await read_ledger(instances[0].url, account)
         log = server.log.read_text()[started:]
     print(f"{changes} changes of 7: {load.figures()}")
     return check(ledger, load.operations), load, log

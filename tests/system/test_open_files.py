@@ -10,7 +10,7 @@ import pytest
 
 from balance_app import open_files
 from balance_app.settings import Settings
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 
 LIMIT = 256
 CONNECTIONS = 300
@@ -35,8 +35,8 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
     """Who finds room is served, also after the database's sessions ended; others get a 503."""
     log = tmp_path / "log"
     program = ("-c", LIMITED, "balance_app", "serve")
-    async with Copy(database, program=program, log=log, JOBS_ENABLED="false") as copy:
-        first, again = await crowd(copy, database)
+    async with Instance(database, program=program, log=log, JOBS_ENABLED="false") as instance:
+        first, again = await crowd(instance, database)
     assert set(first) == {"200", "503"}
     assert first.total() == CONNECTIONS
     assert first["200"] >= SERVED_AT_LEAST
@@ -49,8 +49,8 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
 async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]) -> None:
     """The control: when clients have taken every descriptor, the kernel cuts off the others."""
     program = ("-c", LIMITED, "tests.unguarded", "open-files")
-    async with Copy(database, program=program) as copy:
-        first, _ = await crowd(copy, database)
+    async with Instance(database, program=program) as instance:
+        first, _ = await crowd(instance, database)
     assert first["closed"] > 0
 
 
@@ -81,13 +81,13 @@ def test_a_hard_limit_that_is_too_low_is_reported() -> None:
     assert open_files.shortage(Settings(max_waiting=500), 1024) is None
 
 
-async def crowd(copy: Copy, database: dict[str, str]) -> tuple[Counter[str], Counter[str]]:
+async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[str], Counter[str]]:
     """Ask over many connections at once, end the database's sessions, ask over those left again.
 
     Return the statuses of both rounds; the second is empty where nobody is ever served again.
     """
     opened = await asyncio.gather(
-        *(asyncio.open_connection("127.0.0.1", copy.port) for _ in range(CONNECTIONS))
+        *(asyncio.open_connection("127.0.0.1", instance.port) for _ in range(CONNECTIONS))
     )
     try:
         statuses = await asyncio.gather(*(ask(each) for each in opened))

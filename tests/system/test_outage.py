@@ -12,7 +12,7 @@ import pytest
 
 from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import check
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
 from tests.system.sizes import size, tell
@@ -35,9 +35,9 @@ outages = pytest.mark.parametrize(
 async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action) -> None:
     """Requests end in time while the database is away, and succeed again when it is back."""
     async with own_postgres() as server:
-        copies = [Copy(server.environment(), f"app{number}") for number in (1, 2)]
-        urls = [copy.url for copy in copies]
-        async with running(copies):
+        instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
+        urls = [instance.url for instance in instances]
+        async with running(instances):
             account = await open_account(urls[0], balance=100)
             async with Load(urls, account) as load, Probes(urls) as probes:
                 await load.progress(100)
@@ -73,14 +73,16 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
 
 
 @outages
-async def test_a_copy_starts_without_its_database(take_away: Action, bring_back: Action) -> None:
-    """A copy comes up while the database is away, says so, and serves once it is there."""
+async def test_a_instance_starts_without_its_database(
+    take_away: Action, bring_back: Action
+) -> None:
+    """An instance comes up while the database is away, says so, and serves once it is there."""
     async with own_postgres() as server:
         await take_away(server)
-        copy = Copy({**server.environment(), "DB_NAME": "later"})
-        await copy.launch()
+        instance = Instance({**server.environment(), "DB_NAME": "later"})
+        await instance.launch()
         try:
-            async with Probes([copy.url]) as probes:
+            async with Probes([instance.url]) as probes:
                 await probes.until(ready=False)
                 await bring_back(server)
                 await _says(server, 'database "later" does not exist')
@@ -91,50 +93,50 @@ async def test_a_copy_starts_without_its_database(take_away: Action, bring_back:
                 await connection.execute("CREATE DATABASE later")
                 await connection.close()
                 await probes.until(ready=True)
-            async with Load([copy.url], await open_account(copy.url, balance=100)) as load:
+            async with Load([instance.url], await open_account(instance.url, balance=100)) as load:
                 await load.progress(10)
         finally:
-            await copy.stop()
+            await instance.stop()
     assert load.unexpected == []
     assert set(load.answers) <= {"200", "409", "GET 200"}
     assert probes.slowest_seconds <= LONGEST_REQUEST_SECONDS
 
 
-async def test_a_copy_waits_for_a_schema_in_use(database: dict[str, str]) -> None:
-    """A copy that starts while somebody works on the schema neither fails nor interferes."""
-    async with Copy(database, "app1"):
+async def test_a_instance_waits_for_a_schema_in_use(database: dict[str, str]) -> None:
+    """An instance that starts while somebody works on the schema neither fails nor interferes."""
+    async with Instance(database, "app1"):
         pass
-    copy = Copy(database, "app2")
+    instance = Instance(database, "app2")
     connection = await connect(database)
     try:
         transaction = connection.transaction()
         await transaction.start()
         await connection.execute("LOCK TABLE balance_app_version")
-        await copy.launch()
+        await instance.launch()
         await somebody_waits(database)
         await somebody_waits(database, waits=False)  # it gave up, for now
         await transaction.rollback()
-        await copy.ready()
+        await instance.ready()
     finally:
         await connection.close()
-        assert await copy.stop() == 0
+        assert await instance.stop() == 0
 
 
 async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> None:
     """While a row is locked its requests are refused in time; the database is not called away."""
-    async with Copy(database) as copy:
-        other = await open_account(copy.url, balance=1_000_000)
+    async with Instance(database) as instance:
+        other = await open_account(instance.url, balance=1_000_000)
         connection = await connect(database)
         try:
             transaction = connection.transaction()
             await transaction.start()
             await connection.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
-            async with Probes([copy.url]) as probes:
+            async with Probes([instance.url]) as probes:
                 kept_out, others = await asyncio.gather(
-                    *(_withdraw(copy.url, account, LOCKED_SECONDS) for account in (1, other))
+                    *(_withdraw(instance.url, account, LOCKED_SECONDS) for account in (1, other))
                 )
             await transaction.rollback()
-            after = await _withdraw(copy.url, 1, 2)
+            after = await _withdraw(instance.url, 1, 2)
         finally:
             await connection.close()
     tell(
@@ -185,7 +187,7 @@ async def _withdraw(url: str, user_id: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a copy said of its health."""
+    """What an instance said of its health."""
 
     url: str
     path: str
@@ -195,7 +197,7 @@ class Sample:
 
 
 class Probes:
-    """Asks copies for their health all the time, as an orchestrator does."""
+    """Asks instances for their health all the time, as an orchestrator does."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.samples: list[Sample] = []
@@ -221,7 +223,7 @@ class Probes:
                 raise AssertionError("a probe ended") from end
 
     async def until(self, *, ready: bool, within_seconds: float = 30) -> float:
-        """Wait until every copy says that it is ready, or is not; return the moment."""
+        """Wait until every instance says that it is ready, or is not; return the moment."""
         asked = monotonic()
         urls = {url for url, _ in self._addresses}
         while monotonic() < asked + within_seconds:

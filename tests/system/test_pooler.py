@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from balance_app.settings import load_settings
-from tests.processes import Copy, connect, free_port
+from tests.processes import Instance, connect, free_port
 from tests.system.databases import own_postgres
 
 PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
@@ -39,14 +39,14 @@ async def test_pgbouncer_is_refused_at_start(tmp_path: Path, mode: str, paramete
         )
         log = tmp_path / "log"
         pooled = {"DB_HOST": "127.0.0.1", "DB_PORT": str(port), "DB_USER": "postgres"}
-        copy = Copy({**pooled, "DB_NAME": "postgres"}, log=log)
+        instance = Instance({**pooled, "DB_NAME": "postgres"}, log=log)
         try:
             await _listens(port)
-            await copy.launch()
-            assert copy.process is not None
-            assert await asyncio.wait_for(copy.process.wait(), 30) == 3
+            await instance.launch()
+            assert instance.process is not None
+            assert await asyncio.wait_for(instance.process.wait(), 30) == 3
         finally:
-            await copy.kill()
+            await instance.kill()
             pooler.terminate()
             await pooler.wait()
         connection = await connect(environment)

@@ -1,4 +1,4 @@
-"""Copies that start together on an empty database."""
+"""Instances that start together on an empty database."""
 
 import asyncio
 import time
@@ -7,21 +7,25 @@ import httpx
 import pytest
 
 from balance_app.db.migrations import alembic_head
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.sizes import size
 
-COPIES = 8
+INSTANCES = 8
 STARTS = size(small=2, full=20)
 
 
 @pytest.mark.parametrize("turn", range(1, STARTS + 1))
-async def test_eight_copies_start_at_once(database: dict[str, str], turn: int) -> None:
+async def test_eight_instances_start_at_once(database: dict[str, str], turn: int) -> None:
     """All come up healthy, and the database was prepared exactly once."""
-    copies = [Copy(database, f"app{turn}-{number}") for number in range(1, COPIES + 1)]
-    async with running(copies), httpx.AsyncClient(trust_env=False, timeout=5) as http:
-        answers = await asyncio.gather(*(http.get(f"{copy.url}/health") for copy in copies))
-        assert [answer.status_code for answer in answers] == [200] * COPIES
-        assert all(copy.process and copy.process.returncode is None for copy in copies)
+    instances = [Instance(database, f"app{turn}-{number}") for number in range(1, INSTANCES + 1)]
+    async with running(instances), httpx.AsyncClient(trust_env=False, timeout=5) as http:
+        answers = await asyncio.gather(
+            *(http.get(f"{instance.url}/health") for instance in instances)
+        )
+        assert [answer.status_code for answer in answers] == [200] * INSTANCES
+        assert all(
+            instance.process and instance.process.returncode is None for instance in instances
+        )
         connection = await connect(database)
         try:
             users = await connection.fetch("SELECT id, balance, version FROM users")
@@ -34,18 +38,20 @@ async def test_eight_copies_start_at_once(database: dict[str, str], turn: int) -
     assert [tuple(revision) for revision in revisions] == [(alembic_head(),)]
 
 
-async def test_without_the_lock_some_copies_fail(database: dict[str, str]) -> None:
-    """The control: copies that migrate at one moment without taking turns meet, and die of it."""
+async def test_without_the_lock_some_instances_fail(database: dict[str, str]) -> None:
+    """The control: instances that migrate at one moment without taking turns die of it."""
     unguarded = ("-m", "tests.unguarded", "migration-lock")
     moment = str(time.time() + 12)  # all have started by then
-    copies = [
-        Copy(database, f"app{number}", program=unguarded, MIGRATE_AT=moment)
-        for number in range(1, COPIES + 1)
+    instances = [
+        Instance(database, f"app{number}", program=unguarded, MIGRATE_AT=moment)
+        for number in range(1, INSTANCES + 1)
     ]
     try:
-        for copy in copies:
-            await copy.launch()
-        started = await asyncio.gather(*(copy.ready() for copy in copies), return_exceptions=True)
+        for instance in instances:
+            await instance.launch()
+        started = await asyncio.gather(
+            *(instance.ready() for instance in instances), return_exceptions=True
+        )
         assert any(isinstance(each, AssertionError) for each in started)
     finally:
-        await asyncio.gather(*(copy.stop() for copy in copies))
+        await asyncio.gather(*(instance.stop() for instance in instances))

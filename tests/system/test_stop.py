@@ -1,4 +1,4 @@
-"""A copy is asked to stop while it is busy."""
+"""An instance is asked to stop while it is busy."""
 
 import asyncio
 import signal
@@ -7,7 +7,7 @@ from time import monotonic
 import httpx
 
 from tests.history import Accepted, Refused, Unknown, check
-from tests.processes import Copy, connect, running
+from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import somebody_waits
 from tests.system.sizes import size, tell
@@ -16,23 +16,23 @@ STOPS = size(small=2, full=10)
 STOP_SECONDS = 5
 
 
-async def test_a_stopping_copy_answers_what_it_began(database: dict[str, str]) -> None:
-    """Stopped under load, a copy exits soon with code 0, and cuts off no change that it made."""
-    copies = [Copy(database, f"app{number}") for number in (1, 2)]
-    async with running(copies):
-        account = await open_account(copies[0].url, balance=100)
+async def test_a_stopping_instance_answers_what_it_began(database: dict[str, str]) -> None:
+    """Stopped under load, an instance exits soon with code 0, and cuts off no change it made."""
+    instances = [Instance(database, f"app{number}") for number in (1, 2)]
+    async with running(instances):
+        account = await open_account(instances[0].url, balance=100)
         slowest = 0.0
-        async with Load([copy.url for copy in copies], account) as load:
+        async with Load([instance.url for instance in instances], account) as load:
             for turn in range(STOPS):
-                copy = copies[turn % 2]
+                instance = instances[turn % 2]
                 await load.progress(50)
                 asked = monotonic()
-                assert await copy.stop(signal.SIGTERM) == 0
+                assert await instance.stop(signal.SIGTERM) == 0
                 slowest = max(slowest, monotonic() - asked)
                 await load.progress(20)
-                await copy.launch()
-                await copy.ready()
-        ledger = await read_ledger(copies[0].url, account)
+                await instance.launch()
+                await instance.ready()
+        ledger = await read_ledger(instances[0].url, account)
     tell(f"{STOPS} stops, the slowest took {slowest:.2f} s: {load.figures()}")
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
@@ -43,19 +43,22 @@ async def test_a_stopping_copy_answers_what_it_began(database: dict[str, str]) -
 
 
 async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None:
-    """A request that waits for its row when the copy is told to stop still gets its answer."""
-    async with Copy(database) as copy, httpx.AsyncClient(trust_env=False, timeout=20) as http:
+    """A request that waits for its row when the instance is told to stop still gets its answer."""
+    async with (
+        Instance(database) as instance,
+        httpx.AsyncClient(trust_env=False, timeout=20) as http,
+    ):
         connection = await connect(database)
         try:
             transaction = connection.transaction()
             await transaction.start()
             await connection.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
             request = asyncio.create_task(
-                http.post(f"{copy.url}/api/balance", json={"userId": 1, "amount": -1})
+                http.post(f"{instance.url}/api/balance", json={"userId": 1, "amount": -1})
             )
             await somebody_waits(database)
-            stop = asyncio.create_task(copy.stop(signal.SIGTERM))
-            await _wait_until_it_listens_no_more(copy)
+            stop = asyncio.create_task(instance.stop(signal.SIGTERM))
+            await _wait_until_it_listens_no_more(instance)
             await transaction.rollback()
         finally:
             await connection.close()
@@ -67,9 +70,9 @@ async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None
 
 
 async def test_clients_that_do_nothing_delay_no_stop(database: dict[str, str]) -> None:
-    """Neither idle connections nor a request that never ends keep a copy from stopping."""
-    async with Copy(database) as copy:
-        connections = [await asyncio.open_connection("127.0.0.1", copy.port) for _ in range(21)]
+    """Neither idle connections nor a request that never ends keep an instance from stopping."""
+    async with Instance(database) as instance:
+        connections = [await asyncio.open_connection("127.0.0.1", instance.port) for _ in range(21)]
         head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for number, (reader, writer) in enumerate(connections):
             if number < 10:  # idle after an answer; the others never asked anything
@@ -78,7 +81,7 @@ async def test_clients_that_do_nothing_delay_no_stop(database: dict[str, str]) -
             elif number == 20:
                 writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
         asked = monotonic()
-        code = await copy.stop(signal.SIGTERM)
+        code = await instance.stop(signal.SIGTERM)
         took = monotonic() - asked
         for _, writer in connections:
             writer.close()
@@ -87,11 +90,11 @@ async def test_clients_that_do_nothing_delay_no_stop(database: dict[str, str]) -
     assert took < STOP_SECONDS
 
 
-async def _wait_until_it_listens_no_more(copy: Copy) -> None:
+async def _wait_until_it_listens_no_more(instance: Instance) -> None:
     async with asyncio.timeout(10):
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", copy.port)
+                _, writer = await asyncio.open_connection("127.0.0.1", instance.port)
             except ConnectionRefusedError:
                 return
             writer.close()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.jobs.fleet import overlaps, read_diaries
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import size, tell
 
@@ -49,14 +49,14 @@ class Fleet:
         self._database = database
         self._before = before
         self._diaries = diaries
-        self.members: dict[int, Copy] = {}
+        self.members: dict[int, Instance] = {}
         self.fewest_ready = INSTANCES
         self.seen_not_ready: list[str] = []
 
-    def member(self, number: int, *, old: bool) -> Copy:
+    def member(self, number: int, *, old: bool) -> Instance:
         """Return an instance that is not started yet."""
         source = self._before if old else ROOT
-        return Copy(
+        return Instance(
             self._database,
             f"app{number}-{'before' if old else 'now'}",
             program=("-P", "-m", "tests.jobs.fleet"),
@@ -97,7 +97,7 @@ class Fleet:
                 self.fewest_ready = min(self.fewest_ready, sum(still))
                 await asyncio.sleep(0.05)
 
-    async def _is_ready(self, http: httpx.AsyncClient, instance: Copy) -> bool:
+    async def _is_ready(self, http: httpx.AsyncClient, instance: Instance) -> bool:
         try:
             answer = await http.get(f"{instance.url}/readyz")
         except httpx.HTTPError as error:

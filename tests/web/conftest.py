@@ -10,13 +10,13 @@ from tests.web.site import site as run_site
 
 @pytest.fixture(scope="module")
 async def shared(postgres: dict[str, str]) -> AsyncIterator[Site]:
-    """A copy with JOBS_ENABLED=false, for a whole file."""
+    """An instance with JOBS_ENABLED=false, for a whole file."""
     async with run_site(postgres) as running:
         yield running
 
 
 @pytest.fixture
 async def site(shared: Site) -> Site:
-    """The same, without jobs, runs and copies."""
+    """The same, without jobs, runs and instances."""
     await shared.clear()
     return shared

@@ -1,8 +1,8 @@
 """Pictures of the page for the README, from a real run: `python -m tests.web.screenshots`.
 
-Five copies run the ten jobs for some minutes, one is killed and comes back, balances change. A run
-lasts a tenth of its usual 120 s, and jobs run ten times as often; then the times in the history are
-drawn out by ten: the picture is the one of half an hour. Needs chromium, takes four minutes.
+Five instances run the ten jobs for some minutes, one is killed and comes back, balances change. A
+run lasts a tenth of its usual 120 s, and jobs run ten times as often; then the times in the history
+are drawn out by ten: the picture is the one of half an hour. Needs chromium, takes four minutes.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any, Final
 import httpx
 from playwright.async_api import Browser
 
-from tests.processes import Copy, connect
+from tests.processes import Instance, connect
 from tests.system.databases import own_postgres
 from tests.web.browser import chromium, live, tab
 from tests.web.smaller import smaller
@@ -40,7 +40,7 @@ UPDATE jobs SET last_started_at = now() - $1 * (now() - last_started_at),
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Return what every job and copy does."""
+    """Return what every job and instance does."""
     answer = await client.get("/api/cron/status")
     return dict(answer.json())
 
@@ -67,7 +67,7 @@ async def keep_running(client: httpx.AsyncClient, name: str, every_seconds: floa
         await asyncio.sleep(every_seconds)
 
 
-async def run_for_a_while(copies: list[Copy], client: httpx.AsyncClient) -> None:
+async def run_for_a_while(instances: list[Instance], client: httpx.AsyncClient) -> None:
     """Make half an hour of history, with a loss in it."""
     jobs = (await status(client))["jobs"]
     began = monotonic()
@@ -78,25 +78,27 @@ async def run_for_a_while(copies: list[Copy], client: httpx.AsyncClient) -> None
         for job in jobs
     ]
     await asyncio.sleep(KILL_AT)
-    await kill_a_busy_one(copies, client)
-    for copy in copies:
-        assert copy.process is not None
-        if copy.process.returncode is not None:
-            await copy.launch()
+    await kill_a_busy_one(instances, client)
+    for instance in instances:
+        assert instance.process is not None
+        if instance.process.returncode is not None:
+            await instance.launch()
     await asyncio.sleep(began + SECONDS - monotonic())
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def kill_a_busy_one(copies: list[Copy], client: httpx.AsyncClient) -> None:
-    """End a copy that runs something, but not the one that is asked, and wait until it is lost."""
+async def kill_a_busy_one(instances: list[Instance], client: httpx.AsyncClient) -> None:
+    """End an instance that runs something, not the one that is asked; wait until it is lost."""
     busy: set[str] = set()
     while not busy:
         await asyncio.sleep(0.1)
-        seen = (await status(client))["copies"]
-        busy = {copy["server"] for copy in seen if copy["running"]} - {copies[0].name}
-    (victim,) = (copy for copy in copies if copy.name == max(busy))
+        seen = (await status(client))["instances"]
+        busy = {instance["server"] for instance in seen if instance["running"]} - {
+            instances[0].name
+        }
+    (victim,) = (instance for instance in instances if instance.name == max(busy))
     await victim.stop(signal.SIGKILL)
     await asyncio.sleep(10)
 
@@ -109,14 +111,14 @@ async def draw_out(database: dict[str, str]) -> None:
     await connection.close()
 
 
-async def start_some(copies: list[Copy], client: httpx.AsyncClient) -> None:
+async def start_some(instances: list[Instance], client: httpx.AsyncClient) -> None:
     """Let half of the jobs run, and one be paused, as soon as none runs."""
     while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
         await asyncio.sleep(0.2)
     names = ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history")
     # Who is asked looks at once, all others at their next turn.
-    for copy, name in zip(copies, names, strict=True):
-        await client.post(f"{copy.url}/api/cron/jobs/{name}/run")
+    for instance, name in zip(instances, names, strict=True):
+        await client.post(f"{instance.url}/api/cron/jobs/{name}/run")
     pause = {"by": "ada", "reason": "until the disk is larger"}
     await client.post("/api/cron/jobs/record-sizes/pause", params=pause)
     await asyncio.sleep(6)
@@ -124,7 +126,7 @@ async def start_some(copies: list[Copy], client: httpx.AsyncClient) -> None:
 
 async def take(  # noqa: PLR0913 - what there is to say of a picture
     browser: Browser,
-    copy: Copy,
+    instance: Instance,
     name: str,
     *,
     path: str = "/",
@@ -134,7 +136,7 @@ async def take(  # noqa: PLR0913 - what there is to say of a picture
 ) -> None:
     """Take a picture, and refuse one that is too large for a README."""
     size = {"width": width, "height": height}
-    async with tab(browser, copy.url, viewport=size, **options) as page:
+    async with tab(browser, instance.url, viewport=size, **options) as page:
         await live(page, path)
         await asyncio.sleep(2.2)
         picture = smaller(await page.screenshot())
@@ -150,33 +152,33 @@ async def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     async with own_postgres(max_connections="200") as server, AsyncExitStack() as stack:
         database = server.environment()
-        copies = [
-            Copy(database, f"app{number}", JOB_MIN_SECONDS=str(120 / STRETCH))
+        instances = [
+            Instance(database, f"app{number}", JOB_MIN_SECONDS=str(120 / STRETCH))
             for number in range(1, 6)
         ]
-        for copy in copies:
-            stack.push_async_callback(copy.kill)
-            await copy.launch()
-        await asyncio.gather(*(copy.ready() for copy in copies))
+        for instance in instances:
+            stack.push_async_callback(instance.kill)
+            await instance.launch()
+        await asyncio.gather(*(instance.ready() for instance in instances))
         client = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=copies[0].url, trust_env=False, timeout=30)
+            httpx.AsyncClient(base_url=instances[0].url, trust_env=False, timeout=30)
         )
         busy = asyncio.create_task(keep_busy(client))
         stack.callback(busy.cancel)
-        await run_for_a_while(copies, client)
+        await run_for_a_while(instances, client)
         await draw_out(database)
         async with chromium() as browser:
-            await start_some(copies, client)
-            await take(browser, copies[0], "overview-light")
-            await take(browser, copies[0], "balances", path="/#balances", height=760)
-            await start_some(copies, client)
-            await take(browser, copies[0], "overview-dark", color_scheme="dark")
-            await start_some(copies, client)
-            await take(browser, copies[0], "phone", width=360, height=780, color_scheme="dark")
-            await take(browser, copies[0], "job", path="/jobs/audit-ledger", height=900)
-            await start_some(copies, client)
-            await kill_a_busy_one(copies, client)
-            await take(browser, copies[0], "after-a-kill")
+            await start_some(instances, client)
+            await take(browser, instances[0], "overview-light")
+            await take(browser, instances[0], "balances", path="/#balances", height=760)
+            await start_some(instances, client)
+            await take(browser, instances[0], "overview-dark", color_scheme="dark")
+            await start_some(instances, client)
+            await take(browser, instances[0], "phone", width=360, height=780, color_scheme="dark")
+            await take(browser, instances[0], "job", path="/jobs/audit-ledger", height=900)
+            await start_some(instances, client)
+            await kill_a_busy_one(instances, client)
+            await take(browser, instances[0], "after-a-kill")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A copy with rows that nobody else changes, and what its pages say."""
+"""An instance with rows that nobody else changes, and what its pages say."""
 
 import re
 from collections.abc import AsyncIterator
@@ -11,18 +11,18 @@ from typing import Any
 
 import httpx
 
-from tests.balances.hostile import one_copy
-from tests.jobs.rows import Connection, add_copy, add_job, insert, running
-from tests.processes import Copy, connect
+from tests.balances.hostile import one_instance
+from tests.jobs.rows import Connection, add_instance, add_job, insert, running
+from tests.processes import Instance, connect
 
 SECOND = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A copy that runs no jobs, a client, and a connection to write rows."""
+    """An instance that runs no jobs, a client, and a connection to write rows."""
 
-    copy: Copy
+    instance: Instance
     client: httpx.AsyncClient
     connection: Connection
 
@@ -37,7 +37,9 @@ class Site:
     async def send(self, path: str, **fields: str) -> httpx.Response:
         """Send a form, as a browser does from a page of the site."""
         return await self.client.post(
-            path, data=fields, headers={"Origin": self.copy.url, "Sec-Fetch-Site": "same-origin"}
+            path,
+            data=fields,
+            headers={"Origin": self.instance.url, "Sec-Fetch-Site": "same-origin"},
         )
 
     async def value(self, sql: str, *arguments: object) -> Any:  # noqa: ANN401 - a row's
@@ -49,17 +51,17 @@ class Site:
         return str(answer.json()["userId"])
 
     async def clear(self) -> None:
-        """Take all jobs and copies away."""
+        """Take all jobs and instances away."""
         await self.connection.execute("DELETE FROM job_runs; DELETE FROM jobs; DELETE FROM copies")
 
 
 @asynccontextmanager
 async def site(postgres: dict[str, str]) -> AsyncIterator[Site]:
-    """Run such a copy on an empty database."""
-    async with one_copy(postgres) as (copy, database):
+    """Run such an instance on an empty database."""
+    async with one_instance(postgres) as (instance, database):
         connection = await connect(database)
-        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
-            yield Site(copy, client, connection)
+        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+            yield Site(instance, client, connection)
         await connection.close()
 
 
@@ -95,8 +97,8 @@ async def add_run(  # noqa: PLR0913 - what there is to say of a run
 
 
 async def add_example(connection: Connection) -> None:
-    """Add two copies, and jobs in every state, with runs."""
-    ada, bob = await add_copy(connection, "app1"), await add_copy(connection, "app2")
+    """Add two instances, and jobs in every state, with runs."""
+    ada, bob = await add_instance(connection, "app1"), await add_instance(connection, "app2")
     await add_job(
         connection, "job-running", done=30, total=120, note="row 30", **running(ada, "app1")
     )

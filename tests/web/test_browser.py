@@ -13,8 +13,8 @@ from playwright.async_api import Browser, Page
 
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.web import view_models as views
-from tests.jobs.rows import add_copy, add_job, running
-from tests.processes import Copy
+from tests.jobs.rows import add_instance, add_job, running
+from tests.processes import Instance
 from tests.system.databases import kill, own_postgres
 from tests.web.browser import chromium, live, says, tab
 from tests.web.site import SECOND, Site, add_example, add_run
@@ -41,15 +41,15 @@ async def browser() -> AsyncIterator[Browser]:
 
 async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -> None:
     """State, tab title, tiles and pictures change as the rows do; clocks tick in between."""
-    copy = await add_copy(site.connection, "app1")
+    instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a")
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.evaluate(MARK)
         await site.connection.execute(
             "UPDATE jobs SET holder = $1, server = 'app1', started_at = now() - interval '58 s', "
             "lease_until = now() + interval '1 h', fence = 1, done = 1, total = 4",
-            copy,
+            instance,
         )
         await add_run(site.connection, "job-a", None, began_ago=58, fence=1)
         await says(page, "#job-job-a", "▶ running on app1")
@@ -64,13 +64,13 @@ async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -
         assert await page.evaluate(MARKED) == 1
 
 
-async def test_a_copy_that_is_killed_is_seen_to_be_lost(
+async def test_a_instance_that_is_killed_is_seen_to_be_lost(
     database: dict[str, str], tmp_path: Path, browser: Browser
 ) -> None:
     """Its card says so, and what became of its job, which goes on elsewhere."""
     (tmp_path / "diary").mkdir()
-    copies = [
-        Copy(
+    instances = [
+        Instance(
             database,
             f"app{number}",
             program=("-m", "tests.jobs.fleet"),
@@ -85,51 +85,51 @@ async def test_a_copy_that_is_killed_is_seen_to_be_lost(
         for number in (1, 2)
     ]
     try:
-        for copy in copies:
-            await copy.launch()
-        for copy in copies:
-            await copy.ready()
-        async with tab(browser, copies[0].url) as page:
+        for instance in instances:
+            await instance.launch()
+        for instance in instances:
+            await instance.ready()
+        async with tab(browser, instances[0].url) as page:
             await live(page)
             await page.evaluate(MARK)
             await says(page, "#server-app2", "job-0")
-            await copies[1].stop(signal.SIGKILL)
+            await instances[1].stop(signal.SIGKILL)
             await says(page, "#server-app2", "lost")
             await says(page, "#server-app2", "runs on app1")
-            await says(page, "#tile-copies", "1 / 2")
+            await says(page, "#tile-instances", "1 / 2")
             assert (await page.title()).startswith("1 lost · 1 failed · 2 running")
             assert await page.locator("#lanes .bar.bad").count() == 1
             assert await page.evaluate(MARKED) == 1
     finally:
-        for copy in copies:
-            await copy.kill()
+        for instance in instances:
+            await instance.kill()
 
 
 async def test_a_restart_is_said_and_then_it_is_live_again(
     database: dict[str, str], browser: Browser
 ) -> None:
     """While nobody answers it is reconnecting; the page itself is never loaded anew."""
-    copy = Copy(database, JOBS_ENABLED="false")
-    async with copy, tab(browser, copy.url) as page:
+    instance = Instance(database, JOBS_ENABLED="false")
+    async with instance, tab(browser, instance.url) as page:
         await live(page)
         await page.evaluate(MARK)
-        await copy.kill()
+        await instance.kill()
         await says(page, "#state", "reconnecting")
         assert await page.evaluate("document.body.classList.contains('stale')")
-        await copy.launch()
+        await instance.launch()
         await says(page, "#state", "live")
         await says(page, "#jobs-list", "There are no jobs.")
         assert await page.evaluate(MARKED) == 1
-        await copy.stop()
+        await instance.stop()
         await says(page, "#state", "reconnecting")
 
 
 @asynccontextmanager
 async def alone(server: EmbeddedPostgres, browser: Browser) -> AsyncIterator[Page]:
-    """Open a tab to a copy on a server of its own."""
+    """Open a tab to an instance on a server of its own."""
     async with (
-        Copy(server.environment(), JOBS_ENABLED="false") as copy,
-        tab(browser, copy.url) as page,
+        Instance(server.environment(), JOBS_ENABLED="false") as instance,
+        tab(browser, instance.url) as page,
     ):
         yield page
 
@@ -155,7 +155,7 @@ async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None
 async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> None:
     """While it is, nothing moves and the page says since when; then it goes on."""
     await add_job(site.connection, "job-a")
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.get_by_role("button", name="Pause", exact=True).click()
         await says(page, "#state", "paused at")
@@ -170,10 +170,10 @@ async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> No
 
 async def test_focus_and_selection_survive_updates(site: Site, browser: Browser) -> None:
     """What one has under the finger stays, and no other button slips under it."""
-    copy = await add_copy(site.connection, "app1")
-    await add_job(site.connection, "job-a", done=1, total=9, **running(copy, "app1"))
+    instance = await add_instance(site.connection, "app1")
+    await add_job(site.connection, "job-a", done=1, total=9, **running(instance, "app1"))
     await add_job(site.connection, "job-b")
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.fill("form.change [name=amount]", "12")
         await page.get_by_role("button", name="Run job-b now").focus()
@@ -188,7 +188,7 @@ async def test_focus_and_selection_survive_updates(site: Site, browser: Browser)
         await site.connection.execute(
             "UPDATE jobs SET holder = $1, server = 'app1', started_at = now(), fence = 1, "
             "lease_until = now() + interval '1 h' WHERE name = 'job-b'",
-            copy,
+            instance,
         )
         await says(page, "#job-job-b", "running")
         assert await page.evaluate("document.activeElement.getAttribute('href')") == "/jobs/job-b"
@@ -197,7 +197,7 @@ async def test_focus_and_selection_survive_updates(site: Site, browser: Browser)
 async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Browser) -> None:
     """The script says every duration as the page was written."""
     seconds = [-90_000, -3_600, -61, -1, -0.4, 0, 0.9, 1, 59.9, 60, 61, 3599, 3600, 86_399, 200_000]
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         for kind, say in views.CLOCKS.items():
             said = await page.evaluate(
@@ -211,10 +211,10 @@ async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Brows
 
 async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None:
     """Run, pause, resume; a run is cancelled only after a question."""
-    copy = await add_copy(site.connection, "app1")
+    instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a")
-    await add_job(site.connection, "job-b", **running(copy, "app1"))
-    async with tab(browser, site.copy.url) as page:
+    await add_job(site.connection, "job-b", **running(instance, "app1"))
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.evaluate(MARK)
         await page.get_by_role("button", name="Run job-a now").click()
@@ -236,7 +236,7 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
         await page.get_by_role("button", name="Resume job-a").wait_for()
         assert await page.evaluate(MARKED) == 1
-        assert page.url == f"{site.copy.url}/"
+        assert page.url == f"{site.instance.url}/"
 
 
 async def test_a_job_without_code_is_forgotten_after_a_question(
@@ -245,7 +245,7 @@ async def test_a_job_without_code_is_forgotten_after_a_question(
     """Its page has the button; what is left is its history."""
     await add_job(site.connection, "job-a")
     await add_run(site.connection, "job-a", "failed", began_ago=60, result="ValueError: dark")
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page, "/jobs/job-a")
         await page.get_by_role("button", name="Forget…").click()
         await page.get_by_role("dialog").get_by_text("Keep it").click()
@@ -259,15 +259,15 @@ async def test_a_job_without_code_is_forgotten_after_a_question(
 
 async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browser) -> None:
     """A run that ends is in the history at once; a pause may have a name and a reason."""
-    await add_copy(site.connection)
+    await add_instance(site.connection)
     await add_job(site.connection, "job-a")
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page, "/jobs/job-a")
         await page.get_by_label("Your name").fill("ada")
         await page.get_by_label("Why").fill("a full disk")
         await page.get_by_role("button", name="Pause with a reason").click()
         await says(page, "#job-job-a", "a full disk")
-        assert page.url == f"{site.copy.url}/jobs/job-a"
+        assert page.url == f"{site.instance.url}/jobs/job-a"
         await page.get_by_role("button", name="Resume job-a").click()
         await says(page, "#job-job-a", "waiting")
         await page.get_by_role("button", name="Pause job-a").click()
@@ -283,7 +283,7 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
 async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
     """Both are said by the form, in place."""
     user = await site.open(100)
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page, f"/?user={user}")
         await page.evaluate(MARK)
         await page.get_by_label("Amount").fill("30")
@@ -301,7 +301,7 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
     """The page is a whole picture, and each button a form."""
     await add_example(site.connection)
     user = await site.open(100)
-    async with tab(browser, site.copy.url, java_script_enabled=False) as page:
+    async with tab(browser, site.instance.url, java_script_enabled=False) as page:
         await page.goto("/")
         assert "Load the page again for a newer one." in await page.inner_text("main")
         for row in ("running on app1 for 40 s 25 %", "waiting in 1 min", "in 30 s on app2"):
@@ -332,7 +332,7 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
 async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
     """Skip to the content, reach a job, a button, a bar; Enter does it; Escape lets it be."""
     await add_example(site.connection)
-    async with tab(browser, site.copy.url) as page:
+    async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.keyboard.press("Tab")
         assert await focused(page) == "Skip to the content"
@@ -342,7 +342,12 @@ async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
             await page.keyboard.press("Tab")
             seen.append(await focused(page))
         order = [
-            *("copies live", "job-running", "Cancel the run of job-running", "Pause job-running"),
+            *(
+                "instances live",
+                "job-running",
+                "Cancel the run of job-running",
+                "Pause job-running",
+            ),
             "Run job-waiting now",
         ]
         places = [seen.index(each) for each in order]
@@ -373,9 +378,9 @@ async def focused(page: Page) -> str:
 async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> None:  # noqa: ANN401
     """No violation of its rules for WCAG 2 A and AA, contrast included, on any page."""
     await add_example(site.connection)
-    gone = await add_copy(site.connection, "app3", seen_seconds_ago=20)
+    gone = await add_instance(site.connection, "app3", seen_seconds_ago=20)
     await add_run(site.connection, "job-waiting", "lost", began_ago=50, server="app3", holder=gone)
-    async with tab(browser, site.copy.url, color_scheme=theme) as page:
+    async with tab(browser, site.instance.url, color_scheme=theme) as page:
         for path in PATHS:
             await page.goto(path)
             if await page.locator("#pause").is_visible():
@@ -403,7 +408,7 @@ async def test_nothing_is_cut_off_where_it_is_narrow(
         due_at=-SECOND * 90_000,
     )
     size = {"width": width, "height": 700}
-    async with tab(browser, site.copy.url, viewport=size, device_scale_factor=scale) as page:
+    async with tab(browser, site.instance.url, viewport=size, device_scale_factor=scale) as page:
         for path in PATHS:
             await page.goto(path)
             wide = await page.evaluate("document.documentElement.scrollWidth")
@@ -423,7 +428,7 @@ async def test_nothing_is_cut_off_where_it_is_narrow(
 async def test_who_wants_no_motion_gets_none(site: Site, browser: Browser) -> None:
     """`prefers-reduced-motion` stops the only thing that moves by itself."""
     for wish, name in (("reduce", "none"), ("no-preference", "beat")):
-        async with tab(browser, site.copy.url, reduced_motion=wish) as page:
+        async with tab(browser, site.instance.url, reduced_motion=wish) as page:
             await live(page)
             animation = await page.evaluate(
                 "getComputedStyle(document.querySelector('#state > span')).animationName"

@@ -12,8 +12,8 @@ import pytest
 
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.web import view_models as views
-from tests.jobs.rows import add_copy, add_job, insert, running
-from tests.processes import Copy
+from tests.jobs.rows import add_instance, add_job, insert, running
+from tests.processes import Instance
 from tests.system.databases import kill, own_postgres
 from tests.web.site import SECOND, Site, Tags, add_example, add_run, text
 
@@ -37,12 +37,12 @@ async def test_every_state_is_told_by_a_symbol_and_a_word(site: Site) -> None:
         for each in said:
             assert each in row, (job, each, row)
     assert text(html, "strip") == (
-        "copies live 2 / 2 running 2 waiting 3 paused 1 overdue 1 failed in 24 h 1"
+        "instances live 2 / 2 running 2 waiting 3 paused 1 overdue 1 failed in 24 h 1"
     )
     assert "<title>1 overdue · 1 failed · 2 running · balance_app</title>" in html
 
 
-async def test_copies_are_shown_with_what_they_run(site: Site) -> None:
+async def test_instances_are_shown_with_what_they_run(site: Site) -> None:
     """A card per server: its running jobs, the age of its last sign of life."""
     await add_example(site.connection)
     html = await site.page()
@@ -50,10 +50,10 @@ async def test_copies_are_shown_with_what_they_run(site: Site) -> None:
     assert "job-cancelled" in text(html, "server-app2")
 
 
-async def test_a_lost_copy_is_shown_with_what_became_of_its_jobs(site: Site) -> None:
+async def test_a_lost_instance_is_shown_with_what_became_of_its_jobs(site: Site) -> None:
     """Each job that it took with it is told by what it does now."""
-    gone = await add_copy(site.connection, "app3", seen_seconds_ago=30)
-    heir = await add_copy(site.connection, "app1")
+    gone = await add_instance(site.connection, "app3", seen_seconds_ago=30)
+    heir = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a", **running(heir, "app1", seconds=10))
     await add_job(site.connection, "job-b")
     for job in ("job-a", "job-b"):
@@ -63,9 +63,9 @@ async def test_a_lost_copy_is_shown_with_what_became_of_its_jobs(site: Site) -> 
     card = text(await site.page(), "server-app3")
     assert re.search(r"✕ lost 3\d s ago", card)
     assert "job-a runs on app1" in card
-    assert "job-b waits for a copy" in card
+    assert "job-b waits for an instance" in card
     assert "1 / 2" in text(await site.page(), "strip")
-    await add_copy(site.connection, "app3", up_seconds=4)
+    await add_instance(site.connection, "app3", up_seconds=4)
     card = text(await site.page(), "server-app3")
     assert re.search(r"Before it came back \d s ago, it lost: job-", card)
     assert "job-a runs on app1" in card
@@ -102,7 +102,7 @@ async def test_nothing_is_said_in_sentences(site: Site) -> None:
     """Empty lists say what it means that they are empty."""
     html = text(await site.page())
     for sentence in (
-        "No copy that runs jobs was seen in the last minute: nothing starts until one comes up.",
+        "No instance that runs jobs was seen in the last minute: nothing starts until one does.",
         "There are no jobs.",
         "Nothing has failed in the last 24 hours.",
         "There was none yet.",
@@ -132,7 +132,7 @@ async def test_totals_are_counted_and_the_last_audit_told(site: Site) -> None:
 async def test_what_comes_from_outside_is_shown_and_never_obeyed(site: Site) -> None:
     """Names, notes, reasons, results and servers are text, on every page."""
     server = "a<b>\"'&{{7*7}}"
-    copy = await add_copy(site.connection, server)
+    instance = await add_instance(site.connection, server)
     await add_job(
         site.connection,
         "job-hostile",
@@ -145,7 +145,7 @@ async def test_what_comes_from_outside_is_shown_and_never_obeyed(site: Site) -> 
         last_started_at=-9 * SECOND,
         last_ended_at=-5 * SECOND,
         last_result=HOSTILE,
-        **running(copy, server),
+        **running(instance, server),
     )
     await add_job(
         site.connection, "job-paused", paused_at=-SECOND, paused_by=HOSTILE, pause_reason=HOSTILE
@@ -291,7 +291,7 @@ FROM generate_series(1, 10000) AS n
 async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
     """Those that matter most are shown, all others are found by name and state."""
     await site.connection.execute(MANY)
-    await add_copy(site.connection)
+    await add_instance(site.connection)
     await add_job(site.connection, "zz-overdue", due_at=-600 * SECOND)
     html = await site.page()
     rows = re.findall(r'<tr id="job-([^"]+)"', html)
@@ -328,9 +328,9 @@ async def test_a_job_is_steered_by_a_form(
     site: Site, what: str, columns: dict[str, object], fact: str
 ) -> None:
     """The answer leads back to the page, which says what was done."""
-    copy = await add_copy(site.connection)
+    instance = await add_instance(site.connection)
     if columns.pop("running", False):
-        columns = running(copy, "app1")
+        columns = running(instance, "app1")
     await add_job(site.connection, "job-a", **columns)
     more = {"reason": "why <not>"} if what == "pause" else {}
     answer = await site.send(f"/jobs/job-a/{what}", by="ada", **more)
@@ -355,7 +355,7 @@ async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
     assert "ValueError: dark" in page
     assert "moon" not in text(await site.page("/jobs"))
     await add_job(site.connection, "sun")
-    await add_copy(site.connection)
+    await add_instance(site.connection)
     assert "/forget" not in await site.page("/jobs/sun")
     assert "can't be forgotten" in text(await site.page("/jobs/sun/forget"), "question")
     answer = await site.send("/jobs/sun/forget", by="ada", back="job")
@@ -365,8 +365,8 @@ async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
 
 async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     """On the question, on the row, and in the answer."""
-    copy = await add_copy(site.connection)
-    await add_job(site.connection, "moon", **running(copy, "app1"), work_ended_at=-2 * SECOND)
+    instance = await add_instance(site.connection)
+    await add_job(site.connection, "moon", **running(instance, "app1"), work_ended_at=-2 * SECOND)
     assert "Its work is done" in text(await site.page("/jobs/moon/cancel"), "question")
     assert "Its work is done" in text(await site.page(), "job-moon")
     answer = await site.send("/jobs/moon/cancel", by="ada")
@@ -377,7 +377,7 @@ async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
 async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
     """A job's own page stays the page one is on."""
     await add_job(site.connection, "job-a")
-    own = {"Referer": f"{site.copy.url}/jobs/job-a"}
+    own = {"Referer": f"{site.instance.url}/jobs/job-a"}
     answer = await site.client.post("/jobs/job-a/pause", data={"by": "a"}, headers=own)
     assert answer.headers["location"].startswith("/jobs/job-a?did=pause")
     again = await site.client.post("/jobs/job-a/run", data={"by": "a"}, headers=own)
@@ -551,10 +551,10 @@ async def until(
 
 @asynccontextmanager
 async def alone(server: EmbeddedPostgres) -> AsyncIterator[httpx.AsyncClient]:
-    """Run a copy without jobs on a server of its own."""
+    """Run an instance without jobs on a server of its own."""
     async with (
-        Copy(server.environment(), JOBS_ENABLED="false") as copy,
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+        Instance(server.environment(), JOBS_ENABLED="false") as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         yield client
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from pydantic_core import from_json
 
-from tests.jobs.rows import add_copy, add_job, running
-from tests.processes import Copy
+from tests.jobs.rows import add_instance, add_job, running
+from tests.processes import Instance
 from tests.web.site import SECOND, Site, add_example, add_run, text
 
 FIRST_LOAD_BYTES: Final = 60_000
@@ -98,7 +98,7 @@ async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
     """Whoever comes with the version of a page gets what changed after it, and the time."""
     await add_job(site.connection, "job-a")
     since = version(await site.page())
-    async with watch(site.copy.url, f"?since={since}") as viewer:
+    async with watch(site.instance.url, f"?since={since}") as viewer:
         first = await viewer.event()
         assert first["html"] == {}
         assert abs(first["now"] - await site.value("SELECT extract(epoch FROM now())::float8")) < 5
@@ -109,7 +109,7 @@ async def test_only_what_has_changed_is_sent(site: Site) -> None:
     """One row of two, and the numbers that count it; the rest is told to stay as it is."""
     await add_job(site.connection, "job-a")
     await add_job(site.connection, "job-b")
-    async with watch(site.copy.url, f"?since={version(await site.page())}") as viewer:
+    async with watch(site.instance.url, f"?since={version(await site.page())}") as viewer:
         await viewer.event()
         await site.connection.execute(
             "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'job-a'"
@@ -137,22 +137,22 @@ async def test_who_has_another_boots_version_gets_everything(site: Site) -> None
     await add_example(site.connection)
     await site.page()
     for query in ("", "?since=00000000.3", "?since=nonsense", "?since=."):
-        async with watch(site.copy.url, query) as viewer:
+        async with watch(site.instance.url, query) as viewer:
             html = (await viewer.event())["html"]
             assert set(html) == {
                 *("strip", "servers-list", "jobs-list", "lanes", "failures-list", "totals")
             }
             assert "data-same" not in "".join(html.values())
-    async with watch(site.copy.url, last_id=viewer.last_id) as viewer:
+    async with watch(site.instance.url, last_id=viewer.last_id) as viewer:
         assert "jobs-list" not in (await viewer.event())["html"]
 
 
 async def test_nothing_that_ticks_is_sent(site: Site) -> None:
     """A run that only lasts longer changes nothing; how far it is does."""
-    copy = await add_copy(site.connection)
-    await add_job(site.connection, "job-a", done=1, total=4, **running(copy, "app1"))
+    instance = await add_instance(site.connection)
+    await add_job(site.connection, "job-a", done=1, total=4, **running(instance, "app1"))
     await site.page()
-    async with watch(site.copy.url, f"?since={version(await site.page())}") as viewer:
+    async with watch(site.instance.url, f"?since={version(await site.page())}") as viewer:
         for _ in range(4):
             assert not {"jobs-list", "lanes"} & set((await viewer.event())["html"])
         await site.connection.execute("UPDATE jobs SET done = 2")
@@ -168,11 +168,11 @@ async def test_a_jobs_own_page_is_sent_its_row_alone(site: Site) -> None:
     )
     html = await site.page("/jobs/job-1060")
     assert "? no code" in text(html, "job-job-1060")
-    async with watch(site.copy.url, f"?job=job-1060&since={version(html)}") as viewer:
+    async with watch(site.instance.url, f"?job=job-1060&since={version(html)}") as viewer:
         await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'ada'")
         row = await viewer.until("job-job-1060")
         assert "Paused by ada" in row
-        everything = await watch_once(site.copy.url)
+        everything = await watch_once(site.instance.url)
         assert "job-job-1060" not in everything["jobs-list"]
 
 
@@ -184,7 +184,7 @@ async def watch_once(url: str) -> dict[str, str]:
 
 async def test_the_page_and_its_updates_are_light(site: Site) -> None:
     """The first load, with all its files, and each update, as they come over the wire."""
-    copies = [await add_copy(site.connection, f"app{number}") for number in range(1, 6)]
+    instances = [await add_instance(site.connection, f"app{number}") for number in range(1, 6)]
     for number in range(10):
         more: dict[str, object] = {"due_at": 100 * SECOND}
         if number % 2:
@@ -193,7 +193,7 @@ async def test_the_page_and_its_updates_are_light(site: Site) -> None:
                 "done": 1,
                 "total": 500,
                 "note": "user 1",
-                **running(copies[number // 2], server),
+                **running(instances[number // 2], server),
             }
         name = f"some-job-{number}"
         await add_job(site.connection, name, **more)
@@ -211,7 +211,7 @@ async def test_the_page_and_its_updates_are_light(site: Site) -> None:
     for address in re.findall(r'(?:src|href)="(/static/[^"]+)"', html.text):
         total += int((await site.client.get(address)).headers["content-length"])
     updates = []
-    async with watch(site.copy.url, f"?since={version(html.text)}") as viewer:
+    async with watch(site.instance.url, f"?since={version(html.text)}") as viewer:
         await viewer.event()
         for step in range(5):
             before = viewer.bytes
@@ -220,7 +220,7 @@ async def test_the_page_and_its_updates_are_light(site: Site) -> None:
             await viewer.until("jobs-list")
             updates.append(viewer.bytes - before)
     everything = 0
-    async with watch(site.copy.url) as viewer:
+    async with watch(site.instance.url) as viewer:
         await viewer.event()
         everything = viewer.bytes
     print(f"first load {total} bytes, updates {updates}, everything anew {everything}")
@@ -235,12 +235,14 @@ SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current
 
 @pytest.mark.parametrize("viewers", [100])
 async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers: int) -> None:
-    """However many watch, this copy asks once a tick."""
+    """However many watch, this instance asks once a tick."""
     await add_example(site.connection)
     await site.page()
-    process = psutil.Process(site.copy.pid)
+    process = psutil.Process(site.instance.pid)
     async with AsyncExitStack() as stack:
-        watching = [await stack.enter_async_context(watch(site.copy.url)) for _ in range(viewers)]
+        watching = [
+            await stack.enter_async_context(watch(site.instance.url)) for _ in range(viewers)
+        ]
         await asyncio.gather(*(viewer.event() for viewer in watching))
         readers = [asyncio.create_task(_read(viewer)) for viewer in watching]
         began, used = monotonic(), sum(process.cpu_times()[:2])
@@ -264,24 +266,24 @@ async def _read(viewer: Watch) -> None:
         pass
 
 
-async def test_streams_end_when_the_copy_stops(database: dict[str, str]) -> None:
-    """Twenty of them, whole, and the copy with them, within 3 seconds."""
-    async with Copy(database, JOBS_ENABLED="false") as copy, AsyncExitStack() as stack:
-        watching = [await stack.enter_async_context(watch(copy.url)) for _ in range(20)]
+async def test_streams_end_when_the_instance_stops(database: dict[str, str]) -> None:
+    """Twenty of them, whole, and the instance with them, within 3 seconds."""
+    async with Instance(database, JOBS_ENABLED="false") as instance, AsyncExitStack() as stack:
+        watching = [await stack.enter_async_context(watch(instance.url)) for _ in range(20)]
         await asyncio.gather(*(viewer.event() for viewer in watching))
         asked = monotonic()
-        stop = asyncio.create_task(copy.stop(signal.SIGTERM))
+        stop = asyncio.create_task(instance.stop(signal.SIGTERM))
         await asyncio.gather(*(_read(viewer) for viewer in watching))
         assert await stop == 0
         took = monotonic() - asked
         assert all(viewer.whole for viewer in watching)
-    print(f"20 streams ended, and the copy with them, within {took:.2f} s")
+    print(f"20 streams ended, and the instance with them, within {took:.2f} s")
     assert took < 3
 
 
 async def test_a_stream_need_not_be_compressed(site: Site) -> None:
     """Who does not ask for it gets plain events."""
-    async with watch(site.copy.url, packed=False) as viewer:
+    async with watch(site.instance.url, packed=False) as viewer:
         assert "content-encoding" not in viewer.answer.headers
         assert viewer.answer.headers["content-type"].startswith("text/event-stream")
         assert (await viewer.event())["kind"] == "status"

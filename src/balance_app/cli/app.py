@@ -48,7 +48,7 @@ class _Group(TyperGroup):
 cli = typer.Typer(
     name="balance-app",
     cls=_Group,
-    help="Exact balances in real time and jobs without a master, by any number of equal copies.",
+    help="Exact balances in real time and jobs without a master, by any number of equal instances.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
     no_args_is_help=True,
@@ -80,17 +80,17 @@ _database = partial(database.command, cls=Command, rich_help_panel="The database
 
 @_service()
 def up(
-    copies: Annotated[int, typer.Option(min=1, max=50, help="how many copies to run")] = 5,
+    instances: Annotated[int, typer.Option(min=1, max=50, help="how many instances to run")] = 5,
     port: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=MAX_SHARED_PORT,
-            help="shared by all, PORT if not said; the copies take those above",
+            help="shared by all, PORT if not said; the instances take those above",
         ),
     ] = None,
 ) -> None:
-    """Run the whole thing on this machine: a database if none is configured, and the copies."""
+    """Run the whole thing on this machine: a database if none is configured, and the instances."""
     from balance_app.local.launcher import LaunchError, launch
 
     settings = load_settings()
@@ -100,7 +100,7 @@ def up(
     for sentence in _notes(settings):
         typer.echo(sentence, err=True)
     try:
-        code = asyncio.run(launch(settings, copies=copies, shared_port=port))
+        code = asyncio.run(launch(settings, instances=instances, shared_port=port))
     except LaunchError as error:
         fail(str(error))
     raise typer.Exit(code)
@@ -111,7 +111,7 @@ def serve(
     *,
     launched: Annotated[bool, typer.Option(hidden=True, help="by `up`, which has warned")] = False,
 ) -> None:
-    """Run one copy of the service; it is configured by the environment (see .env.example)."""
+    """Run one instance of the service; it is configured by the environment (see .env.example)."""
     import structlog
 
     from balance_app.jobs.job import DeclarationError, Registry
@@ -122,8 +122,8 @@ def serve(
     settings = load_settings()
     if settings.jobs_enabled and os.getpid() == 1:
         fail(
-            "As process 1 this copy could not be ended by the kernel when it stands still, and a "
-            "job might run twice: start the container with an init (`docker run --init`), or "
+            "As process 1 this instance could not be ended by the kernel when it stands still, and "
+            "a job might run twice: start the container with an init (`docker run --init`), or "
             "without jobs (JOBS_ENABLED=false)."
         )
     _require_database(settings)
@@ -148,7 +148,7 @@ def serve(
 def healthcheck(
     url: Annotated[str | None, typer.Option(metavar="URL", help="another one")] = None,
 ) -> None:
-    """Ask the copy that runs here (HOST, PORT) whether it is ready.
+    """Ask the instance that runs here (HOST, PORT) whether it is ready.
 
     The exit code is 0 when it is, 1 when it is not, 3 when nobody answers.
     """

@@ -78,7 +78,7 @@ def text(said: str, on: Console, style: str = "") -> Text:
 
 
 def board(status: Json, on: Console) -> RenderableType:
-    """Return what `/api/cron/status` says: the counts, a line per job, a line per copy."""
+    """Return what `/api/cron/status` says: the counts, a line per job, a line per instance."""
     now = _moment(status["now"])
     counts = status["counts"]
     said = (
@@ -97,7 +97,7 @@ def board(status: Json, on: Console) -> RenderableType:
             text(_doing(job, now, on), on),
             _last(job["lastRun"], now, on),
         )
-    return Group(text(said, on, "bold"), Text(), table, Text(), *_copies(status, now, on))
+    return Group(text(said, on, "bold"), Text(), table, Text(), *_instances(status, now, on))
 
 
 def doing(job: Json, now: str, on: Console) -> Text:
@@ -177,19 +177,19 @@ def _last(run: Json | None, now: datetime, on: Console) -> Text:
     return text(said, on, sign.style if sign.style == "red" else "dim")
 
 
-def _copies(status: Json, now: datetime, on: Console) -> list[Text]:
+def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
     lines = []
-    for copy in status["copies"]:
-        names = [job["name"] for job in status["jobs"] if job["copyId"] == copy["id"]]
-        up = duration((now - _moment(copy["startedAt"])).total_seconds())
-        said = f"{copy['server']}: {copy['running']} running"
+    for instance in status["instances"]:
+        names = [job["name"] for job in status["jobs"] if job["instanceId"] == instance["id"]]
+        up = duration((now - _moment(instance["startedAt"])).total_seconds())
+        said = f"{instance['server']}: {instance['running']} running"
         said += f" ({', '.join(names)})" if names else ""
-        if copy["live"]:
+        if instance["live"]:
             lines.append(text(f"{said}, up {up}", on))
         else:
-            said += f", not seen for {duration(copy['seenSecondsAgo'])}"
+            said += f", not seen for {duration(instance['seenSecondsAgo'])}"
             lines.append(text(said, on, "red"))
-    return lines or [text("No copy that runs jobs was seen in the last minute.", on, "red")]
+    return lines or [text("No instance that runs jobs was seen in the last minute.", on, "red")]
 
 
 def history(runs: list[Json], now: datetime, on: Console) -> RenderableType:

@@ -150,7 +150,7 @@ def resume(job: JobName, *, by: By = None, json: Json = False, url: Url = None) 
 
 @_jobs()
 def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
-    """End a job's run, whichever copy it is on."""
+    """End a job's run, whichever instance it is on."""
     with _asking(url, as_json=json) as terminal:
         terminal.steer("cancel", job, by=by or _me())
 

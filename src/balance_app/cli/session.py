@@ -39,7 +39,7 @@ _KEY: Final = re.compile(r"[!-~]{1,255}")
 _CONCLUSIVE: Final = {"succeeded", "failed", "timed_out", "cancelled"}
 _VERDICTS: Final = {"succeeded", "failed"}
 _STEERED: Final = {
-    "run": "{name} is ready: a copy takes it.",
+    "run": "{name} is ready: an instance takes it.",
     "pause": "{name} is paused by {by}.",
     "resume": "{name} is not paused any more.",
     "cancel": "The run of {name} on {server} is to stop within a heartbeat; {by} asked for it.",
@@ -67,7 +67,7 @@ class Terminal:
     # -- jobs ----------------------------------------------------------------------------------
 
     def status(self) -> None:
-        """Show every job and every copy."""
+        """Show every job and every instance."""
         answer = self._status()
         self._tell(answer.text, lambda: drawing.board(answer.body, self._out))
 

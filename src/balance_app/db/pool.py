@@ -249,12 +249,12 @@ class Database:
         if self._outage is not None:
             raise DatabaseAway(self._outage.sentence, applied="no")
         if self._stopping and not urgent:
-            raise DatabaseAway("This copy is stopping.", applied="no")
+            raise DatabaseAway("This instance is stopping.", applied="no")
 
     def refuse_requests(self) -> None:
-        """Refuse who waits and who comes, but for what is urgent: this copy stops."""
+        """Refuse who waits and who comes, but for what is urgent: this instance stops."""
         self._stopping = True
-        self._refuse_all("This copy is stopping.")
+        self._refuse_all("This instance is stopping.")
 
     def _refuse_all(self, reason: str) -> None:
         """Refuse who waits; what has its connection goes on."""

@@ -1,4 +1,4 @@
-"""Whether this copy lives, and whether it should be sent requests."""
+"""Whether this instance lives, and whether it should be sent requests."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ class Readiness:
 
     async def look(self) -> tuple[dict[str, str], bool]:
         """Return the checks with "ok" or what is wrong, and whether requests should come."""
-        checks = {"stopping": "This copy is stopping." if self._stopping.is_set() else "ok"}
+        checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
         checks |= await _database_checks(self._database)
         ready = all(found == "ok" for found in checks.values())
         return checks | {name: ask() for name, ask in self._only_told.items()}, ready
@@ -134,7 +134,7 @@ _OPENMETRICS: Final = "application/openmetrics-text"
     },
 )
 async def read_metrics(request: Request) -> Response:
-    """Tell Prometheus this copy's numbers; also while the database is away."""
+    """Tell Prometheus this instance's numbers; also while the database is away."""
     metrics = services(request)[Metrics]
     as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
     return Response(

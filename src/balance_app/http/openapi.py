@@ -66,7 +66,7 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
 }
 
 DESCRIPTION = """
-Users' balances, changed in real time and never below zero. What every copy and job does now is
+Users' balances, changed in real time and never below zero. What every instance and job does now is
 shown to people at [/]({root}/).
 
 * Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,

@@ -37,7 +37,7 @@ SLACK: Final = 1.5
 
 
 class Known(NamedTuple):
-    """What a copy knew when it started, by PostgreSQL's clock: it claims nothing else."""
+    """What an instance knew when it started, by PostgreSQL's clock: it claims nothing else."""
 
     booted_at: datetime
     # jobs are numbered in the order of first declaration: up to this one, but for those
@@ -54,7 +54,7 @@ SELECT pg_advisory_xact_lock(
 )
 """
 
-# A new row comes with the tick of its declaration (an interval) or its first tick (cron). Copies
+# A new row comes with the tick of its declaration (an interval) or its first tick (cron). Instances
 # that start together take turns, so that a number below the highest can't appear later.
 ROWS: Final = """
 SELECT name, schedule, description, other_schedules, anchor_at, due_at, ready_at, lost_streak,

@@ -1,4 +1,4 @@
-"""The heart of a copy: it renews the leases of its runs, and ends what it can't renew.
+"""The heart of an instance: it renews the leases of its runs, and ends what it can't renew.
 
 The heart beats in a thread with a connection of its own, so that a job that blocks the event loop
 loses nothing. A good heartbeat is trusted for as long as a lease less a reserve, counted from the
@@ -42,7 +42,7 @@ NOTHING_SAID: Final = Progress(None, None, None)
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A lease on one job, as far as this copy trusts it (monotonic seconds)."""
+    """A lease on one job, as far as this instance trusts it (monotonic seconds)."""
 
     name: str
     fence: int
@@ -159,7 +159,7 @@ class Heart:
             self._arm()
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease: the job is free, or no longer this copy's."""
+        """Let go of a lease: the job is free, or no longer this instance's."""
         with self._lock:
             lease.executing = False
             self._leases.discard(lease)

@@ -220,7 +220,7 @@ def _yields(function: Function) -> bool:
 
 
 class Registry(Mapping[str, Job]):
-    """The jobs that a copy has the code of, by name."""
+    """The jobs that an instance has the code of, by name."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._jobs: dict[str, Job] = {}

@@ -25,7 +25,7 @@ from balance_app.jobs.declarations import (
 )
 
 # What the history says of runs that ended without a word of their own.
-STOPPED: Final = "its copy was stopped"
+STOPPED: Final = "its instance was stopped"
 GONE: Final = "its instance sent no heartbeat until its lease was over"
 UNREACHABLE: Final = "its instance could not reach the database until its lease was over"
 NOT_BEGUN: Final = "its instance could not reach the database, and never began it"
@@ -34,14 +34,14 @@ NOTICE_BATCH: Final = 500
 
 
 class Me(NamedTuple):
-    """This copy, as it signs its leases: an id of this boot, and a name for people."""
+    """This instance, as it signs its leases: an id of this boot, and a name for people."""
 
     id: UUID
     server: str
 
 
 class Turn(NamedTuple):
-    """What decides when a copy may take a job; all of it is about this copy alone."""
+    """What decides when an instance may take a job; all of it is about this instance alone."""
 
     # how long it waits because of what it runs already
     wait: timedelta
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A run that this copy now holds the lease of."""
+    """A run that this instance now holds the lease of."""
 
     name: str
     fence: int
@@ -79,13 +79,13 @@ class Claimed(NamedTuple):
 class Look(NamedTuple):
     """What a look at the jobs found: a run, or when to look again."""
 
-    # this copy's own clock (monotonic) when it asked, and the server's when it answered
+    # this instance's own clock (monotonic) when it asked, and the server's when it answered
     sent_at: float
     now: datetime
     claimed: Claimed | None
     # a job was lost once too often, or while it was paused: it is freed, and not started
     set_aside: str | None
-    # until the next job could be this copy's, if one is known
+    # until the next job could be this instance's, if one is known
     wait_seconds: float | None
     # something runs somewhere: it may be handed back at any moment
     busy: bool
@@ -169,7 +169,7 @@ class Pulse(NamedTuple):
 
 
 class JobRepository:
-    """Claims, endings and checkpoints of one copy's runs; each is one statement."""
+    """Claims, endings and checkpoints of one instance's runs; each is one statement."""
 
     def __init__(self, database: Database, me: Me, lease: timedelta) -> None:
         self._database = database
@@ -213,14 +213,14 @@ class JobRepository:
         return row is not None
 
     async def notice(self, known: Known, settling: timedelta) -> None:
-        """Write down when this copy, which has just come up, saw which jobs will soon be ready."""
+        """Write down when this instance, which has just started, saw which jobs are soon ready."""
         await self._database.run(
             lambda con: write(con, NOTICE, known.numbers, NOTICE_BATCH, settling, known.booted_at),
             urgent=True,
         )
 
     async def look(self, known: Known, turn: Turn) -> Look:
-        """Take the job that has been ready for longest, if it is this copy's turn."""
+        """Take the job that has been ready for longest, if it is this instance's turn."""
 
         async def ask(connection: Connection) -> tuple[float, asyncpg.Record | None]:
             sent_at = monotonic()  # what waited in line, or behind a run that blocks, was not sent
@@ -303,12 +303,13 @@ class JobRepository:
         return row is not None
 
 
-# Written once for each time that a job is ready, by the first of the copies that come up: the next
-# can't push it on. Copies that come up at least a settling time after a note have no use for it, so
-# one that is twice as old concerns nobody any more, and is replaced; so is one that a run has
-# outlived. Nothing is written about a run that gave a sign of life after this copy's boot: the note
-# would outlive the fleet, and the next fleet would take it for its own. Of many, the longest ready
-# come first, a batch at each look; nobody takes a job before it is noticed, or all have settled.
+# Written once for each time that a job is ready, by the first of the instances that come up: the
+# next can't push it on. Instances that come up at least a settling time after a note have no use
+# for it, so one that is twice as old concerns nobody any more, and is replaced; so is one that a
+# run has outlived. Nothing is written about a run that gave a sign of life after this instance's
+# boot: the note would outlive the fleet, and the next fleet would take it for its own. Of many, the
+# longest ready come first, a batch at each look; nobody takes a job before it is noticed, or all
+# have settled.
 NOTICE: Final = """
 WITH ready AS (
     SELECT name FROM jobs
@@ -327,13 +328,14 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # clock. The row is locked before it is judged again, and a row that is locked belongs to
 # somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
-# The turn: a job may be taken at `claimable_at` plus this copy's own wait. What copies saw when
-# they came up waits until `seen_at` plus the settling time, so that those that come up together
-# share it: all go by what the first of them wrote, and none by its own boot, as they differ.
-# Not so for a copy that had settled before (`seen_at` is not about it), nor when a run gave a sign
-# of life after the copy's boot: the fleet is up already. Among equals, a copy that has claimed
-# in this round lets the others go first: rounds are the virtual time of start-time fair queueing
-# (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being counted.
+# The turn: a job may be taken at `claimable_at` plus this instance's own wait. What instances saw
+# when they came up waits until `seen_at` plus the settling time, so that those that come up
+# together share it: all go by what the first of them wrote, and none by its own boot, as they
+# differ. Not so for an instance that had settled before (`seen_at` is not about it), nor when a run
+# gave a sign of life after the instance's boot: the fleet is up already. Among equals, an instance
+# that has claimed in this round lets the others go first: rounds are the virtual time of start-time
+# fair queueing (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being
+# counted.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
 # $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over_until,
@@ -536,8 +538,8 @@ WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp
 RETURNING true
 """
 
-# Renews what this copy holds, and only that: the fence and the holder must still stand, and a lease
-# that is over stays over. A row that somebody holds locked is left out this time: waiting for
+# Renews what this instance holds, and only that: the fence and the holder must still stand, and a
+# lease that is over stays over. A row that somebody holds locked is left out this time: waiting for
 # it would let all the other leases run out.
 #
 # $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the beats
@@ -569,7 +571,7 @@ FROM (SELECT) AS always LEFT JOIN beat ON true
 LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = beat.name
 """
 
-# A copy that has ended its runs is no longer seen.
+# An instance that has ended its runs is no longer seen.
 LEAVE: Final = "DELETE FROM copies WHERE id = $1"
 
 
@@ -592,9 +594,9 @@ async def heartbeat(
     return rows[0]["now"], pulses
 
 
-# A transaction whose copy has fallen silent is ended by the server: see `Settings.job_arguments`.
-# Half-way through a statement (asyncpg sends a new one in two parts) it is not idle to the server;
-# since version 17 this limit ends it there too.
+# A transaction whose instance has fallen silent is ended by the server: see
+# `Settings.job_arguments`. Half-way through a statement (asyncpg sends a new one in two parts) it
+# is not idle to the server; since version 17 this limit ends it there too.
 BEGIN: Final = """
 BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
 SELECT set_config('transaction_timeout', '{milliseconds}ms', true)
@@ -613,9 +615,9 @@ WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp
 
 REMEMBER: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"
 
-# Checked and committed in one message: a copy that is frozen in between holds no lock, and nobody
-# can take the job between the check and the commit. What the job has set meanwhile (its search
-# path, its role) must not hide the function, nor put other tables in the place of ours.
+# Checked and committed in one message: an instance that is frozen in between holds no lock, and
+# nobody can take the job between the check and the commit. What the job has set meanwhile (its
+# search path, its role) must not hide the function, nor put other tables in the place of ours.
 COMMIT: Final = """
 SET LOCAL search_path TO DEFAULT; SET LOCAL ROLE NONE; SELECT hold_lease(); COMMIT
 """

@@ -77,7 +77,7 @@ async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what
             value = await value
     except (SystemExit, KeyboardInterrupt) as error:
         # A task that ended with one of these would end the event loop.
-        raise RuntimeError(f"it tried to end its copy: {error!r}") from error
+        raise RuntimeError(f"it tried to end its instance: {error!r}") from error
     if inspect.isgenerator(value) or inspect.isasyncgen(value):
         raise TypeError("it returned a generator, which nobody iterates over: its body never ran")
     return value

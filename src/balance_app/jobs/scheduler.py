@@ -1,4 +1,4 @@
-"""The scheduler of one copy: it takes due jobs when it is its turn, runs them, records the end."""
+"""The scheduler of one instance: it claims due jobs when it is its turn, and runs them."""
 
 import asyncio
 import math
@@ -55,7 +55,7 @@ CLEAR_UP_SECONDS: Final = 0.5
 # How often an instance declares its jobs again.
 DECLARE_SECONDS: Final = 15.0
 LONGEST_RETRY_SECONDS: Final = 3600.0
-# How much later a copy takes a job that has claimed one in this round already.
+# How much later an instance takes a job that has claimed one in this round already.
 TIE: Final = timedelta(milliseconds=10)
 # The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
 HALF_OF_MOST: Final = 10
@@ -68,7 +68,7 @@ LEAST_RESERVE_SECONDS: Final = 0.5
 
 
 class Scheduler:
-    """Runs jobs on this copy, sharing them with copies that it knows nothing of."""
+    """Runs jobs on this instance, sharing them with instances that it knows nothing of."""
 
     def __init__(
         self,
@@ -286,10 +286,10 @@ class Scheduler:
     # -- turns --------------------------------------------------------------------------------
 
     def _wait_for_turn(self) -> timedelta:
-        """Return how long after a job is ready this copy may take it: longer with each run here.
+        """Return how long after a job is ready this instance may take it: longer with each run.
 
-        Of copies that look at the same job the one with the fewest runs comes first, and none has
-        to know of another.
+        Of instances that look at the same job the one with the fewest runs comes first, and none
+        has to know of another.
         """
         runs = len(self._runs)
         return timedelta(seconds=self._settings.job_step_seconds * runs / (1 + runs / HALF_OF_MOST))
@@ -320,7 +320,7 @@ class Scheduler:
         self._heart.set_clock(known.booted_at, self._booted)
         if not self._draining:
             self._heart.start(known)
-        log.info("scheduler started", copy=str(self.me.id), jobs=len(self._registry))
+        log.info("scheduler started", instance=str(self.me.id), jobs=len(self._registry))
         return known
 
     def _declared(self) -> tuple[dict[str, tuple[str, str]], dict[str, timedelta]]:
@@ -513,7 +513,7 @@ def _ending(
                 pause_reason=pause_reason,
             )
     spans = (
-        (claimed.due_at, max(claimed.started_at, claimed.due_at), "no copy was free to run it"),
+        (claimed.due_at, max(claimed.started_at, claimed.due_at), "no instance was free to run it"),
         (max(claimed.started_at, claimed.due_at), now, "the run before was still under way"),
     )
     skipped = [

@@ -148,7 +148,7 @@ job_declarations = Table(
     ),
 )
 
-copies = Table(
+instances = Table(
     "copies",
     metadata,
     Column("id", Uuid, primary_key=True),

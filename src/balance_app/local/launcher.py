@@ -1,7 +1,7 @@
-"""`balance-app up`: a database if none is configured, and several copies, on this machine.
+"""`balance-app up`: a database if none is configured, and several instances, on this machine.
 
 A launcher, not a master: it starts processes, tells when each is ready, and starts again what
-dies. No copy knows of it or talks to it.
+dies. No instance knows of it or talks to it.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from balance_app.settings import Settings
 STOP_SECONDS: Final = 4.0
 READY_SECONDS: Final = 60.0
 PAUSES_SECONDS: Final = (0.5, 1, 2, 4, 8, 16, 30)
-HEALTHY_SECONDS: Final = 30.0  # a copy that ran this long starts again without a long pause
+HEALTHY_SECONDS: Final = 30.0  # an instance that ran this long starts again without a long pause
 
 console = Console(highlight=False)
 
@@ -40,14 +40,14 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """One copy to run: its name and its own port."""
+class Instance:
+    """One instance to run: its name and its own port."""
 
     name: str
     port: int
 
 
-async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
+async def launch(settings: Settings, *, instances: int, shared_port: int) -> int:
     """Run everything until SIGINT or SIGTERM; return the exit code.
 
     Raises:
@@ -63,8 +63,8 @@ async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask_to_stop)
 
-    fleet = [Copy(f"app{n}", shared_port + n) for n in range(1, copies + 1)]
-    _require_free_ports(settings.host, [shared_port, *(copy.port for copy in fleet)])
+    fleet = [Instance(f"app{n}", shared_port + n) for n in range(1, instances + 1)]
+    _require_free_ports(settings.host, [shared_port, *(instance.port for instance in fleet)])
     database: EmbeddedPostgres | None = None
     try:
         if not settings.database_is_configured:
@@ -82,8 +82,8 @@ async def launch(settings: Settings, *, copies: int, shared_port: int) -> int:
             "LOG_LEVEL": log_level,
         }
         keepers = [
-            asyncio.create_task(_keep_running(copy, environment, settings.host, stop, hurry))
-            for copy in fleet
+            asyncio.create_task(_keep_running(instance, environment, settings.host, stop, hurry))
+            for instance in fleet
         ]
         if database is not None:
             keepers.append(asyncio.create_task(_watch(database, stop)))
@@ -110,27 +110,31 @@ def _require_free_ports(host: str, ports: list[int]) -> None:
 def _tell_where(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
     where = url(settings.host, port)
     console.print(f"  page       {where}")
-    console.print(f"  API        {where}/api/users/1  (all copies)")
+    console.print(f"  API        {where}/api/users/1  (all instances)")
     console.print(f"  docs       {where}/docs")
     console.print(f"  database   {database.data if database else settings.database_address}")
     console.print("  Ctrl-C stops everything.\n")
 
 
 async def _keep_running(
-    copy: Copy, environment: dict[str, str], host: str, stop: asyncio.Event, hurry: asyncio.Event
+    instance: Instance,
+    environment: dict[str, str],
+    host: str,
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
 ) -> int:
-    """Run a copy, again after each death with a growing pause, until told to stop."""
+    """Run an instance, again after each death with a growing pause, until told to stop."""
     deaths = 0
     while not stop.is_set():
         started = monotonic()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app", "serve", "--launched"),
-            env={**environment, "SERVER_ID": copy.name, "PORT": str(copy.port)},
+            env={**environment, "SERVER_ID": instance.name, "PORT": str(instance.port)},
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is ours to pass on, not the terminal's
             preexec_fn=stop_with_parent(signal.SIGTERM),
         )
-        ready = asyncio.create_task(_tell_when_ready(copy, host, process))
+        ready = asyncio.create_task(_tell_when_ready(instance, host, process))
         await _first(process.wait(), stop.wait())
         ready.cancel()
         if stop.is_set():
@@ -139,31 +143,34 @@ async def _keep_running(
         pause = PAUSES_SECONDS[min(deaths, len(PAUSES_SECONDS) - 1)]
         deaths += 1
         console.print(
-            f"[bold red]{copy.name}[/] {_how_it_ended(process)}; again in {pause:g} s", style="red"
+            f"[bold red]{instance.name}[/] {_how_it_ended(process)}; again in {pause:g} s",
+            style="red",
         )
         await _first(asyncio.sleep(pause), stop.wait())
     return 0
 
 
-async def _tell_when_ready(copy: Copy, host: str, process: asyncio.subprocess.Process) -> None:
+async def _tell_when_ready(
+    instance: Instance, host: str, process: asyncio.subprocess.Process
+) -> None:
     started = monotonic()
-    where = url(host, copy.port)
+    where = url(host, instance.port)
     async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
         while monotonic() - started < READY_SECONDS:
             with suppress(httpx.HTTPError):
                 if (await client.get(f"{where}/readyz")).is_success:
                     took = monotonic() - started
                     console.print(
-                        f"[bold green]{copy.name}[/] ready at {where} "
+                        f"[bold green]{instance.name}[/] ready at {where} "
                         f"({took:.1f} s, pid {process.pid})"
                     )
                     return
             await asyncio.sleep(0.1)
-    console.print(f"{copy.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
+    console.print(f"{instance.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
 
 
 async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> int:
-    """Stop a copy, by force when it takes too long; return 1 when force was needed."""
+    """Stop an instance, by force when it takes too long; return 1 when force was needed."""
     if process.returncode is None:
         process.terminate()
         await _first(process.wait(), asyncio.sleep(STOP_SECONDS), hurry.wait())

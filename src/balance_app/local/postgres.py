@@ -149,7 +149,7 @@ class EmbeddedPostgres:
         self.socket_directory = self._socket_directory()
 
     def environment(self) -> dict[str, str]:
-        """Return the DB_* variables that lead a copy here."""
+        """Return the DB_* variables that lead an instance here."""
         return {
             "DB_HOST": str(self.socket_directory),
             "DB_PORT": "5432",

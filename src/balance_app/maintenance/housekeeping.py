@@ -74,8 +74,8 @@ WITH next AS MATERIALIZED (
 SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
 """
 
-# Copies are listed for people; who comes back is listed again.
-PRUNE_COPIES: Final = """
+# Instances are listed for people; who comes back is listed again.
+PRUNE_INSTANCES: Final = """
 WITH removed AS (
     DELETE FROM copies
     WHERE seen_at < (SELECT clock_timestamp() - interval '1 day') AND id = ANY (ARRAY(
@@ -89,11 +89,11 @@ SELECT count(*) FROM removed
 
 @job(name="prune-history", every=timedelta(minutes=15))
 async def prune_history(run: Run) -> str:
-    """Remove runs older than 30 days, but the last 20 of each job, and copies gone for a day."""
-    start = {"job": "", "runs": 0, "copies": 0}
+    """Remove runs older than 30 days, but the last 20 of each job, and instances gone for a day."""
+    start = {"job": "", "runs": 0, "copies": 0}  # as checkpoints of older releases have them
     state = await in_steps(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
-    runs, copies = count(state["runs"], "run"), count(state["copies"], "copy", "copies")
-    return f"removed {runs} older than 30 days and {copies} not seen for a day"
+    runs, instances = count(state["runs"], "run"), count(state["copies"], "instance")
+    return f"removed {runs} older than 30 days and {instances} not seen for a day"
 
 
 async def _prune_history(connection: Connection, state: State, _size: int) -> State:
@@ -104,7 +104,7 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
         return {"done": 0, "runs": state["runs"] + row["removed"]}
     if row["name"] is not None:
         return {"done": 1, "job": row["name"]}
-    removed = await connection.fetchval(PRUNE_COPIES, RUNS_AT_ONCE)
+    removed = await connection.fetchval(PRUNE_INSTANCES, RUNS_AT_ONCE)
     return {
         "done": 0,
         "copies": state["copies"] + removed,

@@ -122,7 +122,7 @@ _ENDS: Final = {
     "succeeded": "succeeded",
     "failed": "failed",
     "timed_out": "timed out",
-    "lost": "was lost with its copy",
+    "lost": "was lost with its instance",
     "cancelled": "was cancelled",
     "interrupted": "was handed back",
 }

@@ -62,7 +62,7 @@ class Draft(NamedTuple):
 
 
 class Picture:
-    """What a copy has to show; a new version for every change."""
+    """What an instance has to show; a new version for every change."""
 
     def __init__(self) -> None:
         self._pieces: Any = templates().get_template("pieces.html").module
@@ -163,7 +163,7 @@ class Picture:
             if line.sums.holder is not None:
                 held.setdefault(line.sums.holder, []).append(name)
         lost = [] if around is None else around.lost
-        return views.cards_of(snapshot.copies, lost, now, held, self._job)[:CARDS_SHOWN]
+        return views.cards_of(snapshot.instances, lost, now, held, self._job)[:CARDS_SHOWN]
 
     def _row(self, job: views.Job, around: Around | None) -> Draft:
         runs = [] if around is None else around.runs.get(job["name"], [])

@@ -27,7 +27,7 @@ class Totals(NamedTuple):
     users: int
     balance: int
     exact: bool
-    # changes per second by all copies, and refusals by this one; None: not known yet
+    # changes per second by all instances, and refusals by this one; None: not known yet
     changes: float | None
     refusals: float | None
 
@@ -165,7 +165,7 @@ SELECT now, first_users.*, counted.*,
     ) ORDER BY ended_at DESC), '[]')::text
     FROM (SELECT * FROM failed ORDER BY ended_at DESC LIMIT 5) AS latest) AS failures,
     (SELECT coalesce(json_agg(json_build_object(
-        'id', id, 'job', job, 'server', server, 'copy', holder,
+        'id', id, 'job', job, 'server', server, 'instance', holder,
         'started', extract(epoch FROM started_at)::float8,
         'ended', extract(epoch FROM ended_at)::float8
     ) ORDER BY ended_at DESC), '[]')::text

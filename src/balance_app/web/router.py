@@ -1,4 +1,4 @@
-"""The page for people, at `/`: what every copy and job does, and who has how much.
+"""The page for people, at `/`: what every instance and job does, and who has how much.
 
 It wires the two features, which do not know of it, and is complete without scripts: each button is
 a form (`forms.py`), each answer a page.
@@ -262,10 +262,10 @@ async def _said_of_entry(request: Request, user: str) -> Said | None:
 
 
 _DID: Final = {
-    "run": "{} is to run now: a copy takes it within a second or two.",
+    "run": "{} is to run now: an instance takes it within a second or two.",
     "pause": "{} is paused: nothing starts it until it is resumed.",
     "resume": "{} goes on with its next tick.",
-    "cancel": "The run of {} is being cancelled: its copy is told with its next heartbeat.",
+    "cancel": "The run of {} is being cancelled: its instance is told with its next heartbeat.",
     "cancel-late": (
         "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
         "now."

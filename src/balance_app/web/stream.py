@@ -1,4 +1,4 @@
-"""The live page: one look at the jobs a tick for all who watch this copy, sent as what has changed.
+"""The live page: one query a second for all who watch this instance, sent as what has changed.
 
 A tick is one statement: a look at the board, or at what is around it, never both. Viewers who have
 the same version of the picture are sent the same bytes, made and compressed once.

@@ -11,7 +11,7 @@ from balance_app.formatting import ago, duration
 from balance_app.jobs.api.status import Line
 from balance_app.web.queries import Runs
 
-JOBS_OF_COPY: Final = 5
+JOBS_OF_INSTANCE: Final = 5
 
 Job = dict[str, Any]
 
@@ -165,9 +165,9 @@ def strip(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None
     overdue = counts["overdue"]
     return [
         Tile(
-            "copies",
+            "instances",
             f"{live} / {len(cards)}",
-            "copies live",
+            "instances live",
             "bad" if live < len(cards) or not live else "",
             "#servers",
         ),
@@ -196,7 +196,7 @@ def title(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None
     news = [
         f"{number} {word}"
         for number, word in (
-            (gone, "lost" if gone == 1 else "copies lost"),
+            (gone, "lost" if gone == 1 else "instances lost"),
             (counts["overdue"], "overdue"),
             (failed or 0, "failed"),
         )
@@ -206,7 +206,7 @@ def title(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None
 
 
 class Loss(NamedTuple):
-    """A run that its copy took with it, and what became of the job."""
+    """A run that its instance took with it, and what became of the job."""
 
     job: str
     at: float
@@ -214,7 +214,7 @@ class Loss(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A server by its name: the copies that have it, what they run, and what was lost with it."""
+    """A server by its name: its instances, what they run, and what was lost with them."""
 
     server: str
     live: bool
@@ -228,7 +228,7 @@ class Card(NamedTuple):
 
 
 def cards_of(
-    copies: Iterable[dict[str, Any]],
+    instances: Iterable[dict[str, Any]],
     lost: Runs,
     now: float,
     held: Mapping[str, list[str]],
@@ -237,25 +237,25 @@ def cards_of(
     """Return a card for each server, by name.
 
     Args:
-        copies: a `CopyAnswer` each; of one server there may be several.
+        instances: a `InstanceAnswer` each; of one server there may be several.
         lost: the runs that were lost lately.
         now: the moment of the look.
-        held: the names of the jobs that each copy runs, by its id.
+        held: the names of the jobs that each instance runs, by its id.
         job_of: gives a job by its name.
     """
     by_server: dict[str, list[dict[str, Any]]] = {}
-    for copy in copies:
-        by_server.setdefault(copy["server"], []).append(copy)
+    for instance in instances:
+        by_server.setdefault(instance["server"], []).append(instance)
     losses: dict[str, Runs] = {}
     for run in lost:
         losses.setdefault(run["server"], []).append(run)
     cards = []
     for server in sorted(by_server.keys() | losses.keys()):
         boots = by_server.get(server, [])
-        live = [copy for copy in boots if copy["live"]]
-        newest = min(live or boots, key=lambda copy: copy["seenSecondsAgo"], default=None)
-        names = [name for copy in boots for name in held.get(copy["id"], ())]
-        jobs = [job for name in names[:JOBS_OF_COPY] if (job := job_of(name)) is not None]
+        live = [instance for instance in boots if instance["live"]]
+        newest = min(live or boots, key=lambda instance: instance["seenSecondsAgo"], default=None)
+        names = [name for instance in boots for name in held.get(instance["id"], ())]
+        jobs = [job for name in names[:JOBS_OF_INSTANCE] if (job := job_of(name)) is not None]
         cards.append(
             Card(
                 server=server,
@@ -273,10 +273,10 @@ def cards_of(
                     for job in jobs
                     if job["startedAt"] is not None
                 ],
-                more=max(0, len(names) - JOBS_OF_COPY),
+                more=max(0, len(names) - JOBS_OF_INSTANCE),
                 losses=[
                     Loss(run["job"], run["ended"], _became(run, job_of(run["job"])))
-                    for run in losses.get(server, [])[:JOBS_OF_COPY]
+                    for run in losses.get(server, [])[:JOBS_OF_INSTANCE]
                 ],
             )
         )
@@ -294,7 +294,7 @@ def _became(run: dict[str, Any], job: Job | None) -> str:
         return f"{outcome_of(last['outcome']).word} on {last['server']}"
     if job["state"] == "paused":
         return "is paused"
-    return "waits for a copy"
+    return "waits for an instance"
 
 
 def last_run(job: Job | None) -> dict[str, Any] | None:

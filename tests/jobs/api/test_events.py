@@ -120,7 +120,7 @@ async def test_a_slow_viewer_gets_the_newest_event(looks: Looks) -> None:
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-async def test_all_streams_end_when_the_copy_stops(looks: Looks, *, hangs: bool) -> None:
+async def test_all_streams_end_when_the_instance_stops(looks: Looks, *, hangs: bool) -> None:
     """Also while a look is under way that gets no answer."""
     stopping = asyncio.Event()
     feed = Feed(looks.look, stopping)

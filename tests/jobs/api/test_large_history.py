@@ -277,7 +277,7 @@ async def test_runs_begin_and_end_by_an_index(
         database = cast("Database", OneConnection(connection))
         me = repository.Me(uuid4(), "app1")
         jobs = JobRepository(database, me, LEASE)
-        known = await large.copy().declare(*NAMES)
+        known = await large.instance().declare(*NAMES)
         await large.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")
         for _ in NAMES:
             claimed = (await jobs.look(known, AT_ONCE)).claimed

@@ -17,10 +17,10 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from tests.balances.hostile import one_copy
+from tests.balances.hostile import one_instance
 from tests.jobs.fleet import read_diaries
-from tests.jobs.rows import Connection, add_copy, add_job, insert, running
-from tests.processes import Copy, connect
+from tests.jobs.rows import Connection, add_instance, add_job, insert, running
+from tests.processes import Instance, connect
 from tests.system.databases import freeze, own_postgres, thaw
 
 SECOND: Final = timedelta(seconds=1)
@@ -29,9 +29,9 @@ Answers = list[httpx.Response]
 
 @dataclass(frozen=True)
 class Quiet:
-    """A copy that runs no jobs, and a connection to write rows that nobody else changes."""
+    """An instance that runs no jobs, and a connection to write rows that nobody else changes."""
 
-    copy: Copy
+    instance: Instance
     client: httpx.AsyncClient
     connection: Connection
 
@@ -44,11 +44,11 @@ class Quiet:
 
 @pytest.fixture(scope="module")
 async def shared(postgres: dict[str, str]) -> AsyncIterator[Quiet]:
-    """A copy with JOBS_ENABLED=false, for most of this file."""
-    async with one_copy(postgres) as (copy, database):
+    """An instance with JOBS_ENABLED=false, for most of this file."""
+    async with one_instance(postgres) as (instance, database):
         connection = await connect(database)
-        async with httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client:
-            yield Quiet(copy, client, connection)
+        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+            yield Quiet(instance, client, connection)
         await connection.close()
 
 
@@ -64,11 +64,11 @@ async def quiet(shared: Quiet) -> Quiet:
 
 @asynccontextmanager
 async def fleet(
-    database: dict[str, str], diary: Path, *, seconds: float, copies: int = 2
+    database: dict[str, str], diary: Path, *, seconds: float, instances: int = 2
 ) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """Run copies with one job, `job-01`, that lasts so long; yield a client of each."""
-    all_copies = [
-        Copy(
+    """Run instances with one job, `job-01`, that lasts so long; yield a client of each."""
+    all_instances = [
+        Instance(
             database,
             f"app{number}",
             program=("-m", "tests.jobs.fleet"),
@@ -80,20 +80,21 @@ async def fleet(
             JOB_LEASE_SECONDS="3",
             JOB_HEARTBEAT_SECONDS="0.5",
         )
-        for number in range(1, copies + 1)
+        for number in range(1, instances + 1)
     ]
     clients = [
-        httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) for copy in all_copies
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30)
+        for instance in all_instances
     ]
     try:
-        for copy in all_copies:
-            await copy.launch()
-        await asyncio.gather(*(copy.ready() for copy in all_copies))
+        for instance in all_instances:
+            await instance.launch()
+        await asyncio.gather(*(instance.ready() for instance in all_instances))
         yield clients
     finally:
         for client in clients:
             await client.aclose()
-        await asyncio.gather(*(copy.stop() for copy in all_copies))
+        await asyncio.gather(*(instance.stop() for instance in all_instances))
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -149,25 +150,29 @@ def _no_more(schemas: dict[str, Any], schema: dict[str, Any], answer: object) ->
 
 
 async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> None:
-    """The ten jobs, as the document says, on the copy that runs them."""
+    """The ten jobs, as the document says, on the instance that runs them."""
     async with (
-        Copy(database, JOB_SETTLING_SECONDS="0.1") as copy_,
-        httpx.AsyncClient(base_url=copy_.url, trust_env=False, timeout=30) as client,
+        Instance(database, JOB_SETTLING_SECONDS="0.1") as instance_,
+        httpx.AsyncClient(base_url=instance_.url, trust_env=False, timeout=30) as client,
     ):
         told = await until(lambda told: told["counts"]["running"] > 0, lambda: status(client))
         assert len(told["jobs"]) == 10
         await conforms(client, "StatusAnswer", told)
-    (copy,) = told["copies"]
+    (instance,) = told["instances"]
     at_work = [job for job in told["jobs"] if job["state"] == "running"]
-    assert (copy["server"], copy["live"], copy["running"]) == ("app1", True, len(at_work))
-    assert {(job["server"], job["copyId"]) for job in at_work} == {("app1", copy["id"])}
+    assert (instance["server"], instance["live"], instance["running"]) == (
+        "app1",
+        True,
+        len(at_work),
+    )
+    assert {(job["server"], job["instanceId"]) for job in at_work} == {("app1", instance["id"])}
     assert sum(told["counts"].values()) == 10
     assert all(job["description"] and job["schedule"]["words"] for job in told["jobs"])
 
 
-async def test_a_copy_without_jobs_answers_too(quiet: Quiet) -> None:
+async def test_a_instance_without_jobs_answers_too(quiet: Quiet) -> None:
     """JOBS_ENABLED=false: it shows and steers what others run."""
-    other = await add_copy(quiet.connection, "app9")
+    other = await add_instance(quiet.connection, "app9")
     await add_job(quiet.connection, "running", **running(other, "app9"), done=1, total=3, note="x")
     await add_job(
         quiet.connection,
@@ -184,7 +189,7 @@ async def test_a_copy_without_jobs_answers_too(quiet: Quiet) -> None:
     assert [(job["name"], job["state"]) for job in told["jobs"]] == [
         (state, state) for state in ("paused", "running", "waiting")
     ]
-    assert [copy["running"] for copy in told["copies"]] == [1]
+    assert [instance["running"] for instance in told["instances"]] == [1]
     for call in ("waiting/run", "running/cancel", "waiting/pause", "paused/resume"):
         answer = await quiet.post(call)
         assert answer.status_code == 202, answer.text
@@ -340,9 +345,9 @@ async def test_pages_of_other_sites_steer_nothing(
     taken: bool,  # noqa: FBT001
 ) -> None:
     """A browser says whose page a request is from; what no page of ours sent is refused."""
-    await add_copy(quiet.connection)
+    await add_instance(quiet.connection)
     await add_job(quiet.connection, "a-job")
-    host = quiet.copy.url.removeprefix("http://")
+    host = quiet.instance.url.removeprefix("http://")
     sent = {name: value.format(host=host) for name, value in headers.items()}
     for call in ("pause", "resume", "run", "cancel"):
         answer = await quiet.client.post(f"/api/cron/jobs/a-job/{call}", headers=sent)
@@ -353,7 +358,7 @@ async def test_pages_of_other_sites_steer_nothing(
 
 async def test_a_run_is_asked_for(quiet: Quiet) -> None:
     """A tick in the future gives way to one of this moment; one that is due stays what it is."""
-    await add_copy(quiet.connection)
+    await add_instance(quiet.connection)
     await add_job(quiet.connection, "later", due_at=60 * SECOND)
     await add_job(quiet.connection, "retry", due_at=-60 * SECOND, ready_at=60 * SECOND, attempt=2)
     before = {job["name"]: job for job in (await status(quiet.client))["jobs"]}
@@ -386,15 +391,15 @@ async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> Non
     assert answers["paused"].json()["pausedBy"] == "ada"
     after = await quiet.connection.fetch("SELECT * FROM jobs WHERE name <> 'lost' ORDER BY name")
     assert before == after
-    await add_copy(quiet.connection)
+    await add_instance(quiet.connection)
     assert (await quiet.post("lost/run")).status_code == 202
 
 
 async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> None:
     """Not for want of heartbeats in the past, and not for an instance that lacks it."""
-    await add_copy(quiet.connection, "app1", lacks=("moon",))
-    await add_copy(quiet.connection, "app2", knows_to=0)
-    gone = await add_copy(quiet.connection, "app3", seen_seconds_ago=50)
+    await add_instance(quiet.connection, "app1", lacks=("moon",))
+    await add_instance(quiet.connection, "app2", knows_to=0)
+    gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
     await add_job(quiet.connection, "moon")
     await add_job(quiet.connection, "lost", **{**running(gone, "app3"), "lease_until": -SECOND})
     await quiet.connection.execute("UPDATE copies SET lacks = lacks || 'lost'::text")
@@ -404,14 +409,14 @@ async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> Non
         assert (answer.status_code, answer.json()["code"]) == (409, "job-without-code")
         assert (await quiet.job(name))["hasCode"] is False
     assert await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name") == before
-    await add_copy(quiet.connection, "app4")
+    await add_instance(quiet.connection, "app4")
     assert (await quiet.post("moon/run")).status_code == 202
     assert (await quiet.job("moon"))["hasCode"] is True
 
 
 async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> None:
     """It is off all lists; its history stays, and who forgot it first; a lost run is lost."""
-    gone = await add_copy(quiet.connection, "app3", seen_seconds_ago=50)
+    gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
     await add_job(quiet.connection, "moon", **{**running(gone, "app3"), "lease_until": -SECOND})
     await insert(
         quiet.connection,
@@ -449,7 +454,7 @@ async def test_a_job_that_runs_or_could_run_is_not_forgotten(quiet: Quiet) -> No
     await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
     await add_job(quiet.connection, "waiting")
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
-    await add_copy(quiet.connection, "app1", lacks=("running",))
+    await add_instance(quiet.connection, "app1", lacks=("running",))
     before = await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name")
     for name, code in {
         "running": "job-running",
@@ -468,7 +473,7 @@ async def test_a_job_that_runs_or_could_run_is_not_forgotten(quiet: Quiet) -> No
 
 async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None:
     """`workEndedAt` is of the run under way, not of one before."""
-    one = await add_copy(quiet.connection, "app1")
+    one = await add_instance(quiet.connection, "app1")
     await add_job(quiet.connection, "done", **running(one, "app1"), work_ended_at=-2 * SECOND)
     await add_job(quiet.connection, "busy", **running(one, "app1"), work_ended_at=-60 * SECOND)
     answers = {name: (await quiet.post(f"{name}/cancel")).json() for name in ("done", "busy")}
@@ -478,7 +483,7 @@ async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None
 
 async def test_a_run_that_is_told_to_stop_says_since_when(quiet: Quiet) -> None:
     """`stoppingSince` is of the run under way, not of one before."""
-    one = await add_copy(quiet.connection, "app1")
+    one = await add_instance(quiet.connection, "app1")
     await add_job(quiet.connection, "deaf", **running(one, "app1"), stopping_at=-2 * SECOND)
     await add_job(quiet.connection, "well", **running(one, "app1"), stopping_at=-60 * SECOND)
     jobs = {job["name"]: job for job in (await status(quiet.client))["jobs"]}
@@ -592,7 +597,7 @@ async def test_a_run_under_way_keeps_its_tick(quiet: Quiet) -> None:
 
 
 async def test_a_schedule_of_a_newer_program_is_left_alone(quiet: Quiet) -> None:
-    """A copy that can't read a job's schedule resumes the tick that waited."""
+    """An instance that can't read a job's schedule resumes the tick that waited."""
     await add_job(
         quiet.connection,
         "a-job",
@@ -625,7 +630,7 @@ async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
 
 
 async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: Path) -> None:
-    """Asked on two copies at once, the job runs once; it runs again when asked after its end."""
+    """Asked on two instances at once, the job runs once; it runs again when asked after its end."""
     async with fleet(database, tmp_path, seconds=1.5) as clients:
 
         async def ended(fence: int) -> None:
@@ -656,7 +661,7 @@ async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: P
 async def test_a_cancelled_run_ends_wherever_it_is(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """Asked on the copy that does not run it; the next tick waits, and a pause holds it back."""
+    """Asked on the instance that runs it not; the next tick waits, a pause holds it back."""
     async with fleet(database, tmp_path, seconds=60) as clients:
         at_work = await until(
             lambda job: job["state"] == "running", lambda: job(clients[0], "job-01")
@@ -719,8 +724,10 @@ async def test_the_status_is_sent_as_it_changes(quiet: Quiet) -> None:
     assert len({first.id, second.id, third.id}) == 3
 
 
-async def test_streams_end_when_the_copy_stops(copy: Copy, client: httpx.AsyncClient) -> None:
-    """All of them, at once, so that nobody who watches keeps a copy from stopping."""
+async def test_streams_end_when_the_instance_stops(
+    instance: Instance, client: httpx.AsyncClient
+) -> None:
+    """All of them, at once, so that nobody who watches keeps an instance from stopping."""
     ended = []
 
     async def watch(watching: asyncio.Event) -> None:
@@ -733,7 +740,7 @@ async def test_streams_end_when_the_copy_stops(copy: Copy, client: httpx.AsyncCl
     viewers = [asyncio.create_task(watch(sign)) for sign in signs]
     await asyncio.gather(*(sign.wait() for sign in signs))
     stopped = monotonic()
-    assert await copy.stop(signal.SIGTERM) == 0
+    assert await instance.stop(signal.SIGTERM) == 0
     await asyncio.gather(*viewers)
     assert monotonic() - stopped < 3  # less than it would wait for requests under way
     assert max(ended) - stopped < 2
@@ -744,8 +751,8 @@ async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
     async with own_postgres() as server:
         log = tmp_path / "log"
         async with (
-            Copy(server.environment(), log=log, JOBS_ENABLED="false") as copy,
-            httpx.AsyncClient(base_url=copy.url, trust_env=False, timeout=30) as client,
+            Instance(server.environment(), log=log, JOBS_ENABLED="false") as instance,
+            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
             client.stream("GET", "/api/cron/events") as answer,
         ):
             stream = events(answer)

@@ -17,7 +17,7 @@ from balance_app.db.pool import Connection as PoolConnection
 from balance_app.errors import DatabaseAway
 from balance_app.jobs.api import status as board_module
 from balance_app.jobs.api.status import Board
-from tests.jobs.rows import Connection, add_copy, add_job, migrated, running, settings_for
+from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
 from tests.processes import connect
 
 Rows: TypeAlias = "list[asyncpg.Record]"
@@ -96,7 +96,7 @@ async def test_a_waiting_job_says_why(rows: tuple[Board, Connection], reason: st
     """Each reason has its word, its sentence and the moment that ends it, if one does."""
     board, connection = rows
     columns, until, sentence = REASONS[reason]
-    await add_copy(connection)
+    await add_instance(connection)
     last = LAST if "last_outcome" in columns else {}
     await add_job(connection, "a-job", **columns, **last)
     status = await look(board)
@@ -106,14 +106,14 @@ async def test_a_waiting_job_says_why(rows: tuple[Board, Connection], reason: st
     assert job["waiting"]["sentence"].startswith(sentence)
     assert job["waiting"]["until"] == (None if until is None else job[until])
     assert job["waiting"]["overdue"] is False
-    assert (job["server"], job["copyId"], job["elapsedSeconds"]) == (None, None, None)
+    assert (job["server"], job["instanceId"], job["elapsedSeconds"]) == (None, None, None)
     assert status["counts"] == {"running": 0, "waiting": 0, "paused": 0, "overdue": 0, state: 1}
 
 
-async def test_a_start_of_all_copies_settles(rows: tuple[Board, Connection]) -> None:
-    """A due job waits for the settling time while every copy has just come up, and only then."""
+async def test_a_start_of_all_instances_settles(rows: tuple[Board, Connection]) -> None:
+    """A due job waits for the settling time when all instances have just come up, only then."""
     board, connection = rows
-    await add_copy(connection, up_seconds=-3600)
+    await add_instance(connection, up_seconds=-3600)
     await add_job(connection, "seen", due_at=-1 * SECOND, seen_at=3600 * SECOND)
     await add_job(connection, "a-run", due_at=-1 * SECOND, seen_at=3600 * SECOND)
     await connection.execute(
@@ -122,13 +122,13 @@ async def test_a_start_of_all_copies_settles(rows: tuple[Board, Connection]) -> 
     fleet_up, job = (await look(board))["jobs"]
     assert (job["waiting"]["reason"], fleet_up["waiting"]["reason"]) == ("settling", "due")
     assert job["waiting"]["until"] > job["readyAt"]
-    await add_copy(connection, "app2", up_seconds=600)
+    await add_instance(connection, "app2", up_seconds=600)
     _, job = (await look(board))["jobs"]
     assert job["waiting"]["reason"] == "due"
 
 
 async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> None:
-    """Live copies count, with the jobs they knew when they started but for those they lack."""
+    """Live instances count, with the jobs they knew when they started but for those they lack."""
     board, connection = rows
     for name in ("early", "gone", "late"):
         await add_job(connection, name)
@@ -139,13 +139,13 @@ async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> N
 
     assert await without_code() == {"early", "gone", "late"}
     number = await connection.fetchval("SELECT number FROM jobs WHERE name = 'gone'")
-    await add_copy(connection, seen_seconds_ago=30)
+    await add_instance(connection, seen_seconds_ago=30)
     assert await without_code() == {"early", "gone", "late"}
-    await add_copy(connection, "app2", knows_to=number, lacks=("gone",))
+    await add_instance(connection, "app2", knows_to=number, lacks=("gone",))
     assert await without_code() == {"gone", "late"}
-    await add_copy(connection, "app3", lacks=("early", "gone"))
+    await add_instance(connection, "app3", lacks=("early", "gone"))
     assert await without_code() == {"gone"}
-    await add_copy(connection, "app4", knows_to=number)
+    await add_instance(connection, "app4", knows_to=number)
     assert await without_code() == set()
     await connection.execute("UPDATE copies SET seen_at = clock_timestamp() - interval '20 s'")
     assert await without_code() == {"early", "gone", "late"}
@@ -154,7 +154,7 @@ async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> N
 async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[Board, Connection]) -> None:
     """Ready for longer than a lease and the settling time: counted, whatever the reason."""
     board, connection = rows
-    await add_copy(connection)
+    await add_instance(connection)
     await add_job(connection, "due", due_at=-30 * SECOND)
     await add_job(connection, "lost", **{**running(uuid4(), "x"), "lease_until": -30 * SECOND})
     await add_job(connection, "soon", due_at=-5 * SECOND)
@@ -168,7 +168,7 @@ async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[Board, Connection])
 async def test_time_alone_changes_what_is_said(rows: tuple[Board, Connection]) -> None:
     """A job becomes due, and a lease runs out, without a row being written."""
     board, connection = rows
-    await add_copy(connection)
+    await add_instance(connection)
     await add_job(connection, "soon", due_at=0.3 * SECOND)
     await add_job(connection, "run", **{**running(uuid4(), "x"), "lease_until": 0.3 * SECOND})
     run, soon = (await look(board))["jobs"]
@@ -181,7 +181,7 @@ async def test_time_alone_changes_what_is_said(rows: tuple[Board, Connection]) -
 async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Connection]) -> None:
     """By the database's clock; with its progress, who wants its end, and that it is its last."""
     board, connection = rows
-    one, other = await add_copy(connection, "app1"), await add_copy(connection, "app1")
+    one, other = await add_instance(connection, "app1"), await add_instance(connection, "app1")
     await add_job(connection, "plain", **running(one, "app1"))
     await add_job(
         connection,
@@ -197,8 +197,12 @@ async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Conn
     )
     status = await look(board)
     plain, rich = status["jobs"]
-    for job, copy, seconds in ((plain, one, 40), (rich, other, 90)):
-        assert (job["state"], job["server"], job["copyId"]) == ("running", "app1", str(copy))
+    for job, instance, seconds in ((plain, one, 40), (rich, other, 90)):
+        assert (job["state"], job["server"], job["instanceId"]) == (
+            "running",
+            "app1",
+            str(instance),
+        )
         now, started = (datetime.fromisoformat(at) for at in (status["now"], job["startedAt"]))
         assert job["elapsedSeconds"] == pytest.approx((now - started).total_seconds(), abs=0.002)
         assert seconds <= job["elapsedSeconds"] < seconds + 30
@@ -206,7 +210,7 @@ async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Conn
     assert (plain["progress"], plain["cancelBy"], plain["paused"]) == (None, None, None)
     assert rich["progress"] == {"done": 4, "total": 12, "note": "users"}
     assert (rich["cancelBy"], rich["requestedBy"], rich["paused"]["by"]) == ("ada", "bob", "eve")
-    assert {copy["id"]: copy["running"] for copy in status["copies"]} == {
+    assert {instance["id"]: instance["running"] for instance in status["instances"]} == {
         str(one): 1,
         str(other): 1,
     }
@@ -225,14 +229,14 @@ async def test_the_last_run_and_the_schedule_are_told(rows: tuple[Board, Connect
     assert (old["lastRun"]["outcome"], old["lastRun"]["server"]) == ("timed_out", "app9")
 
 
-async def test_copies_are_listed_while_they_are_seen(rows: tuple[Board, Connection]) -> None:
+async def test_instances_are_listed_while_they_are_seen(rows: tuple[Board, Connection]) -> None:
     """Live within a lease, listed for a minute, whatever they know."""
     board, connection = rows
-    await add_copy(connection, "live", seen_seconds_ago=1, lacks=("x",))
-    await add_copy(connection, "silent", seen_seconds_ago=20)
-    await add_copy(connection, "gone", seen_seconds_ago=70)
+    await add_instance(connection, "live", seen_seconds_ago=1, lacks=("x",))
+    await add_instance(connection, "silent", seen_seconds_ago=20)
+    await add_instance(connection, "gone", seen_seconds_ago=70)
     for _ in range(2):
-        live, silent = (await look(board))["copies"]
+        live, silent = (await look(board))["instances"]
         assert live.keys() == {"id", "server", "startedAt", "seenSecondsAgo", "live", "running"}
         assert (live["server"], live["live"]) == ("live", True)
         assert (silent["server"], silent["live"]) == ("silent", False)
@@ -246,7 +250,7 @@ async def test_a_board_without_jobs_is_whole(rows: tuple[Board, Connection]) -> 
     assert {**await look(board), "now": 0} == {
         "now": 0,
         "counts": {"running": 0, "waiting": 0, "paused": 0, "overdue": 0},
-        "copies": [],
+        "instances": [],
         "jobs": [],
     }
 
@@ -281,7 +285,7 @@ async def _differences(  # noqa: C901 - a small world
 
     Writers commit, roll back and stay open across looks; rows are added, deleted, frozen, moved.
     """
-    await add_copy(connection)
+    await add_instance(connection)
     for number in range(20):
         await add_job(connection, f"job-{number:02}")
     writers = [await connect(database) for _ in range(3)]
@@ -413,7 +417,7 @@ async def test_a_look_that_was_given_up_leaves_nothing_behind(
 ) -> None:
     """Cancelled at any of its steps, the next look is right all the same."""
     board, connection = rows
-    await add_copy(connection)
+    await add_instance(connection)
     for number in range(600):
         await add_job(connection, f"job-{number:03}")
     for steps in range(12):

@@ -1,6 +1,6 @@
 """What people can do to a job: run it now, pause it, resume it, cancel its run, forget it.
 
-Each is one conditional statement, so any number of people may press any button at once. A copy
+Each is one conditional statement, so any number of people may press any button at once. An instance
 that runs the job learns of it with its next heartbeat, all others with their next look.
 """
 
@@ -57,7 +57,7 @@ class Controls:
         return await self._steer("pause", PAUSE, name, by, reason)
 
     async def cancel(self, name: str, by: str) -> bytes:
-        """Ask the copy that runs a job to end the run. Who asked first stays.
+        """Ask the instance that runs a job to end the run. Who asked first stays.
 
         A run whose work is done (`workEndedAt` in the answer) has succeeded, and only ends now.
 

@@ -1,4 +1,4 @@
-"""The live feed: one look a second for all who watch this copy, and none while nobody does.
+"""The live feed: one look a second for all who watch this instance, and none while nobody does.
 
 A viewer is always sent the newest event. One who is slow misses those in between; nothing is kept
 for anybody.
@@ -23,11 +23,11 @@ log = structlog.get_logger(__name__)
 
 MAX_VIEWERS: Final = 1000
 TICK_SECONDS: Final = 1.0
-RETRY_MILLISECONDS: Final = 1000  # how soon a viewer whose copy has stopped asks the next one
+RETRY_MILLISECONDS: Final = 1000  # how soon a viewer whose instance has stopped asks the next one
 
 
 class Feed:
-    """Tells every viewer of this copy what the jobs are doing, until the copy stops."""
+    """Tells every viewer of this instance what the jobs are doing, until the instance stops."""
 
     def __init__(self, look: Callable[[], Awaitable[Snapshot]], stopping: asyncio.Event) -> None:
         self._look = look
@@ -47,7 +47,7 @@ class Feed:
             Overloaded: `MAX_VIEWERS` watch already.
         """
         if self._viewers >= MAX_VIEWERS:
-            raise Overloaded(f"{self._viewers} watch this copy already.")
+            raise Overloaded(f"{self._viewers} watch this instance already.")
         self._viewers += 1
         if self._ticker is None:
             # Of its own context: it looks for all of them.

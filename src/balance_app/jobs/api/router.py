@@ -1,4 +1,4 @@
-"""The routes of jobs; a copy that runs none itself has them all the same."""
+"""The routes of jobs; an instance that runs none itself has them all the same."""
 
 from typing import Any, Final
 
@@ -62,7 +62,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
                 },
                 "example": (
                     'event: status\ndata: {"now":"2026-11-21T21:49:33.940623Z","counts":'
-                    '{"running":4,"waiting":5,"paused":1,"overdue":0},"copies":[],"jobs":[]}\n'
+                    '{"running":4,"waiting":5,"paused":1,"overdue":0},"instances":[],"jobs":[]}\n'
                     "id: 2026-11-21T21:49:33.940623+00:00\n\n"
                 ),
             }
@@ -74,7 +74,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
 @router.get(
     "/status",
     summary="See every job",
-    response_description="Every job and every copy.",
+    response_description="Every job and every instance.",
     response_model=StatusAnswer,
     responses=problems(),
 )
@@ -139,7 +139,7 @@ _own_site = Depends(refuse_other_sites)
 @router.post(
     "/jobs/{name}/run",
     summary="Run a job now",
-    response_description="The job is ready; a copy takes it.",
+    response_description="The job is ready; an instance takes it.",
     status_code=202,
     response_model=JobAnswer,
     responses=problems(
@@ -192,14 +192,14 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 @router.post(
     "/jobs/{name}/cancel",
     summary="Cancel a run",
-    response_description="The copy that runs the job will be told.",
+    response_description="The instance that runs the job will be told.",
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobNotRunning, InvalidRequest),
     dependencies=[_own_site],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """End a job's run on whichever copy it is, within one heartbeat.
+    """End a job's run on whichever instance it is, within one heartbeat.
 
     If the answer has a `workEndedAt`, the run's work was done already: it has succeeded, and only
     ends now, before its least duration is over.
@@ -226,7 +226,7 @@ async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
 
 def wake(request: Request) -> None:
-    """Let this copy's scheduler look at the jobs now."""
+    """Let this instance's scheduler look at the jobs now."""
     if (scheduler := services(request).get(Scheduler)) is not None:
         scheduler.wake()
 
@@ -236,7 +236,7 @@ def _controls(request: Request) -> Controls:
 
 
 def _steered(request: Request, job: bytes) -> Response:
-    """Answer with the job; this copy looks at the jobs at once, others soon."""
+    """Answer with the job; this instance looks at the jobs at once, others soon."""
     wake(request)
     return _json(job, status=202)
 

@@ -163,10 +163,10 @@ PageQuery = Annotated[Page, Depends(_page)]
 
 Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]
 Seconds = Annotated[float, Field(examples=[41.2])]
-CopyId = Annotated[
+InstanceId = Annotated[
     str,
     Field(
-        description="of one boot of one copy; the servers' names are for people",
+        description="of one boot of one instance; the servers' names are for people",
         examples=["5f0c3b1e-62d5-4a43-9d0a-1f6a2f6f8a11"],
     ),
 ]
@@ -242,8 +242,8 @@ class JobAnswer(_Answer):
             description="declared by live instances of other versions; the latest declared counts"
         ),
     ]
-    server: Annotated[Server | None, Field(description="which copy runs it")]
-    copy_id: CopyId | None
+    server: Annotated[Server | None, Field(description="which instance runs it")]
+    instance_id: InstanceId | None
     started_at: Instant | None
     elapsed_seconds: Annotated[Seconds | None, Field(description="by the database's clock")]
     progress: ProgressAnswer | None
@@ -301,10 +301,10 @@ class CountsAnswer(_Answer):
     overdue: Annotated[int, Field(examples=[0])]
 
 
-class CopyAnswer(_Answer):
-    """A copy that was seen in the last minute; `live`: within the time that a lease lasts."""
+class InstanceAnswer(_Answer):
+    """An instance that was seen in the last minute; `live`: within the time that a lease lasts."""
 
-    id: CopyId
+    id: InstanceId
     server: Server
     started_at: Instant
     seen_seconds_ago: Annotated[float, Field(examples=[0.731])]
@@ -313,11 +313,11 @@ class CopyAnswer(_Answer):
 
 
 class StatusAnswer(_Answer):
-    """Every job and every copy, in one consistent snapshot; `now` is the database's time."""
+    """Every job and every instance, in one consistent snapshot; `now` is the database's time."""
 
     now: Instant
     counts: CountsAnswer
-    copies: list[CopyAnswer]
+    instances: list[InstanceAnswer]
     jobs: list[JobAnswer]
 
 

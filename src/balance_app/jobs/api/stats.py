@@ -1,4 +1,4 @@
-"""What PostgreSQL knows of the jobs, for the metrics: the same from whichever copy it is asked."""
+"""What PostgreSQL knows of the jobs, for the metrics: the same from every instance."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 
 class Facts:
-    """The jobs that this copy's code declares, as their rows and runs are."""
+    """The jobs that this instance's code declares, as their rows and runs are."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""The board: what every job and every copy is doing at one moment, for people to look at.
+"""The board: what every job and every instance is doing at one moment, for people to look at.
 
-A copy keeps each job's line as it was written last, and asks PostgreSQL only for the rows that
+An instance keeps each job's line as it was written last, and asks PostgreSQL only for the rows that
 have changed since its last look: ten thousand jobs cost little more than ten. Each look is one
 statement, so one snapshot; all times are differences to that statement's own clock.
 """
@@ -27,7 +27,8 @@ State = Literal["running", "waiting", "paused"]
 FAILURES: Final = frozenset({"failed", "timed_out", "lost"})
 
 _LOST: Final = (
-    "{} sent no heartbeat: it has stopped, or can't reach the database; another copy takes over."
+    "{} sent no heartbeat: it has stopped, or can't reach the database; another instance "
+    "takes over."
 )
 _QUARANTINED: Final = (
     "Its last {} runs were lost with their processes: it is tried again at {}, or when it is run."
@@ -46,14 +47,14 @@ class Limits(NamedTuple):
 
 
 class Fleet(NamedTuple):
-    """What the live copies can run, and since when the eldest of them is up."""
+    """What the live instances can run, and since when the eldest of them is up."""
 
     # jobs up to a number, but for those
     abilities: frozenset[tuple[int, frozenset[str]]]
     since: datetime | None
 
     def can_run(self, number: int, name: str) -> bool:
-        """Say whether some live copy has the code of a job."""
+        """Say whether some live instance has the code of a job."""
         return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
 
 
@@ -71,7 +72,7 @@ class Sums(NamedTuple):
     overdue: bool
     # its last run was no success
     failed: bool
-    # the copy that runs it
+    # the instance that runs it
     holder: str | None
 
 
@@ -89,13 +90,13 @@ class Snapshot(NamedTuple):
     now: datetime
     text: bytes
     counts: dict[str, int]
-    copies: list[dict[str, Any]]
+    instances: list[dict[str, Any]]
     # each a `JobAnswer`, in order of the names
     lines: dict[str, Line]
 
 
 class Board:
-    """The jobs and copies as they are now, seen from one copy."""
+    """The jobs and instances as they are now, seen from one instance."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
@@ -156,8 +157,8 @@ class Board:
             self._horizon = None
             header = await self._fetch()
         now: datetime = header["now"]
-        copies = from_json(header["copies"])
-        fleet = self._learn_fleet(copies)
+        instances = from_json(header["instances"])
+        fleet = self._learn_fleet(instances)
         if fleet != self._fleet:
             self._fleet = fleet
             self._stale.update(self._rows)
@@ -168,15 +169,15 @@ class Board:
             counts[state] += number
             counts["overdue"] += number * overdue
             runs[holder] += number
-        for copy in copies:
-            copy["running"] = runs[copy["id"]]
-        head = to_json({"now": now, "counts": counts, "copies": copies})[:-1]
+        for instance in instances:
+            instance["running"] = runs[instance["id"]]
+        head = to_json({"now": now, "counts": counts, "instances": instances})[:-1]
         await asyncio.sleep(0)
         lines = [line.text for line in self._lines.values()] or [b""]
-        # One copy of what may be many megabytes.
+        # One instance of what may be many megabytes.
         lines[0] = head + b',"jobs":[' + lines[0]
         lines[-1] += b"]}"
-        return Snapshot(now, b",".join(lines), counts, copies, dict(self._lines))
+        return Snapshot(now, b",".join(lines), counts, instances, dict(self._lines))
 
     async def _fetch(self) -> asyncpg.Record:
         """Bring the rows up to now; return what else the statement said."""
@@ -199,19 +200,19 @@ class Board:
         self._booted_at = header["booted_at"]
         return header
 
-    def _learn_fleet(self, copies: Iterable[dict[str, Any]]) -> Fleet:
-        """Return what the live copies can do, and take out of `copies` what is not for people."""
+    def _learn_fleet(self, instances: Iterable[dict[str, Any]]) -> Fleet:
+        """Return what live instances can do, and take from `instances` what is not for people."""
         lacks: dict[str, frozenset[str]] = {}
         abilities = set()
         since = []
-        for copy in copies:
-            lacked, knows_to = copy.pop("lacks"), copy.pop("knowsTo")
-            copy["startedAt"] = datetime.fromisoformat(copy["startedAt"]).astimezone(UTC)
-            known = self._lacks[copy["id"]] if lacked is None else frozenset(lacked)
-            lacks[copy["id"]] = known
-            if copy["live"]:
+        for instance in instances:
+            lacked, knows_to = instance.pop("lacks"), instance.pop("knowsTo")
+            instance["startedAt"] = datetime.fromisoformat(instance["startedAt"]).astimezone(UTC)
+            known = self._lacks[instance["id"]] if lacked is None else frozenset(lacked)
+            lacks[instance["id"]] = known
+            if instance["live"]:
                 abilities.add((knows_to, known))
-                since.append(copy["startedAt"])
+                since.append(instance["startedAt"])
         self._lacks = lacks
         return Fleet(frozenset(abilities), min(since, default=None))
 
@@ -240,10 +241,10 @@ class Board:
 
 # A row that was written by a transaction older than any that ran during the last look was seen
 # by it, or is older still; all others are asked for. The rows and the header are one snapshot.
-# What a copy lacks never changes: it is asked for once.
+# What an instance lacks never changes: it is asked for once.
 #
 # $1 the last look's oldest transaction (none: all rows), $2 the server that was asked,
-# $3 the lease, $4 the copies whose lacks are known
+# $3 the lease, $4 the instances whose lacks are known
 CHANGED: Final = """
 WITH header AS (
     SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
@@ -271,7 +272,7 @@ FROM (
                 'knowsTo', knows_to,
                 'lacks', CASE WHEN id <> ALL ($4::uuid[]) THEN lacks END
             ) ORDER BY server, started_at), '[]')::text
-            FROM copies WHERE seen_at > now - greatest($3, interval '1 minute')) AS copies
+            FROM copies WHERE seen_at > now - greatest($3, interval '1 minute')) AS instances
     FROM header
 ) AS header
 FULL JOIN changed ON false
@@ -309,7 +310,7 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
             {"text": text, "words": _in_words(text)} for text in row["other_schedules"]
         ],
         "server": row["server"] if running else None,
-        "copyId": holder,
+        "instanceId": holder,
         "startedAt": row["started_at"] if running else None,
         "elapsedSeconds": _seconds(row["started_at"], now) if running else None,
         "progress": (
@@ -369,7 +370,7 @@ def _why(
     many = f" Its last {failures} runs failed." if failures > 1 else ""
     until = None
     if not fleet.can_run(row["number"], row["name"]):
-        reason, sentence = "no-code", "No live copy has its code."
+        reason, sentence = "no-code", "No live instance has its code."
     elif lost:
         reason, sentence = "lost", _LOST.format(row["server"])
     elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
@@ -387,19 +388,22 @@ def _why(
         until = settles_at
         reason, sentence = (
             "settling",
-            f"Due, but copies are coming up: they share what is due at {_said(settles_at)}.",
+            f"Due, but instances are coming up: they share what is due at {_said(settles_at)}.",
         )
     elif row["requested_by"] is not None:
-        reason, sentence = "requested", f"{row['requested_by']} asked for a run: a copy takes it."
+        reason, sentence = (
+            "requested",
+            f"{row['requested_by']} asked for a run: an instance takes it.",
+        )
     elif row["attempt"] and row["last_outcome"] == "interrupted":
         reason, sentence = (
             "handed-back",
-            f"{row['last_server']} handed it back: another copy goes on with it.",
+            f"{row['last_server']} handed it back: another instance goes on with it.",
         )
     elif row["attempt"]:
         reason, sentence = "retry", f"The last run {again}; it is tried again now.{many}"
     else:
-        reason, sentence = "due", f"Due since {_said(ready_at)}: a copy takes it."
+        reason, sentence = "due", f"Due since {_said(ready_at)}: an instance takes it."
     return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
 
 
@@ -410,7 +414,7 @@ def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
 
 
 def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
-    """Return until when a job that is ready is left alone because all copies have just come up."""
+    """Return until when a ready job is left alone because all instances have just come up."""
     if row["seen_at"] is None or fleet.since is None:
         return None
     if row["alive_at"] is not None and row["alive_at"] > fleet.since:
