@@ -102,7 +102,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
         ("CREATE TABLE balance_app_version (a int)", "balance_app_version says nothing"),
         ("CREATE TABLE users (id int)", "has users, but no version"),
         ("CREATE TABLE jobs (id int); CREATE VIEW entries AS SELECT 1", "has entries and jobs"),
-        ("CREATE SEQUENCE instances", "has instances"),
+        ("CREATE SEQUENCE copies", "has copies"),
         ("CREATE TYPE users AS ENUM ('a')", 'type "users" already exists'),
         ("CREATE FUNCTION hold_lease() RETURNS int RETURN 1", 'function "hold_lease" already'),
         ("CREATE FUNCTION refuse_rewriting() RETURNS int RETURN 1", '"refuse_rewriting" already'),

@@ -72,7 +72,7 @@ async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
     instance = uuid4()
     await insert(
         connection,
-        "instances",
+        "copies",
         id=instance,
         server=server,
         started_at=timedelta(seconds=-up_seconds),

@@ -181,9 +181,7 @@ class Ground:
 
     async def forget(self) -> None:
         """Begin anew with no job at all."""
-        await self.eye.execute(
-            "TRUNCATE jobs, job_declarations, job_runs, instances RESTART IDENTITY"
-        )
+        await self.eye.execute("TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY")
 
     async def shift(self, seconds: float) -> None:
         """Let time pass: all that was lies further back. Leases stay as they are."""

@@ -309,7 +309,7 @@ class Watch:
     ) -> None:
         began = monotonic()
         while True:
-            if await connection.fetchval("SELECT to_regclass('instances') IS NOT NULL"):
+            if await connection.fetchval("SELECT to_regclass('copies') IS NOT NULL"):
                 rows = await connection.fetch(STATES)
                 self._looks += 1
                 # What waited for the database did not wait for an instance.

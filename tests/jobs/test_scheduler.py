@@ -322,7 +322,7 @@ async def _run_all(ground: Ground, jobs: int) -> None:
     await asyncio.sleep(0.1)
 
 
-async def test_a_instance_that_stops_hands_its_runs_back(ground: Ground) -> None:
+async def test_an_instance_that_stops_hands_its_runs_back(ground: Ground) -> None:
     """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
 
     async def goes_on(run: Run) -> str:

@@ -73,7 +73,7 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
 
 
 @outages
-async def test_a_instance_starts_without_its_database(
+async def test_an_instance_starts_without_its_database(
     take_away: Action, bring_back: Action
 ) -> None:
     """An instance comes up while the database is away, says so, and serves once it is there."""
@@ -102,7 +102,7 @@ async def test_a_instance_starts_without_its_database(
     assert probes.slowest_seconds <= LONGEST_REQUEST_SECONDS
 
 
-async def test_a_instance_waits_for_a_schema_in_use(database: dict[str, str]) -> None:
+async def test_an_instance_waits_for_a_schema_in_use(database: dict[str, str]) -> None:
     """An instance that starts while somebody works on the schema neither fails nor interferes."""
     async with Instance(database, "app1"):
         pass

@@ -64,7 +64,7 @@ async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -
         assert await page.evaluate(MARKED) == 1
 
 
-async def test_a_instance_that_is_killed_is_seen_to_be_lost(
+async def test_an_instance_that_is_killed_is_seen_to_be_lost(
     database: dict[str, str], tmp_path: Path, browser: Browser
 ) -> None:
     """Its card says so, and what became of its job, which goes on elsewhere."""

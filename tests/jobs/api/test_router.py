@@ -170,7 +170,7 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
     assert all(job["description"] and job["schedule"]["words"] for job in told["jobs"])
 
 
-async def test_a_instance_without_jobs_answers_too(quiet: Quiet) -> None:
+async def test_an_instance_without_jobs_answers_too(quiet: Quiet) -> None:
     """JOBS_ENABLED=false: it shows and steers what others run."""
     other = await add_instance(quiet.connection, "app9")
     await add_job(quiet.connection, "running", **running(other, "app9"), done=1, total=3, note="x")
