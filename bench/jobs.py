@@ -80,8 +80,8 @@ async def main() -> None:
 
 async def starts(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (c)."""
-    with tempfile.TemporaryDirectory() as diary:
-        async with fleet(variables, diary, FLEET_EVERY="2", FLEET_SECONDS="0.1"):
+    with tempfile.TemporaryDirectory() as event_log:
+        async with fleet(variables, event_log, FLEET_EVERY="2", FLEET_SECONDS="0.1"):
             connection = await connect(variables)
             await asyncio.sleep(1)
             await connection.execute(STAGGER)
@@ -101,8 +101,8 @@ async def idling(variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
     connection = await connect(variables)
     await connection.execute(f"ALTER DATABASE {variables['DB_NAME']} SET log_statement = 'all'")
     await connection.close()
-    with tempfile.TemporaryDirectory() as diary:
-        async with fleet(variables, diary, FLEET_EVERY="3600", FLEET_SECONDS="0.1"):
+    with tempfile.TemporaryDirectory() as event_log:
+        async with fleet(variables, event_log, FLEET_EVERY="3600", FLEET_SECONDS="0.1"):
             await asyncio.sleep(4)
             before = postgres.log.read_text().count("LOG:  execute ")
             await asyncio.sleep(IDLE_SECONDS)
@@ -200,10 +200,10 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
 
 
 @asynccontextmanager
-async def fleet(variables: dict[str, str], diary: str, **env: str) -> AsyncIterator[None]:
+async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncIterator[None]:
     """Run instances whose ten jobs do next to nothing."""
     program = ("-m", "tests.jobs.fleet")
-    told: dict[str, Any] = {"FLEET_DIARY": diary, "LOG_LEVEL": "warning", **env}
+    told: dict[str, Any] = {"FLEET_EVENT_LOGS": event_log, "LOG_LEVEL": "warning", **env}
     instances = [
         Instance(variables, f"app{number}", program=program, **told)
         for number in range(1, INSTANCES + 1)

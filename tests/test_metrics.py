@@ -333,7 +333,7 @@ async def test_a_quarantined_job_was_lost(ground: Ground) -> None:
     other = ground.instance("other")
     await other.declare("good")
     await other.claim()
-    await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
+    await ground.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
     await ground.expire("good")
     async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
         await until(lambda: _quarantined(ground))
@@ -362,7 +362,9 @@ async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
         await ground.ended("good")
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
         found = await of(metrics)
-    skipped = await ground.eye.fetchval("SELECT sum(ticks) FROM job_runs WHERE outcome = 'skipped'")
+    skipped = await ground.admin.fetchval(
+        "SELECT sum(ticks) FROM job_runs WHERE outcome = 'skipped'"
+    )
     assert skipped >= 9
     assert found['balance_app_job_ticks_skipped_total{job_name="good"}'] == skipped
 
@@ -402,9 +404,9 @@ async def facts(ground: Ground, *names: str) -> dict[str, JobFacts]:
 
 async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
     """Add a run to the history, as the job's last."""
-    fence = await ground.eye.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
+    fence = await ground.admin.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
     await insert(
-        ground.eye,
+        ground.admin,
         "job_runs",
         job=name,
         fence=fence,
@@ -414,7 +416,7 @@ async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: fl
         outcome=outcome,
         result=result,
     )
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET last_outcome = $2, last_result = $3 WHERE name = $1", name, outcome, result
     )
 
@@ -423,21 +425,21 @@ async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
     """Last success, overdue, paused, failed: of the jobs that this instance has the code of."""
     names = ("fresh", "failing", "lost", "paused", "ready", "other")
     for name in names:
-        await add_job(ground.eye, name)
+        await add_job(ground.admin, name)
     for outcome, ago in (("succeeded", 900.0), ("succeeded", 600.0), ("failed", 300.0)):
         await ran(ground, "failing", outcome, "ValueError: x", ago)
     await ran(ground, "ready", "succeeded", "", 100)
     await ran(ground, "ready", "cancelled", "", 50)
     await ground.ready("ready", seconds_ago=40)
     await ground.ready("paused", seconds_ago=40)
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET paused_at = clock_timestamp(), paused_by = 'x' WHERE name = 'paused'"
     )
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET holder = gen_random_uuid(), server = 'x', started_at = clock_timestamp(),"
         " lease_until = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
     )
-    now = float(await ground.eye.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
+    now = float(await ground.admin.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
     found = await facts(ground, *(name for name in names if name != "other"))
     assert sorted(found) == ["failing", "fresh", "lost", "paused", "ready"]
     assert found["fresh"] == JobFacts("fresh", None, 0, False, False, None)  # noqa: FBT003 - a row
@@ -454,8 +456,8 @@ async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
 
 async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
     """A mismatch is told until an audit finds none; one that was not carried through tells none."""
-    await add_job(ground.eye, "audit-ledger")
-    await add_job(ground.eye, "good")
+    await add_job(ground.admin, "audit-ledger")
+    await add_job(ground.admin, "good")
 
     async def mismatch(name: str = "audit-ledger") -> bool | None:
         return (await facts(ground, "audit-ledger", "good"))[name].mismatch
@@ -476,14 +478,14 @@ async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
 
 async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
     """A ledger that was tampered with is a mismatch at `/metrics`, by the job's own verdict."""
-    await ground.eye.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
+    await ground.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(ground, [audit_ledger]) as (_, metrics):
             metrics.ask_for_fleet(_facts(ground, Registry([audit_ledger])).look)
             await ground.ended("audit-ledger")
             found = await of(metrics)
     finally:
-        await ground.eye.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
+        await ground.admin.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
     assert found['balance_app_fleet_job_audit_mismatch{job_name="audit-ledger"}'] == 1
     assert found['balance_app_fleet_job_last_run_failed{job_name="audit-ledger"}'] == 1
     assert 'balance_app_fleet_job_last_success_timestamp_seconds{job_name="audit-ledger"}' not in (
@@ -532,11 +534,11 @@ async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) 
     """A statement that fails is no fleet without jobs; it goes on when the statement does."""
     metrics = Metrics()
     metrics.ask_for_fleet(Facts(ground.database, Registry([])).look)
-    await ground.eye.execute("ALTER TABLE job_runs RENAME TO hidden")
+    await ground.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
     try:
         found = _of_the_fleet(await of(metrics))
     finally:
-        await ground.eye.execute("ALTER TABLE hidden RENAME TO job_runs")
+        await ground.admin.execute("ALTER TABLE hidden RENAME TO job_runs")
     assert found == {"balance_app_fleet_scrape_success": 0}
     await asyncio.sleep(1.1)
     assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 1}

@@ -3,21 +3,23 @@
 `python -m tests.jobs.fleet` serves one instance. The verdict on overlaps comes from the files
 alone, never from the service's own tables. What the jobs are is said by the environment:
 
-FLEET_DIARY    the directory that all instances write to, a file per boot
-FLEET_JOBS     how many jobs, named job-01 and so on
-FLEET_EVERY    their interval in seconds
-FLEET_SECONDS  how long each run lasts
-FLEET_KIND     paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
-               event loop), stubborn (a thread that can't be stopped), thread (one that can),
-               thread-writes (one with transactions), writes (through its transaction),
-               held (the same, and each transaction is held open), poison (kills its process),
-               clings (writes until its time is over, whatever it is told);
-               one of those that leave the run's own task (tests/jobs/kinds.py);
-               several, parted by commas, are taken in turn
-FLEET_ALARM    taken: jobs that write take SIGALRM and its timer for themselves FLEET_TIMEOUT  the
-jobs' timeout in seconds, if they have one FLEET_HOLD     how many seconds a held transaction lasts
-FLEET_TIE      how many seconds an instance that has claimed lately lets equals go first, if not as
-usual FLEET_UNGUARDED  guards to take out, for controls
+FLEET_EVENT_LOGS  the directory that all instances write to, a file per boot
+FLEET_JOBS        how many jobs, named job-01 and so on
+FLEET_EVERY       their interval in seconds
+FLEET_SECONDS     how long each run lasts
+FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
+                  event loop), stubborn (a thread that can't be stopped), thread (one that can),
+                  thread-writes (one with transactions), writes (through its transaction),
+                  held (the same, and each transaction is held open), poison (kills its process),
+                  clings (writes until its time is over, whatever it is told);
+                  one of those that leave the run's own task (tests/jobs/kinds.py);
+                  several, separated by commas, are taken in turn
+FLEET_ALARM       taken: jobs that write take SIGALRM and its timer for themselves
+FLEET_TIMEOUT     the jobs' timeout in seconds, if they have one
+FLEET_HOLD        how many seconds a held transaction lasts
+FLEET_TIE         how many seconds an instance that has claimed lately lets equals go first, if not
+                  as usual
+FLEET_UNGUARDED   guards to take out, for controls
 """
 
 import asyncio
@@ -43,47 +45,47 @@ from balance_app.jobs.threads import ThreadRun
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 from tests.jobs import kinds
-from tests.jobs.kinds import TICK_SECONDS, Diary
+from tests.jobs.kinds import TICK_SECONDS, EventLog
 
 
 class Script:
     """What the job of one number does in each run."""
 
-    def __init__(self, number: int, diary: Diary) -> None:
+    def __init__(self, number: int, event_log: EventLog) -> None:
         kinds = os.environ.get("FLEET_KIND", "paced").split(",")
         self.kind = kinds[number % len(kinds)]
         self.hold = float(os.environ.get("FLEET_HOLD", "0.5")) if self.kind == "held" else 0.0
         self.seconds = float(os.environ.get("FLEET_SECONDS", "2"))
         self.steps = max(1, round(self.seconds / TICK_SECONDS))
-        self.diary = diary
+        self.event_log = event_log
 
     async def paced(self, run: Run) -> str:
         start = (run.resumed or {"step": 0})["step"]
         due = run.due_at.timestamp()
-        self.diary.write("start", run, resumed=run.resumed, due=due, attempt=run.attempt)
+        self.event_log.write("start", run, resumed=run.resumed, due=due, attempt=run.attempt)
         try:
             for step in range(start, self.steps):
-                self.diary.write("tick", run, step=step)
+                self.event_log.write("tick", run, step=step)
                 run.progress(step, self.steps, "ticking")
                 if step % 10 == 9:
                     await run.checkpoint({"step": step + 1})
-                    self.diary.write("checkpoint", run, step=step + 1)
+                    self.event_log.write("checkpoint", run, step=step + 1)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            self.diary.write("end", run)
+            self.event_log.write("end", run)
         return f"ticked {self.steps} times"
 
     async def quiet(self, run: Run) -> None:
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         try:
             for step in range(self.steps):
-                self.diary.write("tick", run, step=step)
+                self.event_log.write("tick", run, step=step)
                 await asyncio.sleep(TICK_SECONDS)
         finally:
-            self.diary.write("end", run)
+            self.event_log.write("end", run)
 
     async def blocking(self, run: Run) -> None:
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         until = time.monotonic() + self.seconds
         told = self.steps
         while (left := until - time.monotonic()) > 0:
@@ -91,14 +93,14 @@ class Script:
                 time.sleep(left)  # noqa: ASYNC251 - it is meant to block
             if told != int(left / TICK_SECONDS):
                 told = int(left / TICK_SECONDS)
-                self.diary.write("tick", run)
-        self.diary.write("end", run)
+                self.event_log.write("tick", run)
+        self.event_log.write("end", run)
 
     def threaded(self, run: ThreadRun) -> str:
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         try:
             for step in range(self.steps):
-                self.diary.write("tick", run, step=step)
+                self.event_log.write("tick", run, step=step)
                 if self.kind == "thread":
                     run.progress(step, self.steps)
                     if step % 10 == 9:
@@ -108,36 +110,36 @@ class Script:
                         connection.execute("SELECT")
                 time.sleep(TICK_SECONDS)
         finally:
-            self.diary.write("end", run)
+            self.event_log.write("end", run)
         return "ticked"
 
     async def writes(self, run: Run) -> None:
         if os.environ.get("FLEET_ALARM") == "taken":
             signal.signal(signal.SIGALRM, lambda *_: None)
             signal.alarm(0)
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         try:
             for step in range(self.steps):
-                self.diary.write("tick", run, step=step)
+                self.event_log.write("tick", run, step=step)
                 async with run.transaction() as connection:
                     await connection.execute(
                         "INSERT INTO fenced (job, fence) VALUES ($1, $2)", run.name, run.fence
                     )
                     # The first is short: it shows from when on its fence counts.
                     if self.hold and step:
-                        self.diary.write("inside", run, step=step)
+                        self.event_log.write("inside", run, step=step)
                         await connection.execute("SELECT pg_sleep($1)", self.hold)
-                self.diary.write("wrote", run, step=step)
+                self.event_log.write("wrote", run, step=step)
                 await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
-            self.diary.write("refused", run, error=repr(error))
+            self.event_log.write("refused", run, error=repr(error))
             raise
         finally:
-            self.diary.write("end", run)
+            self.event_log.write("end", run)
 
     async def clings(self, run: Run) -> None:
         begun = time.monotonic()
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         while time.monotonic() < begun + self.seconds:
             with suppress(Exception, asyncio.CancelledError):
                 async with run.transaction() as connection:
@@ -146,16 +148,16 @@ class Script:
                         *(run.name, run.fence, begun),
                     )
                 await asyncio.sleep(TICK_SECONDS)
-        self.diary.write("end", run)
+        self.event_log.write("end", run)
 
     async def poison(self, run: Run) -> None:
-        self.diary.write("start", run)
+        self.event_log.write("start", run)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def declare(number: int, diary: Diary) -> Job:
+def declare(number: int, event_log: EventLog) -> Job:
     """Return the job of that number."""
-    script = Script(number, diary)
+    script = Script(number, event_log)
     functions: dict[str, Callable[[Any], Any]] = {
         "paced": script.paced,
         "quiet": script.quiet,
@@ -168,7 +170,7 @@ def declare(number: int, diary: Diary) -> Job:
         "held": script.writes,
         "poison": script.poison,
         "clings": script.clings,
-        **kinds.functions(diary, script.seconds),
+        **kinds.functions(event_log, script.seconds),
     }
     limit = os.environ.get("FLEET_TIMEOUT")
     return job(
@@ -315,7 +317,7 @@ GUARDS: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """A run as its diary tells it: from its first line to its last."""
+    """A run as its event log tells it: from its first line to its last."""
 
     job: str
     fence: int
@@ -328,7 +330,7 @@ class Span:
     lines: tuple[dict[str, Any], ...]
 
 
-def read_diaries(directory: Path) -> list[Span]:
+def read_event_logs(directory: Path) -> list[Span]:
     """Return all runs, by the time of their first line."""
     runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for path in directory.iterdir():
@@ -372,9 +374,9 @@ def main() -> None:
         vars(scheduler)["TIE"] = timedelta(seconds=float(tie))
     settings = load_settings()
     configure_logs(settings)
-    diary = Diary(Path(os.environ["FLEET_DIARY"]))
+    event_log = EventLog(Path(os.environ["FLEET_EVENT_LOGS"]))
     count = int(os.environ.get("FLEET_JOBS", "10"))
-    server.serve(settings, Registry([declare(number, diary) for number in range(1, count + 1)]))
+    server.serve(settings, Registry([declare(number, event_log) for number in range(1, count + 1)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What instances with diaries stand on: a database and a directory, and questions to both."""
+"""What instances with event logs stand on: a database and a directory, and questions to both."""
 
 import asyncio
 import itertools
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.jobs.fleet import Span, read_diaries
-from tests.jobs.nursery import Nursery
+from tests.jobs.fleet import Span, read_event_logs
+from tests.jobs.fork_server import ForkServer
 from tests.processes import Instance, connect, empty_database
 
 Database = dict[str, str]
@@ -18,9 +18,9 @@ Database = dict[str, str]
 
 @dataclass
 class Ground:
-    """An empty database, and a directory for the diaries of the instances that use it."""
+    """An empty database, and a directory for the event logs of the instances that use it."""
 
-    nest: Nursery
+    fork_server: ForkServer
     database: Database
     directory: Path
 
@@ -28,24 +28,26 @@ class Ground:
         self, count: int, env: dict[str, str], *, name: str = "app", forked: bool = True
     ) -> list[Instance]:
         names = [f"{name}{number}" for number in range(1, count + 1)]
-        env = {"FLEET_DIARY": str(self.diaries), **env}
+        env = {"FLEET_EVENT_LOGS": str(self.event_logs), **env}
         if forked:
-            return [self.nest.instance(self.database, name, self.log, **env) for name in names]
+            return [
+                self.fork_server.instance(self.database, name, self.log, **env) for name in names
+            ]
         program = ("-m", "tests.jobs.fleet")
         return [
             Instance(self.database, name, log=self.log, program=program, **env) for name in names
         ]
 
     @property
-    def diaries(self) -> Path:
-        return self.directory / "diaries"
+    def event_logs(self) -> Path:
+        return self.directory / "event-logs"
 
     @property
     def log(self) -> Path:
         return self.directory / "log"
 
     def spans(self, since: float = 0) -> list[Span]:
-        return [span for span in read_diaries(self.diaries) if span.begin >= since]
+        return [span for span in read_event_logs(self.event_logs) if span.begin >= since]
 
     async def until(self, spans: int, since: float = 0) -> list[Span]:
         """Wait for that many runs to begin; return them."""
@@ -78,11 +80,11 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def ground(postgres: Database, nest: Nursery, top: Path) -> AsyncIterator[Ground]:
+async def ground(postgres: Database, fork_server: ForkServer, top: Path) -> AsyncIterator[Ground]:
     directory = top / str(next(_numbers))
-    (directory / "diaries").mkdir(parents=True)
+    (directory / "event-logs").mkdir(parents=True)
     async with empty_database(postgres) as database:
-        yield Ground(nest, database, directory)
+        yield Ground(fork_server, database, directory)
 
 
 async def end(instances: Iterable[Instance], number: int = signal.SIGKILL) -> None:

@@ -16,7 +16,7 @@ from balance_app.jobs.threads import ThreadRun
 
 TICK_SECONDS = 0.05
 
-# A child writes the lines of its run, too: a line of the diary, but for its time, and the file.
+# A child writes the lines of its run, too: a line of the event log, but for its time, and the file.
 CHILD = """
 import os, sys, time
 file = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
@@ -26,7 +26,7 @@ while True:
 """
 
 
-class Diary:
+class EventLog:
     """Lines with monotonic time, which all processes of a machine share; each is one write."""
 
     def __init__(self, directory: Path) -> None:
@@ -50,23 +50,23 @@ class Diary:
         os.write(self._file, (self.line(time.monotonic(), what, run, **more) + "\n").encode())
 
 
-def functions(diary: Diary, seconds: float) -> dict[str, Callable[[Any], Any]]:  # noqa: C901, PLR0915
+def functions(event_log: EventLog, seconds: float) -> dict[str, Callable[[Any], Any]]:  # noqa: C901, PLR0915
     """Return the jobs by kind; what blocks a thread lasts so long, all else for ever."""
 
     async def ticks(run: Run) -> None:
         while True:
-            diary.write("tick", run)
+            event_log.write("tick", run)
             await asyncio.sleep(TICK_SECONDS)
 
     def blocks(run: Run | ThreadRun) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            diary.write("tick", run)
+            event_log.write("tick", run)
             time.sleep(TICK_SECONDS)
 
     def child(run: Run | ThreadRun) -> tuple[str, ...]:
-        line = diary.line(0, "tick", run)
-        return sys.executable, "-I", "-S", "-c", CHILD, line, str(diary.path)
+        line = event_log.line(0, "tick", run)
+        return sys.executable, "-I", "-S", "-c", CHILD, line, str(event_log.path)
 
     async def to_thread(run: Run) -> None:
         await asyncio.to_thread(blocks, run)
@@ -100,7 +100,7 @@ def functions(diary: Diary, seconds: float) -> dict[str, Callable[[Any], Any]]: 
 
     async def later(run: Run) -> None:
         def again() -> None:
-            diary.write("tick", run)
+            event_log.write("tick", run)
             asyncio.get_running_loop().call_later(TICK_SECONDS, again)
 
         again()
@@ -110,12 +110,12 @@ def functions(diary: Diary, seconds: float) -> dict[str, Callable[[Any], Any]]: 
         async def generator() -> AsyncIterator[int]:
             try:
                 while True:
-                    diary.write("tick", run)
+                    event_log.write("tick", run)
                     yield 1
                     await asyncio.sleep(TICK_SECONDS)
             finally:
                 await asyncio.sleep(TICK_SECONDS)
-                diary.write("end", run)
+                event_log.write("end", run)
 
         async for _ in generator():
             pass
@@ -140,7 +140,7 @@ def functions(diary: Diary, seconds: float) -> dict[str, Callable[[Any], Any]]: 
 
         async def ticking() -> None:
             while True:
-                diary.write("tick", run)
+                event_log.write("tick", run)
                 await asyncio.sleep(TICK_SECONDS)
 
         asyncio.run_coroutine_threadsafe(ticking(), loop)

@@ -103,12 +103,16 @@ class Ground:
     """A migrated database, a connection that looks at it from outside, and instances."""
 
     def __init__(
-        self, variables: Mapping[str, str], settings: Settings, database: Database, eye: Connection
+        self,
+        variables: Mapping[str, str],
+        settings: Settings,
+        database: Database,
+        admin: Connection,
     ) -> None:
         self.variables = dict(variables)
         self.settings = settings
         self.database = database
-        self.eye = eye
+        self.admin = admin
         self._connections: list[Connection] = []
 
     def instance(self, name: str = "app1", *, lease: timedelta = LEASE) -> Instance:
@@ -142,12 +146,12 @@ class Ground:
             await scheduler.part()
 
     async def row(self, name: str) -> asyncpg.Record:
-        row = await self.eye.fetchrow("SELECT * FROM jobs WHERE name = $1", name)
+        row = await self.admin.fetchrow("SELECT * FROM jobs WHERE name = $1", name)
         assert row is not None
         return row
 
     async def runs(self, name: str) -> list[asyncpg.Record]:
-        return await self.eye.fetch("SELECT * FROM job_runs WHERE job = $1 ORDER BY id", name)
+        return await self.admin.fetch("SELECT * FROM job_runs WHERE job = $1 ORDER BY id", name)
 
     async def outcomes(self, name: str) -> list[tuple[str | None, str | None]]:
         return [(run["outcome"], run["result"]) for run in await self.runs(name)]
@@ -165,14 +169,14 @@ class Ground:
 
     async def expire(self, name: str) -> None:
         """Let the lease of a job be over."""
-        await self.eye.execute(
+        await self.admin.execute(
             "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 ms' WHERE name = $1",
             name,
         )
 
     async def ready(self, name: str, *, seconds_ago: float = 0) -> None:
         """Let a job be ready since then."""
-        await self.eye.execute(
+        await self.admin.execute(
             "UPDATE jobs SET ready_at = clock_timestamp() - $2::interval,"
             " due_at = least(due_at, clock_timestamp() - $2::interval) WHERE name = $1",
             name,
@@ -181,13 +185,15 @@ class Ground:
 
     async def forget(self) -> None:
         """Begin anew with no job at all."""
-        await self.eye.execute("TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY")
+        await self.admin.execute(
+            "TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY"
+        )
 
     async def shift(self, seconds: float) -> None:
         """Let time pass: all that was lies further back. Leases stay as they are."""
-        async with self.eye.transaction():
-            await self.eye.execute(SHIFT_JOBS, timedelta(seconds=seconds))
-            await self.eye.execute(SHIFT_RUNS, timedelta(seconds=seconds))
+        async with self.admin.transaction():
+            await self.admin.execute(SHIFT_JOBS, timedelta(seconds=seconds))
+            await self.admin.execute(SHIFT_RUNS, timedelta(seconds=seconds))
 
     async def take_away(self) -> None:
         """End all connections of the service, and let it have no new ones."""
@@ -196,7 +202,7 @@ class Ground:
     async def bring_back(self) -> None:
         """Let the service have connections again."""
         await self._allow_connections(allow=True)
-        self.eye = await connect(self.variables)
+        self.admin = await connect(self.variables)
 
     async def _allow_connections(self, *, allow: bool) -> None:
         name = self.variables["DB_NAME"]
@@ -238,7 +244,7 @@ async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> Asyn
     finally:
         await pool.stop()
         await ground.close()
-        await ground.eye.close()
+        await ground.admin.close()
         structlog.configure(**logs)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from tests.jobs.fleet import overlaps, read_diaries
+from tests.jobs.fleet import overlaps, read_event_logs
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import tell
@@ -17,11 +17,11 @@ STEP = (
 )
 
 
-async def _step(postgres: dict[str, str], diaries: Path, reserve: float) -> tuple[int, int]:
+async def _step(postgres: dict[str, str], event_logs: Path, reserve: float) -> tuple[int, int]:
     """Mute an instance, then let the clock step; return how many runs moved, and overlaps."""
-    diaries.mkdir()
+    event_logs.mkdir()
     env = {
-        "FLEET_DIARY": str(diaries),
+        "FLEET_EVENT_LOGS": str(event_logs),
         "FLEET_JOBS": "4",
         "FLEET_KIND": "quiet",
         "FLEET_SECONDS": "60",
@@ -39,13 +39,13 @@ async def _step(postgres: dict[str, str], diaries: Path, reserve: float) -> tupl
         connection = await connect(database)
         async with running(instances):
             async with asyncio.timeout(60):
-                while len(read_diaries(diaries)) < 4:  # noqa: ASYNC110 - of other processes
+                while len(read_event_logs(event_logs)) < 4:  # noqa: ASYNC110 - of other processes
                     await asyncio.sleep(0.05)
             proxy.freeze()
             await asyncio.sleep(0.2)  # what was under way has arrived or never will
             moved = await connection.execute(STEP, STEP_SECONDS)
             await asyncio.sleep(LEASE_SECONDS + 1)
-            spans = read_diaries(diaries)
+            spans = read_event_logs(event_logs)
         await connection.close()
     taken = {span.job for span in spans if span.server == "app2" and span.fence > 1}
     assert len(taken) == int(moved.split()[-1])

@@ -17,7 +17,7 @@ import asyncpg
 import httpx
 
 from balance_app.local.postgres import EmbeddedPostgres
-from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
 from tests.system.sizes import size, tell
@@ -95,7 +95,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
                     lost[name] += (await _outcomes(database))["lost"] - before
             outcomes = await _outcomes(database)
             alive = _alive(instances)
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     tell(
         f"{RESTARTS} fast and {RESTARTS} immediate restarts: all {JOBS} jobs run again within "
         f"{max(back_seconds['fast']):.2f} and {max(back_seconds['immediate']):.2f} s, "
@@ -141,7 +141,7 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
             await asyncio.sleep(2)
             outcomes = await _outcomes_by_run(database)
             alive = _alive(instances)
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     stopped = [span for span in spans if span.begin < gone]
     last = max(span.end for span in stopped) - gone
     tell(
@@ -188,7 +188,7 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
                     await instance.kill()
             async with asyncio.timeout(BOUND_SECONDS):
                 await watch.complained.wait()
-    assert overlaps(read_diaries(tmp_path)) != []
+    assert overlaps(read_event_logs(tmp_path)) != []
 
 
 async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ async def _wrong_clocks(
             # A job that is lost three times in a row would be paused.
             await asyncio.sleep(size(small=0, full=5))
         outcomes = await _outcomes(database)
-    spans = await asyncio.to_thread(read_diaries, directory)
+    spans = await asyncio.to_thread(read_event_logs, directory)
     tell(
         f"clocks shifted by {name}: {len(spans)} runs, after {KILLS} kills all jobs ran again "
         f"within {max(again):.2f} s; {dict(outcomes)}; {watch.figures()}"
@@ -366,7 +366,7 @@ def _instance(
 ) -> Instance:
     directory.mkdir(exist_ok=True)
     settings = {
-        "FLEET_DIARY": str(directory),
+        "FLEET_EVENT_LOGS": str(directory),
         "FLEET_JOBS": str(JOBS),
         "FLEET_KIND": KINDS,
         "JOB_SETTLING_SECONDS": str(SETTLING_SECONDS),
@@ -432,7 +432,7 @@ async def _all_run(directory: Path, since: float) -> float:
     """Wait until every job goes on after a moment; return when the last one did."""
     async with asyncio.timeout(BOUND_SECONDS):
         while True:
-            spans = await asyncio.to_thread(read_diaries, directory)
+            spans = await asyncio.to_thread(read_event_logs, directory)
             first: dict[str, float] = {}
             for span in spans:
                 for line in span.lines if span.end > since else ():
@@ -447,7 +447,7 @@ async def _overlaps(directory: Path) -> list[tuple[Span, Span]]:
     """Wait until runs overlap; return which."""
     async with asyncio.timeout(BOUND_SECONDS):
         while True:
-            found = overlaps(await asyncio.to_thread(read_diaries, directory))
+            found = overlaps(await asyncio.to_thread(read_event_logs, directory))
             if found:
                 return found
             await asyncio.sleep(0.2)

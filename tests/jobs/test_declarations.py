@@ -47,7 +47,7 @@ async def ground(land: Ground) -> AsyncIterator[Ground]:
 
 async def ages(ground: Ground, schedule: str, by: timedelta = 2 * LIVE) -> None:
     """Let nobody have made a declaration for a while."""
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE job_declarations SET seen_at = seen_at - $2::interval WHERE schedule = $1",
         schedule,
         by,
@@ -95,7 +95,7 @@ async def test_a_program_that_makes_no_declarations_is_overruled(ground: Ground)
     new = ground.instance("new")
     await new.declare("moon", schedule=NEW)
     due_at = (await ground.row("moon"))["due_at"]
-    await ground.eye.execute(OLD_REDECLARE, "moon", OLD, "", due_at - HOUR)
+    await ground.admin.execute(OLD_REDECLARE, "moon", OLD, "", due_at - HOUR)
     await new.declare("moon", schedule=NEW)
     row = await ground.row("moon")
     assert (row["schedule"], row["due_at"], row["ready_at"]) == (NEW, due_at, due_at)
@@ -115,8 +115,8 @@ async def test_a_schedule_of_a_newer_program_stays(ground: Ground) -> None:
     """Who can't read the schedule that counts leaves the row to those who can, and is at peace."""
     old = ground.instance("old")
     await old.declare("moon", schedule=OLD)
-    await ground.eye.execute("UPDATE jobs SET schedule = 'every full moon'")
-    await ground.eye.execute(
+    await ground.admin.execute("UPDATE jobs SET schedule = 'every full moon'")
+    await ground.admin.execute(
         "INSERT INTO job_declarations (job, digest, schedule, description)"
         " VALUES ('moon', 'x', 'every full moon', '')"
     )
@@ -128,15 +128,15 @@ async def test_a_schedule_of_a_newer_program_stays(ground: Ground) -> None:
 
 async def test_many_jobs_make_no_look_slow(ground: Ground) -> None:
     """20 000 jobs of others among 20 000 of its own: a claim took four seconds, a note two."""
-    await ground.eye.execute(
+    await ground.admin.execute(
         "INSERT INTO jobs (name, schedule, description, due_at, ready_at)"
         " SELECT CASE i % 2 WHEN 0 THEN 'own-' ELSE 'other-' END || i, 'every 60 s', '',"
         " now(), now() - i * interval '1 ms' FROM generate_series(1, 40000) AS i"
     )
-    await ground.eye.execute("ANALYZE jobs")
-    names = await ground.eye.fetch("SELECT name FROM jobs WHERE name LIKE 'own-%'")
+    await ground.admin.execute("ANALYZE jobs")
+    names = await ground.admin.fetch("SELECT name FROM jobs WHERE name LIKE 'own-%'")
     instance = ground.instance()
-    (row,) = await ground.eye.fetch(declarations.KNOWN, [name for (name,) in names])
+    (row,) = await ground.admin.fetch(declarations.KNOWN, [name for (name,) in names])
     known = Known(*row)
     assert (known.knows_to, len(known.lacks), len(known.numbers)) == (40000, 20000, 20000)
     instance.known = known
@@ -146,7 +146,7 @@ async def test_many_jobs_make_no_look_slow(ground: Ground) -> None:
         await instance.jobs.notice(known, MINUTE)
         assert (await instance.claim()).name.startswith("own-")
         took.append(monotonic() - since)
-    noticed = await ground.eye.fetchval("SELECT count(*) FROM jobs WHERE seen_at IS NOT NULL")
+    noticed = await ground.admin.fetchval("SELECT count(*) FROM jobs WHERE seen_at IS NOT NULL")
     tell(f"a note and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms")
     assert 4 * NOTICE_BATCH <= noticed <= 5 * NOTICE_BATCH
     assert min(took) < 1
@@ -158,7 +158,7 @@ async def test_many_jobs_make_no_look_slow(ground: Ground) -> None:
 async def set_back(ground: Ground, by: timedelta) -> None:
     """Let PostgreSQL's clock be set back: all that was lies further ahead."""
     await ground.shift(-by.total_seconds())
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET lease_until = lease_until + $1::interval WHERE holder IS NOT NULL", by
     )
 
@@ -185,16 +185,18 @@ async def test_no_job_waits_for_a_clock_that_was_set_back(ground: Ground, what: 
         )
         await instance.jobs.finish("moon", 1, ending)
     for column, value in columns.items():
-        await ground.eye.execute(f"UPDATE jobs SET {column} = $1", value)  # noqa: S608 - ours
+        await ground.admin.execute(f"UPDATE jobs SET {column} = $1", value)  # noqa: S608 - ours
     if "attempt" in columns:
-        await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min'")
+        await ground.admin.execute(
+            "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min'"
+        )
     before = await ground.row("moon")
     await instance.declare("moon", schedule=schedule)
     assert {**await ground.row("moon")} == {**before}  # nothing is amiss
     await set_back(ground, 3 * HOUR)
     await instance.declare("moon", schedule=schedule)
     row = await ground.row("moon")
-    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    now = await ground.admin.fetchval("SELECT clock_timestamp()")
     assert row["due_at"] <= now + 5 * MINUTE
     assert row["ready_at"] <= now + 5 * MINUTE
     assert row["anchor_at"] <= now or what == "a cron schedule"
@@ -239,8 +241,8 @@ async def test_a_lease_that_is_renewed_is_left_alone(ground: Ground) -> None:
     (lease,) = await instance.jobs.ahead()
     assert (lease.name, lease.fence) == ("moon", 1)
     assert abs(lease.length - instance.lease) < timedelta(seconds=1)  # the clock is read twice
-    await instance.beat(ground.eye, ("moon", 1))
+    await instance.beat(ground.admin, ("moon", 1))
     assert not await instance.jobs.expire(lease)
     assert await instance.jobs.ahead() == []
     row = await ground.row("moon")
-    assert row["lease_until"] > await ground.eye.fetchval("SELECT clock_timestamp()")
+    assert row["lease_until"] > await ground.admin.fetchval("SELECT clock_timestamp()")

@@ -84,7 +84,7 @@ async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -
     assert "z-schedule: ScheduleError: 'when the moon is full' is" in body["checks"]["jobs"]
     assert body["checks"]["schema"] == "ok"
     assert (await ground.row("a-nul"))["schedule"] == "every 7200 s"
-    assert await ground.eye.fetchval("SELECT count(*) FROM jobs") == 2
+    assert await ground.admin.fetchval("SELECT count(*) FROM jobs") == 2
     async with ground.scheduler([good]) as scheduler:
         await asyncio.wait_for(_declared(scheduler), 10)
         assert (await ready(ground, scheduler))[1]["checks"]["jobs"] == "ok"
@@ -99,7 +99,7 @@ async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch
                 await asyncio.sleep(0.02)
         assert sorted(scheduler.undeclared) == sorted(each.name for each in (*BAD, good))
         assert "good: " in (await ready(ground, scheduler))[1]["checks"]["jobs"]
-    assert await ground.eye.fetchval("SELECT count(*) FROM jobs") == 0
+    assert await ground.admin.fetchval("SELECT count(*) FROM jobs") == 0
 
 
 async def _declared(scheduler: Scheduler) -> datetime:
@@ -113,7 +113,7 @@ async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Gro
     instance = ground.instance()
     await instance.declare("good")
     claimed = await instance.claim()
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,"
         " paused_at = now(), paused_by = 'ada', attempt = 3, checkpoint = '1',"
         " due_at = now() - interval '9 days', ready_at = now() - interval '9 days',"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import size, tell
@@ -96,7 +96,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
         outcomes = await _outcomes(connection)
         revived = await connection.fetch("SELECT * FROM revived")
         paused = await connection.fetch("SELECT name FROM jobs WHERE paused_at IS NOT NULL")
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     moves = [(each, *move) for each in rounds for move in _moves(spans, each)]
     stops = [before.end - each.frozen for each, before, _ in moves]
     margins = [after.begin - before.end for _, before, after in moves]
@@ -143,7 +143,7 @@ async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_p
         )
         await asyncio.sleep(1)
         await connection.close()
-    assert overlaps(read_diaries(tmp_path)) != []
+    assert overlaps(read_event_logs(tmp_path)) != []
 
 
 async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
         rows = await connection.fetch("SELECT * FROM job_runs WHERE fence IS NOT NULL")
         await connection.close()
     outcomes = {(row["job"], row["fence"]): row["outcome"] for row in rows}
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     begun = [outcomes[span.job, span.fence] for span in spans]
     tell(
         f"{len(begun)} runs that blocked for {BLOCKING_SECONDS} s, lease {LEASE_SECONDS} s; "
@@ -203,7 +203,7 @@ async def _fleet(
     """Run instances that reach their database through a proxy each."""
     directory.mkdir(exist_ok=True)
     settings = {
-        "FLEET_DIARY": str(directory),
+        "FLEET_EVENT_LOGS": str(directory),
         "JOB_LEASE_SECONDS": str(LEASE_SECONDS),
         "JOB_HEARTBEAT_SECONDS": str(LEASE_SECONDS / 3),
         "JOB_SETTLING_SECONDS": "2",
@@ -245,7 +245,7 @@ async def _revivals(database: dict[str, str], directory: Path, **env: str) -> li
         assert instance.process.returncode is None
         revived = await connection.fetch("SELECT * FROM revived")
         await connection.close()
-    assert overlaps(read_diaries(directory)) == []
+    assert overlaps(read_event_logs(directory)) == []
     return revived
 
 
@@ -276,7 +276,7 @@ async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
         rows = await connection.fetch("SELECT job, fence FROM job_runs WHERE fence IS NOT NULL")
         await connection.close()
         await instance.stop()
-    spans = read_diaries(directory)
+    spans = read_event_logs(directory)
     assert overlaps(spans) == []
     return len({(row["job"], row["fence"]) for row in rows} - {(s.job, s.fence) for s in spans})
 
@@ -329,7 +329,7 @@ async def _starts_again(directory: Path, server: str, since: float) -> None:
     """Wait until code of a new run executes: a claim whose answer came late starts nothing."""
     async with asyncio.timeout(TAKES_PART_SECONDS):
         while not any(  # noqa: ASYNC110 - lines in a file have no event
-            span.server == server and span.begin > since for span in read_diaries(directory)
+            span.server == server and span.begin > since for span in read_event_logs(directory)
         ):
             await asyncio.sleep(0.2)
 

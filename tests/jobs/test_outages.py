@@ -7,7 +7,7 @@ from time import monotonic
 
 import asyncpg
 
-from tests.jobs.fleet import overlaps, read_diaries
+from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import Instance, connect, running
 from tests.system.databases import freeze, own_postgres, thaw
 from tests.system.sizes import size, tell
@@ -51,7 +51,7 @@ async def test_outages_stop_no_job_for_good(tmp_path: Path) -> None:
             outcomes, blamed = await _history(database)
             alive = [each.process.returncode for each in instances if each.process is not None]
     tell(f"all {JOBS} jobs ran again {', '.join(back)} of outage; {outcomes}")
-    assert overlaps(read_diaries(tmp_path / "diaries")) == []
+    assert overlaps(read_event_logs(tmp_path / "event-logs")) == []
     assert alive == [None] * INSTANCES
     assert blamed == 0
     assert not [each for each in outcomes if each.startswith("lost")]
@@ -76,9 +76,9 @@ async def test_without_the_guards_losses_stand(tmp_path: Path) -> None:
 
 
 def _fleet(database: dict[str, str], top: Path, **more: str) -> list[Instance]:
-    (top / "diaries").mkdir()
+    (top / "event-logs").mkdir()
     settings = {
-        "FLEET_DIARY": str(top / "diaries"),
+        "FLEET_EVENT_LOGS": str(top / "event-logs"),
         "FLEET_JOBS": str(JOBS),
         "FLEET_SECONDS": "600",
         "JOB_SETTLING_SECONDS": "1",

@@ -156,7 +156,7 @@ async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada', pause_reason = 'full'"
     )
     await ground.expire("moon")
@@ -192,11 +192,11 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
     outcomes = Counter(run["outcome"] for run in await ground.runs("moon"))
     assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "interrupted": 1}
     checkpoint = '{"done": 7}'
-    await ground.eye.execute("UPDATE jobs SET checkpoint = $1", checkpoint)
+    await ground.admin.execute("UPDATE jobs SET checkpoint = $1", checkpoint)
     for doubled in range(6):
         row = await ground.row("moon")
         assert (row["paused_at"], row["holder"]) == (None, None)
-        lasts = row["ready_at"] - await ground.eye.fetchval("SELECT clock_timestamp()")
+        lasts = row["ready_at"] - await ground.admin.fetchval("SELECT clock_timestamp()")
         expected = min(QUARANTINE * 2**doubled, LONGEST_QUARANTINE)
         if not expected - MINUTE < lasts <= expected:
             yield f"the quarantine lasts {lasts} after {LOST_LIMIT + doubled} losses in a row"
@@ -252,7 +252,7 @@ async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
     await ground.expire("moon")
     if (await other.claim()).cancel_by != "ada":
         yield "the wish was forgotten"
@@ -299,7 +299,7 @@ async def late_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await instance.declare("moon")
     await instance.claim()
     await ground.expire("moon")
-    pulse = (await instance.beat(ground.eye, ("moon", 1)))["moon", 1]
+    pulse = (await instance.beat(ground.admin, ("moon", 1)))["moon", 1]
     if pulse.renewed or pulse.ours:
         yield "it was revived"
 
@@ -310,7 +310,7 @@ async def others_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    pulse = (await other.beat(ground.eye, ("moon", 1), note="of another"))["moon", 1]
+    pulse = (await other.beat(ground.admin, ("moon", 1), note="of another"))["moon", 1]
     if pulse.renewed or (await ground.row("moon"))["note"]:
         yield "another instance renewed it"
     assert not pulse.ours
@@ -323,7 +323,7 @@ async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await instance.claim()
     await ground.expire("moon")
     await instance.claim()
-    pulse = (await instance.beat(ground.eye, ("moon", 1), note="of the old run"))["moon", 1]
+    pulse = (await instance.beat(ground.admin, ("moon", 1), note="of the old run"))["moon", 1]
     if pulse.renewed or (await ground.row("moon"))["note"]:
         yield "the old run renewed the new one's lease"
     assert not pulse.ours
@@ -337,7 +337,7 @@ async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
     await ground.expire("moon")
     await instance.claim()
     for fences in ((1, 2), (2, 1)):
-        pulses = await instance.beat(ground.eye, *(("moon", fence) for fence in fences))
+        pulses = await instance.beat(ground.admin, *(("moon", fence) for fence in fences))
         assert pulses["moon", 2].renewed
         if pulses["moon", 1].renewed or pulses["moon", 1].ours:
             yield "the old run's lease was renewed too"
@@ -459,7 +459,7 @@ async def begin(ground: Ground) -> AsyncIterator[str]:
     await owner.claim()
 
     async def enters(instance: Instance, fence: int) -> bool:
-        row = await ground.eye.fetchrow(repository.ENTER, "moon", fence, instance.me.id)
+        row = await ground.admin.fetchrow(repository.ENTER, "moon", fence, instance.me.id)
         return row is not None
 
     assert await enters(owner, 1)
@@ -548,7 +548,9 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
     first, second = ground.instance("first"), ground.instance("second")
     await second.declare("moon")
     known = await first.declare("moon", "sun")
-    await ground.eye.execute("UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'")
+    await ground.admin.execute(
+        "UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'"
+    )
     await first.jobs.notice(known, MINUTE)
     seen_at = (await ground.row("moon"))["seen_at"]
     assert seen_at is not None
@@ -563,7 +565,7 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
     if (await ground.row("sun"))["seen_at"] is not None:
         yield "who does not know the job has seen it"
     for ago, replaced in ((1.9, False), (2.1, True)):  # nobody goes by it any more
-        await ground.eye.execute(
+        await ground.admin.execute(
             "UPDATE jobs SET seen_at = clock_timestamp() - $1::interval WHERE name = 'moon'",
             ago * MINUTE,
         )
@@ -602,10 +604,10 @@ async def limited(ground: Ground) -> AsyncIterator[str]:
     """A paused job is not claimed; a job that is not ready neither."""
     instance = ground.instance()
     await instance.declare("moon", "sun")
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'moon'"
     )
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min' WHERE name = 'sun'"
     )
     look = await instance.look()
@@ -758,9 +760,9 @@ async def play(ground: Ground, scenario: Scenario) -> list[str]:
 async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
     """Replace a guard, in the program or in the database."""
     if guard.statement == "hold_lease":
-        text = await ground.eye.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+        text = await ground.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
         assert guard.text in text
-        await ground.eye.execute(text.replace(guard.text, guard.instead))
+        await ground.admin.execute(text.replace(guard.text, guard.instead))
         return
     module = declarations if guard.statement in vars(declarations) else repository
     statement = vars(module)[guard.statement]
@@ -773,13 +775,13 @@ async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
 async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario) -> None:
     """Nothing happens that must not; without any one of its guards it does."""
     assert await play(ground, scenario) == []
-    hold_lease = await ground.eye.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+    hold_lease = await ground.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
     for guards in SCENARIOS[scenario]:
         with pytest.MonkeyPatch.context() as patch:
             for guard in guards:
                 await cut(ground, guard, patch)
             faults = await play(ground, scenario)
-        await ground.eye.execute(hold_lease)
+        await ground.admin.execute(hold_lease)
         tell(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
         assert faults, guards
 
@@ -813,9 +815,9 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
             crowd.create_task(claim_all(instance))
     tell(f"{len(taken)} claims in {monotonic() - started:.1f} s")
     assert sorted(taken) == sorted((f"job-{number}", 1) for number in range(jobs))
-    held = await ground.eye.fetch("SELECT holder FROM jobs GROUP BY holder")
+    held = await ground.admin.fetch("SELECT holder FROM jobs GROUP BY holder")
     assert {row["holder"] for row in held} <= {instance.me.id for instance in instances}
-    assert await ground.eye.fetchval("SELECT count(*) FROM job_runs") == jobs
+    assert await ground.admin.fetchval("SELECT count(*) FROM job_runs") == jobs
 
 
 async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
@@ -845,7 +847,7 @@ async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
-    await owner.beat(ground.eye, ("moon", 1), note="half of it")
+    await owner.beat(ground.admin, ("moon", 1), note="half of it")
     assert await owner.jobs.checkpoint("moon", 1, '{"done": [1, 2.5, null, "\u00e9"]}')
     await ground.expire("moon")
     lease_until = (await ground.row("moon"))["lease_until"]
@@ -870,7 +872,7 @@ async def test_the_longest_ready_comes_first(ground: Ground) -> None:
     for name, seconds_ago in {"lost": 99, "late": 1, "middle": 5, "first": 9}.items():
         await ground.ready(name, seconds_ago=seconds_ago)
     assert (await instance.claim()).name == "lost"
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET lease_until = clock_timestamp() - interval '3 s' WHERE name = 'lost'"
     )
     names = [(await instance.claim()).name for _ in range(4)]
@@ -939,13 +941,13 @@ async def test_instances_that_come_up_together_wait_for_each_other(
     (booted, ready, seen, alive), takes = TURNS[case]
     instance = ground.instance()
     known = await instance.declare("moon")
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET due_at = clock_timestamp() - $1::interval,"
         " ready_at = clock_timestamp() - $1::interval,"
         " seen_at = clock_timestamp() - $2::interval, alive_at = clock_timestamp() - $3::interval",
         *(None if ago is None else timedelta(seconds=ago) for ago in (ready, seen, alive)),
     )
-    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    now = await ground.admin.fetchval("SELECT clock_timestamp()")
     instance.known = known._replace(booted_at=now - timedelta(seconds=booted))
     settled = booted > 10
     turn = {"settled": settled, "settling": timedelta(seconds=10)}
@@ -958,7 +960,7 @@ async def test_instances_that_come_up_together_wait_for_each_other(
     if takes and not settled and alive is None:
         await ground.forget()  # and a load's wait counts from the end of the settling
         await instance.declare("moon")
-        await ground.eye.execute(
+        await ground.admin.execute(
             "UPDATE jobs SET seen_at = clock_timestamp() - interval '11 s',"
             " ready_at = clock_timestamp() - interval '20 s'"
         )
@@ -1019,7 +1021,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
     await instance.declare("moon")
     claimed = await instance.claim()
     await instance.jobs.checkpoint("moon", 1, "[1]")
-    await ground.eye.execute(
+    await ground.admin.execute(
         "UPDATE jobs SET cancel_by = 'ada', requested_by = 'eve', seen_at = now()"
     )
     due_at = claimed.due_at + HOUR
@@ -1072,7 +1074,7 @@ async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
     assert await instance.jobs.finish("moon", 1, HANDED_BACK)
     second = await instance.claim()
     assert (second.due_at, second.attempt, second.resumed) == (first.due_at, 1, [1])
-    later = await ground.eye.fetchval("SELECT clock_timestamp() + interval '1 min'")
+    later = await ground.admin.fetchval("SELECT clock_timestamp() + interval '1 min'")
     ending = Ending(outcome="failed", result="no", seconds_ago=0, ready_at=later)
     assert await instance.jobs.finish("moon", 2, ending)
     assert (await instance.look()).claimed is None
@@ -1099,12 +1101,12 @@ async def test_a_heartbeat_tells_of_the_instance(ground: Ground) -> None:
     instance = ground.instance("app7")
     await ground.instance().declare("moon")
     await instance.declare("sun")
-    assert await instance.beat(ground.eye) == {}
-    (first,) = await ground.eye.fetch("SELECT * FROM copies")
+    assert await instance.beat(ground.admin) == {}
+    (first,) = await ground.admin.fetch("SELECT * FROM copies")
     assert (first["id"], first["server"]) == instance.me
     assert (first["knows_to"], first["lacks"]) == (2, ["moon"])
-    await instance.beat(ground.eye)
-    (second,) = await ground.eye.fetch("SELECT * FROM copies")
+    await instance.beat(ground.admin)
+    (second,) = await ground.admin.fetch("SELECT * FROM copies")
     assert second["seen_at"] > first["seen_at"]
     assert second["started_at"] == first["started_at"]
 
@@ -1115,8 +1117,8 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
     await instance.declare("moon", "sun")
     await instance.claim()
     await instance.claim()
-    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
-    pulses = await instance.beat(ground.eye, ("moon", 1), ("sun", 1), ("mars", 1))
+    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
+    pulses = await instance.beat(ground.admin, ("moon", 1), ("sun", 1), ("mars", 1))
     assert (pulses["moon", 1].renewed, pulses["moon", 1].cancel_by) == (True, "ada")
     assert (pulses["sun", 1].renewed, pulses["sun", 1].cancel_by) == (True, None)
     assert (pulses["mars", 1].renewed, pulses["mars", 1].ours) == (False, False)
@@ -1131,13 +1133,13 @@ async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground
         noted = []
         for stopping in (False, True, True):
             beat = Beat("moon", fence, Progress(None, None, None), stopping)
-            await heartbeat(ground.eye, instance.me, instance.lease, known, [beat])
+            await heartbeat(ground.admin, instance.me, instance.lease, known, [beat])
             stopping_at = (await ground.row("moon"))["stopping_at"]
             noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
         assert noted[0] is None
         assert noted[1] is not None
         assert noted[1] == noted[2]
-        await ground.eye.execute("UPDATE jobs SET parts = true, lease_until = clock_timestamp()")
+        await ground.admin.execute("UPDATE jobs SET parts = true, lease_until = clock_timestamp()")
 
 
 # -- declarations ----------------------------------------------------------------------------------
@@ -1148,12 +1150,12 @@ async def test_instances_declare_at_once(ground: Ground) -> None:
     names = [f"job-{number}" for number in range(20)]
     instances = [ground.instance(f"app{number}") for number in range(10)]
     known = await asyncio.gather(*(instance.declare(*names) for instance in instances))
-    rows = await ground.eye.fetch("SELECT number, name FROM jobs ORDER BY number")
+    rows = await ground.admin.fetch("SELECT number, name FROM jobs ORDER BY number")
     assert [row["number"] for row in rows] == list(range(1, 21))
     assert {(each.knows_to, tuple(each.lacks)) for each in known} == {(20, ())}
-    before = await ground.eye.fetch("SELECT * FROM jobs ORDER BY number")
+    before = await ground.admin.fetch("SELECT * FROM jobs ORDER BY number")
     await instances[0].declare(*names)
-    assert await ground.eye.fetch("SELECT * FROM jobs ORDER BY number") == before
+    assert await ground.admin.fetch("SELECT * FROM jobs ORDER BY number") == before
 
 
 async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None:
@@ -1163,7 +1165,7 @@ async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None
     await asyncio.gather(
         *(instance.declare(*names) for instance, names in zip(instances, sets, strict=True))
     )
-    rows = await ground.eye.fetch("SELECT name, number FROM jobs")
+    rows = await ground.admin.fetch("SELECT name, number FROM jobs")
     numbers = {row["name"]: row["number"] for row in rows}
     assert len(numbers) == 30
     for instance, names in zip(instances, sets, strict=True):
@@ -1211,9 +1213,9 @@ async def test_a_changed_schedule_forgets_no_tick(ground: Ground) -> None:
     again_at = claimed.due_at + timedelta(seconds=99)
     ending = Ending(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
     await instance.jobs.finish(claimed.name, 1, ending)
-    before = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    before = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
     await instance.declare("moon", "sun", schedule="every 60 s")
-    rows = await ground.eye.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    rows = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
     assert rows == before
 
 

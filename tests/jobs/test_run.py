@@ -35,14 +35,14 @@ NOTE = "INSERT INTO notes VALUES ($1)"
 @pytest.fixture(scope="module")
 async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
     async with on(postgres, job_lease_seconds=6) as ground:
-        await ground.eye.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
+        await ground.admin.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
         yield ground
 
 
 @pytest.fixture
 async def ground(land: Ground) -> AsyncIterator[Ground]:
     await land.forget()
-    await land.eye.execute("TRUNCATE notes")
+    await land.admin.execute("TRUNCATE notes")
     yield land
     await land.close()
 
@@ -60,7 +60,7 @@ async def run(instance: Instance) -> Run:
 
 
 async def notes(ground: Ground) -> list[str]:
-    return [row["what"] for row in await ground.eye.fetch("SELECT what FROM notes ORDER BY 1")]
+    return [row["what"] for row in await ground.admin.fetch("SELECT what FROM notes ORDER BY 1")]
 
 
 async def take_over(ground: Ground) -> None:
@@ -98,7 +98,7 @@ async def test_progress_is_written_with_the_next_heartbeat(
         assert instance.known is not None
         beat = repository.Beat("moon", 1, run.lease.progress)
         _, (pulse,) = await repository.heartbeat(
-            ground.eye, instance.me, instance.lease, instance.known, [beat]
+            ground.admin, instance.me, instance.lease, instance.known, [beat]
         )
         assert pulse.renewed
         row = await ground.row("moon")
@@ -304,8 +304,8 @@ async def test_a_transaction_takes_effect_at_its_end(ground: Ground, run: Run) -
     async with run.transaction() as connection:
         await connection.execute(NOTE, "moon")
         assert await notes(ground) == []
-        async with ground.eye.transaction():
-            await ground.eye.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE NOWAIT")
+        async with ground.admin.transaction():
+            await ground.admin.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE NOWAIT")
     assert await notes(ground) == ["moon"]
 
 
@@ -430,8 +430,8 @@ async def test_cancelling_rolls_back(ground: Ground, run: Run) -> None:
             await task
         assert await notes(ground) == []
         async with asyncio.timeout(10):
-            await ground.eye.execute(NOTE, "moon")
-        await ground.eye.execute("TRUNCATE notes")
+            await ground.admin.execute(NOTE, "moon")
+        await ground.admin.execute("TRUNCATE notes")
 
 
 async def test_a_run_has_one_transaction_at_a_time(ground: Ground, run: Run) -> None:
@@ -463,7 +463,7 @@ async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, 
             if when == "in a statement":
                 waiting = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
                 await asyncio.sleep(0.1)
-            await ground.eye.execute("SELECT pg_terminate_backend($1, 5000)", pid)
+            await ground.admin.execute("SELECT pg_terminate_backend($1, 5000)", pid)
             if when == "in a statement":
                 await waiting
             elif when == "between statements":
@@ -510,7 +510,7 @@ async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) ->
 async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]) -> None:
     """The server ends a transaction whose instance says nothing for as long as a lease."""
     async with on(postgres, job_lease_seconds=1.5) as quick:
-        await quick.eye.execute("CREATE TABLE notes (what text)")
+        await quick.admin.execute("CREATE TABLE notes (what text)")
         other = quick.instance(lease=timedelta(seconds=30))
         await other.declare("moon")
         run = other.run(await other.claim())
@@ -626,7 +626,7 @@ async def test_a_thread_is_stopped_inside_a_transaction(ground: Ground, run: Run
         await in_thread(run, function)
     assert await notes(ground) == []
     async with asyncio.timeout(10):
-        await ground.eye.execute(NOTE, "moon")
+        await ground.admin.execute(NOTE, "moon")
 
 
 async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(

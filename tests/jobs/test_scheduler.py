@@ -283,7 +283,7 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> N
     async with ground.scheduler([*jobs, declare(sleeps, "other")]):
         await _run_all(ground, 7)
         started = monotonic()
-        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name <> 'other'")
+        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name <> 'other'")
         for name in functions:
             await ground.ended(name)
         took = monotonic() - started
@@ -302,7 +302,7 @@ async def test_a_wish_to_cancel_outlives_its_instance(ground: Ground) -> None:
     lost = ground.instance("lost")
     await lost.declare("moon")
     await lost.claim()
-    await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
     await ground.expire("moon")
     begun = []
     async with ground.scheduler([declare(lambda _run: begun.append(1))]):
@@ -315,7 +315,7 @@ async def _run_all(ground: Ground, jobs: int) -> None:
     """Wait until so many jobs run."""
 
     async def look() -> bool:
-        held = await ground.eye.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
+        held = await ground.admin.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
         return bool(held == jobs)
 
     await until(look)
@@ -356,7 +356,7 @@ async def test_an_instance_that_stops_hands_its_runs_back(ground: Ground) -> Non
         "succeeded",
         "went on from 5 in attempt 1",
     )
-    assert await ground.eye.fetchval("SELECT count(*) FROM copies") == 0
+    assert await ground.admin.fetchval("SELECT count(*) FROM copies") == 0
 
 
 async def test_a_claim_under_way_when_the_instance_stops_is_handed_back(ground: Ground) -> None:
@@ -387,7 +387,7 @@ async def _waits(ground: Ground) -> None:
 
     async def look() -> bool:
         return bool(
-            await ground.eye.fetchval(
+            await ground.admin.fetchval(
                 "SELECT count(*) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND wait_event_type = 'Lock'"
             )
@@ -425,7 +425,7 @@ async def test_work_that_is_done_is_not_undone(ground: Ground, how: str) -> None
     async with ground.scheduler([declare(returns("done"), min_duration=HOUR)]):
         await _run_all(ground, 1)
         if how == "cancel":
-            await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+            await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
             await ground.ended("moon")
     assert await ground.outcomes("moon") == [("succeeded", "done")]
     row = await ground.row("moon")
@@ -458,7 +458,7 @@ async def test_a_failure_is_tried_again(ground: Ground) -> None:
 async def test_retries_wait_longer_each_time_and_end(ground: Ground) -> None:
     """As long as said at first, twice as long each time, and no more of them than are allowed."""
     moon = declare(raises(ValueError("no")), retry_after=SECOND, max_retries=3)
-    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
     waits = []
     for retries in range(4):
         run = claimed(anchor_at, anchor_at, anchor_at)._replace(
@@ -517,7 +517,7 @@ async def test_failures_in_a_row_are_counted_and_may_pause_a_job(ground: Ground)
 async def test_what_is_released_again_and_again_waits_and_fails(ground: Ground) -> None:
     """Only an instance's stop frees a job at once; all else waits, longer each time, and fails."""
     moon = declare(returns(None), every=HOUR)
-    now = await ground.eye.fetchval("SELECT clock_timestamp()")
+    now = await ground.admin.fetchval("SELECT clock_timestamp()")
     run = claimed(now, now, now)._replace(schedule="every 3600 s")
     stops = RunResult("interrupted", STOPPED)
     away = RunResult("interrupted", "The database does not answer.")
@@ -573,7 +573,7 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
     ]
     async with ground.scheduler(jobs):
         await until(lambda: _held(ground, "cancel"))
-        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'cancel'")
+        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'cancel'")
         for each in jobs:
             await ground.ended(each.name)
     for name, attempt in {"retry": 1, "timeout": 1, "tick": 0, "cancel": 0, "never": 0}.items():
@@ -590,7 +590,7 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
 
 
 async def _held(ground: Ground, name: str) -> bool:
-    row = await ground.eye.fetchrow("SELECT holder FROM jobs WHERE name = $1", name)
+    row = await ground.admin.fetchrow("SELECT holder FROM jobs WHERE name = $1", name)
     return row is not None and row["holder"] is not None
 
 
@@ -625,7 +625,7 @@ def claimed(started_at: datetime, due_at: datetime, anchor_at: datetime) -> Clai
 
 async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
     """An answer that was long under way tells an old time: the next tick is a later one still."""
-    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
     due_at = anchor_at + 10 * SECOND
     moon = declare(returns(None), every=SECOND)
     for lag in (0.0, 0.5, 1.0, 2.0):
@@ -641,7 +641,7 @@ async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
 
 async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Ground) -> None:
     """Who can't read the row's schedule goes on by its own."""
-    anchor_at = await ground.eye.fetchval("SELECT clock_timestamp()")
+    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
     newer = claimed(anchor_at, anchor_at, anchor_at)._replace(schedule="every full moon")
     moon = declare(returns(None), every=2 * SECOND)
     ending = scheduling._ending(moon, newer, RunResult("succeeded", None), anchor_at, seconds_ago=0)
@@ -696,7 +696,7 @@ class Life:
 
     async def live(self, scheduler: Scheduler, steps: int) -> None:
         await scheduler.run_once()
-        await until(lambda: self.ground.eye.fetchval("SELECT count(*) FROM copies"))
+        await until(lambda: self.ground.admin.fetchval("SELECT count(*) FROM copies"))
         await self.end(scheduler)
         for _ in range(steps):
             await self.wait_or_ask()
@@ -717,7 +717,7 @@ class Life:
         elif what == "outage":
             await self.ground.shift(self.random.uniform(2, 500))
         elif what == "ask":
-            await self.ground.eye.execute(RUN, "moon", "ada", timedelta(seconds=60))
+            await self.ground.admin.execute(RUN, "moon", "ada", timedelta(seconds=60))
 
     async def end(self, scheduler: Scheduler) -> None:
         what = self.random.choices(["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1])[0]
@@ -798,7 +798,7 @@ async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
     async with ground.scheduler([moon], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=size(small=60, full=300))
     ticks, faults = await account(ground)
-    outcomes = await ground.eye.fetch(
+    outcomes = await ground.admin.fetch(
         "SELECT outcome, count(*), sum(ticks) AS ticks FROM job_runs GROUP BY 1 ORDER BY 1"
     )
     tell(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
@@ -849,7 +849,7 @@ async def test_a_look_says_how_long_to_wait(ground: Ground) -> None:
         go.set()
         await asyncio.wait(set(scheduler._runs.values()))
         assert await scheduler.run_once() == scheduling.IDLE_LOOK_SECONDS
-        await ground.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
+        await ground.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
         assert 0 < await scheduler.run_once() <= 2.1
         await ground.ready("moon", seconds_ago=1)
         locker = await ground.connect()
@@ -869,7 +869,7 @@ async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
     lost = ground.instance("lost")
     await lost.declare("moon")
     await lost.claim()
-    await ground.eye.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
+    await ground.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
     await ground.expire("moon")
     begun = []
     async with ground.scheduler([declare(lambda _run: begun.append(1))], starts=False) as scheduler:
@@ -955,7 +955,7 @@ async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, func
             await ground.bring_back()
         (run,) = await ground.ended("moon")
     assert await ground.outcomes("moon") == [("succeeded", "meanwhile")]
-    moment = await ground.eye.fetchval("SELECT clock_timestamp()")
+    moment = await ground.admin.fetchval("SELECT clock_timestamp()")
     assert moment - run["ended_at"] > timedelta(seconds=0.6)  # it ended before it was recorded
 
 
@@ -992,7 +992,7 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
         await _run_all(ground, 1)
         other = ground.instance("other")
         await other.declare("moon")
-        await ground.eye.execute(
+        await ground.admin.execute(
             "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"
             " lease_until = clock_timestamp() + interval '1 min'",
             other.me.id,
@@ -1015,11 +1015,13 @@ async def test_that_the_work_of_a_run_is_done_is_noted(ground: Ground) -> None:
     async with ground.scheduler([declare(quick, min_duration=timedelta(minutes=1))]) as scheduler:
 
         async def noted() -> bool | None:
-            row = await ground.eye.fetchrow("SELECT * FROM jobs WHERE work_ended_at >= started_at")
+            row = await ground.admin.fetchrow(
+                "SELECT * FROM jobs WHERE work_ended_at >= started_at"
+            )
             return row is not None or None
 
         await until(noted)
-        await ground.eye.execute("UPDATE jobs SET cancel_by = 'ada'")
+        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
         scheduler.wake()
         (run,) = await ground.ended("moon")
     assert (run["outcome"], run["result"]) == ("succeeded", "all is done")

@@ -23,7 +23,7 @@ from balance_app.jobs.heartbeat import Heart
 from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run, TransactionLimitError
 from balance_app.settings import load_settings
-from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.support import AT_ONCE
 from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
@@ -109,7 +109,7 @@ async def test_jobs_of_killed_instances_go_on_elsewhere(
             await asyncio.sleep(uniform(0, HEARTBEAT))
             owners = [instance for instance in instances if _under_way(tmp_path, instance)]
             victims = sample(owners, 2)
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     wrong = [span for span in lost if not _goes_on(span, _successor(span, spans))]
     recorded = await _lost_runs(database)
     # An instance may also be killed just before its run's first line, or after its last.
@@ -191,7 +191,7 @@ async def test_frozen_instances_are_ended_before_they_go_on(
                 _size(tmp_path, instance) != size
                 for instance, size in zip(frozen, sizes, strict=True)
             )
-        spans = read_diaries(tmp_path)
+        spans = read_event_logs(tmp_path)
     late = _late(await connection.fetch(COMMITTED))
     writes = await connection.fetchval("SELECT count(*) FROM fenced")
     await connection.close()
@@ -258,7 +258,7 @@ async def test_without_dead_man_and_fence_the_same_is_seen(
             if instance.process and instance.process.returncode is None
         ]
         rows = await connection.fetch(COMMITTED)
-        spans = read_diaries(tmp_path)
+        spans = read_event_logs(tmp_path)
     await connection.close()
     late = [_late(rows, of={(line["job"], line["fence"]) for line in lines}) for lines in after]
     refusals = [[line["error"] for line in lines if line["what"] == "refused"] for lines in after]
@@ -311,7 +311,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
         await asyncio.gather(*(instance.ready() for instance in instances))
         await asyncio.sleep(3)  # two leases: time for a run that must not be
         await asyncio.gather(*(instance.ready() for instance in instances))
-        spans = read_diaries(tmp_path)
+        spans = read_event_logs(tmp_path)
     row = await connection.fetchrow("SELECT * FROM jobs WHERE name = 'job-01'")
     outcomes = await connection.fetch("SELECT outcome FROM job_runs WHERE job = 'job-01'")
     await connection.close()
@@ -354,7 +354,7 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
     async with running(instances):
         await _until_true(connection, "SELECT count(*) > 2 FROM job_runs")
         await instances[0].ready()
-        too_early = read_diaries(tmp_path)
+        too_early = read_event_logs(tmp_path)
         await connection.execute("DROP TRIGGER dawdle ON job_runs")
         await _all_started(tmp_path, 1)
     *late, last = await connection.fetch("SELECT outcome, result FROM job_runs ORDER BY id")
@@ -424,10 +424,10 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
 
 
 def _fleet(
-    database: dict[str, str], diaries: Path, names: Iterable[str], *, jobs: int, **env: str
+    database: dict[str, str], event_logs: Path, names: Iterable[str], *, jobs: int, **env: str
 ) -> list[Instance]:
     settings = {
-        "FLEET_DIARY": str(diaries),
+        "FLEET_EVENT_LOGS": str(event_logs),
         "FLEET_JOBS": str(jobs),
         "JOB_SETTLING_SECONDS": str(SETTLING),
         "JOB_LEASE_SECONDS": str(LEASE),
@@ -438,9 +438,11 @@ def _fleet(
     return [Instance(database, name, log=None, program=program, **settings) for name in names]
 
 
-def _under_way(diaries: Path, instance: Instance) -> list[Span]:
+def _under_way(event_logs: Path, instance: Instance) -> list[Span]:
     """Return the runs of an instance's process that have not ended."""
-    return [span for span in read_diaries(diaries) if span.pid == instance.pid and not span.ended]
+    return [
+        span for span in read_event_logs(event_logs) if span.pid == instance.pid and not span.ended
+    ]
 
 
 def _successor(span: Span, spans: list[Span]) -> Span | None:
@@ -450,7 +452,7 @@ def _successor(span: Span, spans: list[Span]) -> Span | None:
 
 
 def _again(spans: list[Span], now: list[Span]) -> list[Span]:
-    """Return the same runs as their diaries tell them now."""
+    """Return the same runs as their event logs tell them now."""
     names = {(span.job, span.fence, span.pid) for span in spans}
     return [span for span in now if (span.job, span.fence, span.pid) in names]
 
@@ -493,25 +495,25 @@ async def _until_true(connection: "asyncpg.Connection[asyncpg.Record]", query: s
             await asyncio.sleep(0.1)
 
 
-async def _all_started(diaries: Path, jobs: int) -> None:
-    await _until(lambda: len({span.job for span in read_diaries(diaries)}) == jobs)
+async def _all_started(event_logs: Path, jobs: int) -> None:
+    await _until(lambda: len({span.job for span in read_event_logs(event_logs)}) == jobs)
 
 
-async def _kill(victims: list[Instance], diaries: Path) -> tuple[list[Span], list[float]]:
+async def _kill(victims: list[Instance], event_logs: Path) -> tuple[list[Span], list[float]]:
     """Kill instances and start them again; return what they ran, and how long it was idle."""
     since = monotonic()
     pids = {instance.pid for instance in victims}
     await asyncio.gather(*(instance.kill() for instance in victims))
-    gone = [span for instance in victims for span in _under_way(diaries, instance)]
+    gone = [span for instance in victims for span in _under_way(event_logs, instance)]
     assert {span.pid for span in gone} <= pids
     await asyncio.gather(*(instance.launch() for instance in victims))
-    return gone, await _takeovers(gone, diaries, since)
+    return gone, await _takeovers(gone, event_logs, since)
 
 
-async def _takeovers(gone: list[Span], diaries: Path, since: float) -> list[float]:
+async def _takeovers(gone: list[Span], event_logs: Path, since: float) -> list[float]:
     """Wait until these jobs run again; return after how many seconds each did."""
     while True:
-        spans = read_diaries(diaries)
+        spans = read_event_logs(event_logs)
         after = [_successor(span, spans) for span in gone]
         if all(after) or monotonic() > since + LEASE + 10:
             return [math.inf if span is None else span.begin - since for span in after]
@@ -550,13 +552,15 @@ async def _frozen(instances: list[Instance]) -> AsyncIterator[None]:
                 instance.process.send_signal(signal.SIGCONT)
 
 
-async def _freeze_shortly(instance: Instance, diaries: Path) -> list[Span]:
+async def _freeze_shortly(instance: Instance, event_logs: Path) -> list[Span]:
     """Freeze an instance for less than its leases last; return its runs, which went on."""
     async with _frozen([instance]):
-        before = _under_way(diaries, instance)
+        before = _under_way(event_logs, instance)
         await asyncio.sleep(LEASE / 4)
         thawed = monotonic()
-    await _until(lambda: all(span.end > thawed for span in _again(before, read_diaries(diaries))))
+    await _until(
+        lambda: all(span.end > thawed for span in _again(before, read_event_logs(event_logs)))
+    )
     return before
 
 
@@ -567,32 +571,34 @@ async def _end(instance: Instance) -> int:
         return await instance.process.wait()
 
 
-def _size(diaries: Path, instance: Instance) -> int:
-    """Return how much an instance's process has written into its diary."""
-    return sum(path.stat().st_size for path in diaries.glob(f"*-{instance.pid}-*"))
+def _size(event_logs: Path, instance: Instance) -> int:
+    """Return how much an instance's process has written into its event log."""
+    return sum(path.stat().st_size for path in event_logs.glob(f"*-{instance.pid}-*"))
 
 
 async def _lines_after_a_freeze(
-    instance: Instance, diaries: Path, *, held: bool
+    instance: Instance, event_logs: Path, *, held: bool
 ) -> list[dict[str, Any]]:
     """Freeze an instance until others run its jobs; return what its runs write afterwards."""
-    async with _frozen_when(instance, diaries, "inside" if held else "wrote") as before:
+    async with _frozen_when(instance, event_logs, "inside" if held else "wrote") as before:
         since = monotonic()
-        await _takeovers(before, diaries, since)
+        await _takeovers(before, event_logs, since)
         await asyncio.sleep(0.5)
     ends = since + HELD_LONG if held else monotonic()
     await asyncio.sleep(ends + 1 - monotonic())
     names = {(span.job, span.fence): len(span.lines) for span in before}
     return [
         line
-        for span in read_diaries(diaries)
+        for span in read_event_logs(event_logs)
         if span.pid == instance.pid and (span.job, span.fence) in names
         for line in span.lines[names[span.job, span.fence] :]
     ]
 
 
 @asynccontextmanager
-async def _frozen_when(instance: Instance, diaries: Path, said: str) -> AsyncIterator[list[Span]]:
+async def _frozen_when(
+    instance: Instance, event_logs: Path, said: str
+) -> AsyncIterator[list[Span]]:
     """Freeze an instance when some runs have just said that: the server ends idle transactions."""
     async with asyncio.timeout(60) as limit:
         while True:
@@ -602,7 +608,7 @@ async def _frozen_when(instance: Instance, diaries: Path, said: str) -> AsyncIte
                 # What follows the line is under way by then.
                 if runs := [
                     span
-                    for span in _under_way(diaries, instance)
+                    for span in _under_way(event_logs, instance)
                     if _said(span) == said and 0.02 < now - span.end < 1
                 ]:
                     limit.reschedule(None)

@@ -9,7 +9,7 @@ from time import monotonic
 import httpx
 import pytest
 
-from tests.jobs.fleet import Span, overlaps, read_diaries
+from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import tell
 
@@ -17,9 +17,11 @@ JOBS = 3
 LEASE = 3
 
 
-def _fleet(database: dict[str, str], diaries: Path, names: list[str], **env: str) -> list[Instance]:
+def _fleet(
+    database: dict[str, str], event_logs: Path, names: list[str], **env: str
+) -> list[Instance]:
     settings = {
-        "FLEET_DIARY": str(diaries),
+        "FLEET_EVENT_LOGS": str(event_logs),
         "FLEET_JOBS": str(JOBS),
         "FLEET_EVERY": "1",
         "FLEET_SECONDS": "1",
@@ -117,9 +119,11 @@ CREATE TABLE fenced (job text, fence bigint, begun float8); COMMIT
 """
 
 
-async def _writes_anew(postgres: dict[str, str], diaries: Path, unguarded: str) -> tuple[int, int]:
+async def _writes_anew(
+    postgres: dict[str, str], event_logs: Path, unguarded: str
+) -> tuple[int, int]:
     """Make the tables anew under runs; return the writes in them, of runs of before and of new."""
-    diaries.mkdir()
+    event_logs.mkdir()
     settings = {
         "FLEET_KIND": "clings",
         "FLEET_EVERY": "3600",
@@ -131,7 +135,7 @@ async def _writes_anew(postgres: dict[str, str], diaries: Path, unguarded: str) 
     async with empty_database(postgres) as database:
         connection = await connect(database)
         await connection.execute(ANEW)
-        async with running(_fleet(database, diaries, ["app1"], **settings)), asyncio.timeout(60):
+        async with running(_fleet(database, event_logs, ["app1"], **settings)), asyncio.timeout(60):
             began = "SELECT count(DISTINCT job) FROM fenced"
             while await connection.fetchval(began) < JOBS:  # noqa: ASYNC110 - of a database
                 await asyncio.sleep(0.05)
@@ -166,12 +170,12 @@ async def test_two_services_in_two_schemas_do_not_disturb_each_other(
 ) -> None:
     """Each has its tables, its balances, its jobs with the same names, and its page."""
     connection = await connect(database)
-    diaries = {schema: tmp_path / schema for schema in ("public", "other")}
+    event_logs = {schema: tmp_path / schema for schema in ("public", "other")}
     fleets = []
-    for schema, diary in diaries.items():
-        diary.mkdir()
-        fleets += _fleet(database, diary, [schema], DB_SCHEMA=schema, FLEET_KIND="paced,writes")
-    for schema in diaries:
+    for schema, event_log in event_logs.items():
+        event_log.mkdir()
+        fleets += _fleet(database, event_log, [schema], DB_SCHEMA=schema, FLEET_KIND="paced,writes")
+    for schema in event_logs:
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         await connection.execute(f"CREATE TABLE {schema}.fenced (job text, fence bigint)")
     async with running(fleets), httpx.AsyncClient(trust_env=False, timeout=20) as http:
@@ -184,21 +188,21 @@ async def test_two_services_in_two_schemas_do_not_disturb_each_other(
             assert page.status_code == 200
             status = (await http.get(f"{instance.url}/api/cron/status")).json()
             assert len(status["jobs"]) == JOBS
-        await asyncio.gather(*(_all_run(diary) for diary in diaries.values()))
-    for number, (schema, diary) in enumerate(diaries.items(), start=1):
+        await asyncio.gather(*(_all_run(event_log) for event_log in event_logs.values()))
+    for number, (schema, event_log) in enumerate(event_logs.items(), start=1):
         await connection.execute(f"SET search_path = {schema}")
         assert await connection.fetchval("SELECT balance FROM users") == 10_000 - number
         assert await connection.fetchval("SELECT count(*) FROM fenced") > 0
         failed = "SELECT count(*) FROM job_runs WHERE outcome IN ('failed', 'lost')"
         assert await connection.fetchval(failed) == 0
-        assert {span.server for span in read_diaries(diary)} == {schema}
+        assert {span.server for span in read_event_logs(event_log)} == {schema}
     await connection.close()
 
 
-def _runs(diaries: Path) -> list[Span]:
+def _runs(event_logs: Path) -> list[Span]:
     """Return all runs, each from its start: in tables made anew the same fences come again."""
     runs = []
-    for span in read_diaries(diaries):
+    for span in read_event_logs(event_logs):
         starts = [i for i, line in enumerate(span.lines) if line["what"] == "start"]
         for first, after in zip(starts, [*starts[1:], len(span.lines)], strict=True):
             lines = span.lines[first:after]
@@ -207,9 +211,9 @@ def _runs(diaries: Path) -> list[Span]:
     return sorted(runs, key=lambda run: run.begin)
 
 
-async def _all_run(diaries: Path) -> None:
+async def _all_run(event_logs: Path) -> None:
     """Wait until every job has begun a run after now."""
     now = monotonic()
     async with asyncio.timeout(60):
-        while len({s.job for s in read_diaries(diaries) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
+        while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
             await asyncio.sleep(0.1)

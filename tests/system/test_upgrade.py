@@ -10,7 +10,7 @@ from time import monotonic
 import httpx
 import pytest
 
-from tests.jobs.fleet import overlaps, read_diaries
+from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import Instance, connect
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import size, tell
@@ -45,10 +45,10 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Fleet:
     """Five instances, some of the release before and some of this one."""
 
-    def __init__(self, database: dict[str, str], before: Path, diaries: Path) -> None:
+    def __init__(self, database: dict[str, str], before: Path, event_logs: Path) -> None:
         self._database = database
         self._before = before
-        self._diaries = diaries
+        self._event_logs = event_logs
         self.members: dict[int, Instance] = {}
         self.fewest_ready = INSTANCES
         self.seen_not_ready: list[str] = []
@@ -61,7 +61,7 @@ class Fleet:
             f"app{number}-{'before' if old else 'now'}",
             program=("-P", "-m", "tests.jobs.fleet"),
             PYTHONPATH=f"{source / 'src'}:{source}",
-            FLEET_DIARY=str(self._diaries),
+            FLEET_EVENT_LOGS=str(self._event_logs),
             FLEET_JOBS=str(JOBS),
             FLEET_EVERY="1",
             FLEET_SECONDS="1",
@@ -148,7 +148,7 @@ async def test_neighbouring_releases_run_side_by_side(
             with suppress(asyncio.CancelledError):
                 await watch
         ledger = await read_ledger(fleet.members[1].url, user)
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     tell(f"{changes} changes, {len(spans)} runs, at least {fleet.fewest_ready} ready")
     assert problems == []
     assert fleet.fewest_ready >= INSTANCES - 1, fleet.seen_not_ready[:3]
@@ -166,9 +166,9 @@ async def test_neighbouring_releases_run_side_by_side(
     assert odd == []
 
 
-async def _each_job_runs_on(diaries: Path) -> None:
+async def _each_job_runs_on(event_logs: Path) -> None:
     """Wait until every job has begun a run after now."""
     now = monotonic()
     async with asyncio.timeout(60):
-        while len({s.job for s in read_diaries(diaries) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
+        while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
             await asyncio.sleep(0.1)

@@ -68,13 +68,13 @@ async def test_an_instance_that_is_killed_is_seen_to_be_lost(
     database: dict[str, str], tmp_path: Path, browser: Browser
 ) -> None:
     """Its card says so, and what became of its job, which goes on elsewhere."""
-    (tmp_path / "diary").mkdir()
+    (tmp_path / "event-logs").mkdir()
     instances = [
         Instance(
             database,
             f"app{number}",
             program=("-m", "tests.jobs.fleet"),
-            FLEET_DIARY=str(tmp_path / "diary"),
+            FLEET_EVENT_LOGS=str(tmp_path / "event-logs"),
             FLEET_JOBS="2",
             FLEET_EVERY="3600",
             FLEET_SECONDS="120",

@@ -150,27 +150,27 @@ def _text(value: object) -> str:
 async def large(postgres: dict[str, str]) -> AsyncIterator[Ground]:
     async with on(postgres) as ground:
         for name in NAMES:
-            await add_job(ground.eye, name, fence=RUNS)
-        await ground.eye.execute("ALTER TABLE job_runs SET (autovacuum_enabled = false)")
-        await ground.eye.execute("SET session_replication_role = replica")  # no foreign keys
-        await ground.eye.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
-        await ground.eye.execute("ANALYZE job_runs; DELETE FROM job_runs")
-        indexes = await ground.eye.fetch(INDEXES)
+            await add_job(ground.admin, name, fence=RUNS)
+        await ground.admin.execute("ALTER TABLE job_runs SET (autovacuum_enabled = false)")
+        await ground.admin.execute("SET session_replication_role = replica")  # no foreign keys
+        await ground.admin.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
+        await ground.admin.execute("ANALYZE job_runs; DELETE FROM job_runs")
+        indexes = await ground.admin.fetch(INDEXES)
         for index in indexes:
-            await ground.eye.execute(
+            await ground.admin.execute(
                 f"ALTER TABLE job_runs DROP CONSTRAINT {index['conname']}"
                 if index["conname"]
                 else f"DROP INDEX {index['name']}"
             )
-        await ground.eye.execute(BULK, RUNS, timeout=120)
+        await ground.admin.execute(BULK, RUNS, timeout=120)
         for index in indexes:
-            await ground.eye.execute(
+            await ground.admin.execute(
                 f"ALTER TABLE job_runs ADD CONSTRAINT {index['conname']} {index['constraint']}"
                 if index["conname"]
                 else index["sql"],
                 timeout=120,
             )
-        await ground.eye.execute("RESET session_replication_role")
+        await ground.admin.execute("RESET session_replication_role")
         yield ground
 
 
@@ -179,19 +179,19 @@ async def statistics(large: Ground, request: pytest.FixtureRequest) -> Statistic
     """What the planner knows of the history: what was true of 1000 runs, nothing, or the truth."""
     known: Statistics = request.param
     if known == "none":
-        await large.eye.execute(NOTHING_KNOWN)
+        await large.admin.execute(NOTHING_KNOWN)
     elif known == "fresh":
-        await large.eye.execute("ANALYZE job_runs")
+        await large.admin.execute("ANALYZE job_runs")
     return known
 
 
 @asynccontextmanager
 async def explaining(large: Ground, mode: str) -> AsyncIterator[Explaining]:
     """Give a connection that explains; nothing that it does stays."""
-    transaction = large.eye.transaction()
+    transaction = large.admin.transaction()
     await transaction.start()
     try:
-        yield Explaining(large.eye, mode)
+        yield Explaining(large.admin, mode)
     finally:
         await transaction.rollback()
 
@@ -278,12 +278,12 @@ async def test_runs_begin_and_end_by_an_index(
         me = repository.Me(uuid4(), "app1")
         jobs = JobRepository(database, me, LEASE)
         known = await large.instance().declare(*NAMES)
-        await large.eye.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")
+        await large.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")
         for _ in NAMES:
             claimed = (await jobs.look(known, AT_ONCE)).claimed
             assert claimed is not None
             if claimed.name in {RARE, FAILING}:
-                await large.eye.execute(
+                await large.admin.execute(
                     "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 h'"
                     " WHERE name = $1",
                     claimed.name,
@@ -313,11 +313,11 @@ async def test_old_runs_are_pruned_by_an_index(
     mode: str,
 ) -> None:
     """Of each job a thousand at a time, of few as well as of many."""
-    await large.eye.execute(
+    await large.admin.execute(
         "UPDATE job_runs SET ended_at = ended_at - interval '30 days' WHERE id <= 1000"
     )
     async with explaining(large, mode) as connection:
-        await large.eye.fetchval(KEEP_TO_INDEX)
+        await large.admin.fetchval(KEEP_TO_INDEX)
         for name in ("", *sorted(NAMES)):
             await connection.fetchrow(PRUNE_RUNS, name, RUNS_AT_ONCE)
     # Each of a thousand rows is looked up by its key.
@@ -332,15 +332,15 @@ SELECT * FROM job_runs WHERE job = $3 AND id < $1 ORDER BY job DESC, id DESC LIM
 @pytest.mark.parametrize("guard", ["range", "index", "order"])
 async def test_without_these_guards_much_is_read(large: Ground, guard: str) -> None:
     """The controls: each mends nothing by itself."""
-    await large.eye.execute("ANALYZE job_runs")
+    await large.admin.execute("ANALYZE job_runs")
     async with explaining(large, "force_generic_plan") as connection:
         if guard == "range":
             await connection.fetch(BY_EQUALITY, MAX_INTEGER, 100, SINGLE)
         elif guard == "order":
-            await large.eye.execute(NOTHING_KNOWN)
+            await large.admin.execute(NOTHING_KNOWN)
             await connection.fetch(history.RUNS_OF_JOB, MAX_INTEGER, 100, MANY)
         else:
-            await large.eye.execute("DROP INDEX job_runs_job_outcome_id_idx")
+            await large.admin.execute("DROP INDEX job_runs_job_outcome_id_idx")
             await connection.fetch(
                 history.RUNS_OF_JOB_BY_OUTCOME, MAX_INTEGER, 100, FAILING, "timed_out"
             )

@@ -18,7 +18,7 @@ import jsonschema_rs
 import pytest
 
 from tests.balances.hostile import one_instance
-from tests.jobs.fleet import read_diaries
+from tests.jobs.fleet import read_event_logs
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
 from tests.processes import Instance, connect
 from tests.system.databases import freeze, own_postgres, thaw
@@ -64,7 +64,7 @@ async def quiet(shared: Quiet) -> Quiet:
 
 @asynccontextmanager
 async def fleet(
-    database: dict[str, str], diary: Path, *, seconds: float, instances: int = 2
+    database: dict[str, str], event_log: Path, *, seconds: float, instances: int = 2
 ) -> AsyncIterator[list[httpx.AsyncClient]]:
     """Run instances with one job, `job-01`, that lasts so long; yield a client of each."""
     all_instances = [
@@ -72,7 +72,7 @@ async def fleet(
             database,
             f"app{number}",
             program=("-m", "tests.jobs.fleet"),
-            FLEET_DIARY=str(diary),
+            FLEET_EVENT_LOGS=str(event_log),
             FLEET_JOBS="1",
             FLEET_SECONDS=str(seconds),
             FLEET_EVERY="3600",
@@ -653,7 +653,7 @@ async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: P
         history = (await clients[0].get("/api/cron/history")).json()["runs"]
     assert [run["outcome"] for run in history] == ["succeeded"] * 3
     assert len({run["dueAt"] for run in history}) == 3
-    spans = read_diaries(tmp_path)
+    spans = read_event_logs(tmp_path)
     assert [span.fence for span in spans] == [1, 2, 3]
     assert all(one.end < other.begin for one, other in pairwise(spans))
 

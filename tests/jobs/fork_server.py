@@ -1,8 +1,9 @@
 """Instances forked from a process that has imported everything: they are up in a moment.
 
 Each is a process of its own that serves as `python -m tests.jobs.fleet` does; only its imports are
-done already. `python -m tests.jobs.nursery` is the parent: it reads a line of JSON per instance
-that is to be born (a number and its environment), and says who was born and who has ended, and how.
+done already. `python -m tests.jobs.fork_server` is the parent: it reads a line of JSON per instance
+that is to be forked (a number and its environment), and reports who was forked and who has ended,
+and how.
 """
 
 import asyncio
@@ -24,12 +25,12 @@ class Child:
     """A forked process, to be used like those of asyncio."""
 
     def __init__(self) -> None:
-        self.born: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.forked: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
     def pid(self) -> int:
-        return self.born.result()
+        return self.forked.result()
 
     @property
     def returncode(self) -> int | None:
@@ -47,7 +48,7 @@ class Child:
         return await asyncio.shield(self.ended)
 
 
-class Nursery:
+class ForkServer:
     """The parent, as its user sees it."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -66,7 +67,7 @@ class Nursery:
         order = [len(self._children) - 1, str(log or os.devnull), environment]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        await child.born
+        await child.forked
         return child
 
     async def listen(self) -> None:
@@ -79,30 +80,30 @@ class Nursery:
 class _Forked(Instance):
     def __init__(
         self,
-        nursery: Nursery,
+        fork_server: ForkServer,
         database: dict[str, str],
         name: str,
         log: Path | None,
         env: dict[str, str],
     ) -> None:
         super().__init__(database, name, log=log, program=(), **env)
-        self._nursery = nursery
+        self._fork_server = fork_server
 
     async def launch(self) -> None:
-        child = await self._nursery.fork(self._log, self._environment)
+        child = await self._fork_server.fork(self._log, self._environment)
         self.process = cast("asyncio.subprocess.Process", child)
 
 
 @asynccontextmanager
-async def nursery() -> AsyncIterator[Nursery]:
+async def running_fork_server() -> AsyncIterator[ForkServer]:
     """Run the parent; what it has forked ends with it."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.jobs.nursery"),
+        *(sys.executable, "-m", "tests.jobs.fork_server"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
-    parent = Nursery(process)
+    parent = ForkServer(process)
     listener = asyncio.create_task(parent.listen())
     try:
         yield parent
@@ -141,7 +142,7 @@ def main() -> None:
                     os.close(wake)
                     _live(log, environment)
                 children[pid] = number
-                _say("born", number, pid)
+                _say("forked", number, pid)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
