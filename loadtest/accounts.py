@@ -60,8 +60,8 @@ class Ledger:
 class Accounts:
     """Creates and reads users of the service at one target.
 
-    Every method raises CannotRunError, with a readable sentence, when the service is away, refuses,
-    or answers something that is not its contract.
+    Every method raises CannotRunError, with a readable sentence, when the service is unavailable,
+    refuses, or answers something that is not its contract.
     """
 
     def __init__(self, target: Target) -> None:

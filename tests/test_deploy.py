@@ -145,7 +145,7 @@ def test_counters_are_asked_for_their_increase(where: str) -> None:
         "sum(rate(balance_app_change_total[5m]))",
         'sum(rate(balance_app_changes_total{result="acepted"}[5m]))',
         'sum(rate(balance_app_changes_total{result=~"accepted|denied"}[5m]))',
-        'balance_app_database_away{pool="requests"}',
+        'balance_app_database_unavailable{pool="requests"}',
     ],
 )
 def test_what_does_not_exist_is_noticed(

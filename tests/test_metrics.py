@@ -148,13 +148,13 @@ async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
 
 
 async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
-    """While the database is away the instance tells so, and all that it knows by itself."""
+    """While the database is unavailable the instance tells so, and all that it knows by itself."""
     async with (
         Instance(database, JOBS_ENABLED="false") as instance,
         httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
         before = await told(client)
-        assert before["balance_app_database_away"] == 0
+        assert before["balance_app_database_unavailable"] == 0
         holder = await connect(database)
         async with _held_row(holder):
             asked = asyncio.create_task(
@@ -166,11 +166,11 @@ async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
         refused = await client.post("/api/balance", json={"userId": 1, "amount": -1})
         assert refused.json()["applied"] == "no"
         found = await told(client)
-        assert found["balance_app_database_away"] == 1
-        assert changes(found) == {"unknown": 1, "away": 1}
+        assert found["balance_app_database_unavailable"] == 1
+        assert changes(found) == {"unknown": 1, "unavailable": 1}
         await _admin(database, "ALLOW_CONNECTIONS true")
         async with asyncio.timeout(10):
-            while (await told(client))["balance_app_database_away"]:  # noqa: ASYNC110 - the same
+            while (await told(client))["balance_app_database_unavailable"]:  # noqa: ASYNC110 - the same
                 await asyncio.sleep(0.05)
 
 

@@ -188,7 +188,7 @@ class UnsupportedMediaType(Problem):
     status, code, title = 415, "unsupported-media-type", "Unsupported media type"
 
 
-class DatabaseAway(Problem):
+class DatabaseUnavailable(Problem):
     """The database can't be reached, or did not answer in time.
 
     `applied` says whether the request may have had an effect: `no`, or `unknown`; with an
@@ -199,7 +199,7 @@ class DatabaseAway(Problem):
     still be under way.
     """
 
-    status, code, title = 503, "database-away", "Database away"
+    status, code, title = 503, "database-unavailable", "Database unavailable"
     decides = False
 
     def __init__(self, detail: str, *, applied: Applied) -> None:

@@ -35,7 +35,7 @@ RESULTS: Final = (
     "replayed",
     "no_user",
     "key_reused",
-    "away",
+    "unavailable",
     "unknown",
     "overloaded",
     "error",
@@ -173,8 +173,8 @@ class Metrics:
             "Requests that stand in line for a connection.",
             registry=registry,
         )
-        self.database_away: Final = Gauge(
-            "balance_app_database_away",
+        self.database_unavailable: Final = Gauge(
+            "balance_app_database_unavailable",
             "1 while this instance can't use its database.",
             registry=registry,
         )

@@ -169,7 +169,7 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"DB_LOCK_SECONDS ({self.db_lock_seconds:g}) must be below "
                 f"DB_STATEMENT_SECONDS ({self.db_statement_seconds:g}), "
-                "or a locked row looks like a database that is away"
+                "or a locked row looks like a database that is unavailable"
             )
         return self
 

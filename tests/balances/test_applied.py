@@ -10,7 +10,7 @@ import pytest
 
 from balance_app.balances.repository import BalanceRepository
 from balance_app.db.pool import Database
-from balance_app.errors import DatabaseAway, Problem
+from balance_app.errors import DatabaseUnavailable, Problem
 from tests.db.test_pool import settings_for
 from tests.history import (
     Accepted,
@@ -154,7 +154,7 @@ async def test_a_history_shows_a_key_that_was_denied(
     try:
         made = await BalanceRepository(pool).change(1, -1, "k")
         pool.refuse_requests()
-        with pytest.raises(DatabaseAway) as again:
+        with pytest.raises(DatabaseUnavailable) as again:
             await BalanceRepository(pool).change(1, -1, "k")
     finally:
         await pool.stop()
@@ -203,7 +203,7 @@ async def _await(answer: Awaitable[httpx.Response]) -> httpx.Response:
 
 @pytest.mark.parametrize("guarded", [True, False])
 async def test_what_a_standby_lacks_is_not_told(*, guarded: bool) -> None:
-    """A synchronous standby that is away: an outcome that a failover would lose is no outcome.
+    """Without the synchronous standby, an outcome that a failover would lose is no outcome.
 
     The control recalls by a bare SELECT, and acknowledges it.
     """

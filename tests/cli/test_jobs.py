@@ -219,7 +219,7 @@ async def test_watching_goes_on_over_a_restart(instance: Instance, connection: C
 
 
 async def test_programs_can_watch(instance: Instance, connection: Connection) -> None:
-    """Each line is a status; that the service is away is said beside."""
+    """Each line is a status; that the service is unavailable is said beside."""
     await add_job(connection, "first")
     watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None

@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, balances, and a service that is away or answers badly."""
+"""The command line: help, exit codes, balances; a service that is unavailable or answers badly."""
 
 import asyncio
 import json
@@ -15,8 +15,12 @@ from tests.processes import Instance, connect, free_port
 from tests.terminal import PATIENCE_SECONDS, Screen, answering, command, http, losing, run
 
 DONE = '{"userId":1,"balance":9998,"version":2,"change":{"amount":-2,"at":"2026-11-21T21:49:33Z"}}'
-UNKNOWN = http("503 Away", '{"code":"database-away","detail":"It left.","applied":"unknown"}')
-AWAY = http("503 Away", '{"code":"database-away","detail":"It left.","applied":"no"}')
+UNKNOWN = http(
+    "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"unknown"}'
+)
+UNAVAILABLE = http(
+    "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"no"}'
+)
 
 
 # -- help and completion -----------------------------------------------------------------------
@@ -51,7 +55,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
 async def test_jobs_are_completed_from_the_running_service(
     instance: Instance, database: dict[str, str]
 ) -> None:
-    """Their names, of the service that is asked; nothing at all when it is away."""
+    """Their names, of the service that is asked; nothing at all when it is unavailable."""
     connection = await connect(database)
     for name in ("audit-x", "audit-y", "prune-z"):
         await connection.execute(
@@ -149,7 +153,7 @@ async def test_nobody_there_is_said_in_a_sentence(line: str) -> None:
         (http("200 OK", "{}"), 3, r"What answers at \S+ is not this service: status 200"),
         (http("404 No", "[]"), 3, r"What answers at \S+ is not this service: status 404"),
         (http("404 No", '{"detail":5}'), 3, r"\S+ is not this service: status 404"),
-        (AWAY, 3, r"http://\S+ answers 503: It left\.$"),
+        (UNAVAILABLE, 3, r"http://\S+ answers 503: It left\.$"),
         (http("500 No", '{"detail":"A mistake.","applied":"no"}'), 1, "^A mistake.$"),
         (http("404 No", '{"detail":"\\u001b[2J\\u0007no"}'), 1, r"^ \[2J no$"),
     ],
@@ -165,7 +169,7 @@ async def test_what_is_no_answer_is_said_in_a_sentence(
     assert len(err.splitlines()) == 1
 
 
-async def test_a_health_check_says_ready_not_ready_or_away(
+async def test_a_health_check_says_ready_not_ready_or_unavailable(
     instance: Instance, database: dict[str, str]
 ) -> None:
     """0, 1 and 3; it asks the instance that runs here, whatever BALANCE_APP_URL says."""
@@ -294,12 +298,12 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
 @pytest.mark.parametrize(
     ("answers", "patience", "code", "sent"),
     [
-        ([UNKNOWN, AWAY, http("200 OK", DONE)], 20, 0, 3),
-        ([AWAY, http("200 OK", DONE)], 20, 0, 2),
-        ([AWAY], 0, 3, 1),
+        ([UNKNOWN, UNAVAILABLE, http("200 OK", DONE)], 20, 0, 3),
+        ([UNAVAILABLE, http("200 OK", DONE)], 20, 0, 2),
+        ([UNAVAILABLE], 0, 3, 1),
         ([UNKNOWN], 0, 5, 1),
         # what the second try says of itself says nothing of the first
-        ([UNKNOWN, AWAY], 1.5, 5, 2),
+        ([UNKNOWN, UNAVAILABLE], 1.5, 5, 2),
         ([http("502 Bad Gateway", "<html>"), http("200 OK", DONE)], 20, 0, 2),
         ([http("500 No", '{"detail":"A mistake.","applied":"unknown"}')], 0, 5, 1),
         ([http("404 No", "<html>"), http("200 OK", DONE)], 20, 3, 1),

@@ -9,7 +9,7 @@ import pytest
 
 from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.settings import Settings, load_settings
 from tests.processes import Instance, connect
 
@@ -29,7 +29,7 @@ async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str
 
     try:
         for _ in range(5):  # more than there are connections
-            with pytest.raises(DatabaseAway) as caught:
+            with pytest.raises(DatabaseUnavailable) as caught:
                 await asyncio.wait_for(line.run(cut_off), 10)
             assert caught.value.applied == "unknown"
         assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1

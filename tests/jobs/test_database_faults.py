@@ -110,7 +110,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
 
 
 async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
-    """Jobs end before their leases while the database is away, and go on when it is back."""
+    """Jobs end before their leases while the database is unavailable, and go on when it is back."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
         instances = _fleet(

@@ -92,7 +92,7 @@ async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -
 
 async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in one: then none is declared, none runs, and all of them are named."""
-    monkeypatch.setattr(declarations, "is_away", lambda _error: "no")
+    monkeypatch.setattr(declarations, "applied_if_unavailable", lambda _error: "no")
     async with ground.scheduler([*BAD, good]) as scheduler:
         async with asyncio.timeout(10):
             while not scheduler.undeclared:  # noqa: ASYNC110 - it has no event

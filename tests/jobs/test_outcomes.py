@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.run import LeaseLostError, Run, describe
 from balance_app.jobs.threads import ThreadRun
@@ -327,7 +327,7 @@ async def test_what_is_in_a_group_is_named(ground: Ground) -> None:
     circle = ValueError("round")
     circle.__cause__ = RuntimeError("and")
     circle.__cause__.__cause__ = circle
-    away = DatabaseAway("It is unavailable.", applied="no")
+    away = DatabaseUnavailable("It is unavailable.", applied="no")
     ends = await outcomes(
         ground,
         {

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import asyncpg
 import pytest
 
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs import repository
 from balance_app.jobs import run as running
 from balance_app.jobs.repository import Progress
@@ -390,7 +390,7 @@ async def test_a_constraint_that_is_checked_at_the_commit(ground: Ground, run: R
 async def test_an_error_of_something_else_is_no_outage(
     ground: Ground, run: Run, error: OSError
 ) -> None:
-    """A file that is missing is not a database that is away: the run fails, and is not repeated."""
+    """A missing file is not an unavailable database: the run fails, and is not repeated."""
     with pytest.raises(type(error)) as raised:
         async with run.transaction() as connection:
             await connection.execute(NOTE, "moon")
@@ -455,8 +455,8 @@ async def test_a_run_has_one_transaction_at_a_time(ground: Ground, run: Run) -> 
 
 @pytest.mark.parametrize("when", ["in a statement", "between statements", "before the commit"])
 async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, when: str) -> None:
-    """The function learns that the database went away, and may be run again; nothing is written."""
-    with pytest.raises(DatabaseAway) as away:
+    """The function gets the outage as an error, may be run again, and nothing is written."""
+    with pytest.raises(DatabaseUnavailable) as unavailable:
         async with run.transaction() as connection:
             await connection.execute(NOTE, "moon")
             pid = await connection.fetchval("SELECT pg_backend_pid()")
@@ -468,7 +468,7 @@ async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, 
                 await waiting
             elif when == "between statements":
                 await connection.execute(NOTE, "sun")
-    assert away.value.detail == "The database went away in a transaction."
+    assert unavailable.value.detail == "The database became unavailable in a transaction."
     assert await notes(ground) == []
     async with run.transaction() as connection:
         await connection.execute(NOTE, "at last")
@@ -479,14 +479,14 @@ async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) ->
     """Neither a transaction nor a checkpoint waits for ever, and both work when it is back."""
     await ground.take_away()
     try:
-        with pytest.raises(DatabaseAway):
+        with pytest.raises(DatabaseUnavailable):
             async with run.transaction():
                 raise AssertionError("it must not begin")
 
         async def refused() -> bool:
             try:
                 await run.checkpoint([1])
-            except DatabaseAway:
+            except DatabaseUnavailable:
                 return True
             return False
 
@@ -495,7 +495,7 @@ async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) ->
         await ground.bring_back()
 
     async def works() -> bool:
-        with suppress(DatabaseAway):
+        with suppress(DatabaseUnavailable):
             await run.checkpoint([2])
             async with run.transaction() as connection:
                 await connection.execute(NOTE, "back")
@@ -514,7 +514,7 @@ async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]
         other = quick.instance(lease=timedelta(seconds=30))
         await other.declare("moon")
         run = other.run(await other.claim())
-        with pytest.raises(DatabaseAway):
+        with pytest.raises(DatabaseUnavailable):
             async with run.transaction() as connection:
                 await connection.execute(NOTE, "moon")
                 await asyncio.sleep(2)

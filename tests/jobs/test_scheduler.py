@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
@@ -551,7 +551,7 @@ async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(ground: G
 
     async def unavailable(_run: Run) -> None:
         runs.append(monotonic())
-        raise DatabaseAway("no", applied="no")
+        raise DatabaseUnavailable("no", applied="no")
 
     seconds = size(3, 60)
     async with ground.scheduler([declare(unavailable)]):
@@ -738,7 +738,7 @@ class Life:
             {
                 "fail": ValueError("no"),
                 "lose": LeaseLostError("lost"),
-                "away": DatabaseAway("away", applied="no"),
+                "away": DatabaseUnavailable("away", applied="no"),
             }.get(what)
         )
         await self.ended(scheduler)
@@ -929,7 +929,7 @@ async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> N
 
 @pytest.mark.parametrize("function", ["async", "thread"])
 async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, function: str) -> None:
-    """A run that ends while the database is away has succeeded all the same, and counts once."""
+    """A run that ends while the database is unavailable has succeeded, and counts once."""
     go, ended = threading.Event(), threading.Event()
 
     async def waits(_run: Run) -> str:

@@ -33,7 +33,7 @@ outages = pytest.mark.parametrize(
 
 @outages
 async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action) -> None:
-    """Requests end in time while the database is away, and succeed again when it is back."""
+    """Requests end in time while the database is unavailable, and succeed again when it is back."""
     async with own_postgres() as server:
         instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
         urls = [instance.url for instance in instances]
@@ -76,7 +76,7 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
 async def test_an_instance_starts_without_its_database(
     take_away: Action, bring_back: Action
 ) -> None:
-    """An instance comes up while the database is away, says so, and serves once it is there."""
+    """Started while the database is unavailable, an instance says so and serves when it is back."""
     async with own_postgres() as server:
         await take_away(server)
         instance = Instance({**server.environment(), "DB_NAME": "later"})

@@ -140,14 +140,14 @@ async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None
         await kill(server)
         await late.goto("/")
         await late.wait_for_selector("#sorry-title")
-        await says(late, "#state", "database away")
+        await says(late, "#state", "database unavailable")
         await late.evaluate(MARK)
         await server.start()
         await late.wait_for_selector("#jobs-list")
         await says(late, "#state", "live")
         assert await late.evaluate(MARKED) == 1
         await kill(server)
-        await says(late, "#state", "database away")
+        await says(late, "#state", "database unavailable")
         await server.start()
         await says(late, "#state", "live")
 

@@ -536,7 +536,7 @@ async def test_a_user_is_looked_up(site: Site) -> None:
         assert sentence in text(await site.page(f"/?user={other}"))
 
 
-# -- when the database is away ----------------------------------------------------------------
+# -- when the database is unavailable ---------------------------------------------------------
 
 
 async def until(

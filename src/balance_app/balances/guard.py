@@ -18,7 +18,7 @@ import structlog
 from balance_app.balances.errors import too_slow
 from balance_app.db.pool import Connection, Database, read
 from balance_app.db.wait_queue import Lane
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -104,7 +104,7 @@ class Guard:
         It is run again when it timed out waiting for others who go on: it must be one transaction.
 
         Raises:
-            DatabaseAway: as `Database.run`; or what it waits for is held by somebody else.
+            DatabaseUnavailable: as `Database.run`; or what it waits for is held by somebody else.
             Overloaded: as `Database.run`; or the time did not suffice.
         """
         waits = _Wait(user_id, key, self._database.settings.max_waiting_seconds)
@@ -132,7 +132,7 @@ class Guard:
         while True:
             try:
                 result = await operation(connection)
-            except DatabaseAway as problem:
+            except DatabaseUnavailable as problem:
                 held = await self._who_is_held(connection, problem, waits)
                 if held is not None:
                     raise self._refuse(*held, problem) from problem.__cause__
@@ -149,13 +149,13 @@ class Guard:
     async def _who_is_held(
         self,
         connection: Connection,
-        problem: DatabaseAway,
+        problem: DatabaseUnavailable,
         waits: _Wait,
     ) -> tuple[int | str, str] | None:
         """Say what is held by somebody else, and why; None: it goes on, so try again.
 
         Raises:
-            DatabaseAway: the problem, when it is not that something was locked.
+            DatabaseUnavailable: the problem, when it is not that something was locked.
         """
         settings, cause = self._database.settings, problem.__cause__
         timed_out = isinstance(cause, asyncpg.LockNotAvailableError) or (
@@ -173,7 +173,7 @@ class Guard:
         assert user_id is not None  # noqa: S101 - there is no operation on neither
         try:
             rows = await read(connection, MOTION, user_id, self._own_statements)
-        except DatabaseAway:  # the whole table is locked
+        except DatabaseUnavailable:  # the whole table is locked
             return user_id, LOCKED
         if not rows:
             return None
@@ -193,15 +193,17 @@ class Guard:
         )
         return user_id, LOCKED
 
-    def _refuse(self, name: int | str, reason: str, problem: DatabaseAway) -> DatabaseAway:
+    def _refuse(
+        self, name: int | str, reason: str, problem: DatabaseUnavailable
+    ) -> DatabaseUnavailable:
         self._hold(name, reason, HELD_SECONDS)
-        return DatabaseAway(_sentence(name, reason), applied=problem.applied)
+        return DatabaseUnavailable(_sentence(name, reason), applied=problem.applied)
 
     def _refuse_held(self, names: list[int | str]) -> None:
         for name in names:
             reason, until = self._held.get(name, ("", 0.0))
             if monotonic() < until:
-                raise DatabaseAway(_sentence(name, reason), applied="no")
+                raise DatabaseUnavailable(_sentence(name, reason), applied="no")
 
     def _hold(self, name: int | str, reason: str, seconds: float) -> None:
         now = monotonic()

@@ -17,7 +17,7 @@ from balance_app.balances.errors import (
 )
 from balance_app.balances.guard import Guard
 from balance_app.db.pool import Connection, Database, read, write
-from balance_app.errors import DatabaseAway, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.metrics import Metrics
 
@@ -76,8 +76,8 @@ class BalanceRepository:
         Raises:
             UserNotFound: there is no such user.
             IdempotencyKeyReused: the key belongs to another request.
-            DatabaseAway, Overloaded: see `balance_app.db.pool`; what became of earlier tries with
-                this key is unknown.
+            DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; what became of earlier tries
+                with this key is unknown.
         """
         started = perf_counter()
         try:
@@ -104,7 +104,7 @@ class BalanceRepository:
         Raises:
             IdempotencyKeyReused: the key belongs to another request.
             UserIdTaken: new ids are those of users that there are already.
-            DatabaseAway, Overloaded: as for `change`.
+            DatabaseUnavailable, Overloaded: as for `change`.
         """
         try:
             if key is None:
@@ -345,8 +345,8 @@ def _failure(error: Exception) -> str:
             return "key_reused"
         case Overloaded():
             return "overloaded"
-        case DatabaseAway():
-            return "away" if error.applied == "no" else "unknown"
+        case DatabaseUnavailable():
+            return "unavailable" if error.applied == "no" else "unknown"
         case _:
             return "error"
 

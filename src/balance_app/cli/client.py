@@ -30,7 +30,7 @@ class Code(IntEnum):
     DONE = 0
     FAILED = 1
     WRONG = 2
-    AWAY = 3
+    UNAVAILABLE = 3
     REFUSED = 4
     UNKNOWN = 5
 
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An event of the live feed: `status`, or `away` with a problem; or `broken`, our own."""
+    """An event of the stream: `status`, or `unavailable` with a problem; or `broken`, our own."""
 
     kind: str
     body: dict[str, Any]
@@ -94,7 +94,7 @@ class Service:
         seconds: float = TIMEOUT_SECONDS,
     ) -> Answer:
         """Read something: a JSON object that has this member."""
-        with self._away(Code.AWAY):
+        with self._reporting_failure(Code.UNAVAILABLE):
             answer = httpx.get(
                 self.url + path,
                 params=_given(params),
@@ -113,7 +113,7 @@ class Service:
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Ask for something to be done; the answer is a JSON object that has this member."""
-        with self._away(Code.UNKNOWN):
+        with self._reporting_failure(Code.UNKNOWN):
             answer = httpx.post(
                 self.url + path,
                 params=_given(params),
@@ -127,7 +127,7 @@ class Service:
     def events(self) -> Iterator[Event]:
         """Yield events of the live feed until the stream ends."""
         with (
-            self._away(Code.AWAY),
+            self._reporting_failure(Code.UNAVAILABLE),
             httpx.stream(
                 "GET", f"{self.url}/api/cron/events", timeout=STREAM_SECONDS, trust_env=False
             ) as answer,
@@ -158,7 +158,7 @@ class Service:
             time.sleep(RETRY_SECONDS)
 
     @contextmanager
-    def _away(self, unclear: Code) -> Iterator[None]:
+    def _reporting_failure(self, unclear: Code) -> Iterator[None]:
         """Say that nobody answers; `unclear`: what it means when the request had been sent."""
         try:
             yield
@@ -169,7 +169,7 @@ class Service:
             else:
                 reason = str(error).partition("] ")[2] or str(error) or type(error).__name__
                 reason = f"{reason.rstrip('.')}."
-            code = Code.AWAY if unsent else unclear
+            code = Code.UNAVAILABLE if unsent else unclear
             if code is Code.UNKNOWN:
                 reason = f"{reason.rstrip('.')}; whether it was done is not known."
             raise AskError(f"Nobody answers at {self.url}: {reason}", code) from None
@@ -186,18 +186,18 @@ class Service:
         body, status = _object(answer.content), answer.status_code
         detail, code = body.get("detail"), body.get("code")
         if not isinstance(detail, str):
-            # What a proxy says when its service went away tells nothing of the request.
+            # What a proxy says when its service is gone says nothing of the request.
             broke = answer.is_server_error and answer.request.method == "POST"
             return AskError(
                 f"What answers at {self.url} is not this service: status {status}.",
-                Code.UNKNOWN if broke else Code.AWAY,
+                Code.UNKNOWN if broke else Code.UNAVAILABLE,
             )
         if code in _BY_THE_BALANCE:
             means, said = Code.REFUSED, f"Refused: {detail} Nothing was changed."
         elif body.get("applied") == "unknown":
             means, said = Code.UNKNOWN, f"{self.url} answers {status}: {detail}"
         elif status == httpx.codes.SERVICE_UNAVAILABLE:
-            means, said = Code.AWAY, f"{self.url} answers {status}: {detail}"
+            means, said = Code.UNAVAILABLE, f"{self.url} answers {status}: {detail}"
         else:
             means, said = Code.WRONG if code == "invalid-request" else Code.FAILED, detail
         return AskError(said, means, answer=answer.text, problem=code)

@@ -41,7 +41,7 @@ _balances = partial(asking.command, cls=Command, rich_help_panel="Balances of a 
 
 
 def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Return the jobs of the service that is asked; none when it is away."""
+    """Return the jobs of the service that is asked; none when it is unavailable."""
     from balance_app.cli.session import job_names  # noqa: PLC0415 - nothing else waits for it
 
     with suppress(Exception):
@@ -280,7 +280,7 @@ def _asking(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
         if as_json and error.answer is not None:
             typer.echo(error.answer)
         guessed = settings is not None and settings.balance_app_url is None
-        guessed = guessed and error.code is Code.AWAY and error.answer is None
+        guessed = guessed and error.code is Code.UNAVAILABLE and error.answer is None
         hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""
         fail(f"{error}{hint}", code=error.code)
 

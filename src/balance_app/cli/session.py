@@ -281,7 +281,9 @@ class Terminal:
             except AskError as error:
                 unknown = unknown or error.code is Code.UNKNOWN
                 # Who never answered is not waited for; what may be done must be known.
-                if error.code not in {Code.UNKNOWN, Code.AWAY} or not (unknown or error.answer):
+                if error.code not in {Code.UNKNOWN, Code.UNAVAILABLE} or not (
+                    unknown or error.answer
+                ):
                     raise
                 if time.monotonic() + RETRY_SECONDS > deadline:
                     if not unknown:

@@ -116,7 +116,7 @@ def pause_seconds(kind: Kind, tries: int) -> float:
     return min(FIRST_PAUSE * 2.0 ** min(tries, 10), _LONGEST_PAUSES.get(kind, LONGEST_PAUSE))
 
 
-def is_away(error: BaseException) -> Applied | None:
+def applied_if_unavailable(error: BaseException) -> Applied | None:
     """Say whether the database is at fault, not the statement; if so whether a write was made."""
     cause = classify(error)
     return None if cause is None else cause.applied

@@ -32,7 +32,7 @@ from balance_app.db.outages import (
     pause_seconds,
 )
 from balance_app.db.wait_queue import Lane, WaitQueue
-from balance_app.errors import DatabaseAway, Overloaded
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session, pin, reset
 from balance_app.settings import Settings
@@ -109,7 +109,7 @@ class Database:
         metrics.requests_waiting.set_function(
             lambda: sum(not operation.urgent for operation in self._queue)
         )
-        metrics.database_away.set_function(lambda: self._outage is not None)
+        metrics.database_unavailable.set_function(lambda: self._outage is not None)
         for pool_name, limit, in_use in (
             ("requests", self.settings.db_pool_size, lambda: len(self._workers)),
             (
@@ -217,7 +217,7 @@ class Database:
         them without one.
 
         Raises:
-            DatabaseAway: it can't be used; nothing of the operation was sent.
+            DatabaseUnavailable: it can't be used; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
         self.check(urgent=urgent)
@@ -244,12 +244,12 @@ class Database:
         """Raise what `run` would raise at once, if it would.
 
         Raises:
-            DatabaseAway: the database can't be used, or this instance is stopping.
+            DatabaseUnavailable: the database can't be used, or this instance is stopping.
         """
         if self._outage is not None:
-            raise DatabaseAway(self._outage.sentence, applied="no")
+            raise DatabaseUnavailable(self._outage.sentence, applied="no")
         if self._stopping and not urgent:
-            raise DatabaseAway("This instance is stopping.", applied="no")
+            raise DatabaseUnavailable("This instance is stopping.", applied="no")
 
     def refuse_requests(self) -> None:
         """Refuse who waits and who comes, but for what is urgent: this instance stops."""
@@ -260,7 +260,7 @@ class Database:
         """Refuse who waits; what has its connection goes on."""
         for operation in self._queue.clear():
             if not operation.answer.done():
-                operation.answer.set_exception(DatabaseAway(reason, applied="no"))
+                operation.answer.set_exception(DatabaseUnavailable(reason, applied="no"))
 
     # -- the workers --------------------------------------------------------------------------
 
@@ -388,7 +388,7 @@ class Database:
     def _handle_failure(self, error: Exception, connection: _OwnConnection) -> None:
         """Draw the conclusions from what an operation met: for its connection, and for all."""
         problem, cause = error, None
-        if isinstance(problem, DatabaseAway) and problem.__cause__ is not None:
+        if isinstance(problem, DatabaseUnavailable) and problem.__cause__ is not None:
             cause = classify(problem.__cause__)
         if cause is None:
             return
@@ -624,16 +624,16 @@ def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None
     )
 
 
-def _problem(cause: Cause) -> DatabaseAway:
+def _problem(cause: Cause) -> DatabaseUnavailable:
     """Return what a request is told that met this cause while it changed something."""
-    return DatabaseAway(cause.sentence, applied=cause.applied)
+    return DatabaseUnavailable(cause.sentence, applied=cause.applied)
 
 
 async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:
     """Run a statement that changes something, as one transaction; return its first row.
 
     Raises:
-        DatabaseAway: with `applied` "no" when the server rolled it back, "unknown" when the
+        DatabaseUnavailable: with `applied` "no" when the server rolled it back, "unknown" when the
             connection ended or the time was up before its answer.
     """
     try:
@@ -649,7 +649,7 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
     """Run a statement that changes nothing; return its rows.
 
     Raises:
-        DatabaseAway: always with `applied` "no".
+        DatabaseUnavailable: always with `applied` "no".
     """
     try:
         return await connection.fetch(sql, *arguments)
@@ -657,4 +657,4 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
         cause = classify(error)
         if cause is None:
             raise
-        raise DatabaseAway(cause.sentence, applied="no") from error
+        raise DatabaseUnavailable(cause.sentence, applied="no") from error

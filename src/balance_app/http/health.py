@@ -134,7 +134,7 @@ _OPENMETRICS: Final = "application/openmetrics-text"
     },
 )
 async def read_metrics(request: Request) -> Response:
-    """Tell Prometheus this instance's numbers; also while the database is away."""
+    """Tell Prometheus this instance's numbers; also while the database is unavailable."""
     metrics = services(request)[Metrics]
     as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
     return Response(

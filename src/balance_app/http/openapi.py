@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from balance_app.errors import (
     PROBLEM_JSON,
     SAFE_METHODS,
-    DatabaseAway,
+    DatabaseUnavailable,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -74,7 +74,7 @@ shown to people at [/]({root}/).
   `Idempotency-Key` it is true of all tries with that key: `"no"` only when the outcome is known.
   The list is at [/problems]({root}/problems).
 * **422** is wrong whatever the state; **409** is well formed, but the state says no;
-  **503** is a database that is away or a full house: wait `Retry-After` seconds.
+  **503** is a database that is unavailable or a full house: wait `Retry-After` seconds.
 * `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
 * Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
   answer is the same every time.
@@ -86,7 +86,7 @@ In a terminal:
 
 
 def problems(
-    *kinds: type[Problem], always: tuple[type[Problem], ...] = (DatabaseAway, Overloaded)
+    *kinds: type[Problem], always: tuple[type[Problem], ...] = (DatabaseUnavailable, Overloaded)
 ) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI responses for these problems and those of every use of the database."""
     by_status: dict[int, list[type[Problem]]] = {}

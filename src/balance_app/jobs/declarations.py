@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import asyncpg
 
-from balance_app.db.outages import is_away
+from balance_app.db.outages import applied_if_unavailable
 from balance_app.db.pool import Connection, read
 from balance_app.jobs.schedule import Every, ScheduleError, parse
 
@@ -177,7 +177,7 @@ def _alone(undeclared: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except (asyncpg.PostgresError, ValueError) as error:
-        if is_away(error) is not None:
+        if applied_if_unavailable(error) is not None:
             raise
         undeclared[name] = f"{type(error).__name__}: {error}"
 

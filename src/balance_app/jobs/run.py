@@ -13,9 +13,9 @@ from typing import Any, Final, Literal
 import asyncpg
 import structlog
 
-from balance_app.db.outages import is_away, is_fatal
+from balance_app.db.outages import applied_if_unavailable, is_fatal
 from balance_app.db.pool import Connection, Database
-from balance_app.errors import DatabaseAway, Overloaded
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs import children
 from balance_app.jobs.heartbeat import Lease
 from balance_app.jobs.repository import (
@@ -128,7 +128,7 @@ class Run:
         """Note, for people, that the function has returned and the run only lasts on."""
         try:
             await self._jobs.end_work(self.name, self.fence)
-        except (DatabaseAway, Overloaded) as problem:
+        except (DatabaseUnavailable, Overloaded) as problem:
             self.log.debug("the end of the work is not noted", reason=problem.detail)
 
     async def checkpoint(self, state: object) -> None:
@@ -139,7 +139,7 @@ class Run:
         Raises:
             CheckpointError: not JSON, or more than 8 KiB of it.
             LeaseLostError: the run has lost its lease.
-            DatabaseAway: it can't be reached.
+            DatabaseUnavailable: it can't be reached.
         """
         try:
             text = encode(state)
@@ -192,7 +192,8 @@ class Run:
             LeaseLostError: at either end; nothing was written.
             TransactionLimitError: the server ended it, as it was idle for a lease's time or lasted
                 for three; the job has failed.
-            DatabaseAway: the connection was lost; `applied` says what is known of the commit.
+            DatabaseUnavailable: the connection was lost; `applied` says what is known of the
+                commit.
         """
         if self._inside is not None:
             raise RuntimeError(f"{self.name} has a transaction open already.")
@@ -235,11 +236,13 @@ class Run:
         limit = self._limit(error, activity)
         if limit is not None:
             return TransactionLimitError(limit)
-        applied = is_away(error)
+        applied = applied_if_unavailable(error)
         # A statement that was rolled back is the job's affair; a refused connection is an outage.
         if applied is None or (state is not None and applied == "no" and not is_fatal(error)):
             return None
-        return DatabaseAway("The database went away in a transaction.", applied=applied)
+        return DatabaseUnavailable(
+            "The database became unavailable in a transaction.", applied=applied
+        )
 
     def _limit(self, error: Exception, activity: "_Activity") -> str | None:
         """Say which limit of the server a transaction has met, if one ended it."""

@@ -5,7 +5,7 @@ import inspect
 from time import monotonic
 from typing import Any, NamedTuple
 
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job
 from balance_app.jobs.run import (
     LeaseLostError,
@@ -131,7 +131,7 @@ def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
     match _outage(error):
         case LeaseLostError():
             return RunResult("interrupted", "it had lost its lease")
-        case DatabaseAway() as outage:
+        case DatabaseUnavailable() as outage:
             return RunResult("interrupted", plain(outage.detail))
     if error is None:
         return RunResult("failed", "it cancelled itself")
@@ -144,4 +144,4 @@ def _outage(error: BaseException | None) -> BaseException | None:
     if isinstance(error, BaseExceptionGroup):
         inside = [_outage(each) for each in error.exceptions]
         return inside[0] if all(inside) else None
-    return error if isinstance(error, LeaseLostError | DatabaseAway) else None
+    return error if isinstance(error, LeaseLostError | DatabaseUnavailable) else None

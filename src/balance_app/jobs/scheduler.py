@@ -14,7 +14,7 @@ import structlog
 
 from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Known
 from balance_app.jobs.heartbeat import Heart
 from balance_app.jobs.job import Job, Registry
@@ -146,7 +146,7 @@ class Scheduler:
         for run in stubborn:
             try:
                 await self._jobs.part(run.name, run.fence, last_lease)
-            except DatabaseAway:
+            except DatabaseUnavailable:
                 log.warning("not handed back: its lease runs out", job=run.name)
         if self._loop is not None:
             self._loop.cancel()
@@ -161,7 +161,7 @@ class Scheduler:
         while not self._draining:
             try:
                 wait_seconds = await self.run_once()
-            except DatabaseAway as problem:
+            except DatabaseUnavailable as problem:
                 log.debug("no look at the jobs", reason=problem.detail)
                 self._away_at = monotonic()
                 wait_seconds = AWAY_SECONDS
@@ -311,7 +311,7 @@ class Scheduler:
         try:
             known = await self._jobs.declare(*self._declared())
         except Exception as error:
-            if not isinstance(error, DatabaseAway):  # which concerns more than the jobs
+            if not isinstance(error, DatabaseUnavailable):  # which concerns more than the jobs
                 self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
             raise
         self._set_undeclared(self._jobs.undeclared)
@@ -438,13 +438,13 @@ class Scheduler:
         run_result: RunResult,
         ended: float,
     ) -> None:
-        """Write the end of a run down; however long the database is away, unless all stops."""
+        """Record the end of a run; however long the database is unavailable, unless all stops."""
         while True:
             now = self._heart.server_time()
             ending = _ending(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
                 done = await self._jobs.finish(run.name, run.fence, ending, claimed.schedule)
-            except DatabaseAway as problem:
+            except DatabaseUnavailable as problem:
                 if self._draining:
                     raise
                 run.log.debug("the end of a run waits for the database", reason=problem.detail)

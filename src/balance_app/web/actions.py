@@ -15,7 +15,7 @@ from balance_app.balances.errors import BalanceLimitExceeded, InsufficientFunds
 from balance_app.balances.repository import refusal
 from balance_app.balances.schemas import KEY_PATTERN
 from balance_app.errors import (
-    DatabaseAway,
+    DatabaseUnavailable,
     InvalidRequest,
     MalformedRequest,
     Overloaded,
@@ -98,7 +98,7 @@ async def _steer(request: Request, name: str, what: str, steer: Steer) -> Respon
         raise InvalidRequest((f"/{place}", "not-printable")) from None
     try:
         done = await steer(services(request)[Controls], who)
-    except (DatabaseAway, Overloaded, JobNotFound):
+    except (DatabaseUnavailable, Overloaded, JobNotFound):
         raise
     except Problem as problem:
         said = Said("bad", f"Not done. {problem.detail}")
@@ -129,7 +129,7 @@ async def change_balance(request: Request) -> Response:
         change = int(amount) if form["what"] == "add" else -int(amount)
         try:
             outcome = await balances_of(request).change(int(user), change, key)
-        except (DatabaseAway, Overloaded) as problem:
+        except (DatabaseUnavailable, Overloaded) as problem:
             unknown = problem.applied == "unknown"
             said = Said("bad", sentence(problem, request.method) + (_AGAIN if unknown else ""))
             asked = Asked(form, said, problem.status, again=True)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from typing_extensions import override
 
 from balance_app.balances.repository import BalanceRepository
-from balance_app.errors import DatabaseAway, InvalidRequest, NotFound, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
 from balance_app.jobs.api.errors import JobNotFound
@@ -82,7 +82,7 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 def tell(request: Request, problem: Problem) -> Response:
     """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
     passes = path_of(request, request.scope["path"]) == "/" and isinstance(
-        problem, DatabaseAway | Overloaded
+        problem, DatabaseUnavailable | Overloaded
     )
     view = {
         "heading": problem.title,
@@ -97,7 +97,7 @@ def sentence(problem: Problem, method: str) -> str:
     body = problem.body(method)
     if body.get("applied") == "unknown":
         return f"It is not known whether it was done. {problem.detail}"
-    if isinstance(problem, DatabaseAway):
+    if isinstance(problem, DatabaseUnavailable):
         return f"{body['detail']} This page goes on by itself when it can."
     return str(body["detail"])
 
@@ -194,7 +194,7 @@ async def overview_page(
     status, headers = (asked.status if asked else status), None
     try:
         await live.refresh()
-    except (DatabaseAway, Overloaded) as problem:
+    except (DatabaseUnavailable, Overloaded) as problem:
         if live.picture.snapshot is None:
             raise
         status, headers = problem.status, problem.headers

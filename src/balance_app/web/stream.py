@@ -64,7 +64,7 @@ class Live:
         """Bring the picture up to this moment.
 
         Raises:
-            DatabaseAway: it can't be reached; the picture stays as it was.
+            DatabaseUnavailable: it can't be reached; the picture stays as it was.
         """
         began = monotonic()
         snapshot = await self._board.look()
@@ -143,7 +143,7 @@ class Live:
             if event.startswith(b"event: status"):
                 had, has = has, self.picture.version
                 yield self._event(had, job)
-            else:  # how soon to come again, or that the database is away
+            else:  # how soon to come again, or that the database is unavailable
                 yield event
 
     def _event(self, since: int | None, job: str | None) -> bytes:

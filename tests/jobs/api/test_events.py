@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.errors import DatabaseAway, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.services import Services
 from balance_app.jobs.api import events as feed_module
 from balance_app.jobs.api import router
@@ -141,18 +141,18 @@ async def test_all_streams_end_when_the_instance_stops(looks: Looks, *, hangs: b
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (DatabaseAway("It is away.", applied="no"), "database-away"),
+        (DatabaseUnavailable("It is unavailable.", applied="no"), "database-unavailable"),
         (ZeroDivisionError(), "internal-error"),
     ],
 )
 async def test_a_failed_look_is_an_event_too(looks: Looks, error: Exception, code: str) -> None:
-    """`away` carries the problem; the status comes again by itself."""
+    """`unavailable` carries the problem; the status comes again by itself."""
     feed = Feed(looks.look, asyncio.Event())
     told, (viewer,) = watch(feed, 1)
     looks.error = error
-    await until(lambda: any(event.startswith(b"event: away") for event in told[0]))
-    away = told[0][-1]
-    assert code.encode() in away
+    await until(lambda: any(event.startswith(b"event: unavailable") for event in told[0]))
+    unavailable = told[0][-1]
+    assert code.encode() in unavailable
     looks.error = None
     await until(lambda: told[0][-1].startswith(b"event: status"))
     viewer.cancel()

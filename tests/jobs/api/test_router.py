@@ -747,7 +747,7 @@ async def test_streams_end_when_the_instance_stops(
 
 
 async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
-    """While it is away viewers are told so, as a problem; then the status comes again."""
+    """While it is unavailable viewers are told so, as a problem; then the status comes again."""
     async with own_postgres() as server:
         log = tmp_path / "log"
         async with (
@@ -758,8 +758,8 @@ async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
             stream = events(answer)
             assert (await anext(stream)).kind == "status"
             await freeze(server)
-            away = await _next(stream, "away")
-            assert away.data["code"] == "database-away"
+            unavailable = await _next(stream, "unavailable")
+            assert unavailable.data["code"] == "database-unavailable"
             await thaw(server)
             back = await _next(stream, "status")
             assert back.data["counts"]["running"] == 0

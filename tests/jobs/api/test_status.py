@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from balance_app.db.outages import Cause, Kind
 from balance_app.db.pool import Connection as PoolConnection
-from balance_app.errors import DatabaseAway
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.api import status as board_module
 from balance_app.jobs.api.status import Board
 from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
@@ -444,7 +444,7 @@ async def test_an_outage_is_told_to_all_who_ask(database: dict[str, str]) -> Non
         for result in await asyncio.gather(
             *(board.look() for _ in range(5)), return_exceptions=True
         ):
-            assert isinstance(result, DatabaseAway)
+            assert isinstance(result, DatabaseUnavailable)
         served._outage = None
         assert len((await look(board))["jobs"]) == 1
 

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from balance_app.db.pool import Database, read, write
 from balance_app.db.wait_queue import Lane
-from balance_app.errors import DatabaseAway, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.jobs.api.errors import (
     JobHasCode,
     JobNotFound,
@@ -35,7 +35,7 @@ class Controls:
 
     Raises (all of them):
         JobNotFound: there is no such job.
-        DatabaseAway: see `balance_app.db.pool`.
+        DatabaseUnavailable: see `balance_app.db.pool`.
     """
 
     def __init__(self, database: Database, board: Board) -> None:
@@ -144,8 +144,8 @@ class Controls:
         """Return a job that was just changed."""
         try:
             return await self._job(name)
-        except (DatabaseAway, Overloaded) as problem:
-            raise DatabaseAway(
+        except (DatabaseUnavailable, Overloaded) as problem:
+            raise DatabaseUnavailable(
                 "The job can't be read, to tell what came of it.", applied="unknown"
             ) from problem
 

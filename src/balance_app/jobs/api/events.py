@@ -93,8 +93,8 @@ class Feed:
     async def _next_event(self) -> bytes:
         try:
             snapshot = await self._look()
-        except Problem as away:
-            problem = away
+        except Problem as unavailable:
+            problem = unavailable
         except Exception:
             log.exception("no look at the jobs for the feed")
             problem = InternalError()
@@ -102,7 +102,7 @@ class Feed:
             return format_sse_event(
                 event="status", data_str=snapshot.text.decode(), id=snapshot.now.isoformat()
             )
-        return format_sse_event(event="away", data_str=to_json(problem.body("GET")).decode())
+        return format_sse_event(event="unavailable", data_str=to_json(problem.body("GET")).decode())
 
 
 class FeedResponse(EventSourceResponse):

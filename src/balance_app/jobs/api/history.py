@@ -21,7 +21,7 @@ async def read_in_order(
     """Run a statement that reads the history, by indexes that have its order; return its rows.
 
     Raises:
-        DatabaseAway: as `read` does.
+        DatabaseUnavailable: as `read` does.
     """
     async with connection.transaction(isolation="read_committed", readonly=True):
         await read(connection, KEEP_TO_INDEX)

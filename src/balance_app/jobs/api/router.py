@@ -45,7 +45,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
                     "type": "object",
                     "required": ["event", "data"],
                     "properties": {
-                        "event": {"type": "string", "enum": ["status", "away"]},
+                        "event": {"type": "string", "enum": ["status", "unavailable"]},
                         "id": {"type": "string"},
                         "retry": {"type": "integer", "minimum": 0},
                         "data": {
@@ -97,8 +97,8 @@ async def read_status(request: Request) -> Response:
 async def watch_status(request: Request) -> Response:
     """Send the status now and every second, as events.
 
-    `status` carries what `/api/cron/status` answers. `away` carries a problem while the database
-    can't be asked; the stream goes on by itself.
+    `status` carries what `/api/cron/status` answers. `unavailable` carries a problem while the
+    database can't be asked; the stream goes on by itself.
     """
     return FeedResponse(services(request)[Feed])
 

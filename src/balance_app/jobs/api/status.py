@@ -123,7 +123,7 @@ class Board:
         """Return everything as it is now; those who ask at the same time share one look.
 
         Raises:
-            DatabaseAway: it can't be reached.
+            DatabaseUnavailable: it can't be reached.
         """
         seen = self._looks
         async with self._turn:

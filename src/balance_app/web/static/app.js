@@ -115,9 +115,9 @@ function connect(since) {
   stream = new EventSource(address);
   heard = Date.now();
   stream.addEventListener("status", (event) => { heard = Date.now(); show(event); });
-  stream.addEventListener("away", (event) => {
+  stream.addEventListener("unavailable", (event) => {
     heard = Date.now();
-    say("bad", "✕", "database away, waiting for it");
+    say("bad", "✕", "database unavailable, waiting for it");
     state.title = JSON.parse(event.data).detail;
   });
   stream.addEventListener("error", lost);
