@@ -12,8 +12,8 @@ import pytest
 from starlette.requests import Request
 from typing_extensions import override
 
-from balance_app.db.migrations import alembic_head
-from balance_app.http import health
+from balance_app.http.health import Readiness, readyz
+from balance_app.http.services import Services
 from balance_app.jobs import declarations
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.run import Run
@@ -61,14 +61,10 @@ BAD = (
 
 
 async def ready(ground: Ground, scheduler: Scheduler) -> tuple[int, dict[str, Any]]:
-    state = SimpleNamespace(
-        stopping=asyncio.Event(),
-        database=ground.database,
-        schema_head=alembic_head(),
-        scheduler=scheduler,
-        settings=ground.settings,
-    )
-    answer = await health.readyz(Request({"type": "http", "app": SimpleNamespace(state=state)}))
+    database = ground.database
+    readiness = Readiness(database, asyncio.Event(), only_told={"jobs": scheduler.condition})
+    state = SimpleNamespace(services=Services(ground.settings, database, readiness))
+    answer = await readyz(Request({"type": "http", "app": SimpleNamespace(state=state)}))
     return answer.status_code, cast("dict[str, Any]", json.loads(bytes(answer.body)))
 
 
