@@ -219,7 +219,7 @@ async def scheduler(
     """Run an instance's scheduler; yield it and its numbers."""
     registry = Registry(jobs)
     metrics = Metrics(jobs=registry)
-    running = Scheduler(ground.settings, ground.database, registry, metrics, dead_man=False)
+    running = Scheduler(ground.settings, ground.database, registry, metrics, watchdog=False)
     running.start()
     try:
         yield running, metrics
@@ -376,7 +376,7 @@ def _facts(ground: Ground, registry: Registry) -> Facts:
 async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
     """A share of the lease: half when heartbeats come at a sixth and a third is the reserve."""
     async with scheduler(ground, [declare("long", sleeps)]) as (_, metrics):
-        await until(lambda: _beaten(metrics, 3))
+        await until(lambda: _renewed(metrics, 3))
         found = await of(metrics)
     count = found["balance_app_lease_margin_ratio_count"]
     assert found['balance_app_lease_margin_ratio_bucket{le="0.9"}'] >= count - 1  # but the first
@@ -390,7 +390,7 @@ async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
         assert (await of(metrics))["balance_app_lease_margin_ratio_count"] == 0
 
 
-async def _beaten(metrics: Metrics, times: int) -> bool:
+async def _renewed(metrics: Metrics, times: int) -> bool:
     return (await of(metrics))["balance_app_lease_margin_ratio_count"] >= times
 
 

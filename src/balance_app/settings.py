@@ -174,7 +174,7 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _heart_beats_thrice(self) -> Self:
+    def _lease_lasts_three_heartbeats(self) -> Self:
         if self.job_heartbeat_seconds * 3 > self.job_lease_seconds:
             raise ValueError(
                 f"JOB_HEARTBEAT_SECONDS ({self.job_heartbeat_seconds:g}) must be at most a third "

@@ -181,10 +181,10 @@ def declare(number: int, event_log: EventLog) -> Job:
     )(functions[script.kind])
 
 
-def no_dead_man() -> None:
+def no_watchdog() -> None:
     """Never end a process that has lost its leases, nor tell its runs."""
-    vars(lease)["Heart"]._arm = lambda _self: None
-    vars(lease)["Heart"]._tell = lambda *_: None
+    vars(lease)["Heartbeat"]._arm = lambda _self: None
+    vars(lease)["Heartbeat"]._stop_run = lambda *_: None
 
 
 def alarm_timer() -> None:
@@ -299,7 +299,7 @@ def own_clock() -> None:
 
 
 GUARDS: dict[str, Callable[[], None]] = {
-    "dead-man": no_dead_man,
+    "watchdog": no_watchdog,
     "kill-timer": alarm_timer,
     "expiry": no_expiry,
     "own-clock": own_clock,

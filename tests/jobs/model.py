@@ -25,9 +25,9 @@ told by the shortest way there. What is modelled, and why no more is needed:
   at most while one lease lasts. To a lease that is the same as to be so much shorter. A step back
   only lets leases last longer.
 
-The heart of the proof is `Invariant.TRUST`: what an instance believes of its lease is never more
-than what the row says. Belief ends first, the run ends with belief (the dead man sees to it when
-the process itself can't), and only then can anybody else claim.
+The core of the proof is `Invariant.TRUST`: what an instance believes of its lease is never more
+than what the row says. Belief ends first, the run ends with belief (the watchdog timer sees to it
+when the process itself can't), and only then can anybody else claim.
 """
 
 from collections import deque
@@ -55,7 +55,7 @@ class Guard(StrEnum):
     TRUST_FROM_SENDING = "trust is counted from the sending of what was answered"
     TRUST_IN_CLAIM = "a claim that is answered after its trust has ended is not begun"
     TRUST_PER_RUN = "good news about one run does not prolong the trust in another"
-    DEAD_MAN = "the kernel ends a process that runs a job when its trust ends"
+    WATCHDOG = "the kernel ends a process that runs a job when its trust ends"
     CANCEL = "an instance cancels its run before its trust ends"
     HOLDER = "renewal, write and finish check the holder"
     CLOCK = "the clock of a frozen process goes on"
@@ -70,7 +70,7 @@ class Invariant(StrEnum):
     STRANGER = "a lease is prolonged by its own run alone"
     OUTCOME = "every run gets one outcome, and none before it has ended"
     TRUST = "a process that runs the job has a lease that lasts at least as long as its trust"
-    SURVIVAL = "a process that is neither frozen nor blocked is not ended by the dead man"
+    SURVIVAL = "a process that is neither frozen nor blocked is not ended by the watchdog timer"
     STRANDED = "whatever happened, one healthy instance is enough for the job to be claimed again"
 
 
@@ -203,7 +203,7 @@ class Protocol:
         )
 
     def _tick(self, state: State) -> Step:
-        """Let time pass for everybody; the dead man strikes where trust is over."""
+        """Let time pass for everybody; the watchdog timer expires where trust is over."""
         row, instances = state
         if row.holder is not None:
             # How long it has been over counts for nothing, unless a clock was read in the past.
@@ -215,7 +215,7 @@ class Protocol:
         after = State(row, tuple(self._older(instance) for instance in instances))
         told, breaks, last = "A tick passes", None, 0
         for index, instance in enumerate(after.instances):
-            if instance.mode in ("free", "blocked") and self._dead_man_strikes(instance):
+            if instance.mode in ("free", "blocked") and self._watchdog_expires(instance):
                 after = _end(after, index)
                 told, last = "A tick passes, and the kernel ends {instance}", index
                 if instance.mode == "free":
@@ -251,8 +251,8 @@ class Protocol:
             instance.mode, instance.work, instance.run, max(instance.trust - elapsed, 0), mail
         )
 
-    def _dead_man_strikes(self, instance: Instance) -> bool:
-        return instance.work == "running" and instance.trust == 0 and self.has(Guard.DEAD_MAN)
+    def _watchdog_expires(self, instance: Instance) -> bool:
+        return instance.work == "running" and instance.trust == 0 and self.has(Guard.WATCHDOG)
 
     def _changes(self, state: State, index: int) -> Iterator[Step]:
         """Yield what can happen to a process without a message."""
@@ -262,7 +262,7 @@ class Protocol:
             return Step(told, index, _put(state, index, instance))
 
         if instance.mode == "frozen":
-            if self._dead_man_strikes(instance):
+            if self._watchdog_expires(instance):
                 told = "{instance} is thawed, and the kernel ends it before it does anything."
                 yield Step(told, index, _end(state, index))
             else:
@@ -459,7 +459,7 @@ class Protocol:
 
     def _ticks_alone(self, state: State, index: int) -> int | None:
         instance = state.instances[index]
-        if instance.mode == "frozen" and self._dead_man_strikes(instance):
+        if instance.mode == "frozen" and self._watchdog_expires(instance):
             state, index = _end(state, index), len(state.instances)
         elif instance.work:
             finish = Message("finish", "sent", instance.run, 0, 0)

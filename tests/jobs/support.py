@@ -16,15 +16,15 @@ from balance_app.jobs.declarations import Known
 from balance_app.jobs.heartbeat import Lease
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
-    Beat,
     Claimed,
     JobRepository,
     Look,
     Me,
     Progress,
-    Pulse,
+    Renewal,
+    RenewalResult,
     Turn,
-    heartbeat,
+    renew_leases,
 )
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
@@ -84,13 +84,13 @@ class Instance:
         assert claimed is not None
         return claimed
 
-    async def beat(
+    async def renew(
         self, connection: Connection, *fences: tuple[str, int], note: str | None = None
-    ) -> dict[tuple[str, int], Pulse]:
+    ) -> dict[tuple[str, int], RenewalResult]:
         assert self.known is not None
-        beats = [Beat(name, fence, Progress(None, None, note)) for name, fence in fences]
-        _, pulses = await heartbeat(connection, self.me, self.lease, self.known, beats)
-        return {(pulse.name, pulse.fence): pulse for pulse in pulses}
+        renewals = [Renewal(name, fence, Progress(None, None, note)) for name, fence in fences]
+        _, results = await renew_leases(connection, self.me, self.lease, self.known, renewals)
+        return {(result.name, result.fence): result for result in results}
 
     def run(self, claimed: Claimed, *, min_seconds: float = 0) -> Run:
         """Return the run of a claim, with a lease that nobody renews."""
@@ -132,11 +132,11 @@ class Ground:
     async def scheduler(
         self, jobs: Iterable[Job], *, starts: bool = True, **settings: object
     ) -> AsyncIterator[Scheduler]:
-        """Run an instance's scheduler, without a dead man's timer: the process is the test's."""
+        """Run an instance's scheduler, without a watchdog timer: the process is the test's."""
         changed = Settings.model_validate(
             {**self.settings.model_dump(exclude_unset=True), **settings}
         )
-        scheduler = Scheduler(changed, self.database, Registry(jobs), dead_man=False)
+        scheduler = Scheduler(changed, self.database, Registry(jobs), watchdog=False)
         if starts:
             scheduler.start()
         try:

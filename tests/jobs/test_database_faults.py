@@ -160,7 +160,7 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     assert alive == [None] * INSTANCES
 
 
-async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
+async def test_without_the_watchdog_an_outage_overlaps(tmp_path: Path) -> None:
     """The control: runs that outlive their lease are seen, and so are jobs that nobody takes."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
@@ -170,7 +170,7 @@ async def test_without_the_dead_man_an_outage_overlaps(tmp_path: Path) -> None:
             {
                 "FLEET_KIND": "quiet",
                 "FLEET_SECONDS": "600",
-                "FLEET_UNGUARDED": "dead-man",
+                "FLEET_UNGUARDED": "watchdog",
                 "JOB_LEASE_SECONDS": "3",
                 "JOB_HEARTBEAT_SECONDS": "1",
             },

@@ -241,7 +241,7 @@ async def test_a_lease_that_is_renewed_is_left_alone(ground: Ground) -> None:
     (lease,) = await instance.jobs.ahead()
     assert (lease.name, lease.fence) == ("moon", 1)
     assert abs(lease.length - instance.lease) < timedelta(seconds=1)  # the clock is read twice
-    await instance.beat(ground.admin, ("moon", 1))
+    await instance.renew(ground.admin, ("moon", 1))
     assert not await instance.jobs.expire(lease)
     assert await instance.jobs.ahead() == []
     row = await ground.row("moon")

@@ -307,7 +307,7 @@ def test_the_ten_jobs_stand_with_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("lease", "heartbeat"), [("6", "2.001"), ("5.9", "2"), ("3", "3"), ("0.5", "1")]
 )
-def test_a_heart_beats_thrice_in_a_lease(
+def test_a_lease_lasts_three_heartbeats(
     monkeypatch: pytest.MonkeyPatch, lease: str, heartbeat: str
 ) -> None:
     """A heartbeat above a third of the lease is refused; both are named with their values."""

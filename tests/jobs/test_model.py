@@ -37,7 +37,7 @@ NEEDED = [
     (Guard.TRUST_FROM_SENDING, Invariant.OVERLAP),
     (Guard.TRUST_IN_CLAIM, Invariant.OVERLAP),
     (Guard.TRUST_PER_RUN, Invariant.OVERLAP),
-    (Guard.DEAD_MAN, Invariant.OVERLAP),
+    (Guard.WATCHDOG, Invariant.OVERLAP),
     (Guard.CANCEL, Invariant.SURVIVAL),
     (Guard.HOLDER, Invariant.OUTCOME),
     (Guard.CLOCK, Invariant.OVERLAP),
@@ -46,7 +46,7 @@ NEEDED = [
 FENCED = frozenset({Invariant.WRITE, Invariant.STRANGER, Invariant.STRANDED})
 REMAINS = {
     # The fence need not know what a process does: it protects the data of a suspended machine too.
-    Guard.DEAD_MAN: FENCED,
+    Guard.WATCHDOG: FENCED,
     Guard.CLOCK: FENCED,
     # Safety does not depend on cancelling in time; what it saves is the rest of the process.
     Guard.CANCEL: frozenset(Invariant) - {Invariant.SURVIVAL},

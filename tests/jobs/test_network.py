@@ -121,7 +121,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
     assert set(outcomes) <= {"succeeded", "interrupted", "lost"}
 
 
-async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_path: Path) -> None:
+async def test_without_the_watchdog_runs_overlap(database: dict[str, str], tmp_path: Path) -> None:
     """The control: runs that nobody tells that their lease is over are still there."""
     async with _fleet(
         database,
@@ -130,7 +130,7 @@ async def test_without_the_dead_man_runs_overlap(database: dict[str, str], tmp_p
         FLEET_JOBS="2",
         FLEET_KIND="quiet",
         FLEET_SECONDS="30",
-        FLEET_UNGUARDED="dead-man",
+        FLEET_UNGUARDED="watchdog",
     ) as fleet:
         connection = await connect(database)
         await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")

@@ -20,12 +20,12 @@ from balance_app.jobs.repository import (
     CLAIM,
     COMMIT,
     ENTER,
-    Beat,
     Ending,
     Progress,
+    Renewal,
     Skipped,
     claim_arguments,
-    heartbeat,
+    renew_leases,
 )
 from tests.jobs.support import AT_ONCE, Ground, Instance, on
 from tests.system.databases import somebody_waits
@@ -285,10 +285,10 @@ async def delayed_heartbeat(ground: Ground) -> AsyncIterator[str]:
         await asyncio.sleep(0.01)
         await ground.expire("moon")
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
-        pulses = await instance.beat(connection, *((each.name, each.fence) for each in claims))
-    if pulses["moon", 1].renewed or pulses["moon", 1].ours:
+        results = await instance.renew(connection, *((each.name, each.fence) for each in claims))
+    if results["moon", 1].renewed or results["moon", 1].still_held:
         yield "a lease that was over was revived"
-    assert pulses["sun", 1].renewed
+    assert results["sun", 1].renewed
     if (await ground.row("sun"))["lease_until"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
 
@@ -299,8 +299,8 @@ async def late_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await instance.declare("moon")
     await instance.claim()
     await ground.expire("moon")
-    pulse = (await instance.beat(ground.admin, ("moon", 1)))["moon", 1]
-    if pulse.renewed or pulse.ours:
+    result = (await instance.renew(ground.admin, ("moon", 1)))["moon", 1]
+    if result.renewed or result.still_held:
         yield "it was revived"
 
 
@@ -310,10 +310,10 @@ async def others_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    pulse = (await other.beat(ground.admin, ("moon", 1), note="of another"))["moon", 1]
-    if pulse.renewed or (await ground.row("moon"))["note"]:
+    result = (await other.renew(ground.admin, ("moon", 1), note="of another"))["moon", 1]
+    if result.renewed or (await ground.row("moon"))["note"]:
         yield "another instance renewed it"
-    assert not pulse.ours
+    assert not result.still_held
 
 
 async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
@@ -323,10 +323,10 @@ async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await instance.claim()
     await ground.expire("moon")
     await instance.claim()
-    pulse = (await instance.beat(ground.admin, ("moon", 1), note="of the old run"))["moon", 1]
-    if pulse.renewed or (await ground.row("moon"))["note"]:
+    result = (await instance.renew(ground.admin, ("moon", 1), note="of the old run"))["moon", 1]
+    if result.renewed or (await ground.row("moon"))["note"]:
         yield "the old run renewed the new one's lease"
-    assert not pulse.ours
+    assert not result.still_held
 
 
 async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
@@ -337,9 +337,9 @@ async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
     await ground.expire("moon")
     await instance.claim()
     for fences in ((1, 2), (2, 1)):
-        pulses = await instance.beat(ground.admin, *(("moon", fence) for fence in fences))
-        assert pulses["moon", 2].renewed
-        if pulses["moon", 1].renewed or pulses["moon", 1].ours:
+        results = await instance.renew(ground.admin, *(("moon", fence) for fence in fences))
+        assert results["moon", 2].renewed
+        if results["moon", 1].renewed or results["moon", 1].still_held:
             yield "the old run's lease was renewed too"
 
 
@@ -349,17 +349,17 @@ async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
     await instance.declare("moon", "sun")
     await instance.claim()
     await instance.claim()
-    locker, heart = await ground.connect(), await ground.connect()
-    await heart.execute("SET lock_timeout = '300ms'")
+    locker, connection = await ground.connect(), await ground.connect()
+    await connection.execute("SET lock_timeout = '300ms'")
     async with locker.transaction():
         await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
         try:
-            pulses = await instance.beat(heart, ("moon", 1), ("sun", 1))
+            results = await instance.renew(connection, ("moon", 1), ("sun", 1))
         except asyncpg.LockNotAvailableError:
             yield "it waited"
             return
-    assert (pulses["moon", 1].renewed, pulses["moon", 1].ours) == (False, True)
-    assert pulses["sun", 1].renewed
+    assert (results["moon", 1].renewed, results["moon", 1].still_held) == (False, True)
+    assert results["sun", 1].renewed
 
 
 async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
@@ -368,12 +368,12 @@ async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    mover, heart = await ground.connect(), await ground.connect()
+    mover, connection = await ground.connect(), await ground.connect()
     async with mover.transaction():
         await mover.execute("UPDATE jobs SET holder = $1, fence = fence + 1", other.me.id)
-        beat = asyncio.create_task(owner.beat(heart, ("moon", 1), note="of the old run"))
-        await asyncio.wait({beat}, timeout=0.5)
-    await beat
+        renewal = asyncio.create_task(owner.renew(connection, ("moon", 1), note="of the old run"))
+        await asyncio.wait({renewal}, timeout=0.5)
+    await renewal
     row = await ground.row("moon")
     assert (row["fence"], row["holder"]) == (2, other.me.id)
     if row["note"]:
@@ -695,8 +695,8 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [
             Guard(
                 "HEARTBEAT",
-                "SELECT name, fence FROM jobs JOIN beat USING (name, fence)",
-                "SELECT name, beat.fence FROM jobs JOIN beat USING (name)",
+                "SELECT name, fence FROM jobs JOIN renewal USING (name, fence)",
+                "SELECT name, renewal.fence FROM jobs JOIN renewal USING (name)",
             )
         ]
     ],
@@ -847,7 +847,7 @@ async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
-    await owner.beat(ground.admin, ("moon", 1), note="half of it")
+    await owner.renew(ground.admin, ("moon", 1), note="half of it")
     assert await owner.jobs.checkpoint("moon", 1, '{"done": [1, 2.5, null, "\u00e9"]}')
     await ground.expire("moon")
     lease_until = (await ground.row("moon"))["lease_until"]
@@ -1101,11 +1101,11 @@ async def test_a_heartbeat_tells_of_the_instance(ground: Ground) -> None:
     instance = ground.instance("app7")
     await ground.instance().declare("moon")
     await instance.declare("sun")
-    assert await instance.beat(ground.admin) == {}
+    assert await instance.renew(ground.admin) == {}
     (first,) = await ground.admin.fetch("SELECT * FROM copies")
     assert (first["id"], first["server"]) == instance.me
     assert (first["knows_to"], first["lacks"]) == (2, ["moon"])
-    await instance.beat(ground.admin)
+    await instance.renew(ground.admin)
     (second,) = await ground.admin.fetch("SELECT * FROM copies")
     assert second["seen_at"] > first["seen_at"]
     assert second["started_at"] == first["started_at"]
@@ -1118,10 +1118,10 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
     await instance.claim()
     await instance.claim()
     await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
-    pulses = await instance.beat(ground.admin, ("moon", 1), ("sun", 1), ("mars", 1))
-    assert (pulses["moon", 1].renewed, pulses["moon", 1].cancel_by) == (True, "ada")
-    assert (pulses["sun", 1].renewed, pulses["sun", 1].cancel_by) == (True, None)
-    assert (pulses["mars", 1].renewed, pulses["mars", 1].ours) == (False, False)
+    results = await instance.renew(ground.admin, ("moon", 1), ("sun", 1), ("mars", 1))
+    assert (results["moon", 1].renewed, results["moon", 1].cancel_by) == (True, "ada")
+    assert (results["sun", 1].renewed, results["sun", 1].cancel_by) == (True, None)
+    assert (results["mars", 1].renewed, results["mars", 1].still_held) == (False, False)
 
 
 async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground) -> None:
@@ -1132,8 +1132,8 @@ async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground
         claimed = await instance.claim()
         noted = []
         for stopping in (False, True, True):
-            beat = Beat("moon", fence, Progress(None, None, None), stopping)
-            await heartbeat(ground.admin, instance.me, instance.lease, known, [beat])
+            renewal = Renewal("moon", fence, Progress(None, None, None), stopping)
+            await renew_leases(ground.admin, instance.me, instance.lease, known, [renewal])
             stopping_at = (await ground.row("moon"))["stopping_at"]
             noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
         assert noted[0] is None

@@ -96,11 +96,11 @@ async def test_progress_is_written_with_the_next_heartbeat(
         run.progress(*said)
         assert run.lease.progress == expected
         assert instance.known is not None
-        beat = repository.Beat("moon", 1, run.lease.progress)
-        _, (pulse,) = await repository.heartbeat(
-            ground.admin, instance.me, instance.lease, instance.known, [beat]
+        renewal = repository.Renewal("moon", 1, run.lease.progress)
+        _, (result,) = await repository.renew_leases(
+            ground.admin, instance.me, instance.lease, instance.known, [renewal]
         )
-        assert pulse.renewed
+        assert result.renewed
         row = await ground.row("moon")
         assert (row["done"], row["total"], row["note"]) == expected
 

@@ -732,8 +732,8 @@ class Life:
                 await other.claim()
                 await self.ground.expire("moon")
         # What the run has in mind can't be moved back, so its end comes later, and then all moves.
-        heart = scheduler._heart
-        heart.set_clock(heart.server_time() + timedelta(seconds=seconds), monotonic())
+        heartbeat = scheduler._heartbeat
+        heartbeat.set_clock(heartbeat.server_time() + timedelta(seconds=seconds), monotonic())
         self.orders.put_nowait(
             {
                 "fail": ValueError("no"),
@@ -1057,7 +1057,7 @@ async def test_nothing_is_claimed_without_heartbeats(
         await ground.ended("moon")
         assert scheduler.fault is None
         # It ends by an error that nobody expects.
-        thread = scheduler._heart._thread
+        thread = scheduler._heartbeat._thread
         assert thread is not None
         monkeypatch.setattr("balance_app.jobs.heartbeat.AGAIN_SECONDS", "not a number")
         await asyncio.to_thread(thread.join, 10)

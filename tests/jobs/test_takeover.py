@@ -19,7 +19,7 @@ import pytest
 from balance_app.db.migrations import migrate
 from balance_app.db.pool import Database
 from balance_app.jobs.declarations import QUARANTINE
-from balance_app.jobs.heartbeat import Heart
+from balance_app.jobs.heartbeat import Heartbeat
 from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run, TransactionLimitError
 from balance_app.settings import load_settings
@@ -215,16 +215,16 @@ async def test_frozen_instances_are_ended_before_they_go_on(
     assert unharmed
 
 
-async def test_without_dead_man_and_fence_the_same_is_seen(
+async def test_without_watchdog_and_fence_the_same_is_seen(
     fenced: dict[str, str], tmp_path: Path
 ) -> None:
     """The controls: without the timer lines are seen, without the fence too late writes are."""
     kinds = {
-        "no timer": ("writes", "dead-man"),
-        "no timer, held": ("held", "dead-man"),
+        "no timer": ("writes", "watchdog"),
+        "no timer, held": ("held", "watchdog"),
         "alarm timer": ("writes", "kill-timer"),
-        "no fence": ("writes", "dead-man,fence"),
-        "no fence, held": ("held", "dead-man,fence"),
+        "no fence": ("writes", "watchdog,fence"),
+        "no fence, held": ("held", "watchdog,fence"),
         "guarded": ("writes", ""),
     }
     instances = [
@@ -417,9 +417,9 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
             told.append("expired")
 
     monkeypatch.setattr("balance_app.jobs.heartbeat.monotonic", lambda: now)
-    heart = Heart(load_settings(job_lease_seconds=6), Me(uuid4(), "app1"))
-    heart._watchdog = Timer()
-    heart.hold("a", 1, now, lambda _outcome, _reason: None)
+    heartbeat = Heartbeat(load_settings(job_lease_seconds=6), Me(uuid4(), "app1"))
+    heartbeat._watchdog = Timer()
+    heartbeat.hold("a", 1, now, lambda _outcome, _reason: None)
     assert told[:2] == ["set", "expired"]
 
 

@@ -1,7 +1,7 @@
-"""The heart of an instance: it renews the leases of its runs, and ends what it can't renew.
+"""The heartbeat of an instance: it renews the leases of its runs, and stops what it can't renew.
 
-The heart beats in a thread with a connection of its own, so that a job that blocks the event loop
-loses nothing. A good heartbeat is trusted for as long as a lease less a reserve, counted from the
+The heartbeat thread has a connection of its own, so that a job that blocks the event loop loses no
+lease. A renewal is trusted for as long as a lease less a reserve, counted from the
 moment it was sent: the server granted the lease later than that, so trust ends before the lease,
 also when PostgreSQL's clock steps ahead meanwhile, by the reserve at most. Shortly before
 trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: each
@@ -24,7 +24,7 @@ import structlog
 
 from balance_app.db.outages import Kind, classify
 from balance_app.jobs.declarations import Known
-from balance_app.jobs.repository import LEAVE, Beat, Me, Progress, heartbeat
+from balance_app.jobs.repository import LEAVE, Me, Progress, Renewal, renew_leases
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session
@@ -51,22 +51,22 @@ class Lease:
     stop: Callable[[str, str], None]
     # is code of the run still executing?
     executing: bool = True
-    told: bool = False
+    stop_sent: bool = False
     # the run was told to stop, by whomever; the next heartbeat writes down since when
     stopping: bool = False
     progress: Progress = NOTHING_SAID
 
 
-class Heart:
+class Heartbeat:
     """Renews leases until it is stopped; all its methods may be called from any thread."""
 
     def __init__(
-        self, settings: Settings, me: Me, metrics: Metrics | None = None, *, dead_man: bool = True
+        self, settings: Settings, me: Me, metrics: Metrics | None = None, *, watchdog: bool = True
     ) -> None:
         self._settings = settings
         self._metrics = metrics or Metrics()
         self._me = me
-        self._has_watchdog = dead_man
+        self._has_watchdog = watchdog
         self._watchdog: WatchdogTimer | None = None
         self._lease_seconds = settings.job_lease_seconds
         self._trust_seconds = settings.job_lease_seconds - settings.clock_reserve_seconds
@@ -84,11 +84,11 @@ class Heart:
         # why there is none
         self._no_thread: str | None = None
         # when the last heartbeat was sent that was answered (monotonic)
-        self._beat_at = -math.inf
+        self._renewed_at = -math.inf
         self._known: Known | None = None
 
     def start(self, known: Known) -> None:
-        """Begin to beat; called in the event loop of the service, in the main thread.
+        """Begin to renew; called in the event loop of the service, in the main thread.
 
         Where no thread can be started, `fault` tries again.
         """
@@ -108,7 +108,7 @@ class Heart:
             self._start_thread()
         if self._no_thread is not None:
             return f"The heartbeat thread can't be started: {self._no_thread}."
-        silent_seconds = monotonic() - self._beat_at
+        silent_seconds = monotonic() - self._renewed_at
         if silent_seconds <= self._trust_seconds - self._margin_seconds:
             return None
         return "No heartbeat has been answered lately."
@@ -124,12 +124,12 @@ class Heart:
             self._no_thread = str(error)
         else:
             self._thread, self._no_thread = thread, None
-            self._beat_at = monotonic()  # as good as: the first is on its way
+            self._renewed_at = monotonic()  # as good as: the first is on its way
 
     async def stop(self) -> None:
         """End the thread; leases that are still held stay armed, and run out."""
         self._stopped = True
-        self.beat_soon()
+        self.renew_soon()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
@@ -149,7 +149,7 @@ class Heart:
             self._leases.add(lease)
             self._arm()
         if lease.executing and left < self._trust_seconds - self._settings.job_heartbeat_seconds:
-            self.beat_soon()
+            self.renew_soon()
         return lease
 
     def ended(self, lease: Lease) -> None:
@@ -174,8 +174,8 @@ class Heart:
             if watchdog is not None:
                 watchdog.set(min(left))
 
-    def beat_soon(self) -> None:
-        """Do not wait for the next beat's time."""
+    def renew_soon(self) -> None:
+        """Send the next heartbeat now."""
         if self._loop is not None and self._soon is not None:
             with suppress(RuntimeError):  # the thread has ended
                 self._loop.call_soon_threadsafe(self._soon.set)
@@ -186,7 +186,7 @@ class Heart:
 
     def server_time(self) -> datetime:
         """Return what the server's clock says now, to some milliseconds."""
-        assert self._clock is not None  # noqa: S101 - nothing runs before the first look
+        assert self._clock is not None  # noqa: S101 - nothing runs before the first claim
         now, at = self._clock
         return now + timedelta(seconds=monotonic() - at)
 
@@ -194,14 +194,16 @@ class Heart:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._live())
+            asyncio.run(self._renew_until_stopped())
         except Exception:
-            log.exception("the heart has stopped")  # and the timer ends what it held
+            log.exception(
+                "the heartbeat thread has stopped"
+            )  # the watchdog timer ends what it held
 
-    async def _live(self) -> None:
+    async def _renew_until_stopped(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._soon = asyncio.Event()
-        watch = asyncio.create_task(self._distrust())
+        watch = asyncio.create_task(self._stop_before_expiry())
         connection: asyncpg.Connection[asyncpg.Record] | None = None
         logged: Kind | str | None = None
         try:
@@ -211,13 +213,13 @@ class Heart:
                 try:
                     if connection is None or connection.is_closed():
                         connection = await self._connect()
-                    if self._service_answers() and not await self._beat(connection):
+                    if self._service_answers() and not await self._renew(connection):
                         pause = AGAIN_SECONDS
                     logged = None
-                except Exception as error:  # noqa: BLE001 - whatever it is, it beats again
+                except Exception as error:  # noqa: BLE001 - whatever it is, it tries again
                     cause = classify(error)
                     found = repr(error) if cause is None else cause.kind
-                    if found != logged:  # and not with each of its beats
+                    if found != logged:  # and not with each of its tries
                         logged = found
                         state = None if cause is None else cause.sqlstate
                         log.warning("no heartbeat", error=repr(error), sqlstate=state)
@@ -242,22 +244,24 @@ class Heart:
         arguments["timeout"] = min(arguments["timeout"], self._lease_seconds / 6)
         return await open_session(arguments)
 
-    async def _beat(self, connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
+    async def _renew(self, connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
         """Renew all leases; False: a row was locked, try again soon."""
         with self._lock:
             leases = {(lease.name, lease.fence): lease for lease in self._leases}
         known = self._known
         assert known is not None  # noqa: S101 - started with it
-        beats = [Beat(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
+        renewals = [Renewal(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
         sent_at = monotonic()
-        now, pulses = await asyncio.wait_for(
-            heartbeat(connection, self._me, timedelta(seconds=self._lease_seconds), known, beats),
+        now, results = await asyncio.wait_for(
+            renew_leases(
+                connection, self._me, timedelta(seconds=self._lease_seconds), known, renewals
+            ),
             self._settings.job_heartbeat_seconds,
         )
         answered_at = monotonic()
-        self._beat_at = sent_at
+        self._renewed_at = sent_at
         self.set_clock(now, answered_at)
-        renewed = [leases[pulse.name, pulse.fence] for pulse in pulses if pulse.renewed]
+        renewed = [leases[each.name, each.fence] for each in results if each.renewed]
         with self._lock:
             ends = [lease.trusted_until for lease in renewed]
             for lease in renewed:
@@ -265,15 +269,15 @@ class Heart:
             self._arm()
         if ends:
             self._metrics.lease_margin.observe((min(ends) - answered_at) / self._lease_seconds)
-        for pulse in pulses:
-            lease = leases[pulse.name, pulse.fence]
-            if pulse.cancel_by is not None:
-                self._tell(lease, "cancelled", f"cancelled by {pulse.cancel_by}")
-            elif not pulse.renewed and not pulse.ours:
-                self._tell(lease, "interrupted", "its lease was over")
-        return all(pulse.renewed or not pulse.ours for pulse in pulses)
+        for result in results:
+            lease = leases[result.name, result.fence]
+            if result.cancel_by is not None:
+                self._stop_run(lease, "cancelled", f"cancelled by {result.cancel_by}")
+            elif not result.renewed and not result.still_held:
+                self._stop_run(lease, "interrupted", "its lease was over")
+        return all(result.renewed or not result.still_held for result in results)
 
-    async def _distrust(self) -> None:
+    async def _stop_before_expiry(self) -> None:
         """Tell runs to stop shortly before their lease can't be trusted any more."""
         while True:
             with self._lock:
@@ -282,7 +286,7 @@ class Heart:
             now = monotonic()
             for lease, deadline in zip(executing, deadlines, strict=True):
                 if deadline <= now:
-                    self._tell(lease, "interrupted", "its lease could not be renewed")
+                    self._stop_run(lease, "interrupted", "its lease could not be renewed")
             ahead = [deadline - now for deadline in deadlines if deadline > now]
             # A lease that is taken meanwhile lasts longer than this sleep.
             await asyncio.sleep(min([self._longest_sleep(), *ahead]))
@@ -290,14 +294,14 @@ class Heart:
     def _longest_sleep(self) -> float:
         return min(self._settings.job_heartbeat_seconds, self._lease_seconds / 12)
 
-    def _tell(self, lease: Lease, outcome: str, reason: str) -> None:
-        if not lease.told and self._service is not None:
-            lease.told = True
+    def _stop_run(self, lease: Lease, outcome: str, reason: str) -> None:
+        if not lease.stop_sent and self._service is not None:
+            lease.stop_sent = True
             with suppress(RuntimeError):  # the loop has ended, and its runs with it
                 self._service.call_soon_threadsafe(lease.stop, outcome, reason)
 
     def _service_answers(self) -> bool:
-        """Ask the service's event loop for a sign of life; a hang is a death."""
+        """Ask the service's event loop for an answer; one that hangs loses its leases."""
         assert self._service is not None  # noqa: S101 - started in it
         self._service.call_soon_threadsafe(self._note_answer)
         silent_seconds = monotonic() - self._answered_at

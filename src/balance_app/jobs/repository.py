@@ -148,8 +148,8 @@ class Progress(NamedTuple):
     note: str | None
 
 
-class Beat(NamedTuple):
-    """What a heartbeat says of one run."""
+class Renewal(NamedTuple):
+    """The renewal of one run's lease, and what is written down with it."""
 
     name: str
     fence: int
@@ -157,14 +157,14 @@ class Beat(NamedTuple):
     stopping: bool = False
 
 
-class Pulse(NamedTuple):
-    """What became of a heartbeat for one run."""
+class RenewalResult(NamedTuple):
+    """What became of one renewal."""
 
     name: str
     fence: int
     renewed: bool
     # not renewed, but not lost either: somebody held the row locked
-    ours: bool
+    still_held: bool
     cancel_by: str | None
 
 
@@ -542,56 +542,58 @@ RETURNING true
 # lease that is over stays over. A row that somebody holds locked is left out this time: waiting for
 # it would let all the other leases run out.
 #
-# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the beats
+# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the renewals
 HEARTBEAT: Final = """
-WITH beat AS (
+WITH renewal AS (
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
                          $9::bigint[], $10::bigint[], $11::text[])
-                  AS beat (name, fence, stopping, done, total, note)
+                  AS renewal (name, fence, stopping, done, total, note)
 ), held AS MATERIALIZED (
-    SELECT name, fence FROM jobs JOIN beat USING (name, fence)
+    SELECT name, fence FROM jobs JOIN renewal USING (name, fence)
     WHERE holder = $1 AND lease_until > clock_timestamp()
     FOR NO KEY UPDATE OF jobs SKIP LOCKED
 ), renewed AS (
     UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
-                    done = beat.done, total = beat.total, note = beat.note,
-                    stopping_at = CASE WHEN NOT beat.stopping OR stopping_at >= started_at
+                    done = renewal.done, total = renewal.total, note = renewal.note,
+                    stopping_at = CASE WHEN NOT renewal.stopping OR stopping_at >= started_at
                                   THEN stopping_at ELSE clock_timestamp() END
-    FROM held JOIN beat USING (name, fence)
+    FROM held JOIN renewal USING (name, fence)
     WHERE jobs.name = held.name
     RETURNING jobs.name, jobs.fence, cancel_by
 ), seen AS (
     INSERT INTO copies (id, server, knows_to, lacks) VALUES ($1, $2, $4, $5)
     ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
 )
-SELECT clock_timestamp() AS now, beat.name, beat.fence, renewed.name IS NOT NULL AS renewed,
-       jobs.fence = beat.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
-       AS ours, renewed.cancel_by
-FROM (SELECT) AS always LEFT JOIN beat ON true
-LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = beat.name
+SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
+       jobs.fence = renewal.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
+       AS still_held, renewed.cancel_by
+FROM (SELECT) AS always LEFT JOIN renewal ON true
+LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = renewal.name
 """
 
 # An instance that has ended its runs is no longer seen.
 LEAVE: Final = "DELETE FROM copies WHERE id = $1"
 
 
-async def heartbeat(
+async def renew_leases(
     connection: "asyncpg.Connection[asyncpg.Record]",
     me: Me,
     lease: timedelta,
     known: Known,
-    beats: Iterable[Beat],
-) -> tuple[datetime, list[Pulse]]:
-    """Renew leases on the heart's own connection; return the server's time and what was renewed."""
-    rows_sent = [(beat.name, beat.fence, beat.stopping, *beat.progress) for beat in beats]
+    renewals: Iterable[Renewal],
+) -> tuple[datetime, list[RenewalResult]]:
+    """Renew leases on the heartbeat's own connection; return the server's time and the results."""
+    rows_sent = [(each.name, each.fence, each.stopping, *each.progress) for each in renewals]
     columns = [list(column) for column in zip(*rows_sent, strict=True)] or [[] for _ in range(6)]
     rows = await connection.fetch(HEARTBEAT, *me, lease, known.knows_to, known.lacks, *columns)
-    pulses = [
-        Pulse(row["name"], row["fence"], row["renewed"], bool(row["ours"]), row["cancel_by"])
+    results = [
+        RenewalResult(
+            row["name"], row["fence"], row["renewed"], bool(row["still_held"]), row["cancel_by"]
+        )
         for row in rows
         if row["name"] is not None
     ]
-    return rows[0]["now"], pulses
+    return rows[0]["now"], results
 
 
 # A transaction whose instance has fallen silent is ended by the server: see

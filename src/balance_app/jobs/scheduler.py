@@ -16,7 +16,7 @@ from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Known
-from balance_app.jobs.heartbeat import Heart
+from balance_app.jobs.heartbeat import Heartbeat
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
     NOT_BEGUN,
@@ -77,7 +77,7 @@ class Scheduler:
         registry: Registry,
         metrics: Metrics | None = None,
         *,
-        dead_man: bool = True,
+        watchdog: bool = True,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -85,7 +85,7 @@ class Scheduler:
         self.me: Final = Me(uuid4(), settings.server_id)
         self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
         self._metrics = metrics or Metrics()
-        self._heart = Heart(settings, self.me, self._metrics, dead_man=dead_man)
+        self._heartbeat = Heartbeat(settings, self.me, self._metrics, watchdog=watchdog)
         self._known: Known | None = None
         # in which tables the jobs are declared, and from when on they may be (monotonic)
         self._installation: Installation | None = None
@@ -139,8 +139,8 @@ class Scheduler:
         stubborn = list(self._runs)
         if stubborn:
             log.warning("runs that can't be stopped", jobs=[run.name for run in stubborn])
-            self._heart.end_within(PARTING_SECONDS)
-        await self._heart.stop()
+            self._heartbeat.end_within(PARTING_SECONDS)
+        await self._heartbeat.stop()
         reserve = max(LEAST_RESERVE_SECONDS, self._settings.clock_reserve_seconds)
         last_lease = timedelta(seconds=PARTING_SECONDS + reserve)
         for run in stubborn:
@@ -154,7 +154,7 @@ class Scheduler:
     def wake(self) -> None:
         """Look at the jobs now: something has changed."""
         self._soon.set()
-        self._heart.beat_soon()
+        self._heartbeat.renew_soon()
 
     async def run(self) -> None:
         """Take jobs until told to stop."""
@@ -202,7 +202,7 @@ class Scheduler:
                 takes_over_until=self._takes_over_until(now),
             ),
         )
-        self._heart.set_clock(look.now, monotonic())
+        self._heartbeat.set_clock(look.now, monotonic())
         if monotonic() - look.sent_at > self._patience_seconds:
             self._away_at = monotonic()
         if look.set_aside is not None:
@@ -228,7 +228,7 @@ class Scheduler:
             return rest
         if self._known is None:
             await self._declare()
-        self.fault = self._heart.fault()
+        self.fault = self._heartbeat.fault()
         return 0 if self.fault is None else RACE_SECONDS
 
     async def _maintain(self, now: float) -> None:
@@ -255,7 +255,7 @@ class Scheduler:
         """
         if now - self._away_at < OWNERS_FIRST_SECONDS:
             return None
-        return self._heart.server_time() + timedelta(seconds=self._patience_seconds)
+        return self._heartbeat.server_time() + timedelta(seconds=self._patience_seconds)
 
     async def _clear_up(self, now: float) -> None:
         """Release claims whose answer was never taken, and take losses back; no claim is under way.
@@ -265,7 +265,7 @@ class Scheduler:
         if now - self._cleared_at < CLEAR_UP_SECONDS:
             return
         for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
-            ready_at = self._heart.server_time() + _release_pause(each.releases)
+            ready_at = self._heartbeat.server_time() + _release_pause(each.releases)
             ending = Ending(
                 outcome="interrupted",
                 result=NOT_BEGUN,
@@ -317,9 +317,9 @@ class Scheduler:
         self._set_undeclared(self._jobs.undeclared)
         self._known = known
         self._booted = self._declared_at = monotonic()
-        self._heart.set_clock(known.booted_at, self._booted)
+        self._heartbeat.set_clock(known.booted_at, self._booted)
         if not self._draining:
-            self._heart.start(known)
+            self._heartbeat.start(known)
         log.info("scheduler started", instance=str(self.me.id), jobs=len(self._registry))
         return known
 
@@ -388,7 +388,7 @@ class Scheduler:
         def stop_run(outcome: str, reason: str) -> None:
             stop(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
 
-        run.lease = self._heart.hold(run.name, run.fence, sent_at, stop_run)
+        run.lease = self._heartbeat.hold(run.name, run.fence, sent_at, stop_run)
         if not run.lease.executing:
             self._away_at = monotonic()  # as good as: the hand-back comes before it looks lost
             run.stopped = ("interrupted", "the answer to its claim came too late")
@@ -418,7 +418,7 @@ class Scheduler:
                 run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
                 run_result = await execute(run, job, min_seconds=self._minimum(job))
             finally:
-                self._heart.ended(run.lease)
+                self._heartbeat.ended(run.lease)
             ended = monotonic()
             seconds = round(ended - started, 1)
             run.log.info("run ended", **run_result._asdict(), seconds=seconds)
@@ -426,7 +426,7 @@ class Scheduler:
         except Exception:
             run.log.exception("the end of a run can't be recorded: its lease runs out")
         finally:
-            self._heart.release(run.lease)
+            self._heartbeat.release(run.lease)
             del self._runs[run]
             self._soon.set()
 
@@ -440,7 +440,7 @@ class Scheduler:
     ) -> None:
         """Record the end of a run; however long the database is unavailable, unless all stops."""
         while True:
-            now = self._heart.server_time()
+            now = self._heartbeat.server_time()
             ending = _ending(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
                 done = await self._jobs.finish(run.name, run.fence, ending, claimed.schedule)
