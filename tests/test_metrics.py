@@ -15,13 +15,13 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from balance_app import metrics as numbers
-from balance_app.jobs.api.stats import Facts
+from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError, audit_ledger
-from balance_app.metrics import OUTCOMES, JobFacts, Metrics
+from balance_app.metrics import OUTCOMES, JobStats, Metrics
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import Ground, on, until
 from tests.processes import Instance, connect
@@ -369,8 +369,8 @@ async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
     assert found['balance_app_job_ticks_skipped_total{job_name="good"}'] == skipped
 
 
-def _facts(ground: Ground, registry: Registry) -> Facts:
-    return Facts(ground.database, registry, AUDITS, LedgerMismatchError)
+def _stats_reader(ground: Ground, registry: Registry) -> StatsReader:
+    return StatsReader(ground.database, registry, AUDITS, LedgerMismatchError)
 
 
 async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
@@ -397,9 +397,9 @@ async def _renewed(metrics: Metrics, times: int) -> bool:
 # -- the fleet -------------------------------------------------------------------------------------
 
 
-async def facts(ground: Ground, *names: str) -> dict[str, JobFacts]:
+async def stats(ground: Ground, *names: str) -> dict[str, JobStats]:
     registry = Registry([declare(name, returns) for name in names])
-    return {fact.name: fact for fact in await _facts(ground, registry).look() or ()}
+    return {each.name: each for each in await _stats_reader(ground, registry).read() or ()}
 
 
 async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
@@ -440,9 +440,9 @@ async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
         " lease_until = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
     )
     now = float(await ground.admin.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
-    found = await facts(ground, *(name for name in names if name != "other"))
+    found = await stats(ground, *(name for name in names if name != "other"))
     assert sorted(found) == ["failing", "fresh", "lost", "paused", "ready"]
-    assert found["fresh"] == JobFacts("fresh", None, 0, False, False, None)  # noqa: FBT003 - a row
+    assert found["fresh"] == JobStats("fresh", None, 0, False, False, None)  # noqa: FBT003 - a row
     assert found["failing"].last_run_failed
     assert found["failing"].last_success_at == pytest.approx(now - 600, abs=5)
     assert found["ready"].last_success_at == pytest.approx(now - 100, abs=5)
@@ -460,7 +460,7 @@ async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
     await add_job(ground.admin, "good")
 
     async def mismatch(name: str = "audit-ledger") -> bool | None:
-        return (await facts(ground, "audit-ledger", "good"))[name].mismatch
+        return (await stats(ground, "audit-ledger", "good"))[name].mismatch
 
     assert await mismatch() is None
     await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
@@ -481,7 +481,7 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
     await ground.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(ground, [audit_ledger]) as (_, metrics):
-            metrics.ask_for_fleet(_facts(ground, Registry([audit_ledger])).look)
+            metrics.ask_for_fleet(_stats_reader(ground, Registry([audit_ledger])).read)
             await ground.ended("audit-ledger")
             found = await of(metrics)
     finally:
@@ -496,9 +496,9 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
 async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of scrapes share a question; its answer is not told for longer."""
     asked = 0
-    answers = [[JobFacts("good", 1.0, 2.0, True, False, None)], None]  # noqa: FBT003 - a row
+    answers = [[JobStats("good", 1.0, 2.0, True, False, None)], None]  # noqa: FBT003 - a row
 
-    async def ask() -> list[JobFacts] | None:
+    async def ask() -> list[JobStats] | None:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0.01)
@@ -518,7 +518,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     """What this instance knows by itself is told all the same."""
     monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
 
-    async def ask() -> list[JobFacts]:
+    async def ask() -> list[JobStats]:
         await asyncio.sleep(600)
         raise AssertionError
 
@@ -533,7 +533,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
 async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) -> None:
     """A statement that fails is no fleet without jobs; it goes on when the statement does."""
     metrics = Metrics()
-    metrics.ask_for_fleet(Facts(ground.database, Registry([])).look)
+    metrics.ask_for_fleet(StatsReader(ground.database, Registry([])).read)
     await ground.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
     try:
         found = _of_the_fleet(await of(metrics))

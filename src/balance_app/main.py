@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Match, Mount
 
 from balance_app import __version__
-from balance_app.balances import router as balances
 from balance_app.balances.repository import BalanceRepository
+from balance_app.balances.router import change_balance
+from balance_app.balances.router import router as balances_router
 from balance_app.db.migrations import UnusableDatabaseError
 from balance_app.db.pool import Database
 from balance_app.errors import (
@@ -28,27 +29,26 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.formatting import url
-from balance_app.http import health
-from balance_app.http import openapi as api_docs
+from balance_app.http import health, openapi
 from balance_app.http.body import FAULT_CODES
 from balance_app.http.health import Readiness
 from balance_app.http.middleware import Front
 from balance_app.http.services import Services
-from balance_app.jobs.api import router as jobs
 from balance_app.jobs.api.controls import Controls
-from balance_app.jobs.api.events import Feed
+from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.history import History
-from balance_app.jobs.api.stats import Facts
-from balance_app.jobs.api.status import Board
+from balance_app.jobs.api.router import router as jobs_router
+from balance_app.jobs.api.stats import StatsReader
+from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
-from balance_app.web import actions as forms
-from balance_app.web import router as pages
-from balance_app.web.queries import Overview
-from balance_app.web.stream import Live
+from balance_app.web.actions import router as actions_router
+from balance_app.web.queries import PageQueries
+from balance_app.web.router import router as pages_router
+from balance_app.web.stream import PageStream
 
 log = structlog.get_logger(__name__)
 
@@ -67,26 +67,26 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
-        description=api_docs.DESCRIPTION.format(root=settings.root_path),
+        description=openapi.DESCRIPTION.format(root=settings.root_path),
         version=__version__,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=partial(_lifespan, settings, stopping, registry, metrics),
     )
-    app.include_router(balances.router)
-    app.include_router(jobs.router)
+    app.include_router(balances_router)
+    app.include_router(jobs_router)
     app.include_router(health.router)
-    app.include_router(pages.router)
-    app.include_router(forms.router)
-    api_docs.add_docs(app)
-    app.add_exception_handler(Problem, _tell_problem)
-    app.add_exception_handler(RequestValidationError, _tell_invalid)
-    app.add_exception_handler(HTTPException, _tell_http)
-    app.add_exception_handler(Exception, _tell_internal)
+    app.include_router(pages_router)
+    app.include_router(actions_router)
+    openapi.add_docs(app)
+    app.add_exception_handler(Problem, _problem_response)
+    app.add_exception_handler(RequestValidationError, _invalid_request_response)
+    app.add_exception_handler(HTTPException, _http_error_response)
+    app.add_exception_handler(Exception, _internal_error_response)
     return Front(
         app,
-        direct={("POST", "/api/balance"): balances.change_balance},
+        direct={("POST", "/api/balance"): change_balance},
         log_requests=settings.log_requests,
         root_path=settings.root_path,
         metrics=metrics,
@@ -103,9 +103,9 @@ async def _lifespan(
 ) -> AsyncIterator[None]:
     database = Database(settings, metrics)
     scheduler = Scheduler(settings, database, registry, metrics) if settings.jobs_enabled else None
-    metrics.ask_for_fleet(Facts(database, registry, AUDITS, LedgerMismatchError).look)
-    board = Board(database, settings)
-    overview = Overview(database, metrics)
+    metrics.ask_for_fleet(StatsReader(database, registry, AUDITS, LedgerMismatchError).read)
+    status_reader = StatusReader(database, settings)
+    queries = PageQueries(database, metrics)
     told = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
@@ -114,12 +114,12 @@ async def _lifespan(
         Readiness(database, stopping, only_told=told),
         BalanceRepository(database, metrics),
         *([] if scheduler is None else [scheduler]),
-        board,
-        Feed(board.look, stopping),
-        Controls(database, board),
+        status_reader,
+        EventBroadcaster(status_reader.read, stopping),
+        Controls(database, status_reader),
         History(database),
-        overview,
-        Live(board, overview, stopping, root_path=settings.root_path),
+        queries,
+        PageStream(status_reader, queries, stopping, root_path=settings.root_path),
     )
     try:
         try:
@@ -168,16 +168,16 @@ async def _hand_back(scheduler: Scheduler | None, stopping: asyncio.Event) -> No
         await scheduler.stop()
 
 
-async def _tell_problem(request: Request, problem: Exception) -> Response:
+async def _problem_response(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)  # noqa: S101 - registered for nothing else
     return problem.response(request.method)
 
 
-async def _tell_internal(request: Request, _error: Exception) -> Response:
+async def _internal_error_response(request: Request, _error: Exception) -> Response:
     return InternalError().response(request.method)
 
 
-async def _tell_invalid(request: Request, error: Exception) -> Response:
+async def _invalid_request_response(request: Request, error: Exception) -> Response:
     """Name the faults FastAPI found, without repeating the caller's input (it may be NaN)."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
     faults = [
@@ -192,7 +192,7 @@ async def _tell_invalid(request: Request, error: Exception) -> Response:
     return InvalidRequest(*faults).response(request.method)
 
 
-async def _tell_http(request: Request, error: Exception) -> Response:
+async def _http_error_response(request: Request, error: Exception) -> Response:
     """Turn the framework's own refusals into problems."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
     match error.status_code:

@@ -51,7 +51,7 @@ _DELAY_SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class JobFacts(NamedTuple):
+class JobStats(NamedTuple):
     """What PostgreSQL says of one job, whichever instance runs it."""
 
     name: str
@@ -117,8 +117,8 @@ class Durations(Collector):
         )
 
 
-Facts: TypeAlias = "list[JobFacts] | None"
-Ask: TypeAlias = Callable[[], Coroutine[Any, Any, Facts]]
+Stats: TypeAlias = "list[JobStats] | None"
+Ask: TypeAlias = Callable[[], Coroutine[Any, Any, Stats]]
 
 
 class Metrics:
@@ -225,7 +225,7 @@ class Metrics:
         self._fleet = _Fleet()
         registry.register(self._fleet)
         self._ask: Ask | None = None
-        self._question: asyncio.Task[Facts] | None = None
+        self._question: asyncio.Task[Stats] | None = None
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
@@ -246,7 +246,7 @@ class Metrics:
             return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
         return generate_latest(self._registry)
 
-    async def _answer(self, ask: Ask) -> Facts:
+    async def _answer(self, ask: Ask) -> Stats:
         """Ask, unless that was done just now; None if there is no answer soon."""
         question = self._question
         if question is None or (question.done() and monotonic() >= self._fresh_until):
@@ -271,7 +271,7 @@ class _Fleet(Collector):
     """What PostgreSQL said of the jobs when it was last asked."""
 
     def __init__(self) -> None:
-        self.jobs: list[JobFacts] = []
+        self.jobs: list[JobStats] = []
         # None: nobody asks
         self.success: bool | None = None
 
@@ -285,7 +285,7 @@ class _Fleet(Collector):
                 value=self.success,
             )
         # (name, help, value); None: not known
-        gauges: tuple[tuple[str, str, Callable[[JobFacts], float | None]], ...] = (
+        gauges: tuple[tuple[str, str, Callable[[JobStats], float | None]], ...] = (
             (
                 "last_success_timestamp_seconds",
                 "When the job last succeeded, on any instance.",

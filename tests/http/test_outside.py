@@ -10,7 +10,7 @@ from balance_app.errors import InvalidRequest
 from balance_app.http.body import StrictModel, parse_json
 from balance_app.http.openapi import json_request
 from tests.processes import Instance
-from tests.web.test_live import version, watch
+from tests.web.test_stream import version, watch
 
 NUMBERS: Final = (
     *("9" * 20, "9" * 400, "9" * 4301, "9" * 5000, "0" * 5000, "-" + "9" * 5000, "1" + "0" * 5000),

@@ -13,7 +13,7 @@ from balance_app.main import create_app
 from balance_app.settings import OWN_PATHS, BadSettingsError, load_settings
 from tests.jobs.rows import add_job
 from tests.processes import Instance, connect
-from tests.web.test_live import watch_once
+from tests.web.test_stream import watch_once
 
 ROOT = "/ledger/v1"
 ADDRESS = re.compile(

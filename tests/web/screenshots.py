@@ -20,7 +20,7 @@ from playwright.async_api import Browser
 from tests.processes import Instance, connect
 from tests.system.databases import own_postgres
 from tests.web.browser import chromium, live, tab
-from tests.web.smaller import smaller
+from tests.web.quantize import quantize
 
 FOLDER: Final = Path(__file__).parents[2] / "docs" / "screenshots"
 MOST_BYTES: Final = 150_000
@@ -139,7 +139,7 @@ async def take(  # noqa: PLR0913 - what there is to say of a picture
     async with tab(browser, instance.url, viewport=size, **options) as page:
         await live(page, path)
         await asyncio.sleep(2.2)
-        picture = smaller(await page.screenshot())
+        picture = quantize(await page.screenshot())
     file = FOLDER / f"{name}.png"
     file.write_bytes(picture)
     print(f"{file.name:<24} {len(picture) / 1000:>6.1f} kB")

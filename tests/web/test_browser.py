@@ -12,7 +12,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page
 
 from balance_app.local.postgres import EmbeddedPostgres
-from balance_app.web import view_models as views
+from balance_app.web import view_models
 from tests.jobs.rows import add_instance, add_job, running
 from tests.processes import Instance
 from tests.system.databases import kill, own_postgres
@@ -139,7 +139,7 @@ async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None
     async with own_postgres() as server, alone(server, browser) as late:
         await kill(server)
         await late.goto("/")
-        await late.wait_for_selector("#sorry-title")
+        await late.wait_for_selector("#problem-title")
         await says(late, "#state", "database unavailable")
         await late.evaluate(MARK)
         await server.start()
@@ -199,7 +199,7 @@ async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Brows
     seconds = [-90_000, -3_600, -61, -1, -0.4, 0, 0.9, 1, 59.9, 60, 61, 3599, 3600, 86_399, 200_000]
     async with tab(browser, site.instance.url) as page:
         await live(page)
-        for kind, say in views.CLOCKS.items():
+        for kind, say in view_models.CLOCKS.items():
             said = await page.evaluate(
                 "([kind, all]) => all.map((each) => clocks[kind](each))", [kind, seconds]
             )
@@ -218,19 +218,19 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         await live(page)
         await page.evaluate(MARK)
         await page.get_by_role("button", name="Run job-a now").click()
-        await says(page, "#said", "job-a is to run now")
+        await says(page, "#message", "job-a is to run now")
         await says(page, "#job-job-a", "asked for")
         await page.get_by_role("button", name="Pause job-a").click()
         await says(page, "#job-job-a", "Paused by page")
         await page.get_by_role("button", name="Resume job-a").click()
-        await says(page, "#said", "job-a goes on with its next tick")
+        await says(page, "#message", "job-a goes on with its next tick")
         cancel = page.get_by_role("button", name="Cancel the run of job-b")
         await cancel.click()
         await page.get_by_role("dialog").get_by_text("Let it run").click()
         assert not await page.get_by_role("dialog").is_visible()
         assert await site.value("SELECT cancel_by IS NULL FROM jobs WHERE name = 'job-b'")
         await cancel.click()
-        await says(page, "#ask", "what it did so far is lost")
+        await says(page, "#confirm", "what it did so far is lost")
         await page.get_by_role("dialog").get_by_role("button", name="Cancel the run").click()
         await says(page, "#job-job-b", "cancelling")
         await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
@@ -309,7 +309,7 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
         assert await page.locator("#lanes .bar").count() == 7
         assert not await page.locator("#pause").is_visible()
         await page.locator("#pause-job-waiting").click()
-        assert "job-waiting is paused" in await page.inner_text("#said")
+        assert "job-waiting is paused" in await page.inner_text("#message")
         await page.locator("#resume-job-waiting").click()
         await page.locator("#run-job-waiting").click()
         assert "asked for" in await page.inner_text("#job-job-waiting")
@@ -389,7 +389,7 @@ async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> No
             assert found.violations_count == 0, (path, found.generate_report())
         await page.goto("/")
         await page.locator("#cancel-job-running").click()
-        await says(page, "#ask", "Let it run")
+        await says(page, "#confirm", "Let it run")
         found = await Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
 
@@ -427,7 +427,7 @@ async def test_nothing_is_cut_off_where_it_is_narrow(
 
 async def test_who_wants_no_motion_gets_none(site: Site, browser: Browser) -> None:
     """`prefers-reduced-motion` stops the only thing that moves by itself."""
-    for wish, name in (("reduce", "none"), ("no-preference", "beat")):
+    for wish, name in (("reduce", "none"), ("no-preference", "blink")):
         async with tab(browser, site.instance.url, reduced_motion=wish) as page:
             await live(page)
             animation = await page.evaluate(

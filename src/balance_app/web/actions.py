@@ -28,12 +28,12 @@ from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import refuse_other_sites, wake
 from balance_app.jobs.api.schemas import NAME_PATTERN, Pause
-from balance_app.web import view_models as views
+from balance_app.web import view_models
 from balance_app.web.router import (
     NO_USER,
-    Asked,
+    ChangeAttempt,
+    Message,
     PageRoute,
-    Said,
     balances_of,
     came_from,
     is_number,
@@ -101,10 +101,10 @@ async def _steer(request: Request, name: str, what: str, steer: Steer) -> Respon
     except (DatabaseUnavailable, Overloaded, JobNotFound):
         raise
     except Problem as problem:
-        said = Said("bad", f"Not done. {problem.detail}")
+        message = Message("bad", f"Not done. {problem.detail}")
         if own_page:
-            return await job_page(request, name, said=said, status=problem.status)
-        return await overview_page(request, said=said, status=problem.status)
+            return await job_page(request, name, message=message, status=problem.status)
+        return await overview_page(request, message=message, status=problem.status)
     wake(request)
     back = f"/jobs/{name}" if own_page else "/"
     if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
@@ -120,9 +120,11 @@ async def change_balance(request: Request) -> Response:
     amount = re.sub(r"\s", "", form.get("amount", ""))
     form["user"] = user
     if not is_number(user):
-        asked = Asked(form, Said("bad", f"Not done: {NO_USER[0].lower()}{NO_USER[1:]}"), 422)
+        attempt = ChangeAttempt(
+            form, Message("bad", f"Not done: {NO_USER[0].lower()}{NO_USER[1:]}"), 422
+        )
     elif not is_number(amount) or form.get("what") not in {"withdraw", "add"}:
-        asked = Asked(form, Said("bad", _NO_AMOUNT), 422)
+        attempt = ChangeAttempt(form, Message("bad", _NO_AMOUNT), 422)
     elif not re.fullmatch(KEY_PATTERN, key, re.ASCII):
         raise MalformedRequest("The form is not whole. Load the page again.")
     else:
@@ -131,29 +133,37 @@ async def change_balance(request: Request) -> Response:
             outcome = await balances_of(request).change(int(user), change, key)
         except (DatabaseUnavailable, Overloaded) as problem:
             unknown = problem.applied == "unknown"
-            said = Said("bad", sentence(problem, request.method) + (_AGAIN if unknown else ""))
-            asked = Asked(form, said, problem.status, again=True)
+            message = Message(
+                "bad", sentence(problem, request.method) + (_AGAIN if unknown else "")
+            )
+            attempt = ChangeAttempt(form, message, problem.status, keep_key=True)
         except Problem as problem:
-            asked = Asked(form, Said("bad", f"Not done. {problem.detail}"), problem.status)
+            attempt = ChangeAttempt(
+                form, Message("bad", f"Not done. {problem.detail}"), problem.status
+            )
         else:
             if outcome.kind != "refused":
                 return _go_to(f"/?user={user}&entry={outcome.version}#balances")
             refused = refusal(outcome)
-            asked = Asked(form, Said("bad", _refused(refused)), refused.status)
-    return await overview_page(request, asked=asked)
+            attempt = ChangeAttempt(form, Message("bad", _refused(refused)), refused.status)
+    return await overview_page(request, attempt=attempt)
 
 
 def _refused(problem: InsufficientFunds | BalanceLimitExceeded) -> str:
-    said = cast("dict[str, int]", problem.members)
-    user, has, amount = said["userId"], views.number(said["balance"]), abs(said["amount"])
+    members = cast("dict[str, int]", problem.members)
+    user, has, amount = (
+        members["userId"],
+        view_models.number(members["balance"]),
+        abs(members["amount"]),
+    )
     if isinstance(problem, InsufficientFunds):
         return (
-            f"Not done: user {user} has {has}, so {views.number(amount)} can't be withdrawn. "
-            f"{views.number(said['shortfall'])} more would be needed. Nothing was changed."
+            f"Not done: user {user} has {has}, so {view_models.number(amount)} can't be withdrawn. "
+            f"{view_models.number(members['shortfall'])} more would be needed. Nothing was changed."
         )
     return (
-        f"Not done: user {user} has {has}, and {views.number(amount)} more would pass what a "
-        f"balance can hold by {views.number(said['excess'])}. Nothing was changed."
+        f"Not done: user {user} has {has}, and {view_models.number(amount)} more would pass what a "
+        f"balance can hold by {view_models.number(members['excess'])}. Nothing was changed."
     )
 
 

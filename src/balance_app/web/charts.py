@@ -1,4 +1,4 @@
-"""Runs drawn as bars, in SVG that needs no styles of its own."""
+"""Charts of runs, in SVG that needs no styles of its own."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -109,13 +109,13 @@ def sentence(run: dict[str, Any]) -> str:
     started = clock_time(run["started"])
     if run["ended"] is None:
         return f"{run['job']} has been running on {run['server']} since {started} UTC."
-    said = (
+    text = (
         f"{run['job']} ran on {run['server']} from {started} to {clock_time(run['ended'])} UTC "
         f"({duration(_seconds(run))}) and {_ENDS[run['outcome']]}"
     )
     if outcome_of(run["outcome"]).tone == "bad" and run["result"]:
-        return f"{said}: {run['result']}"
-    return f"{said}."
+        return f"{text}: {run['result']}"
+    return f"{text}."
 
 
 _ENDS: Final = {

@@ -1,4 +1,4 @@
-"""What the page tells beside the board: recent runs, failures, totals; each is cheap to ask.
+"""Queries of the page beside the status: recent runs, failures, totals; each is cheap.
 
 For people alone: nothing decides by what is read here.
 """
@@ -15,7 +15,7 @@ from balance_app.jobs.api.history import read_in_order
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
-USERS_COUNTED: Final = 10_000  # as many are summed up at each look; more are told as of a job
+USERS_COUNTED: Final = 10_000  # summed up by each query; more are shown as a job last counted them
 RATE_SECONDS: Final = 10.0
 
 Runs = list[dict[str, Any]]
@@ -32,8 +32,8 @@ class Totals(NamedTuple):
     refusals: float | None
 
 
-class Around(NamedTuple):
-    """What is around the board at one moment; times are seconds since 1970."""
+class Activity(NamedTuple):
+    """Recent runs, failures and totals at one moment; times are seconds since 1970."""
 
     now: float
     # the last runs of each job that was asked for, the oldest first
@@ -45,8 +45,8 @@ class Around(NamedTuple):
     totals: Totals
 
 
-class Overview:
-    """Asks what the page tells beside the board, one statement a question."""
+class PageQueries:
+    """What the page shows beside the status, one statement a query."""
 
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
@@ -55,13 +55,13 @@ class Overview:
         # moment, changes so far, refusals so far
         self._counted: deque[tuple[float, int, int]] = deque()
 
-    async def around(self, shown: Iterable[str], changed: Iterable[str]) -> Around:
-        """Return what is around the board; of jobs not in `changed` the runs are known."""
+    async def activity(self, shown: Iterable[str], changed: Iterable[str]) -> Activity:
+        """Return the recent activity; runs are read again only of the jobs in `changed`."""
         names = set(shown)
         asked = sorted(names & set(changed) | (names - self._runs.keys()))
-        # As a look at the board: one at a time, and ahead of the crowd.
+        # As reading the status: one at a time, and ahead of ordinary requests.
         (row,) = await self._database.run(
-            lambda con: read_in_order(con, AROUND, asked, RUNS_KEPT), urgent=True
+            lambda con: read_in_order(con, ACTIVITY, asked, RUNS_KEPT), urgent=True
         )
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in asked)
@@ -69,7 +69,7 @@ class Overview:
             self._runs[run["job"]].append(run)
         exact = row["users"] <= USERS_COUNTED
         changes, refusals = self._rates(row["changes"], self._metrics.changes.count("refused"))
-        return Around(
+        return Activity(
             now=row["now"].timestamp(),
             runs=dict(self._runs),
             failed=row["failed"],
@@ -90,7 +90,7 @@ class Overview:
         return rows[0]["checkpoint"] if rows else None
 
     async def last_runs(self, job: str, limit: int) -> Runs:
-        """Return the last runs of a job, the oldest first, as `Around.runs` has them."""
+        """Return the last runs of a job, the oldest first, as `Activity.runs` has them."""
         (row,) = await self._database.run(lambda con: read_in_order(con, LAST_RUNS, [job], limit))
         return list(from_json(row["runs"]))
 
@@ -102,7 +102,7 @@ class Overview:
     def _rates(self, changes: int, refusals: int) -> tuple[float | None, float | None]:
         now = monotonic()
         self._counted.append((now, changes, refusals))
-        # What was counted before nobody looked for a while is no rate of now.
+        # Counts from before a pause without viewers give no rate of now.
         while now - self._counted[0][0] > 2 * RATE_SECONDS or (
             len(self._counted) > 2 and now - self._counted[1][0] >= RATE_SECONDS  # noqa: PLR2004
         ):
@@ -120,11 +120,11 @@ class Overview:
 # Each part reads a bounded number of rows by an index, however long the history is: a job's runs
 # begin in the order of their fences (ticks that did not run have none), the ranges of rows keep to
 # the index that has them in this order (see `jobs/api/history.py`), and of users no more are summed
-# up than is cheap. How many changes there were is told by PostgreSQL's statistics, some seconds
+# up than is cheap. The number of changes is from PostgreSQL's statistics, some seconds
 # late.
 #
 # $1 the jobs whose runs are asked for, $2 how many of each
-AROUND: Final = """
+ACTIVITY: Final = """
 WITH moment AS (
     SELECT clock_timestamp() AS now
 ), runs AS (

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.formatting import duration
-from balance_app.web import view_models as views
+from balance_app.web import view_models
 
 # No scripts and no styles but the service's own files; no page of another site around it.
 HEADERS: Final = {
@@ -53,19 +53,19 @@ def templates() -> Environment:
     )
     environment.filters |= {
         "duration": duration,
-        "exact": views.exact,
-        "clock_time": views.clock_time,
-        "iso": views.iso,
-        "number": views.number,
-        "rate": views.rate,
-        "stamp": lambda moment: views.tenth(views.seconds_of(moment)),
+        "exact": view_models.exact,
+        "clock_time": view_models.clock_time,
+        "iso": view_models.iso,
+        "number": view_models.number,
+        "rate": view_models.rate,
+        "stamp": lambda moment: view_models.tenth(view_models.seconds_of(moment)),
     }
     environment.globals |= {
         "asset": _address,
-        "state_of": views.state_of,
-        "outcome_of": views.outcome_of,
-        "why": views.why,
-        "share": views.share,
+        "state_of": view_models.state_of,
+        "outcome_of": view_models.outcome_of,
+        "why": view_models.why,
+        "share": view_models.share,
     }
     return environment
 

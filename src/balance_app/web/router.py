@@ -1,7 +1,7 @@
 """The page for people, at `/`: what every instance and job does, and who has how much.
 
 It wires the two features, which do not know of it, and is complete without scripts: each button is
-a form (`forms.py`), each answer a page.
+a form (`actions.py`), each answer a page.
 """
 
 import re
@@ -24,13 +24,12 @@ from balance_app.http.services import services
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.schemas import Outcome
-from balance_app.jobs.api.status import Board, Snapshot
+from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.settings import Settings
-from balance_app.web import charts as bars
-from balance_app.web import view_models as views
-from balance_app.web.queries import Overview
+from balance_app.web import charts, view_models
+from balance_app.web.queries import PageQueries
 from balance_app.web.rendering import file, page, takes_gzip
-from balance_app.web.stream import Live, LiveResponse
+from balance_app.web.stream import PageStream, PageStreamResponse
 
 RUNS_ON_PAGE: Final = 25
 JOBS_ON_PAGE: Final = 100
@@ -43,21 +42,21 @@ NO_USER: Final = "A user's number is a whole number above 0."
 _NUMBER: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 
 
-class Said(NamedTuple):
-    """A sentence for the person who asked; its tone is `good` or `bad`."""
+class Message(NamedTuple):
+    """A sentence about the outcome of a request; its tone is `good` or `bad`."""
 
     tone: str
     sentence: str
 
 
-class Asked(NamedTuple):
-    """A change that was asked for by the form, and what came of it."""
+class ChangeAttempt(NamedTuple):
+    """A change of a balance that the form requested, and its outcome."""
 
     form: Mapping[str, str]
-    said: Said
+    message: Message
     status: int
-    # its outcome is not known: to send it again must be safe
-    again: bool = False
+    # its outcome is not known: the form keeps its key, so that to send it again is safe
+    keep_key: bool = False
 
 
 class PageRoute(APIRoute):
@@ -71,7 +70,7 @@ class PageRoute(APIRoute):
             try:
                 return await handle(request)
             except Problem as problem:
-                return tell(request, problem)
+                return problem_page(request, problem)
 
         return handle_for_people
 
@@ -79,7 +78,7 @@ class PageRoute(APIRoute):
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
-def tell(request: Request, problem: Problem) -> Response:
+def problem_page(request: Request, problem: Problem) -> Response:
     """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
     passes = path_of(request, request.scope["path"]) == "/" and isinstance(
         problem, DatabaseUnavailable | Overloaded
@@ -87,9 +86,9 @@ def tell(request: Request, problem: Problem) -> Response:
     view = {
         "heading": problem.title,
         "sentence": sentence(problem, request.method),
-        "lives": passes,
+        "reconnects": passes,
     }
-    return _page(request, "sorry.html", view, status=problem.status, headers=problem.headers)
+    return _page(request, "problem.html", view, status=problem.status, headers=problem.headers)
 
 
 def sentence(problem: Problem, method: str) -> str:
@@ -104,15 +103,15 @@ def sentence(problem: Problem, method: str) -> str:
 
 @router.get("/")
 async def show_overview(request: Request) -> Response:
-    """Show everything at one glance."""
+    """Show the overview."""
     return await overview_page(request)
 
 
 @router.get("/live")
 async def watch(request: Request) -> Response:
-    """Send what changes in the picture, as events; `job` is for that job's own page."""
-    return LiveResponse(
-        live_of(request),
+    """Send changes of the page, as events; `job` is for that job's own page."""
+    return PageStreamResponse(
+        stream_of(request),
         since=request.headers.get("last-event-id") or request.query_params.get("since"),
         job=request.query_params.get("job"),
         compress=takes_gzip(request),
@@ -131,20 +130,20 @@ async def read_file(request: Request, name: str) -> Response:
 @router.get("/jobs")
 async def list_jobs(request: Request) -> Response:
     """List jobs by name and state, page by page."""
-    snapshot = await live_of(request).refresh()
+    snapshot = await stream_of(request).refresh()
     query = request.query_params
     begin, after = query.get("name", "")[:63], query.get("after", "")
     state = query.get("state", "")
     names = [
         name
-        for name, line in snapshot.lines.items()
+        for name, status in snapshot.jobs.items()
         if name > after
         and name.startswith(begin)
         and (
-            state == line.sums.state
+            state == status.summary.state
             or state not in STATES[1:]
-            or (state == "overdue" and line.sums.overdue)
-            or (state == "failed" and line.sums.failed)
+            or (state == "overdue" and status.summary.overdue)
+            or (state == "failed" and status.summary.failed)
         )
     ]
     shown = names[:JOBS_ON_PAGE]
@@ -167,10 +166,10 @@ async def show_job(request: Request, name: str) -> Response:
 @router.get("/jobs/{name}/cancel")
 async def ask_to_cancel(request: Request, name: str) -> Response:
     """Ask whether a run is really to be cancelled: it destroys work."""
-    job = _job(await live_of(request).refresh(), name)
+    job = _job(await stream_of(request).refresh(), name)
     view = {
         "job": job,
-        "checkpoint": await _overview(request).checkpoint(name),
+        "checkpoint": await _queries(request).checkpoint(name),
         "back": "job" if came_from(request) == f"/jobs/{name}" else "",
     }
     return _page(request, "cancel.html", view)
@@ -179,44 +178,48 @@ async def ask_to_cancel(request: Request, name: str) -> Response:
 @router.get("/jobs/{name}/forget")
 async def ask_to_forget(request: Request, name: str) -> Response:
     """Ask whether a job is really to be forgotten."""
-    job = _job(await live_of(request).refresh(), name)
+    job = _job(await stream_of(request).refresh(), name)
     return _page(request, "forget.html", {"job": job})
 
 
-# -- everything at one glance ----------------------------------------------------------------
+# -- the overview ---------------------------------------------------------------------------
 
 
 async def overview_page(
-    request: Request, *, said: Said | None = None, asked: Asked | None = None, status: int = 200
+    request: Request,
+    *,
+    message: Message | None = None,
+    attempt: ChangeAttempt | None = None,
+    status: int = 200,
 ) -> Response:
-    """Return the page at `/`, also with what came of something that was asked for."""
-    live = live_of(request)
-    status, headers = (asked.status if asked else status), None
+    """Return the page at `/`, also with the outcome of an action."""
+    stream = stream_of(request)
+    status, headers = (attempt.status if attempt else status), None
     try:
-        await live.refresh()
+        await stream.refresh()
     except (DatabaseUnavailable, Overloaded) as problem:
-        if live.picture.snapshot is None:
+        if stream.fragments.snapshot is None:
             raise
         status, headers = problem.status, problem.headers
-        said = Said("bad", f"{sentence(problem, 'GET')} What is below was seen before that.")
-    snapshot = live.picture.snapshot
-    assert snapshot is not None  # noqa: S101 - there is a picture
+        message = Message("bad", f"{sentence(problem, 'GET')} What is below was seen before that.")
+    snapshot = stream.fragments.snapshot
+    assert snapshot is not None  # noqa: S101 - else it was raised
     now = snapshot.now.timestamp()
-    form = asked.form if asked else request.query_params
+    form = attempt.form if attempt else request.query_params
     user = form.get("user", FIRST_USER)
     view = {
-        "said": said or _said_of_job(request),
-        "version": live.version,
-        "sections": live.picture.sections(now),
-        "shown": len(live.picture.shown),
-        "hidden": len(snapshot.lines) - len(live.picture.shown),
+        "message": message or _job_message(request),
+        "version": stream.version,
+        "sections": stream.fragments.sections(now),
+        "shown": len(stream.fragments.shown),
+        "hidden": len(snapshot.jobs) - len(stream.fragments.shown),
         "account": await _account(request, user),
-        "changed": asked.said if asked else await _said_of_entry(request, user),
+        "changed": attempt.message if attempt else await _entry_message(request, user),
         "change": {
             "user": user,
             "what": form.get("what", "withdraw"),
             "amount": form.get("amount", ""),
-            "key": form["key"] if asked and asked.again else f"page-{token_urlsafe(16)}",
+            "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
         },
     }
     return _page(request, "overview.html", view, status=status, headers=headers)
@@ -225,17 +228,17 @@ async def overview_page(
 async def _account(request: Request, user: str) -> dict[str, Any]:
     """Return a user's balance and latest entries, or the sentence that says why not."""
     if not is_number(user):
-        return {"asked": user[:20], "problem": NO_USER}
+        return {"requested": user[:20], "problem": NO_USER}
     before = request.query_params.get("before", "")
     upto = int(before) if is_number(before) else MAX_INTEGER
     try:
         account = await balances_of(request).account(int(user))
-        entries = await _overview(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
+        entries = await _queries(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
     except Problem as problem:
-        return {"asked": user, "problem": sentence(problem, "GET")}
+        return {"requested": user, "problem": sentence(problem, "GET")}
     shown = entries[:ENTRIES_SHOWN]
     return {
-        "asked": user,
+        "requested": user,
         "problem": None,
         "user": account.user_id,
         "balance": account.balance,
@@ -245,23 +248,25 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
     }
 
 
-async def _said_of_entry(request: Request, user: str) -> Said | None:
-    """Tell of a change that was made what the ledger says of it."""
+async def _entry_message(request: Request, user: str) -> Message | None:
+    """Report a change that was made, as the ledger has it."""
     version = request.query_params.get("entry", "")
     if not is_number(user) or not is_number(version):
         return None
     try:
-        found = await _overview(request).entries(int(user), before=int(version) + 1, limit=1)
+        found = await _queries(request).entries(int(user), before=int(version) + 1, limit=1)
     except Problem:
         return None
     if not found or found[0]["version"] != int(version):
         return None
-    amount, balance = found[0]["amount"], views.number(found[0]["balance"])
+    amount, balance = found[0]["amount"], view_models.number(found[0]["balance"])
     did = "added" if amount > 0 else "withdrew"
-    return Said("good", f"Done: {did} {views.number(abs(amount))}. User {user} then had {balance}.")
+    return Message(
+        "good", f"Done: {did} {view_models.number(abs(amount))}. User {user} then had {balance}."
+    )
 
 
-_DID: Final = {
+_MESSAGES: Final = {
     "run": "{} is to run now: an instance takes it within a second or two.",
     "pause": "{} is paused: nothing starts it until it is resumed.",
     "resume": "{} goes on with its next tick.",
@@ -273,19 +278,19 @@ _DID: Final = {
 }
 
 
-def _said_of_job(request: Request) -> Said | None:
+def _job_message(request: Request) -> Message | None:
     did, job = request.query_params.get("did"), request.query_params.get("job", "")
-    snapshot = live_of(request).picture.snapshot
-    if did not in _DID or snapshot is None or job not in snapshot.lines:
+    snapshot = stream_of(request).fragments.snapshot
+    if did not in _MESSAGES or snapshot is None or job not in snapshot.jobs:
         return None
-    return Said("good", _DID[did].format(job))
+    return Message("good", _MESSAGES[did].format(job))
 
 
 # -- one job ---------------------------------------------------------------------------------
 
 
 async def job_page(
-    request: Request, name: str, *, said: Said | None = None, status: int = 200
+    request: Request, name: str, *, message: Message | None = None, status: int = 200
 ) -> Response:
     """Return a job's own page.
 
@@ -293,20 +298,20 @@ async def job_page(
         JobNotFound: there is no such job.
         InvalidRequest: no part of its history is like what is asked for.
     """
-    live, overview = live_of(request), _overview(request)
+    stream, queries = stream_of(request), _queries(request)
     history = services(request)[History]
     outcome, before = (request.query_params.get(field) for field in ("outcome", "before"))
     if outcome not in {None, *get_args(Outcome)}:
         raise InvalidRequest(("query:outcome", "not-an-outcome"))
     if before is not None and not is_number(before):
         raise InvalidRequest(("query:before", "not-an-integer"))
-    with live.keeping(name):
-        snapshot = await live.refresh()
+    with stream.keeping(name):
+        snapshot = await stream.refresh()
         now = snapshot.now.timestamp()
-        forgotten = services(request)[Board].forgotten(name)
+        forgotten = services(request)[StatusReader].forgotten(name)
         if forgotten is None:
             job = _job(snapshot, name)
-            row, version = live.picture.row(name, now), live.version
+            row, version = stream.fragments.row(name, now), stream.version
     runs = await history.page(
         job=name,
         outcome=outcome,
@@ -315,8 +320,8 @@ async def job_page(
     )
     view: dict[str, object] = {
         "name": name,
-        "durations": bars.durations(await overview.last_runs(name, DURATIONS_SHOWN), now),
-        "outcomes": views.OUTCOMES,
+        "durations": charts.durations(await queries.last_runs(name, DURATIONS_SHOWN), now),
+        "outcomes": view_models.OUTCOMES,
         "outcome": outcome,
         "before": before,
         "runs": runs["runs"],
@@ -325,20 +330,20 @@ async def job_page(
     if forgotten is not None:
         return _page(request, "forgotten.html", {**view, "forgotten": forgotten})
     view |= {
-        "said": said or _said_of_job(request),
+        "message": message or _job_message(request),
         "version": version,
         "job": job,
         "row": row,
-        "checkpoint": await overview.checkpoint(name),
+        "checkpoint": await queries.checkpoint(name),
     }
     return _page(request, "job.html", view, status=status)
 
 
-def _job(snapshot: Snapshot, name: str) -> views.Job:
-    line = snapshot.lines.get(name)
-    if line is None:
+def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
+    status = snapshot.jobs.get(name)
+    if status is None:
         raise JobNotFound(name)
-    return cast("views.Job", from_json(line.text))
+    return cast("view_models.Job", from_json(status.text))
 
 
 # -- of every request ------------------------------------------------------------------------
@@ -359,9 +364,9 @@ def path_of(request: Request, path: str) -> str:
     return path.removeprefix(request.scope["root_path"])
 
 
-def live_of(request: Request) -> Live:
-    """Return what the page shows."""
-    return services(request)[Live]
+def stream_of(request: Request) -> PageStream:
+    """Return the page's event stream, with its fragments."""
+    return services(request)[PageStream]
 
 
 def balances_of(request: Request) -> BalanceRepository:
@@ -369,8 +374,8 @@ def balances_of(request: Request) -> BalanceRepository:
     return services(request)[BalanceRepository]
 
 
-def _overview(request: Request) -> Overview:
-    return services(request)[Overview]
+def _queries(request: Request) -> PageQueries:
+    return services(request)[PageQueries]
 
 
 def _page(
@@ -381,11 +386,11 @@ def _page(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    picture = live_of(request).picture
+    fragments = stream_of(request).fragments
     common = {
-        "said": None,
-        "title": picture.title,
-        "now": picture.snapshot.now.timestamp() if picture.snapshot else None,
+        "message": None,
+        "title": fragments.title,
+        "now": fragments.snapshot.now.timestamp() if fragments.snapshot else None,
         "server": services(request)[Settings].server_id,
     }
     return page(request, template, {**common, **view}, status=status, headers=headers)

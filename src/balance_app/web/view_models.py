@@ -1,4 +1,4 @@
-"""How the page says things: numbers, moments, states, and what became of what was lost."""
+"""View models: numbers, moments, states, and what became of what was lost, in words."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
-from balance_app import formatting as words
+from balance_app import formatting
 from balance_app.formatting import ago, duration
-from balance_app.jobs.api.status import Line
+from balance_app.jobs.api.status import JobStatus
 from balance_app.web.queries import Runs
 
 JOBS_OF_INSTANCE: Final = 5
@@ -17,7 +17,7 @@ Job = dict[str, Any]
 
 
 class State(NamedTuple):
-    """A job's state for people: never told by colour alone."""
+    """A job's state for people: never shown by colour alone."""
 
     symbol: str
     word: str
@@ -54,7 +54,7 @@ def due(seconds: float) -> str:
     return f"in {duration(seconds)}" if seconds > 0 else f"since {duration(-seconds)}"
 
 
-# What a clock shows, so many seconds after its moment. `static/app.js` says it in the same words: a
+# What a clock shows, so many seconds after its moment. `static/app.js` has the same words: a
 # clock goes on in the browser from what the server has written.
 CLOCKS: Final[dict[str, Callable[[float], str]]] = {
     "for": duration,
@@ -87,7 +87,7 @@ def tenth(seconds: float) -> float:
 
 def exact(moment: float | str | datetime) -> str:
     """Return a moment to the second, with its zone."""
-    return f"{words.exact(datetime.fromtimestamp(seconds_of(moment), UTC))} UTC"
+    return f"{formatting.exact(datetime.fromtimestamp(seconds_of(moment), UTC))} UTC"
 
 
 def clock_time(moment: float | str | datetime) -> str:
@@ -159,7 +159,7 @@ class Tile(NamedTuple):
 
 
 def strip(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> list[Tile]:
-    """Return the numbers that tell most in one glance."""
+    """Return the most important numbers."""
     cards = list(cards)
     live = sum(card.live for card in cards)
     overdue = counts["overdue"]
@@ -239,7 +239,7 @@ def cards_of(
     Args:
         instances: a `InstanceAnswer` each; of one server there may be several.
         lost: the runs that were lost lately.
-        now: the moment of the look.
+        now: the moment of the snapshot.
         held: the names of the jobs that each instance runs, by its id.
         job_of: gives a job by its name.
     """
@@ -302,14 +302,13 @@ def last_run(job: Job | None) -> dict[str, Any] | None:
     return None if job is None else job["lastRun"]
 
 
-def jobs_of(lines: Mapping[str, Line], limit: int) -> list[str]:
+def jobs_of(jobs: Mapping[str, JobStatus], limit: int) -> list[str]:
     """Return the names of the jobs to show: all in their order, or those that matter most."""
-    if len(lines) <= limit:
-        return list(lines)
+    if len(jobs) <= limit:
+        return list(jobs)
     ranks: list[list[str]] = [[], [], [], []]
-    for name, line in lines.items():
-        sums = line.sums
-        ranks[
-            0 if sums.overdue else 1 if sums.failed else 2 if sums.state == "running" else 3
-        ].append(name)
+    for name, status in jobs.items():
+        summary = status.summary
+        running = summary.state == "running"
+        ranks[(summary.overdue, summary.failed, running, True).index(True)].append(name)
     return list(islice(chain.from_iterable(ranks), limit))

@@ -22,15 +22,15 @@ from balance_app.jobs import repository
 from balance_app.jobs.api import history
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.history import KEEP_TO_INDEX, History
-from balance_app.jobs.api.stats import Facts
-from balance_app.jobs.api.status import Board
+from balance_app.jobs.api.stats import StatsReader
+from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry, job
 from balance_app.jobs.repository import Ending, JobRepository
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
-from balance_app.web.queries import Overview
+from balance_app.web.queries import PageQueries
 from tests.jobs.rows import add_job
 from tests.jobs.support import AT_ONCE, LEASE, Connection, Ground, on
 
@@ -233,11 +233,11 @@ async def test_the_metrics_read_few_runs(
     """The last successes, also of what never succeeded, and the last result of an audit."""
     registry = Registry([job(name=name, cron="0 0 * * *")(print) for name in NAMES])
     async with explaining(large, mode) as connection:
-        found = await Facts(
+        found = await StatsReader(
             cast("Database", OneConnection(connection)), registry, AUDITS, LedgerMismatchError
-        ).look()
+        ).read()
     assert found is not None
-    succeeded = {fact.name for fact in found if fact.last_success_at is not None}
+    succeeded = {each.name for each in found if each.last_success_at is not None}
     assert succeeded == {MANY, ONCE, SKIPPING, SINGLE}
     # At most a thousand failures of each audit are looked at for one that found a contradiction.
     bounded(connection.touched, 1200)
@@ -251,10 +251,10 @@ async def test_the_page_reads_few_runs(
 ) -> None:
     """The last runs of each job, without the ticks that did not run, and what failed lately."""
     async with explaining(large, mode) as connection:
-        overview = Overview(cast("Database", OneConnection(connection)), Metrics())
-        around = await overview.around(NAMES, ())
-        shown = {name: len(await overview.last_runs(name, 60)) for name in NAMES}
-    assert {name: len(runs) for name, runs in around.runs.items()} == {
+        queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
+        activity = await queries.activity(NAMES, ())
+        shown = {name: len(await queries.last_runs(name, 60)) for name in NAMES}
+    assert {name: len(runs) for name, runs in activity.runs.items()} == {
         name: min(number, 40) for name, number in shown.items()
     }
     assert shown == {**dict.fromkeys(NAMES, 0), MANY: 60, FAILING: 60, ONCE: 60} | {
@@ -300,7 +300,7 @@ async def test_runs_begin_and_end_by_an_index(
             )
             assert await jobs.finish(claimed.name, claimed.fence, ending) is True
         assert sorted(await jobs.refute_losses()) == [FAILING, RARE]
-        controls = Controls(database, Board(database, load_settings(db_host="localhost")))
+        controls = Controls(database, StatusReader(database, load_settings(db_host="localhost")))
         await controls.pause(MANY, "ada", None)
         await controls.resume(MANY, "ada")
     bounded(connection.touched, 200)

@@ -1,4 +1,4 @@
-"""The board says what the rows say: of every job, at every moment, to whoever asks."""
+"""The reader says what the rows say: of every job, at every moment, to whoever asks."""
 
 import asyncio
 import random
@@ -15,8 +15,8 @@ from pydantic_core import from_json
 from balance_app.db.outages import Cause, Kind
 from balance_app.db.pool import Connection as PoolConnection
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs.api import status as board_module
-from balance_app.jobs.api.status import Board
+from balance_app.jobs.api import status as status_module
+from balance_app.jobs.api.status import StatusReader
 from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
 from tests.processes import connect
 
@@ -27,14 +27,14 @@ SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture
-async def rows(database: dict[str, str]) -> AsyncIterator[tuple[Board, Connection]]:
-    """A board over a database without jobs, and a connection to write them."""
+async def rows(database: dict[str, str]) -> AsyncIterator[tuple[StatusReader, Connection]]:
+    """A reader over a database without jobs, and a connection to write them."""
     async with migrated(database) as (served, connection):
-        yield Board(served, settings_for(database)), connection
+        yield StatusReader(served, settings_for(database)), connection
 
 
-async def look(board: Board) -> dict[str, Any]:
-    status: dict[str, Any] = from_json((await board.look()).text)
+async def read_status(reader: StatusReader) -> dict[str, Any]:
+    status: dict[str, Any] = from_json((await reader.read()).text)
     return status
 
 
@@ -92,14 +92,14 @@ LAST = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-async def test_a_waiting_job_says_why(rows: tuple[Board, Connection], reason: str) -> None:
+async def test_a_waiting_job_says_why(rows: tuple[StatusReader, Connection], reason: str) -> None:
     """Each reason has its word, its sentence and the moment that ends it, if one does."""
-    board, connection = rows
+    reader, connection = rows
     columns, until, sentence = REASONS[reason]
     await add_instance(connection)
     last = LAST if "last_outcome" in columns else {}
     await add_job(connection, "a-job", **columns, **last)
-    status = await look(board)
+    status = await read_status(reader)
     (job,) = status["jobs"]
     state = "paused" if reason == "paused" else "waiting"
     assert (job["state"], job["waiting"]["reason"]) == (state, reason)
@@ -110,31 +110,31 @@ async def test_a_waiting_job_says_why(rows: tuple[Board, Connection], reason: st
     assert status["counts"] == {"running": 0, "waiting": 0, "paused": 0, "overdue": 0, state: 1}
 
 
-async def test_a_start_of_all_instances_settles(rows: tuple[Board, Connection]) -> None:
+async def test_a_start_of_all_instances_settles(rows: tuple[StatusReader, Connection]) -> None:
     """A due job waits for the settling time when all instances have just come up, only then."""
-    board, connection = rows
+    reader, connection = rows
     await add_instance(connection, up_seconds=-3600)
     await add_job(connection, "seen", due_at=-1 * SECOND, seen_at=3600 * SECOND)
     await add_job(connection, "a-run", due_at=-1 * SECOND, seen_at=3600 * SECOND)
     await connection.execute(
         "UPDATE jobs SET alive_at = clock_timestamp() + interval '2 hours' WHERE name = 'a-run'"
     )
-    fleet_up, job = (await look(board))["jobs"]
+    fleet_up, job = (await read_status(reader))["jobs"]
     assert (job["waiting"]["reason"], fleet_up["waiting"]["reason"]) == ("settling", "due")
     assert job["waiting"]["until"] > job["readyAt"]
     await add_instance(connection, "app2", up_seconds=600)
-    _, job = (await look(board))["jobs"]
+    _, job = (await read_status(reader))["jobs"]
     assert job["waiting"]["reason"] == "due"
 
 
-async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> None:
+async def test_a_job_nobody_can_run_says_so(rows: tuple[StatusReader, Connection]) -> None:
     """Live instances count, with the jobs they knew when they started but for those they lack."""
-    board, connection = rows
+    reader, connection = rows
     for name in ("early", "gone", "late"):
         await add_job(connection, name)
 
     async def without_code() -> set[str]:
-        jobs = (await look(board))["jobs"]
+        jobs = (await read_status(reader))["jobs"]
         return {job["name"] for job in jobs if job["waiting"]["reason"] == "no-code"}
 
     assert await without_code() == {"early", "gone", "late"}
@@ -151,36 +151,38 @@ async def test_a_job_nobody_can_run_says_so(rows: tuple[Board, Connection]) -> N
     assert await without_code() == {"early", "gone", "late"}
 
 
-async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[Board, Connection]) -> None:
+async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[StatusReader, Connection]) -> None:
     """Ready for longer than a lease and the settling time: counted, whatever the reason."""
-    board, connection = rows
+    reader, connection = rows
     await add_instance(connection)
     await add_job(connection, "due", due_at=-30 * SECOND)
     await add_job(connection, "lost", **{**running(uuid4(), "x"), "lease_until": -30 * SECOND})
     await add_job(connection, "soon", due_at=-5 * SECOND)
     await add_job(connection, "paused", due_at=-30 * SECOND, paused_at=SECOND, paused_by="ada")
-    status = await look(board)
+    status = await read_status(reader)
     overdue = {job["name"] for job in status["jobs"] if job["waiting"]["overdue"]}
     assert overdue == {"due", "lost"}
     assert status["counts"] == {"running": 0, "waiting": 3, "paused": 1, "overdue": 2}
 
 
-async def test_time_alone_changes_what_is_said(rows: tuple[Board, Connection]) -> None:
+async def test_time_alone_changes_what_is_shown(rows: tuple[StatusReader, Connection]) -> None:
     """A job becomes due, and a lease runs out, without a row being written."""
-    board, connection = rows
+    reader, connection = rows
     await add_instance(connection)
     await add_job(connection, "soon", due_at=0.3 * SECOND)
     await add_job(connection, "run", **{**running(uuid4(), "x"), "lease_until": 0.3 * SECOND})
-    run, soon = (await look(board))["jobs"]
+    run, soon = (await read_status(reader))["jobs"]
     assert (run["state"], soon["waiting"]["reason"]) == ("running", "not-due")
     await asyncio.sleep(0.4)
-    run, soon = (await look(board))["jobs"]
+    run, soon = (await read_status(reader))["jobs"]
     assert (run["waiting"]["reason"], soon["waiting"]["reason"]) == ("lost", "due")
 
 
-async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Connection]) -> None:
+async def test_a_running_job_says_where_and_for_how_long(
+    rows: tuple[StatusReader, Connection],
+) -> None:
     """By the database's clock; with its progress, who wants its end, and that it is its last."""
-    board, connection = rows
+    reader, connection = rows
     one, other = await add_instance(connection, "app1"), await add_instance(connection, "app1")
     await add_job(connection, "plain", **running(one, "app1"))
     await add_job(
@@ -195,7 +197,7 @@ async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Conn
         paused_at=-1 * SECOND,
         paused_by="eve",
     )
-    status = await look(board)
+    status = await read_status(reader)
     plain, rich = status["jobs"]
     for job, instance, seconds in ((plain, one, 40), (rich, other, 90)):
         assert (job["state"], job["server"], job["instanceId"]) == (
@@ -216,12 +218,14 @@ async def test_a_running_job_says_where_and_for_how_long(rows: tuple[Board, Conn
     }
 
 
-async def test_the_last_run_and_the_schedule_are_told(rows: tuple[Board, Connection]) -> None:
+async def test_the_last_run_and_the_schedule_are_shown(
+    rows: tuple[StatusReader, Connection],
+) -> None:
     """The last run as it ended; the schedule in words, or as it is if it can't be read here."""
-    board, connection = rows
+    reader, connection = rows
     await add_job(connection, "new", schedule="every other Tuesday")
     await add_job(connection, "old", last_outcome="timed_out", **LAST)
-    new, old = (await look(board))["jobs"]
+    new, old = (await read_status(reader))["jobs"]
     assert new["lastRun"] is None
     assert new["schedule"] == {"text": "every other Tuesday", "words": "every other Tuesday"}
     assert old["schedule"] == {"text": "every 300 s", "words": "every 5 minutes"}
@@ -229,14 +233,16 @@ async def test_the_last_run_and_the_schedule_are_told(rows: tuple[Board, Connect
     assert (old["lastRun"]["outcome"], old["lastRun"]["server"]) == ("timed_out", "app9")
 
 
-async def test_instances_are_listed_while_they_are_seen(rows: tuple[Board, Connection]) -> None:
+async def test_instances_are_listed_while_they_are_seen(
+    rows: tuple[StatusReader, Connection],
+) -> None:
     """Live within a lease, listed for a minute, whatever they know."""
-    board, connection = rows
+    reader, connection = rows
     await add_instance(connection, "live", seen_seconds_ago=1, lacks=("x",))
     await add_instance(connection, "silent", seen_seconds_ago=20)
     await add_instance(connection, "gone", seen_seconds_ago=70)
     for _ in range(2):
-        live, silent = (await look(board))["instances"]
+        live, silent = (await read_status(reader))["instances"]
         assert live.keys() == {"id", "server", "startedAt", "seenSecondsAgo", "live", "running"}
         assert (live["server"], live["live"]) == ("live", True)
         assert (silent["server"], silent["live"]) == ("silent", False)
@@ -244,10 +250,10 @@ async def test_instances_are_listed_while_they_are_seen(rows: tuple[Board, Conne
         assert live["startedAt"].endswith("Z")
 
 
-async def test_a_board_without_jobs_is_whole(rows: tuple[Board, Connection]) -> None:
-    """An empty database is told as such."""
-    board, _ = rows
-    assert {**await look(board), "now": 0} == {
+async def test_a_status_without_jobs_is_complete(rows: tuple[StatusReader, Connection]) -> None:
+    """Of an empty database."""
+    reader, _ = rows
+    assert {**await read_status(reader), "now": 0} == {
         "now": 0,
         "counts": {"running": 0, "waiting": 0, "paused": 0, "overdue": 0},
         "instances": [],
@@ -256,34 +262,34 @@ async def test_a_board_without_jobs_is_whole(rows: tuple[Board, Connection]) -> 
 
 
 async def test_only_what_changed_is_asked_for_and_nothing_is_missed(
-    rows: tuple[Board, Connection], database: dict[str, str]
+    rows: tuple[StatusReader, Connection], database: dict[str, str]
 ) -> None:
-    """A board that has looked all along says what one says that looks for the first time."""
+    """A reader that has read all along returns what one returns that reads for the first time."""
     assert await _differences(*rows, database) == 0
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"), [("pg_snapshot_xmin", "pg_snapshot_xmax"), ("<= age($1", "< age($1")]
 )
-async def test_a_board_that_asks_for_less_is_found_out(
-    rows: tuple[Board, Connection],
+async def test_a_reader_that_reads_too_little_is_found_out(
+    rows: tuple[StatusReader, Connection],
     database: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     right: str,
     wrong: str,
 ) -> None:
     """The control: one that forgets transactions that were open misses what they wrote."""
-    assert right in board_module.CHANGED
-    monkeypatch.setattr(board_module, "CHANGED", board_module.CHANGED.replace(right, wrong))
+    assert right in status_module.CHANGED
+    monkeypatch.setattr(status_module, "CHANGED", status_module.CHANGED.replace(right, wrong))
     assert await _differences(*rows, database) > 0
 
 
 async def _differences(  # noqa: C901 - a small world
-    board: Board, connection: Connection, database: dict[str, str]
+    reader: StatusReader, connection: Connection, database: dict[str, str]
 ) -> int:
-    """Count looks that a fresh board contradicts, while a small world goes on.
+    """Count reads that a fresh reader contradicts, while a small world goes on.
 
-    Writers commit, roll back and stay open across looks; rows are added, deleted, frozen, moved.
+    Writers commit, roll back and stay open across reads; rows are added, deleted, frozen, moved.
     """
     await add_instance(connection)
     for number in range(20):
@@ -318,8 +324,10 @@ async def _differences(  # noqa: C901 - a small world
                     if choose.random() < 0.7:
                         await add_job(connection, "extra")
             if choose.random() < 0.6:
-                fresh = Board(board._database, settings_for(database))
-                differences += _lasting(await look(board)) != _lasting(await look(fresh))
+                fresh = StatusReader(reader._database, settings_for(database))
+                differences += _lasting(await read_status(reader)) != _lasting(
+                    await read_status(fresh)
+                )
     finally:
         for writer in writers:
             writer.terminate()
@@ -327,85 +335,89 @@ async def _differences(  # noqa: C901 - a small world
 
 
 def _lasting(status: dict[str, Any]) -> object:
-    """What two looks one after the other must both say."""
+    """What two reads one after the other must both say."""
     return [{**job, "elapsedSeconds": 0} for job in status["jobs"]], status["counts"]
 
 
-async def test_little_is_read_of_what_has_not_changed(rows: tuple[Board, Connection]) -> None:
-    """The second look reads one row besides the header when one job has changed."""
-    board, connection = rows
+async def test_little_is_read_of_what_has_not_changed(
+    rows: tuple[StatusReader, Connection],
+) -> None:
+    """The second read takes one row besides the header when one job has changed."""
+    reader, connection = rows
     for number in range(50):
         await add_job(connection, f"job-{number:02}")
-    read = _count_rows(board)
-    await look(board)
-    await look(board)
+    read = _count_rows(reader)
+    await read_status(reader)
+    await read_status(reader)
     await connection.execute("UPDATE jobs SET note = 'x' WHERE name = 'job-07'")
-    await look(board)
+    await read_status(reader)
     assert read == [51, 1, 2]
 
 
-async def test_another_server_is_read_from_the_start(rows: tuple[Board, Connection]) -> None:
+async def test_another_server_is_read_from_the_start(rows: tuple[StatusReader, Connection]) -> None:
     """After a restore or a failover the numbers of transactions say nothing."""
-    board, connection = rows
+    reader, connection = rows
     for number in range(5):
         await add_job(connection, f"job-{number}")
-    await look(board)
-    board._booted_at = datetime.fromisoformat("2020-01-01T00:00:00Z")
-    read = _count_rows(board)
-    await look(board)
-    await look(board)
+    await read_status(reader)
+    reader._booted_at = datetime.fromisoformat("2020-01-01T00:00:00Z")
+    read = _count_rows(reader)
+    await read_status(reader)
+    await read_status(reader)
     assert read == [6, 1]
 
 
-def _count_rows(board: Board) -> list[int]:
-    """Count the rows of each statement that a board runs from now on."""
+def _count_rows(reader: StatusReader) -> list[int]:
+    """Count the rows of each statement that a reader runs from now on."""
     counted: list[int] = []
-    run = board._database.run
+    run = reader._database.run
 
     async def count(operation: Read, *, urgent: bool = False) -> Rows:
         rows = await run(operation, urgent=urgent)
         counted.append(len(rows))
         return rows
 
-    board._database.run = count  # type: ignore[assignment,method-assign]
+    reader._database.run = count  # type: ignore[assignment,method-assign]
     return counted
 
 
-async def test_those_who_ask_together_share_a_look(rows: tuple[Board, Connection]) -> None:
-    """One look is under way, one more serves all who came meanwhile; its own caller may leave."""
-    board, connection = rows
+async def test_those_who_ask_together_share_a_read(rows: tuple[StatusReader, Connection]) -> None:
+    """One read is under way, one more serves all who came meanwhile; its own caller may leave."""
+    reader, connection = rows
     await add_job(connection, "a-job")
-    read = _count_rows(board)
-    first = asyncio.create_task(board.look())
+    read = _count_rows(reader)
+    first = asyncio.create_task(reader.read())
     await asyncio.sleep(0)
-    others = [asyncio.create_task(board.look()) for _ in range(50)]
+    others = [asyncio.create_task(reader.read()) for _ in range(50)]
     await asyncio.gather(first, *others)
     assert len(read) == 2
-    leader = asyncio.create_task(board.look())
+    leader = asyncio.create_task(reader.read())
     await asyncio.sleep(0)
-    others = [asyncio.create_task(board.look()) for _ in range(5)]
+    others = [asyncio.create_task(reader.read()) for _ in range(5)]
     leader.cancel()
     assert len({(await other).text for other in others}) == 1
 
 
-async def test_a_look_is_never_older_than_the_question(rows: tuple[Board, Connection]) -> None:
-    """Who asks while a look is under way gets the next one."""
-    board, connection = rows
+async def test_a_read_is_never_older_than_the_call(
+    rows: tuple[StatusReader, Connection],
+) -> None:
+    """Who asks while a read is under way gets the next one."""
+    reader, connection = rows
     await add_job(connection, "a-job", attempt=0)
-    looked, go_on = asyncio.Event(), asyncio.Event()
-    run = board._database.run
+    sent, go_on = asyncio.Event(), asyncio.Event()
+    run = reader._database.run
 
     async def slow(operation: Read, *, urgent: bool = False) -> Rows:
         result = await run(operation, urgent=urgent)
-        looked.set()
+        sent.set()
         await go_on.wait()
         return result
 
-    board._database.run = slow  # type: ignore[assignment,method-assign]
-    early = asyncio.create_task(look(board))
-    await looked.wait()
+    reader._database.run = slow  # type: ignore[assignment,method-assign]
+    early = asyncio.create_task(read_status(reader))
+    await sent.wait()
     await connection.execute("UPDATE jobs SET attempt = 5")
-    late = asyncio.create_task(look(board))
+    late = asyncio.create_task(read_status(reader))
     await asyncio.sleep(0)
     go_on.set()
     assert (await early)["jobs"][0]["attempt"] == 0
@@ -413,16 +425,16 @@ async def test_a_look_is_never_older_than_the_question(rows: tuple[Board, Connec
 
 
 async def test_a_look_that_was_given_up_leaves_nothing_behind(
-    rows: tuple[Board, Connection],
+    rows: tuple[StatusReader, Connection],
 ) -> None:
-    """Cancelled at any of its steps, the next look is right all the same."""
-    board, connection = rows
+    """Cancelled at any of its steps, the next read is right all the same."""
+    reader, connection = rows
     await add_instance(connection)
     for number in range(600):
         await add_job(connection, f"job-{number:03}")
     for steps in range(12):
         await connection.execute("UPDATE jobs SET attempt = $1", steps)
-        given_up = asyncio.create_task(board.look())
+        given_up = asyncio.create_task(reader.read())
         for _ in range(steps * 3):
             await asyncio.sleep(0)
             if steps % 2:
@@ -430,29 +442,29 @@ async def test_a_look_that_was_given_up_leaves_nothing_behind(
         given_up.cancel()
         with suppress(asyncio.CancelledError):
             await given_up
-        jobs = (await look(board))["jobs"]
+        jobs = (await read_status(reader))["jobs"]
         assert [job["attempt"] for job in jobs] == [steps] * 600
         assert [job["name"] for job in jobs] == sorted(job["name"] for job in jobs)
 
 
-async def test_an_outage_is_told_to_all_who_ask(database: dict[str, str]) -> None:
-    """The look that failed is nobody's answer later."""
+async def test_an_outage_is_reported_to_all_callers(database: dict[str, str]) -> None:
+    """The read that failed is nobody's answer later."""
     async with migrated(database) as (served, connection):
-        board = Board(served, settings_for(database))
+        reader = StatusReader(served, settings_for(database))
         await add_job(connection, "a-job")
         served._outage = Cause(Kind.NO_ANSWER, "no")
         for result in await asyncio.gather(
-            *(board.look() for _ in range(5)), return_exceptions=True
+            *(reader.read() for _ in range(5)), return_exceptions=True
         ):
             assert isinstance(result, DatabaseUnavailable)
         served._outage = None
-        assert len((await look(board))["jobs"]) == 1
+        assert len((await read_status(reader))["jobs"]) == 1
 
 
-async def test_what_jobs_say_is_json(rows: tuple[Board, Connection]) -> None:
+async def test_what_jobs_say_is_json(rows: tuple[StatusReader, Connection]) -> None:
     """Quotes, line ends and any letters come through as they are."""
-    board, connection = rows
+    reader, connection = rows
     text = 'a "quote", a \\, a\nline, \x1b[31m, ümlaut, 🙂'
     await add_job(connection, "a-job", description=text, last_outcome="failed", **LAST)
-    (job,) = (await look(board))["jobs"]
+    (job,) = (await read_status(reader))["jobs"]
     assert job["description"] == text

@@ -1,7 +1,7 @@
 """What people can do to a job: run it now, pause it, resume it, cancel its run, forget it.
 
 Each is one conditional statement, so any number of people may press any button at once. An instance
-that runs the job learns of it with its next heartbeat, all others with their next look.
+that runs the job learns of it with its next heartbeat, all others with their next claim.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from balance_app.jobs.api.errors import (
     JobRunning,
     JobWithoutCode,
 )
-from balance_app.jobs.api.status import Board, Forgotten
+from balance_app.jobs.api.status import Forgotten, StatusReader
 from balance_app.jobs.schedule import ScheduleError, Skipped, parse
 
 log = structlog.get_logger(__name__)
@@ -38,9 +38,9 @@ class Controls:
         DatabaseUnavailable: see `balance_app.db.pool`.
     """
 
-    def __init__(self, database: Database, board: Board) -> None:
+    def __init__(self, database: Database, status_reader: StatusReader) -> None:
         self._database = database
-        self._board = board
+        self._status_reader = status_reader
 
     async def run(self, name: str, by: str) -> bytes:
         """Make a job ready now.
@@ -50,7 +50,9 @@ class Controls:
             JobPaused: it is paused.
             JobWithoutCode: no live instance could run it.
         """
-        return await self._steer("run", RUN, name, by, self._board.lease, refusal=_refuses_run)
+        return await self._steer(
+            "run", RUN, name, by, self._status_reader.lease, refusal=_refuses_run
+        )
 
     async def pause(self, name: str, by: str, reason: str | None) -> bytes:
         """Keep a job from starting; a run under way goes on. Who paused it first stays."""
@@ -77,13 +79,14 @@ class Controls:
         """
         for _ in range(MAX_RACES):
             row = await self._database.run(
-                lambda con: write(con, FORGET, name, by, self._board.lease), lane=_lane(name)
+                lambda con: write(con, FORGET, name, by, self._status_reader.lease),
+                lane=_lane(name),
             )
             if row is not None:
                 log.info("job steered", what="forget", job=name, by=by)
                 return Forgotten(row["forgotten_at"], row["forgotten_by"])
-            await self._board.look()
-            forgotten = self._board.forgotten(name)
+            await self._status_reader.read()
+            forgotten = self._status_reader.forgotten(name)
             if forgotten is not None:
                 return forgotten
             problem = _refuses_forget(from_json(await self._job(name)))
@@ -99,7 +102,7 @@ class Controls:
                 raise JobNotFound(name)
             (row,) = rows
             if row["paused_at"] is None:
-                return await self._tell(name)
+                return await self._report(name)
             due_at, skipped = None, None
             if not row["held"]:
                 due_at, skipped = _next_tick(row)
@@ -115,7 +118,7 @@ class Controls:
             )
             if done is not None:
                 log.info("job steered", what="resume", job=name, by=by)
-                return await self._tell(name)
+                return await self._report(name)
         raise _lost_every_race(name)
 
     async def _steer(
@@ -132,26 +135,26 @@ class Controls:
             )
             if row is not None:
                 log.info("job steered", what=what, job=name, by=arguments[0])
-                return await self._tell(name)
-            # What refused is looked at afresh; if nothing does any more, it raced.
+                return await self._report(name)
+            # The cause of the refusal is read afresh; if there is none any more, it raced.
             job = from_json(await self._job(name))
             problem = refusal(job) if refusal else None
             if problem is not None:
                 raise problem
         raise _lost_every_race(name)
 
-    async def _tell(self, name: str) -> bytes:
+    async def _report(self, name: str) -> bytes:
         """Return a job that was just changed."""
         try:
             return await self._job(name)
         except (DatabaseUnavailable, Overloaded) as problem:
             raise DatabaseUnavailable(
-                "The job can't be read, to tell what came of it.", applied="unknown"
+                "The job can't be read, to report its state.", applied="unknown"
             ) from problem
 
     async def _job(self, name: str) -> bytes:
-        await self._board.look()
-        job = self._board.job(name)
+        await self._status_reader.read()
+        job = self._status_reader.job(name)
         if job is None:
             raise JobNotFound(name)
         return job
@@ -246,7 +249,7 @@ SELECT schedule, anchor_at, due_at, attempt, holder IS NOT NULL AS held, fence,
 FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR alive_at > forgotten_at)
 """
 
-# Only what was looked at is resumed: ticks are counted from the row as it was. Who runs or was
+# Only the row that was read is resumed: ticks are counted from the row as it was. Who runs or was
 # lost settles the tick by itself; otherwise the next tick is a new one, and what an unfinished run
 # of the old one left behind is forgotten.
 #

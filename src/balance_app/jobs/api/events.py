@@ -1,6 +1,6 @@
-"""The live feed: one look a second for all who watch this instance, and none while nobody does.
+"""Broadcast of the status: one read a second for all viewers of an instance, none without them.
 
-A viewer is always sent the newest event. One who is slow misses those in between; nothing is kept
+A viewer is always sent the newest event. A slow one misses those in between; nothing is buffered
 for anybody.
 """
 
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from balance_app.errors import InternalError, Overloaded, Problem
-from balance_app.jobs.api.status import Snapshot
+from balance_app.jobs.api.status import StatusSnapshot
 
 log = structlog.get_logger(__name__)
 
@@ -26,18 +26,20 @@ TICK_SECONDS: Final = 1.0
 RETRY_MILLISECONDS: Final = 1000  # how soon a viewer whose instance has stopped asks the next one
 
 
-class Feed:
-    """Tells every viewer of this instance what the jobs are doing, until the instance stops."""
+class EventBroadcaster:
+    """Sends the newest status event to every viewer of this instance, until the instance stops."""
 
-    def __init__(self, look: Callable[[], Awaitable[Snapshot]], stopping: asyncio.Event) -> None:
-        self._look = look
+    def __init__(
+        self, read_status: Callable[[], Awaitable[StatusSnapshot]], stopping: asyncio.Event
+    ) -> None:
+        self._read_status = read_status
         self._stopping = stopping
         self._viewers = 0
         self._ticker: asyncio.Task[None] | None = None
         # the newest event, how many there were, and what is set when the next one is there
         self._event: bytes | None = None
         self._events = 0
-        self._news = asyncio.Event()
+        self._published = asyncio.Event()
 
     @contextmanager
     def viewer(self) -> Iterator[None]:
@@ -50,7 +52,7 @@ class Feed:
             raise Overloaded(f"{self._viewers} watch this instance already.")
         self._viewers += 1
         if self._ticker is None:
-            # Of its own context: it looks for all of them.
+            # Of its own context: it reads for all of them.
             self._ticker = asyncio.create_task(self._tick(), context=Context())
         try:
             yield
@@ -63,7 +65,7 @@ class Feed:
         seen = 0
         while not self._stopping.is_set():
             if self._event is None or self._events == seen:
-                await self._news.wait()
+                await self._published.wait()
             else:
                 seen = self._events
                 yield self._event
@@ -85,18 +87,18 @@ class Feed:
             self._publish(None)
 
     def _publish(self, event: bytes | None) -> None:
-        news, self._news = self._news, asyncio.Event()
+        published, self._published = self._published, asyncio.Event()
         self._event = event
         self._events += event is not None
-        news.set()
+        published.set()
 
     async def _next_event(self) -> bytes:
         try:
-            snapshot = await self._look()
-        except Problem as unavailable:
-            problem = unavailable
+            snapshot = await self._read_status()
+        except Problem as caught:
+            problem = caught
         except Exception:
-            log.exception("no look at the jobs for the feed")
+            log.exception("the status can't be read for the event stream")
             problem = InternalError()
         else:
             return format_sse_event(
@@ -105,19 +107,19 @@ class Feed:
         return format_sse_event(event="unavailable", data_str=to_json(problem.body("GET")).decode())
 
 
-class FeedResponse(EventSourceResponse):
+class EventStreamResponse(EventSourceResponse):
     """The answer to one viewer.
 
     FastAPI would format each event anew for each viewer, and keep some that a slow one has not
     read yet; here all are sent the same bytes.
     """
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, broadcaster: EventBroadcaster) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(feed.events(), headers=headers)
-        self._feed = feed
+        super().__init__(broadcaster.events(), headers=headers)
+        self._broadcaster = broadcaster
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.viewer():
+        with self._broadcaster.viewer():
             await super().__call__(scope, receive, send)

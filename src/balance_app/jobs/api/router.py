@@ -20,7 +20,7 @@ from balance_app.jobs.api.errors import (
     JobRunning,
     JobWithoutCode,
 )
-from balance_app.jobs.api.events import Feed, FeedResponse
+from balance_app.jobs.api.events import EventBroadcaster, EventStreamResponse
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.schemas import (
     ForgottenAnswer,
@@ -32,7 +32,7 @@ from balance_app.jobs.api.schemas import (
     StatusAnswer,
     WhoQuery,
 )
-from balance_app.jobs.api.status import Board
+from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.scheduler import Scheduler
 
 router = APIRouter(prefix="/api/cron", tags=["jobs"])
@@ -83,8 +83,8 @@ async def read_status(request: Request) -> Response:
 
     All of it is one snapshot; durations are by the database's clock.
     """
-    board = services(request)[Board]
-    return _json((await board.look()).text)
+    status_reader = services(request)[StatusReader]
+    return _json((await status_reader.read()).text)
 
 
 @router.get(
@@ -100,7 +100,7 @@ async def watch_status(request: Request) -> Response:
     `status` carries what `/api/cron/status` answers. `unavailable` carries a problem while the
     database can't be asked; the stream goes on by itself.
     """
-    return FeedResponse(services(request)[Feed])
+    return EventStreamResponse(services(request)[EventBroadcaster])
 
 
 @router.get(

@@ -1,4 +1,4 @@
-"""What PostgreSQL knows of the jobs, for the metrics: the same from every instance."""
+"""Statistics of the jobs from PostgreSQL, for the metrics: the same from every instance."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -9,13 +9,13 @@ from balance_app.db.pool import Database
 from balance_app.errors import Problem
 from balance_app.jobs.api.history import read_in_order
 from balance_app.jobs.job import Job, Registry
-from balance_app.metrics import JobFacts
+from balance_app.metrics import JobStats
 
 log = structlog.get_logger(__name__)
 
 
-class Facts:
-    """The jobs that this instance's code declares, as their rows and runs are."""
+class StatsReader:
+    """Reads the statistics of the jobs that this instance's code declares."""
 
     def __init__(
         self,
@@ -30,19 +30,19 @@ class Facts:
         self._audits = [each.name for each in audits]
         self._mismatch = mismatch.__name__
 
-    async def look(self) -> list[JobFacts] | None:
-        """Return what is known now; None while the database can't be asked."""
+    async def read(self) -> list[JobStats] | None:
+        """Return the statistics as of now; None while the database can't be queried."""
         try:
             rows = await self._database.run(
-                lambda con: read_in_order(con, FACTS, self._names, self._audits, self._mismatch),
+                lambda con: read_in_order(con, STATS, self._names, self._audits, self._mismatch),
                 urgent=True,
             )
         except Problem:
             return None
-        except Exception as error:  # noqa: BLE001 - the other metrics are to be told all the same
-            log.warning("no facts for the metrics", error=repr(error))
+        except Exception as error:  # noqa: BLE001 - the other metrics are answered all the same
+            log.warning("no statistics of the jobs for the metrics", error=repr(error))
             return None
-        return [JobFacts(*row) for row in rows]
+        return [JobStats(*row) for row in rows]
 
 
 # A job's runs begin one after the other, so the latest of a kind is the last in an index. The
@@ -50,7 +50,7 @@ class Facts:
 # has no result: the one before stands, through up to 1000 failures.
 #
 # $1 the jobs, $2 those of them that are audits, $3 the error that an audit fails with
-FACTS: Final = """
+STATS: Final = """
 SELECT name,
        extract(epoch FROM success.ended_at)::float8 AS last_success_at,
        CASE WHEN paused_at IS NULL AND claimable_at < moment

@@ -1,7 +1,7 @@
-"""The board: what every job and every instance is doing at one moment, for people to look at.
+"""The status snapshot: what every job and every instance is doing at one moment, for people.
 
-An instance keeps each job's line as it was written last, and asks PostgreSQL only for the rows that
-have changed since its last look: ten thousand jobs cost little more than ten. Each look is one
+An instance keeps each job's status as it was rendered last, and asks PostgreSQL only for the rows
+that have changed since its last read: ten thousand jobs cost little more than ten. Each read is one
 statement, so one snapshot; all times are differences to that statement's own clock.
 """
 
@@ -34,7 +34,7 @@ _QUARANTINED: Final = (
     "Its last {} runs were lost with their processes: it is tried again at {}, or when it is run."
 )
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
-_AT_ONCE: Final = 200  # lines written before others get their turn
+_YIELD_EVERY: Final = 200  # jobs rendered before the event loop's other tasks run
 _XIDS: Final = 2**32
 
 
@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     """The durations that a reason to wait depends on."""
 
     settling: timedelta
-    # ready for longer than this, and not running: nobody comes for it
+    # ready for longer than this, and not running: no instance claims it
     overdue: timedelta
 
 
@@ -50,12 +50,14 @@ class Fleet(NamedTuple):
     """What the live instances can run, and since when the eldest of them is up."""
 
     # jobs up to a number, but for those
-    abilities: frozenset[tuple[int, frozenset[str]]]
+    capabilities: frozenset[tuple[int, frozenset[str]]]
     since: datetime | None
 
     def can_run(self, number: int, name: str) -> bool:
         """Say whether some live instance has the code of a job."""
-        return any(number <= knows_to and name not in lacks for knows_to, lacks in self.abilities)
+        return any(
+            number <= knows_to and name not in lacks for knows_to, lacks in self.capabilities
+        )
 
 
 class Forgotten(NamedTuple):
@@ -65,8 +67,8 @@ class Forgotten(NamedTuple):
     by: str
 
 
-class Sums(NamedTuple):
-    """What a job counts for."""
+class JobSummary(NamedTuple):
+    """What a job adds to the counts."""
 
     state: State
     overdue: bool
@@ -76,15 +78,15 @@ class Sums(NamedTuple):
     holder: str | None
 
 
-class Line(NamedTuple):
-    """One job as JSON (a `JobAnswer`), and until when it may stand so."""
+class JobStatus(NamedTuple):
+    """One job as JSON (a `JobAnswer`), and until when that is true if its row does not change."""
 
     text: bytes
-    stands_until: datetime
-    sums: Sums
+    valid_until: datetime
+    summary: JobSummary
 
 
-class Snapshot(NamedTuple):
+class StatusSnapshot(NamedTuple):
     """Everything at one moment, as JSON (a `StatusAnswer`), and in parts for who shows few."""
 
     now: datetime
@@ -92,10 +94,10 @@ class Snapshot(NamedTuple):
     counts: dict[str, int]
     instances: list[dict[str, Any]]
     # each a `JobAnswer`, in order of the names
-    lines: dict[str, Line]
+    jobs: dict[str, JobStatus]
 
 
-class Board:
+class StatusReader:
     """The jobs and instances as they are now, seen from one instance."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
@@ -104,35 +106,35 @@ class Board:
         self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
         settling = timedelta(seconds=settings.job_settling_seconds)
         self._limits = Limits(settling, overdue=self.lease + settling)
-        self._turn = asyncio.Lock()
-        self._looks = 0
-        self._last: Snapshot | Problem | None = None
-        # what is known from the last look: since which transaction, of which server
+        self._lock = asyncio.Lock()
+        self._reads = 0
+        self._last: StatusSnapshot | Problem | None = None
+        # what is known from the last read: since which transaction, of which server
         self._horizon: str | None = None
         self._booted_at: datetime | None = None
         self._rows: dict[str, asyncpg.Record] = {}
-        # what was written of the rows, what of it has to be written again, and its sums
-        self._lines: dict[str, Line] = {}
+        # what was rendered of the rows, what of it has to be rendered again, and its summaries
+        self._jobs: dict[str, JobStatus] = {}
         self._in_order = True
         self._stale: set[str] = set()
-        self._sums: Counter[Sums] = Counter()
+        self._summaries: Counter[JobSummary] = Counter()
         self._lacks: dict[str, frozenset[str]] = {}
         self._fleet: Fleet | None = None
 
-    async def look(self) -> Snapshot:
-        """Return everything as it is now; those who ask at the same time share one look.
+    async def read(self) -> StatusSnapshot:
+        """Return everything as it is now; concurrent callers share one read.
 
         Raises:
             DatabaseUnavailable: it can't be reached.
         """
-        seen = self._looks
-        async with self._turn:
-            # A look that began before the question came may be older than what it asks about.
-            if self._looks == seen or self._last is None:
-                self._looks += 1
+        seen = self._reads
+        async with self._lock:
+            # A read that began before this call may be older than what the caller has just changed.
+            if self._reads == seen or self._last is None:
+                self._reads += 1
                 self._last = None
                 try:
-                    self._last = await self._look()
+                    self._last = await self._read()
                 except Problem as problem:
                     self._last = problem
             if isinstance(self._last, Problem):
@@ -140,32 +142,32 @@ class Board:
             return self._last
 
     def job(self, name: str) -> bytes | None:
-        """Return one job's part of the newest look, if there is such a job."""
-        line = self._lines.get(name)
-        return None if line is None else line.text
+        """Return one job's part of the newest read, if there is such a job."""
+        status = self._jobs.get(name)
+        return None if status is None else status.text
 
     def forgotten(self, name: str) -> Forgotten | None:
-        """Return when a job was forgotten, if it was, by the newest look."""
+        """Return when a job was forgotten, if it was, by the newest read."""
         row = self._rows.get(name)
         if row is None or not _is_forgotten(row):
             return None
         return Forgotten(row["forgotten_at"], row["forgotten_by"])
 
-    async def _look(self) -> Snapshot:
+    async def _read(self) -> StatusSnapshot:
         header = await self._fetch()
         if header["jobs"] != len(self._rows):  # a row was deleted
             self._horizon = None
             header = await self._fetch()
         now: datetime = header["now"]
         instances = from_json(header["instances"])
-        fleet = self._learn_fleet(instances)
+        fleet = self._live_fleet(instances)
         if fleet != self._fleet:
             self._fleet = fleet
             self._stale.update(self._rows)
-        await self._write_lines(now, fleet)
+        await self._update_jobs(now, fleet)
         counts = {"running": 0, "waiting": 0, "paused": 0, "overdue": 0}
         runs: Counter[str | None] = Counter()
-        for (state, overdue, _, holder), number in self._sums.items():
+        for (state, overdue, _, holder), number in self._summaries.items():
             counts[state] += number
             counts["overdue"] += number * overdue
             runs[holder] += number
@@ -173,14 +175,14 @@ class Board:
             instance["running"] = runs[instance["id"]]
         head = to_json({"now": now, "counts": counts, "instances": instances})[:-1]
         await asyncio.sleep(0)
-        lines = [line.text for line in self._lines.values()] or [b""]
-        # One instance of what may be many megabytes.
-        lines[0] = head + b',"jobs":[' + lines[0]
-        lines[-1] += b"]}"
-        return Snapshot(now, b",".join(lines), counts, instances, dict(self._lines))
+        jobs = [status.text for status in self._jobs.values()] or [b""]
+        # The parts may be many megabytes: they are joined once.
+        jobs[0] = head + b',"jobs":[' + jobs[0]
+        jobs[-1] += b"]}"
+        return StatusSnapshot(now, b",".join(jobs), counts, instances, dict(self._jobs))
 
     async def _fetch(self) -> asyncpg.Record:
-        """Bring the rows up to now; return what else the statement said."""
+        """Bring the rows up to now; return the statement's header row."""
         rows = await self._database.run(
             lambda con: read(
                 con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
@@ -190,7 +192,7 @@ class Board:
         )
         (header,) = (row for row in rows if row["now"] is not None)
         if self._horizon is None or header["booted_at"] != self._booted_at:
-            for known in (self._rows, self._lines, self._stale, self._sums):
+            for known in (self._rows, self._jobs, self._stale, self._summaries):
                 known.clear()
         for row in rows:
             if row["name"] is not None:
@@ -200,10 +202,10 @@ class Board:
         self._booted_at = header["booted_at"]
         return header
 
-    def _learn_fleet(self, instances: Iterable[dict[str, Any]]) -> Fleet:
+    def _live_fleet(self, instances: Iterable[dict[str, Any]]) -> Fleet:
         """Return what live instances can do, and take from `instances` what is not for people."""
         lacks: dict[str, frozenset[str]] = {}
-        abilities = set()
+        capabilities = set()
         since = []
         for instance in instances:
             lacked, knows_to = instance.pop("lacks"), instance.pop("knowsTo")
@@ -211,39 +213,39 @@ class Board:
             known = self._lacks[instance["id"]] if lacked is None else frozenset(lacked)
             lacks[instance["id"]] = known
             if instance["live"]:
-                abilities.add((knows_to, known))
+                capabilities.add((knows_to, known))
                 since.append(instance["startedAt"])
         self._lacks = lacks
-        return Fleet(frozenset(abilities), min(since, default=None))
+        return Fleet(frozenset(capabilities), min(since, default=None))
 
-    async def _write_lines(self, now: datetime, fleet: Fleet) -> None:
-        """Write the lines that no longer stand, a few at a time."""
-        self._stale.update(name for name, line in self._lines.items() if line.stands_until <= now)
+    async def _update_jobs(self, now: datetime, fleet: Fleet) -> None:
+        """Render the jobs whose status is no longer valid, a few at a time."""
+        self._stale.update(name for name, status in self._jobs.items() if status.valid_until <= now)
         for number, name in enumerate(list(self._stale), start=1):
             self._stale.discard(name)
-            written = self._lines.get(name)
-            if written is not None:
-                self._sums[written.sums] -= 1
+            known = self._jobs.get(name)
+            if known is not None:
+                self._summaries[known.summary] -= 1
             if _is_forgotten(self._rows[name]):
-                self._lines.pop(name, None)
+                self._jobs.pop(name, None)
                 continue
-            line = _write(self._rows[name], now, fleet, self._limits)
-            self._in_order = self._in_order and written is not None
-            self._lines[name] = line
-            self._sums[line.sums] += 1
-            if number % _AT_ONCE == 0:
+            status = _job_status(self._rows[name], now, fleet, self._limits)
+            self._in_order = self._in_order and known is not None
+            self._jobs[name] = status
+            self._summaries[status.summary] += 1
+            if number % _YIELD_EVERY == 0:
                 await asyncio.sleep(0)
         if not self._in_order:
-            self._lines = dict(sorted(self._lines.items()))
+            self._jobs = dict(sorted(self._jobs.items()))
             self._in_order = True
-        self._sums = +self._sums
+        self._summaries = +self._summaries
 
 
-# A row that was written by a transaction older than any that ran during the last look was seen
+# A row that was written by a transaction older than any that ran during the last read was seen
 # by it, or is older still; all others are asked for. The rows and the header are one snapshot.
 # What an instance lacks never changes: it is asked for once.
 #
-# $1 the last look's oldest transaction (none: all rows), $2 the server that was asked,
+# $1 the last read's oldest transaction (none: all rows), $2 the server that was asked,
 # $3 the lease, $4 the instances whose lacks are known
 CHANGED: Final = """
 WITH header AS (
@@ -286,8 +288,8 @@ def _is_forgotten(row: asyncpg.Record) -> bool:
     )
 
 
-def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> Line:
-    """Return a job's line; what it says is true from `now` on, until something changes."""
+def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
+    """Return a job's status; what it says is true from `now` on, until something changes."""
     state: State = "waiting"
     if row["holder"] is not None and row["lease_until"] > now:
         state = "running"
@@ -296,11 +298,11 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
     running = state == "running"
     holder = str(row["holder"]) if running else None
     waiting = None
-    stands_until = now if running else _NEVER
+    valid_until = now if running else _NEVER
     if state == "paused":
-        waiting = _wait("paused", _paused(row))
+        waiting = _waiting("paused", _paused(row))
     elif state == "waiting":
-        waiting, stands_until = _why(row, now, fleet, limits)
+        waiting, valid_until = _waiting_reason(row, now, fleet, limits)
     body = {
         "name": row["name"],
         "state": state,
@@ -349,11 +351,11 @@ def _write(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> 
         ),
     }
     failed = row["last_outcome"] in FAILURES
-    sums = Sums(state, bool(waiting and waiting["overdue"]), failed, holder)
-    return Line(to_json(body), stands_until, sums)
+    summary = JobSummary(state, bool(waiting and waiting["overdue"]), failed, holder)
+    return JobStatus(to_json(body), valid_until, summary)
 
 
-def _why(
+def _waiting_reason(
     row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
 ) -> tuple[dict[str, Any], datetime]:
     """Return why a job waits, and until when that may be so."""
@@ -361,7 +363,7 @@ def _why(
     ready_at: datetime = row["lease_until"] if lost else row["ready_at"]
     overdue_at = ready_at + limits.overdue
     settles_at = _settles_at(row, fleet, limits)
-    stands_until = min(
+    valid_until = min(
         (at for at in (ready_at, overdue_at, settles_at) if at is not None and at > now),
         default=_NEVER,
     )
@@ -376,19 +378,19 @@ def _why(
     elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
         until = ready_at
         reason = "quarantined"
-        sentence = _QUARANTINED.format(row["lost_streak"], _said(ready_at))
+        sentence = _QUARANTINED.format(row["lost_streak"], _utc(ready_at))
     elif ready_at > now:
         until = ready_at
         reason, sentence = (
-            ("retry", f"The last run {again}; it is tried again at {_said(ready_at)}.{many}")
+            ("retry", f"The last run {again}; it is tried again at {_utc(ready_at)}.{many}")
             if row["attempt"]
-            else ("not-due", f"Not due before {_said(ready_at)}.{many}")
+            else ("not-due", f"Not due before {_utc(ready_at)}.{many}")
         )
     elif settles_at is not None and settles_at > now:
         until = settles_at
         reason, sentence = (
             "settling",
-            f"Due, but instances are coming up: they share what is due at {_said(settles_at)}.",
+            f"Due, but instances are coming up: they share what is due at {_utc(settles_at)}.",
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
@@ -403,8 +405,8 @@ def _why(
     elif row["attempt"]:
         reason, sentence = "retry", f"The last run {again}; it is tried again now.{many}"
     else:
-        reason, sentence = "due", f"Due since {_said(ready_at)}: an instance takes it."
-    return _wait(reason, sentence, until, overdue=overdue_at <= now), stands_until
+        reason, sentence = "due", f"Due since {_utc(ready_at)}: an instance takes it."
+    return _waiting(reason, sentence, until, overdue=overdue_at <= now), valid_until
 
 
 def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
@@ -422,7 +424,7 @@ def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime |
     return min(row["seen_at"], fleet.since) + limits.settling  # type: ignore[no-any-return]
 
 
-def _wait(
+def _waiting(
     reason: str, sentence: str, until: datetime | None = None, *, overdue: bool = False
 ) -> dict[str, Any]:
     return {"reason": reason, "until": until, "overdue": overdue, "sentence": sentence}
@@ -430,10 +432,10 @@ def _wait(
 
 def _paused(row: asyncpg.Record) -> str:
     because = f": {row['pause_reason']}" if row["pause_reason"] else "."
-    return f"Paused by {row['paused_by']} at {_said(row['paused_at'])}{because}"
+    return f"Paused by {row['paused_by']} at {_utc(row['paused_at'])}{because}"
 
 
-def _said(moment: datetime) -> str:
+def _utc(moment: datetime) -> str:
     return f"{exact(moment)} UTC"
 
 

@@ -1,6 +1,6 @@
-/* What the page does beyond what it says without scripts: it stays up to date.
+/* What the page does beyond what it shows without scripts: it stays up to date.
 
-The server sends the elements that have changed (see live.py); Idiomorph puts them in place, so that
+The server sends the elements that have changed (see stream.py); Idiomorph puts them in place, so that
 focus and selection stay. Clocks tick here, by the server's clock. */
 "use strict";
 
@@ -9,11 +9,11 @@ const UNITS = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "
 const byId = (id) => document.getElementById(id);
 const state = byId("state"), button = byId("pause");
 
-let stream = null, retry = 0, heard = 0, paused = false, busy = false;
+let stream = null, retry = 0, lastEventAt = 0, paused = false, busy = false;
 let ahead = -Infinity;                    // how far the server's clock is ahead of this one
 let version = null, still = false;
 
-/* -- clocks: in the same words as views.py ------------------------------------------------- */
+/* -- clocks: in the same words as view_models.py ------------------------------------------- */
 
 const now = () => Date.now() / 1000 + ahead;
 const whole = (seconds) => Math.max(0, Math.trunc(seconds));
@@ -54,7 +54,7 @@ function setClock(seconds) {
   ahead = guess < ahead - 5 ? guess : Math.max(guess, ahead - 0.001);
 }
 
-/* -- the picture --------------------------------------------------------------------------- */
+/* -- fragments ----------------------------------------------------------------------------- */
 
 function morph(old, html) {
   const box = document.createElement("template");
@@ -77,11 +77,11 @@ function morph(old, html) {
   return whole;
 }
 
-function show(event) {
-  const told = JSON.parse(event.data);
-  setClock(told.now);
+function apply(event) {
+  const update = JSON.parse(event.data);
+  setClock(update.now);
   let whole = true, ended = false;
-  for (const [id, html] of Object.entries(told.html)) {
+  for (const [id, html] of Object.entries(update.html)) {
     const old = byId(id);
     if (!old) { whole = false; continue; }
     const before = old.querySelector(".last time")?.dateTime;
@@ -89,14 +89,14 @@ function show(event) {
     ended ||= document.body.dataset.stream.includes("job=") && before !== byId(id)?.querySelector(".last time")?.dateTime;
   }
   version = event.lastEventId;
-  if (!document.body.dataset.stream.includes("job=")) document.title = told.title;
+  if (!document.body.dataset.stream.includes("job=")) document.title = update.title;
   tick(document);
-  say("good", "●", "live");
+  setState("good", "●", "live");
   if (ended) setTimeout(() => load(location.href), 1000 * Math.random());   // its history is longer now
   if (!whole) byId("strip") || !document.body.dataset.stream.endsWith("/live") ? connect(null) : load(location.href);
 }
 
-function say(tone, symbol, word) {
+function setState(tone, symbol, word) {
   state.className = `state ${tone}`;
   write(state.firstElementChild, symbol);
   write(state.lastChild.nodeType === 3 ? state.lastChild : state, ` ${word}`);
@@ -113,14 +113,14 @@ function connect(since) {
   if (since) address.searchParams.set("since", since);
   else address.searchParams.delete("since");
   stream = new EventSource(address);
-  heard = Date.now();
-  stream.addEventListener("status", (event) => { heard = Date.now(); show(event); });
+  lastEventAt = Date.now();
+  stream.addEventListener("status", (event) => { lastEventAt = Date.now(); apply(event); });
   stream.addEventListener("unavailable", (event) => {
-    heard = Date.now();
-    say("bad", "✕", "database unavailable, waiting for it");
+    lastEventAt = Date.now();
+    setState("bad", "✕", "database unavailable, waiting for it");
     state.title = JSON.parse(event.data).detail;
   });
-  stream.addEventListener("error", lost);
+  stream.addEventListener("error", reconnect);
 }
 
 function disconnect() {
@@ -129,10 +129,10 @@ function disconnect() {
   clearTimeout(retry);
 }
 
-function lost() {
+function reconnect() {
   disconnect();
   if (paused) return;
-  say("warn", "↻", "reconnecting …");
+  setState("warn", "↻", "reconnecting …");
   retry = setTimeout(() => connect(version), RETRY * (1 + Math.random()));
 }
 
@@ -142,12 +142,12 @@ button.addEventListener("click", () => {
   button.textContent = paused ? "Go on" : "Pause";
   if (paused) {
     disconnect();
-    say("rest", "‖", `paused at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
+    setState("rest", "‖", `paused at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
   } else connect(version);
 });
 
 setInterval(() => {
-  if (stream && Date.now() - heard > SILENCE) lost();
+  if (stream && Date.now() - lastEventAt > SILENCE) reconnect();
   if (!still) tick(document);
 }, 1000);
 
@@ -168,18 +168,18 @@ async function load(address, options) {
     if (options && answer.redirected) history.replaceState(null, "", new URL(answer.url).pathname);
     connect(new URL(page.body.dataset.stream, location.href).searchParams.get("since"));
   } catch {
-    if (options) byId("said").innerHTML = '<p class="said bad">Nobody answers. It is not known whether it was done: look again before you repeat it.</p>';
+    if (options) byId("message").innerHTML = '<p class="message bad">Nobody answers. It is not known whether it was done: look again before you repeat it.</p>';
   } finally {
     busy = false;
   }
 }
 
-async function ask(address) {
+async function openConfirmation(address) {
   const page = new DOMParser().parseFromString(await (await fetch(address)).text(), "text/html");
-  const question = page.getElementById("question"), dialog = byId("ask");
+  const question = page.getElementById("question"), dialog = byId("confirm");
   if (!question) { location.assign(address); return; }
-  question.querySelector("h1").id = "ask-title";
-  dialog.setAttribute("aria-labelledby", "ask-title");
+  question.querySelector("h1").id = "confirm-title";
+  dialog.setAttribute("aria-labelledby", "confirm-title");
   dialog.replaceChildren(question);
   dialog.showModal();
 }
@@ -189,7 +189,7 @@ document.addEventListener("submit", (event) => {
   const address = new URL(by?.hasAttribute("formaction") ? by.formAction : form.action);
   const method = (by?.getAttribute("formmethod") || form.method).toLowerCase();
   if (method === "get") {
-    if (/\/(cancel|forget)$/.test(address.pathname)) { event.preventDefault(); ask(address); }
+    if (/\/(cancel|forget)$/.test(address.pathname)) { event.preventDefault(); openConfirmation(address); }
     return;
   }
   if (address.pathname.endsWith("/forget")) return;  // what is left is another page
@@ -198,12 +198,12 @@ document.addEventListener("submit", (event) => {
   const name = localStorage.getItem("by");
   if (by?.name === "by" && name) fields.set("by", name);
   else if (form.elements.by?.value) localStorage.setItem("by", form.elements.by.value);
-  byId("ask").close();
+  byId("confirm").close();
   load(address, { method: "POST", body: fields });
 });
 
 document.addEventListener("click", (event) => {
-  if (event.target.closest("#ask [data-close]")) { event.preventDefault(); byId("ask").close(); }
+  if (event.target.closest("#confirm [data-close]")) { event.preventDefault(); byId("confirm").close(); }
 });
 
 setClock(+document.body.dataset.now || Date.now() / 1000);

@@ -14,7 +14,7 @@ _INDEXED: Final = 3
 Colour = tuple[int, int, int]
 
 
-def smaller(png: bytes) -> bytes:
+def quantize(png: bytes) -> bytes:
     """Return the same picture with its most frequent colours; others become the nearest of them.
 
     `png` must be as browsers write it: RGB, 8 bits a channel, not interlaced.

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from balance_app.local.postgres import EmbeddedPostgres
-from balance_app.web import view_models as views
+from balance_app.web import view_models
 from tests.jobs.rows import add_instance, add_job, insert, running
 from tests.processes import Instance
 from tests.system.databases import kill, own_postgres
@@ -124,7 +124,9 @@ async def test_totals_are_counted_and_the_last_audit_told(site: Site) -> None:
     totals = text(await site.page(), "totals")
     users = await site.value("SELECT count(*) FROM users")
     balance = await site.value("SELECT sum(balance) FROM users")
-    assert f"users {users} all balances {views.number(balance)}".replace("\u202f", " ") in totals
+    assert (
+        f"users {users} all balances {view_models.number(balance)}".replace("\u202f", " ") in totals
+    )
     assert "✕ failed 3 min ago" in totals
     assert "1 of 2 entries differs: user 1" in totals
 
@@ -339,7 +341,7 @@ async def test_a_job_is_steered_by_a_form(
         f"/?did={what}&job=job-a#job-job-a",
     )
     assert await site.value(f"SELECT {fact} FROM jobs")  # noqa: S608 - written above
-    assert "job-a" in text(await site.page(answer.headers["location"]), "said")
+    assert "job-a" in text(await site.page(answer.headers["location"]), "message")
 
 
 async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
@@ -370,7 +372,7 @@ async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     assert "Its work is done" in text(await site.page("/jobs/moon/cancel"), "question")
     assert "Its work is done" in text(await site.page(), "job-moon")
     answer = await site.send("/jobs/moon/cancel", by="ada")
-    said = text(await site.page(answer.headers["location"]), "said")
+    said = text(await site.page(answer.headers["location"]), "message")
     assert said.startswith("Nothing was cancelled: the work of moon was done already.")
 
 
@@ -382,7 +384,7 @@ async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
     assert answer.headers["location"].startswith("/jobs/job-a?did=pause")
     again = await site.client.post("/jobs/job-a/run", data={"by": "a"}, headers=own)
     assert again.status_code == 409
-    assert "Not done. Job job-a was paused by a." in text(again.text, "said")
+    assert "Not done. Job job-a was paused by a." in text(again.text, "message")
     assert "Durations" in again.text
     question = await site.page("/jobs/job-a/cancel", headers=own)
     assert "there is nothing to cancel" in text(question)
@@ -398,7 +400,7 @@ async def test_what_can_not_be_done_is_said_on_the_page(site: Site) -> None:
     ):
         answer = await site.send(f"/jobs/{call}", by="ada")
         assert answer.status_code == 409
-        assert text(answer.text, "said").startswith(sentence)
+        assert text(answer.text, "message").startswith(sentence)
         assert 'id="job-job-waiting"' in answer.text
 
 
@@ -576,7 +578,7 @@ async def test_without_its_database_the_page_still_comes() -> None:
         assert "There are no jobs." in text(seen.text)
         await kill(server)
         answer = await until(lambda answer: answer.status_code == 503, client)
-        assert "What is below was seen before that." in text(answer.text, "said")
+        assert "What is below was seen before that." in text(answer.text, "message")
         assert "There are no jobs." in text(answer.text)
         refused = await client.post("/change", data=form)
         assert refused.status_code == 503
