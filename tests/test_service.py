@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.errors import InternalError
-from balance_app.http.middleware import Front
+from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
 from tests.balances.hostile import exchange
 from tests.processes import Instance, connect
@@ -109,9 +109,11 @@ async def test_a_mistake_is_a_problem_too(
     app = FastAPI()
     app.add_exception_handler(Exception, _internal)
     app.router.add_route("/x", mistaken, methods=["GET", "POST"])
-    front = Front(app, direct={(method, "/x"): mistaken} if direct else {}, log_requests=False)
+    middleware = RequestMiddleware(
+        app, direct={(method, "/x"): mistaken} if direct else {}, log_requests=False
+    )
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(front), base_url="http://here"
+        transport=httpx.ASGITransport(middleware), base_url="http://here"
     ) as client:
         answer = await client.request(method, "/x")
     assert answer.status_code == 500

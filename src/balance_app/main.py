@@ -32,7 +32,7 @@ from balance_app.formatting import url
 from balance_app.http import health, openapi
 from balance_app.http.body import FAULT_CODES
 from balance_app.http.health import Readiness
-from balance_app.http.middleware import Front
+from balance_app.http.middleware import RequestMiddleware
 from balance_app.http.services import Services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.events import EventBroadcaster
@@ -53,7 +53,9 @@ from balance_app.web.stream import PageStream
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) -> Front:
+def create_app(
+    settings: Settings, stopping: asyncio.Event, registry: Registry
+) -> RequestMiddleware:
     """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
     `stopping` is set from outside when the instance is told to stop.
@@ -84,7 +86,7 @@ def create_app(settings: Settings, stopping: asyncio.Event, registry: Registry) 
     app.add_exception_handler(RequestValidationError, _invalid_request_response)
     app.add_exception_handler(HTTPException, _http_error_response)
     app.add_exception_handler(Exception, _internal_error_response)
-    return Front(
+    return RequestMiddleware(
         app,
         direct={("POST", "/api/balance"): change_balance},
         log_requests=settings.log_requests,

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from typing_extensions import override
 
 # accepted, refused by the balance, told again; no such user, key of another request; 503 with
-# applied "no", with "unknown", a full house; 500
+# applied "no", with "unknown", an overload; 500
 RESULTS: Final = (
     "accepted",
     "refused",
@@ -152,7 +152,7 @@ class Metrics:
         )
         self.connection_wait: Final = Durations(
             "balance_app_connection_wait_seconds",
-            "How long requests stood in line for a connection that they got.",
+            "How long requests were in the pool wait queue before they got a connection.",
         )
         for each in (self.requests, self.changes, self.change_seconds, self.connection_wait):
             registry.register(each)
@@ -170,7 +170,7 @@ class Metrics:
         )
         self.requests_waiting: Final = Gauge(
             "balance_app_requests_waiting",
-            "Requests that stand in line for a connection.",
+            "Requests in the pool wait queue.",
             registry=registry,
         )
         self.database_unavailable: Final = Gauge(

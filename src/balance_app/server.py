@@ -70,7 +70,7 @@ def serve(settings: Settings, registry: Registry) -> None:
     """
     limit = open_files.raise_limit()
     stopping = asyncio.Event()
-    front = create_app(settings, stopping, registry)
+    app = create_app(settings, stopping, registry)
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
@@ -78,13 +78,13 @@ def serve(settings: Settings, registry: Registry) -> None:
 
         @override
         def count_refusal(self, status: int, scope: Scope | None) -> bytes:
-            return front.count_refusal(status, scope)
+            return app.count_refusal(status, scope)
 
     sockets = [listen(settings.host, settings.port)]
     if settings.shared_port is not None:
         sockets.append(listen(settings.host, settings.shared_port, shared=True))
     config = uvicorn.Config(
-        front,
+        app,
         loop="balance_app.server:ServiceLoop",
         http=Protocol,
         ws="none",

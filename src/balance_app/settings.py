@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     db_statement_seconds: Seconds = Field(2.5, description="an answer later than this is 'away'")
     db_lock_seconds: Seconds = Field(2.0, description="longest wait for a locked row")
     max_waiting: Annotated[int, Field(ge=1)] = Field(
-        20_000, description="requests that may wait for a connection; one more is a full house"
+        20_000, description="requests that may wait for a connection; one more is an overload"
     )
     max_waiting_seconds: Seconds = 60.0
 

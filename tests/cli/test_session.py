@@ -268,14 +268,14 @@ async def test_a_change_whose_answer_is_lost_is_made_once(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """It is sent again with the same key, until an answer comes back; it took effect once."""
-    async with losing(2, instance.port) as front:
-        code, out, err = await run("change", "1", "-2", BALANCE_APP_URL=front.url)
+    async with losing(2, instance.port) as proxy:
+        code, out, err = await run("change", "1", "-2", BALANCE_APP_URL=proxy.url)
     assert code == 0
     assert out.startswith("User 1 has 9998 after -2 (version 2, ")
     assert err.endswith("Sending it again with the same key.\n")
     assert len(err.splitlines()) == 1
-    assert len(front.keys) == 3
-    assert len(set(front.keys)) == 1
+    assert len(proxy.keys) == 3
+    assert len(set(proxy.keys)) == 1
     assert (await client.get("/api/users/1")).json()["version"] == 2
 
 
@@ -283,12 +283,12 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """Exit code 5, and a command that asks again: it does not change the balance a second time."""
-    async with losing(100, instance.port) as front:
-        code, out, err = await run("change", "1", "-2", "--patience=0", BALANCE_APP_URL=front.url)
+    async with losing(100, instance.port) as proxy:
+        code, out, err = await run("change", "1", "-2", "--patience=0", BALANCE_APP_URL=proxy.url)
     assert (code, out) == (5, "")
     assert "It is not known whether the change was made." in err
     again = shlex.split(err.rpartition(": ")[2])
-    assert again == ["balance-app", "change", "1", "-2", f"--key={front.keys[0]}"]
+    assert again == ["balance-app", "change", "1", "-2", f"--key={proxy.keys[0]}"]
     code, out, _ = await run(*again[1:], BALANCE_APP_URL=instance.url)
     assert code == 0
     assert out.endswith("This key's change was made before.\n")

@@ -1,4 +1,4 @@
-"""What stands in front of the database."""
+"""The connection pool and its wait queue."""
 
 import asyncio
 from pathlib import Path
@@ -19,7 +19,7 @@ def settings_for(database: dict[str, str]) -> Settings:
 
 
 async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str, str]) -> None:
-    """What ends as if it were cancelled is an answer too, and the line goes on."""
+    """What ends as if it were cancelled is an answer too, and the queue goes on."""
     await migrate(settings_for(database))
     line = db.Database(settings_for(database))
     await line.start()

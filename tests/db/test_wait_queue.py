@@ -11,13 +11,13 @@ A, B = Lane("a", 1), Lane("b", 2)
 
 
 def test_first_come_first_served() -> None:
-    """What has no lane goes in order of arrival, what is urgent before it."""
+    """What has no lane goes in order of arrival, what has priority before it."""
     queue = WaitQueue[str]()
     queue.put("first")
     queue.put("second")
-    queue.put("urgent", urgent=True)
+    queue.put("priority", priority=True)
     assert len(queue) == 3
-    assert [taken.item for taken in iter(queue.take, None)] == ["urgent", "first", "second"]
+    assert [taken.item for taken in iter(queue.take, None)] == ["priority", "first", "second"]
     assert len(queue) == 0
 
 

@@ -90,8 +90,8 @@ def test_a_prefix_that_is_none_is_refused(wrong: str) -> None:
 
 def test_a_prefix_is_told_from_the_own_paths() -> None:
     """What the routes begin with can't be a prefix: whether it was stripped could not be seen."""
-    front = create_app(load_settings(), asyncio.Event(), Registry([]))
-    paths = _paths(front.app.routes)
+    middleware = create_app(load_settings(), asyncio.Event(), Registry([]))
+    paths = _paths(middleware.app.routes)
     assert {path.split("/")[1] for path in paths} - {""} == OWN_PATHS
     with pytest.raises(BadSettingsError, match="ROOT_PATH: must not begin"):
         load_settings(root_path="/api/x")

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from balance_app.http.middleware import Front
+from balance_app.http.middleware import RequestMiddleware
 from balance_app.logs import REQUEST_ID, TRACE
 from tests.processes import Instance, connect
 
@@ -32,12 +32,14 @@ async def _tell(_request: Request) -> Response:
 
 
 async def ask(*traceparents: str, direct: bool = False, path: str = "/x") -> httpx.Response:
-    """Send a request with these headers through the front; it answers what logs would say."""
+    """Send a request with these headers through the middleware; it answers what logs would say."""
     app = FastAPI()
     app.router.add_route("/x", _tell)
-    front = Front(app, direct={("GET", "/x"): _tell} if direct else {}, log_requests=False)
+    middleware = RequestMiddleware(
+        app, direct={("GET", "/x"): _tell} if direct else {}, log_requests=False
+    )
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(front), base_url="http://here"
+        transport=httpx.ASGITransport(middleware), base_url="http://here"
     ) as client:
         return await client.get(path, headers=[("traceparent", each) for each in traceparents])
 

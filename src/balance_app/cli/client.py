@@ -19,7 +19,7 @@ from balance_app.formatting import visible
 TIMEOUT_SECONDS: Final = 10.0
 STREAM_SECONDS: Final = 5.0  # an event comes every second
 RETRY_SECONDS: Final = 1.0
-LINE_SECONDS: Final = 30.0  # what changes something may stand in line before it is done
+CHANGE_SECONDS: Final = 30.0  # what changes something may be queued before it is done
 
 _BY_THE_BALANCE: Final = {"insufficient-funds", "balance-limit-exceeded"}
 
@@ -119,7 +119,7 @@ class Service:
                 params=_given(params),
                 json=json,
                 headers=headers,
-                timeout=httpx.Timeout(LINE_SECONDS, connect=TIMEOUT_SECONDS),
+                timeout=httpx.Timeout(CHANGE_SECONDS, connect=TIMEOUT_SECONDS),
                 trust_env=False,
             )
         return self._read(answer, has)

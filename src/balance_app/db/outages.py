@@ -1,7 +1,7 @@
 """What an error of the database means: why it can't be used, and whether a write took effect.
 
 There is one place that knows the codes and the exceptions of the driver: `classify`. What it finds
-is logged once, shown by `/readyz`, and told with each request that is refused because of it.
+is logged once, shown by `/readyz`, and reported to each request that is refused because of it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Cause(NamedTuple):
     # ended before an answer came
     applied: Applied
     sqlstate: str | None = None
-    # what the server or the driver said, for the log
+    # the message of the server or the driver, for the log
     text: str = ""
 
     @property
@@ -80,7 +80,7 @@ class Cause(NamedTuple):
         return f"{sentence.removesuffix('.')} (SQLSTATE {self.sqlstate})."
 
 
-# Who starts an instance is told at once; it would wait for ever, and in silence.
+# They end the start of an instance at once; it would wait for ever, and in silence.
 HOPELESS: Final = frozenset(
     {
         Kind.PASSWORD,
@@ -117,19 +117,19 @@ def pause_seconds(kind: Kind, tries: int) -> float:
 
 
 def applied_if_unavailable(error: BaseException) -> Applied | None:
-    """Say whether the database is at fault, not the statement; if so whether a write was made."""
+    """Return whether a write was made, if the database is at fault; None: the statement is."""
     cause = classify(error)
     return None if cause is None else cause.applied
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Say whether the server ended the session with this error, in whatever language it speaks."""
+    """Return whether the server ended the session with this error, in whatever language."""
     severity = getattr(error, "severity_en", None) or getattr(error, "severity", None)
     return severity in {"FATAL", "PANIC"}
 
 
 def classify(error: BaseException) -> Cause | None:
-    """Say what an error means; None: the statement itself is at fault."""
+    """Return what an error means; None: the statement itself is at fault."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         return _from_server(error, error.sqlstate or "", text)

@@ -1,11 +1,12 @@
 """The connections of the running service, and the knowledge whether PostgreSQL can be used.
 
 Few connections serve many requests: a row's lock is held through the flush of its commit, so more
-connections only add waiters inside PostgreSQL. Requests wait here instead, first come first served,
-and a connection goes from one request straight to the next. A worker connects before it takes a
-request: one that can't connect takes none with it, and the connections that there are serve on.
-When there is none, what waits is refused at once with the cause, as nothing of it was sent; then
-one task looks for the database's return, so that neither a hang nor a storm of log-ins builds up.
+connections only add lock waits inside PostgreSQL. Requests wait in the pool wait queue instead,
+first come first served, and a connection goes from one request straight to the next. A worker
+connects before it takes a request: one that can't connect takes none with it, and the connections
+that there are serve on. When there is none, what is queued is refused at once with the cause, as
+nothing of it was sent; then one task connects with retry, so that neither a hang nor a storm of
+log-ins builds up.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ _STOPPING: Final = Cause(Kind.STOPPING, "no")
 
 
 class _Operation(NamedTuple):
-    """What waits in the pool wait queue."""
+    """A queued operation."""
 
     execute: Callable[[Connection], Awaitable[Any]]
     answer: asyncio.Future[Any]
     # monotonic
     since: float
-    urgent: bool
+    priority: bool
 
 
 class Database:
@@ -87,7 +88,7 @@ class Database:
         self._refusals = 0
         self._connect_at = 0.0
         self._read_only: Cause | None = None
-        # what the server said of itself when it was last found
+        # what of the server's configuration was wrong when it was last connected to
         self._server_warnings: list[str] = []
         # causes by kind: when they were last logged (monotonic)
         self._logged: dict[Kind, float] = {}
@@ -95,19 +96,19 @@ class Database:
         self.installation: Installation | None = None
         self._stopping = False
         self._serving = False
-        # while somebody connects, it is not said that no connection can be made
+        # while a worker connects, it is not known that no connection can be made
         self._connecting = 0
         # in use, and not to be used again
         self._expired: set[_OwnConnection] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._writable: asyncio.Task[None] | None = None
         self._schema_check: asyncio.Task[None] | None = None
-        self._show(metrics or Metrics())
+        self._register_metrics(metrics or Metrics())
 
-    def _show(self, metrics: Metrics) -> None:
+    def _register_metrics(self, metrics: Metrics) -> None:
         self._waited = metrics.connection_wait
         metrics.requests_waiting.set_function(
-            lambda: sum(not operation.urgent for operation in self._queue)
+            lambda: sum(not operation.priority for operation in self._queue)
         )
         metrics.database_unavailable.set_function(lambda: self._outage is not None)
         for pool_name, limit, in_use in (
@@ -207,25 +208,25 @@ class Database:
         self,
         operation: Callable[[Connection], Awaitable[Result]],
         *,
-        urgent: bool = False,
+        priority: bool = False,
         lane: Lane | None = None,
     ) -> Result:
         """Run `operation` on a connection when its turn comes.
 
-        What is `urgent` goes to the head of the queue, however long it is, and is still done while
-        the instance stops. Of one `lane` only a few are on connections at once, the others wait for
-        them without one.
+        With `priority` it goes to the head of the queue, however long it is, and is still done
+        while the instance stops. Of one `lane` only a few are on connections at once, the others
+        wait for them without one.
 
         Raises:
             DatabaseUnavailable: it can't be used; nothing of the operation was sent.
             Overloaded: too many wait, or this one waited too long.
         """
-        self.check(urgent=urgent)
-        if len(self._queue) >= self.settings.max_waiting and not urgent:
+        self.check(priority=priority)
+        if len(self._queue) >= self.settings.max_waiting and not priority:
             self._check_length(lane)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        waits = _Operation(operation, answer, monotonic(), urgent)
-        self._queue.put(waits, lane=lane, urgent=urgent)
+        queued = _Operation(operation, answer, monotonic(), priority)
+        self._queue.put(queued, lane=lane, priority=priority)
         # Who connects at this moment takes it soon; a connection that is idle takes it now.
         if self._may_start_worker() and (self._idle or self._free_workers() < self._queue.ready):
             # Of its own context: a worker serves many requests.
@@ -240,7 +241,7 @@ class Database:
         if waiting >= self.settings.max_waiting:
             raise Overloaded(f"{waiting} requests wait already.")
 
-    def check(self, *, urgent: bool = False) -> None:
+    def check(self, *, priority: bool = False) -> None:
         """Raise what `run` would raise at once, if it would.
 
         Raises:
@@ -248,16 +249,16 @@ class Database:
         """
         if self._outage is not None:
             raise DatabaseUnavailable(self._outage.sentence, applied="no")
-        if self._stopping and not urgent:
+        if self._stopping and not priority:
             raise DatabaseUnavailable("This instance is stopping.", applied="no")
 
     def refuse_requests(self) -> None:
-        """Refuse who waits and who comes, but for what is urgent: this instance stops."""
+        """Refuse queued and new operations without priority: this instance stops."""
         self._stopping = True
         self._refuse_all("This instance is stopping.")
 
     def _refuse_all(self, reason: str) -> None:
-        """Refuse who waits; what has its connection goes on."""
+        """Refuse every queued operation; what has its connection goes on."""
         for operation in self._queue.clear():
             if not operation.answer.done():
                 operation.answer.set_exception(DatabaseUnavailable(reason, applied="no"))
@@ -268,13 +269,13 @@ class Database:
         return len(self._workers) - self._busy
 
     def _may_start_worker(self) -> bool:
-        """Say whether one more worker is allowed, and has or may try to make a connection."""
+        """Return whether one more worker is allowed, and has or may try to make a connection."""
         return len(self._workers) < self.settings.db_pool_size and (
             bool(self._idle) or not self._workers or monotonic() >= self._connect_at
         )
 
     async def _work(self) -> None:
-        """With one connection, serve one request after the other until nobody waits.
+        """With one connection, serve one operation after the other until the queue is empty.
 
         The next operation's statement is on its way before the last one's answer is looked at.
         """
@@ -285,7 +286,7 @@ class Database:
                     connection = await self._connection()
                     if connection is None:
                         return
-                    continue  # meanwhile others may have served everybody
+                    continue  # meanwhile others may have emptied the queue
                 queued = self._queue.take()
                 assert queued is not None  # noqa: S101 - looked at above
                 self._busy += 1
@@ -307,15 +308,15 @@ class Database:
             self._idle.append(connection)
 
     async def _serve(self, operation: _Operation, connection: _OwnConnection) -> None:
-        """Do what one of the queue wants."""
-        execute, answer, since, urgent = operation
+        """Execute a queued operation."""
+        execute, answer, since, priority = operation
         if answer.done():  # who asked is gone
             return
         if monotonic() - since > self.settings.max_waiting_seconds:
             answer.set_exception(Overloaded("Too slow: no turn came in time."))
             return
         try:
-            if not urgent:
+            if not priority:
                 self._waited.observe(monotonic() - since)
             result = await execute(connection)
             if not answer.done():
@@ -386,10 +387,10 @@ class Database:
         self._log_cause("no further connection", cause)
 
     def _handle_failure(self, error: Exception, connection: _OwnConnection) -> None:
-        """Draw the conclusions from what an operation met: for its connection, and for all."""
-        problem, cause = error, None
-        if isinstance(problem, DatabaseUnavailable) and problem.__cause__ is not None:
-            cause = classify(problem.__cause__)
+        """Act on the error of an operation: for its connection, and for the database."""
+        cause = None
+        if isinstance(error, DatabaseUnavailable) and error.__cause__ is not None:
+            cause = classify(error.__cause__)
         if cause is None:
             return
         if cause.applied == "unknown":
@@ -406,7 +407,7 @@ class Database:
             self._log_cause("the database failed", cause)
 
     def _mark_unavailable(self, cause: Cause) -> None:
-        """Refuse everybody until the database can be used again."""
+        """Refuse every operation until the database can be used again."""
         if self._outage is None:
             log.warning(
                 "database unavailable",
@@ -420,14 +421,14 @@ class Database:
         self._refuse_all(cause.sentence)
 
     async def _check_schema(self, cause: Cause) -> None:
-        """Look whether the tables are still those that were there; else migrate as at start."""
+        """Check that the tables are still those that were there; else migrate as at start."""
         with suppress(Exception):
             if await find(self.settings) == self.installation:
                 return  # it is the statement that is wrong
         self._mark_unavailable(cause)
 
     def _mark_read_only(self, cause: Cause) -> None:
-        """Serve reads on, and look whether writes are possible again."""
+        """Serve reads on, and poll until writes are possible again."""
         if self._read_only is None:
             log.warning("database read-only", **_for_log(cause))
             self._read_only = cause
@@ -447,7 +448,7 @@ class Database:
             UnusableDatabaseError: while this instance starts: waiting can't help.
         """
         started, tries = monotonic(), 0
-        told = self._outage
+        logged = self._outage
         while True:
             try:
                 connection = await self._migrate_and_connect()
@@ -456,13 +457,13 @@ class Database:
                 cause = Cause(Kind.STANDBY, "no")
             except Exception as error:
                 cause = _start_failure(error)
-                # Whoever starts this instance is told; once it serves, an operator may mend it.
+                # Whoever starts this instance gets the error; once it serves, somebody may mend it.
                 if not self._serving and cause.kind in HOPELESS:
                     raise UnusableDatabaseError(f"{cause.sentence} {cause.text}") from error
                 if not self._serving and cause.kind in {Kind.SCHEMA, Kind.UNEXPECTED}:
                     raise
-            if told is None or (cause.kind, cause.sentence) != (told.kind, told.sentence):
-                tries, told = 0, cause
+            if logged is None or (cause.kind, cause.sentence) != (logged.kind, logged.sentence):
+                tries, logged = 0, cause
                 log.warning(
                     "waiting for the database",
                     **_for_log(cause),
@@ -490,15 +491,15 @@ class Database:
             if row is None or row["in_recovery"]:
                 connection.terminate()
                 return None
-            self._judge_server(row)
+            self._check_server(row)
         except BaseException:
             connection.terminate()
             raise
         self.installation = schema.installation
         return connection
 
-    def _judge_server(self, row: asyncpg.Record) -> None:
-        """Say, once, what of the server can't be made good from here.
+    def _check_server(self, row: asyncpg.Record) -> None:
+        """Log, once, what of the server's configuration can't be made good from here.
 
         Raises:
             UnusableDatabaseError: while this instance starts: nothing would ever work.
@@ -532,12 +533,12 @@ class Database:
         self._outage = cause
 
     async def _wait_until_writable(self) -> None:
-        """Look with new sessions, as the old ones may keep a default that has changed since."""
+        """Poll with new sessions, as the old ones may keep a default that has changed since."""
         tries = 0
         while True:
             await asyncio.sleep(_pause_seconds(Kind.READ_ONLY, tries))
             tries += 1
-            with suppress(Exception):  # what is amiss beyond that is found by those who work
+            with suppress(Exception):  # any other fault is found by the workers
                 connection = await self._open_connection()
                 try:
                     if await connection.fetchval(READ_ONLY):
@@ -565,7 +566,7 @@ def _pause_seconds(kind: Kind, tries: int) -> float:
 
 
 def _is_cancelled() -> bool:
-    """Say whether the task itself is cancelled, and not only what it awaited."""
+    """Return whether the task itself is cancelled, and not only what it awaited."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -625,7 +626,7 @@ def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None
 
 
 def _problem(cause: Cause) -> DatabaseUnavailable:
-    """Return what a request is told that met this cause while it changed something."""
+    """Return the problem of a request that met this cause while it changed something."""
     return DatabaseUnavailable(cause.sentence, applied=cause.applied)
 
 

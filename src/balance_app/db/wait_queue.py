@@ -1,4 +1,4 @@
-"""Operations that wait for a connection: first come first served, few at once of one lane.
+"""The pool wait queue: operations wait for a connection, in order, few at once of one lane.
 
 A lane is what operations would wait for inside PostgreSQL, as a row: of one lane only a few are on
 connections at a time, however many wait. So a crowd at one row is a queue in here, where it is in
@@ -35,7 +35,7 @@ class Queued(Generic[Item]):
 
 @dataclass(slots=True)
 class _Lane(Generic[Item]):
-    """How many of a lane may be taken or are, and who waits for one of them to be done."""
+    """How many of a lane may be taken or are, and what waits for one of them to be done."""
 
     admitted: int = 0
     parked: deque[Queued[Item]] = field(default_factory=deque)
@@ -66,9 +66,9 @@ class WaitQueue(Generic[Item]):
             for queued in lane.parked:
                 yield queued.item
 
-    def put(self, item: Item, *, lane: Lane | None = None, urgent: bool = False) -> None:
-        """Add an item at the end, or, if it is `urgent`, before all that are not."""
-        queued = Queued((not urgent, next(self._arrivals)), item, lane)
+    def put(self, item: Item, *, lane: Lane | None = None, priority: bool = False) -> None:
+        """Add an item at the end, or, with `priority`, before all without."""
+        queued = Queued((not priority, next(self._arrivals)), item, lane)
         if lane is not None:
             used = self._lanes.get(lane.name)
             if used is None:

@@ -108,7 +108,7 @@ router.add_api_route("/health", readyz, responses=_READY_ANSWERS, name="health")
 
 async def _database_checks(database: Database) -> dict[str, str]:
     try:
-        rows = await database.run(lambda con: read(con, SCHEMA_VERSION), urgent=True)
+        rows = await database.run(lambda con: read(con, SCHEMA_VERSION), priority=True)
     except Problem as problem:
         return {"database": problem.detail, "schema": "not known"}
     except Exception as error:  # noqa: BLE001 - a check reports, whatever it is

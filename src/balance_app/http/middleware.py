@@ -36,7 +36,7 @@ _TRACEPARENT: Final = re.compile(
 _KNOWN_FLAGS: Final = 0b11  # sampled, and a trace id that is random
 
 
-class Front:
+class RequestMiddleware:
     """The ASGI application that a server calls; all else of the application is behind it."""
 
     def __init__(

@@ -74,7 +74,7 @@ shown to people at [/]({root}/).
   `Idempotency-Key` it is true of all tries with that key: `"no"` only when the outcome is known.
   The list is at [/problems]({root}/problems).
 * **422** is wrong whatever the state; **409** is well formed, but the state says no;
-  **503** is a database that is unavailable or a full house: wait `Retry-After` seconds.
+  **503** is a database that is unavailable or an overload: wait `Retry-After` seconds.
 * `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
 * Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
   answer is the same every time.

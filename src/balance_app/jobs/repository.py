@@ -196,19 +196,19 @@ class JobRepository:
         be declared keeps the row that it has, if any; see `undeclared`.
         """
         known, self.undeclared = await self._database.run(
-            lambda con: declare(con, jobs, jitters or {}, live), urgent=True
+            lambda con: declare(con, jobs, jitters or {}, live), priority=True
         )
         return known
 
     async def ahead(self) -> list[Ahead]:
         """Return the leases that were renewed in the future: PostgreSQL's clock was set back."""
-        rows = await self._database.run(lambda con: read(con, AHEAD), urgent=True)
+        rows = await self._database.run(lambda con: read(con, AHEAD), priority=True)
         return [Ahead(*row) for row in rows]
 
     async def expire(self, lease: Ahead) -> bool:
         """End a lease that was not renewed for longer than it lasts; False: it was meanwhile."""
         row = await self._database.run(
-            lambda con: write(con, EXPIRE, lease.name, lease.fence, lease.alive_at), urgent=True
+            lambda con: write(con, EXPIRE, lease.name, lease.fence, lease.alive_at), priority=True
         )
         return row is not None
 
@@ -216,7 +216,7 @@ class JobRepository:
         """Write down when this instance, which has just started, saw which jobs are soon ready."""
         await self._database.run(
             lambda con: write(con, NOTICE, known.numbers, NOTICE_BATCH, settling, known.booted_at),
-            urgent=True,
+            priority=True,
         )
 
     async def look(self, known: Known, turn: Turn) -> Look:
@@ -227,7 +227,7 @@ class JobRepository:
             arguments = claim_arguments(self.me, self._lease, known, turn)
             return sent_at, await write(connection, CLAIM, *arguments)
 
-        sent_at, row = await self._database.run(ask, urgent=True)
+        sent_at, row = await self._database.run(ask, priority=True)
         assert row is not None  # noqa: S101 - the statement always has one
         now, wait_seconds, busy, name, goes, *rest, ended = row
         claimed = None
@@ -260,7 +260,7 @@ class JobRepository:
                 schedule,
                 *(ending.releases, ending.retries, ending.pause_reason),
             ),
-            urgent=True,
+            priority=True,
         )
         return row is not None and (row["freed"] or row["schedule"])
 
@@ -272,27 +272,27 @@ class JobRepository:
         pairs = list(runs)
         names, fences = [name for name, _ in pairs], [fence for _, fence in pairs]
         rows = await self._database.run(
-            lambda con: read(con, ABANDONED, self.me.id, names, fences), urgent=True
+            lambda con: read(con, ABANDONED, self.me.id, names, fences), priority=True
         )
         return [Abandoned(*row) for row in rows]
 
     async def refute_losses(self) -> list[str]:
         """Take back the losses recorded against this instance, which lives; return their jobs."""
         row = await self._database.run(
-            lambda con: write(con, REFUTE, self.me.id, UNREACHABLE, LOST_LIMIT), urgent=True
+            lambda con: write(con, REFUTE, self.me.id, UNREACHABLE, LOST_LIMIT), priority=True
         )
         return [] if row is None else row["jobs"]
 
     async def part(self, name: str, fence: int, lease: timedelta) -> None:
         """Shorten a lease: this process ends before it does, and its run was handed back."""
         await self._database.run(
-            lambda con: write(con, PART, name, fence, self.me.id, lease), urgent=True
+            lambda con: write(con, PART, name, fence, self.me.id, lease), priority=True
         )
 
     async def end_work(self, name: str, fence: int) -> None:
         """Note that the function of a run has returned, and its run only lasts on."""
         await self._database.run(
-            lambda con: write(con, END_WORK, name, fence, self.me.id), urgent=True
+            lambda con: write(con, END_WORK, name, fence, self.me.id), priority=True
         )
 
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:

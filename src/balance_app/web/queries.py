@@ -61,7 +61,7 @@ class PageQueries:
         asked = sorted(names & set(changed) | (names - self._runs.keys()))
         # As reading the status: one at a time, and ahead of ordinary requests.
         (row,) = await self._database.run(
-            lambda con: read_in_order(con, ACTIVITY, asked, RUNS_KEPT), urgent=True
+            lambda con: read_in_order(con, ACTIVITY, asked, RUNS_KEPT), priority=True
         )
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in asked)

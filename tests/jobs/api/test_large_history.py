@@ -122,7 +122,7 @@ class OneConnection:
         self,
         operation: Callable[[Any], Awaitable[object]],
         *,
-        urgent: bool = False,  # noqa: ARG002 - nothing waits
+        priority: bool = False,  # noqa: ARG002 - nothing waits
         lane: object = None,  # noqa: ARG002 - the same
     ) -> object:
         return await operation(self._connection)

@@ -372,8 +372,8 @@ def _count_rows(reader: StatusReader) -> list[int]:
     counted: list[int] = []
     run = reader._database.run
 
-    async def count(operation: Read, *, urgent: bool = False) -> Rows:
-        rows = await run(operation, urgent=urgent)
+    async def count(operation: Read, *, priority: bool = False) -> Rows:
+        rows = await run(operation, priority=priority)
         counted.append(len(rows))
         return rows
 
@@ -407,8 +407,8 @@ async def test_a_read_is_never_older_than_the_call(
     sent, go_on = asyncio.Event(), asyncio.Event()
     run = reader._database.run
 
-    async def slow(operation: Read, *, urgent: bool = False) -> Rows:
-        result = await run(operation, urgent=urgent)
+    async def slow(operation: Read, *, priority: bool = False) -> Rows:
+        result = await run(operation, priority=priority)
         sent.set()
         await go_on.wait()
         return result

@@ -35,7 +35,7 @@ class StatsReader:
         try:
             rows = await self._database.run(
                 lambda con: read_in_order(con, STATS, self._names, self._audits, self._mismatch),
-                urgent=True,
+                priority=True,
             )
         except Problem:
             return None

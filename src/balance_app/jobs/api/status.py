@@ -188,7 +188,7 @@ class StatusReader:
                 con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
             ),
             # There is one at a time; who watches a crowd should not have to stand behind it.
-            urgent=True,
+            priority=True,
         )
         (header,) = (row for row in rows if row["now"] is not None)
         if self._horizon is None or header["booted_at"] != self._booted_at:
