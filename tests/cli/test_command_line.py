@@ -58,9 +58,7 @@ async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) ->
         (("--install-completion", "bash"), {"HOME": "/proc/none"}, "/proc/none"),
         (("psql",), {"BALANCE_APP_DATA": str(tmp_path / "loop")}, f"{tmp_path}/loop"),
     ]
-    results = await asyncio.gather(
-        *(balance_app(tmp_path, *arguments, **env) for arguments, env, _ in cases)
-    )
+    results = [await balance_app(tmp_path, *arguments, **env) for arguments, env, _ in cases]
     for (arguments, env, sentence), (code, said) in zip(cases, results, strict=True):
         assert code in {1, 3}, (arguments, env, said)
         lines = [line for line in said.splitlines() if line != "Starting PostgreSQL ..."]
