@@ -37,7 +37,7 @@ async def tab(browser: Browser, url: str, **options: Any) -> AsyncIterator[Page]
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
         "console",
-        lambda said: faults.append(said.text) if "Content Security Policy" in said.text else None,
+        lambda line: faults.append(line.text) if "Content Security Policy" in line.text else None,
     )
     yield page
     await context.close()

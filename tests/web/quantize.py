@@ -1,4 +1,4 @@
-"""PNGs with 256 colours: a picture of a page needs no more, and is a third as large."""
+"""PNGs with 256 colours: a screenshot of a page needs no more, and is a third as large."""
 
 import struct
 import zlib
@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]
 
 
 def quantize(png: bytes) -> bytes:
-    """Return the same picture with its most frequent colours; others become the nearest of them.
+    """Return the same image with its most frequent colours; others become the nearest of them.
 
     `png` must be as browsers write it: RGB, 8 bits a channel, not interlaced.
     """
@@ -28,17 +28,17 @@ def quantize(png: bytes) -> bytes:
     counts = Counter(pixels)
     palette = [colour for colour, _ in counts.most_common(COLOURS)]
     index = {colour: _nearest(colour, palette) for colour in counts}
-    lines = bytearray()
+    scanlines = bytearray()
     for start in range(0, width * height, width):
-        lines.append(0)  # no filter
-        lines.extend(index[pixel] for pixel in pixels[start : start + width])
+        scanlines.append(0)  # no filter
+        scanlines.extend(index[pixel] for pixel in pixels[start : start + width])
     head = struct.pack(">IIBBBBB", width, height, 8, _INDEXED, 0, 0, 0)
     return b"".join(
         (
             _SIGNATURE,
             _chunk(b"IHDR", head),
             _chunk(b"PLTE", b"".join(bytes(colour) for colour in palette)),
-            _chunk(b"IDAT", zlib.compress(bytes(lines), 9)),
+            _chunk(b"IDAT", zlib.compress(bytes(scanlines), 9)),
             _chunk(b"IEND", b""),
         )
     )
@@ -56,7 +56,7 @@ def _rows(png: bytes) -> tuple[int, int, list[bytearray]]:
     chunks = _chunks(png)
     width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
     if (depth, kind, interlaced) != (8, _RGB, 0):
-        raise ValueError(f"not a picture of a browser: {depth} bits, kind {kind}")
+        raise ValueError(f"not a screenshot of a browser: {depth} bits, kind {kind}")
     data, size = zlib.decompress(chunks[b"IDAT"]), 3 * width
     rows: list[bytearray] = []
     above = bytearray(size)

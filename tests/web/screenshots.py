@@ -1,8 +1,8 @@
-"""Pictures of the page for the README, from a real run: `python -m tests.web.screenshots`.
+"""Screenshots of the page for the README, from a real run: `python -m tests.web.screenshots`.
 
 Five instances run the ten jobs for some minutes, one is killed and comes back, balances change. A
 run lasts a tenth of its usual 120 s, and jobs run ten times as often; then the times in the history
-are drawn out by ten: the picture is the one of half an hour. Needs chromium, takes four minutes.
+are drawn out by ten: so they show half an hour. Needs chromium, takes four minutes.
 """
 
 import asyncio
@@ -124,7 +124,7 @@ async def start_some(instances: list[Instance], client: httpx.AsyncClient) -> No
     await asyncio.sleep(6)
 
 
-async def take(  # noqa: PLR0913 - what there is to say of a picture
+async def take(  # noqa: PLR0913 - what there is to say of a screenshot
     browser: Browser,
     instance: Instance,
     name: str,
@@ -134,21 +134,21 @@ async def take(  # noqa: PLR0913 - what there is to say of a picture
     height: int = 1160,
     **options: Any,  # noqa: ANN401 - a context's
 ) -> None:
-    """Take a picture, and refuse one that is too large for a README."""
+    """Take a screenshot, and refuse one that is too large for a README."""
     size = {"width": width, "height": height}
     async with tab(browser, instance.url, viewport=size, **options) as page:
         await live(page, path)
         await asyncio.sleep(2.2)
-        picture = quantize(await page.screenshot())
+        image = quantize(await page.screenshot())
     file = FOLDER / f"{name}.png"
-    file.write_bytes(picture)
-    print(f"{file.name:<24} {len(picture) / 1000:>6.1f} kB")
-    if len(picture) > MOST_BYTES:
+    file.write_bytes(image)
+    print(f"{file.name:<24} {len(image) / 1000:>6.1f} kB")
+    if len(image) > MOST_BYTES:
         sys.exit(f"{file} is too large.")
 
 
 async def main() -> None:
-    """Run the service, and take the pictures."""
+    """Run the service, and take the screenshots."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     async with own_postgres(max_connections="200") as server, AsyncExitStack() as stack:
         database = server.environment()

@@ -1,4 +1,4 @@
-"""An instance with rows that nobody else changes, and what its pages say."""
+"""An instance with rows that nobody else changes, and what its pages show."""
 
 import re
 from collections.abc import AsyncIterator
@@ -137,11 +137,11 @@ async def add_example(connection: Connection) -> None:
 
 
 def text(html: str, id_: str | None = None) -> str:
-    """Return what a page says, or one element of it, as readers are told it."""
+    """Return what a page says, or one element of it, as a screen reader has it."""
     reader = _Reader(id_)
     reader.feed(html)
     reader.close()
-    return re.sub(r"\s+", " ", unescape("".join(reader.said))).strip()
+    return re.sub(r"\s+", " ", unescape("".join(reader.texts))).strip()
 
 
 _EMPTY = {"input", "meta", "link", "rect", "path"}
@@ -152,7 +152,7 @@ class _Reader(HTMLParser):
         super().__init__()
         self._id = id_
         self._open: list[tuple[str, bool]] = []
-        self.said: list[str] = []
+        self.texts: list[str] = []
 
     def _within(self) -> bool:
         return self._id is None or any(found for _, found in self._open)
@@ -162,7 +162,7 @@ class _Reader(HTMLParser):
         if tag not in _EMPTY:
             self._open.append((tag, given.get("id") == self._id))
         if self._within():
-            self.said.append(f" {given.get('aria-label') or ''} ")
+            self.texts.append(f" {given.get('aria-label') or ''} ")
 
     def handle_endtag(self, tag: str) -> None:
         while tag not in _EMPTY and self._open and self._open.pop()[0] != tag:
@@ -170,7 +170,7 @@ class _Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._within():
-            self.said.append(data)
+            self.texts.append(data)
 
 
 class Tags(HTMLParser):

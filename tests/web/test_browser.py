@@ -40,7 +40,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -> None:
-    """State, tab title, tiles and pictures change as the rows do; clocks tick in between."""
+    """State, tab title, tiles and charts change as the rows do; clocks tick in between."""
     instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
@@ -105,7 +105,7 @@ async def test_an_instance_that_is_killed_is_seen_to_be_lost(
             await instance.kill()
 
 
-async def test_a_restart_is_said_and_then_it_is_live_again(
+async def test_a_restart_is_shown_and_then_it_is_live_again(
     database: dict[str, str], browser: Browser
 ) -> None:
     """While nobody answers it is reconnecting; the page itself is never loaded anew."""
@@ -199,11 +199,11 @@ async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Brows
     seconds = [-90_000, -3_600, -61, -1, -0.4, 0, 0.9, 1, 59.9, 60, 61, 3599, 3600, 86_399, 200_000]
     async with tab(browser, site.instance.url) as page:
         await live(page)
-        for kind, say in view_models.CLOCKS.items():
-            said = await page.evaluate(
+        for kind, clock in view_models.CLOCKS.items():
+            texts = await page.evaluate(
                 "([kind, all]) => all.map((each) => clocks[kind](each))", [kind, seconds]
             )
-            assert said == [say(each) for each in seconds], kind
+            assert texts == [clock(each) for each in seconds], kind
 
 
 # -- what one can do -------------------------------------------------------------------------
@@ -281,7 +281,7 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
 
 
 async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
-    """Both are said by the form, in place."""
+    """Both are reported by the form, in place."""
     user = await site.open(100)
     async with tab(browser, site.instance.url) as page:
         await live(page, f"/?user={user}")
@@ -298,7 +298,7 @@ async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
 
 
 async def test_everything_works_without_scripts(site: Site, browser: Browser) -> None:
-    """The page is a whole picture, and each button a form."""
+    """The page is complete, and each button a form."""
     await add_example(site.connection)
     user = await site.open(100)
     async with tab(browser, site.instance.url, java_script_enabled=False) as page:
@@ -367,11 +367,11 @@ async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
 
 
 async def focused(page: Page) -> str:
-    said: str = await page.evaluate(
+    label: str = await page.evaluate(
         "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText "
         "|| document.activeElement.tagName).trim()"
     )
-    return said
+    return label
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,4 +1,4 @@
-"""What the pages say, without a browser: every section, every refusal, nothing that is obeyed."""
+"""Pages and forms without a browser: every section and refusal; no markup of others is obeyed."""
 
 import asyncio
 import re
@@ -28,13 +28,13 @@ STATES: Final = {
 }
 
 
-async def test_every_state_is_told_by_a_symbol_and_a_word(site: Site) -> None:
+async def test_every_state_has_a_symbol_and_a_word(site: Site) -> None:
     """A job's row says what it does, where, for how long, and what became of its last run."""
     await add_example(site.connection)
     html = await site.page()
-    for job, said in STATES.items():
+    for job, texts in STATES.items():
         row = text(html, f"job-{job}")
-        for each in said:
+        for each in texts:
             assert each in row, (job, each, row)
     assert text(html, "strip") == (
         "instances live 2 / 2 running 2 waiting 3 paused 1 overdue 1 failed in 24 h 1"
@@ -51,7 +51,7 @@ async def test_instances_are_shown_with_what_they_run(site: Site) -> None:
 
 
 async def test_a_lost_instance_is_shown_with_what_became_of_its_jobs(site: Site) -> None:
-    """Each job that it took with it is told by what it does now."""
+    """Each job that it took with it has what it does now."""
     gone = await add_instance(site.connection, "app3", seen_seconds_ago=30)
     heir = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a", **running(heir, "app1", seconds=10))
@@ -98,7 +98,7 @@ async def test_failures_are_listed_with_their_errors(site: Site) -> None:
     assert "ZeroDivisionError" in html
 
 
-async def test_nothing_is_said_in_sentences(site: Site) -> None:
+async def test_empty_lists_have_sentences(site: Site) -> None:
     """Empty lists say what it means that they are empty."""
     html = text(await site.page())
     for sentence in (
@@ -110,7 +110,7 @@ async def test_nothing_is_said_in_sentences(site: Site) -> None:
         assert sentence in html
 
 
-async def test_totals_are_counted_and_the_last_audit_told(site: Site) -> None:
+async def test_totals_are_counted_and_the_last_audit_shown(site: Site) -> None:
     """Few users are summed up at once; the audit's own sentence is repeated."""
     await add_job(
         site.connection,
@@ -250,7 +250,7 @@ async def test_a_jobs_page_tells_its_history_page_by_page(site: Site) -> None:
 
 
 async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -> None:
-    """It is told by its number and its end, and is no run in any picture."""
+    """It has its number and its end, and is no run in any chart."""
     await add_job(site.connection, "job-a")
     await insert(
         site.connection,
@@ -270,7 +270,7 @@ async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -
     assert "no runs yet" in text(await site.page(), "job-job-a")
 
 
-async def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
+async def test_what_is_not_there_is_a_404_page(site: Site) -> None:
     """A sentence, a way back, and the right status."""
     html = await site.page("/jobs/none", 404)
     assert "There is no job none." in text(html)
@@ -372,8 +372,8 @@ async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     assert "Its work is done" in text(await site.page("/jobs/moon/cancel"), "question")
     assert "Its work is done" in text(await site.page(), "job-moon")
     answer = await site.send("/jobs/moon/cancel", by="ada")
-    said = text(await site.page(answer.headers["location"]), "message")
-    assert said.startswith("Nothing was cancelled: the work of moon was done already.")
+    message = text(await site.page(answer.headers["location"]), "message")
+    assert message.startswith("Nothing was cancelled: the work of moon was done already.")
 
 
 async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
@@ -390,7 +390,7 @@ async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
     assert "there is nothing to cancel" in text(question)
 
 
-async def test_what_can_not_be_done_is_said_on_the_page(site: Site) -> None:
+async def test_what_can_not_be_done_is_reported_on_the_page(site: Site) -> None:
     """A refusal has its status, and the page is all there."""
     await add_example(site.connection)
     for call, sentence in (
@@ -468,8 +468,8 @@ def field(html: str, name: str) -> str:
     return found[1]
 
 
-async def test_a_change_is_made_once_and_told_by_the_ledger(site: Site) -> None:
-    """Sent twice with the key of the form, it takes effect once; the page tells what it left."""
+async def test_a_change_is_made_once_and_reported_from_the_ledger(site: Site) -> None:
+    """Sent twice with the key of the form, it takes effect once; the page reports what it left."""
     user = await site.open()
     key = field(await site.page(), "key")
     for _ in range(2):
@@ -511,7 +511,7 @@ NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 1
         ({"what": "double"}, 422, NO_AMOUNT),
     ],
 )
-async def test_a_refused_change_is_said_as_a_person_would(
+async def test_a_refused_change_is_reported_in_words(
     site: Site, fields: dict[str, str], status: int, sentence: str
 ) -> None:
     """The sentence stands by the form, which keeps what was typed; nothing is changed."""

@@ -28,8 +28,8 @@ class Watch:
 
     def __init__(self, answer: httpx.Response) -> None:
         self.answer = answer
-        self.packed = answer.headers.get("content-encoding") == "gzip"
-        self._unpack = zlib.decompressobj(31)
+        self.compressed = answer.headers.get("content-encoding") == "gzip"
+        self._decompress = zlib.decompressobj(31)
         self._chunks = answer.aiter_raw()
         self._text = ""
         self.bytes = 0
@@ -39,14 +39,16 @@ class Watch:
         """Read on; False at the end."""
         async for chunk in self._chunks:
             self.bytes += len(chunk)
-            self._text += (self._unpack.decompress(chunk) if self.packed else chunk).decode()
+            self._text += (
+                self._decompress.decompress(chunk) if self.compressed else chunk
+            ).decode()
             return True
         return False
 
     @property
     def whole(self) -> bool:
         """Whether the compressed stream came to its end, and its sums agree."""
-        return self._unpack.eof
+        return self._decompress.eof
 
     async def event(self) -> dict[str, Any]:
         """Return the next event that carries something."""
@@ -70,9 +72,9 @@ class Watch:
 
 @asynccontextmanager
 async def watch(
-    url: str, query: str = "", *, packed: bool = True, last_id: str = ""
+    url: str, query: str = "", *, compressed: bool = True, last_id: str = ""
 ) -> AsyncIterator[Watch]:
-    headers = {"Accept-Encoding": "gzip" if packed else "identity"}
+    headers = {"Accept-Encoding": "gzip" if compressed else "identity"}
     if last_id:
         headers["Last-Event-ID"] = last_id
     async with (
@@ -90,9 +92,9 @@ def version(html: str) -> str:
 
 
 def whole(html: str) -> set[str]:
-    """Return the ids of the items that are not told to stay as they are."""
-    items = re.findall(r'<(?:li|tr|div) id="([^"]+)"([^>]*)>', html)
-    return {id_ for id_, more in items if "data-same" not in more}
+    """Return the ids of the fragments that are not marked to stay as they are."""
+    fragments = re.findall(r'<(?:li|tr|div) id="([^"]+)"([^>]*)>', html)
+    return {id_ for id_, more in fragments if "data-same" not in more}
 
 
 async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
@@ -107,7 +109,7 @@ async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
 
 
 async def test_only_what_has_changed_is_sent(site: Site) -> None:
-    """One row of two, and the numbers that count it; the rest is told to stay as it is."""
+    """One row of two, and the numbers that count it; the rest is marked to stay as it is."""
     await add_job(site.connection, "job-a")
     await add_job(site.connection, "job-b")
     async with watch(site.instance.url, f"?since={version(await site.page())}") as viewer:
@@ -250,7 +252,7 @@ async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers
         counts, moments = [], []
         for pause in (1.5, 4.0, 4.0):
             await asyncio.sleep(pause)
-            # What a connection did is told by it a second later, or when it has a pause.
+            # A connection reports its statistics a second later, or when it has a pause.
             await site.connection.execute("SELECT pg_stat_force_next_flush()")
             counts.append(await site.value(STATEMENTS))
             moments.append(monotonic())
@@ -258,7 +260,7 @@ async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-    # What was done before and is told late adds to one part of the time alone.
+    # What was done before and is reported late adds to one part of the time alone.
     rate, part = min(
         ((after - before) / (end - begin), end - begin)
         for (before, after), (begin, end) in zip(pairwise(counts), pairwise(moments), strict=True)
@@ -289,7 +291,7 @@ async def test_streams_end_when_the_instance_stops(database: dict[str, str]) -> 
 
 async def test_a_stream_need_not_be_compressed(site: Site) -> None:
     """Who does not ask for it gets plain events."""
-    async with watch(site.instance.url, packed=False) as viewer:
+    async with watch(site.instance.url, compressed=False) as viewer:
         assert "content-encoding" not in viewer.answer.headers
         assert viewer.answer.headers["content-type"].startswith("text/event-stream")
         assert (await viewer.event())["kind"] == "status"

@@ -79,14 +79,14 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 def problem_page(request: Request, problem: Problem) -> Response:
-    """Return a problem as a page; one that passes by itself is a page that goes on by itself."""
-    passes = path_of(request, request.scope["path"]) == "/" and isinstance(
+    """Return a problem as a page; at `/` a temporary one reconnects by itself."""
+    temporary = path_of(request, request.scope["path"]) == "/" and isinstance(
         problem, DatabaseUnavailable | Overloaded
     )
     view = {
         "heading": problem.title,
         "sentence": sentence(problem, request.method),
-        "reconnects": passes,
+        "reconnects": temporary,
     }
     return _page(request, "problem.html", view, status=problem.status, headers=problem.headers)
 
@@ -182,7 +182,7 @@ async def ask_to_forget(request: Request, name: str) -> Response:
     return _page(request, "forget.html", {"job": job})
 
 
-# -- the overview ---------------------------------------------------------------------------
+# -- the overview ----------------------------------------------------------------------------
 
 
 async def overview_page(
@@ -296,7 +296,7 @@ async def job_page(
 
     Raises:
         JobNotFound: there is no such job.
-        InvalidRequest: no part of its history is like what is asked for.
+        InvalidRequest: no such part of its history can be asked for.
     """
     stream, queries = stream_of(request), _queries(request)
     history = services(request)[History]

@@ -100,8 +100,8 @@ async def fleet(
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
     answer = await client.get("/api/cron/status")
     assert answer.status_code == 200, answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    found: dict[str, Any] = answer.json()
+    return found
 
 
 async def job(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
@@ -110,13 +110,13 @@ async def job(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
 
 
 async def until(
-    said: Callable[[dict[str, Any]], bool], ask: Callable[[], Awaitable[dict[str, Any]]]
+    holds: Callable[[dict[str, Any]], bool], ask: Callable[[], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Ask until something is said."""
+    """Ask until the answer holds something."""
     async with asyncio.timeout(30):
         while True:
             answer = await ask()
-            if said(answer):
+            if holds(answer):
                 return answer
             await asyncio.sleep(0.02)
 
@@ -155,19 +155,19 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
         Instance(database, JOB_SETTLING_SECONDS="0.1") as instance_,
         httpx.AsyncClient(base_url=instance_.url, trust_env=False, timeout=30) as client,
     ):
-        told = await until(lambda told: told["counts"]["running"] > 0, lambda: status(client))
-        assert len(told["jobs"]) == 10
-        await conforms(client, "StatusAnswer", told)
-    (instance,) = told["instances"]
-    at_work = [job for job in told["jobs"] if job["state"] == "running"]
+        found = await until(lambda found: found["counts"]["running"] > 0, lambda: status(client))
+        assert len(found["jobs"]) == 10
+        await conforms(client, "StatusAnswer", found)
+    (instance,) = found["instances"]
+    at_work = [job for job in found["jobs"] if job["state"] == "running"]
     assert (instance["server"], instance["live"], instance["running"]) == (
         "app1",
         True,
         len(at_work),
     )
     assert {(job["server"], job["instanceId"]) for job in at_work} == {("app1", instance["id"])}
-    assert sum(told["counts"].values()) == 10
-    assert all(job["description"] and job["schedule"]["words"] for job in told["jobs"])
+    assert sum(found["counts"].values()) == 10
+    assert all(job["description"] and job["schedule"]["words"] for job in found["jobs"])
 
 
 async def test_an_instance_without_jobs_answers_too(quiet: Quiet) -> None:
@@ -184,12 +184,12 @@ async def test_an_instance_without_jobs_answers_too(quiet: Quiet) -> None:
         last_result="all is well",
     )
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
-    told = await status(quiet.client)
-    await conforms(quiet.client, "StatusAnswer", told)
-    assert [(job["name"], job["state"]) for job in told["jobs"]] == [
+    found = await status(quiet.client)
+    await conforms(quiet.client, "StatusAnswer", found)
+    assert [(job["name"], job["state"]) for job in found["jobs"]] == [
         (state, state) for state in ("paused", "running", "waiting")
     ]
-    assert [instance["running"] for instance in told["instances"]] == [1]
+    assert [instance["running"] for instance in found["instances"]] == [1]
     for call in ("waiting/run", "running/cancel", "waiting/pause", "paused/resume"):
         answer = await quiet.post(call)
         assert answer.status_code == 202, answer.text
@@ -316,7 +316,7 @@ async def test_the_longest_names_are_taken(quiet: Quiet) -> None:
 # -- steering ----------------------------------------------------------------------------------
 
 
-async def test_an_unknown_job_is_said_to_be_so(quiet: Quiet) -> None:
+async def test_an_unknown_job_is_refused(quiet: Quiet) -> None:
     """404 for each of the four calls."""
     for call in ("run", "pause", "resume", "cancel"):
         answer = await quiet.post(f"nobody/{call}")
@@ -434,9 +434,9 @@ async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> N
     await conforms(quiet.client, "ForgottenAnswer", first.json())
     assert first.json()["forgottenBy"] == "ada"
     assert (await quiet.post("moon/forget", by="eve")).json() == first.json()
-    told = await status(quiet.client)
-    assert [job["name"] for job in told["jobs"]] == ["sun"]
-    assert sum(told["counts"][state] for state in ("running", "waiting", "paused")) == 1
+    found = await status(quiet.client)
+    assert [job["name"] for job in found["jobs"]] == ["sun"]
+    assert sum(found["counts"][state] for state in ("running", "waiting", "paused")) == 1
     runs = (await quiet.client.get("/api/cron/history", params={"job": "moon"})).json()["runs"]
     assert [(run["outcome"], run["server"]) for run in runs] == [("lost", "app3")]
     before = await quiet.connection.fetch("SELECT * FROM jobs WHERE name = 'moon'")
@@ -481,7 +481,7 @@ async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None
     assert answers["busy"]["workEndedAt"] is None
 
 
-async def test_a_run_that_is_told_to_stop_says_since_when(quiet: Quiet) -> None:
+async def test_stopping_since_is_when_a_run_was_told_to_stop(quiet: Quiet) -> None:
     """`stoppingSince` is of the run under way, not of one before."""
     one = await add_instance(quiet.connection, "app1")
     await add_job(quiet.connection, "deaf", **running(one, "app1"), stopping_at=-2 * SECOND)
@@ -612,7 +612,7 @@ async def test_a_schedule_of_a_newer_program_is_left_alone(quiet: Quiet) -> None
 
 
 async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
-    """Who asked first is told; a job that does not run, or was lost, is refused."""
+    """Who asked first is reported; a job that does not run, or was lost, is refused."""
     await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
     await add_job(quiet.connection, "waiting")
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
@@ -747,7 +747,7 @@ async def test_streams_end_when_the_instance_stops(
 
 
 async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
-    """While it is unavailable viewers are told so, as a problem; then the status comes again."""
+    """While it is unavailable viewers get a problem; then the status comes again."""
     async with own_postgres() as server:
         log = tmp_path / "log"
         async with (
