@@ -30,7 +30,9 @@ RUN /opt/build/bin/hatchling build -t wheel \
 
 FROM python:3.13-slim
 
+ARG VERSION=unreleased
 LABEL org.opencontainers.image.title="balance_app" \
+      org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.description="Exact user balances in real time on PostgreSQL" \
       org.opencontainers.image.licenses="MIT"
 

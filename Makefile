@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test check lint format bench screenshots reset psql lock clean \
+.PHONY: help run load test check lint format bench screenshots reset psql migration release lock clean \
 	docker-up docker-down docker-reset docker-logs
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -61,6 +61,22 @@ reset: $(READY) ## delete the data of `make run`
 
 psql: $(READY) ## a prompt in the database of `make run`
 	@$(BIN)/balance-app psql
+
+migration: $(READY) ## make an empty migration with the next number: make migration NAME="Add holds"
+	@test -n "$(NAME)" || { echo 'Say what it does: make migration NAME="Add holds"'; exit 2; }
+	@last=$$(ls alembic/versions/*.py | tail -1 | xargs basename | cut -c1-4) && \
+		$(BIN)/alembic revision --rev-id "$$(printf %04d $$((10#$$last + 1)))" -m "$(NAME)"
+
+release: $(READY) ## check everything, tag the version of pyproject.toml, build the wheel into dist/
+	@version=$$($(BIN)/balance-app --version | cut -d ' ' -f 2) && \
+		{ test -z "$$(git status --porcelain)" || { echo "There are changes that are not committed."; exit 1; }; } && \
+		{ grep -qE "^## \[$$version\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md || \
+			{ echo "CHANGELOG.md has no section \"## [$$version] - YYYY-MM-DD\"."; exit 1; }; } && \
+		{ ! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "v$$version is there already."; exit 1; }; } && \
+		$(MAKE) check && \
+		$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && \
+		git tag --annotate "v$$version" --message "balance_app $$version" && \
+		echo "Tagged v$$version; the wheel is in dist/. The image: docker build --build-arg VERSION=$$version ."
 
 lock: ## renew the lock files (needs uv)
 	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \

@@ -2,15 +2,15 @@
 
 from alembic import op
 
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
+revision = "${up_revision}"
+down_revision = "${down_revision}"
 
 
 def upgrade() -> None:
-    """${message}."""
-    ${upgrades if upgrades else "..."}
+    """${message}; the release before works on."""
+    op.execute("ALTER TABLE ...")
 
 
 def downgrade() -> None:
     """Take it back."""
-    ${downgrades if downgrades else "..."}
+    op.execute("ALTER TABLE ...")

@@ -4,13 +4,16 @@ import asyncio
 import os
 import stat
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from balance_app import settings
+from balance_app import __version__, settings
 from balance_app.formatting import url
+from balance_app.jobs import Registry
 from balance_app.local.postgres import binaries
+from balance_app.main import create_app
 from tests.processes import DATABASE_VARIABLES, free_ports
 from tests.terminal import PATIENCE_SECONDS, environment, run
 
@@ -68,6 +71,14 @@ async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) ->
     assert (code != 0, said.count("\n")) == (True, 1), said
     home = {"HOME": "/proc/none", "BALANCE_APP_TRACEBACK": "1"}
     assert "Traceback" in (await balance_app(tmp_path, "--install-completion", "bash", **home))[1]
+
+
+async def test_the_version_is_said_in_one_place(tmp_path: Path) -> None:
+    """The command line, the OpenAPI document and the package agree."""
+    code, said = await balance_app(tmp_path, "--version")
+    assert (code, said) == (0, f"balance-app {metadata.version('balance-app')}\n")
+    app = create_app(settings.load_settings(), asyncio.Event(), Registry([])).app
+    assert app.version == metadata.version("balance-app") == __version__
 
 
 def test_names_that_nobody_reads_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

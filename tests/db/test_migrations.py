@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -29,6 +32,25 @@ from tests.processes import Instance, connect
 
 def settings_for(database: dict[str, str]) -> Settings:
     return load_settings(**{name.lower(): value for name, value in database.items()})
+
+
+def test_a_new_migration_passes_the_linters(tmp_path: Path) -> None:
+    """As `make migration` writes it: only its statements are to be filled in."""
+    scripts = tmp_path / "alembic"
+    shutil.copytree(Path(alembic_config().get_main_option("script_location") or ""), scripts)
+    config = alembic_config()
+    config.set_main_option("script_location", str(scripts))
+    command.revision(config, "Add holds", rev_id="9999")
+    (written,) = scripts.glob("versions/9999_*.py")
+    settings = ("--config", str(Path(__file__).parents[2] / "pyproject.toml"), str(written))
+    for check in (("check", "--ignore=INP001"), ("format", "--check")):  # as in alembic/
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *check, *settings],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
 
 
 async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
+from balance_app import __version__
 from balance_app.cli.remote import (
     Command,
     Json,
@@ -61,9 +62,24 @@ for part in (service, asking, database):
     cli.add_typer(part)
 
 
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - the library's call
+    if asked:
+        typer.echo(f"balance-app {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="print it and end"),
+]
+
+
 @cli.callback()
-def before_the_command(context: typer.Context, *, json: Json = False, url: Url = None) -> None:
+def before_the_command(
+    context: typer.Context, *, json: Json = False, url: Url = None, version: Version = False
+) -> None:
     """Take `--url` and `--json` before the command, too."""
+    del version
     asks = {each.callback.__name__ for each in asking.registered_commands if each.callback}
     asks |= {"healthcheck"} if not json else set()
     if (json or url is not None) and context.invoked_subcommand not in asks:
