@@ -27,8 +27,8 @@ import asyncpg
 import httpx
 
 from balance_app.db.migrations import migrate
-from balance_app.jobs.declarations import Known
-from balance_app.jobs.repository import CLAIM, FINISH, Me, Turn, claim_arguments
+from balance_app.jobs.declarations import Capabilities
+from balance_app.jobs.repository import CLAIM, FINISH, ClaimPolicy, Me, claim_arguments
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import Settings, load_settings
 from tests.processes import Instance, connect, running
@@ -121,10 +121,10 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     booted_at = await connection.fetchval("SELECT clock_timestamp() - interval '1 day'")
     await connection.close()
     claims: list[float] = []
-    known = Known(booted_at, MANY_JOBS, [], [asyncpg.Range(1, MANY_JOBS + 1)])
+    capabilities = Capabilities(booted_at, MANY_JOBS, [], [asyncpg.Range(1, MANY_JOBS + 1)])
     started = monotonic()
     runs = await asyncio.gather(
-        *(claimer(number, settings, known, claims) for number in range(CLAIMERS))
+        *(claimer(number, settings, capabilities, claims) for number in range(CLAIMERS))
     )
     rate = sum(runs) / (monotonic() - started)
     print(
@@ -133,30 +133,32 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     print(f"    a claim, ms: {milliseconds(claims)}; runs per instance {min(runs)} to {max(runs)}")
 
 
-async def claimer(number: int, settings: Settings, known: Known, claims: list[float]) -> int:
+async def claimer(
+    number: int, settings: Settings, capabilities: Capabilities, claims: list[float]
+) -> int:
     """Claim and finish for a while, as an instance that runs nothing else; return how often."""
     connection = await asyncpg.connect(**settings.statement_arguments())
     me = Me(uuid4(), f"instance {number}")
-    turn = Turn(
-        wait=timedelta(0),
+    policy = ClaimPolicy(
+        backoff=timedelta(0),
         round=0,
-        tie=timedelta(milliseconds=10),
-        settled=True,
-        settling=timedelta(seconds=5),
+        tie_break=timedelta(milliseconds=10),
+        warmed_up=True,
+        warm_up=timedelta(seconds=5),
         takes_over_until=None,
     )
     done = 0
     end = monotonic() + CLAIM_SECONDS
     while (asked := monotonic()) < end:
         row = await connection.fetchrow(
-            CLAIM, *claim_arguments(me, timedelta(seconds=6), known, turn)
+            CLAIM, *claim_arguments(me, timedelta(seconds=6), capabilities, policy)
         )
         claims.append(monotonic() - asked)
         assert row is not None
-        if not row["goes"]:
+        if not row["claimable"]:
             await asyncio.sleep(0.01)
             continue
-        turn = turn._replace(round=row["round"] + 1)
+        policy = policy._replace(round=row["round"] + 1)
         due = datetime.now(UTC) + timedelta(hours=1)
         told: tuple[object, ...] = (
             "succeeded",

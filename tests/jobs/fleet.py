@@ -17,8 +17,8 @@ FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or 
 FLEET_ALARM       taken: jobs that write take SIGALRM and its timer for themselves
 FLEET_TIMEOUT     the jobs' timeout in seconds, if they have one
 FLEET_HOLD        how many seconds a held transaction lasts
-FLEET_TIE         how many seconds an instance that has claimed lately lets equals go first, if not
-                  as usual
+FLEET_TIE_BREAK   how many seconds an instance that has claimed lately lets equals go first, if
+                  not as usual
 FLEET_UNGUARDED   guards to take out, for controls
 """
 
@@ -198,30 +198,32 @@ def no_fence() -> None:
     vars(running)["ENTER"] = "SELECT $1::text, $2::bigint, $3::uuid"
 
 
-def no_turns() -> None:
+def no_policy() -> None:
     """Take whatever is due, as soon as it is seen."""
-    guarded = repository.Turn
+    guarded = repository.ClaimPolicy
 
-    def greedy(**turn: Any) -> repository.Turn:  # noqa: ANN401 - whatever a turn is made of
+    def greedy(**policy: Any) -> repository.ClaimPolicy:  # noqa: ANN401 - whatever a policy is made of
         none = timedelta(0)
-        return guarded(**{**turn, "wait": none, "tie": none, "settled": True, "settling": none})
+        return guarded(
+            **{**policy, "backoff": none, "tie_break": none, "warmed_up": True, "warm_up": none}
+        )
 
-    vars(scheduler)["Turn"] = greedy
+    vars(scheduler)["ClaimPolicy"] = greedy
 
 
 def newcomers_first() -> None:
-    """Let every instance that comes up begin the settling time anew, for all."""
-    settled = """CASE WHEN alive_at > $4"""
+    """Let every instance that comes up begin the warm-up anew, for all."""
+    guard = """CASE WHEN alive_at > $4"""
     newcomers = """CASE WHEN true THEN
         greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
         WHEN alive_at > $4"""
-    vars(repository)["CLAIM"] = repository.CLAIM.replace(settled, newcomers)
+    vars(repository)["CLAIM"] = repository.CLAIM.replace(guard, newcomers)
 
 
 def seen_again() -> None:
     """Let every instance that comes up write anew when it saw which jobs, and all go by that."""
     for name, guard, without in (
-        ("NOTICE", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
+        ("MARK_STARTUP", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
         ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
     ):
         vars(repository)[name] = getattr(repository, name).replace(guard, without)
@@ -287,7 +289,7 @@ def go_on_anew() -> None:
     """Declare the jobs in tables made anew at once, and let the runs of before go on."""
 
     def go_on(self: scheduler.Scheduler) -> None:
-        self._known = None
+        self._capabilities = None
 
     vars(scheduler)["Scheduler"]._begin_anew = go_on
 
@@ -304,7 +306,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "expiry": no_expiry,
     "own-clock": own_clock,
     "fence": no_fence,
-    "turns": no_turns,
+    "policy": no_policy,
     "newcomers": newcomers_first,
     "once": seen_again,
     "threads": no_wait_for_threads,
@@ -370,8 +372,8 @@ def main() -> None:
     """Serve one instance."""
     for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
         GUARDS[guard]()
-    if tie := os.environ.get("FLEET_TIE"):
-        vars(scheduler)["TIE"] = timedelta(seconds=float(tie))
+    if tie := os.environ.get("FLEET_TIE_BREAK"):
+        vars(scheduler)["TIE_BREAK"] = timedelta(seconds=float(tie))
     settings = load_settings()
     configure_logs(settings)
     event_log = EventLog(Path(os.environ["FLEET_EVENT_LOGS"]))

@@ -12,18 +12,18 @@ import asyncpg
 import structlog
 
 from balance_app.db.pool import Database
-from balance_app.jobs.declarations import Known
+from balance_app.jobs.declarations import Capabilities
 from balance_app.jobs.heartbeat import Lease
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
     Claimed,
+    ClaimPolicy,
+    ClaimResult,
     JobRepository,
-    Look,
     Me,
     Progress,
     Renewal,
     RenewalResult,
-    Turn,
     renew_leases,
 )
 from balance_app.jobs.run import Run
@@ -39,12 +39,12 @@ Found = TypeVar("Found")
 PATIENCE_SECONDS = 30
 LEASE = timedelta(seconds=30)
 EVER = datetime(3000, 1, 1, tzinfo=UTC)
-AT_ONCE = Turn(
-    wait=timedelta(0),
+AT_ONCE = ClaimPolicy(
+    backoff=timedelta(0),
     round=0,
-    tie=timedelta(0),
-    settled=True,
-    settling=timedelta(0),
+    tie_break=timedelta(0),
+    warmed_up=True,
+    warm_up=timedelta(0),
     takes_over_until=EVER,
 )
 
@@ -69,27 +69,31 @@ class Instance:
         self.me = Me(uuid4(), name)
         self.lease = lease
         self.jobs = JobRepository(ground.database, self.me, lease)
-        self.known: Known | None = None
+        self.capabilities: Capabilities | None = None
 
-    async def declare(self, *names: str, schedule: str = "every 3600 s") -> Known:
-        self.known = await self.jobs.declare(dict.fromkeys(names, (schedule, "")))
-        return self.known
+    async def declare(self, *names: str, schedule: str = "every 3600 s") -> Capabilities:
+        self.capabilities = await self.jobs.declare(dict.fromkeys(names, (schedule, "")))
+        return self.capabilities
 
-    async def look(self, **turn: object) -> Look:
-        assert self.known is not None
-        return await self.jobs.look(self.known, AT_ONCE._replace(**cast("Any", turn)))
+    async def claim_next(self, **policy: object) -> ClaimResult:
+        assert self.capabilities is not None
+        return await self.jobs.claim_next(
+            self.capabilities, AT_ONCE._replace(**cast("Any", policy))
+        )
 
-    async def claim(self, **turn: object) -> Claimed:
-        claimed = (await self.look(**turn)).claimed
+    async def claim(self, **policy: object) -> Claimed:
+        claimed = (await self.claim_next(**policy)).claimed
         assert claimed is not None
         return claimed
 
     async def renew(
         self, connection: Connection, *fences: tuple[str, int], note: str | None = None
     ) -> dict[tuple[str, int], RenewalResult]:
-        assert self.known is not None
+        assert self.capabilities is not None
         renewals = [Renewal(name, fence, Progress(None, None, note)) for name, fence in fences]
-        _, results = await renew_leases(connection, self.me, self.lease, self.known, renewals)
+        _, results = await renew_leases(
+            connection, self.me, self.lease, self.capabilities, renewals
+        )
         return {(result.name, result.fence): result for result in results}
 
     def run(self, claimed: Claimed, *, min_seconds: float = 0) -> Run:
@@ -249,7 +253,7 @@ async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> Asyn
 
 
 async def until(look: Callable[[], Awaitable[Found | None]]) -> Found:
-    """Look again and again until there is something; return it."""
+    """ClaimResult again and again until there is something; return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not (found := await look()):  # noqa: ASYNC110 - a fact in the database has no event
             await asyncio.sleep(0.02)

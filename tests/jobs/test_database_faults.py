@@ -268,19 +268,19 @@ class Watch:
         self._longest_ready = lease_seconds + SETTLING_SECONDS + 6
         self._longest_over = 6.0
         self._lease_seconds = lease_seconds
-        self._looks = 0
+        self._polls = 0
         self._ready = self._over = 0.0
         self._ended: set[tuple[str, int]] = set()
         self._task: asyncio.Task[None] | None = None
 
     def figures(self) -> str:
         return (
-            f"{self._looks} looks at the rows, ready for {self._ready:.1f} s and over for "
+            f"{self._polls} reads of the rows, ready for {self._ready:.1f} s and over for "
             f"{self._over:.1f} s at most"
         )
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._look_on())
+        self._task = asyncio.create_task(self._poll())
         return self
 
     async def __aexit__(
@@ -294,24 +294,24 @@ class Watch:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    async def _look_on(self) -> None:
+    async def _poll(self) -> None:
         while True:
             with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 connection = await connect(self._database)
                 try:
-                    await self._look_while_it_answers(connection)
+                    await self._poll_while_it_answers(connection)
                 finally:
                     connection.terminate()
             await asyncio.sleep(0.2)
 
-    async def _look_while_it_answers(
+    async def _poll_while_it_answers(
         self, connection: "asyncpg.Connection[asyncpg.Record]"
     ) -> None:
         began = monotonic()
         while True:
             if await connection.fetchval("SELECT to_regclass('copies') IS NOT NULL"):
                 rows = await connection.fetch(STATES)
-                self._looks += 1
+                self._polls += 1
                 # What waited for the database did not wait for an instance.
                 self._judge(rows, monotonic() - began)
             await asyncio.sleep(1)

@@ -99,9 +99,9 @@ async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch
 
 
 async def _declared(scheduler: Scheduler) -> datetime:
-    while scheduler._known is None:  # noqa: ASYNC110 - the same
+    while scheduler._capabilities is None:  # noqa: ASYNC110 - the same
         await asyncio.sleep(0.02)
-    return scheduler._known.booted_at
+    return scheduler._capabilities.booted_at
 
 
 async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Ground) -> None:
@@ -115,8 +115,8 @@ async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Gro
         " due_at = now() - interval '9 days', ready_at = now() - interval '9 days',"
         " forgotten_at = clock_timestamp(), forgotten_by = 'ada'"
     )
-    known = await ground.instance("app2").declare("good")
-    assert known.lacks == []
+    capabilities = await ground.instance("app2").declare("good")
+    assert capabilities.missing == []
     row = await ground.row("good")
     assert (row["forgotten_at"], row["paused_at"], row["checkpoint"]) == (None, None, None)
     assert (row["attempt"], row["fence"]) == (0, claimed.fence)

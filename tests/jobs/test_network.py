@@ -259,7 +259,7 @@ async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
         FLEET_KIND="quiet",
         FLEET_SECONDS="0.1",
         FLEET_EVERY="1",
-        # A look at the jobs is waited for for 2.5 s: longer than this lease.
+        # A claim is waited for for 2.5 s: longer than this lease.
         JOB_LEASE_SECONDS="1.5",
         JOB_HEARTBEAT_SECONDS="0.5",
     ) as [(instance, proxy)]:

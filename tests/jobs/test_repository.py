@@ -70,16 +70,16 @@ async def live_lease(ground: Ground) -> AsyncIterator[str]:
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    if (await other.look()).claimed:
+    if (await other.claim_next()).claimed:
         yield "the job was taken from its owner"
 
 
 async def two_at_once(ground: Ground) -> AsyncIterator[str]:
     """While one claim is under way, another neither gets the same job nor waits for it."""
     instance = ground.instance()
-    known = await instance.declare("moon")
+    capabilities = await instance.declare("moon")
     first, second = await ground.connect(), await ground.connect()
-    arguments = claim_arguments(instance.me, instance.lease, known, AT_ONCE)
+    arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
     async with first.transaction():
         one = await first.fetchrow(CLAIM, *arguments)
         other = asyncio.create_task(second.fetchrow(repository.CLAIM, *arguments))
@@ -102,7 +102,7 @@ async def stranger(ground: Ground) -> AsyncIterator[str]:
     await ground.ready("sun", seconds_ago=9)
     taken = []
     for instance in (old, old, new):
-        claimed = (await instance.look()).claimed
+        claimed = (await instance.claim_next()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["moon", None, "sun"]:
         yield f"it took a job that was declared later: {taken}"
@@ -112,7 +112,7 @@ async def stranger(ground: Ground) -> AsyncIterator[str]:
     await ground.ready("moon", seconds_ago=9)
     taken = []
     for instance in (old, old, new):
-        claimed = (await instance.look()).claimed
+        claimed = (await instance.claim_next()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["sun", None, "moon"]:
         yield f"it took a job that it lacks: {taken}"
@@ -125,11 +125,11 @@ async def owners_first(ground: Ground) -> AsyncIterator[str]:
     await other.declare("moon")
     await owner.claim()
     await ground.expire("moon")
-    if (await other.look(takes_over_until=None)).claimed:
+    if (await other.claim_next(takes_over_until=None)).claimed:
         yield "it took over"
         return
     await owner.jobs.finish("moon", 1, HANDED_BACK)
-    assert (await other.look(takes_over_until=None)).claimed
+    assert (await other.claim_next(takes_over_until=None)).claimed
 
 
 async def higher_fence(ground: Ground) -> AsyncIterator[str]:
@@ -160,16 +160,16 @@ async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada', pause_reason = 'full'"
     )
     await ground.expire("moon")
-    look = await other.look()
-    if look.claimed is not None:
+    found = await other.claim_next()
+    if found.claimed is not None:
         yield "it was started"
         return
-    assert look.set_aside == "moon"
+    assert found.freed == "moon"
     row = await ground.row("moon")
     assert (row["holder"], row["paused_by"], row["pause_reason"]) == (None, "ada", "full")
     assert (row["fence"], row["attempt"], row["last_outcome"]) == (1, 1, "lost")
     assert [run["outcome"] for run in await ground.runs("moon")] == ["lost"]
-    assert (await other.look()).set_aside is None
+    assert (await other.claim_next()).freed is None
 
 
 async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
@@ -185,9 +185,9 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
     await instance.claim()
     for loss in range(1, LOST_LIMIT + 1):
         await ground.expire("moon")
-        look = await instance.look()
-        if (look.claimed is None) != (loss == LOST_LIMIT):
-            yield f"after {loss} losses in a row it was {'' if look.claimed else 'not '}started"
+        found = await instance.claim_next()
+        if (found.claimed is None) != (loss == LOST_LIMIT):
+            yield f"after {loss} losses in a row it was {'' if found.claimed else 'not '}started"
             return
     outcomes = Counter(run["outcome"] for run in await ground.runs("moon"))
     assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "interrupted": 1}
@@ -203,7 +203,7 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
         await ground.ready("moon")
         assert (await instance.claim()).resumed == {"done": 7}
         await ground.expire("moon")
-        assert (await instance.look()).set_aside == "moon"
+        assert (await instance.claim_next()).freed == "moon"
 
 
 async def refuted(ground: Ground) -> AsyncIterator[str]:
@@ -214,7 +214,7 @@ async def refuted(ground: Ground) -> AsyncIterator[str]:
     await dead.claim()
     for instance in (owner, owner, other):
         await ground.expire("moon")
-        await instance.look()
+        await instance.claim_next()
     row = await ground.row("moon")
     assert (row["lost_streak"], row["holder"]) == (3, None)
     if await other.jobs.refute_losses() != []:
@@ -228,7 +228,7 @@ async def refuted(ground: Ground) -> AsyncIterator[str]:
         yield "the dead instance's loss was taken back"
     assert (await ground.outcomes("moon"))[1:] == [("interrupted", repository.UNREACHABLE)] * 2
     assert (row["last_outcome"], row["last_result"]) == ("interrupted", repository.UNREACHABLE)
-    if (await other.look()).claimed is None:
+    if (await other.claim_next()).claimed is None:
         yield "it is still quarantined"
 
 
@@ -261,13 +261,13 @@ async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
 async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
     """A lease lasts from the statement on, however long ago its transaction began."""
     instance = ground.instance()
-    known = await instance.declare("moon")
+    capabilities = await instance.declare("moon")
     connection = await ground.connect()
     async with connection.transaction():
         await asyncio.sleep(0.3)
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
         await ground.ready("moon", seconds_ago=9)
-        arguments = claim_arguments(instance.me, instance.lease, known, AT_ONCE)
+        arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
         await connection.fetchrow(repository.CLAIM, *arguments)
     row = await ground.row("moon")
     if row["holder"] is None or row["lease_until"] < sent_at + instance.lease:
@@ -535,11 +535,11 @@ async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
     await connection.fetchrow(ENTER, "moon", 1, owner.me.id)
     await connection.execute("SELECT hold_lease()")
     await asyncio.sleep(1.1)
-    look = await other.look()
-    if look.claimed is not None:
+    found = await other.claim_next()
+    if found.claimed is not None:
         yield "it was taken between the check and the commit"
     await connection.execute("COMMIT")
-    if look.claimed is None:
+    if found.claimed is None:
         assert (await other.claim()).fence == 2
 
 
@@ -547,21 +547,21 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
     """When a job was first seen ready is written once: who comes later can't push it on."""
     first, second = ground.instance("first"), ground.instance("second")
     await second.declare("moon")
-    known = await first.declare("moon", "sun")
+    capabilities = await first.declare("moon", "sun")
     await ground.admin.execute(
         "UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'"
     )
-    await first.jobs.notice(known, MINUTE)
+    await first.jobs.mark_startup(capabilities, MINUTE)
     seen_at = (await ground.row("moon"))["seen_at"]
     assert seen_at is not None
-    assert second.known is not None
-    await second.jobs.notice(second.known, MINUTE)
+    assert second.capabilities is not None
+    await second.jobs.mark_startup(second.capabilities, MINUTE)
     if (await ground.row("moon"))["seen_at"] != seen_at:
         yield "it was written again"
     if (await ground.row("sun"))["seen_at"] is not None:
         yield "what is not ready was seen"
     await ground.ready("sun")
-    await second.jobs.notice(second.known, MINUTE)
+    await second.jobs.mark_startup(second.capabilities, MINUTE)
     if (await ground.row("sun"))["seen_at"] is not None:
         yield "who does not know the job has seen it"
     for ago, replaced in ((1.9, False), (2.1, True)):  # nobody goes by it any more
@@ -570,9 +570,9 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
             ago * MINUTE,
         )
         seen_at = (await ground.row("moon"))["seen_at"]
-        await second.jobs.notice(second.known, MINUTE)
+        await second.jobs.mark_startup(second.capabilities, MINUTE)
         if ((await ground.row("moon"))["seen_at"] != seen_at) != replaced:
-            yield f"a note of {ago} settling times ago was {'not ' * replaced}written again"
+            yield f"a mark of {ago} warm-ups ago was {'not ' * replaced}written again"
 
 
 async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
@@ -591,12 +591,12 @@ async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
         await declaring
     await other.execute("COMMIT")
     await declaring
-    known = instance.known
-    assert known is not None
+    capabilities = instance.capabilities
+    assert capabilities is not None
     number = (await ground.row("sun"))["number"]
-    if number <= known.knows_to and "sun" not in known.lacks:
+    if number <= capabilities.highest_number and "sun" not in capabilities.missing:
         yield "it says that it can run a job that it does not know"
-    claims = [(await instance.look()).claimed for _ in range(2)]
+    claims = [(await instance.claim_next()).claimed for _ in range(2)]
     assert "sun" not in [claimed.name for claimed in claims if claimed]
 
 
@@ -610,12 +610,12 @@ async def limited(ground: Ground) -> AsyncIterator[str]:
     await ground.admin.execute(
         "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min' WHERE name = 'sun'"
     )
-    look = await instance.look()
-    if look.claimed:
-        yield f"{look.claimed.name} was claimed"
+    found = await instance.claim_next()
+    if found.claimed:
+        yield f"{found.claimed.name} was claimed"
         return
-    assert look.wait_seconds is not None
-    assert 50 < look.wait_seconds <= 60
+    assert found.wait_seconds is not None
+    assert 50 < found.wait_seconds <= 60
 
 
 DECLARE_LOCK: Final = declarations.DECLARE_LOCK
@@ -636,13 +636,13 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
             Guard(
                 "CLAIM", "claimable_at <= (SELECT clock_timestamp())", "claimable_at IS NOT NULL"
             ),
-            Guard("CLAIM", "(SELECT clock_timestamp() - wait FROM own) >=", "'infinity' >="),
+            Guard("CLAIM", "(SELECT clock_timestamp() - backoff FROM own) >=", "'infinity' >="),
         ]
     ],
     limited: [
         [
             Guard("CLAIM", "claimable_at <= (SELECT clock_timestamp())", "true"),
-            Guard("CLAIM", "(SELECT clock_timestamp() - wait FROM own) >=", "'infinity' >="),
+            Guard("CLAIM", "(SELECT clock_timestamp() - backoff FROM own) >=", "'infinity' >="),
         ],
     ],
     two_at_once: [
@@ -662,7 +662,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         ]
     ],
     higher_fence: [
-        [Guard("CLAIM", "fence = jobs.fence + goes::integer", "fence = jobs.fence")],
+        [Guard("CLAIM", "fence = jobs.fence + claimable::integer", "fence = jobs.fence")],
         [Guard("FINISH", FREED, "WHERE name = $1 AND $2::bigint > 0 AND $3::uuid IS NOT NULL")],
     ],
     lost_and_paused: [
@@ -682,7 +682,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("ABANDONED", "WHERE holder = $1\n", "WHERE $1::uuid IS NOT NULL\n")],
         [Guard("ABANDONED", "AND (name, fence) NOT IN (SELECT *", "AND ('', 1) NOT IN (SELECT *")],
     ],
-    cancelled_and_lost: [[Guard("CLAIM", "CASE WHEN goes THEN cancel_by END", "NULL")]],
+    cancelled_and_lost: [[Guard("CLAIM", "CASE WHEN claimable THEN cancel_by END", "NULL")]],
     delayed_claim: [[Guard("CLAIM", *OWN_CLOCK)]],
     delayed_heartbeat: [
         [Guard("HEARTBEAT", *OWN_CLOCK)],
@@ -740,10 +740,10 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
     ],
     between_check_and_commit: [[Guard("hold_lease", LOCKS, "PERFORM 1 FROM jobs\n")]],
     seen_once: [
-        [Guard("NOTICE", "seen_at IS NULL OR seen_at <=", "clock_timestamp() >=")],
-        [Guard("NOTICE", "OR seen_at <= clock_timestamp() - 2 * $3::interval", "")],
-        [Guard("NOTICE", "claimable_at <= (SELECT", "'infinity' >= (SELECT")],
-        [Guard("NOTICE", "number <@ $1::int8multirange", "$1::int8multirange IS NOT NULL")],
+        [Guard("MARK_STARTUP", "seen_at IS NULL OR seen_at <=", "clock_timestamp() >=")],
+        [Guard("MARK_STARTUP", "OR seen_at <= clock_timestamp() - 2 * $3::interval", "")],
+        [Guard("MARK_STARTUP", "claimable_at <= (SELECT", "'infinity' >= (SELECT")],
+        [Guard("MARK_STARTUP", "number <@ $1::int8multirange", "$1::int8multirange IS NOT NULL")],
     ],
     declared_in_between: [[Guard("DECLARE_LOCK", str(DECLARE_LOCK), "7")]],
 }
@@ -799,8 +799,8 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
 
     async def claim_all(instance: Instance) -> None:
         connection = await ground.connect()
-        assert instance.known is not None
-        arguments = claim_arguments(instance.me, instance.lease, instance.known, AT_ONCE)
+        assert instance.capabilities is not None
+        arguments = claim_arguments(instance.me, instance.lease, instance.capabilities, AT_ONCE)
         await together.wait()
         while len(taken) < jobs:
             row = await connection.fetchrow(CLAIM, *arguments)
@@ -824,8 +824,8 @@ async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
     """The row and the history tell the same, and the claim says all that a run needs."""
     instance = ground.instance("app7", lease=timedelta(seconds=9))
     await instance.declare("moon")
-    look = await instance.look()
-    claimed = look.claimed
+    found = await instance.claim_next()
+    claimed = found.claimed
     assert claimed is not None
     row = await ground.row("moon")
     (run,) = await ground.runs("moon")
@@ -836,7 +836,7 @@ async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
     assert (run["outcome"], run["ended_at"], run["attempt"]) == (None, None, 0)
     assert claimed.schedule == "every 3600 s"
     assert (claimed.resumed, claimed.cancel_by, claimed.attempt) == (None, None, 0)
-    assert claimed.started_at <= look.now
+    assert claimed.started_at <= found.now
     lasts = row["lease_until"] - row["started_at"]
     assert timedelta(seconds=9) <= lasts < timedelta(seconds=10)
 
@@ -879,12 +879,12 @@ async def test_the_longest_ready_comes_first(ground: Ground) -> None:
     assert names == ["first", "middle", "lost", "late"]
 
 
-async def test_a_look_says_when_to_look_again(ground: Ground) -> None:
+async def test_a_claim_says_when_to_try_again(ground: Ground) -> None:
     """Nothing known: no wait; otherwise until the next is ready, or a lease is over."""
     instance = ground.instance()
     await instance.declare()
-    look = await instance.look()
-    assert (look.claimed, look.set_aside, look.wait_seconds, look.busy) == (
+    found = await instance.claim_next()
+    assert (found.claimed, found.freed, found.wait_seconds, found.busy) == (
         None,
         None,
         None,
@@ -892,19 +892,19 @@ async def test_a_look_says_when_to_look_again(ground: Ground) -> None:
     )
     await instance.declare("moon")
     await instance.claim()
-    look = await instance.look()
-    assert look.wait_seconds is not None
-    assert LEASE_SECONDS - 5 < look.wait_seconds <= LEASE_SECONDS
-    assert look.busy
-    next_at = look.now + timedelta(seconds=600)
+    found = await instance.claim_next()
+    assert found.wait_seconds is not None
+    assert LEASE_SECONDS - 5 < found.wait_seconds <= LEASE_SECONDS
+    assert found.busy
+    next_at = found.now + timedelta(seconds=600)
     await instance.jobs.finish("moon", 1, DONE_UNTIL(next_at))
-    look = await instance.look()
-    assert look.wait_seconds is not None
-    assert 590 < look.wait_seconds <= 600
-    assert not look.busy
-    look = await instance.look(wait=HOUR)
-    assert look.wait_seconds is not None
-    assert 4190 < look.wait_seconds <= 4200
+    found = await instance.claim_next()
+    assert found.wait_seconds is not None
+    assert 590 < found.wait_seconds <= 600
+    assert not found.busy
+    found = await instance.claim_next(backoff=HOUR)
+    assert found.wait_seconds is not None
+    assert 4190 < found.wait_seconds <= 4200
 
 
 LEASE_SECONDS = 30
@@ -914,33 +914,33 @@ def DONE_UNTIL(due_at: datetime) -> Ending:  # noqa: N802 - a constant but for i
     return Ending(outcome="succeeded", result="done", seconds_ago=0, due_at=due_at, ready_at=due_at)
 
 
-# -- turns -----------------------------------------------------------------------------------------
+# -- claim policy --------------------------------------------------------------------------------
 
 # Whether an instance takes a job, by: seconds since its boot, since the job is ready, since it was
-# seen ready (None: never), since the last sign of life of a run (None: never). It settles for 10 s.
-TURNS = {
-    "never seen, by an instance that is not settled": ((5, 3, None, None), False),
+# marked (None: never), since the last sign of life of a run (None: never). It warms up for 10 s.
+POLICIES = {
+    "never seen, by an instance that is not warmed up": ((5, 3, None, None), False),
     "seen long ago": ((5, 90, 11, None), True),
     "seen lately": ((5, 3, 3, None), False),
     "seen before it is ready": ((5, -20, 3, None), False),
-    "seen while the instance settled": ((15, 90, 6, None), False),
+    "seen while the instance warmed up": ((15, 90, 6, None), False),
     "seen by a newcomer": ((50, 90, 3, None), True),
     "seen by a newcomer, and ready since then": ((50, 3, 4, None), True),
-    "never seen, by an instance that is settled": ((50, 90, None, None), True),
+    "never seen, by an instance that is warmed up": ((50, 90, None, None), True),
     "the fleet was up before the instance": ((5, 90, 3, 4), True),
     "the fleet was up before the instance, never seen": ((5, 3, None, 4), True),
     "a run ended before the instance came up": ((5, 3, 3, 6), False),
 }
 
 
-@pytest.mark.parametrize("case", TURNS)
+@pytest.mark.parametrize("case", POLICIES)
 async def test_instances_that_come_up_together_wait_for_each_other(
     ground: Ground, case: str
 ) -> None:
-    """They settle first, from when the job was first seen; a fleet that is up does not wait."""
-    (booted, ready, seen, alive), takes = TURNS[case]
+    """They warm up first, from when the job was first seen; a fleet that is up does not wait."""
+    (booted, ready, seen, alive), takes = POLICIES[case]
     instance = ground.instance()
-    known = await instance.declare("moon")
+    capabilities = await instance.declare("moon")
     await ground.admin.execute(
         "UPDATE jobs SET due_at = clock_timestamp() - $1::interval,"
         " ready_at = clock_timestamp() - $1::interval,"
@@ -948,37 +948,39 @@ async def test_instances_that_come_up_together_wait_for_each_other(
         *(None if ago is None else timedelta(seconds=ago) for ago in (ready, seen, alive)),
     )
     now = await ground.admin.fetchval("SELECT clock_timestamp()")
-    instance.known = known._replace(booted_at=now - timedelta(seconds=booted))
-    settled = booted > 10
-    turn = {"settled": settled, "settling": timedelta(seconds=10)}
-    look = await instance.look(**turn)
-    assert (look.claimed is not None) == takes
+    instance.capabilities = capabilities._replace(booted_at=now - timedelta(seconds=booted))
+    warmed_up = booted > 10
+    policy = {"warmed_up": warmed_up, "warm_up": timedelta(seconds=10)}
+    found = await instance.claim_next(**policy)
+    assert (found.claimed is not None) == takes
     if not takes and seen is not None:
-        assert look.wait_seconds is not None
+        assert found.wait_seconds is not None
         until_then = max(10 - seen, -ready)
-        assert until_then - 2 < look.wait_seconds <= until_then
-    if takes and not settled and alive is None:
-        await ground.forget()  # and a load's wait counts from the end of the settling
+        assert until_then - 2 < found.wait_seconds <= until_then
+    if takes and not warmed_up and alive is None:
+        await ground.forget()  # and a load's backoff counts from the end of the warm-up
         await instance.declare("moon")
         await ground.admin.execute(
             "UPDATE jobs SET seen_at = clock_timestamp() - interval '11 s',"
             " ready_at = clock_timestamp() - interval '20 s'"
         )
-        turn["settling"] = timedelta(seconds=10)
-        assert (await instance.look(**turn, wait=timedelta(seconds=5))).claimed is None
-        assert (await instance.look(**turn, wait=timedelta(seconds=0.5))).claimed is not None
+        policy["warm_up"] = timedelta(seconds=10)
+        assert (await instance.claim_next(**policy, backoff=timedelta(seconds=5))).claimed is None
+        assert (
+            await instance.claim_next(**policy, backoff=timedelta(seconds=0.5))
+        ).claimed is not None
 
 
 async def test_who_runs_more_waits_longer(ground: Ground) -> None:
-    """A job may be taken as long after it is ready as the instance has to wait for its turn."""
+    """A job may be taken as long after it is ready as the instance's backoff lasts."""
     instance = ground.instance()
     await instance.declare("moon")
     await ground.ready("moon", seconds_ago=60)
-    look = await instance.look(wait=timedelta(seconds=80))
-    assert look.claimed is None
-    assert look.wait_seconds is not None
-    assert 10 < look.wait_seconds <= 20
-    assert (await instance.look(wait=timedelta(seconds=59))).claimed is not None
+    found = await instance.claim_next(backoff=timedelta(seconds=80))
+    assert found.claimed is None
+    assert found.wait_seconds is not None
+    assert 10 < found.wait_seconds <= 20
+    assert (await instance.claim_next(backoff=timedelta(seconds=59))).claimed is not None
 
 
 async def test_light_load_goes_round(ground: Ground) -> None:
@@ -992,15 +994,15 @@ async def test_light_load_goes_round(ground: Ground) -> None:
     for _ in names:
         takers = []
         for instance in instances:
-            turn = {"round": round_of[instance.me.server], "tie": HOUR}
-            claimed = (await instance.look(**turn)).claimed
+            policy = {"round": round_of[instance.me.server], "tie_break": HOUR}
+            claimed = (await instance.claim_next(**policy)).claimed
             if claimed is not None:
                 takers.append(instance.me.server)
                 round_of[instance.me.server] = claimed.round + 1
-        if not takers:  # all have had their turn: after the tie the next round begins
+        if not takers:  # all have claimed: after the tie break the next round begins
             instance = min(instances, key=lambda instance: round_of[instance.me.server])
-            turn = {"round": round_of[instance.me.server], "tie": timedelta(0)}
-            claimed = await instance.claim(**turn)
+            policy = {"round": round_of[instance.me.server], "tie_break": timedelta(0)}
+            claimed = await instance.claim(**policy)
             takers.append(instance.me.server)
             round_of[instance.me.server] = claimed.round + 1
         order += "".join(takers)
@@ -1077,7 +1079,7 @@ async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
     later = await ground.admin.fetchval("SELECT clock_timestamp() + interval '1 min'")
     ending = Ending(outcome="failed", result="no", seconds_ago=0, ready_at=later)
     assert await instance.jobs.finish("moon", 2, ending)
-    assert (await instance.look()).claimed is None
+    assert (await instance.claim_next()).claimed is None
     row = await ground.row("moon")
     assert (row["due_at"], row["ready_at"], row["attempt"]) == (first.due_at, later, 2)
     assert row["checkpoint"] is None
@@ -1127,13 +1129,13 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
 async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground) -> None:
     """The first that says so sets the moment, and the next run does not inherit it."""
     instance = ground.instance()
-    known = await instance.declare("moon")
+    capabilities = await instance.declare("moon")
     for fence in (1, 2):
         claimed = await instance.claim()
         noted = []
         for stopping in (False, True, True):
             renewal = Renewal("moon", fence, Progress(None, None, None), stopping)
-            await renew_leases(ground.admin, instance.me, instance.lease, known, [renewal])
+            await renew_leases(ground.admin, instance.me, instance.lease, capabilities, [renewal])
             stopping_at = (await ground.row("moon"))["stopping_at"]
             noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
         assert noted[0] is None
@@ -1149,10 +1151,10 @@ async def test_instances_declare_at_once(ground: Ground) -> None:
     """Ten instances with the same jobs make each row once, with dense numbers, and know all."""
     names = [f"job-{number}" for number in range(20)]
     instances = [ground.instance(f"app{number}") for number in range(10)]
-    known = await asyncio.gather(*(instance.declare(*names) for instance in instances))
+    capabilities = await asyncio.gather(*(instance.declare(*names) for instance in instances))
     rows = await ground.admin.fetch("SELECT number, name FROM jobs ORDER BY number")
     assert [row["number"] for row in rows] == list(range(1, 21))
-    assert {(each.knows_to, tuple(each.lacks)) for each in known} == {(20, ())}
+    assert {(each.highest_number, tuple(each.missing)) for each in capabilities} == {(20, ())}
     before = await ground.admin.fetch("SELECT * FROM jobs ORDER BY number")
     await instances[0].declare(*names)
     assert await ground.admin.fetch("SELECT * FROM jobs ORDER BY number") == before
@@ -1169,12 +1171,12 @@ async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None
     numbers = {row["name"]: row["number"] for row in rows}
     assert len(numbers) == 30
     for instance, names in zip(instances, sets, strict=True):
-        known = instance.known
-        assert known is not None
+        capabilities = instance.capabilities
+        assert capabilities is not None
         can = {
             name
             for name, number in numbers.items()
-            if number <= known.knows_to and name not in known.lacks
+            if number <= capabilities.highest_number and name not in capabilities.missing
         }
         assert can == names
 

@@ -95,10 +95,10 @@ async def test_progress_is_written_with_the_next_heartbeat(
     for said, expected in PROGRESS.items():
         run.progress(*said)
         assert run.lease.progress == expected
-        assert instance.known is not None
+        assert instance.capabilities is not None
         renewal = repository.Renewal("moon", 1, run.lease.progress)
         _, (result,) = await repository.renew_leases(
-            ground.admin, instance.me, instance.lease, instance.known, [renewal]
+            ground.admin, instance.me, instance.lease, instance.capabilities, [renewal]
         )
         assert result.renewed
         row = await ground.row("moon")

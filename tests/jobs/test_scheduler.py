@@ -673,7 +673,7 @@ SELDOM: dict[str, Any] = {"job_lease_seconds": 900, "job_heartbeat_seconds": 300
 
 
 class Life:
-    """A job whose every step the test decides, on an instance whose looks the test makes."""
+    """A job whose every step the test decides, on an instance whose claims the test makes."""
 
     def __init__(self, ground: Ground, random: Random) -> None:
         self.ground = ground
@@ -829,10 +829,10 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     assert any("missing" in fault for fault in faults)
 
 
-# -- looks -----------------------------------------------------------------------------------------
+# -- claims ----------------------------------------------------------------------------------------
 
 
-async def test_a_look_says_how_long_to_wait(ground: Ground) -> None:
+async def test_a_claim_says_how_long_to_wait(ground: Ground) -> None:
     """At once after a claim; else until the next job, but never for long."""
     go = asyncio.Event()
 
@@ -843,12 +843,12 @@ async def test_a_look_says_how_long_to_wait(ground: Ground) -> None:
     async with ground.scheduler(jobs, starts=False) as scheduler:
         for number in (1, 2):
             while (seconds := await scheduler.run_once()) > 0:
-                assert seconds <= scheduling.TIE.total_seconds()
+                assert seconds <= scheduling.TIE_BREAK.total_seconds()
             assert len(scheduler._runs) == number
-        assert 0 < await scheduler.run_once() <= scheduling.BUSY_LOOK_SECONDS
+        assert 0 < await scheduler.run_once() <= scheduling.BUSY_POLL_SECONDS
         go.set()
         await asyncio.wait(set(scheduler._runs.values()))
-        assert await scheduler.run_once() == scheduling.IDLE_LOOK_SECONDS
+        assert await scheduler.run_once() == scheduling.IDLE_POLL_SECONDS
         await ground.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
         assert 0 < await scheduler.run_once() <= 2.1
         await ground.ready("moon", seconds_ago=1)
@@ -864,8 +864,8 @@ async def _claims(scheduler: Scheduler) -> bool:
     return await scheduler.run_once() == 0
 
 
-async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
-    """A job that was lost too often waits, and the next one is looked at without delay."""
+async def test_a_quarantined_job_is_passed_over(ground: Ground) -> None:
+    """A job that was lost too often waits, and the next one is claimed without delay."""
     lost = ground.instance("lost")
     await lost.declare("moon")
     await lost.claim()
@@ -881,13 +881,13 @@ async def test_a_quarantined_job_is_looked_past(ground: Ground) -> None:
     assert row["lost_streak"] == LOST_LIMIT
 
 
-async def test_a_wait_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:
-    """An instance that runs more waits longer for its turn, up to ten steps."""
+async def test_the_backoff_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:
+    """An instance that runs more backs off for longer, up to ten steps."""
     async with ground.scheduler([], starts=False, job_step_seconds=0.5) as scheduler:
         waits = []
         for runs in range(200):
             scheduler._runs = cast("Any", dict.fromkeys(range(runs)))
-            waits.append(scheduler._wait_for_turn())
+            waits.append(scheduler._backoff())
         scheduler._runs = {}
     assert waits[0] == timedelta(0)
     steps = [later - sooner for sooner, later in pairwise(waits)]
@@ -916,7 +916,7 @@ async def _shares(ground: Ground, *, instances: int, jobs: int, step: float) -> 
 
 
 async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> None:
-    """Nobody runs two more than another; without the wait for a turn, somebody does."""
+    """Nobody runs two more than another; without the backoff, somebody does."""
     shares = await _shares(ground, instances=4, jobs=10, step=0.3)
     await ground.forget()
     unguarded = await _shares(ground, instances=4, jobs=30, step=0)

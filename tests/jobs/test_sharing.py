@@ -22,15 +22,15 @@ from tests.system.sizes import FULL, size, tell
 
 LIGHT_EVERY = size(small=25, full=50) / 10
 LIGHT_RUNS = 60
-# On a machine that is busy with other tests, instances wake up later than the tie lasts.
-TIE: dict[str, str] = {} if FULL else {"FLEET_TIE": "0.08"}
+# On a machine that is busy with other tests, instances wake up later than the tie break lasts.
+TIE: dict[str, str] = {} if FULL else {"FLEET_TIE_BREAK": "0.08"}
 
 SKEW_SECONDS = 1.5
-# The settling time is to be above the skew. Whole programs on a busy machine take seconds to
+# The warm-up is to be above the skew. Whole programs on a busy machine take seconds to
 # import what they need, one more than the other.
-FORKED_SETTLING, PROGRAM_SETTLING = 5, 12  # 5 is the default
+FORKED_WARM_UP, PROGRAM_WARM_UP = 5, 12  # 5 is the default
 # Where nobody looks at how a start is shared.
-SHORT_SETTLING = 3
+SHORT_WARM_UP = 3
 # Starts under way at a time; most of each is waiting.
 AT_ONCE = 2
 
@@ -90,7 +90,7 @@ class Start:
     loads: list[int]
     # from the first instance that came up to the last, and the promise
     skew: float
-    settling: float
+    warm_up: float
     # from then to the last job's start
     took: float
     overlaps: int
@@ -101,12 +101,12 @@ class Start:
 
     @property
     def counts(self) -> bool:
-        """Did they come up within the settling time?"""
-        return self.skew < self.settling
+        """Did they come up within the warm-up?"""
+        return self.skew < self.warm_up
 
 
 async def start_together(
-    where: Ground, instances: list[Instance], jobs: int, kind: str, settling: float
+    where: Ground, instances: list[Instance], jobs: int, kind: str, warm_up: float
 ) -> Start:
     """Launch instances within the skew; wait until all jobs run, and somewhat longer."""
 
@@ -127,7 +127,7 @@ async def start_together(
         kind=kind,
         loads=sorted((loads[instance.name] for instance in instances), reverse=True),
         skew=(await where.value(SKEW, len(instances))),
-        settling=settling,
+        warm_up=warm_up,
         took=spans[-1].begin - ready,
         overlaps=len(overlaps(where.spans())),
     )
@@ -138,22 +138,22 @@ async def cold_and_warm(
 ) -> list[Start]:
     """Start instances on an empty database; end them with that signal while all jobs run; again."""
     what = f"{jobs} jobs on {count}"
-    settling = FORKED_SETTLING if forked else PROGRAM_SETTLING
+    warm_up = FORKED_WARM_UP if forked else PROGRAM_WARM_UP
     env = {
         "FLEET_JOBS": f"{jobs}",
         "FLEET_SECONDS": "600",
-        "JOB_SETTLING_SECONDS": f"{settling}",
+        "JOB_SETTLING_SECONDS": f"{warm_up}",
         **env,
     }
     instances = where.instances(count, env, forked=forked)
     try:
-        cold = await start_together(where, instances, jobs, f"{what}, cold", settling)
+        cold = await start_together(where, instances, jobs, f"{what}, cold", warm_up)
         await asyncio.sleep(random.uniform(0, 3))  # while the leases are young, or not
         await end(instances, ending)
         # Leases that ran out long ago, or that run out while the instances come up.
         await asyncio.sleep(random.choice([0, 1, 2, 3, 4, 8]) if ending == signal.SIGKILL else 0)
         name = f"{what}, warm after {signal.Signals(ending).name}"
-        return [cold, await start_together(where, instances, jobs, name, settling)]
+        return [cold, await start_together(where, instances, jobs, name, warm_up)]
     finally:
         await end(instances)
 
@@ -186,7 +186,7 @@ async def test_instances_that_start_together_share_the_jobs(
     beyond: list[Start] = []
 
     async def one(turn: int, count: int, jobs: int) -> list[Start]:
-        # The promise is for instances that come up within the settling time.
+        # The promise is for instances that come up within the warm-up.
         while len(beyond) <= len(plans):
             async with gate, ground(postgres, fork_server, tmp_path) as where:
                 starts = await cold_and_warm(
@@ -213,20 +213,20 @@ async def test_instances_that_start_together_share_the_jobs(
 async def test_jobs_that_become_due_while_instances_settle(
     postgres: Database, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """They are shared evenly too, though the first instance has settled and the last has not.
+    """They are shared evenly too, though the first instance has warmed up and the last has not.
 
     And without waiting: they were seen long before they were due.
     """
-    settling = FORKED_SETTLING
+    warm_up = FORKED_WARM_UP
     async with ground(postgres, fork_server, tmp_path) as where:
         instances = where.instances(
-            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"}
+            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
         )
         try:
             await instances[0].launch()
             await instances[0].ready()
             await where.until_fact(IS_UP)
-            await where.rows(DUE_AFTER_BOOT, timedelta(seconds=settling + 0.7))
+            await where.rows(DUE_AFTER_BOOT, timedelta(seconds=warm_up + 0.7))
             begun = monotonic()
             await asyncio.sleep(1)
             for instance in instances[1:]:
@@ -239,17 +239,17 @@ async def test_jobs_that_become_due_while_instances_settle(
     tell(f"loads {sorted(loads.values())}, the last {max(late):.2f} s late")
     assert spans[0].begin > begun, "they were due too early"
     assert sorted(loads.values()) == [2] * 5
-    assert max(late) < settling
+    assert max(late) < warm_up
 
 
 async def test_a_start_soon_after_a_start(
     postgres: Database, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     """Instances go by what they saw themselves, not by what instances saw that are dead by now."""
-    settling = FORKED_SETTLING
+    warm_up = FORKED_WARM_UP
     async with ground(postgres, fork_server, tmp_path) as where:
         instances = where.instances(
-            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{settling}"}
+            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
         )
         try:
             await instances[0].launch()
@@ -260,8 +260,8 @@ async def test_a_start_soon_after_a_start(
             # The later ones still look around while all jobs run; then all are dead.
             await asyncio.sleep(1.8)
             await end(instances)
-            await asyncio.sleep(settling)
-            start = await start_together(where, instances, 10, "soon after a start", settling)
+            await asyncio.sleep(warm_up)
+            start = await start_together(where, instances, 10, "soon after a start", warm_up)
         finally:
             await end(instances)
     tell_starts([start])
@@ -275,7 +275,7 @@ async def test_without_turns_the_first_instance_takes_all(
     """The control: whatever is due is taken as soon as it is seen, and the shares are uneven."""
     async with ground(postgres, fork_server, tmp_path) as where:
         starts = await cold_and_warm(
-            where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="turns"
+            where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="policy"
         )
     tell("; ".join(f"{start.kind}: {start.loads}" for start in starts))
     assert [start for start in starts if start.difference <= 1] == []
@@ -290,7 +290,7 @@ async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
     env = {
         "FLEET_EVERY": f"{every}",
         "FLEET_SECONDS": f"{every / 25}",
-        "JOB_SETTLING_SECONDS": f"{SHORT_SETTLING}",
+        "JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}",
         **env,
     }
     instances = where.instances(5, env)
@@ -317,7 +317,7 @@ async def test_light_load_goes_round(
         together, staggered, control = await asyncio.gather(
             light_load(grounds[0], stagger=False, **TIE),
             light_load(grounds[1], stagger=True, **TIE),
-            light_load(grounds[2], stagger=True, FLEET_TIE="0"),
+            light_load(grounds[2], stagger=True, FLEET_TIE_BREAK="0"),
         )
     tell(f"{LIGHT_RUNS} runs due together: {together}, one after the other: {staggered}")
     tell(f"one after the other, without rounds: {control}")
@@ -358,9 +358,9 @@ async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[I
 
 
 async def lateness(where: Ground, seconds: float, **env: str) -> list[float]:
-    """Return how late the jobs of three settled instances started, with newcomers every second."""
-    settling = {"JOB_SETTLING_SECONDS": f"{SHORT_SETTLING}"}
-    env = {"FLEET_EVERY": "2", "FLEET_SECONDS": "0.1", **settling, **env}
+    """Return how late jobs of three warmed-up instances started, with newcomers every second."""
+    warm_up = {"JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}"}
+    env = {"FLEET_EVERY": "2", "FLEET_SECONDS": "0.1", **warm_up, **env}
     async with running(where.instances(3, env)):
         await where.until(10)
         await where.until_fact(NOTHING_RUNS)
@@ -382,7 +382,7 @@ def quantile(ordered: list[float], share: float) -> float:
 async def test_newcomers_that_die_delay_nobody(
     postgres: Database, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """An instance that comes up every second and dies does not delay jobs on settled instances."""
+    """An instance that comes up every second and dies delays no job on warmed-up instances."""
     async with ground(postgres, fork_server, tmp_path) as where:
         late = await lateness(where, size(small=8, full=30))
     async with ground(postgres, fork_server, tmp_path) as where:
@@ -390,7 +390,7 @@ async def test_newcomers_that_die_delay_nobody(
     tell(
         f"{len(late)} starts late by p50 {quantile(late, 0.5) * 1000:.1f} ms, "
         f"p99 {quantile(late, 0.99) * 1000:.1f} ms, at most {late[-1] * 1000:.1f} ms; "
-        f"where any newcomer begins the settling time anew: {len(control)} starts"
+        f"where any newcomer begins the warm-up anew: {len(control)} starts"
     )
     assert quantile(late, 0.99) < size(small=500, full=100) / 1000
     assert len(control) < len(late) / 2
@@ -399,13 +399,13 @@ async def test_newcomers_that_die_delay_nobody(
 async def test_newcomers_that_die_delay_no_start(
     postgres: Database, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    """Instances that come up among newcomers that die wait for the settling time once.
+    """Instances that come up among newcomers that die wait for the warm-up once.
 
     Without the guard that what was seen is written once, they wait for as long as newcomers come.
     """
 
     async def start(**env: str) -> list[float]:
-        env = {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{SHORT_SETTLING}", **env}
+        env = {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}", **env}
         async with (
             ground(postgres, fork_server, tmp_path) as where,
             crash_loop(where, env),

@@ -382,10 +382,10 @@ async def test_what_a_silent_transaction_holds_is_free_again(
     service = Database(settings)
     await service.start()
     jobs = JobRepository(service, Me(uuid4(), "app1"), timedelta(seconds=0.5))
-    known = await jobs.declare({"a": ("every 60 s", "")})
-    look = await jobs.look(known, AT_ONCE)
-    assert look.claimed is not None
-    run = Run(look.claimed, service, jobs, min_seconds=0)
+    capabilities = await jobs.declare({"a": ("every 60 s", "")})
+    found = await jobs.claim_next(capabilities, AT_ONCE)
+    assert found.claimed is not None
+    run = Run(found.claimed, service, jobs, min_seconds=0)
     other = await connect(database)
     async with asyncio.timeout(30):
         with suppress(TransactionLimitError):

@@ -685,8 +685,8 @@ async def test_statistics_are_refreshed_where_rows_changed(house: House) -> None
         r"refreshed the statistics of [34] of 11 tables; most had changed in entries: 1 199 rows",
         await house.run("refresh-statistics"),
     )
-    known = "SELECT reltuples::int FROM pg_class WHERE oid = 'entries'::regclass"
-    assert await house.rows(known) == [(1200,)]
+    capabilities = "SELECT reltuples::int FROM pg_class WHERE oid = 'entries'::regclass"
+    assert await house.rows(capabilities) == [(1200,)]
 
 
 async def test_a_table_that_is_held_is_left_for_the_next_time(

@@ -2,13 +2,12 @@
 
 A job is a function with a name and a schedule. Its row in PostgreSQL holds its whole state: when it
 may start, and who runs it until when. There is no queue beside it and nobody who hands out work:
-each instance looks at the rows, knows what it runs itself, and takes a job when it is its turn.
+each instance reads the rows, knows what it runs itself, and claims a job when its policy lets it.
 
-            ready, and this instance's turn        returned, failed, timed out, cancelled, handed
-            back
-    waiting --------------------------> running ----------------------------------------> waiting
+            ready, and the backoff over            returned, failed, timed out, cancelled, released
+    waiting --------------------------> running -----------------------------------------> waiting
        ^                                   |
-       '--------- lease over: lost --------'   (the next owner has a higher fence)
+       '-------- lease expired: lost ------'   (the next owner has a higher fence)
 
 Why two runs of a job never overlap: an instance runs a job only while it trusts its lease, and it
 trusts it for a lease's time from the moment of *asking* for it, while PostgreSQL lets others take

@@ -36,14 +36,15 @@ LONGEST_RELEASE: Final = timedelta(minutes=5)
 SLACK: Final = 1.5
 
 
-class Known(NamedTuple):
-    """What an instance knew when it started, by PostgreSQL's clock: it claims nothing else."""
+class Capabilities(NamedTuple):
+    """Which jobs an instance can run, as of its start by PostgreSQL's clock; it claims no other."""
 
     booted_at: datetime
-    # jobs are numbered in the order of first declaration: up to this one, but for those
-    knows_to: int
-    lacks: list[str]
-    # the same as ranges of numbers: found in one of them by bisection, however many are lacked
+    # jobs are numbered in the order of first declaration: it has those up to this one, but for
+    # the missing ones
+    highest_number: int
+    missing: list[str]
+    # the same as ranges of numbers: found in one of them by bisection, however many are missing
     numbers: list["asyncpg.Range[int]"]
 
 
@@ -115,14 +116,14 @@ UPDATE jobs SET schedule = $2, description = $3, other_schedules = $4,
 WHERE name = $1
 """
 
-# A note, or a sign of life, in the future was written before the clock was set back.
+# A startup mark, or a sign of life, in the future was written before the clock was set back.
 FORGET_FUTURE: Final = """
 UPDATE jobs SET seen_at = NULL, alive_at = least(alive_at, clock_timestamp())
 WHERE name = ANY ($1) AND holder IS NULL
   AND greatest(seen_at, alive_at) > clock_timestamp() + interval '1 s'
 """
 
-KNOWN: Final = """
+CAPABILITIES: Final = """
 SELECT clock_timestamp(), coalesce(max(number), 0),
        coalesce(array_agg(name) FILTER (WHERE name <> ALL ($1)), '{}'),
        coalesce(range_agg(int8range(number, number, '[]')) FILTER (WHERE name = ANY ($1)), '{}')
@@ -135,13 +136,13 @@ async def declare(
     jobs: Mapping[str, tuple[str, str]],
     jitters: Mapping[str, timedelta],
     live: timedelta,
-) -> tuple[Known, dict[str, str]]:
+) -> tuple[Capabilities, dict[str, str]]:
     """Declare jobs (name: schedule, description), and bring their rows up to what counts.
 
     What makes no declaration for as long as `live` counts no more.
 
     Returns:
-        What is known by it, and which jobs could not be declared, with the reasons.
+        The capabilities by it, and which jobs could not be declared, with the reasons.
     """
     undeclared: dict[str, str] = {}
     async with connection.transaction(isolation="read_committed"):
@@ -168,7 +169,7 @@ async def declare(
                     async with connection.transaction():
                         arguments = (name, *change, row["due_at"], row["ready_at"])
                         await connection.execute(REDECLARE, *arguments)
-        return Known(*(await read(connection, KNOWN, list(jobs)))[0]), undeclared
+        return Capabilities(*(await read(connection, CAPABILITIES, list(jobs)))[0]), undeclared
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import asyncpg
 import structlog
 
 from balance_app.db.outages import Kind, classify
-from balance_app.jobs.declarations import Known
+from balance_app.jobs.declarations import Capabilities
 from balance_app.jobs.repository import LEAVE, Me, Progress, Renewal, renew_leases
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.metrics import Metrics
@@ -85,16 +85,16 @@ class Heartbeat:
         self._no_thread: str | None = None
         # when the last heartbeat was sent that was answered (monotonic)
         self._renewed_at = -math.inf
-        self._known: Known | None = None
+        self._capabilities: Capabilities | None = None
 
-    def start(self, known: Known) -> None:
+    def start(self, capabilities: Capabilities) -> None:
         """Begin to renew; called in the event loop of the service, in the main thread.
 
         Where no thread can be started, `fault` tries again.
         """
         if self._has_watchdog and self._watchdog is None:
             self._watchdog = watchdog_timer()
-        self._known = known
+        self._capabilities = capabilities
         self._service = asyncio.get_running_loop()
         if self._thread is None or not self._thread.is_alive():
             self._start_thread()
@@ -248,13 +248,13 @@ class Heartbeat:
         """Renew all leases; False: a row was locked, try again soon."""
         with self._lock:
             leases = {(lease.name, lease.fence): lease for lease in self._leases}
-        known = self._known
-        assert known is not None  # noqa: S101 - started with it
+        capabilities = self._capabilities
+        assert capabilities is not None  # noqa: S101 - started with it
         renewals = [Renewal(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
         sent_at = monotonic()
         now, results = await asyncio.wait_for(
             renew_leases(
-                connection, self._me, timedelta(seconds=self._lease_seconds), known, renewals
+                connection, self._me, timedelta(seconds=self._lease_seconds), capabilities, renewals
             ),
             self._settings.job_heartbeat_seconds,
         )

@@ -20,7 +20,7 @@ from balance_app.jobs.declarations import (
     LONGEST_QUARANTINE,
     LOST_LIMIT,
     QUARANTINE,
-    Known,
+    Capabilities,
     declare,
 )
 
@@ -30,7 +30,7 @@ GONE: Final = "its instance sent no heartbeat until its lease was over"
 UNREACHABLE: Final = "its instance could not reach the database until its lease was over"
 NOT_BEGUN: Final = "its instance could not reach the database, and never began it"
 LIMITS: Final = (QUARANTINE, LONGEST_QUARANTINE, STOPPED, GONE)
-NOTICE_BATCH: Final = 500
+STARTUP_BATCH: Final = 500
 
 
 class Me(NamedTuple):
@@ -40,17 +40,17 @@ class Me(NamedTuple):
     server: str
 
 
-class Turn(NamedTuple):
-    """What decides when an instance may take a job; all of it is about this instance alone."""
+class ClaimPolicy(NamedTuple):
+    """What decides when an instance may claim a job; all of it is about this instance alone."""
 
     # how long it waits because of what it runs already
-    wait: timedelta
+    backoff: timedelta
     # the round it is in, and how long it waits for those who are in an earlier one
     round: int
-    tie: timedelta
-    # up for longer than the settling time?
-    settled: bool
-    settling: timedelta
+    tie_break: timedelta
+    # up for longer than the warm-up (JOB_SETTLING_SECONDS)?
+    warmed_up: bool
+    warm_up: timedelta
     # until when, by PostgreSQL's clock, it may take a job whose lease is over; None: not now
     takes_over_until: datetime | None
 
@@ -76,20 +76,20 @@ class Claimed(NamedTuple):
     failure_streak: int = 0
 
 
-class Look(NamedTuple):
-    """What a look at the jobs found: a run, or when to look again."""
+class ClaimResult(NamedTuple):
+    """What a claim got: a run, or when to try again."""
 
     # this instance's own clock (monotonic) when it asked, and the server's when it answered
     sent_at: float
     now: datetime
     claimed: Claimed | None
-    # a job was lost once too often, or while it was paused: it is freed, and not started
-    set_aside: str | None
+    # a job that was lost once too often (quarantined) or while it was paused: freed, not started
+    freed: str | None
     # until the next job could be this instance's, if one is known
     wait_seconds: float | None
-    # something runs somewhere: it may be handed back at any moment
+    # something runs somewhere: it may be released at any moment
     busy: bool
-    # how the job's run before ended, if this look is what ended it
+    # how the job's run before ended, if this claim is what ended it
     ended: str | None
 
 
@@ -189,16 +189,16 @@ class JobRepository:
         jitters: Mapping[str, timedelta] | None = None,
         *,
         live: timedelta = LIVE,
-    ) -> Known:
+    ) -> Capabilities:
         """Bring the rows up to the jobs (name: schedule, description) that the code declares.
 
         Said again and again, it keeps the declarations alive; see `declarations`. A job that can't
         be declared keeps the row that it has, if any; see `undeclared`.
         """
-        known, self.undeclared = await self._database.run(
+        capabilities, self.undeclared = await self._database.run(
             lambda con: declare(con, jobs, jitters or {}, live), priority=True
         )
-        return known
+        return capabilities
 
     async def ahead(self) -> list[Ahead]:
         """Return the leases that were renewed in the future: PostgreSQL's clock was set back."""
@@ -212,31 +212,38 @@ class JobRepository:
         )
         return row is not None
 
-    async def notice(self, known: Known, settling: timedelta) -> None:
+    async def mark_startup(self, capabilities: Capabilities, warm_up: timedelta) -> None:
         """Write down when this instance, which has just started, saw which jobs are soon ready."""
         await self._database.run(
-            lambda con: write(con, NOTICE, known.numbers, NOTICE_BATCH, settling, known.booted_at),
+            lambda con: write(
+                con,
+                MARK_STARTUP,
+                capabilities.numbers,
+                STARTUP_BATCH,
+                warm_up,
+                capabilities.booted_at,
+            ),
             priority=True,
         )
 
-    async def look(self, known: Known, turn: Turn) -> Look:
-        """Take the job that has been ready for longest, if it is this instance's turn."""
+    async def claim_next(self, capabilities: Capabilities, policy: ClaimPolicy) -> ClaimResult:
+        """Claim the job that has been ready for longest, if the policy lets this instance."""
 
         async def ask(connection: Connection) -> tuple[float, asyncpg.Record | None]:
             sent_at = monotonic()  # what waited in line, or behind a run that blocks, was not sent
-            arguments = claim_arguments(self.me, self._lease, known, turn)
+            arguments = claim_arguments(self.me, self._lease, capabilities, policy)
             return sent_at, await write(connection, CLAIM, *arguments)
 
         sent_at, row = await self._database.run(ask, priority=True)
         assert row is not None  # noqa: S101 - the statement always has one
-        now, wait_seconds, busy, name, goes, *rest, ended = row
+        now, wait_seconds, busy, name, claimable, *rest, ended = row
         claimed = None
-        if goes:
+        if claimable:
             claimed = Claimed(name, *rest)
             if claimed.resumed is not None:
                 claimed = claimed._replace(resumed=from_json(claimed.resumed))
-        set_aside = name if name and not goes else None
-        return Look(sent_at, now, claimed, set_aside, wait_seconds, bool(busy), ended)
+        freed = name if name and not claimable else None
+        return ClaimResult(sent_at, now, claimed, freed, wait_seconds, bool(busy), ended)
 
     async def finish(
         self, name: str, fence: int, ending: Ending, schedule: str | None = None
@@ -303,14 +310,14 @@ class JobRepository:
         return row is not None
 
 
-# Written once for each time that a job is ready, by the first of the instances that come up: the
-# next can't push it on. Instances that come up at least a settling time after a note have no use
-# for it, so one that is twice as old concerns nobody any more, and is replaced; so is one that a
-# run has outlived. Nothing is written about a run that gave a sign of life after this instance's
-# boot: the note would outlive the fleet, and the next fleet would take it for its own. Of many, the
-# longest ready come first, a batch at each look; nobody takes a job before it is noticed, or all
-# have settled.
-NOTICE: Final = """
+# The startup mark: written once for each time that a job is ready, by the first of the instances
+# that come up: the next can't push it on. Instances that come up at least a warm-up after a mark
+# have no use for it, so one that is twice as old concerns nobody any more, and is replaced; so is
+# one that a run has outlived. Nothing is written about a run that gave a sign of life after this
+# instance's boot: the mark would outlive the fleet, and the next fleet would take it for its own.
+# Of many, the longest ready come first, a batch at each try; nobody takes a job before it is
+# marked, or all are warmed up.
+MARK_STARTUP: Final = """
 WITH ready AS (
     SELECT name FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp() + $3::interval)
@@ -325,26 +332,26 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 """
 
 # One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
-# clock. The row is locked before it is judged again, and a row that is locked belongs to
+# clock. The row is locked before it is checked again, and a row that is locked belongs to
 # somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
-# The turn: a job may be taken at `claimable_at` plus this instance's own wait. What instances saw
-# when they came up waits until `seen_at` plus the settling time, so that those that come up
-# together share it: all go by what the first of them wrote, and none by its own boot, as they
-# differ. Not so for an instance that had settled before (`seen_at` is not about it), nor when a run
-# gave a sign of life after the instance's boot: the fleet is up already. Among equals, an instance
-# that has claimed in this round lets the others go first: rounds are the virtual time of start-time
-# fair queueing (Goyal, Vin, Cheng 1996), so that light load goes round without anybody being
-# counted.
+# The claim policy: a job may be taken at `claimable_at` plus this instance's own backoff. What was
+# marked at startup waits until `seen_at` plus the warm-up, so that those that come up together
+# share it: all go by what the first of them wrote, and none by its own boot, as they differ. Not so
+# for an instance that was warmed up before (`seen_at` is not about it), nor when a run gave a sign
+# of life after the instance's boot: the fleet is up already. The tie break: among equals, an
+# instance that has claimed in this round lets the others go first. Rounds are the virtual time of
+# start-time fair queueing (Goyal, Vin, Cheng 1996), so that light load goes round without anybody
+# being counted.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
-# $7 wait, $8 round, $9 tie, $10 settled, $11 settling, $12 takes_over_until,
+# $7 backoff, $8 round, $9 tie break, $10 warmed up, $11 warm-up, $12 takes_over_until,
 # $13 quarantine, $14 the longest, $15 and $16 what is said of who stopped, or is gone
 CLAIM: Final = """
 WITH own AS (
     SELECT $7::interval
          + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
-           AS wait
+           AS backoff
 ), candidate AS MATERIALIZED (
     SELECT name, fence, server, started_at, lease_until,
            holder IS NOT NULL AS held,
@@ -353,12 +360,12 @@ WITH own AS (
            CASE WHEN parts THEN $15 ELSE $16 END AS result,
            holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $6 AS quarantined,
            holder IS NULL
-           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $6)) AS goes
+           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $6)) AS claimable
     FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp())
       AND number <@ $5::int8multirange
       AND (holder IS NULL OR clock_timestamp() <= $12::timestamptz)
-      AND (SELECT clock_timestamp() - wait FROM own) >=
+      AND (SELECT clock_timestamp() - backoff FROM own) >=
           CASE WHEN alive_at > $4 THEN claimable_at
                WHEN seen_at <= $4 + $11::interval THEN greatest(claimable_at, seen_at + $11)
                WHEN $10 THEN claimable_at END
@@ -367,16 +374,16 @@ WITH own AS (
     FOR UPDATE SKIP LOCKED
 ), taken AS (
     UPDATE jobs SET
-        holder = CASE WHEN goes THEN $1::uuid END,
-        server = CASE WHEN goes THEN $2::text END,
-        started_at = CASE WHEN goes THEN clock_timestamp() END,
-        lease_until = CASE WHEN goes THEN clock_timestamp() + $3::interval END,
-        fence = jobs.fence + goes::integer,
+        holder = CASE WHEN claimable THEN $1::uuid END,
+        server = CASE WHEN claimable THEN $2::text END,
+        started_at = CASE WHEN claimable THEN clock_timestamp() END,
+        lease_until = CASE WHEN claimable THEN clock_timestamp() + $3::interval END,
+        fence = jobs.fence + claimable::integer,
         attempt = attempt + held::integer,
         parts = false,
-        cancel_by = CASE WHEN goes THEN cancel_by END,
+        cancel_by = CASE WHEN claimable THEN cancel_by END,
         done = NULL, total = NULL, note = NULL, seen_at = NULL,
-        alive_at = CASE WHEN goes THEN clock_timestamp() ELSE alive_at END,
+        alive_at = CASE WHEN claimable THEN clock_timestamp() ELSE alive_at END,
         lost_streak = lost_streak + lost::integer,
         round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
         ready_at = CASE WHEN quarantined THEN clock_timestamp() + least(
@@ -388,7 +395,7 @@ WITH own AS (
         last_ended_at = CASE WHEN held THEN candidate.lease_until ELSE last_ended_at END,
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
-    RETURNING jobs.name, goes, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
+    RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint, cancel_by, schedule,
               anchor_at, jobs.started_at, round, releases, retries, failure_streak,
               CASE WHEN held THEN outcome END
 ), ended AS (
@@ -399,15 +406,15 @@ WITH own AS (
       AND job_runs.outcome IS NULL
 ), begun AS (
     INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
-    SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE goes
+    SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE claimable
 ), head AS (
     SELECT claimable_at, alive_at, seen_at, holder FROM jobs
     WHERE claimable_at IS NOT NULL AND number <@ $5::int8multirange
     ORDER BY claimable_at LIMIT 20
 ), next AS (
     SELECT min(CASE WHEN seen_at <= $4 + $11 AND (alive_at > $4) IS NOT TRUE
-                    THEN greatest(claimable_at, seen_at + $11) + own.wait
-                    WHEN $10 OR alive_at > $4 THEN claimable_at + own.wait
+                    THEN greatest(claimable_at, seen_at + $11) + own.backoff
+                    WHEN $10 OR alive_at > $4 THEN claimable_at + own.backoff
                     ELSE claimable_at END) AS at,
            bool_or(holder IS NOT NULL) AS busy
     FROM head, own
@@ -418,9 +425,11 @@ FROM next LEFT JOIN taken ON true
 """
 
 
-def claim_arguments(me: Me, lease: timedelta, known: Known, turn: Turn) -> tuple[object, ...]:
+def claim_arguments(
+    me: Me, lease: timedelta, capabilities: Capabilities, policy: ClaimPolicy
+) -> tuple[object, ...]:
     """Return what CLAIM asks for, in its order."""
-    return (*me, lease, known.booted_at, known.numbers, LOST_LIMIT, *turn, *LIMITS)
+    return (*me, lease, capabilities.booted_at, capabilities.numbers, LOST_LIMIT, *policy, *LIMITS)
 
 
 # Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
@@ -579,13 +588,15 @@ async def renew_leases(
     connection: "asyncpg.Connection[asyncpg.Record]",
     me: Me,
     lease: timedelta,
-    known: Known,
+    capabilities: Capabilities,
     renewals: Iterable[Renewal],
 ) -> tuple[datetime, list[RenewalResult]]:
     """Renew leases on the heartbeat's own connection; return the server's time and the results."""
     rows_sent = [(each.name, each.fence, each.stopping, *each.progress) for each in renewals]
     columns = [list(column) for column in zip(*rows_sent, strict=True)] or [[] for _ in range(6)]
-    rows = await connection.fetch(HEARTBEAT, *me, lease, known.knows_to, known.lacks, *columns)
+    rows = await connection.fetch(
+        HEARTBEAT, *me, lease, capabilities.highest_number, capabilities.missing, *columns
+    )
     results = [
         RenewalResult(
             row["name"], row["fence"], row["renewed"], bool(row["still_held"]), row["cancel_by"]

@@ -1,4 +1,4 @@
-"""The scheduler of one instance: it claims due jobs when it is its turn, and runs them."""
+"""The scheduler of one instance: it claims due jobs by its claim policy, and runs them."""
 
 import asyncio
 import math
@@ -15,7 +15,7 @@ import structlog
 from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Known
+from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Capabilities
 from balance_app.jobs.heartbeat import Heartbeat
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.repository import (
@@ -23,11 +23,11 @@ from balance_app.jobs.repository import (
     STOPPED,
     Ahead,
     Claimed,
+    ClaimPolicy,
     Ending,
     JobRepository,
     Me,
     Skipped,
-    Turn,
 )
 from balance_app.jobs.run import Run, plain
 from balance_app.jobs.runner import RunResult, execute, stop
@@ -38,10 +38,10 @@ from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-# Something runs somewhere and may be handed back at any moment, or nothing does.
-BUSY_LOOK_SECONDS: Final = 0.25
-IDLE_LOOK_SECONDS: Final = 2.5
-# A look that lost a race looks again.
+# Something runs somewhere and may be released at any moment, or nothing does.
+BUSY_POLL_SECONDS: Final = 0.25
+IDLE_POLL_SECONDS: Final = 2.5
+# A claim that lost a race is tried again.
 RACE_SECONDS: Final = 0.05
 AWAY_SECONDS: Final = 0.25
 # After an outage the owners of leases that ran out meanwhile come first, to say what happened.
@@ -56,9 +56,9 @@ CLEAR_UP_SECONDS: Final = 0.5
 DECLARE_SECONDS: Final = 15.0
 LONGEST_RETRY_SECONDS: Final = 3600.0
 # How much later an instance takes a job that has claimed one in this round already.
-TIE: Final = timedelta(milliseconds=10)
-# The wait for a turn grows with what runs here, ever more slowly: at most ten steps.
-HALF_OF_MOST: Final = 10
+TIE_BREAK: Final = timedelta(milliseconds=10)
+# The backoff grows with what runs here, ever more slowly: at most ten steps.
+MOST_BACKOFF_STEPS: Final = 10
 DRAIN_SECONDS: Final = 0.8
 NAMED: Final = 5  # so many undeclared jobs are told with their reasons
 # What can't be stopped ends with the process within this; its lease later, by as much as
@@ -86,7 +86,7 @@ class Scheduler:
         self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
         self._metrics = metrics or Metrics()
         self._heartbeat = Heartbeat(settings, self.me, self._metrics, watchdog=watchdog)
-        self._known: Known | None = None
+        self._capabilities: Capabilities | None = None
         # in which tables the jobs are declared, and from when on they may be (monotonic)
         self._installation: Installation | None = None
         self._declare_at = 0.0
@@ -152,7 +152,7 @@ class Scheduler:
             self._loop.cancel()
 
     def wake(self) -> None:
-        """Look at the jobs now: something has changed."""
+        """Try to claim now: something has changed."""
         self._soon.set()
         self._heartbeat.renew_soon()
 
@@ -162,12 +162,12 @@ class Scheduler:
             try:
                 wait_seconds = await self.run_once()
             except DatabaseUnavailable as problem:
-                log.debug("no look at the jobs", reason=problem.detail)
+                log.debug("no claim was tried", reason=problem.detail)
                 self._away_at = monotonic()
                 wait_seconds = AWAY_SECONDS
             except Exception:
-                log.exception("a look at the jobs failed")
-                wait_seconds = IDLE_LOOK_SECONDS
+                log.exception("a claim failed")
+                wait_seconds = IDLE_POLL_SECONDS
             if wait_seconds > 0:
                 await self._sleep(wait_seconds)
             else:
@@ -176,57 +176,57 @@ class Scheduler:
                 await asyncio.sleep(0)
 
     async def run_once(self) -> float:
-        """Look at the jobs once, and start one if there is one to take.
+        """Try to claim a job once, and start it.
 
         Returns:
-            How many seconds to wait before the next look; 0 after a job was taken.
+            How many seconds to wait before the next claim; 0 after a job was taken.
         """
         wait_seconds = await self._prepare()
-        known = self._known
-        if known is None or wait_seconds > 0:
+        capabilities = self._capabilities
+        if capabilities is None or wait_seconds > 0:
             return wait_seconds
         now = monotonic()
-        settled = now - self._booted >= self._settings.job_settling_seconds
-        settling = timedelta(seconds=self._settings.job_settling_seconds)
+        warmed_up = now - self._booted >= self._settings.job_settling_seconds
+        warm_up = timedelta(seconds=self._settings.job_settling_seconds)
         await self._maintain(now)
-        if not settled:
-            await self._jobs.notice(known, settling)
-        look = await self._jobs.look(
-            known,
-            Turn(
-                wait=self._wait_for_turn(),
+        if not warmed_up:
+            await self._jobs.mark_startup(capabilities, warm_up)
+        found = await self._jobs.claim_next(
+            capabilities,
+            ClaimPolicy(
+                backoff=self._backoff(),
                 round=self._round,
-                tie=TIE,
-                settled=settled,
-                settling=settling,
+                tie_break=TIE_BREAK,
+                warmed_up=warmed_up,
+                warm_up=warm_up,
                 takes_over_until=self._takes_over_until(now),
             ),
         )
-        self._heartbeat.set_clock(look.now, monotonic())
-        if monotonic() - look.sent_at > self._patience_seconds:
+        self._heartbeat.set_clock(found.now, monotonic())
+        if monotonic() - found.sent_at > self._patience_seconds:
             self._away_at = monotonic()
-        if look.set_aside is not None:
-            log.warning("job quarantined, or lost while paused", job=look.set_aside)
-            self._metrics.run_ended(look.set_aside, look.ended)
+        if found.freed is not None:
+            log.warning("job quarantined, or lost while paused", job=found.freed)
+            self._metrics.run_ended(found.freed, found.ended)
             return 0
-        if look.claimed is not None:
-            self._start(look.claimed, look.sent_at)
-            self._count(look.claimed, look.ended)
+        if found.claimed is not None:
+            self._start(found.claimed, found.sent_at)
+            self._count(found.claimed, found.ended)
             return 0
-        longest = BUSY_LOOK_SECONDS if look.busy or not settled else IDLE_LOOK_SECONDS
-        if look.wait_seconds is None:
+        longest = BUSY_POLL_SECONDS if found.busy or not warmed_up else IDLE_POLL_SECONDS
+        if found.wait_seconds is None:
             return longest
-        if look.wait_seconds <= 0:
+        if found.wait_seconds <= 0:
             return RACE_SECONDS
-        return min(look.wait_seconds, longest)
+        return min(found.wait_seconds, longest)
 
     async def _prepare(self) -> float:
         """Declare the jobs and see that leases are renewed; return how long to wait for that."""
-        if self._known is not None and self._database.installation != self._installation:
+        if self._capabilities is not None and self._database.installation != self._installation:
             self._begin_anew()
-        if self._known is None and (rest := self._declare_at - monotonic()) > 0:
+        if self._capabilities is None and (rest := self._declare_at - monotonic()) > 0:
             return rest
-        if self._known is None:
+        if self._capabilities is None:
             await self._declare()
         self.fault = self._heartbeat.fault()
         return 0 if self.fault is None else RACE_SECONDS
@@ -283,16 +283,18 @@ class Scheduler:
             log.info("losses taken back: this instance lives", jobs=refuted)
         self._cleared_at = now
 
-    # -- turns --------------------------------------------------------------------------------
+    # -- claim policy -------------------------------------------------------------------------
 
-    def _wait_for_turn(self) -> timedelta:
+    def _backoff(self) -> timedelta:
         """Return how long after a job is ready this instance may take it: longer with each run.
 
-        Of instances that look at the same job the one with the fewest runs comes first, and none
-        has to know of another.
+        Of instances that could claim the same job the one with the fewest runs comes first, and
+        none has to know of another.
         """
         runs = len(self._runs)
-        return timedelta(seconds=self._settings.job_step_seconds * runs / (1 + runs / HALF_OF_MOST))
+        return timedelta(
+            seconds=self._settings.job_step_seconds * runs / (1 + runs / MOST_BACKOFF_STEPS)
+        )
 
     def _begin_anew(self) -> None:
         """Stop all runs: the tables that hold their leases are gone, and others in their place.
@@ -301,27 +303,27 @@ class Scheduler:
         every run that began on the tables of before has ended, here and elsewhere.
         """
         log.warning("the tables are other ones than before", stopping=len(self._runs))
-        self._known = None
+        self._capabilities = None
         self._declare_at = monotonic() + self._settings.job_lease_seconds
         for run in list(self._runs):
             stop(run, "interrupted", "its database was made anew, or restored")
 
-    async def _declare(self) -> Known:
+    async def _declare(self) -> Capabilities:
         self._installation = self._database.installation
         try:
-            known = await self._jobs.declare(*self._declared())
+            capabilities = await self._jobs.declare(*self._declared())
         except Exception as error:
             if not isinstance(error, DatabaseUnavailable):  # which concerns more than the jobs
                 self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
             raise
         self._set_undeclared(self._jobs.undeclared)
-        self._known = known
+        self._capabilities = capabilities
         self._booted = self._declared_at = monotonic()
-        self._heartbeat.set_clock(known.booted_at, self._booted)
+        self._heartbeat.set_clock(capabilities.booted_at, self._booted)
         if not self._draining:
-            self._heartbeat.start(known)
+            self._heartbeat.start(capabilities)
         log.info("scheduler started", instance=str(self.me.id), jobs=len(self._registry))
-        return known
+        return capabilities
 
     def _declared(self) -> tuple[dict[str, tuple[str, str]], dict[str, timedelta]]:
         jobs = self._registry.values()

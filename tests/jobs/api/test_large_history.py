@@ -277,10 +277,10 @@ async def test_runs_begin_and_end_by_an_index(
         database = cast("Database", OneConnection(connection))
         me = repository.Me(uuid4(), "app1")
         jobs = JobRepository(database, me, LEASE)
-        known = await large.instance().declare(*NAMES)
+        capabilities = await large.instance().declare(*NAMES)
         await large.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")
         for _ in NAMES:
-            claimed = (await jobs.look(known, AT_ONCE)).claimed
+            claimed = (await jobs.claim_next(capabilities, AT_ONCE)).claimed
             assert claimed is not None
             if claimed.name in {RARE, FAILING}:
                 await large.admin.execute(
@@ -288,7 +288,7 @@ async def test_runs_begin_and_end_by_an_index(
                     " WHERE name = $1",
                     claimed.name,
                 )
-                claimed = (await jobs.look(known, AT_ONCE)).claimed
+                claimed = (await jobs.claim_next(capabilities, AT_ONCE)).claimed
                 assert claimed is not None
                 assert claimed.attempt == 1
             ending = Ending(
