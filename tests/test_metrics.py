@@ -225,7 +225,7 @@ async def scheduler(
         yield running, metrics
     finally:
         await running.stop()
-        await running.part()
+        await running.close()
 
 
 def declare(name: str, function: Any, **said: Any) -> Job:  # noqa: ANN401 - what a job may be
@@ -315,11 +315,11 @@ async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
 
 
 async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -> None:
-    """An instance that parts leaves a run that can not be stopped: interrupted, not lost."""
+    """An instance that ends leaves a run that can not be stopped: interrupted, not lost."""
     other = ground.instance("other")
     await other.declare("good")
     claimed = await other.claim()
-    await other.jobs.part(claimed.name, claimed.fence, timedelta(0))
+    await other.jobs.mark_releasing(claimed.name, claimed.fence, timedelta(0))
     async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
         await ground.ended("good", runs=2)
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))

@@ -143,13 +143,13 @@ async def _lifespan(
         refusal = asyncio.create_task(
             _refuse_in_time(database, stopping, settings.stop_seconds / 6)
         )
-        handing_back = asyncio.create_task(_hand_back(scheduler, stopping))
+        releasing = asyncio.create_task(_release_runs(scheduler, stopping))
         yield
         refusal.cancel()
         stopping.set()
-        await handing_back
+        await releasing
         if scheduler is not None:
-            await scheduler.part()
+            await scheduler.close()
     finally:
         await database.stop()
         log.info("stopped")
@@ -163,7 +163,7 @@ async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: 
     database.refuse_requests()
 
 
-async def _hand_back(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
+async def _release_runs(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
     """Release the jobs at once after the signal, while requests are still answered."""
     await stopping.wait()
     if scheduler is not None:

@@ -1,15 +1,15 @@
 """An instance of the service with jobs that write what they do into local files.
 
-`python -m tests.jobs.fleet` serves one instance. The verdict on overlaps comes from the files
-alone, never from the service's own tables. What the jobs are is said by the environment:
+`python -m tests.jobs.fleet` serves one instance. Overlaps are looked for in the
+files alone, never in the service's own tables. What the jobs are is said by the environment:
 
 FLEET_EVENT_LOGS  the directory that all instances write to, a file per boot
 FLEET_JOBS        how many jobs, named job-01 and so on
 FLEET_EVERY       their interval in seconds
 FLEET_SECONDS     how long each run lasts
 FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
-                  event loop), stubborn (a thread that can't be stopped), thread (one that can),
-                  thread-writes (one with transactions), writes (through its transaction),
+                  event loop), uncancellable (a thread that can't be stopped), thread (one that
+                  can), thread-writes (one with transactions), writes (through its transaction),
                   held (the same, and each transaction is held open), poison (kills its process),
                   clings (writes until its time is over, whatever it is told);
                   one of those that leave the run's own task (tests/jobs/kinds.py);
@@ -165,7 +165,7 @@ def declare(number: int, event_log: EventLog) -> Job:
         "spin": script.blocking,
         "thread": script.threaded,
         "thread-writes": script.threaded,
-        "stubborn": script.threaded,
+        "uncancellable": script.threaded,
         "writes": script.writes,
         "held": script.writes,
         "poison": script.poison,
@@ -257,14 +257,14 @@ def main_task_only() -> None:
     vars(scope)["Scope"]._stop_children = lambda _self: None
 
 
-def no_hand_back() -> None:
+def no_release() -> None:
     """End without a word when told to stop."""
 
     async def say_nothing(_self: object) -> None:
         await asyncio.sleep(0)
 
     vars(scheduler)["Scheduler"].stop = say_nothing
-    vars(scheduler)["Scheduler"].part = say_nothing
+    vars(scheduler)["Scheduler"].close = say_nothing
 
 
 def no_expiry() -> None:
@@ -311,7 +311,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "once": seen_again,
     "threads": no_wait_for_threads,
     "scope": main_task_only,
-    "hand-back": no_hand_back,
+    "release": no_release,
     "outages": losses_stand,
     "anew": go_on_anew,
 }

@@ -43,7 +43,7 @@ class Guard(StrEnum):
 
     EXPIRY = "a claim leaves a job alone while its lease lasts"
     TAKEOVER = "a claim takes a job whose lease is over"
-    LAID_ASIDE = "a claim ends a lost run even if its job is paused"
+    LOST_WHILE_PAUSED = "a claim ends a lost run even if its job is paused"
     FENCE = "each claim raises the fence"
     RENEWAL_FENCE = "a renewal checks the fence"
     RENEWAL_IN_TIME = "a renewal leaves a lease alone that is over"
@@ -51,7 +51,7 @@ class Guard(StrEnum):
     WRITE_FENCE = "a write checks the fence"
     WRITE_IN_TIME = "a write checks that the lease is not over"
     FINISH_FENCE = "a finish checks the fence"
-    FINISH_AFTER_END = "a run is handed back after it has stopped"
+    FINISH_AFTER_END = "a run is released after it has stopped"
     TRUST_FROM_SENDING = "trust is counted from the sending of what was answered"
     TRUST_IN_CLAIM = "a claim that is answered after its trust has ended is not begun"
     TRUST_PER_RUN = "good news about one run does not prolong the trust in another"
@@ -360,13 +360,13 @@ class Protocol:
             return Step("{instance}'s claim is refused: the lease lasts.", index, after)
         if lost and not self.has(Guard.TAKEOVER):
             return Step("{instance}'s claim is refused: the job is held.", index, after)
-        if row.paused and not (lost and self.has(Guard.LAID_ASIDE)):
+        if row.paused and not (lost and self.has(Guard.LOST_WHILE_PAUSED)):
             return Step("{instance}'s claim is refused: the job is paused.", index, after)
         streak = min(row.lost_streak + lost, self.lost_limit)
         if row.paused or streak == self.lost_limit:
             row = Row(run=row.run, paused=True, lost_streak=streak)
             return Step(
-                "{instance}'s claim lays the job aside.", index, State(row, after.instances)
+                "{instance}'s claim frees the job: it was lost.", index, State(row, after.instances)
             )
         breaks = Invariant.OUTCOME if row.open and not lost else None
         row = Row(index, row.run + 1, self.lease, lost_streak=streak, open=True)
@@ -559,7 +559,7 @@ def _end(state: State, index: int) -> State:
     return State(ended.row, (*ended.instances, NEW))
 
 
-class Verdict(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search found."""
 
     states: int
@@ -571,7 +571,7 @@ class Verdict(NamedTuple):
     trace: tuple[str, ...]
 
 
-def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invariant)) -> Verdict:
+def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invariant)) -> SearchResult:
     """Look at every state there can be, until one of the sought invariants is broken."""
     start = protocol.reduced(protocol.start())
     came_from: dict[State, State | None] = {start: None}
@@ -593,8 +593,8 @@ def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invarian
                     broken.add(Invariant.STRANDED if ticks is None else None)
             for invariant in sought & broken:
                 trace = _tell(protocol, [*_way(came_from, state), after], invariant)
-                return Verdict(len(came_from), steps, longest, invariant, trace)
-    return Verdict(len(came_from), steps, longest, None, ())
+                return SearchResult(len(came_from), steps, longest, invariant, trace)
+    return SearchResult(len(came_from), steps, longest, None, ())
 
 
 def _way(came_from: dict[State, State | None], state: State) -> list[State]:

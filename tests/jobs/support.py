@@ -147,7 +147,7 @@ class Ground:
             yield scheduler
         finally:
             await scheduler.stop()
-            await scheduler.part()
+            await scheduler.close()
 
     async def row(self, name: str) -> asyncpg.Record:
         row = await self.admin.fetchrow("SELECT * FROM jobs WHERE name = $1", name)

@@ -313,10 +313,10 @@ class Watch:
                 rows = await connection.fetch(STATES)
                 self._polls += 1
                 # What waited for the database did not wait for an instance.
-                self._judge(rows, monotonic() - began)
+                self._check(rows, monotonic() - began)
             await asyncio.sleep(1)
 
-    def _judge(self, rows: Iterable[asyncpg.Record], up_seconds: float) -> None:
+    def _check(self, rows: Iterable[asyncpg.Record], up_seconds: float) -> None:
         for name, fence, runs, paused, since, unseen in rows:
             if paused:
                 self._complain(f"{name} is paused")

@@ -11,7 +11,7 @@ from balance_app.jobs import declarations
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.declarations import LIVE, Capabilities
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.repository import STARTUP_BATCH, Ending
+from balance_app.jobs.repository import STARTUP_BATCH, Completion
 from balance_app.jobs.run import Run
 from tests.jobs.support import Ground, Instance, on, until
 from tests.system.sizes import tell
@@ -184,10 +184,10 @@ async def test_no_job_waits_for_a_clock_that_was_set_back(ground: Ground, what: 
     claimed = await instance.claim() if what != "a cron schedule" else None
     if claimed is not None:
         next_at = claimed.due_at + 5 * MINUTE
-        ending = Ending(
+        completion = Completion(
             outcome="succeeded", result="", seconds_ago=0, due_at=next_at, ready_at=next_at
         )
-        await instance.jobs.finish("moon", 1, ending)
+        await instance.jobs.finish("moon", 1, completion)
     for column, value in columns.items():
         await ground.admin.execute(f"UPDATE jobs SET {column} = $1", value)  # noqa: S608 - ours
     if "attempt" in columns:

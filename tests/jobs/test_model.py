@@ -23,7 +23,7 @@ LARGE = [
 NEEDED = [
     (Guard.EXPIRY, Invariant.OVERLAP),
     (Guard.TAKEOVER, Invariant.STRANDED),
-    (Guard.LAID_ASIDE, Invariant.STRANDED),
+    (Guard.LOST_WHILE_PAUSED, Invariant.STRANDED),
     (Guard.FENCE, Invariant.WRITE),
     (Guard.RENEWAL_FENCE, Invariant.STRANGER),
     (Guard.RENEWAL_IN_TIME, Invariant.WRITE),
@@ -63,10 +63,10 @@ def size_of(protocol: Protocol) -> str:
 @pytest.mark.parametrize("protocol", SMALL + LARGE * FULL, ids=size_of)
 def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
     """With all guards in place nothing can go wrong, and a job waits for at most one lease."""
-    verdict = search(protocol)
-    tell(f"{verdict.states:,} states, {verdict.steps:,} steps")
-    assert verdict.broken is None, "\n".join(verdict.trace)
-    assert verdict.ticks_to_claim == protocol.lease
+    result = search(protocol)
+    tell(f"{result.states:,} states, {result.steps:,} steps")
+    assert result.broken is None, "\n".join(result.trace)
+    assert result.ticks_to_claim == protocol.lease
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
 )
 def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
     """Without any one of the guards there is a way to break an invariant."""
-    verdict = search(Protocol(frozenset({guard}), lease=2), frozenset({invariant}))
-    story = [f"Without this: {guard}.", *verdict.trace, f"Broken: {invariant}."]
+    result = search(Protocol(frozenset({guard}), lease=2), frozenset({invariant}))
+    story = [f"Without this: {guard}.", *result.trace, f"Broken: {invariant}."]
     tell("\n".join(story))
-    assert verdict.broken is invariant
+    assert result.broken is invariant
 
 
 def test_no_guard_and_no_invariant_is_left_out() -> None:
@@ -90,9 +90,9 @@ def test_no_guard_and_no_invariant_is_left_out() -> None:
 def test_what_remains_without_a_guard(guard: Guard) -> None:
     """Where one line of defence falls, the others hold."""
     protocol = Protocol(frozenset({guard}), lease=2, room=size(1, 2))
-    verdict = search(protocol, REMAINS[guard])
-    tell(f"Without this: {guard}. {verdict.states:,} states")
-    assert verdict.broken is None, "\n".join(verdict.trace)
+    result = search(protocol, REMAINS[guard])
+    tell(f"Without this: {guard}. {result.states:,} states")
+    assert result.broken is None, "\n".join(result.trace)
 
 
 @pytest.mark.parametrize("beyond", [replace(STEPPING, reserve=0), replace(STEPPING, step=2)])
@@ -102,7 +102,7 @@ def test_a_clock_that_steps_further_than_the_reserve_lets_runs_overlap(beyond: P
     What a run writes is fenced all the same.
     """
     for invariant in (Invariant.TRUST, Invariant.OVERLAP):
-        verdict = search(beyond, frozenset({invariant}))
-        tell("\n".join([f"Reserve {beyond.reserve}, step {beyond.step}.", *verdict.trace]))
-        assert verdict.broken is invariant
+        result = search(beyond, frozenset({invariant}))
+        tell("\n".join([f"Reserve {beyond.reserve}, step {beyond.step}.", *result.trace]))
+        assert result.broken is invariant
     assert search(replace(beyond, room=1), FENCED).broken is None

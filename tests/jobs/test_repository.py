@@ -20,7 +20,7 @@ from balance_app.jobs.repository import (
     CLAIM,
     COMMIT,
     ENTER,
-    Ending,
+    Completion,
     Progress,
     Renewal,
     Skipped,
@@ -34,8 +34,8 @@ from tests.system.sizes import size, tell
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
-DONE: Final = Ending(outcome="succeeded", result="done", seconds_ago=0)
-HANDED_BACK: Final = Ending(outcome="interrupted", result="", seconds_ago=0, keeps_checkpoint=True)
+DONE: Final = Completion(outcome="succeeded", result="done", seconds_ago=0)
+RELEASED: Final = Completion(outcome="interrupted", result="", seconds_ago=0, keeps_checkpoint=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ async def owners_first(ground: Ground) -> AsyncIterator[str]:
     if (await other.claim_next(takes_over_until=None)).claimed:
         yield "it took over"
         return
-    await owner.jobs.finish("moon", 1, HANDED_BACK)
+    await owner.jobs.finish("moon", 1, RELEASED)
     assert (await other.claim_next(takes_over_until=None)).claimed
 
 
@@ -151,7 +151,7 @@ async def higher_fence(ground: Ground) -> AsyncIterator[str]:
 
 
 async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
-    """A job that was lost while it was paused is laid aside, not started."""
+    """A job that was lost while it was paused is freed, not started."""
     owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -180,7 +180,7 @@ async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
     for _ in range(LOST_LIMIT - 1):
         await ground.expire("moon")
         last = await instance.claim()
-    await instance.jobs.finish("moon", last.fence, HANDED_BACK)
+    await instance.jobs.finish("moon", last.fence, RELEASED)
     assert (await ground.row("moon"))["lost_streak"] == 0
     await instance.claim()
     for loss in range(1, LOST_LIMIT + 1):
@@ -404,33 +404,33 @@ async def others_finish(ground: Ground) -> AsyncIterator[str]:
         yield "another instance ended it"
 
 
-async def parting(ground: Ground) -> AsyncIterator[str]:
+async def releasing(ground: Ground) -> AsyncIterator[str]:
     """An instance that ends shortens its own lease, that of this run, and never makes it longer."""
     owner, other = ground.instance("owner"), ground.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     lease_until = (await ground.row("moon"))["lease_until"]
-    await other.jobs.part("moon", 1, SECOND)
+    await other.jobs.mark_releasing("moon", 1, SECOND)
     if (await ground.row("moon"))["lease_until"] != lease_until:
         yield "another instance shortened it"
-    await owner.jobs.finish("moon", 1, HANDED_BACK)
+    await owner.jobs.finish("moon", 1, RELEASED)
     await owner.claim()
     lease_until = (await ground.row("moon"))["lease_until"]
-    await owner.jobs.part("moon", 1, SECOND)
+    await owner.jobs.mark_releasing("moon", 1, SECOND)
     if (await ground.row("moon"))["lease_until"] != lease_until:
         yield "it was shortened for an old run"
-    await owner.jobs.part("moon", 2, HOUR)
+    await owner.jobs.mark_releasing("moon", 2, HOUR)
     if (await ground.row("moon"))["lease_until"] > lease_until:
         yield "it got longer"
-    await owner.jobs.part("moon", 2, -SECOND)
+    await owner.jobs.mark_releasing("moon", 2, -SECOND)
     await other.claim()
     row = await ground.row("moon")
     assert (row["lost_streak"], row["attempt"], row["parts"]) == (0, 2, False)
     said = ("interrupted", "its instance was stopped")
     assert (row["last_outcome"], row["last_result"]) == said
-    _, parted, _ = await ground.runs("moon")
-    assert (parted["outcome"], parted["result"]) == said
+    _, released, _ = await ground.runs("moon")
+    assert (released["outcome"], released["result"]) == said
 
 
 async def checkpoints(ground: Ground) -> AsyncIterator[str]:
@@ -716,10 +716,16 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
     overtaken_heartbeat: [[Guard("HEARTBEAT", "    FOR NO KEY UPDATE OF jobs SKIP LOCKED\n", "")]],
     old_finish: [[Guard("FINISH", "AND fence = $2 AND holder", "AND holder")]],
     others_finish: [[Guard("FINISH", "AND holder = $3", "AND $3::uuid IS NOT NULL")]],
-    parting: [
-        [Guard("PART", "AND fence = $2", "AND $2::bigint > 0")],
-        [Guard("PART", "AND holder = $3", "AND $3::uuid IS NOT NULL")],
-        [Guard("PART", "least(lease_until, clock_timestamp() + $4::interval)", "now() + $4")],
+    releasing: [
+        [Guard("MARK_RELEASING", "AND fence = $2", "AND $2::bigint > 0")],
+        [Guard("MARK_RELEASING", "AND holder = $3", "AND $3::uuid IS NOT NULL")],
+        [
+            Guard(
+                "MARK_RELEASING",
+                "least(lease_until, clock_timestamp() + $4::interval)",
+                "now() + $4",
+            )
+        ],
     ],
     checkpoints: [
         [Guard("CHECKPOINT", "fence = $2", "$2::bigint > 0")],
@@ -910,8 +916,10 @@ async def test_a_claim_says_when_to_try_again(ground: Ground) -> None:
 LEASE_SECONDS = 30
 
 
-def DONE_UNTIL(due_at: datetime) -> Ending:  # noqa: N802 - a constant but for its moment
-    return Ending(outcome="succeeded", result="done", seconds_ago=0, due_at=due_at, ready_at=due_at)
+def DONE_UNTIL(due_at: datetime) -> Completion:  # noqa: N802 - a constant but for its moment
+    return Completion(
+        outcome="succeeded", result="done", seconds_ago=0, due_at=due_at, ready_at=due_at
+    )
 
 
 # -- claim policy --------------------------------------------------------------------------------
@@ -1032,7 +1040,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         Skipped(first, first + 8 * SECOND, 9, "no instance was free"),
         Skipped(first + 9 * SECOND, first + 9 * SECOND, 1, "it was under way"),
     ]
-    ending = Ending(
+    completion = Completion(
         outcome="succeeded",
         result="all is well",
         seconds_ago=1.5,
@@ -1040,7 +1048,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         ready_at=due_at + SECOND,
         skipped=skipped,
     )
-    assert await instance.jobs.finish("moon", 1, ending)
+    assert await instance.jobs.finish("moon", 1, completion)
     row = await ground.row("moon")
     for column in ("holder", "server", "started_at", "lease_until", "cancel_by", "requested_by"):
         assert row[column] is None, column
@@ -1063,7 +1071,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         for each in ranges
     ] == [("skipped", *each) for each in skipped]
     assert {each["fence"] for each in ranges} == {None}
-    assert not await instance.jobs.finish("moon", 1, ending)
+    assert not await instance.jobs.finish("moon", 1, completion)
     assert len(await ground.runs("moon")) == 3
 
 
@@ -1073,12 +1081,12 @@ async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
     await instance.declare("moon")
     first = await instance.claim()
     await instance.jobs.checkpoint("moon", 1, "[1]")
-    assert await instance.jobs.finish("moon", 1, HANDED_BACK)
+    assert await instance.jobs.finish("moon", 1, RELEASED)
     second = await instance.claim()
     assert (second.due_at, second.attempt, second.resumed) == (first.due_at, 1, [1])
     later = await ground.admin.fetchval("SELECT clock_timestamp() + interval '1 min'")
-    ending = Ending(outcome="failed", result="no", seconds_ago=0, ready_at=later)
-    assert await instance.jobs.finish("moon", 2, ending)
+    completion = Completion(outcome="failed", result="no", seconds_ago=0, ready_at=later)
+    assert await instance.jobs.finish("moon", 2, completion)
     assert (await instance.claim_next()).claimed is None
     row = await ground.row("moon")
     assert (row["due_at"], row["ready_at"], row["attempt"]) == (first.due_at, later, 2)
@@ -1213,8 +1221,8 @@ async def test_a_changed_schedule_forgets_no_tick(ground: Ground) -> None:
     await instance.declare("moon", "sun")
     claimed = await instance.claim()
     again_at = claimed.due_at + timedelta(seconds=99)
-    ending = Ending(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
-    await instance.jobs.finish(claimed.name, 1, ending)
+    completion = Completion(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
+    await instance.jobs.finish(claimed.name, 1, completion)
     before = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
     await instance.declare("moon", "sun", schedule="every 60 s")
     rows = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
@@ -1229,9 +1237,9 @@ async def test_a_schedule_that_changes_under_a_run(ground: Ground) -> None:
     await instance.declare("moon", schedule="every 60 s")
     row = await ground.row("moon")
     assert (row["due_at"], row["holder"]) == (claimed.due_at, instance.me.id)
-    ending = DONE_UNTIL(claimed.due_at + timedelta(days=366))
-    assert await instance.jobs.finish("moon", 1, ending, claimed.schedule) == "every 60 s"
+    completion = DONE_UNTIL(claimed.due_at + timedelta(days=366))
+    assert await instance.jobs.finish("moon", 1, completion, claimed.schedule) == "every 60 s"
     assert await ground.row("moon") == row
-    ending = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
-    assert await instance.jobs.finish("moon", 1, ending, "every 60 s") is True
-    assert await instance.jobs.finish("moon", 1, ending, "every 60 s") is False
+    completion = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
+    assert await instance.jobs.finish("moon", 1, completion, "every 60 s") is True
+    assert await instance.jobs.finish("moon", 1, completion, "every 60 s") is False

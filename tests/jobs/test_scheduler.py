@@ -20,7 +20,7 @@ from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.repository import STOPPED, Claimed, Ending
+from balance_app.jobs.repository import STOPPED, Claimed, Completion
 from balance_app.jobs.run import LeaseLostError, Run
 from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler
@@ -322,7 +322,7 @@ async def _run_all(ground: Ground, jobs: int) -> None:
     await asyncio.sleep(0.1)
 
 
-async def test_an_instance_that_stops_hands_its_runs_back(ground: Ground) -> None:
+async def test_an_instance_that_stops_releases_its_runs(ground: Ground) -> None:
     """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
 
     async def goes_on(run: Run) -> str:
@@ -359,7 +359,7 @@ async def test_an_instance_that_stops_hands_its_runs_back(ground: Ground) -> Non
     assert await ground.admin.fetchval("SELECT count(*) FROM copies") == 0
 
 
-async def test_a_claim_under_way_when_the_instance_stops_is_handed_back(ground: Ground) -> None:
+async def test_a_claim_under_way_when_the_instance_stops_is_released(ground: Ground) -> None:
     """A job that is claimed while the instance stops is freed at once, and never begins."""
     begun = []
     jobs = [declare(lambda _run: begun.append(1))]
@@ -464,10 +464,12 @@ async def test_retries_wait_longer_each_time_and_end(ground: Ground) -> None:
         run = claimed(anchor_at, anchor_at, anchor_at)._replace(
             schedule="every 3600 s", retries=retries
         )
-        ending = scheduling._ending(moon, run, RunResult("failed", "no"), anchor_at, seconds_ago=0)
-        assert ending.ready_at is not None
-        waits.append((ending.ready_at - anchor_at).total_seconds())
-        assert (ending.due_at is None, ending.retries) == ((True, retries + 1), (False, 0))[
+        completion = scheduling._completion(
+            moon, run, RunResult("failed", "no"), anchor_at, seconds_ago=0
+        )
+        assert completion.ready_at is not None
+        waits.append((completion.ready_at - anchor_at).total_seconds())
+        assert (completion.due_at is None, completion.retries) == ((True, retries + 1), (False, 0))[
             retries == 3
         ]
     assert 1 <= waits[0] < 2 <= waits[1] < 4 <= waits[2] < 5
@@ -476,7 +478,7 @@ async def test_retries_wait_longer_each_time_and_end(ground: Ground) -> None:
         schedule="every 31622400 s", retries=10**6
     )
     moon = declare(returns(None), retry_after=SECOND, retry_backoff=10.0)
-    again_at = scheduling._ending(
+    again_at = scheduling._completion(
         moon, often, RunResult("timed_out", ""), anchor_at, seconds_ago=0
     ).ready_at
     assert again_at is not None
@@ -521,27 +523,29 @@ async def test_what_is_released_again_and_again_waits_and_fails(ground: Ground) 
     run = claimed(now, now, now)._replace(schedule="every 3600 s")
     stops = RunResult("interrupted", STOPPED)
     away = RunResult("interrupted", "The database does not answer.")
-    stopped = scheduling._ending(moon, run._replace(releases=4), stops, now, seconds_ago=0)
+    stopped = scheduling._completion(moon, run._replace(releases=4), stops, now, seconds_ago=0)
     assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "interrupted", 4)
     waited = timedelta(0)
     waits = []
     for releases in range(scheduling.MOST_RELEASES):
-        ending = scheduling._ending(moon, run._replace(releases=releases), away, now, seconds_ago=0)
-        assert (ending.outcome, ending.releases) == ("interrupted", releases + 1)
-        assert ending.keeps_checkpoint
-        assert ending.ready_at is not None
-        waits.append(ending.ready_at - now)
+        completion = scheduling._completion(
+            moon, run._replace(releases=releases), away, now, seconds_ago=0
+        )
+        assert (completion.outcome, completion.releases) == ("interrupted", releases + 1)
+        assert completion.keeps_checkpoint
+        assert completion.ready_at is not None
+        waits.append(completion.ready_at - now)
         waited += waits[-1]
     assert SECOND <= waits[0] < 2 * SECOND
     assert all(later > sooner for sooner, later in pairwise(waits[:8]))
     tell(f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}")
-    last = scheduling._ending(
+    last = scheduling._completion(
         moon, run._replace(releases=scheduling.MOST_RELEASES), away, now, seconds_ago=0
     )
     assert last.outcome == "failed"
     assert last.result == "released 11 times in a row, the last: The database does not answer."
     later = now + timedelta(minutes=6)  # what ran for long was no circle
-    fresh = scheduling._ending(moon, run._replace(releases=9), away, later, seconds_ago=0)
+    fresh = scheduling._completion(moon, run._replace(releases=9), away, later, seconds_ago=0)
     assert (fresh.outcome, fresh.releases) == ("interrupted", 1)
 
 
@@ -629,14 +633,14 @@ async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
     due_at = anchor_at + 10 * SECOND
     moon = declare(returns(None), every=SECOND)
     for lag in (0.0, 0.5, 1.0, 2.0):
-        ending = scheduling._ending(
+        completion = scheduling._completion(
             moon,
             claimed(due_at + timedelta(seconds=0.1), due_at, anchor_at),
             RunResult("succeeded", None),
             due_at + timedelta(seconds=0.2 - lag),
             seconds_ago=0,
         )
-        assert (ending.due_at, ending.skipped) == (due_at + SECOND, [])
+        assert (completion.due_at, completion.skipped) == (due_at + SECOND, [])
 
 
 async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Ground) -> None:
@@ -644,8 +648,10 @@ async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Groun
     anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
     newer = claimed(anchor_at, anchor_at, anchor_at)._replace(schedule="every full moon")
     moon = declare(returns(None), every=2 * SECOND)
-    ending = scheduling._ending(moon, newer, RunResult("succeeded", None), anchor_at, seconds_ago=0)
-    assert ending.due_at == anchor_at + 2 * SECOND
+    completion = scheduling._completion(
+        moon, newer, RunResult("succeeded", None), anchor_at, seconds_ago=0
+    )
+    assert completion.due_at == anchor_at + 2 * SECOND
 
 
 async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(ground: Ground) -> None:
@@ -813,15 +819,17 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, kept: int | None
 ) -> None:
     """The control: whoever records fewer ranges is found out."""
-    guarded = scheduling._ending
+    guarded = scheduling._completion
     reasons = ["no instance was free to run it", "the run before was still under way"]
 
-    def forgetful(*arguments: Any, seconds_ago: float) -> Ending:  # noqa: ANN401 - as they are
-        ending = guarded(*arguments, seconds_ago=seconds_ago)
+    def forgetful(*arguments: Any, seconds_ago: float) -> Completion:  # noqa: ANN401 - as they are
+        completion = guarded(*arguments, seconds_ago=seconds_ago)
         kept_reason = None if kept is None else reasons[kept]
-        return replace(ending, skipped=[s for s in ending.skipped if s.reason == kept_reason])
+        return replace(
+            completion, skipped=[s for s in completion.skipped if s.reason == kept_reason]
+        )
 
-    monkeypatch.setattr(scheduling, "_ending", forgetful)
+    monkeypatch.setattr(scheduling, "_completion", forgetful)
     life = Life(ground, Random(7))
     async with ground.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=40)

@@ -338,7 +338,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
 async def test_a_claim_that_is_answered_too_late_starts_nothing(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """A lease that was over before it was known is handed back, and the instance lives."""
+    """A lease that was over before it was known is released, and the instance lives."""
     await migrate(load_settings(**{name.lower(): value for name, value in database.items()}))
     connection = await connect(database)
     await connection.execute(LATE_ANSWER)

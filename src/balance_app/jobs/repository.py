@@ -103,7 +103,7 @@ class Skipped(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Completion:
     """How a run ended, and what becomes of its job."""
 
     outcome: str
@@ -169,7 +169,7 @@ class RenewalResult(NamedTuple):
 
 
 class JobRepository:
-    """Claims, endings and checkpoints of one instance's runs; each is one statement."""
+    """Claims, completions and checkpoints of one instance's runs; each is one statement."""
 
     def __init__(self, database: Database, me: Me, lease: timedelta) -> None:
         self._database = database
@@ -246,7 +246,7 @@ class JobRepository:
         return ClaimResult(sent_at, now, claimed, freed, wait_seconds, bool(busy), ended)
 
     async def finish(
-        self, name: str, fence: int, ending: Ending, schedule: str | None = None
+        self, name: str, fence: int, completion: Completion, schedule: str | None = None
     ) -> str | bool:
         """Record how a run ended and free its job; False: the job was no longer this run's.
 
@@ -257,15 +257,15 @@ class JobRepository:
             lambda con: write(
                 con,
                 FINISH,
-                *(name, fence, self.me.id, ending.outcome, ending.result),
-                timedelta(seconds=ending.seconds_ago),
-                *(ending.due_at, ending.ready_at, ending.keeps_checkpoint),
-                [each.first for each in ending.skipped],
-                [each.last for each in ending.skipped],
-                [each.ticks for each in ending.skipped],
-                [each.reason for each in ending.skipped],
+                *(name, fence, self.me.id, completion.outcome, completion.result),
+                timedelta(seconds=completion.seconds_ago),
+                *(completion.due_at, completion.ready_at, completion.keeps_checkpoint),
+                [each.first for each in completion.skipped],
+                [each.last for each in completion.skipped],
+                [each.ticks for each in completion.skipped],
+                [each.reason for each in completion.skipped],
                 schedule,
-                *(ending.releases, ending.retries, ending.pause_reason),
+                *(completion.releases, completion.retries, completion.pause_reason),
             ),
             priority=True,
         )
@@ -290,10 +290,10 @@ class JobRepository:
         )
         return [] if row is None else row["jobs"]
 
-    async def part(self, name: str, fence: int, lease: timedelta) -> None:
-        """Shorten a lease: this process ends before it does, and its run was handed back."""
+    async def mark_releasing(self, name: str, fence: int, lease: timedelta) -> None:
+        """Shorten a lease: this process ends before it does, and its run is released with it."""
         await self._database.run(
-            lambda con: write(con, PART, name, fence, self.me.id, lease), priority=True
+            lambda con: write(con, MARK_RELEASING, name, fence, self.me.id, lease), priority=True
         )
 
     async def end_work(self, name: str, fence: int) -> None:
@@ -529,7 +529,7 @@ SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
 """
 
 # The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
-PART: Final = """
+MARK_RELEASING: Final = """
 UPDATE jobs SET parts = true, lease_until = least(lease_until, clock_timestamp() + $4::interval)
 WHERE name = $1 AND fence = $2 AND holder = $3
 """

@@ -68,7 +68,7 @@ class Run:
         due_at: the tick; the same when it is tried again or taken over: an idempotency key for
             effects outside of the database.
         attempt: how many runs this tick had before.
-        resumed: the last checkpoint of a run that was lost or handed back, or None.
+        resumed: the last checkpoint of a run that was lost or released, or None.
         log: a logger that names job and fence.
     """
 

@@ -24,7 +24,7 @@ from balance_app.jobs.repository import (
     Ahead,
     Claimed,
     ClaimPolicy,
-    Ending,
+    Completion,
     JobRepository,
     Me,
     Skipped,
@@ -63,7 +63,7 @@ DRAIN_SECONDS: Final = 0.8
 NAMED: Final = 5  # so many undeclared jobs are told with their reasons
 # What can't be stopped ends with the process within this; its lease later, by as much as
 # PostgreSQL's clock may step, and by this at least.
-PARTING_SECONDS: Final = 2.0
+EXIT_SECONDS: Final = 2.0
 LEAST_RESERVE_SECONDS: Final = 0.5
 
 
@@ -114,10 +114,10 @@ class Scheduler:
         self._loop = asyncio.create_task(self.run(), context=Context())
 
     async def stop(self) -> None:
-        """Take no more jobs, tell all runs to stop, and hand them back as they end.
+        """Take no more jobs, tell all runs to stop, and release them as they end.
 
         Returns after a second at the latest. What has not ended by then keeps its lease; see
-        `part`.
+        `close`.
         """
         self._draining = True
         self.wake()
@@ -130,24 +130,24 @@ class Scheduler:
             left = max(0.1, until - monotonic())
             await asyncio.wait(set(self._runs.values()), timeout=left)
 
-    async def part(self) -> None:
-        """Let go of everything; the process is about to end.
+    async def close(self) -> None:
+        """Stop the heartbeat; the process is about to end.
 
         A run that could not be stopped keeps its lease until a moment at which this process has
         ended for certain: the kernel sees to that.
         """
-        stubborn = list(self._runs)
-        if stubborn:
-            log.warning("runs that can't be stopped", jobs=[run.name for run in stubborn])
-            self._heartbeat.end_within(PARTING_SECONDS)
+        uncancellable = list(self._runs)
+        if uncancellable:
+            log.warning("runs that can't be stopped", jobs=[run.name for run in uncancellable])
+            self._heartbeat.end_within(EXIT_SECONDS)
         await self._heartbeat.stop()
         reserve = max(LEAST_RESERVE_SECONDS, self._settings.clock_reserve_seconds)
-        last_lease = timedelta(seconds=PARTING_SECONDS + reserve)
-        for run in stubborn:
+        last_lease = timedelta(seconds=EXIT_SECONDS + reserve)
+        for run in uncancellable:
             try:
-                await self._jobs.part(run.name, run.fence, last_lease)
+                await self._jobs.mark_releasing(run.name, run.fence, last_lease)
             except DatabaseUnavailable:
-                log.warning("not handed back: its lease runs out", job=run.name)
+                log.warning("not released: its lease runs out", job=run.name)
         if self._loop is not None:
             self._loop.cancel()
 
@@ -266,7 +266,7 @@ class Scheduler:
             return
         for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
             ready_at = self._heartbeat.server_time() + _release_pause(each.releases)
-            ending = Ending(
+            completion = Completion(
                 outcome="interrupted",
                 result=NOT_BEGUN,
                 seconds_ago=0,
@@ -275,9 +275,9 @@ class Scheduler:
                 releases=each.releases + 1,
                 retries=each.retries,
             )
-            if await self._jobs.finish(each.name, each.fence, ending):
+            if await self._jobs.finish(each.name, each.fence, completion):
                 log.info("claim released", job=each.name, fence=each.fence)
-                self._metrics.run_ended(each.name, ending.outcome)
+                self._metrics.run_ended(each.name, completion.outcome)
         refuted = await self._jobs.refute_losses()
         if refuted:
             log.info("losses taken back: this instance lives", jobs=refuted)
@@ -392,7 +392,7 @@ class Scheduler:
 
         run.lease = self._heartbeat.hold(run.name, run.fence, sent_at, stop_run)
         if not run.lease.executing:
-            self._away_at = monotonic()  # as good as: the hand-back comes before it looks lost
+            self._away_at = monotonic()  # as good as: it is released before it looks lost
             run.stopped = ("interrupted", "the answer to its claim came too late")
         elif claimed.cancel_by is not None:  # its last owner was lost before it could obey
             run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
@@ -400,7 +400,7 @@ class Scheduler:
             run.stopped = ("interrupted", STOPPED)
         # Of its own context: the run belongs to no request.
         self._runs[run] = asyncio.create_task(
-            self._conduct(run, job, claimed), name=run.name, context=Context()
+            self._execute(run, job, claimed), name=run.name, context=Context()
         )
 
     def _count(self, claimed: Claimed, run_before: str | None) -> None:
@@ -411,8 +411,8 @@ class Scheduler:
         if run_before == "lost":
             self._metrics.takeovers.labels(claimed.name).inc()
 
-    async def _conduct(self, run: Run, job: Job, claimed: Claimed) -> None:
-        """See a run through: execute it, record how it ended, release its lease."""
+    async def _execute(self, run: Run, job: Job, claimed: Claimed) -> None:
+        """Execute a run, record its completion, and release its lease."""
         started = monotonic()
         assert run.lease is not None  # noqa: S101 - held since the claim
         try:
@@ -443,9 +443,9 @@ class Scheduler:
         """Record the end of a run; however long the database is unavailable, unless all stops."""
         while True:
             now = self._heartbeat.server_time()
-            ending = _ending(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
+            completion = _completion(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
-                done = await self._jobs.finish(run.name, run.fence, ending, claimed.schedule)
+                done = await self._jobs.finish(run.name, run.fence, completion, claimed.schedule)
             except DatabaseUnavailable as problem:
                 if self._draining:
                     raise
@@ -456,8 +456,8 @@ class Scheduler:
                 claimed = claimed._replace(schedule=done)
                 continue
             if done:
-                self._metrics.run_ended(run.name, ending.outcome)
-                skipped = sum(each.ticks for each in ending.skipped)
+                self._metrics.run_ended(run.name, completion.outcome)
+                skipped = sum(each.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
             else:
                 run.log.warning("the run had lost its job before it ended")
@@ -466,9 +466,9 @@ class Scheduler:
             return
 
 
-def _ending(
+def _completion(
     job: Job, claimed: Claimed, run_result: RunResult, now: datetime, *, seconds_ago: float
-) -> Ending:
+) -> Completion:
     """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
 
     A run that was released because its instance stops leaves its tick to another at once; released
@@ -482,7 +482,7 @@ def _ending(
         releases = 0 if lasted_seconds > LONGEST_RELEASE_SECONDS else claimed.releases
         at_once = result == STOPPED
         if at_once or releases < MOST_RELEASES:
-            return Ending(
+            return Completion(
                 outcome=outcome,
                 result=result,
                 seconds_ago=seconds_ago,
@@ -506,7 +506,7 @@ def _ending(
             pause_reason = f"its last {failures} runs failed"
         again_at = _again_at(job, claimed.retries, now)
         if again_at is not None and again_at < due_at:
-            return Ending(
+            return Completion(
                 outcome=outcome,
                 result=result,
                 seconds_ago=seconds_ago,
@@ -525,7 +525,7 @@ def _ending(
         and (range_ := schedule.count_between(after, until, claimed.anchor_at)) is not None
     ]
     jitter = timedelta(seconds=random.uniform(0, job.jitter_seconds))
-    return Ending(
+    return Completion(
         outcome=outcome,
         result=result,
         seconds_ago=seconds_ago,

@@ -79,18 +79,18 @@ class ThreadRun:
         """Open a transaction as `Run.transaction`."""
         manager = self._run.transaction()
         connection = self._wait(manager.__aenter__())
-        ending = False
+        exiting = False
 
         async def commit() -> None:
-            nonlocal ending
-            ending = True
+            nonlocal exiting
+            exiting = True
             await manager.__aexit__(None, None, None)
 
         try:
             yield ThreadConnection(connection, self._wait)
             self._wait(commit())
         except BaseException as error:
-            if not ending:  # it is to be rolled back even when the run was told to stop
+            if not exiting:  # it is to be rolled back even when the run was told to stop
                 end = manager.__aexit__(type(error), error, error.__traceback__)
                 asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise

@@ -9,7 +9,7 @@ statistics fresh.
 All of them go through their tables in batches, one short transaction each, written through
 `Run.transaction`, which checks the fence: so they never hold anybody up, and a run that was taken
 over writes nothing more. Each batch ends with a checkpoint, from which the next run goes on when
-this one is handed back or lost.
+this one is released or lost.
 """
 
 from balance_app.maintenance.audits import audit_daily_balances, audit_keys, audit_ledger

@@ -25,7 +25,7 @@ from balance_app.jobs.api.history import KEEP_TO_INDEX, History
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry, job
-from balance_app.jobs.repository import Ending, JobRepository
+from balance_app.jobs.repository import Completion, JobRepository
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.metrics import Metrics
@@ -291,14 +291,14 @@ async def test_runs_begin_and_end_by_an_index(
                 claimed = (await jobs.claim_next(capabilities, AT_ONCE)).claimed
                 assert claimed is not None
                 assert claimed.attempt == 1
-            ending = Ending(
+            completion = Completion(
                 outcome="succeeded",
                 result=None,
                 seconds_ago=0,
                 due_at=claimed.started_at + timedelta(hours=1),
                 ready_at=claimed.started_at + timedelta(hours=1),
             )
-            assert await jobs.finish(claimed.name, claimed.fence, ending) is True
+            assert await jobs.finish(claimed.name, claimed.fence, completion) is True
         assert sorted(await jobs.refute_losses()) == [FAILING, RARE]
         controls = Controls(database, StatusReader(database, load_settings(db_host="localhost")))
         await controls.pause(MANY, "ada", None)

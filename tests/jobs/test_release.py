@@ -1,4 +1,4 @@
-"""An instance that is asked to stop hands its jobs back; they go on elsewhere, where they were."""
+"""An instance that is asked to stop releases its jobs; they go on elsewhere, where they were."""
 
 import asyncio
 import itertools
@@ -18,9 +18,9 @@ from tests.system.sizes import size, tell
 
 ROUNDS = size(small=2, full=10)
 # The promise is a second; a machine that is busy with other tests gets another.
-HAND_BACK_SECONDS = size(small=2, full=1)
+RELEASE_SECONDS = size(small=2, full=1)
 STOP_SECONDS = 3
-STUBBORN_SECONDS = 6.5
+UNCANCELLABLE_SECONDS = 6.5
 
 # Runs of a job follow each other: how one ended, and how long after that the next began.
 HISTORY = """
@@ -105,7 +105,7 @@ async def test_a_rolling_restart_loses_nothing(
                     stops.append(monotonic() - asked)
                     await instance.launch()
                     await instance.ready()
-            await asyncio.sleep(HAND_BACK_SECONDS)
+            await asyncio.sleep(RELEASE_SECONDS)
             history = await where.rows(HISTORY)
             held = await where.column(HELD)
         finally:
@@ -127,8 +127,8 @@ async def test_a_rolling_restart_loses_nothing(
     assert len(held) == 10
     assert len(spans) > 10
     assert not_resumed(spans) == []
-    assert gaps(spans)[-1] <= HAND_BACK_SECONDS
-    assert max(waits) <= HAND_BACK_SECONDS
+    assert gaps(spans)[-1] <= RELEASE_SECONDS
+    assert max(waits) <= RELEASE_SECONDS
 
 
 async def test_all_instances_are_stopped_at_once(
@@ -166,7 +166,7 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
     """The control: an instance that just ends leaves its jobs until their leases run out."""
     env = {
         "FLEET_JOBS": "4",
-        "FLEET_UNGUARDED": "hand-back",
+        "FLEET_UNGUARDED": "release",
         "JOB_LEASE_SECONDS": "4",
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
@@ -181,12 +181,12 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
         spans = where.spans()
     tell(figures("last line to next start", gaps(spans)))
     assert [outcome for outcome, _ in history if outcome is not None] == ["lost"] * 2
-    assert gaps(spans)[-1] > HAND_BACK_SECONDS
+    assert gaps(spans)[-1] > RELEASE_SECONDS
 
 
-async def stop_stubborn(where: Ground, env: dict[str, str]) -> tuple[int, float, list[Span]]:
+async def stop_uncancellable(where: Ground, env: dict[str, str]) -> tuple[int, float, list[Span]]:
     """Stop one of two instances whose jobs can't be stopped, while a client keeps it waiting."""
-    instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "stubborn", **env})
+    instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "uncancellable", **env})
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", instances[0].port)
         head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -214,14 +214,15 @@ async def test_a_thread_that_never_ends(
         ground(postgres, fork_server, tmp_path) as unguarded,
     ):
         (code, took, spans), control = await asyncio.gather(
-            stop_stubborn(where, {}), stop_stubborn(unguarded, {"FLEET_UNGUARDED": "threads"})
+            stop_uncancellable(where, {}),
+            stop_uncancellable(unguarded, {"FLEET_UNGUARDED": "threads"}),
         )
         history = await where.rows(HISTORY)
     tell(
         f"exit code {code} after {took:.2f} s, {figures('last line to next start', gaps(spans))}; "
         f"control: overlaps {len(overlaps(control[2]))}, exit code {control[0]}"
     )
-    assert took < STUBBORN_SECONDS
+    assert took < UNCANCELLABLE_SECONDS
     assert overlaps(spans) == []
     assert [outcome for outcome, _ in history if outcome is not None] == ["interrupted"] * 2
     assert overlaps(control[2]) != []
