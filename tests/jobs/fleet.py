@@ -36,8 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from balance_app import server
-from balance_app.jobs import heartbeat as lease
-from balance_app.jobs import repository, runner, scheduler, scope, watchdog
+from balance_app.jobs import leases, repository, runner, scheduler, scope, watchdog
 from balance_app.jobs import run as running
 from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
@@ -183,13 +182,13 @@ def declare(number: int, event_log: EventLog) -> Job:
 
 def no_watchdog() -> None:
     """Never end a process that has lost its leases, nor tell its runs."""
-    vars(lease)["Heartbeat"]._arm = lambda _self: None
-    vars(lease)["Heartbeat"]._stop_run = lambda *_: None
+    vars(leases)["HeldLeases"]._arm = lambda _self: None
+    vars(leases)["HeldLeases"].stop_run = lambda *_: None
 
 
 def alarm_timer() -> None:
     """Let the watchdog timer be SIGALRM, as where there is nothing better."""
-    vars(lease)["watchdog_timer"] = watchdog.AlarmTimer
+    vars(leases)["watchdog_timer"] = watchdog.AlarmTimer
 
 
 def no_fence() -> None:

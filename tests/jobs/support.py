@@ -13,8 +13,8 @@ import structlog
 
 from balance_app.db.pool import Database
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.heartbeat import Lease
 from balance_app.jobs.job import Job, Registry
+from balance_app.jobs.leases import Lease
 from balance_app.jobs.repository import (
     Claimed,
     ClaimPolicy,

@@ -19,7 +19,7 @@ import pytest
 from balance_app.db.migrations import migrate
 from balance_app.db.pool import Database
 from balance_app.jobs.declarations import QUARANTINE
-from balance_app.jobs.heartbeat import Heartbeat
+from balance_app.jobs.leases import HeldLeases
 from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run, TransactionLimitError
 from balance_app.settings import load_settings
@@ -416,10 +416,10 @@ def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch
         def expire(self) -> None:
             told.append("expired")
 
-    monkeypatch.setattr("balance_app.jobs.heartbeat.monotonic", lambda: now)
-    heartbeat = Heartbeat(load_settings(job_lease_seconds=6), Me(uuid4(), "app1"))
-    heartbeat._watchdog = Timer()
-    heartbeat.hold("a", 1, now, lambda _outcome, _reason: None)
+    monkeypatch.setattr("balance_app.jobs.leases.monotonic", lambda: now)
+    leases = HeldLeases(load_settings(job_lease_seconds=6))
+    leases._watchdog = Timer()
+    leases.hold("a", 1, now, lambda _outcome, _reason: None)
     assert told[:2] == ["set", "expired"]
 
 

@@ -1,20 +1,13 @@
-"""The heartbeat of an instance: it renews the leases of its runs, and stops what it can't renew.
+"""The heartbeat thread of an instance: it renews the leases of the runs.
 
-The heartbeat thread has a connection of its own, so that a job that blocks the event loop loses no
-lease. A renewal is trusted for as long as a lease less a reserve, counted from the
-moment it was sent: the server granted the lease later than that, so trust ends before the lease,
-also when PostgreSQL's clock steps ahead meanwhile, by the reserve at most. Shortly before
-trust ends the runs are told to stop. What can't stop (frozen, blocked) is ended by the kernel: each
-good heartbeat sets the watchdog timer anew (see `watchdog`), which ends the process before it
-executes one more instruction, also when it is frozen.
+It has an event loop and a connection of its own, so that a job that blocks the service's event loop
+loses no lease. What is trusted by a renewal, and for how long, is said in `leases`.
 """
 
 import asyncio
 import math
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final
@@ -24,8 +17,8 @@ import structlog
 
 from balance_app.db.outages import Kind, classify
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.repository import LEAVE, Me, Progress, Renewal, renew_leases
-from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
+from balance_app.jobs.leases import HeldLeases
+from balance_app.jobs.repository import LEAVE, Me, Renewal, renew_leases
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session
 from balance_app.settings import Settings
@@ -35,45 +28,17 @@ log = structlog.get_logger(__name__)
 HANG_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 0.5
-# The watchdog timer may be set this much late.
-ARM_SECONDS: Final = 0.005
-NOTHING_SAID: Final = Progress(None, None, None)
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
-    """A lease on one job, as far as this instance trusts it (monotonic seconds)."""
+class HeartbeatThread:
+    """Renews leases until it is stopped; its methods but `start` may be called from any thread."""
 
-    name: str
-    fence: int
-    trusted_until: float
-    # called in the event loop, with what to say: stop now
-    stop: Callable[[str, str], None]
-    # is code of the run still executing?
-    executing: bool = True
-    stop_sent: bool = False
-    # the run was told to stop, by whomever; the next heartbeat writes down since when
-    stopping: bool = False
-    progress: Progress = NOTHING_SAID
-
-
-class Heartbeat:
-    """Renews leases until it is stopped; all its methods may be called from any thread."""
-
-    def __init__(
-        self, settings: Settings, me: Me, metrics: Metrics | None = None, *, watchdog: bool = True
-    ) -> None:
+    def __init__(self, settings: Settings, me: Me, leases: HeldLeases, metrics: Metrics) -> None:
         self._settings = settings
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics
         self._me = me
-        self._has_watchdog = watchdog
-        self._watchdog: WatchdogTimer | None = None
+        self._leases = leases
         self._lease_seconds = settings.job_lease_seconds
-        self._trust_seconds = settings.job_lease_seconds - settings.clock_reserve_seconds
-        # how long before the end of trust runs are told to stop
-        self._margin_seconds = min(1.0, self._lease_seconds / 6)
-        self._lock = threading.Lock()
-        self._leases: set[Lease] = set()
         self._clock: tuple[datetime, float] | None = None
         self._service: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -92,8 +57,7 @@ class Heartbeat:
 
         Where no thread can be started, `fault` tries again.
         """
-        if self._has_watchdog and self._watchdog is None:
-            self._watchdog = watchdog_timer()
+        self._leases.start()
         self._capabilities = capabilities
         self._service = asyncio.get_running_loop()
         if self._thread is None or not self._thread.is_alive():
@@ -109,7 +73,7 @@ class Heartbeat:
         if self._no_thread is not None:
             return f"The heartbeat thread can't be started: {self._no_thread}."
         silent_seconds = monotonic() - self._renewed_at
-        if silent_seconds <= self._trust_seconds - self._margin_seconds:
+        if silent_seconds <= self._leases.trust_seconds - self._leases.margin_seconds:
             return None
         return "No heartbeat has been answered lately."
 
@@ -133,47 +97,6 @@ class Heartbeat:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
-    def hold(
-        self, name: str, fence: int, sent_at: float, stop: Callable[[str, str], None]
-    ) -> Lease:
-        """Take charge of a lease that was asked for at `sent_at` (monotonic).
-
-        It is not `executing` when the answer took so long that too little trust is left: then no
-        code of the run may begin.
-        """
-        until = sent_at + self._trust_seconds
-        left = until - monotonic()
-        least_seconds = self._margin_seconds + self._longest_sleep()
-        lease = Lease(name, fence, until, stop, executing=left > least_seconds)
-        with self._lock:
-            self._leases.add(lease)
-            self._arm()
-        if lease.executing and left < self._trust_seconds - self._settings.job_heartbeat_seconds:
-            self.renew_soon()
-        return lease
-
-    def ended(self, lease: Lease) -> None:
-        """Note that the run's code has ended: nothing needs to be killed for it any more."""
-        with self._lock:
-            lease.executing = False
-            self._arm()
-
-    def release(self, lease: Lease) -> None:
-        """Let go of a lease: the job is free, or no longer this instance's."""
-        with self._lock:
-            lease.executing = False
-            self._leases.discard(lease)
-            self._arm()
-
-    def end_within(self, seconds: float) -> None:
-        """End this process within that time, or when trust ends, unless it ends by itself."""
-        with self._lock:
-            watchdog, self._watchdog = self._watchdog, None
-            ends = [lease.trusted_until for lease in self._leases if lease.executing]
-            left = [seconds, *(max(0.001, end - monotonic()) for end in ends)]
-            if watchdog is not None:
-                watchdog.set(min(left))
-
     def renew_soon(self) -> None:
         """Send the next heartbeat now."""
         if self._loop is not None and self._soon is not None:
@@ -196,9 +119,7 @@ class Heartbeat:
         try:
             asyncio.run(self._renew_until_stopped())
         except Exception:
-            log.exception(
-                "the heartbeat thread has stopped"
-            )  # the watchdog timer ends what it held
+            log.exception("the heartbeat thread has stopped")  # the watchdog timer does the rest
 
     async def _renew_until_stopped(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -224,7 +145,7 @@ class Heartbeat:
                         state = None if cause is None else cause.sqlstate
                         log.warning("no heartbeat", error=repr(error), sqlstate=state)
                     # Nothing is lost by a pause while there is nothing to renew.
-                    pause = AGAIN_SECONDS if self._leases else pause
+                    pause = AGAIN_SECONDS if self._leases.all() else pause
                     if connection is not None:
                         connection.terminate()
                 rest = max(AGAIN_SECONDS, started + pause - monotonic())
@@ -246,8 +167,7 @@ class Heartbeat:
 
     async def _renew(self, connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
         """Renew all leases; False: a row was locked, try again soon."""
-        with self._lock:
-            leases = {(lease.name, lease.fence): lease for lease in self._leases}
+        leases = {(lease.name, lease.fence): lease for lease in self._leases.all()}
         capabilities = self._capabilities
         assert capabilities is not None  # noqa: S101 - started with it
         renewals = [Renewal(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
@@ -262,43 +182,21 @@ class Heartbeat:
         self._renewed_at = sent_at
         self.set_clock(now, answered_at)
         renewed = [leases[each.name, each.fence] for each in results if each.renewed]
-        with self._lock:
-            ends = [lease.trusted_until for lease in renewed]
-            for lease in renewed:
-                lease.trusted_until = max(lease.trusted_until, sent_at + self._trust_seconds)
-            self._arm()
-        if ends:
-            self._metrics.lease_margin.observe((min(ends) - answered_at) / self._lease_seconds)
+        end = self._leases.renew(renewed, sent_at)
+        if end is not None:
+            self._metrics.lease_margin.observe((end - answered_at) / self._lease_seconds)
         for result in results:
             lease = leases[result.name, result.fence]
             if result.cancel_by is not None:
-                self._stop_run(lease, "cancelled", f"cancelled by {result.cancel_by}")
+                self._leases.stop_run(lease, "cancelled", f"cancelled by {result.cancel_by}")
             elif not result.renewed and not result.still_held:
-                self._stop_run(lease, "interrupted", "its lease was over")
+                self._leases.stop_run(lease, "interrupted", "its lease was over")
         return all(result.renewed or not result.still_held for result in results)
 
     async def _stop_before_expiry(self) -> None:
-        """Tell runs to stop shortly before their lease can't be trusted any more."""
         while True:
-            with self._lock:
-                executing = [lease for lease in self._leases if lease.executing]
-            deadlines = [lease.trusted_until - self._margin_seconds for lease in executing]
-            now = monotonic()
-            for lease, deadline in zip(executing, deadlines, strict=True):
-                if deadline <= now:
-                    self._stop_run(lease, "interrupted", "its lease could not be renewed")
-            ahead = [deadline - now for deadline in deadlines if deadline > now]
-            # A lease that is taken meanwhile lasts longer than this sleep.
-            await asyncio.sleep(min([self._longest_sleep(), *ahead]))
-
-    def _longest_sleep(self) -> float:
-        return min(self._settings.job_heartbeat_seconds, self._lease_seconds / 12)
-
-    def _stop_run(self, lease: Lease, outcome: str, reason: str) -> None:
-        if not lease.stop_sent and self._service is not None:
-            lease.stop_sent = True
-            with suppress(RuntimeError):  # the loop has ended, and its runs with it
-                self._service.call_soon_threadsafe(lease.stop, outcome, reason)
+            seconds = self._leases.stop_before_expiry()
+            await asyncio.sleep(seconds)
 
     def _service_answers(self) -> bool:
         """Ask the service's event loop for an answer; one that hangs loses its leases."""
@@ -312,22 +210,3 @@ class Heartbeat:
 
     def _note_answer(self) -> None:
         self._answered_at = monotonic()
-
-    def _arm(self) -> None:
-        """Set the watchdog timer to the earliest end of trust in what still executes."""
-        if self._watchdog is None:
-            return
-        ends = [lease.trusted_until for lease in self._leases if lease.executing]
-        if not ends:
-            self._watchdog.set(0)
-            return
-        # The timer counts from the moment at which it is set: if the process stood still since its
-        # time was computed, it is set again.
-        late = True
-        while late:
-            now = monotonic()
-            left = min(ends) - ARM_SECONDS - now
-            if left <= 0:
-                self._watchdog.expire()
-            self._watchdog.set(max(0.001, left))
-            late = monotonic() - now > ARM_SECONDS

@@ -17,7 +17,7 @@ from balance_app.db.outages import applied_if_unavailable, is_fatal
 from balance_app.db.pool import Connection, Database
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs import children
-from balance_app.jobs.heartbeat import Lease
+from balance_app.jobs.leases import Lease
 from balance_app.jobs.repository import (
     COMMIT,
     ENTER,

@@ -16,8 +16,9 @@ from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Capabilities
-from balance_app.jobs.heartbeat import Heartbeat
+from balance_app.jobs.heartbeat import HeartbeatThread
 from balance_app.jobs.job import Job, Registry
+from balance_app.jobs.leases import HeldLeases
 from balance_app.jobs.repository import (
     NOT_BEGUN,
     STOPPED,
@@ -85,7 +86,8 @@ class Scheduler:
         self.me: Final = Me(uuid4(), settings.server_id)
         self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
         self._metrics = metrics or Metrics()
-        self._heartbeat = Heartbeat(settings, self.me, self._metrics, watchdog=watchdog)
+        self._leases = HeldLeases(settings, watchdog=watchdog)
+        self._heartbeat = HeartbeatThread(settings, self.me, self._leases, self._metrics)
         self._capabilities: Capabilities | None = None
         # in which tables the jobs are declared, and from when on they may be (monotonic)
         self._installation: Installation | None = None
@@ -139,7 +141,7 @@ class Scheduler:
         uncancellable = list(self._runs)
         if uncancellable:
             log.warning("runs that can't be stopped", jobs=[run.name for run in uncancellable])
-            self._heartbeat.end_within(EXIT_SECONDS)
+            self._leases.end_within(EXIT_SECONDS)
         await self._heartbeat.stop()
         reserve = max(LEAST_RESERVE_SECONDS, self._settings.clock_reserve_seconds)
         last_lease = timedelta(seconds=EXIT_SECONDS + reserve)
@@ -390,7 +392,9 @@ class Scheduler:
         def stop_run(outcome: str, reason: str) -> None:
             stop(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
 
-        run.lease = self._heartbeat.hold(run.name, run.fence, sent_at, stop_run)
+        run.lease = self._leases.hold(run.name, run.fence, sent_at, stop_run)
+        if self._leases.is_late(run.lease):
+            self._heartbeat.renew_soon()
         if not run.lease.executing:
             self._away_at = monotonic()  # as good as: it is released before it looks lost
             run.stopped = ("interrupted", "the answer to its claim came too late")
@@ -420,7 +424,7 @@ class Scheduler:
                 run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
                 run_result = await execute(run, job, min_seconds=self._minimum(job))
             finally:
-                self._heartbeat.ended(run.lease)
+                self._leases.ended(run.lease)
             ended = monotonic()
             seconds = round(ended - started, 1)
             run.log.info("run ended", **run_result._asdict(), seconds=seconds)
@@ -428,7 +432,7 @@ class Scheduler:
         except Exception:
             run.log.exception("the end of a run can't be recorded: its lease runs out")
         finally:
-            self._heartbeat.release(run.lease)
+            self._leases.release(run.lease)
             del self._runs[run]
             self._soon.set()
 

@@ -1,0 +1,170 @@
+"""The leases that an instance holds: what it can't renew in time is stopped, or ended.
+
+A renewal is trusted for as long as a lease less a reserve, counted from the moment it was sent: the
+server granted the lease later than that, so trust ends before the lease, also when PostgreSQL's
+clock steps ahead meanwhile, by the reserve at most. Shortly before trust ends the runs are told to
+stop. What can't stop (frozen, blocked) is ended by the kernel: each good heartbeat sets the
+watchdog timer anew (see `watchdog`), which ends the process before it executes one more
+instruction, also when it is frozen.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from balance_app.jobs.repository import Progress
+from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
+from balance_app.settings import Settings
+
+# The watchdog timer may be set this much late.
+ARM_SECONDS: Final = 0.005
+NO_PROGRESS: Final = Progress(None, None, None)
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A lease on one job, as far as this instance trusts it (monotonic seconds)."""
+
+    name: str
+    fence: int
+    trusted_until: float
+    # called in the event loop, with outcome and reason: stop now
+    stop: Callable[[str, str], None]
+    # is code of the run still executing?
+    executing: bool = True
+    stop_sent: bool = False
+    # the run was told to stop, by whomever; the next heartbeat writes down since when
+    stopping: bool = False
+    progress: Progress = NO_PROGRESS
+
+
+class HeldLeases:
+    """The leases of this instance's runs; all its methods may be called from any thread."""
+
+    def __init__(self, settings: Settings, *, watchdog: bool = True) -> None:
+        lease_seconds = settings.job_lease_seconds
+        self.trust_seconds: Final = lease_seconds - settings.clock_reserve_seconds
+        # how long before the end of trust runs are told to stop
+        self.margin_seconds: Final = min(1.0, lease_seconds / 6)
+        self._heartbeat_seconds = settings.job_heartbeat_seconds
+        # between two checks of what expires
+        self._longest_sleep = min(settings.job_heartbeat_seconds, lease_seconds / 12)
+        self._has_watchdog = watchdog
+        self._watchdog: WatchdogTimer | None = None
+        self._service: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._leases: set[Lease] = set()
+
+    def start(self) -> None:
+        """Make the watchdog timer; called in the event loop of the runs, in the main thread."""
+        if self._has_watchdog and self._watchdog is None:
+            self._watchdog = watchdog_timer()
+        self._service = asyncio.get_running_loop()
+
+    def hold(
+        self, name: str, fence: int, sent_at: float, stop: Callable[[str, str], None]
+    ) -> Lease:
+        """Take charge of a lease that was asked for at `sent_at` (monotonic).
+
+        It is not `executing` when the answer took so long that too little trust is left: then no
+        code of the run may begin.
+        """
+        until = sent_at + self.trust_seconds
+        least_seconds = self.margin_seconds + self._longest_sleep
+        executing = until - monotonic() > least_seconds
+        lease = Lease(name, fence, until, stop, executing=executing)
+        with self._lock:
+            self._leases.add(lease)
+            self._arm()
+        return lease
+
+    def is_late(self, lease: Lease) -> bool:
+        """Say whether a run has a lease that is to be renewed at once, as its claim took long."""
+        left = lease.trusted_until - monotonic()
+        return lease.executing and left < self.trust_seconds - self._heartbeat_seconds
+
+    def ended(self, lease: Lease) -> None:
+        """Note that the run's code has ended: nothing needs to be killed for it any more."""
+        with self._lock:
+            lease.executing = False
+            self._arm()
+
+    def release(self, lease: Lease) -> None:
+        """Let go of a lease: the job is free, or no longer this instance's."""
+        with self._lock:
+            lease.executing = False
+            self._leases.discard(lease)
+            self._arm()
+
+    def end_within(self, seconds: float) -> None:
+        """End this process within that time, or when trust ends, unless it ends by itself."""
+        with self._lock:
+            watchdog, self._watchdog = self._watchdog, None
+            ends = [lease.trusted_until for lease in self._leases if lease.executing]
+            left = [seconds, *(max(0.001, end - monotonic()) for end in ends)]
+            if watchdog is not None:
+                watchdog.set(min(left))
+
+    def all(self) -> list[Lease]:
+        """Return the leases that are held now."""
+        with self._lock:
+            return list(self._leases)
+
+    def renew(self, leases: Iterable[Lease], sent_at: float) -> float | None:
+        """Trust leases anew, by a renewal that was sent at `sent_at` (monotonic).
+
+        Returns:
+            Until when the first of them was trusted before; None if there are none.
+        """
+        with self._lock:
+            ends = []
+            for lease in leases:
+                ends.append(lease.trusted_until)
+                lease.trusted_until = max(lease.trusted_until, sent_at + self.trust_seconds)
+            self._arm()
+        return min(ends, default=None)
+
+    def stop_run(self, lease: Lease, outcome: str, reason: str) -> None:
+        """Tell the run of a lease to stop, once."""
+        if not lease.stop_sent and self._service is not None:
+            lease.stop_sent = True
+            with suppress(RuntimeError):  # the loop has ended, and its runs with it
+                self._service.call_soon_threadsafe(lease.stop, outcome, reason)
+
+    def stop_before_expiry(self) -> float:
+        """Tell runs to stop whose lease can't be trusted soon; return when to do so again.
+
+        A lease that is taken meanwhile lasts longer than these seconds.
+        """
+        with self._lock:
+            executing = [lease for lease in self._leases if lease.executing]
+        deadlines = [lease.trusted_until - self.margin_seconds for lease in executing]
+        now = monotonic()
+        for lease, deadline in zip(executing, deadlines, strict=True):
+            if deadline <= now:
+                self.stop_run(lease, "interrupted", "its lease could not be renewed")
+        ahead = [deadline - now for deadline in deadlines if deadline > now]
+        return min([self._longest_sleep, *ahead])
+
+    def _arm(self) -> None:
+        """Set the watchdog timer to the earliest end of trust in what still executes."""
+        if self._watchdog is None:
+            return
+        ends = [lease.trusted_until for lease in self._leases if lease.executing]
+        if not ends:
+            self._watchdog.set(0)
+            return
+        # The timer counts from the moment at which it is set: if the process stood still since its
+        # time was computed, it is set again.
+        late = True
+        while late:
+            now = monotonic()
+            left = min(ends) - ARM_SECONDS - now
+            if left <= 0:
+                self._watchdog.expire()
+            self._watchdog.set(max(0.001, left))
+            late = monotonic() - now > ARM_SECONDS
