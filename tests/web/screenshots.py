@@ -116,7 +116,7 @@ async def start_some(instances: list[Instance], client: httpx.AsyncClient) -> No
     while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
         await asyncio.sleep(0.2)
     names = ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history")
-    # Who is asked looks at once, all others at their next turn.
+    # The instance that is asked tries to claim at once, all others with their next claim.
     for instance, name in zip(instances, names, strict=True):
         await client.post(f"{instance.url}/api/cron/jobs/{name}/run")
     pause = {"by": "ada", "reason": "until the disk is larger"}

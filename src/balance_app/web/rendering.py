@@ -1,4 +1,8 @@
-"""Pages as answers: templates, files whose address changes with them, headers, compression."""
+"""Rendering of pages: templates, files whose address changes with them, headers, compression.
+
+Files are read and compressed once, and served from memory: Starlette's StaticFiles opens a file for
+each request, and answers 500 when clients hold every descriptor that they may have.
+"""
 
 import re
 import zlib
@@ -27,17 +31,17 @@ HEADERS: Final = {
     "Vary": "Accept-Encoding",
     "X-Content-Type-Options": "nosniff",
 }
-_OWN_ADDRESS: Final = re.compile(r'(?<= )(?:href|src|action|formaction|data-stream)="(?=/)')
+_OWN_URL: Final = re.compile(r'(?<= )(?:href|src|action|formaction|data-stream)="(?=/)')
 _FILES: Final = Path(__file__).parent / "static"
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 
 class Asset(NamedTuple):
-    """A file of the page: as it is, compressed, and the mark of its content in its address."""
+    """A file of the page: as it is, compressed, and the hash of its content in its address."""
 
     body: bytes
-    packed: bytes
-    mark: str
+    compressed: bytes
+    digest: str
     media_type: str | None
 
 
@@ -78,29 +82,29 @@ def page(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Return a page, compressed if the browser can read that."""
-    html = under(
+    """Return a page, compressed if the client accepts that."""
+    html = add_root_path(
         request.scope["root_path"], templates().get_template(template).render(view)
     ).encode()
-    packed = takes_gzip(request)
+    compressed = accepts_gzip(request)
     return Response(
-        gzip(html) if packed else html,
+        gzip(html) if compressed else html,
         status_code=status,
         media_type="text/html",
         headers={
             **HEADERS,
-            **({"Content-Encoding": "gzip"} if packed else {}),
+            **({"Content-Encoding": "gzip"} if compressed else {}),
             **(headers or {}),
         },
     )
 
 
-def under(root_path: str, html: str) -> str:
+def add_root_path(root_path: str, html: str) -> str:
     """Put the path that this program has behind a proxy before every address of its own.
 
     Nothing but a template can write such an attribute: all that it is given is escaped.
     """
-    return _OWN_ADDRESS.sub(rf"\g<0>{root_path}", html) if root_path else html
+    return _OWN_URL.sub(rf"\g<0>{root_path}", html) if root_path else html
 
 
 def file(request: Request, name: str) -> Response | None:
@@ -108,29 +112,29 @@ def file(request: Request, name: str) -> Response | None:
     found = _asset(name) if name in _names() else None
     if found is None:
         return None
-    packed = takes_gzip(request)
-    known = request.query_params.get("v") == found.mark
+    compressed = accepts_gzip(request)
+    current = request.query_params.get("v") == found.digest
     return Response(
-        found.packed if packed else found.body,
+        found.compressed if compressed else found.body,
         media_type=found.media_type,
         headers={
-            "Cache-Control": "public, max-age=31536000, immutable" if known else "no-cache",
+            "Cache-Control": "public, max-age=31536000, immutable" if current else "no-cache",
             "Vary": "Accept-Encoding",
             "X-Content-Type-Options": "nosniff",
-            **({"Content-Encoding": "gzip"} if packed else {}),
+            **({"Content-Encoding": "gzip"} if compressed else {}),
         },
     )
 
 
-def takes_gzip(request: Request) -> bool:
-    """Say whether whoever asks can read gzip."""
+def accepts_gzip(request: Request) -> bool:
+    """Say whether the client accepts gzip."""
     return "gzip" in request.headers.get("accept-encoding", "")
 
 
 def gzip(body: bytes) -> bytes:
     """Compress a whole answer."""
-    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
-    return packer.compress(body) + packer.flush()
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    return compressor.compress(body) + compressor.flush()
 
 
 @lru_cache(maxsize=1)
@@ -146,4 +150,4 @@ def _asset(name: str) -> Asset:
 
 def _address(name: str) -> str:
     """Return where a file is; its address changes with its content."""
-    return f"/static/{name}?v={_asset(name).mark}"
+    return f"/static/{name}?v={_asset(name).digest}"

@@ -28,7 +28,7 @@ from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.settings import Settings
 from balance_app.web import charts, view_models
 from balance_app.web.queries import PageQueries
-from balance_app.web.rendering import file, page, takes_gzip
+from balance_app.web.rendering import accepts_gzip, file, page
 from balance_app.web.stream import PageStream, PageStreamResponse
 
 RUNS_ON_PAGE: Final = 25
@@ -114,7 +114,7 @@ async def watch(request: Request) -> Response:
         stream_of(request),
         since=request.headers.get("last-event-id") or request.query_params.get("since"),
         job=request.query_params.get("job"),
-        compress=takes_gzip(request),
+        compress=accepts_gzip(request),
     )
 
 

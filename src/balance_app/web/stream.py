@@ -24,7 +24,7 @@ from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.web import view_models
 from balance_app.web.fragments import Fragments
 from balance_app.web.queries import Activity, PageQueries
-from balance_app.web.rendering import under
+from balance_app.web.rendering import add_root_path
 
 _VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read, besides when runs change
@@ -164,7 +164,9 @@ class PageStream:
             data = {
                 "now": snapshot.now.timestamp(),
                 "title": self.fragments.title,
-                "html": {id_: under(self._root_path, html) for id_, html in changes.items()},
+                "html": {
+                    id_: add_root_path(self._root_path, html) for id_, html in changes.items()
+                },
             }
             known = format_sse_event(
                 event="status", data_str=to_json(data).decode(), id=self.version
@@ -183,7 +185,7 @@ class PageStream:
 
 
 class PageStreamResponse(EventSourceResponse):
-    """The stream to one viewer, compressed if its browser can read that."""
+    """The stream to one viewer, compressed if its browser accepts that."""
 
     def __init__(
         self, stream: PageStream, *, since: str | None, job: str | None, compress: bool

@@ -226,7 +226,7 @@ async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
 
 def wake(request: Request) -> None:
-    """Let this instance's scheduler look at the jobs now."""
+    """Let this instance's scheduler try to claim a job now."""
     if (scheduler := services(request).get(Scheduler)) is not None:
         scheduler.wake()
 
@@ -236,7 +236,7 @@ def _controls(request: Request) -> Controls:
 
 
 def _steered(request: Request, job: bytes) -> Response:
-    """Answer with the job; this instance looks at the jobs at once, others soon."""
+    """Answer with the job; this instance tries to claim at once, others soon."""
     wake(request)
     return _json(job, status=202)
 

@@ -187,7 +187,7 @@ class StatusReader:
             lambda con: read(
                 con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
             ),
-            # There is one at a time; who watches a crowd should not have to stand behind it.
+            # There is one at a time; a viewer during a burst should not wait behind its requests.
             priority=True,
         )
         (header,) = (row for row in rows if row["now"] is not None)
