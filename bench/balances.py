@@ -6,7 +6,7 @@
 instance
     without its database call, and a bare ASGI callable.
 
-All are measured in turn, several rounds; ratios are taken within a round, medians are told.
+All are measured in turn, several rounds; ratios are taken within a round, medians are printed.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ async def main() -> None:
         postgres = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
         await postgres.start()
         try:
-            tell_machine(Path(top))
+            print_machine(Path(top))
             if "burst" not in sys.argv:
                 await hot_user(postgres)
             if "hot" not in sys.argv:
@@ -56,7 +56,7 @@ async def main() -> None:
             await postgres.stop()
 
 
-def tell_machine(where: Path) -> None:
+def print_machine(where: Path) -> None:
     """Print what this was measured on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     fsync = subprocess.run(

@@ -32,7 +32,7 @@ class Lane(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say that the connection is there."""
+        """Note that the connection is open."""
         self._transport = cast("asyncio.Transport", transport)
         self.opened.set_result(None)
 

@@ -160,7 +160,7 @@ async def claimer(
             continue
         policy = policy._replace(round=row["round"] + 1)
         due = datetime.now(UTC) + timedelta(hours=1)
-        told: tuple[object, ...] = (
+        fields: tuple[object, ...] = (
             "succeeded",
             "done",
             timedelta(0),
@@ -176,7 +176,7 @@ async def claimer(
             0,
             None,
         )
-        assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *told)
+        assert await connection.fetchrow(FINISH, row["name"], row["fence"], me.id, *fields)
         done += 1
     await connection.close()
     return done
@@ -205,9 +205,9 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
 async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncIterator[None]:
     """Run instances whose ten jobs do next to nothing."""
     program = ("-m", "tests.jobs.fleet")
-    told: dict[str, Any] = {"FLEET_EVENT_LOGS": event_log, "LOG_LEVEL": "warning", **env}
+    environment: dict[str, Any] = {"FLEET_EVENT_LOGS": event_log, "LOG_LEVEL": "warning", **env}
     instances = [
-        Instance(variables, f"app{number}", program=program, **told)
+        Instance(variables, f"app{number}", program=program, **environment)
         for number in range(1, INSTANCES + 1)
     ]
     async with running(instances):

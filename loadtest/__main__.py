@@ -14,7 +14,7 @@ from loadtest.burst import Order, Progress, fire
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find, locate
 from loadtest.progress import shown
 from loadtest.report import Report
-from loadtest.verdict import Expectation, judge
+from loadtest.verdict import Expectation, evaluate
 
 EXIT_PASSED, EXIT_FAILED, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -70,7 +70,7 @@ async def _run(options: Namespace) -> Report:
         volley = await fire(order, progress)
     expected = Expectation(before, options.amount, options.requests)
     ledger = await _ledger(accounts, before, options.requests)
-    return Report(order, expected, volley, judge(expected, volley.outcomes, ledger))
+    return Report(order, expected, volley, evaluate(expected, volley.outcomes, ledger))
 
 
 async def _ledger(accounts: Accounts, before: Account, requests: int) -> Ledger | CannotRunError:
@@ -92,7 +92,7 @@ def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop]:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m loadtest",
-        description="Fire many balance changes at one moment and judge whether every answer, the "
+        description="Fire many balance changes at one moment and check whether every answer, the "
         "balance and the entries are exactly right.",
         epilog="Exit code: 0 all right, 1 something is wrong, 2 the test could not run.",
     )

@@ -74,13 +74,13 @@ async def find() -> list[Target]:
     Raises:
         CannotRunError: nobody listens at any of these places.
     """
-    said = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
-    url = said.get("BALANCE_APP_URL") or f"http://127.0.0.1:{said.get('PORT') or 3000}"
+    variables = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
+    url = variables.get("BALANCE_APP_URL") or f"http://127.0.0.1:{variables.get('PORT') or 3000}"
     target = Target.parse(url)
     try:
         return [await locate(target)]
     except CannotRunError:
-        if said.get("BALANCE_APP_URL"):
+        if variables.get("BALANCE_APP_URL"):
             raise
     containers = [Target("127.0.0.1", port) for port in _PORTS_OF_CONTAINERS]
     tried = await asyncio.gather(*(locate(each) for each in containers), return_exceptions=True)

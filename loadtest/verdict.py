@@ -90,7 +90,7 @@ class Verdict:
         return not self.problems
 
 
-def judge(
+def evaluate(
     expected: Expectation, outcomes: Sequence[Outcome], ledger: Ledger | CannotRunError
 ) -> Verdict:
     """Compare outcomes and ledger (or why it could not be read) with what is expected."""

@@ -54,14 +54,14 @@ async def series() -> dict[str, list[dict[str, str]]]:
     """The labels of every series of an instance that runs the ten jobs, by name."""
     metrics = Metrics(server="app1", version="0", jobs=list(JOBS))
 
-    async def ask() -> list[JobStats]:
+    async def query() -> list[JobStats]:
         return [JobStats(job.name, 1.0, 0.0, False, False, False) for job in JOBS.values()]  # noqa: FBT003 - a row
 
-    metrics.ask_for_fleet(ask)
+    metrics.set_fleet_query(query)
     Database(load_settings(db_host="localhost"), metrics)  # never started
-    told = (await metrics.tell()).decode()
+    text = (await metrics.render()).decode()
     found: dict[str, list[dict[str, str]]] = {name: [TARGET] for name in OF_PROMETHEUS}
-    for family in text_string_to_metric_families(told):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, []).append({**TARGET, **sample.labels})
     return found
@@ -200,9 +200,9 @@ def test_alerts_are_complete() -> None:
 def test_alerts_tell_labels_that_they_have(rule: dict[str, Any]) -> None:
     """What a sentence fills in is what the expression groups by."""
     sentences = " ".join(rule["annotations"].values())
-    told = set(re.findall(r"\$labels\.(\w+)", sentences))
+    used = set(re.findall(r"\$labels\.(\w+)", sentences))
     kept = _kept(promql_parser.parse(rule["expr"]))
-    assert {"job_name", "instance"} & kept == told, "no more, but who is concerned has to be said"
+    assert {"job_name", "instance"} & kept == used, "no more, but who is concerned has to be said"
 
 
 def _kept(part: promql_parser.Expr) -> set[str]:

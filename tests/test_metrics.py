@@ -1,4 +1,4 @@
-"""The numbers at `/metrics`: each counts what it says, and they are told whatever happens."""
+"""The numbers at `/metrics`: each counts what it says, and they are there whatever happens."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -28,10 +28,10 @@ from tests.processes import Instance, connect
 from tests.system.databases import somebody_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
-Told = dict[str, float]
+Samples = dict[str, float]
 
 
-def read(text: str) -> Told:
+def read(text: str) -> Samples:
     """Read what Prometheus would."""
     return {
         sample.name + _labels(sample.labels): sample.value
@@ -45,17 +45,17 @@ def _labels(labels: dict[str, str]) -> str:
     return f"{{{said}}}" if said else ""
 
 
-async def told(client: httpx.AsyncClient) -> Told:
+async def scrape(client: httpx.AsyncClient) -> Samples:
     answer = await client.get("/metrics")
     assert answer.status_code == 200
     return read(answer.text)
 
 
-async def of(metrics: Metrics) -> Told:
-    return read((await metrics.tell()).decode())
+async def of(metrics: Metrics) -> Samples:
+    return read((await metrics.render()).decode())
 
 
-def changes(numbers: Told) -> dict[str, float]:
+def changes(numbers: Samples) -> dict[str, float]:
     """Return the changes by result, but for the results that there were none of."""
     return {
         name.split('"')[1]: value
@@ -75,7 +75,7 @@ async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncCli
         body = {"userId": user, "amount": amount}
         return (await client.post("/api/balance", json=body, headers=headers)).status_code
 
-    assert changes(await told(client)) == {}
+    assert changes(await scrape(client)) == {}
     assert await change(1, -1) == 200
     assert await change(1, -2, "k") == 200
     assert await change(1, -2, "k") == 200  # replayed
@@ -84,7 +84,7 @@ async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncCli
     assert await change(1, -20_000, "l") == 409
     assert await change(2, 1) == 404
     assert await change(1, "much") == 422
-    found = await told(client)
+    found = await scrape(client)
     assert changes(found) == {
         "accepted": 2,
         "replayed": 1,
@@ -106,8 +106,8 @@ async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncCli
     assert statuses == {404: 1, 409: 2, 422: 2, 500: 0}
 
 
-async def test_the_line_is_seen(database: dict[str, str]) -> None:
-    """Who waits and what is in use is told while no connection is free, without what needs one."""
+async def test_the_wait_queue_is_seen(database: dict[str, str]) -> None:
+    """What is queued and in use is reported while no connection is free, without what needs one."""
     async with (
         Instance(
             database,
@@ -128,7 +128,7 @@ async def test_the_line_is_seen(database: dict[str, str]) -> None:
             asked.append(asyncio.create_task(client.post("/api/balance", json=body)))
             await until_waiting(client, 1)
             assert (await client.post("/api/balance", json=body)).status_code == 503
-            found = await told(client)
+            found = await scrape(client)
         for each in asked:
             await each
         await holder.close()
@@ -136,14 +136,14 @@ async def test_the_line_is_seen(database: dict[str, str]) -> None:
         assert found['balance_app_connections_in_use{pool="requests"}'] == 1
         assert found['balance_app_connections_limit{pool="requests"}'] == 1
         assert changes(found) == {"overloaded": 1}
-        found = await told(client)
+        found = await scrape(client)
         assert found["balance_app_requests_waiting"] == 0
         assert found['balance_app_connections_in_use{pool="requests"}'] == 0
 
 
 async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
     async with asyncio.timeout(10):
-        while (await told(client))["balance_app_requests_waiting"] != number:  # noqa: ASYNC110 - of another process
+        while (await scrape(client))["balance_app_requests_waiting"] != number:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.01)
 
 
@@ -153,7 +153,7 @@ async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
         Instance(database, JOBS_ENABLED="false") as instance,
         httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
     ):
-        before = await told(client)
+        before = await scrape(client)
         assert before["balance_app_database_unavailable"] == 0
         holder = await connect(database)
         async with _held_row(holder):
@@ -165,12 +165,12 @@ async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
         assert (await asked).json()["applied"] == "unknown"
         refused = await client.post("/api/balance", json={"userId": 1, "amount": -1})
         assert refused.json()["applied"] == "no"
-        found = await told(client)
+        found = await scrape(client)
         assert found["balance_app_database_unavailable"] == 1
         assert changes(found) == {"unknown": 1, "unavailable": 1}
         await _admin(database, "ALLOW_CONNECTIONS true")
         async with asyncio.timeout(10):
-            while (await told(client))["balance_app_database_unavailable"]:  # noqa: ASYNC110 - the same
+            while (await scrape(client))["balance_app_database_unavailable"]:  # noqa: ASYNC110 - the same
                 await asyncio.sleep(0.05)
 
 
@@ -244,7 +244,7 @@ async def sleeps(_run: Run) -> None:
     await asyncio.sleep(600)
 
 
-def runs(numbers: Told) -> dict[tuple[str, str], float]:
+def runs(numbers: Samples) -> dict[tuple[str, str], float]:
     """Return the runs by job and outcome, but for those that there were none of."""
     return {
         (name.split('"')[1], name.split('"')[3]): value
@@ -455,7 +455,7 @@ async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
 
 
 async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
-    """A mismatch is told until an audit finds none; one that was not carried through tells none."""
+    """A mismatch is reported until an audit finds none; an unfinished one reports none."""
     await add_job(ground.admin, "audit-ledger")
     await add_job(ground.admin, "good")
 
@@ -481,7 +481,7 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
     await ground.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(ground, [audit_ledger]) as (_, metrics):
-            metrics.ask_for_fleet(_stats_reader(ground, Registry([audit_ledger])).read)
+            metrics.set_fleet_query(_stats_reader(ground, Registry([audit_ledger])).read)
             await ground.ended("audit-ledger")
             found = await of(metrics)
     finally:
@@ -494,18 +494,18 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
 
 
 async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of scrapes share a question; its answer is not told for longer."""
+    """Any number of scrapes share a query; its result is not kept for longer."""
     asked = 0
     answers = [[JobStats("good", 1.0, 2.0, True, False, None)], None]  # noqa: FBT003 - a row
 
-    async def ask() -> list[JobStats] | None:
+    async def query() -> list[JobStats] | None:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0.01)
         return answers[asked - 1]
 
     metrics = Metrics()
-    metrics.ask_for_fleet(ask)
+    metrics.set_fleet_query(query)
     found = await asyncio.gather(*(of(metrics) for _ in range(20)))
     assert asked == 1
     assert {each['balance_app_fleet_job_overdue_seconds{job_name="good"}'] for each in found} == {2}
@@ -515,15 +515,15 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this instance knows by itself is told all the same."""
+    """What this instance knows by itself is reported all the same."""
     monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
 
-    async def ask() -> list[JobStats]:
+    async def query() -> list[JobStats]:
         await asyncio.sleep(600)
         raise AssertionError
 
     metrics = Metrics()
-    metrics.ask_for_fleet(ask)
+    metrics.set_fleet_query(query)
     async with asyncio.timeout(4):
         found = await of(metrics)
     assert found["balance_app_jobs_running"] == 0
@@ -533,7 +533,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
 async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) -> None:
     """A statement that fails is no fleet without jobs; it goes on when the statement does."""
     metrics = Metrics()
-    metrics.ask_for_fleet(StatsReader(ground.database, Registry([])).read)
+    metrics.set_fleet_query(StatsReader(ground.database, Registry([])).read)
     await ground.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
     try:
         found = _of_the_fleet(await of(metrics))
@@ -553,14 +553,14 @@ def _of_the_fleet(found: Mapping[str, float]) -> dict[str, float]:
 
 async def test_hostile_requests_make_no_new_series(client: httpx.AsyncClient) -> None:
     """Paths, methods, users, keys and headers of callers are never labels (a status may be new)."""
-    before = set(await told(client))
+    before = set(await scrape(client))
     for number in range(30):
         await client.request(f"M{number}", f"/nowhere/{number}", headers={"Host": f"h{number}"})
         await client.post("/api/balance", json={"userId": number + 2, "amount": number + 1})
         await client.get(f"/api/users/{number}", headers={"X-Request-Id": f"r{number}"})
         accept = f"text/plain;version={number}é.x".encode("latin-1")
         await client.get("/metrics", headers={b"Accept": accept})
-    new = set(await told(client)) - before
+    new = set(await scrape(client)) - before
     assert {name.partition("{")[0] for name in new} <= {"balance_app_requests_total"}
     assert len(new) <= 5
 
@@ -572,7 +572,7 @@ async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient)
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     families = read_openmetrics(answer.text)  # type: ignore[no-untyped-call] # it has no types
     names = {sample.name for family in families for sample in family.samples}
-    assert names == {name.partition("{")[0] for name in await told(client)}
+    assert names == {name.partition("{")[0] for name in await scrape(client)}
     plain = await client.get("/metrics", headers={"Accept": "*/*"})
     assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert plain.headers["cache-control"] == "no-store"
@@ -580,7 +580,7 @@ async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient)
 
 async def test_the_process_is_told_too(client: httpx.AsyncClient) -> None:
     """Who it is, and what it uses."""
-    found = await told(client)
+    found = await scrape(client)
     assert found['balance_app_info{server="app1",version="0.1.0"}'] == 1
     assert found["process_resident_memory_bytes"] > 10_000_000
     assert found["process_cpu_seconds_total"] > 0

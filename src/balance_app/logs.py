@@ -78,7 +78,7 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
-    # They tell each step of what they do; our own lines say enough.
+    # They log each step; our own lines suffice.
     for chatty in ("alembic", "httpx", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     # The application logs its own failures, with their reason; uvicorn would add a traceback.

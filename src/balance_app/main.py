@@ -58,7 +58,7 @@ def create_app(
 ) -> RequestMiddleware:
     """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
-    `stopping` is set from outside when the instance is told to stop.
+    `stopping` is set from outside when the instance is to stop.
 
     Raises:
         DeclarationError: a job can't work with these settings.
@@ -105,15 +105,15 @@ async def _lifespan(
 ) -> AsyncIterator[None]:
     database = Database(settings, metrics)
     scheduler = Scheduler(settings, database, registry, metrics) if settings.jobs_enabled else None
-    metrics.ask_for_fleet(StatsReader(database, registry, AUDITS, LedgerMismatchError).read)
+    metrics.set_fleet_query(StatsReader(database, registry, AUDITS, LedgerMismatchError).read)
     status_reader = StatusReader(database, settings)
     queries = PageQueries(database, metrics)
-    told = {} if scheduler is None else {"jobs": scheduler.condition}
+    checks = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
         metrics,
         database,
-        Readiness(database, stopping, only_told=told),
+        Readiness(database, stopping, informational=checks),
         BalanceRepository(database, metrics),
         *([] if scheduler is None else [scheduler]),
         status_reader,

@@ -1,8 +1,8 @@
-"""What an instance counts and measures, told to Prometheus at `/metrics`.
+"""What an instance counts and measures, for Prometheus at `/metrics`.
 
 Every value is this instance's own since its start, to be summed over the instances; but what is
 named `balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each
-instance. It is asked for at most once a second, by one statement. While it can't be had soon it is
+instance. It is queried at most once a second, by one statement. While it can't be had soon it is
 left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there never
 fires.
 """
@@ -27,7 +27,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector, CollectorRegistry
 from typing_extensions import override
 
-# accepted, refused by the balance, told again; no such user, key of another request; 503 with
+# accepted, refused by the balance, replayed; no such user, key of another request; 503 with
 # applied "no", with "unknown", an overload; 500
 RESULTS: Final = (
     "accepted",
@@ -118,7 +118,7 @@ class Durations(Collector):
 
 
 Stats: TypeAlias = "list[JobStats] | None"
-Ask: TypeAlias = Callable[[], Coroutine[Any, Any, Stats]]
+FleetQuery: TypeAlias = Callable[[], Coroutine[Any, Any, Stats]]
 
 
 class Metrics:
@@ -224,8 +224,8 @@ class Metrics:
                 self._runs.labels(name, outcome)
         self._fleet = _Fleet()
         registry.register(self._fleet)
-        self._ask: Ask | None = None
-        self._question: asyncio.Task[Stats] | None = None
+        self._fleet_query: FleetQuery | None = None
+        self._running_query: asyncio.Task[Stats] | None = None
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
@@ -233,28 +233,28 @@ class Metrics:
         if outcome is not None:
             self._runs.labels(name, outcome).inc()
 
-    def ask_for_fleet(self, ask: Ask) -> None:
-        """Ask so for what PostgreSQL knows; `ask` returns None while it can't be asked."""
-        self._ask = ask
+    def set_fleet_query(self, query: FleetQuery) -> None:
+        """Set the query of the fleet's jobs; it returns None while PostgreSQL is unavailable."""
+        self._fleet_query = query
 
-    async def tell(self, *, as_openmetrics: bool = False) -> bytes:
+    async def render(self, *, as_openmetrics: bool = False) -> bytes:
         """Return everything, as Prometheus reads it."""
-        if self._ask is not None:
-            jobs = await self._answer(self._ask)
+        if self._fleet_query is not None:
+            jobs = await self._query_fleet(self._fleet_query)
             self._fleet.jobs, self._fleet.success = jobs or [], jobs is not None
         if as_openmetrics:
             return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
         return generate_latest(self._registry)
 
-    async def _answer(self, ask: Ask) -> Stats:
-        """Ask, unless that was done just now; None if there is no answer soon."""
-        question = self._question
-        if question is None or (question.done() and monotonic() >= self._fresh_until):
+    async def _query_fleet(self, query: FleetQuery) -> Stats:
+        """Run the query, unless that was done just now; None if there is no answer soon."""
+        running = self._running_query
+        if running is None or (running.done() and monotonic() >= self._fresh_until):
             # Of its own context: it is shared by many requests.
-            self._question = question = asyncio.create_task(ask(), context=Context())
+            self._running_query = running = asyncio.create_task(query(), context=Context())
             self._fresh_until = monotonic() + FRESH_SECONDS
-        await asyncio.wait({question}, timeout=PATIENCE_SECONDS)
-        return question.result() if question.done() else None
+        await asyncio.wait({running}, timeout=PATIENCE_SECONDS)
+        return running.result() if running.done() else None
 
 
 class _Registry(CollectorRegistry):

@@ -32,7 +32,7 @@ class ListenError(Exception):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, told to stop by signals without dying of them."""
+    """uvicorn, stopped by signals without dying of them."""
 
     def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
         super().__init__(config)

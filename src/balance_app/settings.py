@@ -24,7 +24,8 @@ OWN_PATHS: Final = frozenset(
 )
 
 ENV_FILE: Final = Path(".env")
-_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # bytes that are no text, as Python reads them
+# bytes that are no text, as Python reads them
+_INVALID_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -126,7 +127,7 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _is_text(cls, value: object) -> object:
-        if isinstance(value, str) and _NO_TEXT.search(value):
+        if isinstance(value, str) and _INVALID_TEXT.search(value):
             raise ValueError("is not text in UTF-8")
         return value
 
@@ -314,7 +315,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's v
 
 
 def _require_readable(file: Path) -> None:
-    """Say of a `.env` that can't be read why; there need not be one.
+    """Refuse a `.env` that can't be read; there need not be one.
 
     Raises:
         BadSettingsError: it is no file, or no text in UTF-8.

@@ -62,7 +62,7 @@ BAD = (
 
 async def ready(ground: Ground, scheduler: Scheduler) -> tuple[int, dict[str, Any]]:
     database = ground.database
-    readiness = Readiness(database, asyncio.Event(), only_told={"jobs": scheduler.condition})
+    readiness = Readiness(database, asyncio.Event(), informational={"jobs": scheduler.condition})
     state = SimpleNamespace(services=Services(ground.settings, database, readiness))
     answer = await readyz(Request({"type": "http", "app": SimpleNamespace(state=state)}))
     return answer.status_code, cast("dict[str, Any]", json.loads(bytes(answer.body)))

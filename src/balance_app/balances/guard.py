@@ -36,7 +36,7 @@ KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
 # (xmax), or in nothing that can be read, as a lock of several does.
 #
 # $1 the account, $2 the statements of ours that lock it until their commit
-MOTION: Final = """
+PROGRESS: Final = """
 SELECT version, holder.pid, holder.application_name, holder.own,
        (SELECT extract(epoch FROM clock_timestamp() - at)::float8
         FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1) AS age
@@ -63,21 +63,21 @@ class _Wait:
 
     def begin(self) -> None:
         """Begin to wait inside PostgreSQL."""
-        # since when the account is not seen to move, when that was looked at, and its version then
-        self.since = self.looked = monotonic()
+        # since when the account is not seen to move, when that was checked, and its version then
+        self.since = self.checked_at = monotonic()
         self.version: int | None = None
 
-    def saw(self, version: int, age_seconds: float | None) -> None:
-        """Take note of what the account looks like; by versions, as clocks may be set."""
+    def observe(self, version: int, age_seconds: float | None) -> None:
+        """Take note of the account's state; by versions, as clocks may be set."""
         now = monotonic()
-        waited = now - self.looked
+        waited = now - self.checked_at
         if self.version is None:
             moved = age_seconds is not None and 0 <= age_seconds < waited
         else:
             moved = version != self.version
         if moved:
             self.since = now - min(max(age_seconds or 0, 0), waited)
-        self.looked, self.version = now, version
+        self.checked_at, self.version = now, version
 
 
 class Guard:
@@ -133,7 +133,7 @@ class Guard:
             try:
                 result = await operation(connection)
             except DatabaseUnavailable as problem:
-                held = await self._who_is_held(connection, problem, waits)
+                held = await self._find_lock(connection, problem, waits)
                 if held is not None:
                     raise self._refuse(*held, problem) from problem.__cause__
             except Exception:
@@ -146,13 +146,13 @@ class Guard:
                 raise too_slow(self._database.settings.max_waiting_seconds)
             self._database.check()
 
-    async def _who_is_held(
+    async def _find_lock(
         self,
         connection: Connection,
         problem: DatabaseUnavailable,
         waits: _Wait,
     ) -> tuple[int | str, str] | None:
-        """Say what is held by somebody else, and why; None: it goes on, so try again.
+        """Return what is locked by another session, and why; None: it moves, so try again.
 
         Raises:
             DatabaseUnavailable: the problem, when it is not that something was locked.
@@ -161,24 +161,24 @@ class Guard:
         timed_out = isinstance(cause, asyncpg.LockNotAvailableError) or (
             # Of the time limit, or of somebody who cancels statements.
             isinstance(cause, asyncpg.QueryCanceledError)
-            and monotonic() - waits.looked >= settings.db_lock_seconds / 2
+            and monotonic() - waits.checked_at >= settings.db_lock_seconds / 2
         )
         if not timed_out:
             self._release(waits.names)
             raise problem
         user_id, key = waits.user_id, waits.key
-        # Which of both it waited for the server tells with the error, in whatever language.
+        # Which of both it waited for is in the error's context, in whatever language.
         if key is not None and (user_id is None or "idempotency_keys" in _context(cause)):
             return key, KEY_IN_USE
         assert user_id is not None  # noqa: S101 - there is no operation on neither
         try:
-            rows = await read(connection, MOTION, user_id, self._own_statements)
+            rows = await read(connection, PROGRESS, user_id, self._own_statements)
         except DatabaseUnavailable:  # the whole table is locked
             return user_id, LOCKED
         if not rows:
             return None
         (row,) = rows
-        waits.saw(row["version"], row["age"])
+        waits.observe(row["version"], row["age"])
         still = monotonic() - waits.since
         if row["own"]:
             return (user_id, COMMITTING) if still >= settings.db_statement_seconds else None

@@ -88,8 +88,8 @@ async def change_balance(request: Request) -> Response:
     effect once, and every answer is the first one, byte for byte.
     """
     key = idempotency_key(request)
-    asked = await read_json(request, ChangeRequest, key=key)
-    return _tell(await _repository(request).change(asked.user_id, asked.amount, key))
+    body = await read_json(request, ChangeRequest, key=key)
+    return _outcome_response(await _repository(request).change(body.user_id, body.amount, key))
 
 
 @router.post(
@@ -107,8 +107,8 @@ async def change_balance(request: Request) -> Response:
 async def open_account(request: Request) -> Response:
     """Create a user; the opening balance becomes entry 1 of the ledger."""
     key = idempotency_key(request)
-    asked = await read_json(request, OpenRequest, key=key)
-    return _tell(await _repository(request).open(asked.balance, key))
+    body = await read_json(request, OpenRequest, key=key)
+    return _outcome_response(await _repository(request).open(body.balance, key))
 
 
 @router.get(
@@ -182,18 +182,18 @@ async def read_outcome(request: Request, key: PathKey) -> Response:
     )
 
 
-def _tell(outcome: Outcome) -> Response:
+def _outcome_response(outcome: Outcome) -> Response:
     """Return the answer to a request that changes something."""
     refused = outcome.kind == "refused"
-    told = {} if refused else {"ETag": f'"{outcome.version}"'}
+    headers = {} if refused else {"ETag": f'"{outcome.version}"'}
     if outcome.kind == "opened":
-        told["Location"] = f"/api/users/{outcome.user_id}"
+        headers["Location"] = f"/api/users/{outcome.user_id}"
     if outcome.replayed:
-        told["Idempotent-Replayed"] = "true"
+        headers["Idempotent-Replayed"] = "true"
     return Response(
         to_json(outcome_body(outcome)),
         status_code=outcome_status(outcome),
-        headers=told,
+        headers=headers,
         media_type=PROBLEM_JSON if refused else "application/json",
     )
 

@@ -168,16 +168,16 @@ def healthcheck(
 
     The exit code is 0 when it is, 1 when it is not, 3 when nobody answers.
     """
-    from balance_app.http.probe import READY, ask
+    from balance_app.http.probe import READY, probe
 
     url = url or given_before.get("url")
     settings = load_settings() if url is None else None
     where = own_url(settings) if settings else str(url).rstrip("/")
     try:
         if settings is None:
-            status, body = _ask_afar(where)
+            status, body = _probe_url(where)
         else:
-            status, body = ask(settings.host, settings.port)
+            status, body = probe(settings.host, settings.port)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         fail(f"Nobody answers at {where}: {reason}", code=3)
@@ -185,7 +185,7 @@ def healthcheck(
     raise typer.Exit(0 if status == READY else 1)
 
 
-def _ask_afar(url: str) -> tuple[int, str]:
+def _probe_url(url: str) -> tuple[int, str]:
     import httpx
 
     try:

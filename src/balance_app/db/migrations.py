@@ -96,7 +96,7 @@ class Version(NamedTuple):
     installation: str = ""
 
     def fault(self) -> str | None:
-        """Say why this program can't work on such a schema, or None."""
+        """Return why this program can't work on such a schema, or None."""
         head, known = alembic_head(), _known_revisions()
         if self.revision == head:
             return None
@@ -113,8 +113,8 @@ class Version(NamedTuple):
 # One row, which the migrations keep.
 SCHEMA_VERSION: Final = f"SELECT version_num, compatible_from FROM {VERSION_TABLE}"  # noqa: S608
 
-# What there is to be known without touching anything. $1 the schema
-LOOK: Final = """
+# What is known without touching anything. $1 the schema
+INSPECT: Final = """
 SELECT current_user::text AS role, current_database()::text AS database,
        pg_is_in_recovery() AS standby,
        namespace.oid IS NOT NULL AS made,
@@ -156,7 +156,7 @@ WHERE locktype = 'advisory' AND granted AND objsubid = 1
   AND (classid::bigint << 32) | objid::bigint = $1
 """
 
-# Not in turn, or not the revision that was looked at: look again. A table that is locked by
+# Not in turn, or not the revision that was found: inspect again. A table that is locked by
 # somebody else is not waited for any longer than requests can stand behind.
 UPGRADE: Final = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
@@ -238,11 +238,11 @@ async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: 
     while True:
         connection = await _connect(settings)
         try:
-            look = await _look(connection, settings)
-            if isinstance(look, Schema):
-                return look
-            report(f"Migrating {look.place} from {look.upgrade_from} to {alembic_head()}.")
-            wait = await _upgrade(connection, settings.db_schema, look)
+            found = await _inspect(connection, settings)
+            if isinstance(found, Schema):
+                return found
+            report(f"Migrating {found.place} from {found.upgrade_from} to {alembic_head()}.")
+            wait = await _upgrade(connection, settings.db_schema, found)
         finally:
             connection.terminate()
         if wait is not None:
@@ -258,10 +258,10 @@ async def find(settings: Settings) -> Installation | None:
     """
     connection = await _connect(settings)
     try:
-        look = await _look(connection, settings)
+        found = await _inspect(connection, settings)
     finally:
         connection.terminate()
-    return look.installation if isinstance(look, Schema) else None
+    return found.installation if isinstance(found, Schema) else None
 
 
 async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
@@ -271,7 +271,7 @@ async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
     return await open_session(arguments)
 
 
-class _Look(NamedTuple):
+class _Upgrade(NamedTuple):
     """What there is to upgrade."""
 
     place: str
@@ -287,10 +287,10 @@ class _Wait(NamedTuple):
     seconds: float
 
 
-async def _look(connection: "asyncpg.Connection[Any]", settings: Settings) -> Schema | _Look:
+async def _inspect(connection: "asyncpg.Connection[Any]", settings: Settings) -> Schema | _Upgrade:
     """Find out whose schema it is and what is to be done, without a lock and without writing."""
     schema = settings.db_schema
-    there = await connection.fetchrow(LOOK, schema, timeout=settings.db_statement_seconds)
+    there = await connection.fetchrow(INSPECT, schema, timeout=settings.db_statement_seconds)
     assert there is not None  # noqa: S101 - it always has a row
     role, place = there["role"], f'schema "{schema}" of database "{there["database"]}"'
     if there["made"] and not there["may_use"]:
@@ -325,7 +325,7 @@ async def _look(connection: "asyncpg.Connection[Any]", settings: Settings) -> Sc
         before = f"CREATE SCHEMA IF NOT EXISTS {_quoted(schema)};"
     elif version is not None and VERSION_TABLE not in relations:
         before = ADOPT
-    return _Look(place, "base" if version is None else version.revision, before)
+    return _Upgrade(place, "base" if version is None else version.revision, before)
 
 
 WHAT_TO_DO: Final = (
@@ -348,7 +348,7 @@ async def _version(
             rows = await connection.fetch(f"SELECT * FROM {_quoted(schema)}.{table}")  # noqa: S608
         except asyncpg.InsufficientPrivilegeError as error:
             raise UnusableDatabaseError(
-                f"{place[0].upper()}{place[1:]} can't be looked at ({error}): "
+                f"{place[0].upper()}{place[1:]} can't be read ({error}): "
                 f"GRANT SELECT ON {_quoted(schema)}.{table}."
             ) from error
         found = [dict(row) for row in rows]
@@ -414,7 +414,7 @@ async def _refuse_unusable(
 
 
 def _refuse_without_rights(
-    there: Any,  # noqa: ANN401 - a row of LOOK
+    there: Any,  # noqa: ANN401 - a row of INSPECT
     schema: str,
     relations: dict[str, Any],
     place: str,
@@ -438,18 +438,20 @@ def _refuse_without_rights(
             )
 
 
-async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Look) -> _Wait | None:
+async def _upgrade(
+    connection: "asyncpg.Connection[Any]", schema: str, found: _Upgrade
+) -> _Wait | None:
     """Send an upgrade; return what is in the way of it, if somebody else is."""
     lock = _lock(schema)
-    # An upgrade that is not its turn fails, whole, into the server's log: rather look before.
+    # An upgrade that is not its turn fails, whole, into the server's log: rather check before.
     if (wait := await _others_turn(connection, lock)) is not None:
         return wait
     message = UPGRADE.format(
         schema=_quoted(schema),
         lock=lock,
         version_table=VERSION_TABLE,
-        revision=look.upgrade_from,
-        statements=f"{look.before}\n{_statements(look.upgrade_from)}",
+        revision=found.upgrade_from,
+        statements=f"{found.before}\n{_statements(found.upgrade_from)}",
     )
     try:
         await connection.execute(message)
@@ -467,7 +469,7 @@ async def _upgrade(connection: "asyncpg.Connection[Any]", schema: str, look: _Lo
             raise
         clash = isinstance(error, DUPLICATES)
         raise UnusableDatabaseError(
-            f"Migrating {look.place} from {look.upgrade_from} failed: {error.args[0]}. "
+            f"Migrating {found.place} from {found.upgrade_from} failed: {error.args[0]}. "
             + (WHAT_TO_DO if clash else "Nothing was changed.")
         ) from error
     return None

@@ -20,7 +20,8 @@ MAX_BODY_BYTES: Final = 16 * 1024
 MAX_BRACKETS: Final = 64
 MAX_INTEGER: Final = 2**53 - 1  # the largest that every JSON reader keeps exact (RFC 8259, 6)
 
-_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates without their other half
+# NUL, and surrogates without their other half
+_INVALID_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 
 
 class StrictModel(BaseModel):
@@ -75,13 +76,13 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
     except ValueError:
         raise MalformedRequest("The body is not JSON in UTF-8.") from None
     try:
-        asked = model.model_validate(value)
+        parsed = model.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(*_faults(error)) from None
     # What can't be stored can be written in this way alone.
-    if b"\\u" in raw and (place := _place_of_no_text(value, "")) is not None:
+    if b"\\u" in raw and (place := _find_invalid_text(value, "")) is not None:
         raise InvalidRequest((place, "not-text"))
-    return asked
+    return parsed
 
 
 async def read_body(request: Request) -> bytes:
@@ -170,11 +171,11 @@ FAULT_CODES: Final = {
 }
 
 
-def _place_of_no_text(value: object, place: str) -> str | None:
+def _find_invalid_text(value: object, place: str) -> str | None:
     """Return where a text, or the name of a field, is none that PostgreSQL has a place for."""
     match value:
         case str():
-            return place if _NO_TEXT.search(value) else None
+            return place if _INVALID_TEXT.search(value) else None
         case dict():
             inside = [(value[name], f"{place}/{name}") for name in value]
             inside.extend((name, place) for name in value)
@@ -182,7 +183,7 @@ def _place_of_no_text(value: object, place: str) -> str | None:
             inside = [(each, f"{place}/{number}") for number, each in enumerate(value)]
         case _:
             return None
-    return next(filter(None, (_place_of_no_text(*each) for each in inside)), None)
+    return next(filter(None, (_find_invalid_text(*each) for each in inside)), None)
 
 
 def _faults(error: ValidationError) -> list[tuple[str, str]]:

@@ -31,19 +31,19 @@ class Readiness:
         database: Database,
         stopping: asyncio.Event,
         *,
-        only_told: Mapping[str, Callable[[], str]],
+        informational: Mapping[str, Callable[[], str]],
     ) -> None:
-        """Ask also what is `only_told`: it is no reason to send requests elsewhere."""
+        """Add the `informational` checks: they are no reason to send requests elsewhere."""
         self._database = database
         self._stopping = stopping
-        self._only_told = only_told
+        self._informational = informational
 
-    async def look(self) -> tuple[dict[str, str], bool]:
+    async def check(self) -> tuple[dict[str, str], bool]:
         """Return the checks with "ok" or what is wrong, and whether requests should come."""
         checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
         checks |= await _database_checks(self._database)
         ready = all(found == "ok" for found in checks.values())
-        return checks | {name: ask() for name, ask in self._only_told.items()}, ready
+        return checks | {name: check() for name, check in self._informational.items()}, ready
 
 
 _READY_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -76,20 +76,20 @@ _READY_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/livez")
 async def livez(request: Request) -> Response:
-    """Say that the process runs and answers; nothing else is looked at."""
+    """Report that the process runs and answers; nothing else is checked."""
     return JSONResponse({"status": "ok", "server": services(request)[Settings].server_id})
 
 
 @router.get("/readyz", responses=_READY_ANSWERS)
 async def readyz(request: Request) -> Response:
-    """Say whether requests should come here: database reachable, schema right, not stopping.
+    """Report whether requests should come here: database reachable, schema right, not stopping.
 
-    `jobs` tells what could not be declared here, and does not count: requests may come. Nor do
+    `jobs` names what could not be declared here, and does not count: requests may come. Nor do
     `warnings`, of which there are none as a rule: a read-only server, fewer connections than
     configured, a server that does not keep what it has acknowledged (`fsync`).
     """
     parts = services(request)
-    checks, ready = await parts[Readiness].look()
+    checks, ready = await parts[Readiness].check()
     body = {
         "status": "ok" if ready else "unavailable",
         "server": parts[Settings].server_id,
@@ -113,7 +113,7 @@ async def _database_checks(database: Database) -> dict[str, str]:
         return {"database": problem.detail, "schema": "not known"}
     except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
         log.warning("readiness check failed", error=repr(error))
-        return {"database": "The database refused the question.", "schema": "not known"}
+        return {"database": "The database refused the query.", "schema": "not known"}
     fault = Version(*rows[0]).fault() if rows else "The schema has no version."
     return {"database": "ok", "schema": fault or "ok"}
 
@@ -134,11 +134,11 @@ _OPENMETRICS: Final = "application/openmetrics-text"
     },
 )
 async def read_metrics(request: Request) -> Response:
-    """Tell Prometheus this instance's numbers; also while the database is unavailable."""
+    """Return this instance's metrics for Prometheus; also while the database is unavailable."""
     metrics = services(request)[Metrics]
     as_openmetrics = _OPENMETRICS in request.headers.get("accept", "")
     return Response(
-        await metrics.tell(as_openmetrics=as_openmetrics),
+        await metrics.render(as_openmetrics=as_openmetrics),
         headers={
             "Content-Type": (
                 openmetrics.CONTENT_TYPE_LATEST if as_openmetrics else CONTENT_TYPE_PLAIN_0_0_4

@@ -140,7 +140,7 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
 
 
 def _describe_text(schema: object) -> None:
-    """Say of every text that it has no NUL in it, as `json_body.parse_json` sees to."""
+    """Document of every text that it has no NUL in it, as `body.parse_json` checks."""
     inside = schema if isinstance(schema, list) else []
     if isinstance(schema, dict):
         inside = list(schema.values())

@@ -1,6 +1,6 @@
-"""Ask an instance whether it is ready: `python -I -S probe.py`, as a container's health check does.
+"""Check whether an instance is ready: `python -I -S probe.py`, as a container's health check does.
 
-It is asked every few seconds, so nothing but the socket module is imported, not even typing: a
+It runs every few seconds, so nothing but the socket module is imported, not even typing: a
 Python that starts with all of this program in it costs ten times as much as the answer.
 """
 
@@ -15,7 +15,7 @@ READY = 200
 _OWN = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
 
 
-def ask(host: str, port: int) -> tuple[int, str]:
+def probe(host: str, port: int) -> tuple[int, str]:
     """Return the status and the body that `/readyz` answers.
 
     Raises:
@@ -35,6 +35,6 @@ def ask(host: str, port: int) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    status, body = ask(os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 3000))
+    status, body = probe(os.environ.get("HOST") or "127.0.0.1", int(os.environ.get("PORT") or 3000))
     sys.stdout.write(f"{body}\n")
     sys.exit(status != READY)

@@ -84,7 +84,7 @@ class _Cycle(RequestResponseCycle):
     lingers = False
 
     def break_off(self, fault: Problem | None = None) -> None:
-        """Say to the application that the rest of the body will not come."""
+        """Report to the application that the rest of the body will not come."""
         self.broken = True
         self.fault = fault
         self.message_event.set()
@@ -323,7 +323,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, self.app)
 
     def _check_head(self, version: str) -> None:
-        """Look at the headers that say what and how long the request is (RFC 9112, 3.2 and 6.1).
+        """Check the headers that say what and how long the request is (RFC 9112, 3.2 and 6.1).
 
         Raises:
             _RefusedError: with the reason in `_fault`.
@@ -386,7 +386,7 @@ class LimitedProtocol(HttpToolsProtocol):
     # -- answering ---------------------------------------------------------------------------
 
     def _is_under_way(self) -> bool:
-        """Say whether there is a request that has not had all of its answer."""
+        """Return whether there is a request that has not had all of its answer."""
         return self._running is not None and not self._running.response_complete
 
     @override
@@ -505,11 +505,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._reader_timer is None and self in self.connections:
             self._unsent_bytes = self._count_unsent()
             self._reader_timer = self.loop.call_later(
-                self.timeout_keep_alive, self._look_at_reader, context=Context()
+                self.timeout_keep_alive, self._check_reader, context=Context()
             )
 
-    def _look_at_reader(self) -> None:
-        """End the connection if the client has taken nothing since the last look."""
+    def _check_reader(self) -> None:
+        """End the connection if the client has taken nothing since the last check."""
         self._reader_timer = None
         if self._count_unsent() < self._unsent_bytes:
             self._watch_reader()
@@ -559,9 +559,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer.cancel()
         self._timer_at = at
         # Of its own context: what it logs is not about the request that was answered before.
-        self._timer = self.loop.call_at(at, self._look_at_deadline, context=Context())
+        self._timer = self.loop.call_at(at, self._check_deadline, context=Context())
 
-    def _look_at_deadline(self) -> None:
+    def _check_deadline(self) -> None:
         self._timer = None
         if self._then is None:
             return

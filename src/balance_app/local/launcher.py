@@ -1,6 +1,6 @@
 """`balance-app up`: a database if none is configured, and several instances, on this machine.
 
-A launcher, not a master: it starts processes, tells when each is ready, and starts again what
+A launcher, not a master: it starts processes, reports when each is ready, and restarts what
 dies. No instance knows of it or talks to it.
 """
 
@@ -56,12 +56,12 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
     stop = asyncio.Event()
     hurry = asyncio.Event()
 
-    def ask_to_stop() -> None:
+    def request_stop() -> None:
         (hurry if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask_to_stop)
+        loop.add_signal_handler(number, request_stop)
 
     fleet = [Instance(f"app{n}", shared_port + n) for n in range(1, instances + 1)]
     _require_free_ports(settings.host, [shared_port, *(instance.port for instance in fleet)])
@@ -71,7 +71,7 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             database = EmbeddedPostgres(data_directory(settings))
             console.print("Starting PostgreSQL ...")
             await database.start()
-        _tell_where(settings, shared_port, database)
+        _print_addresses(settings, shared_port, database)
         chosen = "log_level" in settings.model_fields_set
         log_level = settings.log_level if chosen else "warning"
         environment = {
@@ -107,7 +107,7 @@ def _require_free_ports(host: str, ports: list[int]) -> None:
         raise LaunchError(f"{error}{hint}") from None
 
 
-def _tell_where(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
+def _print_addresses(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
     where = url(settings.host, port)
     console.print(f"  page       {where}")
     console.print(f"  API        {where}/api/users/1  (all instances)")
@@ -123,7 +123,7 @@ async def _keep_running(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> int:
-    """Run an instance, again after each death with a growing pause, until told to stop."""
+    """Run an instance, again after each death with a growing pause, until `stop`."""
     deaths = 0
     while not stop.is_set():
         started = monotonic()
@@ -134,7 +134,7 @@ async def _keep_running(
             start_new_session=True,  # Ctrl-C is ours to pass on, not the terminal's
             preexec_fn=stop_with_parent(signal.SIGTERM),
         )
-        ready = asyncio.create_task(_tell_when_ready(instance, host, process))
+        ready = asyncio.create_task(_report_ready(instance, host, process))
         await _first(process.wait(), stop.wait())
         ready.cancel()
         if stop.is_set():
@@ -143,16 +143,14 @@ async def _keep_running(
         pause = PAUSES_SECONDS[min(deaths, len(PAUSES_SECONDS) - 1)]
         deaths += 1
         console.print(
-            f"[bold red]{instance.name}[/] {_how_it_ended(process)}; again in {pause:g} s",
+            f"[bold red]{instance.name}[/] {_exit_reason(process)}; again in {pause:g} s",
             style="red",
         )
         await _first(asyncio.sleep(pause), stop.wait())
     return 0
 
 
-async def _tell_when_ready(
-    instance: Instance, host: str, process: asyncio.subprocess.Process
-) -> None:
+async def _report_ready(instance: Instance, host: str, process: asyncio.subprocess.Process) -> None:
     started = monotonic()
     where = url(host, instance.port)
     async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
@@ -182,7 +180,7 @@ async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> in
 
 
 async def _watch(database: EmbeddedPostgres, stop: asyncio.Event) -> int:
-    """Tell when the database dies, and start it again."""
+    """Report when the database dies, and start it again."""
     while not stop.is_set():
         await _first(database.process.wait(), stop.wait())
         if not stop.is_set():
@@ -205,7 +203,7 @@ async def _first(*waits: Coroutine[object, object, object]) -> None:
         task.cancel()
 
 
-def _how_it_ended(process: asyncio.subprocess.Process) -> str:
+def _exit_reason(process: asyncio.subprocess.Process) -> str:
     code = process.returncode or 0
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
