@@ -1,4 +1,4 @@
-"""What people and machines are told when a burst has been judged."""
+"""The report of a burst, for people and machines."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def bands(volley: Volley) -> list[Band]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A judged burst, ready to be told."""
+    """A burst and its verdict, ready to be printed."""
 
     order: Order
     expected: Expectation
@@ -188,7 +188,7 @@ class Report:
 
     def _last_line(self) -> Text:
         verdict = self.verdict
-        word, style = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
+        label, style = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
         unread = "unread"
         facts = [
             f"{verdict.accepted} accepted",
@@ -197,7 +197,7 @@ class Report:
             f"balance {unread if verdict.balance is None else verdict.balance}",
             f"{unread if verdict.new_entries is None else verdict.new_entries} new entries",
         ]
-        return Text.assemble((word, style), "  ", ", ".join(facts))
+        return Text.assemble((label, style), "  ", ", ".join(facts))
 
 
 def _answers(volley: Volley) -> list[Answer]:

@@ -37,8 +37,8 @@ def test_no_part_of_a_password_is_ever_shown(length: int) -> None:
     for characters in permutations(SPECIAL, length):
         password = SECRET + "".join(f"{each}{SECRET}" for each in characters)
         for tail in ("@h:5432/d", "@h", "@h/d?sslmode=disable", "/d", ""):
-            found, said = _read(f"postgresql://u:{password}{tail}")
-            assert SECRET not in said
+            found, message = _read(f"postgresql://u:{password}{tail}")
+            assert SECRET not in message
             # Without a host the text behind an @ looks like one, and nothing can tell.
             if found is not None and tail.startswith("@"):
                 assert (found["password"], found["host"]) == (password, ["h"])
@@ -71,14 +71,14 @@ def test_no_command_prints_it(command: str, character: str, tmp_path: Path) -> N
         timeout=60,
         check=False,
     )
-    said = ran.stdout + ran.stderr
-    assert SECRET not in said
-    assert "Traceback" not in said
+    output = ran.stdout + ran.stderr
+    assert SECRET not in output
+    assert "Traceback" not in output
     refused = character in "/@%"
     assert ran.returncode == (2 if refused else 3)
     if refused:
-        assert said.startswith("DATABASE_URL: ")
-        assert said.count("\n") == 1
+        assert output.startswith("DATABASE_URL: ")
+        assert output.count("\n") == 1
 
 
 ACCEPTED: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def test_what_libpq_knows_is_honoured(url: str) -> None:
 
 
 def test_the_rest_of_a_url_is_honoured() -> None:
-    """The time to connect, and what the server is told."""
+    """The time to connect, and what the server is sent."""
     target = parse(
         "postgresql://h/d?connect_timeout=10&application_name=me&options=-c%20geqo%3Doff"
     )
@@ -167,12 +167,12 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("host", "said"), [("db:5433", "DB_PORT=5433"), ("a b", "host"), ("a..b", "host")]
+    ("host", "message"), [("db:5433", "DB_PORT=5433"), ("a b", "host"), ("a..b", "host")]
 )
 def test_a_host_that_is_none_is_named(
-    monkeypatch: pytest.MonkeyPatch, host: str, said: str
+    monkeypatch: pytest.MonkeyPatch, host: str, message: str
 ) -> None:
     """DB_HOST holds a host and nothing else."""
     monkeypatch.setenv("DB_HOST", host)
-    with pytest.raises(BadSettingsError, match=f"^DB_HOST: .*{said}"):
+    with pytest.raises(BadSettingsError, match=f"^DB_HOST: .*{message}"):
         load_settings()

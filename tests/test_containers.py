@@ -1,4 +1,4 @@
-"""What the containers and `.env` are told must keep pace with the settings."""
+"""What the containers and `.env` set must keep pace with the settings."""
 
 import re
 from pathlib import Path
@@ -55,13 +55,13 @@ def test_the_example_can_be_read_with_all_its_comments_taken_off(
 
 
 def test_the_instances_differ_in_name_and_port_only() -> None:
-    """Equal instances: what one is told, all are told."""
+    """Equal instances: what one is configured with, all are."""
     blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
     assert [number for number, _ in blocks] == ["1", "2", "3", "4", "5"]
-    told = {
+    configured = {
         block.replace("    build: .\n", "")
         .replace(f"SERVER_ID: app{number} ", "SERVER_ID: app# ")
         .replace(f":300{number}:", ":300#:")
         for number, block in blocks
     }
-    assert len(told) == 1
+    assert len(configured) == 1

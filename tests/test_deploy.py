@@ -202,7 +202,7 @@ def test_alerts_tell_labels_that_they_have(rule: dict[str, Any]) -> None:
     sentences = " ".join(rule["annotations"].values())
     used = set(re.findall(r"\$labels\.(\w+)", sentences))
     kept = _kept(promql_parser.parse(rule["expr"]))
-    assert {"job_name", "instance"} & kept == used, "no more, but who is concerned has to be said"
+    assert {"job_name", "instance"} & kept == used, "no more, but who is concerned has to be named"
 
 
 def _kept(part: promql_parser.Expr) -> set[str]:

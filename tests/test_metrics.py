@@ -41,8 +41,8 @@ def read(text: str) -> Samples:
 
 
 def _labels(labels: dict[str, str]) -> str:
-    said = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
-    return f"{{{said}}}" if said else ""
+    labelled = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
+    return f"{{{labelled}}}" if labelled else ""
 
 
 async def scrape(client: httpx.AsyncClient) -> Samples:
@@ -147,8 +147,8 @@ async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_an_outage_is_seen_and_told(database: dict[str, str]) -> None:
-    """While the database is unavailable the instance tells so, and all that it knows by itself."""
+async def test_an_outage_is_reported(database: dict[str, str]) -> None:
+    """While the database is unavailable the instance reports that, and all it knows by itself."""
     async with (
         Instance(database, JOBS_ENABLED="false") as instance,
         httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
@@ -228,8 +228,8 @@ async def scheduler(
         await running.close()
 
 
-def declare(name: str, function: Any, **said: Any) -> Job:  # noqa: ANN401 - what a job may be
-    return job(**{"name": name, "every": HOUR, **said})(function)
+def declare(name: str, function: Any, **options: Any) -> Job:  # noqa: ANN401 - what a job may be
+    return job(**{"name": name, "every": HOUR, **options})(function)
 
 
 async def returns(_run: Run) -> None:

@@ -20,7 +20,7 @@ from tests.processes import Instance, connect
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
-    """Ready when all is well; a schema that is not this program's is said in a sentence."""
+    """Ready when all is well; a schema that is not this program's is reported in a sentence."""
     for path in ("/health", "/readyz"):
         answer = await client.get(path)
         assert answer.status_code == 200

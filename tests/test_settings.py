@@ -60,7 +60,7 @@ def test_the_usual_urls_are_understood(monkeypatch: pytest.MonkeyPatch, scheme: 
 
 
 def test_the_reserve_leaves_time_for_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default it is never more than a third of the lease; said to be more, it is refused."""
+    """By default it is never more than a third of the lease; set to more, it is refused."""
     assert load_settings().clock_reserve_seconds == 2
     monkeypatch.setenv("JOB_LEASE_SECONDS", "3")
     assert load_settings().clock_reserve_seconds == 1

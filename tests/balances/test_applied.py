@@ -85,12 +85,12 @@ async def test_what_reads_says_nothing_of_changes(refusing: httpx.AsyncClient) -
 async def test_a_body_that_never_comes_says_nothing_of_its_key(database: dict[str, str]) -> None:
     """The try that is given up may repeat one that took effect."""
     async with Instance(database, JOBS_ENABLED="false", BODY_SECONDS="0.1") as instance:
-        said = [
+        answers = [
             await _half_a_request(instance, headers) for headers in ("", "Idempotency-Key: k\r\n")
         ]
-    assert [b'"applied":"no"' in each for each in said] == [True, False]
-    assert [b'"applied":"unknown"' in each for each in said] == [False, True]
-    assert all(each.startswith(b"HTTP/1.1 408") for each in said)
+    assert [b'"applied":"no"' in each for each in answers] == [True, False]
+    assert [b'"applied":"unknown"' in each for each in answers] == [False, True]
+    assert all(each.startswith(b"HTTP/1.1 408") for each in answers)
 
 
 async def _half_a_request(instance: Instance, headers: str) -> bytes:
@@ -202,7 +202,7 @@ async def _await(answer: Awaitable[httpx.Response]) -> httpx.Response:
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-async def test_what_a_standby_lacks_is_not_told(*, guarded: bool) -> None:
+async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
     """Without the synchronous standby, an outcome that a failover would lose is no outcome.
 
     The control recalls by a bare SELECT, and acknowledges it.

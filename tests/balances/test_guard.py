@@ -52,7 +52,7 @@ async def test_a_key_under_way_holds_up_nobody(
 async def test_a_locked_account_is_refused_soon(
     client: httpx.AsyncClient, database: dict[str, str], statement: str
 ) -> None:
-    """Who asks for it is told within seconds, and at once while it is known; then it goes on."""
+    """Who asks for it is refused within seconds, and at once while it is known; then it goes on."""
     change = {"userId": 1, "amount": 1}
     async with locked(database, statement):
         began = monotonic()

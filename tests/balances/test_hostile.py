@@ -316,7 +316,7 @@ async def test_a_client_that_leaves_halfway_changes_nothing(house: House, body: 
 
 @pytest.mark.parametrize("garbage", [b"}", b"poison\r\n\r\n", b"\0", request(body=CHANGE)[1:]])
 async def test_what_follows_a_request_does_not_deny_it(house: House, garbage: bytes) -> None:
-    """A change followed by garbage is either made and told, or neither."""
+    """A change followed by garbage is either made and answered, or neither."""
     before = await house.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
     answer = await house.send(request(body=CHANGE, keep=True) + garbage)
     if answer.status == 400:
@@ -351,7 +351,7 @@ async def test_the_instance_is_still_the_same_and_well(house: House) -> None:
 
 
 def _memory_bytes(pid: int) -> int:
-    """Return the resident memory of a process; 0 where the system does not tell."""
+    """Return the resident memory of a process; 0 where the system does not report it."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         return 0

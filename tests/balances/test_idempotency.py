@@ -124,14 +124,14 @@ async def test_a_user_is_created_once_per_key(client: httpx.AsyncClient) -> None
 
 
 async def test_the_outcome_of_a_key_can_be_asked_for(client: httpx.AsyncClient) -> None:
-    """`GET /api/changes/{key}` tells the answer that was given, accepted or refused."""
+    """`GET /api/changes/{key}` returns the answer that was given, accepted or refused."""
     for key, amount in (("yes/1", -1), ("no", -20_000)):
         first = await client.post(
             "/api/balance", json={"userId": 1, "amount": amount}, headers={"Idempotency-Key": key}
         )
-        told = (await client.get(f"/api/changes/{key}")).json()
-        assert told["answer"] == first.json()
-        assert told["status"] == first.status_code
+        recorded = (await client.get(f"/api/changes/{key}")).json()
+        assert recorded["answer"] == first.json()
+        assert recorded["status"] == first.status_code
     unknown = await client.get("/api/changes/never")
     assert (unknown.status_code, unknown.json()["code"]) == (404, "key-not-found")
 

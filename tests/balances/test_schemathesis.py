@@ -65,14 +65,14 @@ async def test_the_service_keeps_to_its_openapi_document(
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await asyncio.wait_for(tester.communicate(), 120)
+        output, _ = await asyncio.wait_for(tester.communicate(), 120)
     finally:
         if tester.returncode is None:
             tester.kill()
             await tester.wait()
-    assert tester.returncode == 0, said.decode()
-    tested = re.search(r"Tested: (\d+)", said.decode())
-    assert tested is not None, said.decode()
+    assert tester.returncode == 0, output.decode()
+    tested = re.search(r"Tested: (\d+)", output.decode())
+    assert tested is not None, output.decode()
     assert int(tested[1]) == len(list(_operations(await _document(instance))))
 
 

@@ -1,4 +1,4 @@
-"""What a commit costs changes how long a crowd takes, and nothing that it is told (M7)."""
+"""What a commit costs changes how long a crowd takes, and nothing that it is reported (M7)."""
 
 import asyncio
 from collections import Counter
@@ -17,7 +17,7 @@ from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import load_settings
 from tests.processes import connect
 from tests.system.databases import own_postgres
-from tests.system.sizes import FULL, tell
+from tests.system.sizes import FULL, report_figures
 
 CROWD = 600
 GRID = list(product((1, 10, 35, 50, 100), (1, 3, 10), (1, 3, 5, 20)))
@@ -80,7 +80,7 @@ async def test_half_is_accepted_whatever_a_commit_costs() -> None:
                 opened = await repositories[0].open(CROWD, None)
                 began = monotonic()
                 answers = await fire(repositories, opened.user_id, CROWD)
-                tell(
+                report_figures(
                     f"{milliseconds:3} ms, {number:2} instances x {connections:2} connections: "
                     f"{monotonic() - began:5.1f} s, {dict(answers)}"
                 )
@@ -103,5 +103,5 @@ async def test_without_the_look_a_crowd_is_taken_for_a_lock(
         opened = await repositories[0].open(200, None)
         await commits_take(server, 100)
         answers = await fire(repositories, opened.user_id, 200)
-    tell(f"{dict(answers)}")
+    report_figures(f"{dict(answers)}")
     assert any(answer.startswith("503") for answer in answers)

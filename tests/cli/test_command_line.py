@@ -1,4 +1,4 @@
-"""What the machine refuses is told in one sentence; what is set is obeyed by every command."""
+"""What the machine refuses is reported in one sentence; what is set is obeyed by every command."""
 
 import asyncio
 import os
@@ -31,12 +31,12 @@ async def balance_app(cwd: Path, *arguments: str, **env: str) -> tuple[int | Non
         stderr=asyncio.subprocess.STDOUT,
         cwd=cwd,
     )
-    said, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
-    return process.returncode, said.decode()
+    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+    return process.returncode, output.decode()
 
 
-async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """Each names the path or the host; there is no traceback unless it is asked for."""
+async def test_what_the_machine_refuses_is_reported_in_a_sentence(tmp_path: Path) -> None:
+    """Each names the path or the host; there is no traceback unless it is requested."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "taken").mkdir()
@@ -62,26 +62,28 @@ async def test_what_the_machine_refuses_is_told_in_a_sentence(tmp_path: Path) ->
         (("psql",), {"BALANCE_APP_DATA": str(tmp_path / "loop")}, f"{tmp_path}/loop"),
     ]
     results = [await balance_app(tmp_path, *arguments, **env) for arguments, env, _ in cases]
-    for (arguments, env, sentence), (code, said) in zip(cases, results, strict=True):
-        assert code in {1, 3}, (arguments, env, said)
-        lines = [line for line in said.splitlines() if line != "Starting PostgreSQL ..."]
-        assert len(lines) == 1, (arguments, env, said)
+    for (arguments, env, sentence), (code, output) in zip(cases, results, strict=True):
+        assert code in {1, 3}, (arguments, env, output)
+        lines = [line for line in output.splitlines() if line != "Starting PostgreSQL ..."]
+        assert len(lines) == 1, (arguments, env, output)
         assert sentence in lines[0]
-    code, said = await balance_app(tmp_path / "latin", "status")
-    assert (code != 0, said.count("\n")) == (True, 1), said
+    code, output = await balance_app(tmp_path / "latin", "status")
+    assert (code != 0, output.count("\n")) == (True, 1), output
     home = {"HOME": "/proc/none", "BALANCE_APP_TRACEBACK": "1"}
     assert "Traceback" in (await balance_app(tmp_path, "--install-completion", "bash", **home))[1]
 
 
-async def test_the_version_is_said_in_one_place(tmp_path: Path) -> None:
+async def test_the_version_is_in_one_place(tmp_path: Path) -> None:
     """The command line, the OpenAPI document and the package agree."""
-    code, said = await balance_app(tmp_path, "--version")
-    assert (code, said) == (0, f"balance-app {metadata.version('balance-app')}\n")
+    code, output = await balance_app(tmp_path, "--version")
+    assert (code, output) == (0, f"balance-app {metadata.version('balance-app')}\n")
     app = create_app(settings.load_settings(), asyncio.Event(), Registry([])).app
     assert app.version == metadata.version("balance-app") == __version__
 
 
-def test_names_that_nobody_reads_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_nobody_reads_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every one in `.env`, and in the environment what is nearly one of ours."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text(
@@ -110,8 +112,8 @@ async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_pat
         balance_app(tmp_path, "--url=http://127.0.0.1:4", "healthcheck"),
         balance_app(tmp_path, "up", HOST="192.0.2.1"),
     )
-    for port, (code, said) in zip((9, 9, 8, 7, 6, 5, 4), asked, strict=False):
-        assert (code, said.startswith(f"{where}:{port}: ")) == (3, True), said
+    for port, (code, output) in zip((9, 9, 8, 7, 6, 5, 4), asked, strict=False):
+        assert (code, output.startswith(f"{where}:{port}: ")) == (3, True), output
     assert "Can't listen on 192.0.2.1:9: " in asked[-1][1]
     (tmp_path / ".env").write_text(
         f"BALANCE_APP_URL=http://127.0.0.1:3\nBALANCE_APP_DATA={tmp_path}/d"
@@ -119,8 +121,8 @@ async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_pat
     assert (await balance_app(tmp_path, "status"))[1].startswith(f"{where}:3: ")
     nothing = f"There is nothing at {tmp_path}/d/postgres.\n"
     assert (await balance_app(tmp_path, "reset", "--yes"))[1] == nothing
-    code, said = await balance_app(tmp_path, "--url=http://127.0.0.1:5", "migrate", **NOWHERE)
-    assert (code, said) == (2, "`migrate` takes neither --url nor --json.\n")
+    code, output = await balance_app(tmp_path, "--url=http://127.0.0.1:5", "migrate", **NOWHERE)
+    assert (code, output) == (2, "`migrate` takes neither --url nor --json.\n")
 
 
 async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:
@@ -129,11 +131,11 @@ async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:
     place.mkdir()
     (place / "a").write_bytes(bytes(3_000_000))
     env = {"BALANCE_APP_DATA": str(tmp_path), "DATABASE_URL": "postgresql://u:geheim@h:5/d"}
-    code, said = await balance_app(tmp_path, "reset", **env)
+    code, output = await balance_app(tmp_path, "reset", **env)
     assert code == 1
-    assert said.startswith("The configured database (h port 5) stays as it is")
-    assert f"in {place} (3 MB, last written " in said
-    assert "geheim" not in said
+    assert output.startswith("The configured database (h port 5) stays as it is")
+    assert f"in {place} (3 MB, last written " in output
+    assert "geheim" not in output
     assert place.exists()
 
 

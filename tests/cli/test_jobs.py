@@ -94,7 +94,7 @@ async def test_the_table_says_what_runs_where(instance: Instance, connection: Co
     assert "\x1b" not in out
 
 
-async def test_why_a_job_waits_is_told(instance: Instance, connection: Connection) -> None:
+async def test_why_a_job_waits_is_reported(instance: Instance, connection: Connection) -> None:
     """Asked for, handed back, tried again, lost, or without an instance that has its code."""
     one = await add_instance(connection, "app1", lacks=("strange",))
     over = {**running(one, "app1"), "lease_until": -SECOND}
@@ -120,7 +120,7 @@ async def test_why_a_job_waits_is_told(instance: Instance, connection: Connectio
 async def test_symbols_are_plain_where_there_are_no_others(
     instance: Instance, connection: Connection
 ) -> None:
-    """Without UTF-8 the table is told in ASCII, whatever letters a job has used."""
+    """Without UTF-8 the table is shown in ASCII, whatever letters a job has used."""
     await fill(connection)
     await connection.execute("UPDATE jobs SET last_result = 'süß' WHERE name = 'later'")
     code, out, err = await run("status", BALANCE_APP_URL=instance.url, PYTHONIOENCODING="ascii")
@@ -144,20 +144,20 @@ async def test_programs_get_what_the_service_says(
     """With --json nothing is added and nothing left out."""
     await fill(connection)
     await add_run(connection, "later", 1, outcome="failed", result=HOSTILE)
-    asked = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("status", "--json", **asked)
+    environment = {"BALANCE_APP_URL": instance.url}
+    code, out, err = await run("status", "--json", **environment)
     assert (code, err) == (0, "")
     ours, theirs = json.loads(out), (await client.get("/api/cron/status")).json()
     assert [job["name"] for job in ours["jobs"]] == [job["name"] for job in theirs["jobs"]]
     assert ours.keys() == theirs.keys()
-    said = (await client.get("/api/cron/history?limit=20")).text
-    assert await run("history", "--json", **asked) == (0, f"{said}\n", "")
+    body = (await client.get("/api/cron/history?limit=20")).text
+    assert await run("history", "--json", **environment) == (0, f"{body}\n", "")
 
 
 async def test_the_history_says_what_became_of_every_run(
     instance: Instance, connection: Connection
 ) -> None:
-    """The latest first; how to see earlier ones; ticks that did not run are told as ticks."""
+    """The latest first; how to see earlier ones; ticks that did not run are reported as ticks."""
     await add_job(connection, "one")
     await add_job(connection, "two")
     skipped = {"server": None, "last_due_at": -10 * SECOND, "ticks": 3, "result": "paused by ada"}
@@ -165,8 +165,8 @@ async def test_the_history_says_what_became_of_every_run(
     await add_run(connection, "two", None, outcome="skipped", **skipped)
     await add_run(connection, "one", 2, outcome="interrupted")
     await add_run(connection, "one", 3)
-    asked = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("history", **asked)
+    environment = {"BALANCE_APP_URL": instance.url}
+    code, out, err = await run("history", **environment)
     assert (code, err) == (0, "")
     start = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| \d+ s ago"
     assert_lines(
@@ -179,12 +179,12 @@ async def test_the_history_says_what_became_of_every_run(
             rf"{start} \| one \| ✕ failed \| app1 \| 15 s \| {SHOWN}",
         ],
     )
-    code, out, err = await run("history", "one", "--limit", "2", **asked)
+    code, out, err = await run("history", "one", "--limit", "2", **environment)
     assert (code, len(out.splitlines())) == (0, 3)
     assert re.fullmatch(r"Earlier ones: balance-app history one --before=\d+ --limit=2\n", err), err
-    code, out, err = await run(*err.split()[3:], **asked)
+    code, out, err = await run(*err.split()[3:], **environment)
     assert (code, len(out.splitlines()), err) == (0, 2, "")
-    code, out, err = await run("history", "one", "--outcome", "lost", **asked)
+    code, out, err = await run("history", "one", "--outcome", "lost", **environment)
     assert (code, out, err) == (0, "There is no such run.\n", "")
 
 
@@ -202,13 +202,13 @@ async def test_watching_goes_on_over_a_restart(instance: Instance, connection: C
         return (await stdout.readline()).decode()
 
     try:
-        await _until(line, lambda said: "first" in said)
+        await _until(line, lambda shown: "first" in shown)
         await instance.stop()
-        await _until(line, lambda said: "Reconnecting" in said)
+        await _until(line, lambda shown: "Reconnecting" in shown)
         await instance.launch()
         await instance.ready()
         await add_job(connection, "second")
-        await _until(line, lambda said: "second" in said)
+        await _until(line, lambda shown: "second" in shown)
         watcher.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(watcher.communicate(), PATIENCE_SECONDS)
         assert (watcher.returncode, err) == (0, b"")
@@ -219,7 +219,7 @@ async def test_watching_goes_on_over_a_restart(instance: Instance, connection: C
 
 
 async def test_programs_can_watch(instance: Instance, connection: Connection) -> None:
-    """Each line is a status; that the service is unavailable is said beside."""
+    """Each line is a status; that the service is unavailable is reported beside."""
     await add_job(connection, "first")
     watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None
@@ -234,7 +234,7 @@ async def test_programs_can_watch(instance: Instance, connection: Connection) ->
         async def line() -> str:
             return (await stderr.readline()).decode()
 
-        await _until(line, lambda said: said.endswith("Reconnecting.\n"))
+        await _until(line, lambda shown: shown.endswith("Reconnecting.\n"))
         watcher.send_signal(signal.SIGINT)
         out, _ = await asyncio.wait_for(watcher.communicate(), PATIENCE_SECONDS)
         assert all(json.loads(text)["jobs"] for text in out.splitlines())
@@ -247,8 +247,8 @@ async def test_programs_can_watch(instance: Instance, connection: Connection) ->
 
 async def _until(line: Callable[[], Awaitable[str]], found: Callable[[str], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not found(said := await line()):
-            assert said, "it has ended"
+        while not found(shown := await line()):
+            assert shown, "it has ended"
 
 
 async def test_on_a_terminal_the_table_is_redrawn_in_place(
@@ -287,13 +287,13 @@ async def test_a_narrow_terminal_keeps_what_matters(
 
 
 async def test_jobs_are_steered(instance: Instance, connection: Connection) -> None:
-    """Each is told in a sentence, or as the service's JSON; what the state forbids is refused."""
+    """Each answer is a sentence, or the service's JSON; what the state forbids is refused."""
     one = await add_instance(connection, "app1")
     await add_job(connection, "idle")
     await add_job(connection, "busy", **running(one, "app1"))
     await add_job(connection, "done", **running(one, "app1"), work_ended_at=-SECOND)
-    asked = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("run", "busy", **asked)
+    environment = {"BALANCE_APP_URL": instance.url}
+    code, out, err = await run("run", "busy", **environment)
     assert (code, out) == (1, "")
     assert re.fullmatch(
         r"Job busy was not started: it runs already on app1, since [0-9: -]+ UTC\.\n", err
@@ -327,11 +327,11 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
             "Job idle can't be forgotten: a live instance has its code, and would run it again.\n",
         ),
     }.items():
-        assert await run(*line.split(), **asked) == answer, line
-    code, out, err = await run("pause", "idle", "--json", LOGNAME="mrs-x", **asked)
+        assert await run(*line.split(), **environment) == answer, line
+    code, out, err = await run("pause", "idle", "--json", LOGNAME="mrs-x", **environment)
     assert (code, err) == (0, "")
     assert json.loads(out)["paused"]["by"] == "mrs-x"
-    code, out, err = await run("cancel", "idle", "--json", **asked)
+    code, out, err = await run("cancel", "idle", "--json", **environment)
     assert (code, err) == (1, "Job idle does not run: it is paused.\n")
     assert json.loads(out)["code"] == "job-not-running"
 
@@ -339,26 +339,26 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
 async def test_a_job_is_forgotten_after_a_question(
     instance: Instance, connection: Connection
 ) -> None:
-    """Nothing is done without a yes; then it is off the list, and its history is told of."""
+    """Nothing is done without a yes; then it is off the list, and its history is named."""
     await add_job(connection, "moon")
-    asked = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("forget", "moon", **asked)
+    environment = {"BALANCE_APP_URL": instance.url}
+    code, out, err = await run("forget", "moon", **environment)
     assert code == 1
     assert "Forget moon?" in err
     assert await connection.fetchval("SELECT forgotten_at FROM jobs") is None
-    code, out, err = await run("forget", "moon", "--yes", "--by=ada", **asked)
+    code, out, err = await run("forget", "moon", "--yes", "--by=ada", **environment)
     assert (code, err) == (0, "")
     assert re.fullmatch(
         r"moon is forgotten, by ada at [0-9: -]+ UTC\. Its runs: balance-app history moon\n", out
     )
-    code, out, _ = await run("status", **asked)
+    code, out, _ = await run("status", **environment)
     assert "moon" not in out
 
 
 async def _waits(
     instance: Instance, connection: Connection, *arguments: str
 ) -> asyncio.Task[tuple[int | None, str, str]]:
-    """Ask for a run of `one`, as far as that it was asked for."""
+    """Request a run of `one`, and wait until it is requested."""
     task = asyncio.create_task(
         run("run", "one", "--wait", *arguments, "--by=ada", BALANCE_APP_URL=instance.url)
     )
@@ -406,7 +406,7 @@ async def test_waiting_ends_when_the_job_is_paused(
 
 
 async def test_a_run_under_way_is_joined(instance: Instance, connection: Connection) -> None:
-    """It says so, and tells the end of that run; a restart of the service does not end it."""
+    """It reports that, and the end of that run; a restart of the service does not end it."""
     one = await add_instance(connection, "app1")
     await add_job(connection, "one", **running(one, "app1"))
     process = await command("run", "one", "--wait", BALANCE_APP_URL=instance.url)
@@ -418,10 +418,10 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
 
     try:
         joined = r"Job one was not started: .* on app1, since .* UTC\. Waiting for that run, .*\n"
-        await _until(line, lambda said: re.fullmatch(joined, said) is not None)
-        await _until(line, lambda said: said.startswith("● one running on app1, 4"))
+        await _until(line, lambda shown: re.fullmatch(joined, shown) is not None)
+        await _until(line, lambda shown: shown.startswith("● one running on app1, 4"))
         await instance.stop()
-        await _until(line, lambda said: said.endswith("Reconnecting.\n"))
+        await _until(line, lambda shown: shown.endswith("Reconnecting.\n"))
         await add_run(connection, "one", 7, outcome="succeeded", result=HOSTILE)
         await connection.execute(
             "UPDATE jobs SET holder = NULL, lease_until = NULL, started_at = NULL, server = NULL"
@@ -443,10 +443,10 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
 
 
 async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
-    """What the last audit found is told; --now asks for one, which names the user that differs."""
+    """The last audit's result is reported; --now requests one, which names who differs."""
     async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as instance:
-        asked = {"BALANCE_APP_URL": instance.url}
-        code, out, err = await run("audit", "--now", **asked)
+        environment = {"BALANCE_APP_URL": instance.url}
+        code, out, err = await run("audit", "--now", **environment)
         assert code == 0
         assert "Waiting for " in err.splitlines()[0]
         first, second = out.splitlines()
@@ -457,17 +457,17 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
         await connection.execute("ALTER TABLE users DISABLE TRIGGER USER")
         await connection.execute("UPDATE users SET balance = 1 WHERE id = 1")
         await connection.close()
-        code, out, _ = await run("audit", **asked)
+        code, out, _ = await run("audit", **environment)
         assert (code, out.splitlines()[1]) == (0, second)
-        code, out, err = await run("audit", "--now", **asked)
+        code, out, err = await run("audit", "--now", **environment)
         assert code == 1
         assert re.match(
-            r"audit-ledger is asked for\. Waiting for the end of its run; the last one took ", err
+            r"audit-ledger is requested\. Waiting for the end of its run; the last one took ", err
         )
         first, second = out.splitlines()
         assert first.startswith("audit-ledger failed ")
         assert "1 of 1 user differs: user 1: the balance is 1 at version 1" in second
-        code, out, _ = await run("audit", "--json", **asked)
+        code, out, _ = await run("audit", "--json", **environment)
         assert (code, json.loads(out)["outcome"]) == (1, "failed")
 
 
@@ -477,7 +477,7 @@ async def test_no_verdict_is_no_success(instance: Instance, connection: Connecti
     await add_run(connection, "audit-ledger", 1, outcome="lost")
     code, out, err = await run("audit", BALANCE_APP_URL=instance.url)
     assert (code, out) == (1, "")
-    assert err == "The ledger was not audited yet: ask for it with --now.\n"
+    assert err == "The ledger was not audited yet: request it with --now.\n"
     await add_run(connection, "audit-ledger", 2, outcome="succeeded", result="all match")
     await add_run(connection, "audit-ledger", 3, outcome="cancelled")
     code, out, _ = await run("audit", BALANCE_APP_URL=instance.url)

@@ -55,7 +55,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
 async def test_jobs_are_completed_from_the_running_service(
     instance: Instance, database: dict[str, str]
 ) -> None:
-    """Their names, of the service that is asked; nothing at all when it is unavailable."""
+    """Their names, of the remote service; nothing at all when it is unavailable."""
     connection = await connect(database)
     for name in ("audit-x", "audit-y", "prune-z"):
         await connection.execute(
@@ -71,9 +71,9 @@ async def test_jobs_are_completed_from_the_running_service(
         assert (code, err) == (0, "")
         return out.split()
 
-    asked = {"BALANCE_APP_URL": instance.url}
-    assert await complete("balance-app run audit-", **asked) == ["audit-x", "audit-y"]
-    assert await complete("balance-app history p", **asked) == ["prune-z"]
+    environment = {"BALANCE_APP_URL": instance.url}
+    assert await complete("balance-app run audit-", **environment) == ["audit-x", "audit-y"]
+    assert await complete("balance-app history p", **environment) == ["prune-z"]
     line = f"balance-app pause --url {instance.url} "
     assert await complete(line, PORT="1") == ["audit-x", "audit-y", "prune-z"]
     assert (
@@ -117,17 +117,17 @@ REFUSED: Final = [
 
 
 async def test_what_is_refused_is_said_in_a_sentence(instance: Instance) -> None:
-    """On stderr, with an exit code that tells what a script can do about it."""
+    """On stderr, with an exit code that shows what a script can do about it."""
     none = dict.fromkeys(("DATABASE_URL", "DB_HOST"), "")
-    for line, code, said in REFUSED:
+    for line, code, message in REFUSED:
         found = await run(*line.split(" "), BALANCE_APP_URL=instance.url, **none)
         assert (found[0], found[1]) == (code, ""), line
-        assert said in found[2], found[2]
+        assert message in found[2], found[2]
         assert found[2].count("\n") == 1 or "╭─ Error" in found[2]
 
 
 async def test_wrong_settings_are_wrong_usage() -> None:
-    """Nothing is asked when it is not known whom."""
+    """Nothing is sent when it is not known to whom."""
     code, out, err = await run("status", PORT="none")
     assert (code, out) == (2, "")
     assert err.startswith("PORT: ")
@@ -199,32 +199,32 @@ async def test_migrating_says_where_the_schema_is(database: dict[str, str]) -> N
 # -- balances ----------------------------------------------------------------------------------
 
 
-async def test_a_change_and_its_refusal_are_told(
+async def test_a_change_and_its_refusal_are_reported(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
     """What is left after it; what it lacked, with exit code 4; and both as the service's JSON."""
-    asked = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("change", "1", "-2", "--key", "k1", **asked)
+    environment = {"BALANCE_APP_URL": instance.url}
+    code, out, err = await run("change", "1", "-2", "--key", "k1", **environment)
     assert (code, err) == (0, "")
     assert re.fullmatch(r"User 1 has 9998 after -2 \(version 2, \d{4}-.{14} UTC\)\.\n", out)
-    again = await run("change", "1", "-2", "--key=k1", **asked)
+    again = await run("change", "1", "-2", "--key=k1", **environment)
     assert again == (0, f"{out[:-1]} This key's change was made before.\n", "")
-    assert (await run("change", "1", "3", "--key", "k1", **asked))[0] == 1
+    assert (await run("change", "1", "3", "--key", "k1", **environment))[0] == 1
 
     refused = "Refused: User 1 has 9998; withdrawing 10000 needs 2 more. Nothing was changed.\n"
-    assert await run("change", "1", "-10000", **asked) == (4, "", refused)
-    code, out, err = await run("change", "1", "-10000", "--key", "k2", "--json", **asked)
+    assert await run("change", "1", "-10000", **environment) == (4, "", refused)
+    code, out, err = await run("change", "1", "-10000", "--key", "k2", "--json", **environment)
     assert (code, err) == (4, refused)
     assert json.loads(out) == (await client.get("/api/changes/k2")).json()["answer"]
-    code, out, _ = await run("change", "1", "9007199254740991", **asked)
+    code, out, _ = await run("change", "1", "9007199254740991", **environment)
     assert (code, out) == (4, "")
-    code, out, err = await run("change", "--json", "1", "+7", **asked)
+    code, out, err = await run("change", "--json", "1", "+7", **environment)
     assert (code, err, json.loads(out)["balance"]) == (0, "", 10005)
 
 
 async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient) -> None:
     """A user with the latest entries; users by pages; as JSON what the service says, as it is."""
-    asked = {"BALANCE_APP_URL": instance.url}
+    environment = {"BALANCE_APP_URL": instance.url}
     for number in range(1, 8):
         await client.post(
             "/api/balance",
@@ -232,7 +232,7 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
             headers={"Idempotency-Key": f"key-{number}"},
         )
     await client.post("/api/users", json={"balance": 5})
-    code, out, err = await run("balance", "1", **asked)
+    code, out, err = await run("balance", "1", **environment)
     assert (code, err) == (0, "")
     first, _, header, *lines = out.splitlines()
     assert first == "User 1 has 9972 at version 8."
@@ -241,7 +241,7 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     ]
     assert [line.split()[0] for line in lines] == ["8", "7", "6", "5", "4"]
     assert re.fullmatch(r" +8 +-7 +9972 +\d{4}-.{14} +\d+ s ago +key-7 *", lines[0])
-    code, out, _ = await run("balance", "1", "--entries", "1", **asked)
+    code, out, _ = await run("balance", "1", "--entries", "1", **environment)
     assert len(out.splitlines()) == 4
 
     for line, path in {
@@ -250,16 +250,16 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
         "users": "/api/users?after=0&limit=20",
         "users --after 1": "/api/users?after=1&limit=20",
     }.items():
-        said = (await client.get(path)).text
-        assert await run(*line.split(), "--json", **asked) == (0, f"{said}\n", "")
+        body = (await client.get(path)).text
+        assert await run(*line.split(), "--json", **environment) == (0, f"{body}\n", "")
 
-    code, out, err = await run("users", "--limit", "1", **asked)
+    code, out, err = await run("users", "--limit", "1", **environment)
     assert (code, err) == (0, "More: balance-app users --after=1 --limit=1\n")
     assert [line.split()[:3] for line in out.splitlines()][1:] == [["1", "9972", "8"]]
     assert (await run("users", "--limit=1", "--url", instance.url))[2] == (
         f"More: balance-app users --after=1 --limit=1 --url={instance.url}\n"
     )
-    code, out, err = await run(*shlex.split(err)[2:], **asked)
+    code, out, err = await run(*shlex.split(err)[2:], **environment)
     assert (code, err) == (0, "")
     assert [line.split()[:3] for line in out.splitlines()][1:] == [["2", "5", "1"]]
 
@@ -313,7 +313,7 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
 async def test_a_change_is_sent_again_while_nothing_is_known(
     answers: list[bytes], patience: float, code: int, sent: int
 ) -> None:
-    """Until it is known, or patience ends; who is not this service is not asked twice."""
+    """Until it is known, or patience ends; what is not this service is not sent it twice."""
     async with answering(*answers) as other:
         found, _, err = await run(
             "change", "1", "-2", f"--patience={patience}", BALANCE_APP_URL=other.url

@@ -112,7 +112,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
 
 
 @pytest.mark.parametrize(
-    ("there", "said"),
+    ("there", "message"),
     [
         (
             FOREIGN_VERSION.format("0001") + "CREATE TABLE users (id int)",
@@ -135,7 +135,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
     ],
 )
 async def test_the_schema_of_another_program_is_left_alone(
-    database: dict[str, str], there: str, said: str
+    database: dict[str, str], there: str, message: str
 ) -> None:
     """One sentence says what was found and what to do; nothing is written. Beside it is room."""
     connection = await connect(database)
@@ -144,7 +144,7 @@ async def test_the_schema_of_another_program_is_left_alone(
     with pytest.raises(UnusableDatabaseError) as refused:
         await migrate(settings_for(database))
     sentence = str(refused.value)
-    assert said in sentence
+    assert message in sentence
     assert "DB_SCHEMA" in sentence
     assert "\n" not in sentence
     assert await everything(connection) == before
@@ -176,12 +176,12 @@ async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[s
         await migrate(settings_for(database))
     assert await everything(connection) == before
     assert (await migrate(mine)).revision == alembic_head()
-    await migrate(settings_for({**database, "DB_SCHEMA": "public"}))  # said on purpose
+    await migrate(settings_for({**database, "DB_SCHEMA": "public"}))  # set on purpose
     await connection.close()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("DROP TABLE job_runs", "not whole: job_runs is missing"),
         ("TRUNCATE balance_app_version", "balance_app_version says nothing"),
@@ -193,17 +193,17 @@ async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[s
     ],
 )
 async def test_a_schema_that_is_not_whole_or_too_new_is_refused(
-    database: dict[str, str], change: str, said: str | None
+    database: dict[str, str], change: str, message: str | None
 ) -> None:
     """A newer one that still works with this program is used as it is."""
     await migrate(settings_for(database))
     connection = await connect(database)
     await connection.execute(change)
     await connection.close()
-    if said is None:
+    if message is None:
         assert (await migrate(settings_for(database))).revision == "0099"
         return
-    with pytest.raises(UnusableDatabaseError, match=said):
+    with pytest.raises(UnusableDatabaseError, match=message):
         await migrate(settings_for(database))
 
 
@@ -233,7 +233,7 @@ async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("granted", "schema", "said"),
+    ("granted", "schema", "message"),
     [
         ("SELECT", "public", r"may not use schema .*: GRANT USAGE ON SCHEMA"),
         (
@@ -247,17 +247,17 @@ async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
     ],
 )
 async def test_the_right_that_is_missing_is_named(
-    database: dict[str, str], role: dict[str, str], granted: str, schema: str, said: str | None
+    database: dict[str, str], role: dict[str, str], granted: str, schema: str, message: str | None
 ) -> None:
     """Of a role without CREATE or USAGE, in a sentence with what to grant."""
     admin = await connect(database)
     await admin.execute(granted.format(role=role["DB_USER"], database=database["DB_NAME"]))
     await admin.close()
     settings = settings_for({**role, "DB_SCHEMA": schema})
-    if said is None:
+    if message is None:
         assert (await migrate(settings)).revision == alembic_head()
         return
-    with pytest.raises(UnusableDatabaseError, match=said):
+    with pytest.raises(UnusableDatabaseError, match=message):
         await migrate(settings)
 
 
@@ -348,10 +348,10 @@ async def test_who_holds_the_lock_is_told_and_an_upgraded_schema_needs_none(
         await waiting.launch()
         try:
             async with httpx.AsyncClient(trust_env=False, timeout=5) as http, asyncio.timeout(30):
-                said = ""
-                while f"PostgreSQL process {holder}, since" not in said:
+                message = ""
+                while f"PostgreSQL process {holder}, since" not in message:
                     with suppress(httpx.HTTPError):
-                        said = (await http.get(f"{waiting.url}/readyz")).text
+                        message = (await http.get(f"{waiting.url}/readyz")).text
                     await asyncio.sleep(0.1)
             assert frozen.returncode is None
             frozen.kill()

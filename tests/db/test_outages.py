@@ -1,4 +1,4 @@
-"""Why the database can't be used is known, told, and lasts no longer than it has to."""
+"""Why the database can't be used is known, reported, and lasts no longer than it has to."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
 def test_an_error_has_one_meaning(
     error: BaseException, kind: Kind | None, applied: str | None
 ) -> None:
-    """Each kind of error is told from the others, whatever language the server speaks."""
+    """Each kind of error is distinguished from the others, whatever language the server speaks."""
     cause = classify(error)
     assert (cause and cause.kind, cause and cause.applied) == (kind, applied)
 
@@ -167,9 +167,9 @@ async def test_a_limit_of_connections_refuses_no_request(
     assert answers == {"200": 400}
     assert "53300" in ready["warnings"][0]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    told = [line for line in lines if line["event"] == "no further connection"]
-    assert len(told) == 1
-    assert (told[0]["sqlstate"], told[0]["cause"]) == ("53300", "full")
+    logged = [line for line in lines if line["event"] == "no further connection"]
+    assert len(logged) == 1
+    assert (logged[0]["sqlstate"], logged[0]["cause"]) == ("53300", "full")
 
 
 @pytest.mark.parametrize(("limit", "jobs", "starts"), [(1, "true", False), (4, "true", True)])
@@ -280,7 +280,7 @@ TAKEN_AWAY = {
 
 
 @pytest.mark.parametrize("what", TAKEN_AWAY)
-async def test_the_cause_of_an_outage_is_told(
+async def test_the_cause_of_an_outage_is_reported(
     database: dict[str, str], tmp_path: Path, what: str
 ) -> None:
     """In the answer, in /readyz, and once in the log, with the server's code (B0)."""
@@ -309,9 +309,9 @@ async def test_the_cause_of_an_outage_is_told(
         await instance.ready(within_seconds=15)
         await admin.close()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    told = [line for line in lines if line.get("sqlstate") == state]
-    assert 1 <= len(told) <= 2
-    assert {line["cause"] for line in told} == {kind}
+    logged = [line for line in lines if line.get("sqlstate") == state]
+    assert 1 <= len(logged) <= 2
+    assert {line["cause"] for line in logged} == {kind}
 
 
 async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
@@ -338,13 +338,13 @@ async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
             await asyncio.sleep(3)
             tried = server.log.read_text(errors="replace").count("password authentication failed")
             assert tried - before <= 8
-            said = (await client.get("/readyz")).json()["checks"]["database"]
-            assert "password" in said
-            assert "28P01" in said
+            check = (await client.get("/readyz")).json()["checks"]["database"]
+            assert "password" in check
+            assert "28P01" in check
         await admin.close()
 
 
-async def test_a_server_that_does_not_flush_is_told() -> None:
+async def test_a_server_that_does_not_flush_is_reported() -> None:
     """`fsync = off` is no reason not to serve, but nobody is left in the dark."""
     async with (
         own_postgres(fsync="off", full_page_writes="off") as server,

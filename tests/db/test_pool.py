@@ -71,7 +71,7 @@ async def _until_somebody_waits_for_a_lock(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"DB_NAME": "no_such_database"}, "no_such_database"),
         ({"DB_HOST": ""}, "No database is configured"),
@@ -79,7 +79,7 @@ async def _until_somebody_waits_for_a_lock(
     ],
 )
 async def test_what_waiting_cannot_mend_ends_the_instance(
-    database: dict[str, str], tmp_path: Path, wrong: dict[str, str], said: str
+    database: dict[str, str], tmp_path: Path, wrong: dict[str, str], message: str
 ) -> None:
     """An instance that can never serve ends at once, with a sentence and no traceback."""
     log = tmp_path / "log"
@@ -89,5 +89,5 @@ async def test_what_waiting_cannot_mend_ends_the_instance(
     assert instance.process is not None
     code = await asyncio.wait_for(instance.process.wait(), 30)
     assert code in {1, 2, 3}
-    assert said in log.read_text()
+    assert message in log.read_text()
     assert "Traceback" not in log.read_text()

@@ -18,7 +18,7 @@ from tests.jobs.fleet import overlaps
 from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.jobs.kinds import EventLog, functions
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 ROUNDS = size(small=1, full=4)
 LEASE = 3
@@ -81,7 +81,7 @@ async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[
         late = sum(line["at"] >= after.begin for line in before.lines)
         kind = kinds[int(before.job.removeprefix("job-")) - 1]
         found[kind, outcomes.get((before.job, before.fence))] += late
-    tell(f"{len(spans)} runs, ended as {dict(Counter(outcomes.values()))}")
+    report_figures(f"{len(spans)} runs, ended as {dict(Counter(outcomes.values()))}")
     return found
 
 
@@ -99,7 +99,7 @@ async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
     ):
         found = await disturb(guarded, kinds)
         control = await disturb(unguarded, kinds, FLEET_UNGUARDED="scope")
-    tell(f"late lines: {dict(found)}; control: {dict(control)}")
+    report_figures(f"late lines: {dict(found)}; control: {dict(control)}")
     assert found == {}
     assert {kind for kind, _ in control} >= set(kinds) - WITH_THE_MAIN_TASK
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, empty_database, running
-from tests.system.sizes import tell
+from tests.system.sizes import report_figures
 
 LEASE_SECONDS = 4.5
 STEP_SECONDS = 1.5
@@ -59,7 +59,9 @@ async def test_a_step_as_large_as_the_reserve_is_survived(
     reserved, control = await asyncio.gather(
         _step(postgres, tmp_path / "1", STEP_SECONDS), _step(postgres, tmp_path / "2", 0)
     )
-    tell(f"moved and overlapping after a step of {STEP_SECONDS} s: {reserved}, control {control}")
+    report_figures(
+        f"moved and overlapping after a step of {STEP_SECONDS} s: {reserved}, control {control}"
+    )
     assert reserved[0] > 0
     assert reserved[1] == 0
     assert control[1] > 0

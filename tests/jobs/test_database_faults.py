@@ -20,7 +20,7 @@ from balance_app.local.postgres import EmbeddedPostgres
 from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 from tests.system.test_outage import Probes
 
 INSTANCES = size(small=3, full=5)
@@ -96,7 +96,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
             outcomes = await _outcomes(database)
             alive = _alive(instances)
     spans = read_event_logs(tmp_path)
-    tell(
+    report_figures(
         f"{RESTARTS} fast and {RESTARTS} immediate restarts: all {JOBS} jobs run again within "
         f"{max(back_seconds['fast']):.2f} and {max(back_seconds['immediate']):.2f} s, "
         f"lost in them {lost['fast']} and {lost['immediate']}; {dict(outcomes)}; {watch.figures()}"
@@ -144,7 +144,7 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     spans = read_event_logs(tmp_path)
     stopped = [span for span in spans if span.begin < gone]
     last = max(span.end for span in stopped) - gone
-    tell(
+    report_figures(
         f"away for {AWAY_SECONDS} s, lease {AWAY_LEASE_SECONDS} s: the last of {len(stopped)} runs "
         f"wrote its last line after {last:.2f} s, not ready after {told:.2f} s; back again, ready "
         f"after {ready:.2f} s, all {JOBS} jobs run again after {again:.2f} s; {watch.figures()}"
@@ -236,7 +236,7 @@ async def _wrong_clocks(
             await asyncio.sleep(size(small=0, full=5))
         outcomes = await _outcomes(database)
     spans = await asyncio.to_thread(read_event_logs, directory)
-    tell(
+    report_figures(
         f"clocks shifted by {name}: {len(spans)} runs, after {KILLS} kills all jobs ran again "
         f"within {max(again):.2f} s; {dict(outcomes)}; {watch.figures()}"
     )

@@ -14,7 +14,7 @@ from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import STARTUP_BATCH, Completion
 from balance_app.jobs.run import Run
 from tests.jobs.support import Ground, Instance, on, until
-from tests.system.sizes import tell
+from tests.system.sizes import report_figures
 
 SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
@@ -151,7 +151,7 @@ async def test_many_jobs_make_no_claim_slow(ground: Ground) -> None:
         assert (await instance.claim()).name.startswith("own-")
         took.append(monotonic() - since)
     marked = await ground.admin.fetchval("SELECT count(*) FROM jobs WHERE seen_at IS NOT NULL")
-    tell(f"a note and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms")
+    report_figures(f"a note and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms")
     assert 4 * STARTUP_BATCH <= marked <= 5 * STARTUP_BATCH
     assert min(took) < 1
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tests.jobs.model import Guard, Invariant, Protocol, search
-from tests.system.sizes import FULL, size, tell
+from tests.system.sizes import FULL, report_figures, size
 
 STEPPING = Protocol(reserve=1, step=1)
 SMALL = [Protocol(), STEPPING]
@@ -64,7 +64,7 @@ def size_of(protocol: Protocol) -> str:
 def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
     """With all guards in place nothing can go wrong, and a job waits for at most one lease."""
     result = search(protocol)
-    tell(f"{result.states:,} states, {result.steps:,} steps")
+    report_figures(f"{result.states:,} states, {result.steps:,} steps")
     assert result.broken is None, "\n".join(result.trace)
     assert result.ticks_to_claim == protocol.lease
 
@@ -76,7 +76,7 @@ def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
     """Without any one of the guards there is a way to break an invariant."""
     result = search(Protocol(frozenset({guard}), lease=2), frozenset({invariant}))
     story = [f"Without this: {guard}.", *result.trace, f"Broken: {invariant}."]
-    tell("\n".join(story))
+    report_figures("\n".join(story))
     assert result.broken is invariant
 
 
@@ -91,7 +91,7 @@ def test_what_remains_without_a_guard(guard: Guard) -> None:
     """Where one line of defence falls, the others hold."""
     protocol = Protocol(frozenset({guard}), lease=2, room=size(1, 2))
     result = search(protocol, REMAINS[guard])
-    tell(f"Without this: {guard}. {result.states:,} states")
+    report_figures(f"Without this: {guard}. {result.states:,} states")
     assert result.broken is None, "\n".join(result.trace)
 
 
@@ -103,6 +103,6 @@ def test_a_clock_that_steps_further_than_the_reserve_lets_runs_overlap(beyond: P
     """
     for invariant in (Invariant.TRUST, Invariant.OVERLAP):
         result = search(beyond, frozenset({invariant}))
-        tell("\n".join([f"Reserve {beyond.reserve}, step {beyond.step}.", *result.trace]))
+        report_figures("\n".join([f"Reserve {beyond.reserve}, step {beyond.step}.", *result.trace]))
         assert result.broken is invariant
     assert search(replace(beyond, room=1), FENCED).broken is None

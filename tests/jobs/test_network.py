@@ -12,7 +12,7 @@ import asyncpg
 from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, empty_database, running
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 from tests.system.test_outage import Probes
 
 LEASE_SECONDS = size(small=3, full=6)
@@ -104,7 +104,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
         min(s.begin for s in spans if s.server == each.name and s.begin > each.healed) - each.healed
         for each in rounds
     ]
-    tell(
+    report_figures(
         f"{ROUNDS} frozen networks of {SILENT_SECONDS} s, lease {LEASE_SECONDS} s: "
         f"{len(moves)} runs stopped {min(stops):.2f} to {max(stops):.2f} s after the freeze and "
         f"began elsewhere {min(margins):.2f} to {max(margins):.2f} s after their last line; "
@@ -158,7 +158,7 @@ async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: 
             _revivals(second, tmp_path / "2", FLEET_UNGUARDED="expiry"),
             _unheard_claims(third, tmp_path / "3"),
         )
-    tell(f"claims whose answer came late and that started nothing: {unheard}")
+    report_figures(f"claims whose answer came late and that started nothing: {unheard}")
     assert guarded == []
     assert unguarded != []
     assert unheard > 0
@@ -186,7 +186,7 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
     outcomes = {(row["job"], row["fence"]): row["outcome"] for row in rows}
     spans = read_event_logs(tmp_path)
     begun = [outcomes[span.job, span.fence] for span in spans]
-    tell(
+    report_figures(
         f"{len(begun)} runs that blocked for {BLOCKING_SECONDS} s, lease {LEASE_SECONDS} s; "
         f"{len(outcomes) - len(begun)} claims were answered too late"
     )

@@ -10,7 +10,7 @@ import asyncpg
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import Instance, connect, running
 from tests.system.databases import freeze, own_postgres, thaw
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 INSTANCES = size(small=3, full=5)
 JOBS = 4
@@ -50,7 +50,7 @@ async def test_outages_stop_no_job_for_good(tmp_path: Path) -> None:
             await asyncio.sleep(LEASE_SECONDS)
             outcomes, blamed = await _history(database)
             alive = [each.process.returncode for each in instances if each.process is not None]
-    tell(f"all {JOBS} jobs ran again {', '.join(back)} of outage; {outcomes}")
+    report_figures(f"all {JOBS} jobs ran again {', '.join(back)} of outage; {outcomes}")
     assert overlaps(read_event_logs(tmp_path / "event-logs")) == []
     assert alive == [None] * INSTANCES
     assert blamed == 0
@@ -71,7 +71,7 @@ async def test_without_the_guards_losses_stand(tmp_path: Path) -> None:
                 outcomes, _ = await _history(database)
                 if any(each.startswith("lost") for each in outcomes):
                     break
-    tell(f"{outcomes}")
+    report_figures(f"{outcomes}")
     assert any(each.startswith("lost") for each in outcomes)
 
 

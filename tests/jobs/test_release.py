@@ -14,7 +14,7 @@ from tests.jobs.fleet import Span, overlaps
 from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.processes import Instance
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 ROUNDS = size(small=2, full=10)
 # The promise is a second; a machine that is busy with other tests gets another.
@@ -113,7 +113,7 @@ async def test_a_rolling_restart_loses_nothing(
         spans = where.spans()
     waits = [wait for outcome, wait in history if outcome is not None and wait is not None]
     outcomes = [outcome for outcome, _ in history]
-    tell(
+    report_figures(
         f"{len(stops)} restarts, {len(spans)} runs; {figures('stop', stops)}; "
         f"{figures('last line to next start', gaps(spans))}; "
         f"{figures('end to next start in the history', waits)}"
@@ -150,7 +150,7 @@ async def test_all_instances_are_stopped_at_once(
         finally:
             await end(instances)
         spans = where.spans()
-    tell(f"all had ended {took:.2f} s after the signal")
+    report_figures(f"all had ended {took:.2f} s after the signal")
     assert codes == [0] * 5
     assert took < STOP_SECONDS
     assert held == []
@@ -179,7 +179,7 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
         finally:
             await end(instances)
         spans = where.spans()
-    tell(figures("last line to next start", gaps(spans)))
+    report_figures(figures("last line to next start", gaps(spans)))
     assert [outcome for outcome, _ in history if outcome is not None] == ["lost"] * 2
     assert gaps(spans)[-1] > RELEASE_SECONDS
 
@@ -218,7 +218,7 @@ async def test_a_thread_that_never_ends(
             stop_uncancellable(unguarded, {"FLEET_UNGUARDED": "threads"}),
         )
         history = await where.rows(HISTORY)
-    tell(
+    report_figures(
         f"exit code {code} after {took:.2f} s, {figures('last line to next start', gaps(spans))}; "
         f"control: overlaps {len(overlaps(control[2]))}, exit code {control[0]}"
     )

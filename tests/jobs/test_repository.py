@@ -29,7 +29,7 @@ from balance_app.jobs.repository import (
 )
 from tests.jobs.support import AT_ONCE, Ground, Instance, on
 from tests.system.databases import somebody_waits
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
@@ -788,7 +788,7 @@ async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario
                 await cut(ground, guard, patch)
             faults = await play(ground, scenario)
         await ground.admin.execute(hold_lease)
-        tell(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
+        report_figures(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
         assert faults, guards
 
 
@@ -819,7 +819,7 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
     async with asyncio.TaskGroup() as crowd:
         for instance in instances:
             crowd.create_task(claim_all(instance))
-    tell(f"{len(taken)} claims in {monotonic() - started:.1f} s")
+    report_figures(f"{len(taken)} claims in {monotonic() - started:.1f} s")
     assert sorted(taken) == sorted((f"job-{number}", 1) for number in range(jobs))
     held = await ground.admin.fetch("SELECT holder FROM jobs GROUP BY holder")
     assert {row["holder"] for row in held} <= {instance.me.id for instance in instances}
@@ -1016,7 +1016,7 @@ async def test_light_load_goes_round(ground: Ground) -> None:
         order += "".join(takers)
         if len(order) >= len(names):
             break
-    tell(f"claimed by {order}")
+    report_figures(f"claimed by {order}")
     assert Counter(order) == {"A": 4, "B": 4, "C": 4}
     rounds = [order[start : start + 3] for start in range(0, 12, 3)]
     assert {"".join(sorted(each)) for each in rounds} == {"ABC"}

@@ -26,7 +26,7 @@ from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.jobs.threads import ThreadRun
 from tests.jobs.support import Ground, on, until
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
@@ -288,7 +288,7 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> N
             await ground.ended(name)
         took = monotonic() - started
         assert (await ground.row("other"))["holder"] is not None
-    tell(f"cancelled after {took:.2f} s")
+    report_figures(f"cancelled after {took:.2f} s")
     assert took < HEARTBEAT_SECONDS + 5
     for name in functions:
         assert await ground.outcomes(name) == [("cancelled", "cancelled by ada")], name
@@ -343,7 +343,7 @@ async def test_an_instance_that_stops_releases_its_runs(ground: Ground) -> None:
         await _run_all(ground, 5)
         stopping = monotonic()
     took = monotonic() - stopping
-    tell(f"stopped after {took:.2f} s")
+    report_figures(f"stopped after {took:.2f} s")
     assert took < 5
     for name in functions:
         assert await ground.outcomes(name) == [("interrupted", "its instance was stopped")], name
@@ -412,7 +412,7 @@ async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
     lasted = {
         name: (run["ended_at"] - run["started_at"]).total_seconds() for name, run in runs.items()
     }
-    tell(f"lasted {lasted}")
+    report_figures(f"lasted {lasted}")
     assert lasted["own"] >= 0.55
     assert lasted["by-settings"] >= 0.28
     assert lasted["thread"] >= 0.55
@@ -538,7 +538,9 @@ async def test_what_is_released_again_and_again_waits_and_fails(ground: Ground) 
         waited += waits[-1]
     assert SECOND <= waits[0] < 2 * SECOND
     assert all(later > sooner for sooner, later in pairwise(waits[:8]))
-    tell(f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}")
+    report_figures(
+        f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}"
+    )
     last = scheduling._completion(
         moon, run._replace(releases=scheduling.MOST_RELEASES), away, now, seconds_ago=0
     )
@@ -807,7 +809,7 @@ async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
     outcomes = await ground.admin.fetch(
         "SELECT outcome, count(*), sum(ticks) AS ticks FROM job_runs GROUP BY 1 ORDER BY 1"
     )
-    tell(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
+    report_figures(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
     assert faults == [], " ".join(life.told)
     assert ticks > 60
     assert {row["outcome"] for row in outcomes} >= {"succeeded", "failed", "skipped"}
@@ -928,7 +930,7 @@ async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> N
     shares = await _shares(ground, instances=4, jobs=10, step=0.3)
     await ground.forget()
     unguarded = await _shares(ground, instances=4, jobs=30, step=0)
-    tell(f"10 jobs on 4 instances: {shares}; 30 without steps: {unguarded}")
+    report_figures(f"10 jobs on 4 instances: {shares}; 30 without steps: {unguarded}")
     assert shares == [2, 2, 3, 3]
 
 

@@ -18,7 +18,7 @@ from tests.jobs.fleet import overlaps
 from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.processes import Instance, running
-from tests.system.sizes import FULL, size, tell
+from tests.system.sizes import FULL, report_figures, size
 
 LIGHT_EVERY = size(small=25, full=50) / 10
 LIGHT_RUNS = 60
@@ -162,7 +162,7 @@ def tell_starts(starts: list[Start]) -> None:
     for kind in sorted({start.kind for start in starts}):
         mine = [start for start in starts if start.kind == kind]
         differences = Counter(start.difference for start in mine)
-        tell(
+        report_figures(
             f"{kind}: {len(mine)} starts, differences "
             f"{', '.join(f'{what} x {times}' for what, times in sorted(differences.items()))}; "
             f"skew up to {max(start.skew for start in mine):.2f} s, "
@@ -170,7 +170,7 @@ def tell_starts(starts: list[Start]) -> None:
         )
     for start in starts:
         if start.difference > 1:
-            tell(f"uneven: {start}")
+            report_figures(f"uneven: {start}")
 
 
 async def test_instances_that_start_together_share_the_jobs(
@@ -205,7 +205,7 @@ async def test_instances_that_start_together_share_the_jobs(
     done = await asyncio.gather(*(one(turn, *plan) for turn, plan in enumerate(plans)))
     starts = list(itertools.chain(*done))
     tell_starts(starts)
-    tell(f"not counted, as they came up too far apart: {beyond}")
+    report_figures(f"not counted, as they came up too far apart: {beyond}")
     assert [start for start in starts if start.overlaps] == []
     assert [start for start in starts if start.difference > 1] == []
 
@@ -236,7 +236,7 @@ async def test_jobs_that_become_due_while_instances_settle(
             await end(instances)
         late = await where.column(LATE, datetime.min.replace(tzinfo=UTC))
     loads = Counter(span.server for span in spans)
-    tell(f"loads {sorted(loads.values())}, the last {max(late):.2f} s late")
+    report_figures(f"loads {sorted(loads.values())}, the last {max(late):.2f} s late")
     assert spans[0].begin > begun, "they were due too early"
     assert sorted(loads.values()) == [2] * 5
     assert max(late) < warm_up
@@ -277,7 +277,7 @@ async def test_without_turns_the_first_instance_takes_all(
         starts = await cold_and_warm(
             where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="policy"
         )
-    tell("; ".join(f"{start.kind}: {start.loads}" for start in starts))
+    report_figures("; ".join(f"{start.kind}: {start.loads}" for start in starts))
     assert [start for start in starts if start.difference <= 1] == []
 
 
@@ -319,8 +319,8 @@ async def test_light_load_goes_round(
             light_load(grounds[1], stagger=True, **TIE),
             light_load(grounds[2], stagger=True, FLEET_TIE_BREAK="0"),
         )
-    tell(f"{LIGHT_RUNS} runs due together: {together}, one after the other: {staggered}")
-    tell(f"one after the other, without rounds: {control}")
+    report_figures(f"{LIGHT_RUNS} runs due together: {together}, one after the other: {staggered}")
+    report_figures(f"one after the other, without rounds: {control}")
     assert together[0] - together[-1] <= 2
     assert staggered[0] - staggered[-1] <= 2
     assert control[0] - control[-1] > 2
@@ -370,7 +370,7 @@ async def lateness(where: Ground, seconds: float, **env: str) -> list[float]:
         async with crash_loop(where, env) as born:
             await asyncio.sleep(seconds)
         late = sorted(await where.column(LATE, begun))
-        tell(f"{len(born)} newcomers, {dict(await where.rows(OUTCOMES, begun))}")
+        report_figures(f"{len(born)} newcomers, {dict(await where.rows(OUTCOMES, begun))}")
         assert overlaps(where.spans()) == []
     return late
 
@@ -387,7 +387,7 @@ async def test_newcomers_that_die_delay_nobody(
         late = await lateness(where, size(small=8, full=30))
     async with ground(postgres, fork_server, tmp_path) as where:
         control = await lateness(where, 8, FLEET_UNGUARDED="newcomers")
-    tell(
+    report_figures(
         f"{len(late)} starts late by p50 {quantile(late, 0.5) * 1000:.1f} ms, "
         f"p99 {quantile(late, 0.99) * 1000:.1f} ms, at most {late[-1] * 1000:.1f} ms; "
         f"where any newcomer begins the warm-up anew: {len(control)} starts"
@@ -419,7 +419,7 @@ async def test_newcomers_that_die_delay_no_start(
             return list(first.values())
 
     guarded, control = await asyncio.gather(start(), start(FLEET_UNGUARDED="once"))
-    tell(
+    report_figures(
         f"the last began {max(guarded):.2f} s after the last instance was ready; control: {control}"
     )
     assert len(guarded) == 10

@@ -27,7 +27,7 @@ from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.support import AT_ONCE
 from tests.processes import Instance, connect, running
 from tests.system.databases import own_postgres
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 KILLS = size(small=10, full=30)
 FREEZES = size(small=5, full=15)
@@ -118,7 +118,7 @@ async def test_jobs_of_killed_instances_go_on_elsewhere(
         for run, (server, since, until) in recorded.items()
         if not any(name == server and since - SOON < at < until for name, at in kills)
     ]
-    tell(
+    report_figures(
         f"{KILLS} instances killed: {len(lost)} jobs lost, started elsewhere after "
         f"{_times(delays)}; {sum(_checkpoint(span) > 0 for span in lost)} "
         f"from a checkpoint, {len(spans)} runs, {len(overlaps(spans))} overlaps"
@@ -197,7 +197,7 @@ async def test_frozen_instances_are_ended_before_they_go_on(
     await connection.close()
     recorded = await _lost_runs(fenced)
     inside = sum(_said(span) == "inside" for span in lost)
-    tell(
+    report_figures(
         f"{FREEZES} instances frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
         f"started elsewhere after {_times(delays)}; after SIGCONT {late_lines} wrote lines, "
         f"{late} of {writes} writes were late, {len(overlaps(spans))} overlaps, "
@@ -262,7 +262,7 @@ async def test_without_watchdog_and_fence_the_same_is_seen(
     await connection.close()
     late = [_late(rows, of={(line["job"], line["fence"]) for line in lines}) for lines in after]
     refusals = [[line["error"] for line in lines if line["what"] == "refused"] for lines in after]
-    tell(
+    report_figures(
         f"{len(overlaps(spans))} overlaps; after SIGCONT: "
         + "; ".join(
             f"{name}: {len(lines)} lines, {count} late writes, refused: {errors}"
@@ -319,7 +319,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
     other = [span for span in spans if span.job == "job-02"]
     after = [span for span in other if span.begin > quarantined_at and span.ended]
     between = [later.begin - earlier.begin for earlier, later in pairwise(poison)]
-    tell(
+    report_figures(
         f"{len(poison)} runs killed their instances, {_times(between)} apart; quarantined since; "
         f"the other job ran {len(other)} times, {len(after)} times since"
     )
@@ -359,7 +359,7 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
         await _all_started(tmp_path, 1)
     *late, last = await connection.fetch("SELECT outcome, result FROM job_runs ORDER BY id")
     await connection.close()
-    tell(f"{len(late)} claims were answered too late, then: {last['outcome']}")
+    report_figures(f"{len(late)} claims were answered too late, then: {last['outcome']}")
     assert too_early == []
     assert {tuple(run) for run in late} == {
         ("interrupted", "the answer to its claim came too late")
@@ -398,7 +398,7 @@ async def test_what_a_silent_transaction_holds_is_free_again(
                 seconds = monotonic() - since
     await other.close()
     await service.stop()
-    tell(f"a lock that a silent transaction held was free after {seconds:.2f} s")
+    report_figures(f"a lock that a silent transaction held was free after {seconds:.2f} s")
     assert 0.4 < seconds < 5
 
 

@@ -19,9 +19,9 @@ def test_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
         bound_but_deaf.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound_but_deaf.getsockname()[1]}"
         assert main([url]) == EXIT_NOT_RUN
-    said = capsys.readouterr()
-    assert said.err == f"No service answers at {url}: start it with `make run`.\n"
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert output.err == f"No service answers at {url}: start it with `make run`.\n"
+    assert output.out == ""
 
 
 async def test_the_service_is_found_where_its_commands_find_it(

@@ -1,4 +1,4 @@
-"""What is told while a burst runs and after it."""
+"""What is reported while a burst runs and after it."""
 
 import asyncio
 import io
@@ -60,20 +60,20 @@ async def test_a_terminal_has_bars() -> None:
     """They are drawn in place, and stand full at the end."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)
-    said = await followed(console, stream)
-    opened, _, answered = said.rpartition("connections opened")[2].partition("answers received")
+    output = await followed(console, stream)
+    opened, _, answered = output.rpartition("connections opened")[2].partition("answers received")
     assert "10/10" in opened
     assert "━" * 20 in answered
     assert "20/20" in answered
-    assert "\x1b[1A" in said
+    assert "\x1b[1A" in output
 
 
 async def test_a_pipe_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain line now and then; a quiet console has nothing."""
     monkeypatch.setattr("loadtest.progress._LINES_EVERY_SECONDS", 0.05)
     stream = io.StringIO()
-    said = await followed(Console(file=stream, width=200), stream)
-    assert said.splitlines()[0] == "10 of 10 connections opened, 0 of 20 answers received"
-    assert "\x1b" not in said
+    output = await followed(Console(file=stream, width=200), stream)
+    assert output.splitlines()[0] == "10 of 10 connections opened, 0 of 20 answers received"
+    assert "\x1b" not in output
     quiet = io.StringIO()
     assert await followed(Console(file=quiet, quiet=True), quiet) == ""

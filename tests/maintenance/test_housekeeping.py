@@ -324,7 +324,7 @@ async def test_a_sound_ledger_matches(house: House) -> None:
     assert house.last.seen[-1] == (12_000, 12_000, "entries")
 
 
-# What is done to user 3 or 30 of 30 with 4 entries each, and what is said of it.
+# What is done to user 3 or 30 of 30 with 4 entries each, and the finding.
 CORRUPTED = {
     "a balance": (
         "UPDATE users SET balance = 998 WHERE id = 3",
@@ -386,14 +386,14 @@ async def test_the_audit_names_who_differs(
     house: House, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Whatever is wrong is found, wherever the steps begin and end, and nobody else is accused."""
-    corrupt, said = CORRUPTED[what]
+    corrupt, message = CORRUPTED[what]
     await house.populate(30, 4)
     await house.rewrite(corrupt)
     for number_of_steps in (1, 17, 1000):
         monkeypatch.setattr(steps, "STEPS", number_of_steps)
         with pytest.raises(LedgerMismatchError) as error:
             await house.run("audit-ledger")
-        assert str(error.value) == f"1 of 30 users differs: {said}"
+        assert str(error.value) == f"1 of 30 users differs: {message}"
 
 
 async def test_the_audit_goes_on_behind_the_first_fault(house: House) -> None:
@@ -402,10 +402,10 @@ async def test_the_audit_goes_on_behind_the_first_fault(house: House) -> None:
     await house.rewrite("UPDATE users SET balance = 5 WHERE id > 3")
     with pytest.raises(LedgerMismatchError) as error:
         await house.run("audit-ledger")
-    said = str(error.value)
-    assert said.startswith("1 197 of 1 200 users differ: user 4: the balance is 5 at version 2")
-    assert re.findall(r"user (\d+)", said) == ["4", "5", "6", "7", "8"]
-    assert said.endswith("; and 1 192 more")
+    message = str(error.value)
+    assert message.startswith("1 197 of 1 200 users differ: user 4: the balance is 5 at version 2")
+    assert re.findall(r"user (\d+)", message) == ["4", "5", "6", "7", "8"]
+    assert message.endswith("; and 1 192 more")
 
 
 async def test_the_audits_see_changes_whole(
@@ -475,7 +475,7 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("corrupt", "said"),
+    ("corrupt", "message"),
     [
         (
             "UPDATE idempotency_keys SET balance = 5 WHERE key = 'key-3-2'",
@@ -507,17 +507,17 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
         ),
     ],
 )
-async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, said: str) -> None:
-    """A key that would be told again otherwise than the ledger has it is found."""
+async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, message: str) -> None:
+    """A key that would be replayed otherwise than the ledger has it is found."""
     await house.populate(30, 4)
     await house.connection.execute(corrupt)
     with pytest.raises(LedgerMismatchError) as error:
         await house.run("audit-keys")
-    assert re.fullmatch(rf"1 of \d+ idempotency keys differs: {said}", str(error.value))
+    assert re.fullmatch(rf"1 of \d+ idempotency keys differs: {message}", str(error.value))
 
 
 @pytest.mark.parametrize(
-    ("corrupt", "said"),
+    ("corrupt", "message"),
     [
         (
             "UPDATE daily_balances SET balance = 5 WHERE user_id = 3",
@@ -527,7 +527,7 @@ async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, sa
     ],
 )
 async def test_the_audit_names_a_daily_balance_that_differs(
-    house: House, corrupt: str, said: str
+    house: House, corrupt: str, message: str
 ) -> None:
     """A daily balance that is not what the ledger has is found."""
     await house.populate(30, 4)
@@ -536,7 +536,7 @@ async def test_the_audit_names_a_daily_balance_that_differs(
     day = await house.connection.fetchval("SELECT day::text FROM daily_balances WHERE user_id = 3")
     with pytest.raises(LedgerMismatchError) as error:
         await house.run("audit-daily-balances")
-    assert str(error.value) == f"1 of 30 daily balances differs: user 3 on {day}: {said}"
+    assert str(error.value) == f"1 of 30 daily balances differs: user 3 on {day}: {message}"
 
 
 # -- what is forgotten ------------------------------------------------------------------------
@@ -652,7 +652,7 @@ async def days_as_they_were(house: House) -> list[tuple[Any, ...]]:
 
 
 async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> None:
-    """Every table is in the list; growth since the day before is told."""
+    """Every table is in the list; growth since the day before is reported."""
     await house.connection.execute("""
         INSERT INTO table_sizes (at, name, bytes)
         SELECT clock_timestamp() - age, 'entries', 1
@@ -716,7 +716,7 @@ async def test_ids_that_run_out_are_told_in_time(house: House) -> None:
         await house.run("watch-limits")
 
 
-async def test_a_transaction_that_stays_open_is_told(
+async def test_a_transaction_that_stays_open_is_reported(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What keeps PostgreSQL from cleaning up makes the run fail."""

@@ -2,7 +2,7 @@
 
 Each connection sends one change after another, every one under a key of its own, and does not let
 go of it before it is decided: a try that was not applied is sent again, and one whose outcome is
-not known is asked for or sent again under the same key. Every try is recorded.
+not known is looked up or sent again under the same key. Every try is recorded.
 """
 
 import asyncio
@@ -212,9 +212,9 @@ class Load:
         """Ask what became of a change. "Nothing yet" decides nothing: a try may be on its way."""
         sent, answer, answered = await self._request("GET", f"/api/changes/{key}")
         if isinstance(answer, httpx.Response) and answer.status_code == 200:
-            told = answer.json()
+            recorded = answer.json()
             asked = _Try(key, sent, answered, replayed=True)
-            decided = self._decision(asked, told["status"], told["answer"])
+            decided = self._decision(asked, recorded["status"], recorded["answer"])
             if decided is not None:
                 self.operations.append(decided)
                 return decided

@@ -85,7 +85,7 @@ def _signal(
 ) -> list[psutil.Process]:
     postmaster = psutil.Process(server.process.pid)
     backends: list[psutil.Process] = postmaster.children(recursive=True)
-    how(postmaster)  # first, so that it neither starts new ones nor tells the others
+    how(postmaster)  # first, so that it neither starts new ones nor signals the others
     for backend in backends:
         with suppress(psutil.NoSuchProcess):
             how(backend)

@@ -11,6 +11,6 @@ def size(small: int, full: int) -> int:
     return full if FULL else small
 
 
-def tell(figures: str) -> None:
+def report_figures(figures: str) -> None:
     """Show what a test measured (`pytest -rP` prints it for tests that passed)."""
     sys.stdout.write(f"{figures}\n")

@@ -10,7 +10,7 @@ from tests.history import Kind, check
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import accepting, kill, own_postgres
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 COPY_KILLS = size(small=4, full=20)
 DATABASE_KILLS = size(small=2, full=5)
@@ -34,7 +34,7 @@ async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
                 await victim.ready()
             await load.progress(50)
         ledger = await read_ledger(instances[0].url, account)
-    tell(f"{COPY_KILLS} instances killed: {load.figures()}")
+    report_figures(f"{COPY_KILLS} instances killed: {load.figures()}")
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert load.answers["cut"], "no kill met a request under way"
@@ -52,7 +52,9 @@ async def test_a_killed_database_loses_nothing() -> None:
                 seconds = await _kill_database(server, load, DATABASE_KILLS)
             ledger = await read_ledger(instances[0].url, account)
     after = ", ".join(f"{each:.2f}" for each in seconds)
-    tell(f"{DATABASE_KILLS} database kills, first answer after {after} s: {load.figures()}")
+    report_figures(
+        f"{DATABASE_KILLS} database kills, first answer after {after} s: {load.figures()}"
+    )
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert load.answers["503 unknown"], "no kill met a request under way"
@@ -88,7 +90,7 @@ async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
                 await _kill_database(server, load, 1)
             ledger = await read_ledger(instances[0].url, account)
     lost = [each for each in check(ledger, load.operations) if each.kind == Kind.LOST_CHANGE]
-    tell(f"{guarded=}: {len(lost)} changes are lost: {load.figures()}")
+    report_figures(f"{guarded=}: {len(lost)} changes are lost: {load.figures()}")
     assert bool(lost) is not guarded
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.processes import Instance, connect, empty_database, running
-from tests.system.sizes import tell
+from tests.system.sizes import report_figures
 
 JOBS = 3
 LEASE = 3
@@ -159,7 +159,7 @@ async def test_a_run_of_before_writes_nothing_into_tables_made_anew(
     guarded, control = await asyncio.gather(
         _writes_anew(postgres, tmp_path / "1", ""), _writes_anew(postgres, tmp_path / "2", "anew")
     )
-    tell(f"writes of runs of before, and of new ones: {guarded}, control {control}")
+    report_figures(f"writes of runs of before, and of new ones: {guarded}, control {control}")
     assert guarded[0] == 0
     assert guarded[1] > 0
     assert control[0] > 0

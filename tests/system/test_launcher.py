@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from tests.processes import DATABASE_VARIABLES, free_ports
-from tests.system.sizes import tell
+from tests.system.sizes import report_figures
 
 INSTANCES = 2
 READY_SECONDS = 60
@@ -30,7 +30,7 @@ async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path
         assert await launched.withdraw(2) == 9_998
 
         psutil.Process(pids["app1"]).kill()
-        await launched.says(r"app1 was ended by SIGKILL; again in [\d.]+ s")
+        await launched.wait_for_output(r"app1 was ended by SIGKILL; again in [\d.]+ s")
         assert await launched.ready("app1", but_not=pids["app1"])
         assert await launched.withdraw(2, instance=1) == 9_996
 
@@ -38,8 +38,8 @@ async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path
         assert any(process.name() == "postgres" for process in family)
         took = await launched.end(signal.SIGINT)
         assert launched.process.returncode == 0
-        await launched.says("Stopped.")
-    tell(f"everything stopped in {took:.2f} s")
+        await launched.wait_for_output("Stopped.")
+    report_figures(f"everything stopped in {took:.2f} s")
     assert took < STOP_SECONDS
     assert _alive(family, within_seconds=0) == []
 
@@ -50,13 +50,13 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
         for name in ("app1", "app2"):
             await launched.ready(name)
         assert await launched.withdraw(5) == 9_995
-        code, said = await _run(tmp_path, "reset", "--yes")
+        code, output = await _run(tmp_path, "reset", "--yes")
         assert code == 1
-        assert said.startswith(f"PostgreSQL (pid {launched.postgres().pid}) is using {tmp_path}")
+        assert output.startswith(f"PostgreSQL (pid {launched.postgres().pid}) is using {tmp_path}")
         family = launched.family()
         took = await launched.end(signal.SIGKILL)
         assert _alive(family, within_seconds=STOP_SECONDS) == []
-    tell(f"the launcher was gone after {took:.2f} s")
+    report_figures(f"the launcher was gone after {took:.2f} s")
 
     async with _up(tmp_path) as launched:
         await launched.ready("app1")
@@ -88,15 +88,15 @@ async def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> No
 
 
 async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """As earlier versions could leave it; what to do is said, and works."""
+    """As earlier versions could leave it; what to do is reported, and works."""
     place = tmp_path / "postgres"
     place.mkdir()
     (place / "PG_VERSION").write_text("18\n")
     port = free_ports(INSTANCES + 1, below=32_000)
-    code, said = await _run(tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port))
+    code, output = await _run(tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port))
     assert code == 1
-    assert f"{place} is not a complete PostgreSQL data directory (global/pg_control is m" in said
-    assert "Traceback" not in said
+    assert f"{place} is not a complete PostgreSQL data directory (global/pg_control is m" in output
+    assert "Traceback" not in output
     assert await _run(tmp_path, "reset", "--yes") == (0, f"Deleted {place}.\n")
     assert not place.exists()
 
@@ -108,10 +108,12 @@ async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", port + 2))
         other.listen()
-        code, said = await _run(tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port))
+        code, output = await _run(
+            tmp_path, "up", "--instances", str(INSTANCES), "--port", str(port)
+        )
     assert code == 1
-    assert said.startswith(f"Can't listen on 127.0.0.1:{port + 2}: ")
-    assert said.count("\n") == 1
+    assert output.startswith(f"Can't listen on 127.0.0.1:{port + 2}: ")
+    assert output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,21 +125,23 @@ class _Launched:
         self.port = port
         self._output = output
 
-    async def says(self, pattern: str) -> re.Match[str]:
-        """Wait until a line says this."""
+    async def wait_for_output(self, pattern: str) -> re.Match[str]:
+        """Wait until the output matches."""
         deadline = monotonic() + READY_SECONDS
         while monotonic() < deadline:
             if found := re.search(pattern, self._output.read_text()):
                 return found
             assert self.process.returncode is None, self._output.read_text()
             await asyncio.sleep(0.05)
-        raise AssertionError(f"never said {pattern!r}:\n{self._output.read_text()}")
+        raise AssertionError(f"no output matches {pattern!r}:\n{self._output.read_text()}")
 
     async def ready(self, name: str, *, but_not: int = 0) -> int:
-        """Wait until an instance is said to be ready; return its pid."""
+        """Wait until an instance is reported to be ready; return its pid."""
         other = rf"(?!{but_not}\))"
-        said = await self.says(rf"{name} ready at http\S+ \([\d.]+ s, pid {other}(\d+)\)")
-        return int(said[1])
+        output = await self.wait_for_output(
+            rf"{name} ready at http\S+ \([\d.]+ s, pid {other}(\d+)\)"
+        )
+        return int(output[1])
 
     async def withdraw(self, amount: int, *, instance: int = 0) -> int:
         """Withdraw from user 1 by the shared port, or an instance's own; return the balance."""
@@ -193,7 +197,7 @@ async def _up(data: Path) -> AsyncIterator[_Launched]:
 
 
 async def _run(data: Path, *arguments: str) -> tuple[int, str]:
-    """Run `balance-app`; return its exit code and all it said."""
+    """Run `balance-app`; return its exit code and its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "balance_app", *arguments),
         env=_environment(data),
@@ -202,9 +206,9 @@ async def _run(data: Path, *arguments: str) -> tuple[int, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    said, _ = await asyncio.wait_for(process.communicate(), 60)
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode is not None
-    return process.returncode, said.decode()
+    return process.returncode, output.decode()
 
 
 def _environment(data: Path) -> dict[str, str]:

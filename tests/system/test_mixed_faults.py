@@ -17,7 +17,7 @@ from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import freeze, kill, own_postgres, thaw
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 SECONDS = size(small=5, full=300)
 INSTANCES = 3
@@ -176,7 +176,7 @@ async def test_no_answer_lies_whatever_fails() -> None:
             await faults.fail_over()
             await load.progress(20)
         ledger = await read_ledger(instances[0].url, account)
-    tell(f"{dict(faults.seen)} and a failover: {load.figures()}")
+    report_figures(f"{dict(faults.seen)} and a failover: {load.figures()}")
     assert check(ledger, load.operations) == []
     assert load.unexpected == []
     assert load.answers["503 no"] == 0

@@ -41,9 +41,9 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
     assert first.total() == CONNECTIONS
     assert first["200"] >= SERVED_AT_LEAST
     assert again == {"200": first["200"]}
-    said = log.read_text()
-    assert said.count("too many connections for the limit of open files") == 1
-    assert said.count("This process may have 256 files open") == 1
+    output = log.read_text()
+    assert output.count("too many connections for the limit of open files") == 1
+    assert output.count("This process may have 256 files open") == 1
 
 
 async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]) -> None:
@@ -91,7 +91,7 @@ async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[s
     )
     try:
         statuses = await asyncio.gather(*(ask(each) for each in opened))
-        kept = [each for each, said in zip(opened, statuses, strict=True) if said == "200"]
+        kept = [each for each, status in zip(opened, statuses, strict=True) if status == "200"]
         admin = await connect(database)
         await admin.execute(END_SESSIONS)
         await admin.close()

@@ -1,4 +1,4 @@
-"""The database goes away for a while: everything is answered in time, and heals by itself."""
+"""The database is unavailable for a while: everything is answered in time, and heals by itself."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,7 +15,7 @@ from tests.history import check
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 OUTAGE_SECONDS = size(small=5, full=10)
 LONGEST_REQUEST_SECONDS = 5
@@ -32,7 +32,7 @@ outages = pytest.mark.parametrize(
 
 
 @outages
-async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action) -> None:
+async def test_an_outage_is_reported_and_heals(take_away: Action, bring_back: Action) -> None:
     """Requests end in time while the database is unavailable, and succeed again when it is back."""
     async with own_postgres() as server:
         instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
@@ -43,7 +43,7 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
                 await load.progress(100)
                 gone = monotonic()
                 await take_away(server)
-                told = await probes.until(ready=False) - gone
+                noticed = await probes.until(ready=False) - gone
                 await asyncio.sleep(gone + OUTAGE_SECONDS - monotonic())
                 coming_back = monotonic()
                 await bring_back(server)
@@ -52,9 +52,9 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
                 await probes.until(ready=True)
                 await load.progress(100)
             ledger = await read_ledger(urls[0], account)
-    tell(
-        f"{OUTAGE_SECONDS} s away, told after {told:.2f} s, first answer {first:.2f} s after its "
-        f"return, slowest probe {probes.slowest_seconds:.2f} s: {load.figures()}"
+    report_figures(
+        f"{OUTAGE_SECONDS} s of outage, noticed after {noticed:.2f} s, first answer {first:.2f} s"
+        f" after its return, slowest probe {probes.slowest_seconds:.2f} s: {load.figures()}"
     )
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
@@ -65,7 +65,7 @@ async def test_an_outage_is_told_and_heals(take_away: Action, bring_back: Action
     during = [
         sample
         for sample in probes.samples
-        if sample.path == "/readyz" and gone + told < sample.sent < coming_back - 0.5
+        if sample.path == "/readyz" and gone + noticed < sample.sent < coming_back - 0.5
     ]
     assert during
     assert {sample.status for sample in during} == {503}
@@ -123,7 +123,7 @@ async def test_an_instance_waits_for_a_schema_in_use(database: dict[str, str]) -
 
 
 async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> None:
-    """While a row is locked its requests are refused in time; the database is not called away."""
+    """While a row is locked its requests are refused in time; the database stays available."""
     async with Instance(database) as instance:
         other = await open_account(instance.url, balance=1_000_000)
         connection = await connect(database)
@@ -139,7 +139,7 @@ async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> N
             after = await _withdraw(instance.url, 1, 2)
         finally:
             await connection.close()
-    tell(
+    report_figures(
         f"a row was locked for {LOCKED_SECONDS} s: slowest request for it "
         f"{max(kept_out.values()):.2f} s, for another {max(others.values()):.2f} s, "
         f"probes {probes.slowest_seconds:.2f} s; {others}"
@@ -187,7 +187,7 @@ async def _withdraw(url: str, user_id: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What an instance said of its health."""
+    """What an instance reported of its health."""
 
     url: str
     path: str

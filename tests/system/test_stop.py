@@ -10,7 +10,7 @@ from tests.history import Accepted, Refused, Unknown, check
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import somebody_waits
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 STOPS = size(small=2, full=10)
 STOP_SECONDS = 5
@@ -33,7 +33,7 @@ async def test_a_stopping_instance_answers_what_it_began(database: dict[str, str
                 await instance.launch()
                 await instance.ready()
         ledger = await read_ledger(instances[0].url, account)
-    tell(f"{STOPS} stops, the slowest took {slowest:.2f} s: {load.figures()}")
+    report_figures(f"{STOPS} stops, the slowest took {slowest:.2f} s: {load.figures()}")
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert slowest < STOP_SECONDS
@@ -85,7 +85,7 @@ async def test_clients_that_do_nothing_delay_no_stop(database: dict[str, str]) -
         took = monotonic() - asked
         for _, writer in connections:
             writer.close()
-    tell(f"stopped in {took:.2f} s")
+    report_figures(f"stopped in {took:.2f} s")
     assert code == 0
     assert took < STOP_SECONDS
 

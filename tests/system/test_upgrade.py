@@ -13,7 +13,7 @@ import pytest
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import Instance, connect
 from tests.system.client import Load, open_account, read_ledger
-from tests.system.sizes import size, tell
+from tests.system.sizes import report_figures, size
 
 ROOT = Path(__file__).parents[2]
 BEFORE = "f2f4455"  # the release before balance_app_version
@@ -149,7 +149,7 @@ async def test_neighbouring_releases_run_side_by_side(
                 await watch
         ledger = await read_ledger(fleet.members[1].url, user)
     spans = read_event_logs(tmp_path)
-    tell(f"{changes} changes, {len(spans)} runs, at least {fleet.fewest_ready} ready")
+    report_figures(f"{changes} changes, {len(spans)} runs, at least {fleet.fewest_ready} ready")
     assert problems == []
     assert fleet.fewest_ready >= INSTANCES - 1, fleet.seen_not_ready[:3]
     assert overlaps(spans) == []

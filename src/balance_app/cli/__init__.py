@@ -1,6 +1,6 @@
-"""`balance-app`: the service, its database, and everything that can be asked of a running one.
+"""`balance-app`: the service, its database, and everything that a running one can do.
 
-`app` has the commands that run something here, `remote` those that ask a running service,
-`session` does what they say over HTTP (`client`) and `output` shows what came back: tables on a
+`app` has the commands that run something here, `remote` those for a running service,
+`session` executes these over HTTP (`client`) and `output` formats the answers: tables on a
 terminal, plain lines or the service's JSON elsewhere. The exit code says how it ended.
 """

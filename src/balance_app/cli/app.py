@@ -16,10 +16,10 @@ from balance_app.cli.remote import (
     Command,
     Json,
     Url,
-    asking,
     fail,
-    given_before,
+    global_options,
     own_url,
+    remote_commands,
     without_types,
 )
 from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
@@ -58,12 +58,12 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 service, database = typer.Typer(), typer.Typer()
-for part in (service, asking, database):
+for part in (service, remote_commands, database):
     cli.add_typer(part)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - the library's call
-    if asked:
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 - the library's call
+    if wanted:
         typer.echo(f"balance-app {__version__}")
         raise typer.Exit
 
@@ -80,11 +80,13 @@ def before_the_command(
 ) -> None:
     """Take `--url` and `--json` before the command, too."""
     del version
-    asks = {each.callback.__name__ for each in asking.registered_commands if each.callback}
-    asks |= {"healthcheck"} if not json else set()
-    if (json or url is not None) and context.invoked_subcommand not in asks:
+    accepting = {
+        each.callback.__name__ for each in remote_commands.registered_commands if each.callback
+    }
+    accepting |= {"healthcheck"} if not json else set()
+    if (json or url is not None) and context.invoked_subcommand not in accepting:
         fail(f"`{context.invoked_subcommand}` takes neither --url nor --json.", code=2)
-    given_before.update(json=json, url=url)
+    global_options.update(json=json, url=url)
 
 
 _service = partial(service.command, cls=Command, rich_help_panel="The service")
@@ -102,7 +104,7 @@ def up(
         typer.Option(
             min=1,
             max=MAX_SHARED_PORT,
-            help="shared by all, PORT if not said; the instances take those above",
+            help="shared by all, by default PORT; the instances take those above",
         ),
     ] = None,
 ) -> None:
@@ -170,7 +172,7 @@ def healthcheck(
     """
     from balance_app.http.probe import READY, probe
 
-    url = url or given_before.get("url")
+    url = url or global_options.get("url")
     settings = load_settings() if url is None else None
     where = own_url(settings) if settings else str(url).rstrip("/")
     try:
@@ -286,7 +288,7 @@ def _notes(settings: Settings) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; wrong settings, and what the system refuses, are told in sentences."""
+    """Run the command line; report wrong settings, and what the system refuses, in sentences."""
     # What can't be encoded for this terminal is replaced, never raised.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -1,4 +1,4 @@
-"""A running service, asked over HTTP, and what is said when it does not do what it is asked.
+"""A client of a running service, over HTTP, and the errors of what it refuses.
 
 This knows the service by its HTTP contract alone, as any client does.
 """
@@ -35,10 +35,10 @@ class Code(IntEnum):
     UNKNOWN = 5
 
 
-class AskError(Exception):
-    """The service did not do what it was asked; the message is a sentence for who asked.
+class RemoteError(Exception):
+    """The service did not do what was requested; the message is a sentence for the user.
 
-    `answer` is what the service said, as JSON, and `problem` the code in it; None: it said nothing.
+    `answer` is the service's answer, as JSON, and `problem` the code in it; None: it sent none.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Event(NamedTuple):
 class Service:
     """The service at one URL.
 
-    Every method raises AskError when nobody answers, or the answer is not what was asked for.
+    Every method raises RemoteError when nobody answers, or the answer is an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -80,7 +80,7 @@ class Service:
         except httpx.InvalidURL:
             parsed = httpx.URL()
         if parsed.scheme not in {"http", "https"} or not parsed.host:
-            raise AskError(
+            raise RemoteError(
                 f"{url} is not the URL of a service: write it like http://127.0.0.1:3000.",
                 Code.WRONG,
             )
@@ -112,7 +112,7 @@ class Service:
         json: object = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Ask for something to be done; the answer is a JSON object that has this member."""
+        """Change something; the answer is a JSON object that has this member."""
         with self._reporting_failure(Code.UNKNOWN):
             answer = httpx.post(
                 self.url + path,
@@ -125,7 +125,7 @@ class Service:
         return self._read(answer, has)
 
     def events(self) -> Iterator[Event]:
-        """Yield events of the live feed until the stream ends."""
+        """Yield the events of the stream until it ends."""
         with (
             self._reporting_failure(Code.UNAVAILABLE),
             httpx.stream(
@@ -149,17 +149,17 @@ class Service:
     def follow(self) -> Iterator[Event]:
         """Yield the events for ever; between two streams `broken`, with a `detail` that says so."""
         while True:
-            said = "The stream ended."
+            message = "The stream ended."
             try:
                 yield from self.events()
-            except AskError as error:
-                said = str(error)
-            yield Event("broken", {"detail": f"{said} Reconnecting."}, "")
+            except RemoteError as error:
+                message = str(error)
+            yield Event("broken", {"detail": f"{message} Reconnecting."}, "")
             time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def _reporting_failure(self, unclear: Code) -> Iterator[None]:
-        """Say that nobody answers; `unclear`: what it means when the request had been sent."""
+        """Raise that nobody answers; `unclear`: the code when the request had been sent."""
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -172,7 +172,7 @@ class Service:
             code = Code.UNAVAILABLE if unsent else unclear
             if code is Code.UNKNOWN:
                 reason = f"{reason.rstrip('.')}; whether it was done is not known."
-            raise AskError(f"Nobody answers at {self.url}: {reason}", code) from None
+            raise RemoteError(f"Nobody answers at {self.url}: {reason}", code) from None
 
     def _read(self, answer: httpx.Response, has: str) -> Answer:
         body = _object(answer.content)
@@ -181,26 +181,26 @@ class Service:
         replayed = answer.headers.get("idempotent-replayed") == "true"
         return Answer(body, answer.text, _date(answer), replayed)
 
-    def _refusal(self, answer: httpx.Response) -> AskError:
-        """Return what an answer that is none, or none that helps, says."""
+    def _refusal(self, answer: httpx.Response) -> RemoteError:
+        """Return the error that an answer that can't be used means."""
         body, status = _object(answer.content), answer.status_code
         detail, code = body.get("detail"), body.get("code")
         if not isinstance(detail, str):
             # What a proxy says when its service is gone says nothing of the request.
             broke = answer.is_server_error and answer.request.method == "POST"
-            return AskError(
+            return RemoteError(
                 f"What answers at {self.url} is not this service: status {status}.",
                 Code.UNKNOWN if broke else Code.UNAVAILABLE,
             )
         if code in _BY_THE_BALANCE:
-            means, said = Code.REFUSED, f"Refused: {detail} Nothing was changed."
+            exit_code, message = Code.REFUSED, f"Refused: {detail} Nothing was changed."
         elif body.get("applied") == "unknown":
-            means, said = Code.UNKNOWN, f"{self.url} answers {status}: {detail}"
+            exit_code, message = Code.UNKNOWN, f"{self.url} answers {status}: {detail}"
         elif status == httpx.codes.SERVICE_UNAVAILABLE:
-            means, said = Code.UNAVAILABLE, f"{self.url} answers {status}: {detail}"
+            exit_code, message = Code.UNAVAILABLE, f"{self.url} answers {status}: {detail}"
         else:
-            means, said = Code.WRONG if code == "invalid-request" else Code.FAILED, detail
-        return AskError(said, means, answer=answer.text, problem=code)
+            exit_code, message = Code.WRONG if code == "invalid-request" else Code.FAILED, detail
+        return RemoteError(message, exit_code, answer=answer.text, problem=code)
 
 
 def _given(params: Mapping[str, str | int | None] | None) -> dict[str, str | int]:

@@ -1,6 +1,6 @@
-"""How a terminal shows what the service says: tables that fit its width, and plain lines elsewhere.
+"""Formats the service's answers: tables that fit a terminal's width, and plain lines elsewhere.
 
-Colour only repeats what a symbol or a word says, and what came from outside is shown, never obeyed.
+Colour only repeats a symbol or a label. Control characters from outside are shown, never obeyed.
 """
 
 from datetime import datetime
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 class _Sign(NamedTuple):
     symbol: str
-    word: str
+    label: str
     style: str
 
 
@@ -55,19 +55,19 @@ _ASCII: Final = str.maketrans(
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return what is drawn on: colours and cut lines on a terminal alone."""
+    """Return the console for output: colours and cut lines on a terminal alone."""
     made = Console(highlight=False, stderr=stderr)
     if not made.is_terminal:
         made.width = max(made.width, PLAIN_WIDTH)
     return made
 
 
-def text(said: str, on: Console, style: str = "") -> Text:
+def text(content: str, on: Console, style: str = "") -> Text:
     """Return one line without markup, with nothing that a terminal would obey, and in its letters.
 
     It is cut where there is no room for it.
     """
-    shown = visible(said)
+    shown = visible(content)
     if not on.encoding.lower().startswith("utf"):
         shown = shown.translate(_ASCII)
         shown = shown.encode(on.encoding, "replace").decode(on.encoding)
@@ -77,11 +77,11 @@ def text(said: str, on: Console, style: str = "") -> Text:
 # -- jobs --------------------------------------------------------------------------------------
 
 
-def board(status: Json, on: Console) -> RenderableType:
-    """Return what `/api/cron/status` says: the counts, a line per job, a line per instance."""
+def status_table(status: Json, on: Console) -> RenderableType:
+    """Return `/api/cron/status` as a table: the counts, a line per job, a line per instance."""
     now = _moment(status["now"])
     counts = status["counts"]
-    said = (
+    line = (
         f"{counts['running']} running, {counts['waiting']} waiting ({counts['overdue']} overdue), "
         f"{counts['paused']} paused · {exact(now)} UTC"
     )
@@ -92,20 +92,20 @@ def board(status: Json, on: Console) -> RenderableType:
         sign = _state(job)
         table.add_row(
             text(job["name"], on, "bold" if job["state"] == "running" else ""),
-            text(f"{sign.symbol} {sign.word}", on, sign.style),
+            text(f"{sign.symbol} {sign.label}", on, sign.style),
             text(job["server"] or "", on),
-            text(_doing(job, now, on), on),
+            text(_activity(job, now, on), on),
             _last(job["lastRun"], now, on),
         )
-    return Group(text(said, on, "bold"), Text(), table, Text(), *_instances(status, now, on))
+    return Group(text(line, on, "bold"), Text(), table, Text(), *_instances(status, now, on))
 
 
-def doing(job: Json, now: str, on: Console) -> Text:
+def job_line(job: Json, now: str, on: Console) -> Text:
     """Return what one job is doing at a moment of the service, in a line."""
     sign = _state(job)
     where = f" on {job['server']}" if job["server"] else ""
-    said = f"{sign.symbol} {job['name']} {sign.word}{where}, {_doing(job, _moment(now), on)}"
-    return text(said, on, sign.style)
+    line = f"{sign.symbol} {job['name']} {sign.label}{where}, {_activity(job, _moment(now), on)}"
+    return text(line, on, sign.style)
 
 
 def _state(job: Json) -> _Sign:
@@ -120,16 +120,16 @@ def _state(job: Json) -> _Sign:
     waiting = job["waiting"]
     sign = _WAITING.get(waiting["reason"]) or _Sign("○", str(waiting["reason"]), "")
     if waiting["overdue"]:
-        return _Sign(sign.symbol, f"{sign.word}, overdue", "red")
+        return _Sign(sign.symbol, f"{sign.label}, overdue", "red")
     return sign
 
 
-def _doing(job: Json, now: datetime, on: Console) -> str:
+def _activity(job: Json, now: datetime, on: Console) -> str:
     if job["state"] == "running":
-        told_at = job["stoppingSince"]
-        told = "" if told_at is None else f"  told to stop {_since(_moment(told_at), now)}"
+        since = job["stoppingSince"]
+        stopping = "" if since is None else f"  stop requested {_since(_moment(since), now)}"
         progress = _progress(job["progress"], on)
-        return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + told
+        return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + stopping
     if job["state"] == "paused":
         paused = job["paused"]
         because = f": {paused['reason']}" if paused["reason"] else ""
@@ -167,14 +167,14 @@ def _last(run: Json | None, now: datetime, on: Console) -> Text:
         return Text()
     sign = _sign(run["outcome"])
     ended = _moment(run["endedAt"])
-    said = f"{sign.symbol} {ago((now - ended).total_seconds())}"
+    line = f"{sign.symbol} {ago((now - ended).total_seconds())}"
     if _is_roomy(on):
-        said += f" ({brief(ended, now)})"
+        line += f" ({brief(ended, now)})"
     if not on.is_terminal or run["outcome"] != "succeeded":
-        said += f" {sign.word}"
-    said += f" on {run['server']} in {duration(run['seconds'])}"
-    said += f": {run['result']}" if run["result"] else ""
-    return text(said, on, sign.style if sign.style == "red" else "dim")
+        line += f" {sign.label}"
+    line += f" on {run['server']} in {duration(run['seconds'])}"
+    line += f": {run['result']}" if run["result"] else ""
+    return text(line, on, sign.style if sign.style == "red" else "dim")
 
 
 def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
@@ -182,17 +182,17 @@ def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
     for instance in status["instances"]:
         names = [job["name"] for job in status["jobs"] if job["instanceId"] == instance["id"]]
         up = duration((now - _moment(instance["startedAt"])).total_seconds())
-        said = f"{instance['server']}: {instance['running']} running"
-        said += f" ({', '.join(names)})" if names else ""
+        line = f"{instance['server']}: {instance['running']} running"
+        line += f" ({', '.join(names)})" if names else ""
         if instance["live"]:
-            lines.append(text(f"{said}, up {up}", on))
+            lines.append(text(f"{line}, up {up}", on))
         else:
-            said += f", not seen for {duration(instance['seenSecondsAgo'])}"
-            lines.append(text(said, on, "red"))
+            line += f", not seen for {duration(instance['seenSecondsAgo'])}"
+            lines.append(text(line, on, "red"))
     return lines or [text("No instance that runs jobs was seen in the last minute.", on, "red")]
 
 
-def history(runs: list[Json], now: datetime, on: Console) -> RenderableType:
+def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableType:
     """Return a line per run of `/api/cron/history`."""
     table = _table(
         ("STARTED (UTC)", "AGO", "JOB", "OUTCOME", "SERVER", "LASTED", "RESULT"), cut=("RESULT",)
@@ -211,7 +211,7 @@ def history(runs: list[Json], now: datetime, on: Console) -> RenderableType:
             text(brief(started, now) if on.is_terminal else exact(started), on),
             text(ago((now - started).total_seconds()), on),
             text(run["job"], on),
-            text(f"{sign.symbol} {sign.word}", on, sign.style),
+            text(f"{sign.symbol} {sign.label}", on, sign.style),
             text(run["server"] or "", on),
             text(lasted, on),
             text(result, on, sign.style if sign.style == "red" else ""),
@@ -219,21 +219,21 @@ def history(runs: list[Json], now: datetime, on: Console) -> RenderableType:
     return table
 
 
-def run(run: Json, now: datetime) -> Text:
+def run_line(run: Json, now: datetime) -> Text:
     """Return what became of one run, in a sentence."""
     sign = _sign(run["outcome"])
     ended = _moment(run["endedAt"])
-    said = (
-        f"{run['job']} {sign.word} {ago((now - ended).total_seconds())} ({exact(ended)} UTC) "
+    line = (
+        f"{run['job']} {sign.label} {ago((now - ended).total_seconds())} ({exact(ended)} UTC) "
         f"on {run['server']} in {duration(run['seconds'])}."
     )
-    return Text(visible(said), style=sign.style)
+    return Text(visible(line), style=sign.style)
 
 
 # -- balances ----------------------------------------------------------------------------------
 
 
-def users(accounts: list[Json], on: Console) -> RenderableType:
+def users_table(accounts: list[Json], on: Console) -> RenderableType:
     """Return a line per account."""
     table = _table(("USER", "BALANCE", "VERSION", "CREATED (UTC)"), numbers=3)
     for account in accounts:
@@ -246,7 +246,7 @@ def users(accounts: list[Json], on: Console) -> RenderableType:
     return table
 
 
-def entries(ledger: list[Json], now: datetime, on: Console) -> RenderableType:
+def entries_table(ledger: list[Json], now: datetime, on: Console) -> RenderableType:
     """Return a line per entry."""
     table = _table(
         ("VERSION", "AMOUNT", "BALANCE", "MADE (UTC)", "AGO", "KEY"), cut=("KEY",), numbers=3
@@ -292,5 +292,5 @@ def _since(moment: datetime, now: datetime) -> str:
     return f"{ago((now - moment).total_seconds())} ({brief(moment, now)})"
 
 
-def _moment(said: str) -> datetime:
-    return datetime.fromisoformat(said)
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)

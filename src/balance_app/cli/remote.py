@@ -1,4 +1,4 @@
-"""The commands that ask a running service; `session` does what they say."""
+"""The commands for a running service; `session` executes them."""
 
 import getpass
 from collections.abc import Iterator
@@ -33,20 +33,22 @@ class Command(TyperCommand):
         return without_types(super().get_params(ctx))
 
 
-asking = typer.Typer()
+remote_commands = typer.Typer()
 # the options that were given before the command's name
-given_before: dict[str, Any] = {}
-_jobs = partial(asking.command, cls=Command, rich_help_panel="Jobs of a running service")
-_balances = partial(asking.command, cls=Command, rich_help_panel="Balances of a running service")
+global_options: dict[str, Any] = {}
+_jobs = partial(remote_commands.command, cls=Command, rich_help_panel="Jobs of a running service")
+_balances = partial(
+    remote_commands.command, cls=Command, rich_help_panel="Balances of a running service"
+)
 
 
 def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Return the jobs of the service that is asked; none when it is unavailable."""
+    """Return the jobs of the service; none when it is unavailable."""
     from balance_app.cli.session import job_names  # noqa: PLC0415 - nothing else waits for it
 
     with suppress(Exception):
         names = job_names(_service_url(ctx.params.get("url") or ctx.find_root().params.get("url")))
-        return [(name, said) for name, said in names if name.startswith(incomplete)]
+        return [(name, summary) for name, summary in names if name.startswith(incomplete)]
     return []
 
 
@@ -54,7 +56,7 @@ Url = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="where the service is; if not said, BALANCE_APP_URL, or this machine (HOST, PORT)",
+        help="where the service is; by default BALANCE_APP_URL, or this machine (HOST, PORT)",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the service's own JSON")]
@@ -64,7 +66,7 @@ JobName = Annotated[
 UserId = Annotated[int, typer.Argument(metavar="USER", help="the user's id")]
 By = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="who asks, for people to read; if not said, your login"),
+    typer.Option(metavar="NAME", help="who requests it, for people to read; by default your login"),
 ]
 Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="so many at most")]
 Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
@@ -83,7 +85,7 @@ def status(
     url: Url = None,
 ) -> None:
     """Show what every job is doing, where, and why the rest waits."""
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         (terminal.watch if watch else terminal.status)()
 
 
@@ -103,7 +105,7 @@ def history(  # noqa: PLR0913 - each is an option
     url: Url = None,
 ) -> None:
     """Show every run and its outcome, the latest first."""
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         terminal.history(job, outcome, before, limit)
 
 
@@ -119,10 +121,10 @@ def run(
     url: Url = None,
 ) -> None:
     """Run a job now."""
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         if wait:
-            raise typer.Exit(terminal.run_and_wait(job, by=by or _me()))
-        terminal.steer("run", job, by=by or _me())
+            raise typer.Exit(terminal.run_and_wait(job, by=by or _login_name()))
+        terminal.control("run", job, by=by or _login_name())
 
 
 @_jobs()
@@ -137,22 +139,22 @@ def pause(
     url: Url = None,
 ) -> None:
     """Keep a job from starting; a run under way goes on to its end."""
-    with _asking(url, as_json=json) as terminal:
-        terminal.steer("pause", job, by=by or _me(), reason=reason)
+    with _open_terminal(url, as_json=json) as terminal:
+        terminal.control("pause", job, by=by or _login_name(), reason=reason)
 
 
 @_jobs()
 def resume(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
     """Let a paused job go on with its next tick."""
-    with _asking(url, as_json=json) as terminal:
-        terminal.steer("resume", job, by=by or _me())
+    with _open_terminal(url, as_json=json) as terminal:
+        terminal.control("resume", job, by=by or _login_name())
 
 
 @_jobs()
 def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
     """End a job's run, whichever instance it is on."""
-    with _asking(url, as_json=json) as terminal:
-        terminal.steer("cancel", job, by=by or _me())
+    with _open_terminal(url, as_json=json) as terminal:
+        terminal.control("cancel", job, by=by or _login_name())
 
 
 @_jobs()
@@ -169,8 +171,8 @@ def forget(
         f"Forget {job}? It is taken off all lists, its history stays.", err=True
     ):
         fail("Not done.")
-    with _asking(url, as_json=json) as terminal:
-        terminal.forget(job, by=by or _me())
+    with _open_terminal(url, as_json=json) as terminal:
+        terminal.forget(job, by=by or _login_name())
 
 
 # -- balances ----------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def balance(
     url: Url = None,
 ) -> None:
     """Show a user's balance and latest entries."""
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         terminal.balance(user, entries)
 
 
@@ -220,10 +222,10 @@ def change(  # noqa: PLR0913 - the same
     """Change a user's balance, once: `balance-app change 1 -2`.
 
     It is sent with an idempotency key, and again with the same one while it is not known whether
-    it was made. When patience ends before that is known, the exit code is 5, and what is said
-    has the key to ask again with. The exit code is 4 when the balance does not allow the change.
+    it was made. When patience ends before that is known, the exit code is 5, and the message has
+    the key to send it again with. The exit code is 4 when the balance does not allow the change.
     """
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         terminal.change(user, amount, key, patience)
 
 
@@ -236,7 +238,7 @@ def users(
     url: Url = None,
 ) -> None:
     """List users by id."""
-    with _asking(url, as_json=json) as terminal:
+    with _open_terminal(url, as_json=json) as terminal:
         terminal.users(after, limit)
 
 
@@ -244,7 +246,7 @@ def users(
 def audit(
     *,
     now: Annotated[
-        bool, typer.Option("--now", help="ask for an audit and wait for what it finds")
+        bool, typer.Option("--now", help="request an audit and wait for what it finds")
     ] = False,
     by: By = None,
     json: Json = False,
@@ -254,21 +256,21 @@ def audit(
 
     The exit code is 1 unless all of it is right.
     """
-    with _asking(url, as_json=json) as terminal:
-        raise typer.Exit(terminal.audit_now(by=by or _me()) if now else terminal.audit())
+    with _open_terminal(url, as_json=json) as terminal:
+        raise typer.Exit(terminal.audit_now(by=by or _login_name()) if now else terminal.audit())
 
 
 # -- parts -------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _asking(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
-    """Give a terminal at a service; what that refuses is told, and ends the program."""
-    from balance_app.cli.client import AskError, Code, Service  # noqa: PLC0415 - the same
+def _open_terminal(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
+    """Yield a terminal for a service; a refusal is reported, and ends the program."""
+    from balance_app.cli.client import Code, RemoteError, Service  # noqa: PLC0415 - the same
     from balance_app.cli.session import Terminal  # noqa: PLC0415 - the same
 
-    url = url or given_before.get("url")
-    as_json = as_json or bool(given_before.get("json"))
+    url = url or global_options.get("url")
+    as_json = as_json or bool(global_options.get("json"))
     settings = None if url else load_settings()
     try:
         yield Terminal(
@@ -276,7 +278,7 @@ def _asking(url: str | None, *, as_json: bool) -> Iterator["Terminal"]:
             as_json=as_json,
             reached_by=(f"--url={url}",) if url else (),
         )
-    except AskError as error:
+    except RemoteError as error:
         if as_json and error.answer is not None:
             typer.echo(error.answer)
         guessed = settings is not None and settings.balance_app_url is None
@@ -291,14 +293,14 @@ def own_url(settings: Settings) -> str:
 
 
 def _service_url(given: str | None) -> str:
-    """Return the service to ask: as an option says, or BALANCE_APP_URL, or the one that is here."""
+    """Return the service's URL: an option's, BALANCE_APP_URL, or that of the one that is here."""
     if given:
         return given
     settings = load_settings()
     return settings.balance_app_url or own_url(settings)
 
 
-def _me() -> str:
+def _login_name() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # an id without a name, as containers have
@@ -306,6 +308,6 @@ def _me() -> str:
 
 
 def fail(sentence: str, *, code: int = 1) -> NoReturn:
-    """Say why it ends, and end it."""
+    """Report why the program ends, and end it."""
     typer.echo(sentence, err=True)
     raise typer.Exit(code)

@@ -1,6 +1,6 @@
-"""What the command line does with a running service: asks, waits, and tells people or programs.
+"""What the command line does with a running service: requests, waits, and reports.
 
-For programs it prints the service's own JSON; whatever is said besides goes to stderr.
+For programs it prints the service's own JSON; every other message goes to stderr.
 """
 
 import re
@@ -19,13 +19,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from balance_app.cli import output as drawing
+from balance_app.cli import output
 from balance_app.cli.client import (
     RETRY_SECONDS,
     Answer,
-    AskError,
     Code,
     Event,
+    RemoteError,
     Service,
 )
 from balance_app.formatting import duration, exact, visible
@@ -37,8 +37,8 @@ COMPLETION_SECONDS: Final = 0.7
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 # Where a run has got to an end of its own; any other goes on elsewhere.
 _CONCLUSIVE: Final = {"succeeded", "failed", "timed_out", "cancelled"}
-_VERDICTS: Final = {"succeeded", "failed"}
-_STEERED: Final = {
+_AUDIT_OUTCOMES: Final = {"succeeded", "failed"}
+_CONTROL_MESSAGES: Final = {
     "run": "{name} is ready: an instance takes it.",
     "pause": "{name} is paused by {by}.",
     "resume": "{name} is not paused any more.",
@@ -51,25 +51,25 @@ _STEERED: Final = {
 
 
 class Terminal:
-    """One person, or program, that asks a service.
+    """One person, or program, that uses a service.
 
-    Every method prints what it is told, and raises AskError where that is not what was asked for.
+    Every method prints the service's answer, and raises RemoteError where it is a refusal.
     """
 
     def __init__(self, service: Service, *, as_json: bool, reached_by: tuple[str, ...]) -> None:
-        """`reached_by` are the words that lead a next command to the same service."""
+        """`reached_by` are the arguments that lead a next command to the same service."""
         self._service = service
         self._as_json = as_json
         self._reached_by = reached_by
-        self._out = drawing.console()
-        self._err = drawing.console(stderr=True)
+        self._out = output.console()
+        self._err = output.console(stderr=True)
 
     # -- jobs ----------------------------------------------------------------------------------
 
     def status(self) -> None:
         """Show every job and every instance."""
         answer = self._status()
-        self._tell(answer.text, lambda: drawing.board(answer.body, self._out))
+        self._report(answer.text, lambda: output.status_table(answer.body, self._out))
 
     def watch(self) -> None:
         """Show the same and keep it up to date, across restarts of the service, until Ctrl-C."""
@@ -81,21 +81,21 @@ class Terminal:
                     if self._as_json:
                         _print(event.text)
                     else:
-                        draw(drawing.board(last, self._out))
+                        draw(output.status_table(last, self._out))
                 elif self._as_json:
-                    self._say(_detail(event))
+                    self._message(_detail(event))
                 else:
                     draw(self._stale(last, _detail(event)))
 
     def history(self, job: str | None, outcome: str | None, before: int | None, limit: int) -> None:
         """Show runs, the latest first."""
-        asked = {"job": job, "outcome": outcome, "before": before, "limit": limit}
-        answer = self._service.get("/api/cron/history", "runs", asked)
+        query = {"job": job, "outcome": outcome, "before": before, "limit": limit}
+        answer = self._service.get("/api/cron/history", "runs", query)
         runs = answer.body["runs"]
-        self._tell(
+        self._report(
             answer.text,
             lambda: (
-                drawing.history(runs, answer.now, self._out)
+                output.history_table(runs, answer.now, self._out)
                 if runs
                 else Text("There is no such run.")
             ),
@@ -103,28 +103,28 @@ class Terminal:
         if answer.body["next"] is not None:
             named = [] if job is None else [job]
             options = {"outcome": outcome, "before": answer.body["next"], "limit": limit}
-            self._more("Earlier ones", "history", *named, **options)
+            self._next_page("Earlier ones", "history", *named, **options)
 
-    def steer(self, verb: str, job: str, *, by: str, reason: str | None = None) -> None:
+    def control(self, verb: str, job: str, *, by: str, reason: str | None = None) -> None:
         """Run, pause, resume or cancel a job."""
-        answer = self._steer(verb, job, by, reason)
-        words = {"server": answer.body["server"], "by": by, "name": job}
+        answer = self._control(verb, job, by, reason)
+        fields = {"server": answer.body["server"], "by": by, "name": job}
         if answer.body["paused"] is not None:
-            words["by"] = answer.body["paused"]["by"]
+            fields["by"] = answer.body["paused"]["by"]
         late = verb == "cancel" and answer.body.get("workEndedAt") is not None
-        sentence = _STEERED["cancel late" if late else verb]
-        self._tell(answer.text, lambda: Text(visible(sentence.format(**words))))
+        sentence = _CONTROL_MESSAGES["cancel late" if late else verb]
+        self._report(answer.text, lambda: Text(visible(sentence.format(**fields))))
 
     def forget(self, job: str, *, by: str) -> None:
         """Take a job off all lists; its history stays."""
-        answer = self._steer("forget", job, by, has="forgottenAt")
+        answer = self._control("forget", job, by, has="forgottenAt")
         who, at = answer.body["forgottenBy"], datetime.fromisoformat(answer.body["forgottenAt"])
-        said = f"{job} is forgotten, by {who} at {exact(at)} UTC. Its runs: "
-        self._tell(answer.text, lambda: Text(visible(said) + self._next("history", job)))
+        message = f"{job} is forgotten, by {who} at {exact(at)} UTC. Its runs: "
+        self._report(answer.text, lambda: Text(visible(message) + self._command("history", job)))
 
     def run_and_wait(self, job: str, *, by: str) -> Code:
         """Run a job now, or join its run that is under way; show its end, return if it is good."""
-        return self._tell_run(*self._wait(job, self._begin(job, by)))
+        return self._report_run(*self._wait(job, self._request_run(job, by)))
 
     def audit_now(self, *, by: str) -> Code:
         """Have the ledger audited, show what is found, return whether it is good."""
@@ -133,16 +133,16 @@ class Terminal:
     def audit(self) -> Code:
         """Show what the last audit of the ledger found; return whether it is good."""
         answer = self._service.get("/api/cron/history", "runs", {"job": AUDIT, "limit": 100})
-        found = (run for run in answer.body["runs"] if run["outcome"] in _VERDICTS)
+        found = (run for run in answer.body["runs"] if run["outcome"] in _AUDIT_OUTCOMES)
         run = next(found, None)
         if run is None:
-            raise AskError("The ledger was not audited yet: ask for it with --now.", Code.FAILED)
-        return self._tell_run(run, answer.now)
+            raise RemoteError("The ledger was not audited yet: request it with --now.", Code.FAILED)
+        return self._report_run(run, answer.now)
 
     def _status(self) -> Answer:
         return self._service.get("/api/cron/status", "jobs")
 
-    def _steer(
+    def _control(
         self, verb: str, job: str, by: str, reason: str | None = None, *, has: str = "fence"
     ) -> Answer:
         return self._service.post(
@@ -151,38 +151,39 @@ class Terminal:
             params={"by": by, "reason": reason},
         )
 
-    def _begin(self, name: str, by: str) -> int:
-        """Ask for a run; return its fence, or that of the run under way that stands for it."""
+    def _request_run(self, name: str, by: str) -> int:
+        """Request a run; return its fence, or that of the run under way that stands for it."""
         before = next((job for job in self._status().body["jobs"] if job["name"] == name), None)
         fence = 0 if before is None else int(before["fence"])
         try:
-            self._steer("run", name, by)
-        except AskError as error:
+            self._control("run", name, by)
+        except RemoteError as error:
             if error.problem != "job-running" or before is None:
                 raise
-            self._say(f"{error} Waiting for that run{_lasting(before)}.")
+            self._message(f"{error} Waiting for that run{_expected_duration(before)}.")
             return fence + int(before["state"] != "running")
-        self._say(f"{name} is asked for. Waiting for the end of its run{_lasting(before)}.")
+        expected = _expected_duration(before)
+        self._message(f"{name} is requested. Waiting for the end of its run{expected}.")
         return fence + 1
 
     def _wait(self, name: str, fence: int) -> tuple[dict[str, Any], datetime]:
         """Show a job's run with this fence, and who goes on with it; return the end, and when."""
         with _display(self._err, transient=True) as draw:
-            said = ""
+            shown = ""
             for event in self._service.follow():
                 line = Text(_detail(event), style="red")
                 if event.kind == "status":
                     job = next((job for job in event.body["jobs"] if job["name"] == name), None)
                     if job is None:
-                        raise AskError(f"There is no job {name} any more.", Code.FAILED)
-                    line = drawing.doing(job, event.body["now"], self._err)
+                        raise RemoteError(f"There is no job {name} any more.", Code.FAILED)
+                    line = output.job_line(job, event.body["now"], self._err)
                     if job["state"] != "running":
-                        with suppress(AskError):  # as the stream tells
+                        with suppress(RemoteError):  # as the stream reports it
                             ended = self._ended(name, fence)
                             if ended is not None:
                                 return ended
                     if job["state"] == "paused":
-                        raise AskError(
+                        raise RemoteError(
                             f"Job {name} was paused by {job['paused']['by']} before it had run.",
                             Code.FAILED,
                         )
@@ -190,9 +191,9 @@ class Terminal:
                 else:
                     state = event.kind
                 # A terminal sees time go by, a file each turn and each tenth of the work once.
-                if self._err.is_terminal or state != said:
+                if self._err.is_terminal or state != shown:
                     draw(line)
-                said = state
+                shown = state
         raise AssertionError("it follows for ever")
 
     def _ended(self, name: str, fence: int) -> tuple[dict[str, Any], datetime] | None:
@@ -204,18 +205,18 @@ class Terminal:
         )
         return next(ended, None)
 
-    def _tell_run(self, run: dict[str, Any], now: datetime) -> Code:
-        def said() -> RenderableType:
-            line = drawing.run(run, now)
+    def _report_run(self, run: dict[str, Any], now: datetime) -> Code:
+        def render() -> RenderableType:
+            line = output.run_line(run, now)
             return Group(line, Text(visible(run["result"]))) if run["result"] else line
 
-        self._tell(to_json(run).decode(), said)
+        self._report(to_json(run).decode(), render)
         return Code.DONE if run["outcome"] == "succeeded" else Code.FAILED
 
     # -- balances ------------------------------------------------------------------------------
 
     def balance(self, user: int, entries: int | None) -> None:
-        """Show a user's balance and latest entries; as JSON those only if they are asked for."""
+        """Show a user's balance and latest entries; as JSON those only on request."""
         account = self._service.get(f"/api/users/{user}", "balance")
         if self._as_json and entries is None:
             _print(account.text)
@@ -229,25 +230,25 @@ class Terminal:
         )
         latest = page.body["entries"][::-1]
 
-        def said() -> RenderableType:
+        def render() -> RenderableType:
             body = account.body
             line = Text(f"User {body['userId']} has {body['balance']} at version {version}.")
             if not latest:
                 return line
-            return Group(line, Text(), drawing.entries(latest, page.now, self._out))
+            return Group(line, Text(), output.entries_table(latest, page.now, self._out))
 
-        self._tell(page.text, said)
+        self._report(page.text, render)
 
     def change(self, user: int, amount: int, key: str | None, patience_seconds: float) -> None:
-        """Change a balance once, however often it must be asked for."""
+        """Change a balance once, however often it must be sent."""
         key = str(uuid.uuid4()) if key is None else key
         if not _KEY.fullmatch(key):
-            raise AskError(
+            raise RemoteError(
                 f"The key {key!r} can't be sent: 1 to 255 visible ASCII characters can.", Code.WRONG
             )
-        answer = self._insist(user, amount, key, patience_seconds)
+        answer = self._send_until_known(user, amount, key, patience_seconds)
 
-        def said() -> RenderableType:
+        def render() -> RenderableType:
             body, change = answer.body, answer.body["change"]
             at = exact(datetime.fromisoformat(change["at"]))
             before = " This key's change was made before." if answer.replayed else ""
@@ -256,20 +257,22 @@ class Terminal:
                 f"(version {body['version']}, {at} UTC).{before}"
             )
 
-        self._tell(answer.text, said)
+        self._report(answer.text, render)
 
     def users(self, after: int, limit: int) -> None:
         """Show users by id."""
         answer = self._service.get("/api/users", "users", {"after": after, "limit": limit})
         accounts = answer.body["users"]
-        self._tell(answer.text, lambda: drawing.users(accounts, self._out))
+        self._report(answer.text, lambda: output.users_table(accounts, self._out))
         if answer.body["next"] is not None:
-            self._more("More", "users", after=answer.body["next"], limit=limit)
+            self._next_page("More", "users", after=answer.body["next"], limit=limit)
 
-    def _insist(self, user: int, amount: int, key: str, patience_seconds: float) -> Answer:
+    def _send_until_known(
+        self, user: int, amount: int, key: str, patience_seconds: float
+    ) -> Answer:
         """Send a change until its outcome is known, or patience ends."""
         deadline = time.monotonic() + patience_seconds
-        unknown = said = False
+        unknown = reported = False
         while True:
             try:
                 return self._service.post(
@@ -278,9 +281,9 @@ class Terminal:
                     json={"userId": user, "amount": amount},
                     headers={"Idempotency-Key": key},
                 )
-            except AskError as error:
+            except RemoteError as error:
                 unknown = unknown or error.code is Code.UNKNOWN
-                # Who never answered is not waited for; what may be done must be known.
+                # A service that never answered is not waited for; what may be done must be known.
                 if error.code not in {Code.UNKNOWN, Code.UNAVAILABLE} or not (
                     unknown or error.answer
                 ):
@@ -288,49 +291,50 @@ class Terminal:
                 if time.monotonic() + RETRY_SECONDS > deadline:
                     if not unknown:
                         raise
-                    raise AskError(
-                        f"{error} It is not known whether the change was made. Ask again with its "
-                        f"key, and it is made once: {self._next('change', user, amount, key=key)}",
+                    raise RemoteError(
+                        f"{error} It is not known whether the change was made. Send it again with "
+                        "its key, and it is made once: "
+                        + self._command("change", user, amount, key=key),
                         Code.UNKNOWN,
                         answer=error.answer,
                     ) from None
-                if not said:
-                    self._say(f"{error} Sending it again with the same key.")
-                    said = True
+                if not reported:
+                    self._message(f"{error} Sending it again with the same key.")
+                    reported = True
             time.sleep(RETRY_SECONDS)
 
-    # -- telling -------------------------------------------------------------------------------
+    # -- reporting -----------------------------------------------------------------------------
 
-    def _tell(self, json: str, draw: Callable[[], RenderableType]) -> None:
+    def _report(self, json: str, draw: Callable[[], RenderableType]) -> None:
         if self._as_json:
             _print(json)
         else:
             shown = draw()
             self._out.print(shown, soft_wrap=isinstance(shown, Text))
 
-    def _say(self, sentence: str) -> None:
+    def _message(self, sentence: str) -> None:
         self._err.print(Text(visible(sentence)), soft_wrap=True)
 
-    def _more(self, what: str, *words: str, **options: str | int | None) -> None:
-        """Say how to see the page after this one."""
+    def _next_page(self, what: str, *arguments: str, **options: str | int | None) -> None:
+        """Print the command that shows the page after this one."""
         if not self._as_json:
-            self._say(f"{what}: {self._next(*words, **options)}")
+            self._message(f"{what}: {self._command(*arguments, **options)}")
 
-    def _next(self, *words: str | int, **options: str | int | None) -> str:
-        """Return a command that asks the same service."""
+    def _command(self, *arguments: str | int, **options: str | int | None) -> str:
+        """Return a command for the same service."""
         given = (f"--{name}={value}" for name, value in options.items() if value is not None)
-        return shlex.join(["balance-app", *map(str, words), *given, *self._reached_by])
+        return shlex.join(["balance-app", *map(str, arguments), *given, *self._reached_by])
 
-    def _stale(self, status: dict[str, Any] | None, said: str) -> RenderableType:
-        """Return the last known table under a sentence that says that it is old."""
-        sentence = drawing.text(said, self._out, "red")
+    def _stale(self, status: dict[str, Any] | None, message: str) -> RenderableType:
+        """Return the last known table with a message that it is old."""
+        sentence = output.text(message, self._out, "red")
         if status is None or not self._out.is_terminal:
             return sentence
-        return Group(drawing.board(status, self._out), Text(), sentence)
+        return Group(output.status_table(status, self._out), Text(), sentence)
 
 
 def job_names(url: str) -> list[tuple[str, str]]:
-    """Return the jobs of a service, each with what it does; it is asked for a moment only."""
+    """Return the jobs of a service, each with what it does; the time limit is short."""
     status = Service(url).get("/api/cron/status", "jobs", seconds=COMPLETION_SECONDS)
     return [
         (visible(job["name"]), shorten(visible(job["description"]), 60, placeholder=" ..."))
@@ -342,7 +346,7 @@ def job_names(url: str) -> list[tuple[str, str]]:
 def _display(
     console: Console, *, transient: bool = False
 ) -> Iterator[Callable[[RenderableType], None]]:
-    """Yield what draws: in place on a terminal, one below the other elsewhere."""
+    """Yield a function that prints: in place on a terminal, one below the other elsewhere."""
     if not console.is_terminal or console.is_dumb_terminal:
         yield console.print
         return
@@ -350,8 +354,8 @@ def _display(
         yield lambda shown: live.update(shown, refresh=True)
 
 
-def _lasting(job: dict[str, Any] | None) -> str:
-    """Return how long a run of a job may take, as far as that is known."""
+def _expected_duration(job: dict[str, Any] | None) -> str:
+    """Return how long a run of a job may take, as far as is known."""
     last = None if job is None else job["lastRun"]
     if last is None:
         return ", which is the first: how long it takes is not known"
@@ -359,14 +363,14 @@ def _lasting(job: dict[str, Any] | None) -> str:
 
 
 def _tenths(progress: dict[str, Any] | None) -> int | None:
-    """Return how many tenths of its work a run has done, if it says so."""
+    """Return how many tenths of its work a run has done, if it reports that."""
     if progress is None or not progress["total"]:
         return None
     return int(10 * progress["done"] / progress["total"])
 
 
 def _print(json: str) -> None:
-    print(json, flush=True)  # noqa: T201 - as it is: what draws would break its lines
+    print(json, flush=True)  # noqa: T201 - as it is: rich would break its lines
 
 
 def _detail(event: Event) -> str:
