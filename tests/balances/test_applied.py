@@ -207,7 +207,7 @@ async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
 
     The control recalls by a bare SELECT, and acknowledges it.
     """
-    program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.unguarded", "recall")
+    program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "recall")
     async with (
         own_postgres() as server,
         Instance(server.environment(), program=program, JOBS_ENABLED="false") as instance,

@@ -39,7 +39,7 @@ async def test_a_hundred_tries_at_once_have_one_effect(
 
 async def test_without_the_key_the_same_has_many_effects(database: dict[str, str]) -> None:
     """The control: an instance that does not remember keys gives many answers to one key."""
-    async with Instance(database, program=("-m", "tests.unguarded", "key")) as instance:
+    async with Instance(database, program=("-m", "tests.mutants", "key")) as instance:
         bodies = await hammer([instance], keys=2)
     assert any(len(set(answers)) > 1 for answers in bodies)
 

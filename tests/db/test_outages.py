@@ -140,7 +140,7 @@ async def test_a_limit_of_connections_refuses_no_request(
     The control gives the database up when one more connection can't be made.
     """
     program = (
-        ("-m", "balance_app", "serve") if guarded else ("-m", "tests.unguarded", "open-connections")
+        ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "open-connections")
     )
     log = tmp_path / "log"
     async with (

@@ -21,8 +21,7 @@ from balance_app.jobs.job import Registry
 from balance_app.jobs.repository import Claimed, JobRepository, Me
 from balance_app.jobs.run import LeaseLostError, Run
 from balance_app.jobs.schedule import Every
-from balance_app.maintenance import audits, housekeeping, limits, summaries
-from balance_app.maintenance import batches as steps
+from balance_app.maintenance import audits, batches, housekeeping, limits, summaries
 from balance_app.maintenance.audits import LedgerMismatchError
 from balance_app.maintenance.housekeeping import ANALYZE
 from balance_app.maintenance.limits import LimitNearError
@@ -53,7 +52,7 @@ class CutError(BaseException):
 
 
 class TracedRun(Run):
-    """A run that does not rest, notes its progress, and can be cut after some steps."""
+    """A run that does not rest, notes its progress, and can be cut after some batches."""
 
     cut_after: int | None = None
     loses_lease: bool = False
@@ -217,7 +216,7 @@ def test_every_job_is_described_in_a_line() -> None:
         assert re.fullmatch(r"[A-Z][^\n]+\.", each.description), each.name
 
 
-# The steps each takes, and what it says, of 30 users with 4 entries each, 60 old refusals, and
+# The batches each takes, and what it says, of 30 users with 4 entries each, 60 old refusals, and
 # 5 old runs of each job.
 BUSY = {
     "watch-limits": (16, r"watched 7 limits and 30 users: .+"),
@@ -237,7 +236,7 @@ BUSY = {
 async def test_a_job_goes_on_where_it_was_cut(house: House, name: str) -> None:
     """Cut twice, the third run does the rest and only the rest: all is as if uncut."""
     await keep_busy(house)
-    number_of_steps, sentence = BUSY[name]
+    number_of_batches, sentence = BUSY[name]
     seen: tuple[tuple[int, int | None, str], ...] = ()
     for after in (1, 4):
         with pytest.raises(CutError):
@@ -247,7 +246,7 @@ async def test_a_job_goes_on_where_it_was_cut(house: House, name: str) -> None:
     assert re.fullmatch(sentence, await house.run(name))
     assert house.last is not None
     seen += house.last.seen
-    assert len(seen) == number_of_steps
+    assert len(seen) == number_of_batches
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert seen[-1][0] == seen[-1][1]
 
@@ -385,12 +384,12 @@ CORRUPTED = {
 async def test_the_audit_names_who_differs(
     house: House, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Whatever is wrong is found, wherever the steps begin and end, and nobody else is accused."""
+    """Any fault is found, wherever the batches begin and end, and nobody else is accused."""
     corrupt, message = CORRUPTED[what]
     await house.populate(30, 4)
     await house.rewrite(corrupt)
-    for number_of_steps in (1, 17, 1000):
-        monkeypatch.setattr(steps, "STEPS", number_of_steps)
+    for number_of_batches in (1, 17, 1000):
+        monkeypatch.setattr(batches, "BATCHES", number_of_batches)
         with pytest.raises(LedgerMismatchError) as error:
             await house.run("audit-ledger")
         assert str(error.value) == f"1 of 30 users differs: {message}"
@@ -411,9 +410,9 @@ async def test_the_audit_goes_on_behind_the_first_fault(house: House) -> None:
 async def test_the_audits_see_changes_whole(
     house: House, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changes under way never look like faults, however small the steps; the control sees some."""
+    """Changes under way never look like faults, however small the batches; the control has some."""
     await house.populate(4, 4)
-    monkeypatch.setattr(steps, "STEPS", 8)
+    monkeypatch.setattr(batches, "BATCHES", 8)
     async with changes(database) as made:
         before = len(made)
         for _ in range(5):
@@ -729,7 +728,7 @@ async def test_a_transaction_that_stays_open_is_reported(
 
 
 async def test_no_statement_reads_more_than_its_share(house: House) -> None:
-    """With 100 000 entries, half of them one user's, each step reads some thousand rows at most."""
+    """With 100 000 entries, half of them one user's, a batch reads some thousand rows at most."""
     await house.populate(10_000, 5)
     await house.connection.execute("""
         WITH changed AS (

@@ -23,11 +23,9 @@ async def test_exactly_half_succeed(database: dict[str, str]) -> None:
 
 async def test_without_the_condition_too_many_succeed(database: dict[str, str]) -> None:
     """The control: an instance that reads, decides and then writes fails the same trial."""
-    unguarded = ("-m", "tests.unguarded", "condition")
+    mutant = ("-m", "tests.mutants", "condition")
     names = [f"app{number}" for number in range(1, 6)]
-    async with running(
-        [Instance(database, name, program=unguarded) for name in names]
-    ) as instances:
+    async with running([Instance(database, name, program=mutant) for name in names]) as instances:
         code, report = await fire(instances)
     assert (code, report["verdict"]) == (1, "fail"), report
 

@@ -15,7 +15,7 @@ from tests.system.sizes import report_figures, size
 COPY_KILLS = size(small=4, full=20)
 DATABASE_KILLS = size(small=2, full=5)
 OPENING_BALANCE = 100
-UNGUARDED = "tests.unguarded"
+MUTANTS = "tests.mutants"
 
 
 async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
@@ -80,7 +80,7 @@ async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
     ) as server:
         connection = await connect(server.environment())
         await connection.execute("ALTER DATABASE postgres SET synchronous_commit = off")
-        program = ("-m", "balance_app", "serve") if guarded else ("-m", UNGUARDED, "durability")
+        program = ("-m", "balance_app", "serve") if guarded else ("-m", MUTANTS, "durability")
         instances = [Instance(server.environment(), program=program, JOBS_ENABLED="false")]
         async with running(instances):
             account = await open_account(instances[0].url, OPENING_BALANCE)

@@ -48,7 +48,7 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
 
 async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]) -> None:
     """The control: when clients have taken every descriptor, the kernel cuts off the others."""
-    program = ("-c", LIMITED, "tests.unguarded", "open-files")
+    program = ("-c", LIMITED, "tests.mutants", "open-files")
     async with Instance(database, program=program) as instance:
         first, _ = await crowd(instance, database)
     assert first["closed"] > 0

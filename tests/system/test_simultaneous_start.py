@@ -40,10 +40,10 @@ async def test_eight_instances_start_at_once(database: dict[str, str], turn: int
 
 async def test_without_the_lock_some_instances_fail(database: dict[str, str]) -> None:
     """The control: instances that migrate at one moment without taking turns die of it."""
-    unguarded = ("-m", "tests.unguarded", "migration-lock")
+    mutant = ("-m", "tests.mutants", "migration-lock")
     moment = str(time.time() + 12)  # all have started by then
     instances = [
-        Instance(database, f"app{number}", program=unguarded, MIGRATE_AT=moment)
+        Instance(database, f"app{number}", program=mutant, MIGRATE_AT=moment)
         for number in range(1, INSTANCES + 1)
     ]
     try:

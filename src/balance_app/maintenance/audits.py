@@ -7,7 +7,7 @@ from typing import Final
 from balance_app.db.pool import Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_steps, number
+from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches, number
 
 NAMED: Final = 5  # so many faults are told in full
 
@@ -104,7 +104,7 @@ LEFT JOIN (SELECT * FROM batch ORDER BY user_id DESC, version DESC LIMIT 1) AS t
 @job(name="audit-ledger", every=timedelta(minutes=5))
 async def audit_ledger(run: Run) -> str:
     """Check that every entry follows the one before it, and every balance is the last one's."""
-    state = await in_steps(
+    state = await in_batches(
         run,
         _audit_ledger,
         {
@@ -128,7 +128,7 @@ async def audit_ledger(run: Run) -> str:
 async def _audit_ledger(connection: Connection, state: State, size: int) -> State:
     row = await connection.fetchrow(LEDGER, state["user"], state["version"], state["balance"], size)
     assert row is not None  # noqa: S101 - the statement always has one
-    # A user whose entries are read in two steps may differ in both; the first fault counts.
+    # A user whose entries are read in two batches may differ in both; the first fault counts.
     faults = {
         user: fault
         for user, fault in zip(row["wrong"], row["faults"], strict=True)
@@ -188,7 +188,7 @@ SELECT (SELECT count(*) FROM batch) AS keys, (SELECT max(key) FROM batch) AS key
 async def audit_keys(run: Run) -> str:
     """Check that what is told again under each idempotency key is what the ledger says."""
     start = {"key": "", "wrong": 0, "named": []}
-    state = await in_steps(run, _audit_keys, start, Rows("keys", KEYS, most=1000))
+    state = await in_batches(run, _audit_keys, start, Rows("keys", KEYS, most=1000))
     keys = count(state["done"], "idempotency key")
     if state["wrong"]:
         raise _differ(state, keys)
@@ -242,7 +242,7 @@ FROM (SELECT) AS always LEFT JOIN tail ON true
 async def audit_daily_balances(run: Run) -> str:
     """Check that the daily balances are what the ledger says."""
     start = {"user": FIRST_ID, "day": "-infinity", "wrong": 0, "named": []}
-    state = await in_steps(
+    state = await in_batches(
         run, _audit_daily_balances, start, Rows("daily balances", DAILY_BALANCES, most=1000)
     )
     balances = count(state["done"], "daily balance")

@@ -1,6 +1,6 @@
-"""How a job goes through many rows: one bounded transaction after the other.
+"""How a job works through many rows: in batches, each one bounded transaction.
 
-A step's statement must stay as small as its number of rows, however large the tables are and
+A batch's statement must stay as small as its number of rows, however large the tables are and
 whatever the planner knows of them. So rows are looked up by LATERAL with a LIMIT, or by an array of
 keys: neither can become a scan of a whole table.
 """
@@ -12,9 +12,9 @@ from balance_app.db.pool import Connection
 from balance_app.jobs.run import Run
 
 State = dict[str, Any]
-Step = Callable[[Connection, State, int], Awaitable[State]]
+Batch = Callable[[Connection, State, int], Awaitable[State]]
 
-STEPS: Final = 24  # at least, where there are as many rows: progress is something to look at
+BATCHES: Final = 24  # at least, where there are as many rows: so that progress is visible
 FIRST_ID: Final = -(2**63)
 
 # How many rows there are, roughly: counted as far as that is cheap, then as ANALYZE estimated.
@@ -32,21 +32,21 @@ class Rows(NamedTuple):
     unit: str
     # a statement that returns how many there are, roughly
     total: str
-    # no step takes more
+    # no batch takes more
     most: int
 
 
-async def in_steps(run: Run, step: Step, start: State, rows: Rows) -> State:
-    """Run `step` until the state it returns says `ended`; return that state.
+async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
+    """Process batches until the state that `batch` returns has `ended`; return that state.
 
-    Each step and the state that it leaves are one transaction: a run that is cut goes on behind
-    the last step that took place. A step is told how many rows to take.
+    Each batch and the state that it leaves are one transaction: a run that is cut goes on behind
+    the last batch that took place. `batch` gets the number of rows to take.
 
     Args:
         run: what the job was given.
-        step: returns the members of the state that it changes; `done` is what it adds.
-        start: the state before the first step, as JSON.
-        rows: what the steps go through.
+        batch: returns the members of the state that it changes; `done` is what it adds.
+        start: the state before the first batch, as JSON.
+        rows: what the batches go through.
     """
     state: State = {**start, "done": 0, "total": None, "ended": False}
     # Another version of the program may have left another state: then from the start.
@@ -56,8 +56,8 @@ async def in_steps(run: Run, step: Step, start: State, rows: Rows) -> State:
         async with run.transaction() as connection:
             if state["total"] is None:
                 state = {**state, "total": await connection.fetchval(rows.total)}
-            size = min(rows.most, max(1, -(-state["total"] // STEPS)))
-            changed = await step(connection, state, size)
+            size = min(rows.most, max(1, -(-state["total"] // BATCHES)))
+            changed = await batch(connection, state, size)
             done = state["done"] + changed["done"]
             state = {**state, **changed, "done": done, "total": max(done, state["total"])}
             await run.checkpoint(state)

@@ -7,7 +7,7 @@ from balance_app.db.pool import Connection
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import Rows, State, count, in_steps
+from balance_app.maintenance.batches import Rows, State, count, in_batches
 from balance_app.maintenance.summaries import TABLES
 
 RUNS_AT_ONCE: Final = 1000
@@ -38,7 +38,7 @@ SELECT count(*) FROM forgotten
 @job(name="prune-refused-keys", every=timedelta(minutes=6))
 async def prune_refused_keys(run: Run) -> str:
     """Forget the refusals that are older than 7 days; what was accepted is kept for ever."""
-    state = await in_steps(run, _prune_refused_keys, {}, Rows("refusals", OLD_REFUSALS, most=500))
+    state = await in_batches(run, _prune_refused_keys, {}, Rows("refusals", OLD_REFUSALS, most=500))
     return f"removed {count(state['done'], 'refusal')} older than 7 days"
 
 
@@ -91,7 +91,7 @@ SELECT count(*) FROM removed
 async def prune_history(run: Run) -> str:
     """Remove runs older than 30 days, but the last 20 of each job, and instances gone for a day."""
     start = {"job": "", "runs": 0, "copies": 0}  # as checkpoints of older releases have them
-    state = await in_steps(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
+    state = await in_batches(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
     runs, instances = count(state["runs"], "run"), count(state["copies"], "instance")
     return f"removed {runs} older than 30 days and {instances} not seen for a day"
 
@@ -144,7 +144,7 @@ WHERE relid = to_regclass($1)
 @job(name="refresh-statistics", every=timedelta(minutes=25))
 async def refresh_statistics(run: Run) -> str:
     """Tell PostgreSQL's planner what the tables hold now, wherever rows have changed."""
-    state = await in_steps(
+    state = await in_batches(
         run,
         _refresh_statistics,
         {"table": "", "refreshed": 0, "most": 0, "most_in": None},

@@ -6,7 +6,7 @@ from typing import Final
 from balance_app.db.pool import Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_steps
+from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
 
 NEAR: Final = 0.8  # of a limit
 
@@ -58,7 +58,7 @@ ORDER BY used DESC
 @job(name="watch-limits", every=timedelta(minutes=3))
 async def watch_limits(run: Run) -> str:
     """Watch what can't grow for ever: balances, ids, connections, the age of transactions."""
-    state = await in_steps(
+    state = await in_batches(
         run,
         _watch_limits,
         {"user": FIRST_ID, "rich": 0, "first": None, "limits": []},

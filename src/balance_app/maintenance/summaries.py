@@ -6,7 +6,7 @@ from typing import Final
 from balance_app.db.pool import Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_steps
+from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
 
 ENTRIES_AT_ONCE: Final = 2000
 LISTS_AT_ONCE: Final = 50
@@ -38,7 +38,7 @@ SELECT count(*) AS users, max(id) AS user_id, (SELECT count(*) FROM noted) AS no
 async def note_daily_balances(run: Run) -> str:
     """Note the balance that each user has at the end of each day."""
     start = {"user": FIRST_ID, "noted": 0}
-    state = await in_steps(run, _note_daily_balances, start, Rows("users", USERS, most=1000))
+    state = await in_batches(run, _note_daily_balances, start, Rows("users", USERS, most=1000))
     users, noted = count(state["done"], "user"), count(state["noted"], "new balance")
     return f"looked at {users}: noted {noted}"
 
@@ -119,7 +119,7 @@ FROM reach
 async def total_days(run: Run) -> str:
     """Add up what each day brought: changes, deposits, withdrawals, and how many users had any."""
     start = {"user": FIRST_ID, "entries": 0}
-    state = await in_steps(run, _total_days, start, Rows("users", USERS, most=1000))
+    state = await in_batches(run, _total_days, start, Rows("users", USERS, most=1000))
     entries = count(state["entries"], "new entry", "new entries")
     return f"looked at {count(state['done'], 'user')}: counted {entries}"
 
@@ -184,7 +184,7 @@ SELECT (SELECT sum(bytes) FROM table_sizes WHERE at = $1)::bigint AS bytes,
 @job(name="record-sizes", every=timedelta(minutes=30))
 async def record_sizes(run: Run) -> str:
     """Record how large each table is; what is older than 90 days is forgotten."""
-    state = await in_steps(
+    state = await in_batches(
         run,
         _record_sizes,
         {"at": None, "table": "", "tables": 0, "sentence": ""},

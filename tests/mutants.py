@@ -1,4 +1,4 @@
-"""Instances of the service with one guard taken out: `python -m tests.unguarded GUARD`.
+"""Mutants of the service, each with one guard taken out: `python -m tests.mutants GUARD`.
 
 A test of safety that passes without the guard is no test. Each guard here is the difference to an
 implementation that looks right.
@@ -97,7 +97,7 @@ def key() -> None:
 
 
 def recall() -> None:
-    """Tell an outcome again without waiting until it is durable."""
+    """Replay an outcome without waiting until it is durable."""
     vars(repository)["RECALL"] = RECALL.replace(
         "pg_logical_emit_message(true, 'balance_app', '')", "0"
     )
