@@ -2,7 +2,7 @@
 
 The rules are those of libpq, which is what people try a URL with (`psql URL`). Where libpq guesses,
 this refuses: a character of a password that also separates parts of the URL has to be written as %
-and its code. What is said about a URL quotes nothing that may be a part of the password.
+and its code. What is reported about a URL quotes nothing that may be a part of the password.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _decoded(text: str, what: str) -> str:
 
 
 def _hosts(text: str) -> tuple[list[str] | None, list[int] | int]:
-    """Return hosts and ports; no hosts: where PostgreSQL's clients look by themselves."""
+    """Return hosts and ports; no hosts: where PostgreSQL's clients look by default."""
     hosts: list[str] = []
     ports: list[int] = []
     for each in text.split(",") if text else ():

@@ -1,4 +1,4 @@
-"""How people are told durations, moments and addresses; moments are in UTC, as everywhere."""
+"""The format of durations, moments and addresses for people; moments are in UTC, as everywhere."""
 
 from datetime import datetime, timedelta
 from typing import Final

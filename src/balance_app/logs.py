@@ -40,7 +40,7 @@ def configure_logs(settings: Settings) -> None:
     """Send structlog's and the standard library's records through one formatter to stderr.
 
     Every line carries the server's name, and where a request is being answered its id, and where
-    it stands in the trace of a caller who said so.
+    it stands in the caller's trace, if there is one.
     """
     console = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()

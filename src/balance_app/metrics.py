@@ -142,7 +142,7 @@ class Metrics:
         )
         self.changes: Final = Tally(
             "balance_app_changes",
-            "Changes of a balance asked for, by what became of them.",
+            "Requested changes of a balance, by result.",
             label="result",
             values=RESULTS,
         )
@@ -268,7 +268,7 @@ class _Registry(CollectorRegistry):
 
 
 class _Fleet(Collector):
-    """What PostgreSQL said of the jobs when it was last asked."""
+    """PostgreSQL's statistics of the jobs when it was last queried."""
 
     def __init__(self) -> None:
         self.jobs: list[JobStats] = []
@@ -280,7 +280,7 @@ class _Fleet(Collector):
         if self.success is not None:
             yield GaugeMetricFamily(
                 "balance_app_fleet_scrape_success",
-                "1 if PostgreSQL said in time what it knows of the jobs; if 0, the other"
+                "1 if PostgreSQL answered in time; if 0, the other"
                 " balance_app_fleet metrics are missing from this scrape.",
                 value=self.success,
             )

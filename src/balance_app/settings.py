@@ -206,7 +206,7 @@ class Settings(BaseSettings):
     @property
     def connections_needed(self) -> int:
         """How many connections to PostgreSQL this instance may have open at once."""
-        # One heartbeat; one to look for the database, to cancel a statement, or to migrate.
+        # One heartbeat; one to connect with retry, to cancel a statement, or to migrate.
         return self.db_pool_size + 1 + (self.job_connections + 1 if self.jobs_enabled else 0)
 
     @property
@@ -229,7 +229,7 @@ class Settings(BaseSettings):
     def statement_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for connections whose statements are short.
 
-        A lock timeout is a time to look whether others go on (`balances/guard.py`): after the
+        A lock timeout is a time to check whether others go on (`balances/guard.py`): after the
         second one, a row that does not move has been locked for DB_LOCK_SECONDS. The server ends a
         statement before this side gives the whole database up, and leaves time for its commit.
         """

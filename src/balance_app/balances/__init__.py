@@ -7,7 +7,7 @@ the entries of a user are dense, carry every balance that ever was, and sum to t
 How a change is decided: one conditional UPDATE. PostgreSQL makes concurrent changes of a row
 wait for each other and checks the condition again on the row as it then is, so no balance can be
 spent twice. An UPDATE that changed nothing may have looked at a row that is no longer the latest;
-its own snapshot must not be quoted. So a refusal is decided by a second look with a fresh
+its own snapshot must not be quoted. So a refusal is decided by a second statement with a fresh
 snapshot, and names the balance and the version it saw.
 
 What an idempotency key promises: one effect and one answer. The outcome is written to

@@ -138,4 +138,4 @@ class IdempotencyKeyReused(Problem):
 
 def too_slow(seconds: float) -> Overloaded:
     """Return the problem of a request that was still not decided after this time."""
-    return Overloaded(f"Too slow: {seconds:g} s did not suffice for all that was asked before.")
+    return Overloaded(f"Too slow: {seconds:g} s did not suffice for all requests before it.")

@@ -1,11 +1,11 @@
-"""What is locked by somebody else keeps nobody waiting who asks for something else.
+"""What another session locks keeps no request for anything else waiting.
 
 Changes of one account wait for each other, in order and without a connection, but for two: that is
-a crowd, which moves, however slow each commit is. A row that somebody else holds does not move. A
-lock timeout alone can't tell one from the other, so who meets it looks: has the account changed
-while it waited, and who holds its row now? While it moves it tries again, as long as a request may
-take. When it does not, the account (or the key, if that is what was waited for) is refused for a
-moment, and then one request finds out whether it is free.
+contention, which moves, however slow each commit is. A row that another session holds does not
+move. A lock timeout alone does not distinguish them, so the request that meets it checks: has the
+account changed while it waited, and who holds its row now? While it moves it tries again, as long
+as a request may take. When it does not, the account (or the key, if that is what was waited for) is
+refused for a moment, and then one request finds out whether it is free.
 """
 
 from collections.abc import Awaitable, Callable
@@ -81,7 +81,7 @@ class _Wait:
 
 
 class Guard:
-    """Lets requests at the rows of accounts and keys, and refuses what somebody else holds."""
+    """Lets requests at the rows of accounts and keys, and refuses what another session holds."""
 
     def __init__(self, database: Database, own_statements: tuple[str, ...]) -> None:
         self._database = database

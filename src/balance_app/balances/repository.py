@@ -184,7 +184,7 @@ async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
         balance, version = states[0]
         if not 0 <= balance + amount <= MAX_INTEGER:
             return Outcome("refused", user_id, amount, balance, version, None, None)
-        # Neither: another change came between the two looks, and now this one fits.
+        # Neither: another change came between the two statements, and now this one fits.
     raise _lost_every_race()
 
 
@@ -215,7 +215,7 @@ ON CONFLICT (key) DO NOTHING
 RETURNING balance, version, at
 """
 
-# What is told again must be as durable as it was promised to be; a bare SELECT can see a commit
+# What is replayed must be as durable as it was promised to be; a bare SELECT can see a commit
 # that a failover would still lose. The message, which nobody reads, makes this a transaction that
 # writes: its commit waits until the log (and a synchronous standby) has it, and with it all that
 # came before, as every outcome that this statement can see did. No row is locked: who recalls

@@ -83,7 +83,7 @@ class Page(BaseModel):
 
 
 async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
-    """Return the page that is asked for; a parameter sent twice asks for two."""
+    """Return the requested page; a parameter sent twice requests two."""
     if len(request.query_params) != len(request.query_params.multi_items()):
         raise InvalidRequest(("query:", "duplicate-parameter"))
     return page

@@ -149,7 +149,7 @@ def serve(
     notes = _notes(settings)
     if not launched:
         for sentence in notes:
-            structlog.get_logger(__name__).warning("look at the settings", reason=sentence)
+            structlog.get_logger(__name__).warning("check the settings", reason=sentence)
     try:
         registry = Registry.load(
             each.strip() for each in settings.jobs_modules.split(",") if each.strip()

@@ -5,7 +5,7 @@ oldest revision whose program still works on it (`compatible_from`). Releases be
 it in alembic's usual `alembic_version`; that stays at their last revision, so that they go on.
 
 An upgrade is one message to PostgreSQL: lock, check, every statement, commit. An instance that is
-killed or stands still meanwhile has either sent all of it or nothing, so none waits for it.
+killed or frozen meanwhile has either sent all of it or nothing, so none waits for it.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class Version(NamedTuple):
     """What a schema says of itself."""
 
     revision: str
-    # the oldest revision whose program works on it; None: no newer one has said so
+    # the oldest revision whose program works on it; None: no newer one has set it
     compatible_from: str | None
     installation: str = ""
 
@@ -266,7 +266,7 @@ async def find(settings: Settings) -> Installation | None:
 
 async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
     arguments = settings.connect_arguments()
-    # The database's own default is asked for: there may be tables of ours from before.
+    # The database's own default is read: there may be tables of ours from before.
     del arguments["server_settings"]["search_path"]
     return await open_session(arguments)
 

@@ -62,7 +62,7 @@ class Cause(NamedTuple):
     """What an error means."""
 
     kind: Kind
-    # `no`: the server said that it rolled back, or nothing was sent; `unknown`: the connection
+    # `no`: the server reported that it rolled back, or nothing was sent; `unknown`: the connection
     # ended before an answer came
     applied: Applied
     sqlstate: str | None = None
@@ -152,7 +152,7 @@ _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (TimeoutError, Kind.NO_ANSWER),
     (ValueError, None),  # asyncpg's DataError: an argument of the wrong type
     (asyncpg.TargetServerAttributeNotMatched, Kind.NO_FITTING_HOST),
-    # The latter: the server said good-bye (FATAL) while the connection was idle, and the next
+    # The latter: the server ended the session (FATAL) while the connection was idle, and the next
     # statement met a connection that is ending.
     (asyncpg.InterfaceError, Kind.CUT_OFF),
     (asyncpg.InternalClientError, Kind.CUT_OFF),
@@ -170,7 +170,7 @@ def _from_system(error: OSError, text: str) -> Kind:
         return Kind.UNREACHABLE
     if codes & {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}:
         return Kind.UNREACHABLE
-    if "SSL" in text and not codes:  # asyncpg's: the server won't, or said something else
+    if "SSL" in text and not codes:  # asyncpg's: the server refuses it, or answered something else
         return Kind.TLS
     return Kind.CUT_OFF
 

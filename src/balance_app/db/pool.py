@@ -310,7 +310,7 @@ class Database:
     async def _serve(self, operation: _Operation, connection: _OwnConnection) -> None:
         """Execute a queued operation."""
         execute, answer, since, priority = operation
-        if answer.done():  # who asked is gone
+        if answer.done():  # the caller is gone
             return
         if monotonic() - since > self.settings.max_waiting_seconds:
             answer.set_exception(Overloaded("Too slow: no turn came in time."))
@@ -328,7 +328,7 @@ class Database:
                 answer.set_exception(_problem(Cause(Kind.CUT_OFF, "unknown")))
             if _is_cancelled():  # the event loop ends
                 raise
-        except Exception as error:  # noqa: BLE001 - it belongs to who asked
+        except Exception as error:  # noqa: BLE001 - it belongs to the caller
             self._handle_failure(error, connection)
             if not answer.done():
                 answer.set_exception(error)
@@ -520,7 +520,7 @@ class Database:
             if row[f"{whose}_limit"] < self.settings.connections_at_least and not self._serving:
                 raise UnusableDatabaseError(shortage)
             warnings.append(shortage)
-            if not self._serving:  # later, who uses how many changes with each look
+            if not self._serving:  # later, the numbers change with each check
                 log.warning("few connections", reason=shortage)
         self._server_warnings = warnings
         if row["read_only"] and self._read_only is None:

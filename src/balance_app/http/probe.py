@@ -11,7 +11,7 @@ import sys
 # Longer than an instance needs in the midst of a burst on a busy machine.
 TIMEOUT_SECONDS = 20.0
 READY = 200
-# Who listens on all addresses is asked at its own.
+# An instance that listens on all addresses is probed at its own.
 _OWN = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
 
 

@@ -6,7 +6,7 @@ request has its own answer, and the connection ends behind that.
 
 A connection has one deadline at most: an idle one may stay for `timeout_keep_alive` seconds, a head
 has `HEAD_SECONDS` from its first byte, or from the answer before it, a body `body_seconds` from its
-head. An application that reads a late body is told by `RequestTimeout`, raised by `receive`. How
+head. An application that reads a late body gets `RequestTimeout`, raised by `receive`. How
 long the answer may take is the application's to say; but a client that takes nothing of it for
 `timeout_keep_alive` seconds, while more is to be sent, is not waited for.
 """
@@ -77,7 +77,7 @@ class _Cycle(RequestResponseCycle):
     and if the rest of the body can't be read.
     """
 
-    # the rest of the body will not come; why, if the client is there and can be told
+    # the rest of the body will not come; why, if the client is there and can be answered
     broken = False
     fault: Problem | None = None
     # what the client still sends is read and dropped, or it may lose the answer to a reset
@@ -427,7 +427,7 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.break_off(RequestTimeout(sentence, headers={"Connection": "close"}))
 
     def _refuse(self, problem: Problem) -> None:
-        """Read no further; what was asked before is answered, by the application alone."""
+        """Read no further; earlier requests are answered, by the application alone."""
         self._deaf = True
         self._stop_waiting()
         if self._is_under_way():
@@ -544,7 +544,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Call `then` in so many seconds, unless `_stop_waiting` is called before.
 
         A timer that was made for an earlier wait, and goes off before the end of this one, is left
-        to look again: most waits end at once, and a timer costs more than to read a head.
+        to check again: most waits end at once, and a timer costs more than to read a head.
         """
         self._then = then
         self._deadline = deadline = self.loop.time() + seconds

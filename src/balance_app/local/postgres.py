@@ -56,7 +56,7 @@ def binaries() -> Path:
 
 
 def about(data: Path) -> str:
-    """Return a data directory's path, size and last use, for who is asked whether to delete it."""
+    """Return a data directory's path, size and last use, for the prompt whether to delete it."""
     files = [each.lstat() for each in data.rglob("*") if not each.is_dir()]
     megabytes = sum(each.st_size for each in files) / 1e6
     last = max((each.st_mtime for each in files), default=data.stat().st_mtime)

@@ -2,7 +2,7 @@
 
 Three audit (the ledger against the balances, keys against entries, the daily balances against the
 ledger): one that finds a mismatch fails, and its metric stands until an audit succeeds. Three write
-summaries that could not be asked for later, or only at a cost. One watches numbers that can't grow
+summaries that could not be computed later, or only at a cost. One watches numbers that can't grow
 for ever. Three forget what is older than it was promised to be kept, and keep the planner's
 statistics fresh.
 

@@ -1,4 +1,4 @@
-"""Jobs that check: what the database holds agrees with itself, or somebody is told where not."""
+"""Jobs that check: what the database holds agrees with itself, or the difference is reported."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -9,7 +9,7 @@ from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches, number
 
-NAMED: Final = 5  # so many faults are told in full
+NAMED: Final = 5  # so many faults are reported in full
 
 
 class LedgerMismatchError(Exception):
@@ -153,8 +153,8 @@ SELECT greatest(
 )::bigint
 """
 
-# A key is written together with its entry, and one snapshot sees both. What was accepted is told
-# again as the entry has it; what was refused quotes a state that there was, and that refuses it.
+# A key is written together with its entry, and one snapshot sees both. What was accepted is replayed
+# as the entry has it; what was refused quotes a state that there was, and that refuses it.
 RECORDED: Final = """
 WITH batch AS MATERIALIZED (
     SELECT * FROM idempotency_keys WHERE key > $1 ORDER BY key LIMIT $2
@@ -186,7 +186,7 @@ SELECT (SELECT count(*) FROM batch) AS keys, (SELECT max(key) FROM batch) AS key
 
 @job(name="audit-keys", every=timedelta(minutes=8))
 async def audit_keys(run: Run) -> str:
-    """Check that what is told again under each idempotency key is what the ledger says."""
+    """Check that what is replayed under each idempotency key is what the ledger has."""
     start = {"key": "", "wrong": 0, "named": []}
     state = await in_batches(run, _audit_keys, start, Rows("keys", KEYS, most=1000))
     keys = count(state["done"], "idempotency key")

@@ -1,4 +1,4 @@
-"""Jobs that write down what can't be asked for later, or only at a cost."""
+"""Jobs that write down what can't be computed later, or only at a cost."""
 
 from datetime import datetime, timedelta
 from typing import Final
@@ -11,18 +11,18 @@ from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count,
 ENTRIES_AT_ONCE: Final = 2000
 LISTS_AT_ONCE: Final = 50
 
-# At most one row per user and UTC day, of the day's latest look, and only when something had
+# At most one row per user and UTC day, of the day's latest snapshot, and only when something had
 # changed: never more rows than entries. The time is read after the snapshot was taken, so a
 # balance is never noted for a day that it was not seen on.
 NOTE: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, version, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2
-), look AS MATERIALIZED (
+), snapshot AS MATERIALIZED (
     SELECT clock_timestamp() AS at
 ), noted AS (
     INSERT INTO daily_balances (user_id, day, version, balance, at)
-    SELECT id, (look.at AT TIME ZONE 'UTC')::date, few.version, few.balance, look.at
-    FROM few CROSS JOIN look LEFT JOIN LATERAL (
+    SELECT id, (snapshot.at AT TIME ZONE 'UTC')::date, few.version, few.balance, snapshot.at
+    FROM few CROSS JOIN snapshot LEFT JOIN LATERAL (
         SELECT version FROM daily_balances WHERE user_id = id ORDER BY day DESC LIMIT 1
     ) AS latest ON true
     WHERE latest.version IS DISTINCT FROM few.version
