@@ -86,8 +86,8 @@ def condition() -> None:
     vars(repository)["_change"] = read_then_write
 
 
-def fresh_look() -> None:
-    """Refuse without a second look."""
+def fresh_snapshot() -> None:
+    """Refuse without a second statement."""
     vars(repository)["_change_once"] = own_snapshot
 
 
@@ -137,7 +137,7 @@ def open_connections() -> None:
 
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
-    "fresh-look": fresh_look,
+    "fresh-snapshot": fresh_snapshot,
     "key": key,
     "recall": recall,
     "migration-lock": migration_lock,

@@ -171,7 +171,7 @@ async def test_a_history_shows_a_key_that_was_denied(
 Door = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
-def _ask(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+def _request(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
     return client.get("/api/changes/k")
 
 
@@ -183,7 +183,7 @@ def _repeat(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
     return client.post("/api/balance", json=CHANGE, headers=KEYED)
 
 
-@pytest.mark.parametrize(("door", "status"), [(_ask, 200), (_open, 422), (_repeat, 200)])
+@pytest.mark.parametrize(("door", "status"), [(_request, 200), (_open, 422), (_repeat, 200)])
 async def test_an_outcome_is_told_while_its_account_is_locked(
     client: httpx.AsyncClient, database: dict[str, str], door: Door, status: int
 ) -> None:
@@ -218,7 +218,7 @@ async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
         await admin.execute("SELECT pg_reload_conf()")
         await _until_equal(admin, "SHOW synchronous_standby_names", "nobody")
         tries = []
-        for door in (_repeat, _ask, _repeat, _ask):
+        for door in (_repeat, _request, _repeat, _request):
             # Each that waits in vain is taken for an outage, until it is looked again.
             await _until_ready(client, ready=True)
             tries.append(await door(client))
@@ -229,7 +229,7 @@ async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
         await admin.execute("SELECT pg_reload_conf()")
         await admin.close()
         await _until_ready(client, ready=True)
-        assert (await _ask(client)).status_code == 200
+        assert (await _request(client)).status_code == 200
     statuses = [each.status_code for each in tries]
     if guarded:
         assert statuses == [503, 503, 503, 503]

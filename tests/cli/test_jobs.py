@@ -130,7 +130,7 @@ async def test_symbols_are_plain_where_there_are_no_others(
     assert "29 s: s??" in out
 
 
-async def test_the_port_says_whom_to_ask(instance: Instance, connection: Connection) -> None:
+async def test_the_port_selects_the_service(instance: Instance, connection: Connection) -> None:
     """Without a URL it is the instance that runs here; without jobs and instances it says so."""
     code, out, _ = await run("status", PORT=str(instance.port), HOST="0.0.0.0")  # noqa: S104
     assert code == 0
@@ -138,7 +138,7 @@ async def test_the_port_says_whom_to_ask(instance: Instance, connection: Connect
     await connection.execute("SELECT 1")
 
 
-async def test_programs_get_what_the_service_says(
+async def test_programs_get_the_services_json(
     instance: Instance, connection: Connection, client: httpx.AsyncClient
 ) -> None:
     """With --json nothing is added and nothing left out."""

@@ -351,7 +351,7 @@ async def test_a_reader_that_has_seen_enough_is_no_mistake(instance: Instance) -
     assert err == b""
 
 
-def test_durations_and_moments_are_said_in_words() -> None:
+def test_durations_and_moments_are_formatted() -> None:
     """A length in its two largest units, an age in one; no date if it is today's."""
     assert [duration(n) for n in (-1, 0.9, 59, 61, 7300, 180_000)] == [
         *("0 s", "0 s", "59 s", "1 min 1 s", "2 h 1 min", "2 d 2 h"),

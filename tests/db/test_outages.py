@@ -121,14 +121,14 @@ async def a_role(database: dict[str, str], options: str = "") -> AsyncIterator[d
 async def fire(client: httpx.AsyncClient, requests: int) -> Counter[str]:
     """Read and withdraw that often at one moment; count statuses and details."""
 
-    async def ask(number: int) -> str:
+    async def request(number: int) -> str:
         if number % 2:  # reads of one account are on all connections at once, changes are not
             answer = await client.get("/api/users/1")
         else:
             answer = await client.post("/api/balance", json={"userId": 1, "amount": -1})
         return str(answer.status_code) if answer.is_success else answer.json()["detail"]
 
-    return Counter(await asyncio.gather(*(ask(number) for number in range(requests))))
+    return Counter(await asyncio.gather(*(request(number) for number in range(requests))))
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])

@@ -26,17 +26,19 @@ CREATE VIEW users AS SELECT id, balance / (id - id) AS balance, version, created
 """
 
 
-async def _tell(_request: Request) -> Response:
+async def _handler(_request: Request) -> Response:
     trace = TRACE.get()
     return JSONResponse({"trace": trace and trace._asdict(), "request": REQUEST_ID.get()})
 
 
-async def ask(*traceparents: str, direct: bool = False, path: str = "/x") -> httpx.Response:
-    """Send a request with these headers through the middleware; it answers what logs would say."""
+async def request_with(
+    *traceparents: str, direct: bool = False, path: str = "/x"
+) -> httpx.Response:
+    """Send these headers through the middleware; it answers what logs would have."""
     app = FastAPI()
-    app.router.add_route("/x", _tell)
+    app.router.add_route("/x", _handler)
     middleware = RequestMiddleware(
-        app, direct={("GET", "/x"): _tell} if direct else {}, log_requests=False
+        app, direct={("GET", "/x"): _handler} if direct else {}, log_requests=False
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(middleware), base_url="http://here"
@@ -47,7 +49,7 @@ async def ask(*traceparents: str, direct: bool = False, path: str = "/x") -> htt
 @pytest.mark.parametrize("direct", [True, False])
 async def test_a_valid_trace_goes_on(*, direct: bool) -> None:
     """The answer and the logs name the same trace, and the same new span in it."""
-    answers = [await ask(VALID, direct=direct) for _ in range(20)]
+    answers = [await request_with(VALID, direct=direct) for _ in range(20)]
     spans = set()
     for answer in answers:
         version, trace_id, span_id, flags = answer.headers["traceparent"].split("-")
@@ -66,14 +68,14 @@ async def test_a_valid_trace_goes_on(*, direct: bool) -> None:
 )
 async def test_only_known_flags_are_handed_on(sent: str, answered: str) -> None:
     """Sampled and random are; the others have no meaning in version 00."""
-    answer = await ask(f"00-{TRACE_ID}-{PARENT}-{sent}")
+    answer = await request_with(f"00-{TRACE_ID}-{PARENT}-{sent}")
     assert answer.headers["traceparent"].endswith(f"-{answered}")
 
 
 @pytest.mark.parametrize("later", ["", "-", "-what-will-be"])
 async def test_a_later_version_is_read_as_far_as_it_is_known(later: str) -> None:
     """And answered in the version that this program speaks."""
-    answer = await ask(f"cc-{TRACE_ID}-{PARENT}-09{later}")
+    answer = await request_with(f"cc-{TRACE_ID}-{PARENT}-09{later}")
     assert answer.json()["trace"]["trace_id"] == TRACE_ID
     assert answer.headers["traceparent"].startswith(f"00-{TRACE_ID}-")
     assert answer.headers["traceparent"].endswith("-01")
@@ -103,7 +105,7 @@ INVALID = {
 @pytest.mark.parametrize("headers", [[], *INVALID.values()], ids=["none", *INVALID])
 async def test_what_names_no_trace_is_as_if_there_were_none(headers: list[str]) -> None:
     """No half of it is believed, and nothing is made up."""
-    answer = await ask(*headers)
+    answer = await request_with(*headers)
     assert answer.status_code == 200
     assert answer.json()["trace"] is None
     assert "traceparent" not in answer.headers
@@ -111,7 +113,7 @@ async def test_what_names_no_trace_is_as_if_there_were_none(headers: list[str]) 
 
 async def test_refusals_name_the_trace_too() -> None:
     """Whatever the answer is."""
-    answer = await ask(VALID, path="/nowhere")
+    answer = await request_with(VALID, path="/nowhere")
     assert answer.status_code == 404
     assert answer.headers["traceparent"].split("-")[1] == TRACE_ID
 

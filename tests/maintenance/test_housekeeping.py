@@ -421,14 +421,14 @@ async def test_the_audits_see_changes_whole(
             await house.run("audit-daily-balances")
         assert len(made) > before
         async with asyncio.timeout(60):
-            while not await differs_in_two_looks(house):
+            while not await differs_in_two_reads(house):
                 pass
     assert await days_as_counted(house) != await days_as_they_were(house)
     await house.run("total-days")
     assert await days_as_counted(house) == await days_as_they_were(house)
 
 
-async def differs_in_two_looks(house: House) -> bool:
+async def differs_in_two_reads(house: House) -> bool:
     """The control: users and entries read one after the other, as a naive audit would."""
     users = await house.rows("SELECT id, version FROM users ORDER BY id")
     entries = await house.rows("SELECT user_id, max(version) FROM entries GROUP BY 1 ORDER BY 1")

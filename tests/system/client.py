@@ -161,7 +161,7 @@ class Load:
         unknown = False
         while monotonic() < deadline:
             ask = unknown and random() < 0.5
-            operation = await (self._ask(key, amount) if ask else self._send(key, amount))
+            operation = await (self._look_up(key, amount) if ask else self._send(key, amount))
             match operation:
                 case Accepted() | Refused():
                     if operation.replayed and not unknown:
@@ -208,7 +208,7 @@ class Load:
         self.operations.append(operation)
         return operation
 
-    async def _ask(self, key: str, amount: int) -> Accepted | Refused | Unknown:
+    async def _look_up(self, key: str, amount: int) -> Accepted | Refused | Unknown:
         """Ask what became of a change. "Nothing yet" decides nothing: a try may be on its way."""
         sent, answer, answered = await self._request("GET", f"/api/changes/{key}")
         if isinstance(answer, httpx.Response) and answer.status_code == 200:

@@ -62,5 +62,5 @@ async def test_every_answer_fits_into_one_history() -> None:
 
 async def test_a_refusal_from_the_updates_own_snapshot_is_caught() -> None:
     """The control: without the second look some refusals contradict themselves."""
-    violations, _, _ = await run_mixed_load(6_000, "-m", "tests.mutants", "fresh-look")
+    violations, _, _ = await run_mixed_load(6_000, "-m", "tests.mutants", "fresh-snapshot")
     assert {Kind.GROUNDLESS_REFUSAL, Kind.STALE_REFUSAL} & {each.kind for each in violations}

@@ -82,7 +82,7 @@ def test_a_hard_limit_that_is_too_low_is_reported() -> None:
 
 
 async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[str], Counter[str]]:
-    """Ask over many connections at once, end the database's sessions, ask over those left again.
+    """Use many connections at once, end the database's sessions, use those left again.
 
     Return the statuses of both rounds; the second is empty where nobody is ever served again.
     """
@@ -90,15 +90,15 @@ async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[s
         *(asyncio.open_connection("127.0.0.1", instance.port) for _ in range(CONNECTIONS))
     )
     try:
-        statuses = await asyncio.gather(*(ask(each) for each in opened))
+        statuses = await asyncio.gather(*(request(each) for each in opened))
         kept = [each for each, status in zip(opened, statuses, strict=True) if status == "200"]
         admin = await connect(database)
         await admin.execute(END_SESSIONS)
         await admin.close()
         with_service: list[str] = []
         for _ in range(PATIENCE_SECONDS * 10):
-            if await ask(kept[0]) == "200":
-                with_service = await asyncio.gather(*(ask(each) for each in kept))
+            if await request(kept[0]) == "200":
+                with_service = await asyncio.gather(*(request(each) for each in kept))
                 break
             await asyncio.sleep(0.1)
         return Counter(statuses), Counter(with_service)
@@ -107,7 +107,7 @@ async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[s
             writer.close()
 
 
-async def ask(connection: Connection) -> str:
+async def request(connection: Connection) -> str:
     """Send a request, return its status; `closed` when the connection ends without one."""
     reader, writer = connection
     try:

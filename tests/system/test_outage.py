@@ -85,7 +85,7 @@ async def test_an_instance_starts_without_its_database(
             async with Probes([instance.url]) as probes:
                 await probes.until(ready=False)
                 await bring_back(server)
-                await _says(server, 'database "later" does not exist')
+                await _wait_for_log(server, 'database "later" does not exist')
                 await probes.until(ready=False)
                 assert {sample.status for sample in probes.samples} == {200, 503}
                 assert not any(sample.database_ok for sample in probes.samples)
@@ -153,7 +153,7 @@ async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> N
     assert all(sample.database_ok for sample in probes.samples if sample.path == "/readyz")
 
 
-async def _says(server: EmbeddedPostgres, sentence: str) -> None:
+async def _wait_for_log(server: EmbeddedPostgres, sentence: str) -> None:
     """Wait until a server's log says something."""
     async with asyncio.timeout(30):
         while True:
@@ -206,7 +206,7 @@ class Probes:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._ask(*address)) for address in self._addresses]
+        self._tasks = [asyncio.create_task(self._probe(*address)) for address in self._addresses]
         return self
 
     async def __aexit__(
@@ -237,7 +237,7 @@ class Probes:
             await asyncio.sleep(0.02)
         raise AssertionError(f"not {ready=} within {within_seconds} s: {self.samples[-8:]}")
 
-    async def _ask(self, url: str, path: str) -> None:
+    async def _probe(self, url: str, path: str) -> None:
         async with httpx.AsyncClient(trust_env=False, timeout=20) as http:
             while True:
                 sent = monotonic()

@@ -153,8 +153,8 @@ SELECT greatest(
 )::bigint
 """
 
-# A key is written together with its entry, and one snapshot sees both. What was accepted is replayed
-# as the entry has it; what was refused quotes a state that there was, and that refuses it.
+# A key is written together with its entry, and one snapshot sees both. An acceptance is replayed as
+# the entry has it; what was refused quotes a state that there was, and that refuses it.
 RECORDED: Final = """
 WITH batch AS MATERIALIZED (
     SELECT * FROM idempotency_keys WHERE key > $1 ORDER BY key LIMIT $2
