@@ -10,7 +10,7 @@ from io import TextIOWrapper
 from rich.console import Console
 
 from loadtest.accounts import Account, Accounts, Ledger
-from loadtest.burst import Order, Progress, fire
+from loadtest.burst import BurstConfig, Progress, fire
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find, locate
 from loadtest.progress import shown
 from loadtest.report import Report
@@ -56,7 +56,7 @@ async def _run(options: Namespace) -> Report:
     before = await (
         accounts.create(options.balance) if options.user is None else accounts.find(options.user)
     )
-    order = Order(
+    config = BurstConfig(
         targets=targets,
         user_id=before.user_id,
         amount=options.amount,
@@ -66,11 +66,11 @@ async def _run(options: Namespace) -> Report:
         timeout_seconds=options.timeout,
     )
     progress = Progress()
-    async with shown(progress, order, Console(stderr=True, quiet=options.json)):
-        volley = await fire(order, progress)
+    async with shown(progress, config, Console(stderr=True, quiet=options.json)):
+        result = await fire(config, progress)
     expected = Expectation(before, options.amount, options.requests)
     ledger = await _ledger(accounts, before, options.requests)
-    return Report(order, expected, volley, evaluate(expected, volley.outcomes, ledger))
+    return Report(config, expected, result, evaluate(expected, result.outcomes, ledger))
 
 
 async def _ledger(accounts: Accounts, before: Account, requests: int) -> Ledger | CannotRunError:

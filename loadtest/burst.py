@@ -21,7 +21,7 @@ _CONNECT_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class BurstConfig:
     """What to fire: `requests` times the same change of `amount` on one user.
 
     `keyed` gives each request an Idempotency-Key of its own. `timeout_seconds` bounds the opening
@@ -72,7 +72,7 @@ _TOO_LATE = NoAnswer("no answer within the time limit")
 
 
 @dataclass(frozen=True, slots=True)
-class Volley:
+class BurstResult:
     """A finished burst: one outcome per request.
 
     `wall_seconds` is from the release to the last answer, `cpu_seconds` what this process spent on
@@ -85,27 +85,27 @@ class Volley:
     cpu_seconds: float
 
 
-async def fire(order: Order, progress: Progress) -> Volley:
+async def fire(config: BurstConfig, progress: Progress) -> BurstResult:
     """Open every connection, release every request, and collect what comes back.
 
     Raises:
         CannotRunError: the connections could not all be opened; nothing was sent.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    count = min(order.connections, order.requests)
-    connections = [_Connection(_target_of(order, lane)) for lane in range(count)]
+    count = min(config.connections, config.requests)
+    connections = [_Connection(_target_of(config, lane)) for lane in range(count)]
     try:
         with _collector_paused():
-            await _open_all(connections, order, progress)
+            await _open_all(connections, config, progress)
             opened = time.perf_counter()
-            release = _Release(progress, outcomes=[_TOO_LATE] * order.requests)
+            release = _Release(progress, outcomes=[_TOO_LATE] * config.requests)
             tasks = [
-                asyncio.create_task(release.send_in_turn(connection, _share(order, lane, count)))
+                asyncio.create_task(release.send_in_turn(connection, _share(config, lane, count)))
                 for lane, connection in enumerate(connections)
             ]
             await release.now()
-            await _settle(tasks, started + order.timeout_seconds - time.perf_counter())
-        return Volley(
+            await _settle(tasks, started + config.timeout_seconds - time.perf_counter())
+        return BurstResult(
             release.outcomes,
             opening_seconds=opened - started,
             wall_seconds=release.last_answer_at - release.released_at,
@@ -211,7 +211,9 @@ class _Release:
             self._progress.answered += 1
 
 
-async def _open_all(connections: list[_Connection], order: Order, progress: Progress) -> None:
+async def _open_all(
+    connections: list[_Connection], config: BurstConfig, progress: Progress
+) -> None:
     waiting = iter(connections)
 
     async def open_in_turn() -> None:
@@ -220,11 +222,11 @@ async def _open_all(connections: list[_Connection], order: Order, progress: Prog
             progress.opened += 1
 
     try:
-        async with asyncio.timeout(order.timeout_seconds), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(config.timeout_seconds), asyncio.TaskGroup() as group:
             for _ in range(_OPENING_AT_ONCE):
                 group.create_task(open_in_turn())
     except TimeoutError:
-        reason = f"the {order.timeout_seconds:g} s were over"
+        reason = f"the {config.timeout_seconds:g} s were over"
     except ExceptionGroup as failures:
         refused, bugs = failures.split(OSError)
         if refused is None or bugs is not None:
@@ -248,26 +250,26 @@ async def _settle(tasks: list[asyncio.Task[None]], timeout_seconds: float) -> No
         task.result()
 
 
-def _target_of(order: Order, lane: int) -> Target:
-    return order.targets[lane % len(order.targets)]
+def _target_of(config: BurstConfig, lane: int) -> Target:
+    return config.targets[lane % len(config.targets)]
 
 
-def _share(order: Order, lane: int, lanes: int) -> list[tuple[int, bytes]]:
+def _share(config: BurstConfig, lane: int, lanes: int) -> list[tuple[int, bytes]]:
     """Return the numbered requests of one connection, ready to be written."""
-    host = _target_of(order, lane).authority
-    body = f'{{"userId":{order.user_id},"amount":{order.amount}}}'
+    host = _target_of(config, lane).authority
+    body = f'{{"userId":{config.user_id},"amount":{config.amount}}}'
     head = (
         f"POST /api/balance HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
     return [
-        (number, f"{head}{_key_header(order)}\r\n{body}".encode("ascii"))
-        for number in range(lane, order.requests, lanes)
+        (number, f"{head}{_key_header(config)}\r\n{body}".encode("ascii"))
+        for number in range(lane, config.requests, lanes)
     ]
 
 
-def _key_header(order: Order) -> str:
-    return f"Idempotency-Key: {uuid.uuid4()}\r\n" if order.keyed else ""
+def _key_header(config: BurstConfig) -> str:
+    return f"Idempotency-Key: {uuid.uuid4()}\r\n" if config.keyed else ""
 
 
 def _parse_head(head: bytes) -> tuple[int, dict[bytes, bytes]]:

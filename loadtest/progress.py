@@ -11,20 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from loadtest.burst import Order, Progress
+from loadtest.burst import BurstConfig, Progress
 
 _BARS_EVERY_SECONDS = 0.25  # ten times a second costs 2 % of a core
 _LINES_EVERY_SECONDS = 2.0
 
 
 @asynccontextmanager
-async def shown(progress: Progress, order: Order, console: Console) -> AsyncIterator[None]:
+async def shown(progress: Progress, config: BurstConfig, console: Console) -> AsyncIterator[None]:
     """Show a burst's progress for as long as the block runs; a quiet console shows nothing."""
     if console.quiet:
         yield
         return
     show = _show_bars if console.is_terminal else _show_lines
-    task = asyncio.create_task(show(progress, order, console))
+    task = asyncio.create_task(show(progress, config, console))
     try:
         yield
     finally:
@@ -33,7 +33,7 @@ async def shown(progress: Progress, order: Order, console: Console) -> AsyncIter
             await task
 
 
-async def _show_bars(progress: Progress, order: Order, console: Console) -> None:
+async def _show_bars(progress: Progress, config: BurstConfig, console: Console) -> None:
     # No refreshing thread of rich's own: it would fight the burst for the interpreter.
     bars = Bars(
         TextColumn("{task.description:<20}"),
@@ -43,13 +43,13 @@ async def _show_bars(progress: Progress, order: Order, console: Console) -> None
         console=console,
         auto_refresh=False,
     )
-    opened = bars.add_task("connections opened", total=order.connections)
-    answered = bars.add_task("answers received", total=order.requests, start=False, visible=False)
+    opened = bars.add_task("connections opened", total=config.connections)
+    answered = bars.add_task("answers received", total=config.requests, start=False, visible=False)
     with bars:
         try:
             while True:
                 bars.update(opened, completed=progress.opened)
-                if progress.opened >= order.connections:
+                if progress.opened >= config.connections:
                     bars.start_task(answered)
                     bars.update(answered, completed=progress.answered, visible=True)
                 bars.refresh()
@@ -59,10 +59,10 @@ async def _show_bars(progress: Progress, order: Order, console: Console) -> None
             bars.update(answered, completed=progress.answered, refresh=True)
 
 
-async def _show_lines(progress: Progress, order: Order, console: Console) -> None:
+async def _show_lines(progress: Progress, config: BurstConfig, console: Console) -> None:
     while True:
         await asyncio.sleep(_LINES_EVERY_SECONDS)
         console.print(
-            f"{progress.opened} of {order.connections} connections opened, "
-            f"{progress.answered} of {order.requests} answers received"
+            f"{progress.opened} of {config.connections} connections opened, "
+            f"{progress.answered} of {config.requests} answers received"
         )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.burst import Answer, Order, Volley
+from loadtest.burst import Answer, BurstConfig, BurstResult
 from loadtest.verdict import Expectation, Verdict
 
 _BANDS = 10  # about so many
@@ -28,10 +28,10 @@ class Timing:
     max: float
 
     @classmethod
-    def of(cls, volley: Volley) -> "Timing":
-        """Measure a volley; all numbers are 0 when nothing was answered."""
-        seconds = sorted(outcome.seconds for outcome in _answers(volley)) or [0.0]
-        rate = len(_answers(volley)) / volley.wall_seconds if volley.wall_seconds else 0.0
+    def of(cls, result: BurstResult) -> "Timing":
+        """Measure a burst; all numbers are 0 when nothing was answered."""
+        seconds = sorted(outcome.seconds for outcome in _answers(result)) or [0.0]
+        rate = len(_answers(result)) / result.wall_seconds if result.wall_seconds else 0.0
         return cls(rate, *(_nearest_rank(seconds, share) for share in (0.50, 0.95, 0.99, 1.0)))
 
 
@@ -44,9 +44,9 @@ class Band:
     answers: int
 
 
-def bands(volley: Volley) -> list[Band]:
+def bands(result: BurstResult) -> list[Band]:
     """Count answers by how long they took, in bands of one round width, from 0 to the longest."""
-    seconds = [outcome.seconds for outcome in _answers(volley)]
+    seconds = [outcome.seconds for outcome in _answers(result)]
     if not seconds:
         return []
     width = _round_up(max(seconds) / _BANDS)
@@ -60,9 +60,9 @@ def bands(volley: Volley) -> list[Band]:
 class Report:
     """A burst and its verdict, ready to be printed."""
 
-    order: Order
+    config: BurstConfig
     expected: Expectation
-    volley: Volley
+    result: BurstResult
     verdict: Verdict
 
     def print(self, console: Console) -> None:
@@ -79,8 +79,8 @@ class Report:
 
     def as_json(self) -> str:
         """Return the same as one JSON object; times are seconds."""
-        expected, verdict, volley = self.expected, self.verdict, self.volley
-        timing = Timing.of(volley)
+        expected, verdict, result = self.expected, self.verdict, self.result
+        timing = Timing.of(result)
         return json.dumps(
             {
                 "verdict": "pass" if verdict.passed else "fail",
@@ -89,15 +89,15 @@ class Report:
                 "amount": expected.amount,
                 "openingBalance": expected.before.balance,
                 "requests": expected.requests,
-                "connections": self.order.connections,
+                "connections": self.config.connections,
                 "accepted": {"measured": verdict.accepted, "expected": expected.accepted},
                 "refused": {"measured": verdict.refused, "expected": expected.refused},
                 "others": verdict.others,
                 "balance": {"measured": verdict.balance, "expected": expected.balance},
                 "newEntries": {"measured": verdict.new_entries, "expected": expected.accepted},
-                "wallSeconds": volley.wall_seconds,
-                "openingSeconds": volley.opening_seconds,
-                "clientCpuSeconds": volley.cpu_seconds,
+                "wallSeconds": result.wall_seconds,
+                "openingSeconds": result.opening_seconds,
+                "clientCpuSeconds": result.cpu_seconds,
                 "requestsPerSecond": timing.requests_per_second,
                 "latencySeconds": {
                     "p50": timing.p50,
@@ -107,22 +107,22 @@ class Report:
                 },
                 "latencyBands": [
                     {"startSeconds": band.start, "endSeconds": band.end, "answers": band.answers}
-                    for band in bands(volley)
+                    for band in bands(result)
                 ],
-                "requestsPerInstance": dict(_requests_per_instance(volley)),
+                "requestsPerInstance": dict(_requests_per_instance(result)),
             }
         )
 
     def _title(self) -> str:
-        amount, before, order = self.expected.amount, self.expected.before, self.order
+        amount, before, config = self.expected.amount, self.expected.before, self.config
         what = f"withdrawals of {-amount} from" if amount < 0 else f"deposits of {amount} to"
         spread = (
             "at one moment, each on its own connection"
-            if order.connections >= order.requests
-            else f"over {order.connections} connections"
+            if config.connections >= config.requests
+            else f"over {config.connections} connections"
         )
         return (
-            f"{order.requests} {what} user {before.user_id} "
+            f"{config.requests} {what} user {before.user_id} "
             f"(balance {before.balance} before), {spread}"
         )
 
@@ -146,28 +146,28 @@ class Report:
         return table
 
     def _measurements(self, frame: box.Box | None) -> Table:
-        volley, timing = self.volley, Timing.of(self.volley)
+        result, timing = self.result, Timing.of(self.result)
         table = Table(box=frame, pad_edge=False, show_header=False)
         table.add_row(
             "release to last answer",
-            f"{volley.wall_seconds:.2f} s, {timing.requests_per_second:.0f} requests/s",
+            f"{result.wall_seconds:.2f} s, {timing.requests_per_second:.0f} requests/s",
         )
         table.add_row(
             "latency",
             f"p50 {_milliseconds(timing.p50)}, p95 {_milliseconds(timing.p95)}, "
             f"p99 {_milliseconds(timing.p99)}, max {_milliseconds(timing.max)}",
         )
-        instances = (f"{name} {count}" for name, count in _requests_per_instance(volley))
+        instances = (f"{name} {count}" for name, count in _requests_per_instance(result))
         table.add_row("answers per instance", Text(", ".join(instances) or "none"))
         table.add_row(
             "this client",
-            f"{volley.opening_seconds:.2f} s to open the connections, "
-            f"{volley.cpu_seconds:.2f} s of CPU in all",
+            f"{result.opening_seconds:.2f} s to open the connections, "
+            f"{result.cpu_seconds:.2f} s of CPU in all",
         )
         return table
 
     def _print_bands(self, console: Console) -> None:
-        shown = bands(self.volley)
+        shown = bands(self.result)
         most = max((band.answers for band in shown), default=0)
         block = "█" if console.encoding.lower().startswith("utf") else "#"
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
@@ -200,12 +200,12 @@ class Report:
         return Text.assemble((label, style), "  ", ", ".join(facts))
 
 
-def _answers(volley: Volley) -> list[Answer]:
-    return [outcome for outcome in volley.outcomes if isinstance(outcome, Answer)]
+def _answers(result: BurstResult) -> list[Answer]:
+    return [outcome for outcome in result.outcomes if isinstance(outcome, Answer)]
 
 
-def _requests_per_instance(volley: Volley) -> list[tuple[str, int]]:
-    return sorted(Counter(answer.server_id for answer in _answers(volley)).items())
+def _requests_per_instance(result: BurstResult) -> list[tuple[str, int]]:
+    return sorted(Counter(answer.server_id for answer in _answers(result)).items())
 
 
 def _nearest_rank(ascending: list[float], share: float) -> float:

@@ -7,18 +7,18 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from loadtest.burst import Answer, NoAnswer, Order, Progress, Volley
+from loadtest.burst import Answer, BurstConfig, BurstResult, NoAnswer, Progress
 from loadtest.progress import shown
 from loadtest.report import Band, bands
 
-ORDER = Order(
+CONFIG = BurstConfig(
     targets=(), user_id=1, amount=-2, requests=20, connections=10, keyed=False, timeout_seconds=9
 )
 
 
-def volley(*seconds: float) -> Volley:
+def result(*seconds: float) -> BurstResult:
     answers = [Answer(200, "app1", b"", each) for each in seconds]
-    return Volley([*answers, NoAnswer("closed")], 0.1, max(seconds, default=0.0), 0.1)
+    return BurstResult([*answers, NoAnswer("closed")], 0.1, max(seconds, default=0.0), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def volley(*seconds: float) -> Volley:
 def test_answers_are_counted_in_bands_of_a_round_width(longest: float, width: float) -> None:
     """About ten of one width, from 0 to the longest; each answer is in one; no gap between."""
     seconds = [longest * part / 99 for part in range(100)]
-    found = bands(volley(*seconds))
+    found = bands(result(*seconds))
     assert 5 <= len(found) <= 11
     assert found[0].start == 0
     assert all(before.end == after.start for before, after in pairwise(found))
@@ -40,14 +40,14 @@ def test_answers_are_counted_in_bands_of_a_round_width(longest: float, width: fl
 
 def test_no_answer_has_no_latency() -> None:
     """What was not answered is in no band; answers at once are in the first."""
-    assert bands(volley()) == []
-    assert [band.answers for band in bands(volley(0.0, 0.0))] == [2]
-    assert bands(volley(1.0, 3.0, 3.5))[-1] == Band(3.5, 4.0, 1)
+    assert bands(result()) == []
+    assert [band.answers for band in bands(result(0.0, 0.0))] == [2]
+    assert bands(result(1.0, 3.0, 3.5))[-1] == Band(3.5, 4.0, 1)
 
 
 async def followed(console: Console, stream: io.StringIO) -> str:
     progress = Progress()
-    async with shown(progress, ORDER, console):
+    async with shown(progress, CONFIG, console):
         progress.opened = 10
         async with asyncio.timeout(10):
             while not console.quiet and "10" not in stream.getvalue():  # noqa: ASYNC110

@@ -249,7 +249,7 @@ def psql() -> None:
 @_database()
 def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
     """Delete the data of the embedded database, so that the next `up` starts over."""
-    from balance_app.local.postgres import EmbeddedError, about, data_directory, remove
+    from balance_app.local.postgres import EmbeddedError, data_directory, describe, remove
 
     settings = load_settings()
     where = data_directory(settings)
@@ -261,7 +261,9 @@ def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = Fa
         )
     try:
         if not yes and where.exists():
-            typer.confirm(f"Delete all balances and jobs' histories in {about(where)}?", abort=True)
+            typer.confirm(
+                f"Delete all balances and jobs' histories in {describe(where)}?", abort=True
+            )
         removed = remove(where)
     except EmbeddedError as error:
         fail(str(error))

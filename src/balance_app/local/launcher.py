@@ -81,14 +81,14 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             "SHARED_PORT": str(shared_port),
             "LOG_LEVEL": log_level,
         }
-        keepers = [
+        supervisors = [
             asyncio.create_task(_keep_running(instance, environment, settings.host, stop, hurry))
             for instance in fleet
         ]
         if database is not None:
-            keepers.append(asyncio.create_task(_watch(database, stop)))
-        await asyncio.wait(keepers)
-        return max(keeper.result() for keeper in keepers)
+            supervisors.append(asyncio.create_task(_watch(database, stop)))
+        await asyncio.wait(supervisors)
+        return max(supervisor.result() for supervisor in supervisors)
     except EmbeddedError as error:
         raise LaunchError(str(error)) from error
     finally:

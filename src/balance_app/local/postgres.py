@@ -55,7 +55,7 @@ def binaries() -> Path:
     return Path(package.origin).parent / "pginstall" / "bin"
 
 
-def about(data: Path) -> str:
+def describe(data: Path) -> str:
     """Return a data directory's path, size and last use, for the prompt whether to delete it."""
     files = [each.lstat() for each in data.rglob("*") if not each.is_dir()]
     megabytes = sum(each.st_size for each in files) / 1e6
@@ -72,7 +72,7 @@ def remove(data: Path) -> bool:
     """
     if not data.exists() and not _unfinished(data).exists():
         return False
-    with _alone(data.parent):
+    with _locked(data.parent):
         if (pid := running_server(data)) is not None:
             raise EmbeddedError(f"PostgreSQL (pid {pid}) is using {data}; stop it first.")
         for each in (data, _unfinished(data)):
@@ -118,7 +118,7 @@ def _require_complete(data: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[int]:
+def _locked(directory: Path) -> Iterator[int]:
     """Hold a lock while a server is started in a directory; it ends with whoever holds it.
 
     Raises:
@@ -173,7 +173,7 @@ class EmbeddedPostgres:
         deadline = monotonic() + within_seconds
         try:
             self.data.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(self.data.parent) as lock:
+            with _locked(self.data.parent) as lock:
                 await self._start(lock, deadline)
         except (OSError, subprocess.CalledProcessError) as error:
             raise EmbeddedError(
@@ -191,7 +191,7 @@ class EmbeddedPostgres:
             await asyncio.to_thread(self._initialise, lock)
         _require_complete(self.data)
         if self._user is not None:
-            self._open_the_way(self.data)
+            self._make_traversable(self.data)
             shutil.chown(self.socket_directory, self._user, self._user)
         # A lock file of a dead server may name a pid that lives again as something else.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
@@ -254,7 +254,7 @@ class EmbeddedPostgres:
         shutil.rmtree(new, ignore_errors=True)  # of a start that was cut off
         new.mkdir(mode=0o700)
         if self._user is not None:
-            self._open_the_way(new)
+            self._make_traversable(new)
         command = [str(self._bin / "initdb"), "-D", str(new), "-U", "postgres"]
         command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]
         result = subprocess.run(  # noqa: S603 - the package's own program
@@ -273,7 +273,7 @@ class EmbeddedPostgres:
             raise EmbeddedError(f"initdb failed:\n{result.stderr}{result.stdout}")
         new.rename(self.data)
 
-    def _open_the_way(self, data: Path) -> None:
+    def _make_traversable(self, data: Path) -> None:
         """Let the unprivileged user that PostgreSQL insists on reach its programs and data."""
         try:
             pwd.getpwnam(SYSTEM_USER)
@@ -313,7 +313,7 @@ def stop_with_parent(number: int) -> Callable[[], None] | None:
     libc = ctypes.CDLL(None)
     set_parent_death_signal = 1  # prctl(2), PR_SET_PDEATHSIG
 
-    def arrange() -> None:
+    def set_death_signal() -> None:
         libc.prctl(set_parent_death_signal, number)
 
-    return arrange
+    return set_death_signal
