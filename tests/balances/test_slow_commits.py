@@ -87,18 +87,18 @@ async def test_half_is_accepted_whatever_a_commit_costs() -> None:
                 assert answers == {"accepted": CROWD // 2, "refused": CROWD // 2}
 
 
-async def test_without_the_look_a_crowd_is_taken_for_a_lock(
+async def test_without_the_check_contention_is_taken_for_a_lock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The control: where each lock timeout judges the account, some of the crowd are refused."""
+    """The control: where each lock timeout means a lock, some changes of the crowd are refused."""
 
-    async def judge(
+    async def find_lock(
         self: guard.Guard, _connection: object, _problem: Problem, waits: guard._Wait
     ) -> tuple[int | str, str]:
         del self
         return waits.names[0], guard.LOCKED
 
-    monkeypatch.setattr(guard.Guard, "_who_is_held", judge)
+    monkeypatch.setattr(guard.Guard, "_find_lock", find_lock)
     async with slow_postgres() as server, instances(server, 10, 5) as repositories:
         opened = await repositories[0].open(200, None)
         await commits_take(server, 100)

@@ -475,7 +475,7 @@ async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, 
     assert await notes(ground) == ["at last"]
 
 
-async def test_a_database_that_is_away_is_an_outage(ground: Ground, run: Run) -> None:
+async def test_an_unavailable_database_is_an_outage(ground: Ground, run: Run) -> None:
     """Neither a transaction nor a checkpoint waits for ever, and both work when it is back."""
     await ground.take_away()
     try:
