@@ -89,8 +89,8 @@ class Run:
         self._started = monotonic()
         # what was done already when a resumed run first said how far it is
         self._begun_at: int | None = None
-        # what the transaction that is open writes as the checkpoint
-        self._inside: list[str] | None = None
+        # the one that is open
+        self._transaction: _Transaction | None = None
         self.lease: Lease | None = None
         # set when it is told to stop: what it is to end as, and why
         self.stopped: tuple[Stopped, str] | None = None
@@ -150,8 +150,8 @@ class Run:
                 f"A checkpoint has at most {CHECKPOINT_BYTES} bytes of JSON and no NUL; "
                 f"this one has {len(text.encode())} bytes."
             )
-        if self._inside is not None:
-            self._inside[:] = [text]
+        if self._transaction is not None:
+            self._transaction.checkpoint = text
         elif not await self._jobs.checkpoint(self.name, self.fence, text):
             raise LeaseLostError(f"{self.name} has lost its lease.")
 
@@ -195,45 +195,72 @@ class Run:
             DatabaseUnavailable: the connection was lost; `applied` says what is known of the
                 commit.
         """
-        if self._inside is not None:
+        if self._transaction is not None:
             raise RuntimeError(f"{self.name} has a transaction open already.")
-        remembered: list[str] = []
-        self._inside = remembered
-        own: Exception | None = None  # of something else in the body: the connection is well
+        self._transaction = transaction = _Transaction(self.name, self.fence, self._jobs)
         scope = CURRENT.get()
-        activity = _Activity()
         try:
             # The pool and its connections outlive the run.
             with under(None):
                 async with self._database.lend() as connection:
-                    await connection.execute(self._jobs.begin)
-                    holder = self._jobs.me.id
-                    if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
-                        raise LeaseLostError(f"{self.name} has lost its lease.")
-                    try:
-                        with activity.of(connection), under(scope):
-                            yield connection
-                    except NO_ANSWER as error:
-                        own = None if activity.ended_at is not None else error
-                        raise
-                    if remembered:
-                        await connection.execute(REMEMBER, remembered[0])
-                    await connection.execute(COMMIT)
+                    await transaction.enter(connection)
+                    with transaction.watch(connection), under(scope):
+                        yield connection
+                    await transaction.commit(connection)
         except (asyncpg.PostgresError, *NO_ANSWER) as error:
-            problem = None if error is own else self._problem(error, activity)
+            problem = transaction.classify(error)
             if problem is None:
                 raise
-            # A limit says it all; of the driver's error there is nothing to learn.
+            # A limit says it all; the driver's error adds nothing.
             raise problem from None if isinstance(problem, TransactionLimitError) else error
         finally:
-            self._inside = None
+            self._transaction = None
 
-    def _problem(self, error: Exception, activity: "_Activity") -> Exception | None:
+
+class _Transaction:
+    """A transaction of a run: entered and committed under its lease, its errors classified."""
+
+    def __init__(self, name: str, fence: int, jobs: JobRepository) -> None:
+        self.name: Final = name
+        self.fence: Final = fence
+        self._jobs = jobs
+        # what it writes as the checkpoint
+        self.checkpoint: str | None = None
+        self._activity = _Activity()
+        # of something else in the body: the connection is well
+        self._own: Exception | None = None
+
+    async def enter(self, connection: Connection) -> None:
+        """Begin, if the run holds its lease."""
+        await connection.execute(self._jobs.begin)
+        holder = self._jobs.me.id
+        if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
+            raise LeaseLostError(f"{self.name} has lost its lease.")
+
+    @contextmanager
+    def watch(self, connection: Connection) -> Iterator[None]:
+        """Note what happens to the connection while the job has it."""
+        try:
+            with self._activity.of(connection):
+                yield
+        except NO_ANSWER as error:
+            self._own = None if self._activity.ended_at is not None else error
+            raise
+
+    async def commit(self, connection: Connection) -> None:
+        """Check the lease and commit, in one message."""
+        if self.checkpoint is not None:
+            await connection.execute(REMEMBER, self.checkpoint)
+        await connection.execute(COMMIT)
+
+    def classify(self, error: Exception) -> Exception | None:
         """Return what an error of the driver means to the run, if it is not the statement's."""
+        if error is self._own:
+            return None
         state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
         if state == LEASE_LOST:
             return LeaseLostError(f"{self.name} has lost its lease.")
-        limit = self._limit(error, activity)
+        limit = self._limit(error)
         if limit is not None:
             return TransactionLimitError(limit)
         applied = applied_if_unavailable(error)
@@ -244,7 +271,7 @@ class Run:
             "The database became unavailable in a transaction.", applied=applied
         )
 
-    def _limit(self, error: Exception, activity: "_Activity") -> str | None:
+    def _limit(self, error: Exception) -> str | None:
         """Say which limit of the server a transaction has met, if one ended it."""
         idle = f"it was idle for longer than {self._jobs.idle_seconds:g} s"
         long = f"it lasted for longer than {self._jobs.transaction_seconds:g} s"
@@ -255,14 +282,14 @@ class Run:
                 case "25P04":
                     return f"The server ended a transaction: {long} (SQLSTATE 25P04)."
         # The driver does not pass on what the server says while nothing is under way.
-        ended_at = activity.ended_at
+        ended_at = self._activity.ended_at
         if ended_at is None and isinstance(error, NO_ANSWER):
             ended_at = monotonic()  # it has ended, but its end has not been seen yet
         if ended_at is None:
             return None
-        if ended_at - activity.begun_at > self._jobs.transaction_seconds * ALMOST:
+        if ended_at - self._activity.begun_at > self._jobs.transaction_seconds * ALMOST:
             return f"The server ended a transaction: {long}."
-        if ended_at - activity.last_at > self._jobs.idle_seconds * ALMOST:
+        if ended_at - self._activity.last_at > self._jobs.idle_seconds * ALMOST:
             return f"The server ended a transaction: {idle}."
         return None
 
