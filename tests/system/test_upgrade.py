@@ -61,8 +61,8 @@ class Fleet:
             f"app{number}-{'before' if old else 'now'}",
             program=("-P", "-m", "tests.jobs.fleet"),
             PYTHONPATH=f"{source / 'src'}:{source}",
-            # as the release before calls it, or this one
-            **{"FLEET_DIARY" if old else "FLEET_EVENT_LOGS": str(self._event_logs)},
+            FLEET_EVENT_LOGS=str(self._event_logs),
+            FLEET_DIARY=str(self._event_logs),  # as the release before calls it
             FLEET_JOBS=str(JOBS),
             FLEET_EVERY="1",
             FLEET_SECONDS="1",

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from pydantic_core import from_json
 
+from balance_app.web.stream import UNWATCHED_SECONDS
 from tests.jobs.rows import add_instance, add_job, running
 from tests.processes import Instance
 from tests.web.site import SECOND, Site, add_example, add_run, text
@@ -133,6 +134,16 @@ async def test_only_what_has_changed_is_sent(site: Site) -> None:
         )
         assert "lanes" not in html
         assert "servers-list" not in html
+
+
+async def test_a_viewer_after_a_pause_is_shown_no_old_runs(site: Site) -> None:
+    """The first event has the runs as they are, also when nobody watched this instance before."""
+    await add_job(site.connection, "job-a")
+    since = version(await site.page())
+    await asyncio.sleep(UNWATCHED_SECONDS + 0.5)
+    await add_run(site.connection, "job-a", "failed", result="just now")
+    async with watch(site.instance.url, f"?since={since}") as viewer:
+        assert "just now" in str((await viewer.event())["html"])
 
 
 async def test_who_has_another_boots_version_gets_everything(site: Site) -> None:

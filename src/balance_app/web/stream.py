@@ -28,6 +28,7 @@ from balance_app.web.rendering import add_root_path
 
 _VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read, besides when runs change
+UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # then it is too old for a new status
 
 
 class PageStream:
@@ -83,9 +84,13 @@ class PageStream:
         return snapshot
 
     async def _tick(self) -> StatusSnapshot:
-        """Bring the fragments on by one statement."""
+        """Bring the fragments on by one statement; by both when nobody has watched for a while."""
         async with self._lock:
-            if self._status_is_next or not self._activity_due(monotonic() - ACTIVITY_SECONDS):
+            if self._activity_began < monotonic() - UNWATCHED_SECONDS:
+                self._began = monotonic()
+                self.fragments.update(await self._status_reader.read(), self._watched)
+                await self._read_activity()
+            elif self._status_is_next or not self._activity_due(monotonic() - ACTIVITY_SECONDS):
                 self._began = monotonic()
                 self.fragments.update(await self._status_reader.read(), self._watched)
                 self._status_is_next = False
