@@ -28,6 +28,7 @@ JOBS = size(small=6, full=10)
 RESTARTS = size(small=2, full=10)
 AWAY_SECONDS = size(small=8, full=60)
 AWAY_LEASE_SECONDS = size(small=3, full=6)
+UNAVAILABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 KILLS = size(small=2, full=10)
 SETTLING_SECONDS = 2
 # From the return of the database, or a kill, until every job runs again.
@@ -296,7 +297,7 @@ class Watch:
 
     async def _poll(self) -> None:
         while True:
-            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            with suppress(*UNAVAILABLE):
                 connection = await connect(self._database)
                 try:
                     await self._poll_while_it_answers(connection)
