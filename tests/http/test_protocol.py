@@ -670,7 +670,7 @@ def test_an_offer_does_not_hide_what_is_refused(play: Play) -> None:
 
 
 def test_many_offers_in_one_packet_cost_no_more_than_requests(play: Play) -> None:
-    """Thousands behind each other neither nest nor instance what follows them."""
+    """Thousands behind each other neither nest nor copy what follows them."""
 
     async def scenario() -> None:
         async with serving() as (application, server), server.client() as client:
