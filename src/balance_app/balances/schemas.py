@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Path, Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from balance_app.balances.repository import Account, Entry, Outcome, refusal
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel, header_values
+from balance_app.http.params import DECIMAL, refuse_repeated
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
 _KEY: Final = re.compile(KEY_PATTERN.encode())
@@ -24,16 +25,8 @@ def _not_zero(amount: int) -> int:
     return amount
 
 
-def _decimal(value: object) -> object:
-    """Let only plain decimal digits through: pydantic alone also reads `1_0`, `+1` and `1.0`."""
-    if isinstance(value, str) and not re.fullmatch(r"0|[1-9][0-9]*", value, re.ASCII):
-        raise PydanticCustomError("int_parsing", "not an integer")
-    return value
-
-
-Decimal = BeforeValidator(_decimal)
 UserId = Annotated[int, Field(ge=1, le=MAX_INTEGER, examples=[1])]
-PathUserId = Annotated[int, Path(alias="userId", ge=1, le=MAX_INTEGER, examples=[1]), Decimal]
+PathUserId = Annotated[int, Path(alias="userId", ge=1, le=MAX_INTEGER, examples=[1]), DECIMAL]
 PathKey = Annotated[
     str,
     Path(
@@ -77,15 +70,14 @@ class Page(BaseModel):
     after: Annotated[
         int,
         Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0 for the first"),
-        Decimal,
+        DECIMAL,
     ] = 0
-    limit: Annotated[int, Field(ge=1, le=1000, description="items on the page"), Decimal] = 100
+    limit: Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL] = 100
 
 
 async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
     """Return the requested page; a parameter sent twice requests two."""
-    if len(request.query_params) != len(request.query_params.multi_items()):
-        raise InvalidRequest(("query:", "duplicate-parameter"))
+    refuse_repeated(request)
     return page
 
 

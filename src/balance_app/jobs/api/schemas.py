@@ -10,8 +10,8 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
-from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER
+from balance_app.http.params import DECIMAL, refuse_repeated
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
@@ -49,13 +49,6 @@ def _is_outcome(outcome: object) -> object:
     return outcome
 
 
-def _decimal(value: object) -> object:
-    """Let only plain decimal digits through: pydantic alone also reads `1_0`, `+1` and `1.0`."""
-    if isinstance(value, str) and not re.fullmatch(r"0|[1-9][0-9]*", value, re.ASCII):
-        raise PydanticCustomError("int_parsing", "not an integer")
-    return value
-
-
 def _printable(limit: int) -> AfterValidator:
     def check(text: str) -> str:
         if len(text) > limit or not _PRINTABLE.fullmatch(text):
@@ -69,7 +62,6 @@ def _printable_schema(limit: int) -> dict[str, Any]:
     return {"minLength": 1, "maxLength": limit, "pattern": PRINTABLE_PATTERN}
 
 
-Decimal = BeforeValidator(_decimal)
 IsName = AfterValidator(_is_name)
 PathName = Annotated[
     str,
@@ -130,29 +122,23 @@ class Page(BaseModel):
     before: Annotated[
         int,
         Field(ge=1, le=MAX_INTEGER, description="the `next` of the page before"),
-        Decimal,
+        DECIMAL,
     ] = MAX_INTEGER
-    limit: Annotated[int, Field(ge=1, le=1000, description="runs on the page"), Decimal] = 100
-
-
-def _once(request: Request) -> None:
-    """Refuse a parameter that is sent twice: it asks for two things."""
-    if len(request.query_params) != len(request.query_params.multi_items()):
-        raise InvalidRequest(("query:", "duplicate-parameter"))
+    limit: Annotated[int, Field(ge=1, le=1000, description="runs on the page"), DECIMAL] = 100
 
 
 async def _who(request: Request, who: Annotated[Who, Query()]) -> Who:
-    _once(request)
+    refuse_repeated(request)
     return who
 
 
 async def _pause(request: Request, pause: Annotated[Pause, Query()]) -> Pause:
-    _once(request)
+    refuse_repeated(request)
     return pause
 
 
 async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
-    _once(request)
+    refuse_repeated(request)
     return page
 
 
