@@ -533,7 +533,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
 async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) -> None:
     """A statement that fails is no fleet without jobs; it goes on when the statement does."""
     metrics = Metrics()
-    metrics.set_fleet_query(StatsReader(ground.database, Registry([])).read)
+    metrics.set_fleet_query(_stats_reader(ground, Registry([])).read)
     await ground.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
     try:
         found = _of_the_fleet(await of(metrics))

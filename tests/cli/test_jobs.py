@@ -95,7 +95,7 @@ async def test_the_table_says_what_runs_where(instance: Instance, connection: Co
 
 
 async def test_why_a_job_waits_is_reported(instance: Instance, connection: Connection) -> None:
-    """Asked for, handed back, tried again, lost, or without an instance that has its code."""
+    """Requested, released, tried again, lost, or without an instance that has its code."""
     one = await add_instance(connection, "app1", lacks=("strange",))
     over = {**running(one, "app1"), "lease_until": -SECOND}
     late = {"due_at": -2 * SECOND, "attempt": 1, "last_server": "app1"}

@@ -86,15 +86,14 @@ class PageStream:
     async def _tick(self) -> StatusSnapshot:
         """Bring the fragments on by one statement; by both when nobody has watched for a while."""
         async with self._lock:
-            if self._activity_began < monotonic() - UNWATCHED_SECONDS:
-                self._began = monotonic()
-                self.fragments.update(await self._status_reader.read(), self._watched)
-                await self._read_activity()
-            elif self._status_is_next or not self._activity_due(monotonic() - ACTIVITY_SECONDS):
-                self._began = monotonic()
+            now = monotonic()
+            unwatched = self._activity_began < now - UNWATCHED_SECONDS
+            status_due = self._status_is_next or not self._activity_due(now - ACTIVITY_SECONDS)
+            if status_due or unwatched:
+                self._began = now
                 self.fragments.update(await self._status_reader.read(), self._watched)
                 self._status_is_next = False
-            else:
+            if unwatched or not status_due:
                 await self._read_activity()
             self._render()
             assert self.fragments.snapshot is not None  # noqa: S101 - `update` came before

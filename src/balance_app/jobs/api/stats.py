@@ -21,8 +21,8 @@ class StatsReader:
         self,
         database: Database,
         registry: Registry,
-        audits: Iterable[Job] = (),
-        mismatch: type[Exception] = Exception,
+        audits: Iterable[Job],
+        mismatch: type[Exception],
     ) -> None:
         """Take also which of the jobs are audits, and the error that one fails with."""
         self._database = database
