@@ -27,6 +27,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector, CollectorRegistry
 from typing_extensions import override
 
+from balance_app.states import Outcome
+
 # accepted, refused by the balance, replayed; no such user, key of another request; 503 with
 # applied "no", with "unknown", an overload; 500
 RESULTS: Final = (
@@ -40,7 +42,6 @@ RESULTS: Final = (
     "overloaded",
     "error",
 )
-OUTCOMES: Final = ("succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost")
 # Shown from the start, so that the first of its kind is seen as an increase.
 STATUSES: Final = (200, 409, 422, 500, 503)
 FRESH_SECONDS: Final = 1.0
@@ -220,7 +221,7 @@ class Metrics:
         for name in jobs:
             self.takeovers.labels(name)
             self.ticks_skipped.labels(name)
-            for outcome in OUTCOMES:
+            for outcome in set(Outcome) - {Outcome.SKIPPED}:
                 self._runs.labels(name, outcome)
         self._fleet = _Fleet()
         registry.register(self._fleet)

@@ -80,9 +80,9 @@ async def test_the_table_says_what_runs_where(instance: Instance, connection: Co
             r"2 running, 2 waiting \(1 overdue\), 1 paused · \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC",
             r"",
             r"JOB \| STATE \| SERVER \| NOW \| LAST RUN",
-            r"at-end \| ● cancelling \| app2 \| 4\d s \| 3",
-            r"at-work \| ● running \| app1 \| 3 min 2\d s \| 4/16 \(25 %\) users",
-            rf"late \| ◔ due, overdue \| since 1 min 3\d s \({moment}\)",
+            r"at-end \| ▶ cancelling \| app2 \| 4\d s \| 3",
+            r"at-work \| ▶ running \| app1 \| 3 min 2\d s \| 4/16 \(25 %\) users",
+            rf"late \| ! overdue \| since 1 min 3\d s \({moment}\)",
             rf"later \| ○ waiting \| in 2 h 1 min \({moment}\) \| {last}",
             rf"off \| ‖ paused \| by ada \d+ s ago \({moment}\): so",
             r"",
@@ -108,10 +108,10 @@ async def test_why_a_job_waits_is_reported(instance: Instance, connection: Conne
     code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert code == 0
     for pattern in (
-        r"asked +◔ asked for +ada asked for a run: an instance takes it\.",
-        r"back +◔ handed back +app1 handed it back: another instance goes on with it\. +↷ 5 s ago",
+        r"asked +◔ requested +Requested by ada: an instance takes it\.",
+        r"back +◔ released +app1 released it: another instance goes on with it\. +↷ 5 s ago",
         r"gone +✕ lost +app1 sent no heartbeat",
-        r"once-more +↻ trying again +The last run failed; it is tried again now\. +✕ 5 s ago",
+        r"once-more +↻ retry +The last run failed; it is tried again now\. +✕ 5 s ago",
         r"strange +\? no code +No live instance has its code\.",
     ):
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
@@ -173,9 +173,9 @@ async def test_the_history_says_what_became_of_every_run(
         out,
         [
             r"STARTED \(UTC\) \| AGO \| JOB \| OUTCOME \| SERVER \| LASTED \| RESULT",
-            rf"{start} \| one \| ● running \| app1 \| 2\d s",
-            rf"{start} \| one \| ↷ handed back \| app1 \| 15 s",
-            rf"{start} \| two \| – skipped \| 3 ticks to [-:\d ]+: paused by ada",  # noqa: RUF001
+            rf"{start} \| one \| ▶ running \| app1 \| 2\d s",
+            rf"{start} \| one \| ↷ released \| app1 \| 15 s",
+            rf"{start} \| two \| □ skipped \| 3 ticks to [-:\d ]+: paused by ada",
             rf"{start} \| one \| ✕ failed \| app1 \| 15 s \| {SHOWN}",
         ],
     )
@@ -278,9 +278,9 @@ async def test_a_narrow_terminal_keeps_what_matters(
     lines = [re.sub(r"\x1b\[[0-9;?]*\w", "", line).rstrip() for line in screen.shown.splitlines()]
     assert max(len(line) for line in lines) <= 80
     table = {line.split()[0]: line for line in lines[3:8]}
-    assert re.search(r"● running +app1 +3 min 2\d s +25 %", table["at-work"])
+    assert re.search(r"▶ running +app1 +3 min 2\d s +25 %", table["at-work"])
     assert re.search(r"○ waiting +in 2 h \(.+\) +✕ 1 min ago failed", table["later"])
-    assert re.search(r"◔ due, overdue +since 1 min \(", table["late"])
+    assert re.search(r"! overdue +since 1 min \(", table["late"])
 
 
 # -- steering ----------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ async def test_waiting_for_a_run_is_waiting_for_its_end(
         assert found == code
         assert json.loads(out)["fence"] == fence + 2
         assert json.loads(out)["result"] == "all is said"
-        assert "● one" not in err
+        assert "▶ one" not in err
 
 
 async def test_waiting_ends_when_the_job_is_paused(
@@ -419,7 +419,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
     try:
         joined = r"Job one was not started: .* on app1, since .* UTC\. Waiting for that run, .*\n"
         await _until(line, lambda shown: re.fullmatch(joined, shown) is not None)
-        await _until(line, lambda shown: shown.startswith("● one running on app1, 4"))
+        await _until(line, lambda shown: shown.startswith("▶ one running on app1, 4"))
         await instance.stop()
         await _until(line, lambda shown: shown.endswith("Reconnecting.\n"))
         await add_run(connection, "one", 7, outcome="succeeded", result=HOSTILE)

@@ -219,7 +219,7 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         await page.evaluate(MARK)
         await page.get_by_role("button", name="Run job-a now").click()
         await says(page, "#message", "job-a is to run now")
-        await says(page, "#job-job-a", "asked for")
+        await says(page, "#job-job-a", "requested")
         await page.get_by_role("button", name="Pause job-a").click()
         await says(page, "#job-job-a", "Paused by page")
         await page.get_by_role("button", name="Resume job-a").click()
@@ -312,7 +312,7 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
         assert "job-waiting is paused" in await page.inner_text("#message")
         await page.locator("#resume-job-waiting").click()
         await page.locator("#run-job-waiting").click()
-        assert "asked for" in await page.inner_text("#job-job-waiting")
+        assert "requested" in await page.inner_text("#job-job-waiting")
         await page.locator("#cancel-job-running").click()
         assert await page.title() == "Cancel job-running? · balance_app"
         await page.get_by_role("button", name="Cancel the run").click()

@@ -246,7 +246,7 @@ async def test_a_jobs_page_tells_its_history_page_by_page(site: Site) -> None:
     lost = text(await site.page("/jobs/job-a?outcome=lost"))
     assert [f"run {number}" in lost for number in (0, 10, 20, 21)] == [True, True, True, False]
     none = text(await site.page("/jobs/job-a?outcome=failed"))
-    assert "No run of job-a has failed." in none
+    assert "There is no run of job-a that failed." in none
 
 
 async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -> None:

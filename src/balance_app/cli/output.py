@@ -4,13 +4,14 @@ Colour only repeats a symbol or a label. Control characters from outside are sho
 """
 
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from balance_app.formatting import ago, brief, duration, exact, rough, visible
+from balance_app.states import Outcome, Reason, State, Tone, job_sign, outcome_sign
 
 PLAIN_WIDTH: Final = 1000  # what is not read on a terminal is not cut to its width
 ROOMY: Final = 100  # columns from which on there is room for bars and results
@@ -19,37 +20,18 @@ BAR: Final = 10
 Json = dict[str, Any]
 
 
-class _Sign(NamedTuple):
-    symbol: str
-    label: str
-    style: str
-
-
-_WAITING: Final = {
-    "not-due": _Sign("○", "waiting", ""),
-    "due": _Sign("◔", "due", "cyan"),
-    "requested": _Sign("◔", "asked for", "cyan"),
-    "handed-back": _Sign("◔", "handed back", "cyan"),
-    "settling": _Sign("◔", "settling", "cyan"),
-    "retry": _Sign("↻", "trying again", "yellow"),
-    "quarantined": _Sign("✕", "quarantined", "red"),
-    "lost": _Sign("✕", "lost", "red"),
-    "no-code": _Sign("?", "no code", "yellow"),
-}
-_OUTCOMES: Final = {
-    "succeeded": _Sign("✓", "succeeded", "green"),
-    "failed": _Sign("✕", "failed", "red"),
-    "timed_out": _Sign("✕", "timed out", "red"),
-    "lost": _Sign("✕", "lost", "red"),
-    "cancelled": _Sign("■", "cancelled", ""),
-    "interrupted": _Sign("↷", "handed back", ""),
-    "skipped": _Sign("–", "skipped", ""),  # noqa: RUF001 - a dash for what did not happen
-    None: _Sign("●", "running", "green"),
+_STYLES: Final = {
+    Tone.GOOD: "green",
+    Tone.RUN: "green",
+    Tone.WAIT: "cyan",
+    Tone.WARN: "yellow",
+    Tone.BAD: "red",
+    Tone.REST: "",
 }
 _ASCII: Final = str.maketrans(
     {
-        "●": "*", "○": "-", "◔": "+", "↻": "~", "✕": "x", "‖": "=", "✓": "ok", "■": "#",
-        "↷": ">", "–": "-", "━": "#", "─": "-", "·": "-",  # noqa: RUF001 - the same dash
+        "▶": "*", "○": "-", "◔": "+", "↻": "~", "✕": "x", "‖": "=", "✓": "ok", "■": "#",
+        "↷": ">", "□": "-", "━": "#", "─": "-", "·": "-",
     }
 )  # fmt: skip
 
@@ -88,11 +70,11 @@ def status_table(status: Json, on: Console) -> RenderableType:
     table = _table(("JOB", "STATE", "SERVER", "NOW", "LAST RUN"), cut=("LAST RUN",))
     if on.is_terminal:
         table.columns[3].max_width = on.width // 3 if _is_roomy(on) else 23
-    for job in sorted(status["jobs"], key=lambda job: (job["state"] != "running", job["name"])):
-        sign = _state(job)
+    for job in sorted(status["jobs"], key=lambda job: (job["state"] != State.RUNNING, job["name"])):
+        sign = job_sign(job)
         table.add_row(
-            text(job["name"], on, "bold" if job["state"] == "running" else ""),
-            text(f"{sign.symbol} {sign.label}", on, sign.style),
+            text(job["name"], on, "bold" if job["state"] == State.RUNNING else ""),
+            text(f"{sign.symbol} {sign.label}", on, _STYLES[sign.tone]),
             text(job["server"] or "", on),
             text(_activity(job, now, on), on),
             _last(job["lastRun"], now, on),
@@ -102,40 +84,24 @@ def status_table(status: Json, on: Console) -> RenderableType:
 
 def job_line(job: Json, now: str, on: Console) -> Text:
     """Return what one job is doing at a moment of the service, in a line."""
-    sign = _state(job)
+    sign = job_sign(job)
     where = f" on {job['server']}" if job["server"] else ""
     line = f"{sign.symbol} {job['name']} {sign.label}{where}, {_activity(job, _moment(now), on)}"
-    return text(line, on, sign.style)
-
-
-def _state(job: Json) -> _Sign:
-    if job["state"] == "running":
-        if job["cancelBy"] is not None:
-            return _Sign("●", "cancelling", "yellow")
-        if job["stoppingSince"] is not None:
-            return _Sign("●", "stopping", "yellow")
-        return _Sign("●", "running" if job["paused"] is None else "running, then paused", "green")
-    if job["state"] == "paused":
-        return _Sign("‖", "paused", "yellow")
-    waiting = job["waiting"]
-    sign = _WAITING.get(waiting["reason"]) or _Sign("○", str(waiting["reason"]), "")
-    if waiting["overdue"]:
-        return _Sign(sign.symbol, f"{sign.label}, overdue", "red")
-    return sign
+    return text(line, on, _STYLES[sign.tone])
 
 
 def _activity(job: Json, now: datetime, on: Console) -> str:
-    if job["state"] == "running":
+    if job["state"] == State.RUNNING:
         since = job["stoppingSince"]
         stopping = "" if since is None else f"  stop requested {_since(_moment(since), now)}"
         progress = _progress(job["progress"], on)
         return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + stopping
-    if job["state"] == "paused":
+    if job["state"] == State.PAUSED:
         paused = job["paused"]
         because = f": {paused['reason']}" if paused["reason"] else ""
         return f"by {paused['by']} {_since(_moment(paused['at']), now)}{because}"
     waiting = job["waiting"]
-    until = waiting["until"] or (job["readyAt"] if waiting["reason"] == "due" else None)
+    until = waiting["until"] or (job["readyAt"] if waiting["reason"] == Reason.DUE else None)
     if until is None:
         return str(waiting["sentence"])
     moment = _moment(until)
@@ -165,16 +131,16 @@ def _progress(progress: Json | None, on: Console) -> str:
 def _last(run: Json | None, now: datetime, on: Console) -> Text:
     if run is None:
         return Text()
-    sign = _sign(run["outcome"])
+    sign = outcome_sign(run["outcome"])
     ended = _moment(run["endedAt"])
     line = f"{sign.symbol} {ago((now - ended).total_seconds())}"
     if _is_roomy(on):
         line += f" ({brief(ended, now)})"
-    if not on.is_terminal or run["outcome"] != "succeeded":
+    if not on.is_terminal or run["outcome"] != Outcome.SUCCEEDED:
         line += f" {sign.label}"
     line += f" on {run['server']} in {duration(run['seconds'])}"
     line += f": {run['result']}" if run["result"] else ""
-    return text(line, on, sign.style if sign.style == "red" else "dim")
+    return text(line, on, _STYLES[sign.tone] if sign.tone == Tone.BAD else "dim")
 
 
 def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
@@ -198,12 +164,12 @@ def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableTyp
         ("STARTED (UTC)", "AGO", "JOB", "OUTCOME", "SERVER", "LASTED", "RESULT"), cut=("RESULT",)
     )
     for run in runs:
-        sign = _sign(run["outcome"])
+        sign = outcome_sign(run["outcome"])
         # A tick that did not run has no start; it was due.
         started = _moment(run["startedAt"] if run["server"] else run["dueAt"])
         lasted = duration(run["seconds"]) if run["server"] and run["seconds"] is not None else ""
         result = run["result"] or ""
-        if run["outcome"] == "skipped":
+        if run["outcome"] == Outcome.SKIPPED:
             to = _moment(run["lastDueAt"] or run["dueAt"])
             ticks = "1 tick" if run["ticks"] == 1 else f"{run['ticks']} ticks to {brief(to, now)}"
             result = f"{ticks}: {result}"
@@ -211,23 +177,23 @@ def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableTyp
             text(brief(started, now) if on.is_terminal else exact(started), on),
             text(ago((now - started).total_seconds()), on),
             text(run["job"], on),
-            text(f"{sign.symbol} {sign.label}", on, sign.style),
+            text(f"{sign.symbol} {sign.label}", on, _STYLES[sign.tone]),
             text(run["server"] or "", on),
             text(lasted, on),
-            text(result, on, sign.style if sign.style == "red" else ""),
+            text(result, on, _STYLES[sign.tone] if sign.tone == Tone.BAD else ""),
         )
     return table
 
 
 def run_line(run: Json, now: datetime) -> Text:
     """Return what became of one run, in a sentence."""
-    sign = _sign(run["outcome"])
+    sign = outcome_sign(run["outcome"])
     ended = _moment(run["endedAt"])
     line = (
         f"{run['job']} {sign.label} {ago((now - ended).total_seconds())} ({exact(ended)} UTC) "
         f"on {run['server']} in {duration(run['seconds'])}."
     )
-    return Text(visible(line), style=sign.style)
+    return Text(visible(line), style=_STYLES[sign.tone])
 
 
 # -- balances ----------------------------------------------------------------------------------
@@ -282,10 +248,6 @@ def _table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: int =
 
 def _is_roomy(on: Console) -> bool:
     return not on.is_terminal or on.width >= ROOMY
-
-
-def _sign(outcome: str | None) -> _Sign:
-    return _OUTCOMES.get(outcome) or _Sign("?", str(outcome), "")
 
 
 def _since(moment: datetime, now: datetime) -> str:

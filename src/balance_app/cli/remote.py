@@ -4,7 +4,7 @@ import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from balance_app.formatting import url as address
 from balance_app.settings import Settings, load_settings
+from balance_app.states import Outcome
 
 if TYPE_CHECKING:
     from balance_app.cli.session import Terminal
@@ -69,7 +70,6 @@ By = Annotated[
     typer.Option(metavar="NAME", help="who requests it, for people to read; by default your login"),
 ]
 Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="so many at most")]
-Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
 
 
 # -- jobs --------------------------------------------------------------------------------------

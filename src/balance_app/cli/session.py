@@ -29,6 +29,7 @@ from balance_app.cli.client import (
     Service,
 )
 from balance_app.formatting import duration, exact, visible
+from balance_app.states import Outcome, State
 
 AUDIT: Final = "audit-ledger"
 ENTRIES_SHOWN: Final = 5
@@ -36,8 +37,8 @@ COMPLETION_SECONDS: Final = 0.7
 
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 # Where a run has got to an end of its own; any other goes on elsewhere.
-_CONCLUSIVE: Final = {"succeeded", "failed", "timed_out", "cancelled"}
-_AUDIT_OUTCOMES: Final = {"succeeded", "failed"}
+_CONCLUSIVE: Final = {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.CANCELLED}
+_AUDIT_OUTCOMES: Final = {Outcome.SUCCEEDED, Outcome.FAILED}
 _CONTROL_MESSAGES: Final = {
     "run": "{name} is ready: an instance takes it.",
     "pause": "{name} is paused by {by}.",
@@ -161,7 +162,7 @@ class Terminal:
             if error.problem != "job-running" or before is None:
                 raise
             self._message(f"{error} Waiting for that run{_expected_duration(before)}.")
-            return fence + int(before["state"] != "running")
+            return fence + int(before["state"] != State.RUNNING)
         expected = _expected_duration(before)
         self._message(f"{name} is requested. Waiting for the end of its run{expected}.")
         return fence + 1
@@ -177,12 +178,12 @@ class Terminal:
                     if job is None:
                         raise RemoteError(f"There is no job {name} any more.", Code.FAILED)
                     line = output.job_line(job, event.body["now"], self._err)
-                    if job["state"] != "running":
+                    if job["state"] != State.RUNNING:
                         with suppress(RemoteError):  # as the stream reports it
                             ended = self._ended(name, fence)
                             if ended is not None:
                                 return ended
-                    if job["state"] == "paused":
+                    if job["state"] == State.PAUSED:
                         raise RemoteError(
                             f"Job {name} was paused by {job['paused']['by']} before it had run.",
                             Code.FAILED,
@@ -211,7 +212,7 @@ class Terminal:
             return Group(line, Text(visible(run["result"]))) if run["result"] else line
 
         self._report(to_json(run).decode(), render)
-        return Code.DONE if run["outcome"] == "succeeded" else Code.FAILED
+        return Code.DONE if run["outcome"] == Outcome.SUCCEEDED else Code.FAILED
 
     # -- balances ------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from balance_app.formatting import duration
+from balance_app.states import Tone, outcome_predicate, outcome_sign
 from balance_app.web.queries import Runs
-from balance_app.web.view_models import clock_time, exact, outcome_of
+from balance_app.web.view_models import clock_time, exact
 
 SPARK_RUNS: Final = 20
 LANE_SECONDS: Final = 1800.0
@@ -29,10 +30,10 @@ def spark(runs: Runs) -> Markup:
     longest = max(_seconds(run) for run in ended) or 1.0
     lines: dict[str, list[str]] = {}
     for place, run in enumerate(ended, start=SPARK_RUNS - len(ended)):
-        tone = outcome_of(run["outcome"]).tone
-        height = _HEIGHT if tone == "bad" else max(2, round(_HEIGHT * _seconds(run) / longest))
+        tone = outcome_sign(run["outcome"]).tone
+        height = _HEIGHT if tone == Tone.BAD else max(2, round(_HEIGHT * _seconds(run) / longest))
         lines.setdefault(tone, []).append(f"M{place * _STEP + 2} {_HEIGHT}v-{height}")
-    counts = Counter(outcome_of(run["outcome"]).word for run in ended)
+    counts = Counter(outcome_sign(run["outcome"]).label for run in ended)
     ends = ", ".join(f"{number} {word}" for word, number in counts.items())
     label = f"Last {len(ended)} runs: {ends}; the longest took {duration(longest)}."
     return Markup(
@@ -67,14 +68,13 @@ def lane(runs: Runs, origin: float) -> Markup:
 
 def _bar(run: dict[str, Any], origin: float) -> Markup:
     start = percent(run["started"] - origin)
-    outcome = outcome_of(run["outcome"])
+    outcome = outcome_sign(run["outcome"])
     width = 0.0
     if run["ended"] is None:
         size = Markup('data-from="{}"').format(start)
     else:
         width = max(_LEAST_PERCENT, percent(run["ended"] - run["started"]))
         size = Markup('width="{}%"').format(round(width, 2))
-    fill = Markup(' fill="url(#hatch)"') if outcome.tone == "bad" else ""
     text = ""
     if run["ended"] is None or width >= _LABEL_PERCENT:
         text = Markup('<text x="5" y="14">{}</text>').format(run["server"])
@@ -89,7 +89,7 @@ def _bar(run: dict[str, Any], origin: float) -> Markup:
         start=start,
         size=size,
         tone=outcome.tone,
-        fill=fill,
+        fill=_fill(run),
         text=text,
     )
 
@@ -111,21 +111,11 @@ def sentence(run: dict[str, Any]) -> str:
         return f"{run['job']} has been running on {run['server']} since {started} UTC."
     text = (
         f"{run['job']} ran on {run['server']} from {started} to {clock_time(run['ended'])} UTC "
-        f"({duration(_seconds(run))}) and {_ENDS[run['outcome']]}"
+        f"({duration(_seconds(run))}) and {outcome_predicate(run['outcome'])}"
     )
-    if outcome_of(run["outcome"]).tone == "bad" and run["result"]:
+    if outcome_sign(run["outcome"]).tone == Tone.BAD and run["result"]:
         return f"{text}: {run['result']}"
     return f"{text}."
-
-
-_ENDS: Final = {
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "timed_out": "timed out",
-    "lost": "was lost with its instance",
-    "cancelled": "was cancelled",
-    "interrupted": "was handed back",
-}
 
 
 def durations(runs: Runs, now: float) -> Markup:
@@ -140,13 +130,13 @@ def durations(runs: Runs, now: float) -> Markup:
             '<g class="bar {tone}"><title>{label}</title><rect x="{x}%" width="{width}%" '
             'y="{y}%" height="{height}%"{fill}/></g>'
         ).format(
-            tone=outcome_of(run["outcome"]).tone,
+            tone=outcome_sign(run["outcome"]).tone,
             label=sentence(run),
             x=round(place * step, 2),
             width=round(step * 0.75, 2),
             y=round(100 - 100 * max(seconds / longest, 0.02), 2),
             height=round(100 * max(seconds / longest, 0.02), 2),
-            fill=Markup(' fill="url(#hatch)"') if outcome_of(run["outcome"]).tone == "bad" else "",
+            fill=_fill(run),
         )
         for place, (run, seconds) in enumerate(zip(runs, took, strict=True))
     )
@@ -163,6 +153,11 @@ def durations(runs: Runs, now: float) -> Markup:
     ).format(
         label=label, bars=bars, first=exact(runs[0]["started"]), last=exact(runs[-1]["started"])
     )
+
+
+def _fill(run: dict[str, Any]) -> str:
+    is_bad = outcome_sign(run["outcome"]).tone == Tone.BAD
+    return Markup(' fill="url(#hatch)"') if is_bad else ""
 
 
 def _seconds(run: dict[str, Any], now: float | None = None) -> float:

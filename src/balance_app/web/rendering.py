@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app import states
 from balance_app.formatting import duration
 from balance_app.web import view_models
 
@@ -66,8 +67,11 @@ def templates() -> Environment:
     }
     environment.globals |= {
         "asset": _address,
-        "state_of": view_models.state_of,
-        "outcome_of": view_models.outcome_of,
+        "State": states.State,
+        "Outcome": states.Outcome,
+        "job_sign": states.job_sign,
+        "outcome_sign": states.outcome_sign,
+        "outcome_predicate": states.outcome_predicate,
         "why": view_models.why,
         "share": view_models.share,
     }

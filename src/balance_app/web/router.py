@@ -7,7 +7,7 @@ a form (`actions.py`), each answer a page.
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from secrets import token_urlsafe
-from typing import Any, Final, NamedTuple, cast, get_args
+from typing import Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter
@@ -23,9 +23,9 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.history import History
-from balance_app.jobs.api.schemas import Outcome
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.settings import Settings
+from balance_app.states import Outcome, State
 from balance_app.web import charts, view_models
 from balance_app.web.queries import PageQueries
 from balance_app.web.rendering import accepts_gzip, file, page
@@ -36,7 +36,7 @@ JOBS_ON_PAGE: Final = 100
 ENTRIES_SHOWN: Final = 8
 DURATIONS_SHOWN: Final = 60
 FIRST_USER: Final = "1"
-STATES: Final = ("", "running", "waiting", "paused", "overdue", "failed")
+STATES: Final = ("", *State, "overdue", "failed")
 NO_USER: Final = "A user's number is a whole number above 0."
 
 _NUMBER: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
@@ -301,7 +301,7 @@ async def job_page(
     stream, queries = stream_of(request), _queries(request)
     history = services(request)[History]
     outcome, before = (request.query_params.get(field) for field in ("outcome", "before"))
-    if outcome not in {None, *get_args(Outcome)}:
+    if outcome is not None and outcome not in set(Outcome):
         raise InvalidRequest(("query:outcome", "not-an-outcome"))
     if before is not None and not is_number(before):
         raise InvalidRequest(("query:before", "not-an-integer"))
@@ -321,8 +321,8 @@ async def job_page(
     view: dict[str, object] = {
         "name": name,
         "durations": charts.durations(await queries.last_runs(name, DURATIONS_SHOWN), now),
-        "outcomes": view_models.OUTCOMES,
-        "outcome": outcome,
+        "outcomes": list(Outcome),
+        "outcome": Outcome(outcome) if outcome else None,
         "before": before,
         "runs": runs["runs"],
         "next": runs["next"],

@@ -9,44 +9,12 @@ from typing import Any, Final, NamedTuple
 from balance_app import formatting
 from balance_app.formatting import ago, duration
 from balance_app.jobs.api.status import JobStatus
+from balance_app.states import Reason, State, outcome_sign
 from balance_app.web.queries import Runs
 
 JOBS_OF_INSTANCE: Final = 5
 
 Job = dict[str, Any]
-
-
-class State(NamedTuple):
-    """A job's state for people: never shown by colour alone."""
-
-    symbol: str
-    word: str
-    # which colour: run, wait, warn, bad, rest
-    tone: str
-
-
-_REASONS: Final = {
-    "not-due": State("○", "waiting", "rest"),
-    "due": State("◔", "due", "wait"),
-    "requested": State("◔", "asked for", "wait"),
-    "handed-back": State("◔", "handed back", "wait"),
-    "settling": State("◔", "settling", "wait"),
-    "retry": State("↻", "trying again", "warn"),
-    "quarantined": State("✕", "quarantined", "bad"),
-    "lost": State("✕", "lost", "bad"),
-    "no-code": State("?", "no code", "warn"),
-}
-_OUTCOMES: Final = {
-    "succeeded": State("✓", "succeeded", "good"),
-    "failed": State("✕", "failed", "bad"),
-    "timed_out": State("✕", "timed out", "bad"),
-    "lost": State("✕", "lost", "bad"),
-    "cancelled": State("■", "cancelled", "rest"),
-    "interrupted": State("↷", "handed back", "rest"),
-    "skipped": State("□", "skipped", "rest"),
-    None: State("▶", "running", "run"),
-}
-OUTCOMES: Final = tuple(outcome for outcome in _OUTCOMES if outcome is not None)
 
 
 def due(seconds: float) -> str:
@@ -100,32 +68,9 @@ def iso(moment: float | str | datetime) -> str:
     return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def state_of(job: Job) -> State:
-    """Return what a job (a `JobAnswer`) does."""
-    if job["state"] == "running":
-        if job["cancelBy"] is not None or job["stoppingSince"] is not None:
-            return State("▶", "stopping" if job["cancelBy"] is None else "cancelling", "warn")
-        if job["paused"] is not None:
-            return State("▶", "running, then paused", "run")
-        return State("▶", "running", "run")
-    if job["state"] == "paused":
-        return State("‖", "paused", "rest")
-    waiting = job["waiting"]
-    state = _REASONS[waiting["reason"]]
-    if waiting["overdue"] and state.tone != "bad":
-        word = "overdue" if waiting["reason"] == "due" else f"{state.word}, overdue"
-        return State("!", word, "warn")
-    return state
-
-
-def outcome_of(outcome: str | None) -> State:
-    """Return what became of a run."""
-    return _OUTCOMES[outcome]
-
-
 def why(job: Job) -> str | None:
     """Return the sentence that explains a state, where the other columns do not."""
-    if job["state"] == "running":
+    if job["state"] == State.RUNNING:
         if job["stoppingSince"] is not None:
             by = f" by {job['cancelBy']}" if job["cancelBy"] is not None else ""
             return f"Told to stop{by} at {exact(job['stoppingSince'])}."
@@ -134,7 +79,7 @@ def why(job: Job) -> str | None:
         if job["workEndedAt"] is not None:
             return "Its work is done; it lasts to its least duration."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
-    if job["waiting"]["reason"] == "not-due":
+    if job["waiting"]["reason"] == Reason.NOT_DUE:
         failures = job["failuresInARow"]
         return f"Its last {failures} runs failed." if failures > 1 else None
     return str(job["waiting"]["sentence"])
@@ -287,12 +232,12 @@ def _became(run: dict[str, Any], job: Job | None) -> str:
     """Return what became of a job whose run was lost."""
     if job is None:
         return "is no more"
-    if job["state"] == "running":
+    if job["state"] == State.RUNNING:
         return f"runs on {job['server']}"
     last = job["lastRun"]
     if last is not None and seconds_of(last["startedAt"]) > run["started"] + 0.001:
-        return f"{outcome_of(last['outcome']).word} on {last['server']}"
-    if job["state"] == "paused":
+        return f"{outcome_sign(last['outcome']).label} on {last['server']}"
+    if job["state"] == State.PAUSED:
         return "is paused"
     return "waits for an instance"
 
@@ -309,6 +254,6 @@ def jobs_of(jobs: Mapping[str, JobStatus], limit: int) -> list[str]:
     ranks: list[list[str]] = [[], [], [], []]
     for name, status in jobs.items():
         summary = status.summary
-        running = summary.state == "running"
+        running = summary.state == State.RUNNING
         ranks[(summary.overdue, summary.failed, running, True).index(True)].append(name)
     return list(islice(chain.from_iterable(ranks), limit))

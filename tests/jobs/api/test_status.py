@@ -64,12 +64,12 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
             "last_outcome": "interrupted",
         },
         None,
-        "app9 handed it back",
+        "app9 released it",
     ),
     "requested": (
         {"due_at": -1 * SECOND, "requested_by": "bob"},
         None,
-        "bob asked for a run",
+        "Requested by bob",
     ),
     "quarantined": (
         {"due_at": -60 * SECOND, "ready_at": 600 * SECOND, "attempt": 3, "lost_streak": 3}

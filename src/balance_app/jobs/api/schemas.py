@@ -2,7 +2,7 @@
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, Path, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.params import DECIMAL, refuse_repeated
+from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
@@ -22,20 +23,6 @@ PRINTABLE_PATTERN: Final = (
 )
 _PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
 
-Outcome = Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted", "lost", "skipped"]
-Reason = Literal[
-    "not-due",
-    "due",
-    "settling",
-    "paused",
-    "retry",
-    "quarantined",
-    "handed-back",
-    "lost",
-    "requested",
-    "no-code",
-]
-
 
 def _is_name(name: str) -> str:
     if not _NAME.fullmatch(name):
@@ -44,7 +31,7 @@ def _is_name(name: str) -> str:
 
 
 def _is_outcome(outcome: object) -> object:
-    if outcome not in get_args(Outcome):
+    if outcome not in set(Outcome):
         raise PydanticCustomError("not-an-outcome", "not an outcome")
     return outcome
 
@@ -219,7 +206,7 @@ class JobAnswer(_Answer):
     """
 
     name: Name
-    state: Annotated[Literal["running", "waiting", "paused"], Field(examples=["running"])]
+    state: Annotated[State, Field(examples=["running"])]
     description: Annotated[str, Field(examples=["Check every entry against the one before it."])]
     schedule: ScheduleAnswer
     other_schedules: Annotated[

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 from pydantic_core import from_json, to_json
@@ -21,10 +21,7 @@ from balance_app.formatting import exact
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
-
-State = Literal["running", "waiting", "paused"]
-
-FAILURES: Final = frozenset({"failed", "timed_out", "lost"})
+from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
 
 _LOST: Final = (
     "{} sent no heartbeat: it has stopped, or can't reach the database; another instance "
@@ -290,18 +287,18 @@ def _is_forgotten(row: asyncpg.Record) -> bool:
 
 def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
     """Return a job's status; what it says is true from `now` on, until something changes."""
-    state: State = "waiting"
+    state = State.WAITING
     if row["holder"] is not None and row["lease_until"] > now:
-        state = "running"
+        state = State.RUNNING
     elif row["paused_at"] is not None:
-        state = "paused"
-    running = state == "running"
+        state = State.PAUSED
+    running = state is State.RUNNING
     holder = str(row["holder"]) if running else None
     waiting = None
     valid_until = now if running else _NEVER
-    if state == "paused":
-        waiting = _waiting("paused", _paused(row))
-    elif state == "waiting":
+    if state is State.PAUSED:
+        waiting = _waiting(Reason.PAUSED, _paused(row))
+    elif state is State.WAITING:
         waiting, valid_until = _waiting_reason(row, now, fleet, limits)
     body = {
         "name": row["name"],
@@ -367,45 +364,46 @@ def _waiting_reason(
         (at for at in (ready_at, overdue_at, settles_at) if at is not None and at > now),
         default=_NEVER,
     )
-    again = {"failed": "failed", "timed_out": "timed out"}.get(row["last_outcome"], "ended early")
+    outcome = row["last_outcome"]
+    ended = outcome and outcome_predicate(outcome)
     failures = row["failure_streak"]
     many = f" Its last {failures} runs failed." if failures > 1 else ""
     until = None
     if not fleet.can_run(row["number"], row["name"]):
-        reason, sentence = "no-code", "No live instance has its code."
+        reason, sentence = Reason.NO_CODE, "No live instance has its code."
     elif lost:
-        reason, sentence = "lost", _LOST.format(row["server"])
+        reason, sentence = Reason.LOST, _LOST.format(row["server"])
     elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
         until = ready_at
-        reason = "quarantined"
+        reason = Reason.QUARANTINED
         sentence = _QUARANTINED.format(row["lost_streak"], _utc(ready_at))
     elif ready_at > now:
         until = ready_at
         reason, sentence = (
-            ("retry", f"The last run {again}; it is tried again at {_utc(ready_at)}.{many}")
+            (Reason.RETRY, f"The last run {ended}; it is tried again at {_utc(ready_at)}.{many}")
             if row["attempt"]
-            else ("not-due", f"Not due before {_utc(ready_at)}.{many}")
+            else (Reason.NOT_DUE, f"Not due before {_utc(ready_at)}.{many}")
         )
     elif settles_at is not None and settles_at > now:
         until = settles_at
         reason, sentence = (
-            "settling",
+            Reason.WARM_UP,
             f"Due, but instances are coming up: they share what is due at {_utc(settles_at)}.",
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
-            "requested",
-            f"{row['requested_by']} asked for a run: an instance takes it.",
+            Reason.REQUESTED,
+            f"Requested by {row['requested_by']}: an instance takes it.",
         )
-    elif row["attempt"] and row["last_outcome"] == "interrupted":
+    elif row["attempt"] and outcome == Outcome.RELEASED:
         reason, sentence = (
-            "handed-back",
-            f"{row['last_server']} handed it back: another instance goes on with it.",
+            Reason.RELEASED,
+            f"{row['last_server']} released it: another instance goes on with it.",
         )
     elif row["attempt"]:
-        reason, sentence = "retry", f"The last run {again}; it is tried again now.{many}"
+        reason, sentence = Reason.RETRY, f"The last run {ended}; it is tried again now.{many}"
     else:
-        reason, sentence = "due", f"Due since {_utc(ready_at)}: an instance takes it."
+        reason, sentence = Reason.DUE, f"Due since {_utc(ready_at)}: an instance takes it."
     return _waiting(reason, sentence, until, overdue=overdue_at <= now), valid_until
 
 

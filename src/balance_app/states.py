@@ -1,0 +1,126 @@
+"""The states of jobs, the outcomes of runs and the reasons to wait: values, symbols and labels.
+
+The values stand in the database, in the API and in the metrics; the symbols and labels are what
+people see, on the page and in the terminal. A symbol or a label never depends on a colour.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+
+class Tone(StrEnum):
+    """What a colour repeats, where there are colours."""
+
+    GOOD = "good"
+    RUN = "run"
+    WAIT = "wait"
+    WARN = "warn"
+    BAD = "bad"
+    REST = "rest"
+
+
+class Sign(NamedTuple):
+    """How something is shown to people."""
+
+    symbol: str
+    label: str
+    tone: Tone
+
+
+class State(StrEnum):
+    """What a job does."""
+
+    RUNNING = "running"
+    WAITING = "waiting"
+    PAUSED = "paused"
+
+
+class Outcome(StrEnum):
+    """How a run ended; `SKIPPED` is a range of ticks that did not run."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+    RELEASED = "interrupted"
+    SKIPPED = "skipped"
+
+
+class Reason(StrEnum):
+    """Why a job does not run."""
+
+    NOT_DUE = "not-due"
+    DUE = "due"
+    REQUESTED = "requested"
+    RELEASED = "handed-back"
+    WARM_UP = "settling"
+    RETRY = "retry"
+    QUARANTINED = "quarantined"
+    LOST = "lost"
+    NO_CODE = "no-code"
+    PAUSED = "paused"
+
+
+_RUNNING: Final = Sign("▶", "running", Tone.RUN)
+_PAUSED: Final = Sign("‖", "paused", Tone.REST)
+_OUTCOMES: Final[dict[str, Sign]] = {
+    Outcome.SUCCEEDED: Sign("✓", "succeeded", Tone.GOOD),
+    Outcome.FAILED: Sign("✕", "failed", Tone.BAD),
+    Outcome.TIMED_OUT: Sign("✕", "timed out", Tone.BAD),
+    Outcome.LOST: Sign("✕", "lost", Tone.BAD),
+    Outcome.CANCELLED: Sign("■", "cancelled", Tone.REST),
+    Outcome.RELEASED: Sign("↷", "released", Tone.REST),
+    Outcome.SKIPPED: Sign("□", "skipped", Tone.REST),
+}
+_REASONS: Final[dict[str, Sign]] = {
+    Reason.NOT_DUE: Sign("○", "waiting", Tone.REST),
+    Reason.DUE: Sign("◔", "due", Tone.WAIT),
+    Reason.REQUESTED: Sign("◔", "requested", Tone.WAIT),
+    Reason.RELEASED: Sign("◔", "released", Tone.WAIT),
+    Reason.WARM_UP: Sign("◔", "warm-up", Tone.WAIT),
+    Reason.RETRY: Sign("↻", "retry", Tone.WARN),
+    Reason.QUARANTINED: Sign("✕", "quarantined", Tone.BAD),
+    Reason.LOST: Sign("✕", "lost", Tone.BAD),
+    Reason.NO_CODE: Sign("?", "no code", Tone.WARN),
+}
+_ACTIVE: Final = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT)
+
+# The outcomes of a last run after which somebody should look at the job.
+FAILURES: Final = (Outcome.FAILED, Outcome.TIMED_OUT, Outcome.LOST)
+
+
+def outcome_sign(outcome: str | None) -> Sign:
+    """Return how a run ended; None: it has not ended. A newer service may know more outcomes."""
+    if outcome is None:
+        return _RUNNING
+    return _OUTCOMES.get(outcome) or Sign("?", outcome, Tone.REST)
+
+
+def outcome_predicate(outcome: str) -> str:
+    """Return what is said of a run that ended so: "failed", "was cancelled"."""
+    label = outcome_sign(outcome).label
+    return label if outcome in _ACTIVE else f"was {label}"
+
+
+def job_sign(job: Mapping[str, Any]) -> Sign:
+    """Return what a job (a `JobAnswer` as JSON) does, and whether that is as it should be."""
+    if job["state"] == State.RUNNING:
+        return _running_sign(job)
+    if job["state"] == State.PAUSED:
+        return _PAUSED
+    reason = job["waiting"]["reason"]
+    sign = _REASONS.get(reason) or Sign("○", reason, Tone.REST)
+    if job["waiting"]["overdue"] and sign.tone != Tone.BAD:
+        label = "overdue" if reason == Reason.DUE else f"{sign.label}, overdue"
+        return Sign("!", label, Tone.WARN)
+    return sign
+
+
+def _running_sign(job: Mapping[str, Any]) -> Sign:
+    if job["cancelBy"] is not None:
+        return _RUNNING._replace(label="cancelling", tone=Tone.WARN)
+    if job["stoppingSince"] is not None:
+        return _RUNNING._replace(label="stopping", tone=Tone.WARN)
+    return _RUNNING if job["paused"] is None else _RUNNING._replace(label="running, then paused")
