@@ -95,7 +95,7 @@ async def test_a_program_that_makes_no_declarations_is_overruled(ground: Ground)
     new = ground.instance("new")
     await new.declare("moon", schedule=NEW)
     due_at = (await ground.row("moon"))["due_at"]
-    await ground.admin.execute(OLD_REDECLARE, "moon", OLD, "", due_at - HOUR)
+    await ground.admin.execute(OLD_REDECLARE, "moon", OLD, "", due_at + HOUR)
     await new.declare("moon", schedule=NEW)
     row = await ground.row("moon")
     assert (row["schedule"], row["due_at"], row["ready_at"]) == (NEW, due_at, due_at)
