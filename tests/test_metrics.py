@@ -189,8 +189,15 @@ async def _admin(database: dict[str, str], setting: str, *, ends: bool = False) 
     admin = await connect({**database, "DB_NAME": "postgres"})
     await admin.execute(f'ALTER DATABASE "{name}" {setting}')
     if ends:
+        # Who holds a row ends last: who waits for it must not get it first.
         await admin.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+            """
+            SELECT pg_terminate_backend(pid, 5000) FROM (
+                SELECT pid FROM pg_stat_activity WHERE datname = $1
+                ORDER BY state = 'idle in transaction', pid
+            ) AS sessions
+            """,
+            name,
         )
     await admin.close()
 
