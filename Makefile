@@ -10,6 +10,8 @@ SHELL := bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INSTANCES ?= 5
+# Files of tests that run side by side, each with a PostgreSQL of its own: most of their time is waiting.
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -36,7 +38,8 @@ load: $(READY) ## fire 10 000 withdrawals at the running instances, and print th
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest $(if $(PORT),http://127.0.0.1:$(PORT)) $(LOAD)
 
 test: $(READY) ## run all tests against a real PostgreSQL
-	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m pytest $(TESTS)
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m pytest \
+		$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 check: lint test ## what CI runs: linters and tests
 

@@ -6,12 +6,25 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from tests import fork_server
 from tests.processes import DATABASE_VARIABLES, Instance, empty_database
 from tests.system.databases import own_postgres
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: side by side, none of it is left to the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/system/", "tests/jobs/")))
+
+
 @pytest.fixture(scope="session")
-async def postgres() -> AsyncIterator[dict[str, str]]:
+async def _fork_server() -> AsyncIterator[None]:
+    """What forks the instances of tests that say nothing of how they start."""
+    async with fork_server.run():
+        yield
+
+
+@pytest.fixture(scope="session")
+async def postgres(_fork_server: None) -> AsyncIterator[dict[str, str]]:
     """The DB_* variables of a PostgreSQL: the configured one, or an embedded one of our own."""
     configured = {name: os.environ[name] for name in DATABASE_VARIABLES if os.environ.get(name)}
     if "DB_HOST" in configured:

@@ -11,13 +11,18 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 from uuid import uuid4
 
 import asyncpg
 import httpx
 
+from tests import fork_server
+
 START_SECONDS = 60
+# Programs that the fork server has; any other is the arguments of a Python that starts anew.
+SERVE = ("balance_app", "serve")
+FLEET = ("tests.jobs.fleet",)
 DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DATABASE_URL")
 
 
@@ -59,7 +64,7 @@ class Instance:
         name: str = "app1",
         *,
         log: Path | None = None,
-        program: Sequence[str] = ("-m", "balance_app", "serve"),
+        program: Sequence[str] = SERVE,
         **env: str,
     ) -> None:
         self.name = name
@@ -85,9 +90,18 @@ class Instance:
 
     async def launch(self) -> None:
         """Start the process; do not wait for it."""
-        with (self._log or Path(os.devnull)).open("ab") as log:
+        path = self._log or Path(os.devnull)
+        module, *arguments = self._program
+        if fork_server.running and module in fork_server.FORKABLE:
+            child = await fork_server.running[0].fork(
+                module, *arguments, log=path, environment=self._environment
+            )
+            self.process = cast("asyncio.subprocess.Process", child)
+            return
+        options = () if module.startswith("-") else ("-m",)
+        with path.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, *self._program),
+                *(sys.executable, *options, *self._program),
                 env=self._environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

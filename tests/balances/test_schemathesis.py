@@ -16,6 +16,9 @@ import balance_app.main  # noqa: F401 - with it every problem is known
 from balance_app.errors import PROBLEM_JSON, all_problems, explain
 from tests.balances.hostile import one_instance
 from tests.processes import Instance
+from tests.system.sizes import size
+
+EXAMPLES = size(small=25, full=100)  # of each operation
 
 KINDS: Final = {kind.code: kind for kind in all_problems()}
 
@@ -56,7 +59,7 @@ async def test_the_service_keeps_to_its_openapi_document(
     tester = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{instance.url}/openapi.json"),
         *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
-        *("--max-examples", "60", "--generation-deterministic", "--seed", "1"),
+        *("--max-examples", str(EXAMPLES), "--generation-deterministic", "--seed", "1"),
         *("--continue-on-failure", "--no-color"),
         cwd=tmp_path,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": _path_with(tmp_path)},

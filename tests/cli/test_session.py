@@ -303,7 +303,7 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
         ([UNAVAILABLE], 0, 3, 1),
         ([UNKNOWN], 0, 5, 1),
         # what the second try says of itself says nothing of the first
-        ([UNKNOWN, UNAVAILABLE], 1.5, 5, 2),
+        ([UNKNOWN, UNAVAILABLE], 1.9, 5, 2),
         ([http("502 Bad Gateway", "<html>"), http("200 OK", DONE)], 20, 0, 2),
         ([http("500 No", '{"detail":"A mistake.","applied":"unknown"}')], 0, 5, 1),
         ([http("404 No", "<html>"), http("200 OK", DONE)], 20, 3, 1),

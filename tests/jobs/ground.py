@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.jobs.fleet import Span, read_event_logs
-from tests.jobs.fork_server import ForkServer
-from tests.processes import Instance, connect, empty_database
+from tests.processes import FLEET, Instance, connect, empty_database
 
 Database = dict[str, str]
 
@@ -20,7 +19,6 @@ Database = dict[str, str]
 class Ground:
     """An empty database, and a directory for the event logs of the instances that use it."""
 
-    fork_server: ForkServer
     database: Database
     directory: Path
 
@@ -29,13 +27,15 @@ class Ground:
     ) -> list[Instance]:
         names = [f"{name}{number}" for number in range(1, count + 1)]
         env = {"FLEET_EVENT_LOGS": str(self.event_logs), **env}
-        if forked:
-            return [
-                self.fork_server.instance(self.database, name, self.log, **env) for name in names
-            ]
-        program = ("-m", "tests.jobs.fleet")
         return [
-            Instance(self.database, name, log=self.log, program=program, **env) for name in names
+            Instance(
+                self.database,
+                name,
+                log=self.log,
+                program=FLEET if forked else ("-m", *FLEET),
+                **env,
+            )
+            for name in names
         ]
 
     @property
@@ -80,11 +80,11 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def ground(postgres: Database, fork_server: ForkServer, top: Path) -> AsyncIterator[Ground]:
+async def ground(postgres: Database, top: Path) -> AsyncIterator[Ground]:
     directory = top / str(next(_numbers))
     (directory / "event-logs").mkdir(parents=True)
     async with empty_database(postgres) as database:
-        yield Ground(fork_server, database, directory)
+        yield Ground(database, directory)
 
 
 async def end(instances: Iterable[Instance], number: int = signal.SIGKILL) -> None:

@@ -15,7 +15,6 @@ import pytest
 from balance_app.jobs import children
 from balance_app.jobs.scope import Scope, count_what_runs_start
 from tests.jobs.fleet import overlaps
-from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.jobs.kinds import EventLog, functions
 from tests.system.sizes import report_figures, size
@@ -25,12 +24,6 @@ LEASE = 3
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 # These end with the main task in any case: it passes its own cancel on to them, or waits for them.
 WITH_THE_MAIN_TASK = {"group", "generator", "thread-child"}
-
-
-@pytest.fixture(scope="module")
-async def fork_server() -> AsyncIterator[ForkServer]:
-    async with running_fork_server() as server:
-        yield server
 
 
 async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[str, str | None]]:
@@ -86,7 +79,7 @@ async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[
 
 
 async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """Cancelled, timed out, released or lost: no line of a run comes after the next one's first.
 
@@ -94,8 +87,8 @@ async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
     """
     kinds = list(functions(cast("EventLog", None), 0))
     async with (
-        ground(postgres, fork_server, tmp_path) as guarded,
-        ground(postgres, fork_server, tmp_path) as unguarded,
+        ground(postgres, tmp_path) as guarded,
+        ground(postgres, tmp_path) as unguarded,
     ):
         found = await disturb(guarded, kinds)
         control = await disturb(unguarded, kinds, FLEET_UNGUARDED="scope")
@@ -105,11 +98,11 @@ async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
 
 
 async def test_children_end_with_the_process_of_their_instance(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """After kill -9 no child of a run writes another line, nor does a child's child."""
     kinds = ["subprocess", "grandchild", "deaf-child", "thread-child"]
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         env = {"FLEET_JOBS": str(len(kinds)), "FLEET_KIND": ",".join(kinds)}
         (instance,) = where.instances(1, {**env, "JOB_SETTLING_SECONDS": "0"})
         await instance.launch()

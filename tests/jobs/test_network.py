@@ -11,7 +11,7 @@ import asyncpg
 
 from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.proxy import Proxy
-from tests.processes import Instance, connect, empty_database, running
+from tests.processes import FLEET, Instance, connect, empty_database, running
 from tests.system.sizes import report_figures, size
 from tests.system.test_outage import Probes
 
@@ -217,7 +217,7 @@ async def _fleet(
                 proxy.environment(),
                 f"app{number}",
                 log=directory.with_suffix(".log"),
-                program=("-m", "tests.jobs.fleet"),
+                program=FLEET,
                 **settings,
             )
             fleet.append((instance, proxy))

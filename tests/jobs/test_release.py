@@ -4,14 +4,10 @@ import asyncio
 import itertools
 import random
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
 
-import pytest
-
 from tests.jobs.fleet import Span, overlaps
-from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.processes import Instance
 from tests.system.sizes import report_figures, size
@@ -30,12 +26,6 @@ FROM job_runs
 """
 
 HELD = "SELECT name FROM jobs WHERE holder IS NOT NULL"
-
-
-@pytest.fixture(scope="module")
-async def fork_server() -> AsyncIterator[ForkServer]:
-    async with running_fork_server() as server:
-        yield server
 
 
 async def serve(where: Ground, count: int, env: dict[str, str]) -> list[Instance]:
@@ -88,13 +78,11 @@ def figures(name: str, seconds: list[float]) -> str:
     )
 
 
-async def test_a_rolling_restart_loses_nothing(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Path) -> None:
     """Each instance in turn is restarted: none of its jobs overlaps, is lost, or waits long."""
     stops: list[float] = []
     codes: list[int] = []
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         instances = await serve(where, 5, {"FLEET_JOBS": "10", "FLEET_KIND": "paced,thread"})
         try:
             for _ in range(ROUNDS):
@@ -131,11 +119,9 @@ async def test_a_rolling_restart_loses_nothing(
     assert max(waits) <= RELEASE_SECONDS
 
 
-async def test_all_instances_are_stopped_at_once(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_all_instances_are_stopped_at_once(postgres: Database, tmp_path: Path) -> None:
     """All end soon, all jobs are free, and the next start goes on where they were."""
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         instances = await serve(where, 5, {"FLEET_JOBS": "10"})
         try:
             await asyncio.sleep(1)
@@ -161,7 +147,7 @@ async def test_all_instances_are_stopped_at_once(
 
 
 async def test_without_the_hand_back_jobs_wait_for_the_lease(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """The control: an instance that just ends leaves its jobs until their leases run out."""
     env = {
@@ -170,7 +156,7 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
         "JOB_LEASE_SECONDS": "4",
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         instances = await serve(where, 2, env)
         try:
             await instances[0].stop(signal.SIGTERM)
@@ -202,16 +188,14 @@ async def stop_uncancellable(where: Ground, env: dict[str, str]) -> tuple[int, f
         await end(instances)
 
 
-async def test_a_thread_that_never_ends(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_a_thread_that_never_ends(postgres: Database, tmp_path: Path) -> None:
     """Its process is ended, and its jobs start elsewhere after that.
 
     If a run counted as ended when it was told to stop, they would start before.
     """
     async with (
-        ground(postgres, fork_server, tmp_path) as where,
-        ground(postgres, fork_server, tmp_path) as unguarded,
+        ground(postgres, tmp_path) as where,
+        ground(postgres, tmp_path) as unguarded,
     ):
         (code, took, spans), control = await asyncio.gather(
             stop_uncancellable(where, {}),

@@ -12,10 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 
-import pytest
-
 from tests.jobs.fleet import overlaps
-from tests.jobs.fork_server import ForkServer, running_fork_server
 from tests.jobs.ground import Database, Ground, end, ground
 from tests.processes import Instance, running
 from tests.system.sizes import FULL, report_figures, size
@@ -71,12 +68,6 @@ UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at FROM (
 ) AS staggered
 WHERE jobs.name = staggered.name
 """
-
-
-@pytest.fixture(scope="module")
-async def fork_server() -> AsyncIterator[ForkServer]:
-    async with running_fork_server() as server:
-        yield server
 
 
 # -- a simultaneous start ---------------------------------------------------------------------
@@ -174,7 +165,7 @@ def tell_starts(starts: list[Start]) -> None:
 
 
 async def test_instances_that_start_together_share_the_jobs(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """Cold or warm, after a stop or a kill, the instances' loads differ by at most 1."""
     plans = (
@@ -188,7 +179,7 @@ async def test_instances_that_start_together_share_the_jobs(
     async def one(turn: int, count: int, jobs: int) -> list[Start]:
         # The promise is for instances that come up within the warm-up.
         while len(beyond) <= len(plans):
-            async with gate, ground(postgres, fork_server, tmp_path) as where:
+            async with gate, ground(postgres, tmp_path) as where:
                 starts = await cold_and_warm(
                     where,
                     count,
@@ -211,14 +202,14 @@ async def test_instances_that_start_together_share_the_jobs(
 
 
 async def test_jobs_that_become_due_while_instances_settle(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """They are shared evenly too, though the first instance has warmed up and the last has not.
 
     And without waiting: they were seen long before they were due.
     """
     warm_up = FORKED_WARM_UP
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         instances = where.instances(
             5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
         )
@@ -242,12 +233,10 @@ async def test_jobs_that_become_due_while_instances_settle(
     assert max(late) < warm_up
 
 
-async def test_a_start_soon_after_a_start(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_a_start_soon_after_a_start(postgres: Database, tmp_path: Path) -> None:
     """Instances go by what they saw themselves, not by what instances saw that are dead by now."""
     warm_up = FORKED_WARM_UP
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         instances = where.instances(
             5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
         )
@@ -270,10 +259,10 @@ async def test_a_start_soon_after_a_start(
 
 
 async def test_without_turns_the_first_instance_takes_all(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
+    postgres: Database, tmp_path: Path
 ) -> None:
     """The control: whatever is due is taken as soon as it is seen, and the shares are uneven."""
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         starts = await cold_and_warm(
             where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="policy"
         )
@@ -305,15 +294,10 @@ async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
     return sorted((loads[instance.name] for instance in instances), reverse=True)
 
 
-async def test_light_load_goes_round(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_light_load_goes_round(postgres: Database, tmp_path: Path) -> None:
     """Due together or one after the other, short runs are shared evenly; not so without rounds."""
     async with AsyncExitStack() as stack:
-        grounds = [
-            await stack.enter_async_context(ground(postgres, fork_server, tmp_path))
-            for _ in range(3)
-        ]
+        grounds = [await stack.enter_async_context(ground(postgres, tmp_path)) for _ in range(3)]
         together, staggered, control = await asyncio.gather(
             light_load(grounds[0], stagger=False, **TIE),
             light_load(grounds[1], stagger=True, **TIE),
@@ -379,13 +363,11 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-async def test_newcomers_that_die_delay_nobody(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_newcomers_that_die_delay_nobody(postgres: Database, tmp_path: Path) -> None:
     """An instance that comes up every second and dies delays no job on warmed-up instances."""
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         late = await lateness(where, size(small=8, full=30))
-    async with ground(postgres, fork_server, tmp_path) as where:
+    async with ground(postgres, tmp_path) as where:
         control = await lateness(where, 8, FLEET_UNGUARDED="newcomers")
     report_figures(
         f"{len(late)} starts late by p50 {quantile(late, 0.5) * 1000:.1f} ms, "
@@ -396,9 +378,7 @@ async def test_newcomers_that_die_delay_nobody(
     assert len(control) < len(late) / 2
 
 
-async def test_newcomers_that_die_delay_no_start(
-    postgres: Database, fork_server: ForkServer, tmp_path: Path
-) -> None:
+async def test_newcomers_that_die_delay_no_start(postgres: Database, tmp_path: Path) -> None:
     """Instances that come up among newcomers that die wait for the warm-up once.
 
     Without the guard that what was seen is written once, they wait for as long as newcomers come.
@@ -407,7 +387,7 @@ async def test_newcomers_that_die_delay_no_start(
     async def start(**env: str) -> list[float]:
         env = {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}", **env}
         async with (
-            ground(postgres, fork_server, tmp_path) as where,
+            ground(postgres, tmp_path) as where,
             crash_loop(where, env),
             running(where.instances(3, env)),
         ):

@@ -9,7 +9,7 @@ from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import own_postgres
 from tests.system.sizes import size
 
-CHANGES = size(small=6_000, full=100_000)
+CHANGES = size(small=4_000, full=100_000)
 CONNECTIONS = 32
 OPENING_BALANCE = 21
 

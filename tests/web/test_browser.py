@@ -14,7 +14,7 @@ from playwright.async_api import Browser, Page
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.web import view_models
 from tests.jobs.rows import add_instance, add_job, running
-from tests.processes import Instance
+from tests.processes import FLEET, Instance
 from tests.system.databases import kill, own_postgres
 from tests.web.browser import chromium, live, says, tab
 from tests.web.site import SECOND, Site, add_example, add_run
@@ -73,7 +73,7 @@ async def test_an_instance_that_is_killed_is_seen_to_be_lost(
         Instance(
             database,
             f"app{number}",
-            program=("-m", "tests.jobs.fleet"),
+            program=FLEET,
             FLEET_EVENT_LOGS=str(tmp_path / "event-logs"),
             FLEET_JOBS="2",
             FLEET_EVERY="3600",

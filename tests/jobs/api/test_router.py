@@ -20,7 +20,7 @@ import pytest
 from tests.balances.hostile import one_instance
 from tests.jobs.fleet import read_event_logs
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import Instance, connect
+from tests.processes import FLEET, Instance, connect
 from tests.system.databases import freeze, own_postgres, thaw
 
 SECOND: Final = timedelta(seconds=1)
@@ -71,7 +71,7 @@ async def fleet(
         Instance(
             database,
             f"app{number}",
-            program=("-m", "tests.jobs.fleet"),
+            program=FLEET,
             FLEET_EVENT_LOGS=str(event_log),
             FLEET_JOBS="1",
             FLEET_SECONDS=str(seconds),

@@ -1,9 +1,8 @@
 """Instances forked from a process that has imported everything: they are up in a moment.
 
-Each is a process of its own that serves as `python -m tests.jobs.fleet` does; only its imports are
-done already. `python -m tests.jobs.fork_server` is the parent: it reads a line of JSON per instance
-that is to be forked (a number and its environment), and reports who was forked and who has ended,
-and how.
+Each is a process of its own that does what `python -m MODULE ARGUMENTS` does; only its imports are
+done already. `python -m tests.fork_server` is the parent: it reads a line of JSON per instance that
+is to be forked, and reports who was forked and who has ended, and how.
 """
 
 import asyncio
@@ -14,11 +13,12 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Final
 
-from tests.jobs import fleet
-from tests.processes import Instance
+# What `python -m` may be given, and the module whose `main()` that is.
+FORKABLE: Final = {"balance_app": "balance_app.__main__", "tests.jobs.fleet": "tests.jobs.fleet"}
 
 
 class Child:
@@ -55,16 +55,13 @@ class ForkServer:
         self._process = process
         self._children: list[Child] = []
 
-    def instance(
-        self, database: dict[str, str], name: str, log: Path | None = None, **env: str
-    ) -> Instance:
-        """Return an instance that will be forked when it is launched."""
-        return _Forked(self, database, name, log, env)
-
-    async def fork(self, log: Path | None, environment: dict[str, str]) -> Child:
+    async def fork(
+        self, module: str, *arguments: str, log: Path, environment: dict[str, str]
+    ) -> Child:
+        """Fork an instance; its output goes to the end of a file."""
         child = Child()
         self._children.append(child)
-        order = [len(self._children) - 1, str(log or os.devnull), environment]
+        order = [len(self._children) - 1, module, arguments, str(log), environment]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         await child.forked
@@ -77,37 +74,26 @@ class ForkServer:
             getattr(self._children[number], what).set_result(value)
 
 
-class _Forked(Instance):
-    def __init__(
-        self,
-        fork_server: ForkServer,
-        database: dict[str, str],
-        name: str,
-        log: Path | None,
-        env: dict[str, str],
-    ) -> None:
-        super().__init__(database, name, log=log, program=(), **env)
-        self._fork_server = fork_server
-
-    async def launch(self) -> None:
-        child = await self._fork_server.fork(self._log, self._environment)
-        self.process = cast("asyncio.subprocess.Process", child)
+# The one that runs, if one does.
+running: list[ForkServer] = []
 
 
 @asynccontextmanager
-async def running_fork_server() -> AsyncIterator[ForkServer]:
+async def run() -> AsyncIterator[None]:
     """Run the parent; what it has forked ends with it."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.jobs.fork_server"),
+        *(sys.executable, "-m", "tests.fork_server"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[1],
     )
     parent = ForkServer(process)
     listener = asyncio.create_task(parent.listen())
+    running.append(parent)
     try:
-        yield parent
+        yield
     finally:
+        running.remove(parent)
         assert process.stdin is not None
         process.stdin.close()
         await process.wait()
@@ -116,6 +102,8 @@ async def running_fork_server() -> AsyncIterator[ForkServer]:
 
 def main() -> None:
     """Fork whatever is asked for, until nobody can ask any more."""
+    for module in (*FORKABLE.values(), "balance_app.maintenance"):
+        import_module(module)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -134,13 +122,13 @@ def main() -> None:
                 break
             *orders, asked = (asked + read).split(b"\n")
             for order in orders:
-                number, log, environment = json.loads(order)
+                number, *what = json.loads(order)
                 if (pid := os.fork()) == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.close(woken)
                     os.close(wake)
-                    _live(log, environment)
+                    _live(*what)
                 children[pid] = number
                 _say("forked", number, pid)
     for pid in children:
@@ -152,7 +140,7 @@ def _say(what: str, number: int, value: int) -> None:
     os.write(1, json.dumps([what, number, value]).encode() + b"\n")
 
 
-def _live(log: str, environment: dict[str, str]) -> None:
+def _live(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     """Be an instance, and end with it."""
     code = 1
     try:
@@ -162,7 +150,8 @@ def _live(log: str, environment: dict[str, str]) -> None:
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(environment)
-        fleet.main()
+        sys.argv = [module, *arguments]
+        import_module(FORKABLE[module]).main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
