@@ -15,7 +15,14 @@ from itertools import accumulate
 from time import monotonic
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from prometheus_client import Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import (
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -130,7 +137,8 @@ class Metrics:
     """
 
     def __init__(self, *, server: str = "", version: str = "", jobs: Iterable[str] = ()) -> None:
-        self._registry = registry = _Registry()
+        disable_created_metrics()  # type: ignore[no-untyped-call] # it says nothing of its types
+        self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Info("balance_app", "The instance.", registry=registry).info(
             {"server": server, "version": version}
@@ -256,16 +264,6 @@ class Metrics:
             self._fresh_until = monotonic() + FRESH_SECONDS
         await asyncio.wait({running}, timeout=PATIENCE_SECONDS)
         return running.result() if running.done() else None
-
-
-class _Registry(CollectorRegistry):
-    """All metrics but the moments at which each of them was made, which nobody asks for."""
-
-    @override
-    def collect(self) -> Iterator[Metric]:
-        for family in super().collect():
-            family.samples = [each for each in family.samples if not each.name.endswith("_created")]
-            yield family
 
 
 class _Fleet(Collector):
