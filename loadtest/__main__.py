@@ -3,10 +3,12 @@
 import asyncio
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from io import TextIOWrapper
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from loadtest.accounts import Account, Accounts, Ledger
@@ -19,57 +21,124 @@ from loadtest.verdict import Expectation, evaluate
 EXIT_PASSED, EXIT_FAILED, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _LONGEST_TIMEOUT_SECONDS = 3600
-_REQUESTS_AT_MOST = 1_000_000
+_REQUESTS_AT_MOST = 1_000_000  # all answers are kept
+
+cli = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one load test and return the exit code: 0 passed, 1 failed, 2 could not run."""
-    options = _parser().parse_args(arguments)
+def _not_zero(amount: int) -> int:
+    if amount == 0:
+        raise typer.BadParameter("0 would change nothing")
+    return amount
+
+
+@cli.command(epilog="Exit code: 0 all right, 1 something is wrong, 2 the test could not run.")
+def main(  # noqa: PLR0913 - each is an option
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="URL",
+            help="base URLs of the service, fired at in turn; loopback only (default: "
+            "BALANCE_APP_URL or PORT, of the environment or `.env`; if nobody is there, the ports "
+            "of the containers)",
+        ),
+    ] = None,
+    *,
+    requests: Annotated[int, typer.Option(min=1, max=_REQUESTS_AT_MOST, help="how many")] = 10_000,
+    amount: Annotated[
+        int, typer.Option(callback=_not_zero, help="the change each makes; negative withdraws")
+    ] = -2,
+    balance: Annotated[
+        int, typer.Option(min=0, help="opening balance of the user that is created for the test")
+    ] = 10_000,
+    user: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="ID",
+            help="use this user as it is instead of creating one; nobody else may change it "
+            "meanwhile",
+        ),
+    ] = None,
+    connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="send over N kept-alive connections, one request after the other on each "
+            "(default: one connection for each request)",
+        ),
+    ] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="send a unique Idempotency-Key with each request")
+    ] = False,
+    timeout: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_LONGEST_TIMEOUT_SECONDS,
+            metavar="SECONDS",
+            help="bound on opening and firing together",
+        ),
+    ] = 120,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object and nothing else")
+    ] = False,
+) -> None:
+    """Fire many balance changes at one moment and check whether all is exactly right.
+
+    All: every answer, the balance and the entries.
+    """
     # What can't be encoded for this terminal is replaced, never raised.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    connections = min(connections or requests, requests)
+    config = partial(
+        BurstConfig,
+        amount=amount,
+        requests=requests,
+        connections=connections,
+        keyed=keys,
+        timeout_seconds=timeout,
+    )
     try:
+        allow_open_files(connections)
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
-            report = runner.run(_run(options))
+            report = runner.run(_run(config, urls or [], user=user, balance=balance, quiet=as_json))
     except CannotRunError as error:
-        if options.json:
+        if as_json:
             print(json.dumps({"verdict": "not-run", "problems": [str(error)]}))
         print(error, file=sys.stderr)
-        return EXIT_NOT_RUN
-    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_NOT_RUN) from error
+    except KeyboardInterrupt as interrupt:
         print("Interrupted: no verdict.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    if options.json:
+        raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+    if as_json:
         print(report.as_json())
     else:
         report.print(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
-    return EXIT_PASSED if report.verdict.passed else EXIT_FAILED
+    raise typer.Exit(EXIT_PASSED if report.verdict.passed else EXIT_FAILED)
 
 
-async def _run(options: Namespace) -> Report:
-    targets = [Target.parse(url) for url in [*options.urls, *options.url]]
-    connections = min(options.connections or options.requests, options.requests)
-    allow_open_files(connections)
+async def _run(
+    config_for: Callable[..., BurstConfig],
+    urls: list[str],
+    *,
+    user: int | None,
+    balance: int,
+    quiet: bool,
+) -> Report:
+    targets = [Target.parse(url) for url in urls]
     targets = [await locate(target) for target in targets] or await find()
     accounts = Accounts(targets[0])
-    before = await (
-        accounts.create(options.balance) if options.user is None else accounts.find(options.user)
-    )
-    config = BurstConfig(
-        targets=targets,
-        user_id=before.user_id,
-        amount=options.amount,
-        requests=options.requests,
-        connections=connections,
-        keyed=options.keys,
-        timeout_seconds=options.timeout,
-    )
+    before = await (accounts.create(balance) if user is None else accounts.find(user))
+    config = config_for(targets=targets, user_id=before.user_id)
     progress = Progress()
-    async with shown(progress, config, Console(stderr=True, quiet=options.json)):
+    async with shown(progress, config, Console(stderr=True, quiet=quiet)):
         result = await fire(config, progress)
-    expected = Expectation(before, options.amount, options.requests)
-    ledger = await _ledger(accounts, before, options.requests)
+    expected = Expectation(before, config.amount, config.requests)
+    ledger = await _ledger(accounts, before, config.requests)
     return Report(config, expected, result, evaluate(expected, result.outcomes, ledger))
 
 
@@ -89,90 +158,5 @@ def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m loadtest",
-        description="Fire many balance changes at one moment and check whether every answer, the "
-        "balance and the entries are exactly right.",
-        epilog="Exit code: 0 all right, 1 something is wrong, 2 the test could not run.",
-    )
-    add = parser.add_argument
-    add(
-        "urls",
-        nargs="*",
-        metavar="URL",
-        help="base URLs of the service, fired at in turn; loopback only (default: BALANCE_APP_URL "
-        "or PORT, of the environment or `.env`; if nobody is there, the ports of the containers)",
-    )
-    add("--url", action="append", default=[], help="the same as an option; may be repeated")
-    add("--requests", type=_count, default=10_000, help="how many (default %(default)s)")
-    add(
-        "--amount",
-        type=_non_zero,
-        default=-2,
-        help="the change each makes; negative withdraws (default %(default)s)",
-    )
-    add(
-        "--balance",
-        type=_not_negative,
-        default=10_000,
-        help="opening balance of the user that is created for the test (default %(default)s)",
-    )
-    add(
-        "--user",
-        type=_positive,
-        metavar="ID",
-        help="use this user as it is instead of creating one; nobody else may change it meanwhile",
-    )
-    add(
-        "--connections",
-        type=_positive,
-        metavar="N",
-        help="send over N kept-alive connections, one request after the other on each "
-        "(default: one connection for each request)",
-    )
-    add("--keys", action="store_true", help="send a unique Idempotency-Key with each request")
-    add(
-        "--timeout",
-        type=_seconds,
-        default=120.0,
-        metavar="SECONDS",
-        help="bound on opening and firing together (default %(default)g)",
-    )
-    add("--json", action="store_true", help="print one JSON object and nothing else")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if (number := _not_negative(text)) == 0:
-        raise ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := _positive(text)) > _REQUESTS_AT_MOST:
-        raise ArgumentTypeError(f"must be at most {_REQUESTS_AT_MOST}: all answers are kept")
-    return number
-
-
-def _not_negative(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise ArgumentTypeError("must not be negative")
-    return number
-
-
-def _non_zero(text: str) -> int:
-    if (number := int(text)) == 0:
-        raise ArgumentTypeError("must not be 0: it would change nothing")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number <= _LONGEST_TIMEOUT_SECONDS:
-        raise ArgumentTypeError(f"must be above 0 and at most {_LONGEST_TIMEOUT_SECONDS} seconds")
-    return number
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    cli(prog_name="python -m loadtest")

@@ -7,21 +7,22 @@ import socket
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from loadtest import preconditions
-from loadtest.__main__ import EXIT_NOT_RUN, main
+from loadtest.__main__ import EXIT_NOT_RUN, cli
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find
 
 
-def test_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
+def test_absent_service() -> None:
     """Where nobody listens, one sentence says so and how to start the service."""
     with socket.socket() as bound_but_deaf:
         bound_but_deaf.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound_but_deaf.getsockname()[1]}"
-        assert main([url]) == EXIT_NOT_RUN
-    output = capsys.readouterr()
-    assert output.err == f"No service answers at {url}: start it with `make run`.\n"
-    assert output.out == ""
+        result = CliRunner().invoke(cli, [url])
+    assert result.exit_code == EXIT_NOT_RUN
+    assert result.stderr == f"No service answers at {url}: start it with `make run`.\n"
+    assert result.stdout == ""
 
 
 async def test_the_service_is_found_where_its_commands_find_it(
@@ -50,10 +51,11 @@ async def test_the_service_is_found_where_its_commands_find_it(
             server.close()
 
 
-def test_reason_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reason_as_json() -> None:
     """With --json the reason for not running is one JSON object on stdout as well."""
-    assert main(["http://192.0.2.1:3000", "--json"]) == EXIT_NOT_RUN
-    report = json.loads(capsys.readouterr().out)
+    result = CliRunner().invoke(cli, ["http://192.0.2.1:3000", "--json"])
+    assert result.exit_code == EXIT_NOT_RUN
+    report = json.loads(result.stdout)
     assert report["verdict"] == "not-run"
     assert "loopback" in report["problems"][0]
 
@@ -116,9 +118,8 @@ def test_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
         "--connections=x",
     ],
 )
-def test_impossible_options(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_options(option: str) -> None:
     """An impossible option is refused in the usual way of the command line."""
-    with pytest.raises(SystemExit) as ended:
-        main([option])
-    assert ended.value.code == EXIT_NOT_RUN
-    assert "error: argument" in capsys.readouterr().err
+    result = CliRunner().invoke(cli, [option])
+    assert result.exit_code == EXIT_NOT_RUN
+    assert f"Error: Invalid value for '{option.partition('=')[0]}'" in result.stderr

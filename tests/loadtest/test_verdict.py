@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
+from typer.testing import CliRunner
 
-from loadtest.__main__ import EXIT_FAILED, EXIT_PASSED, main
+from loadtest.__main__ import EXIT_FAILED, EXIT_PASSED, cli
 
 Json = dict[str, Any]
 REQUESTS = 200
@@ -123,14 +123,14 @@ class FakeService:
         return True
 
 
-async def judged(service: FakeService, capsys: pytest.CaptureFixture[str], *options: str) -> Json:
+async def judged(service: FakeService, *options: str) -> Json:
     """Run the load test, half of whose 200 withdrawals of 2 can be afforded; return its JSON."""
     async with service.running():
         arguments = [service.url, f"--requests={REQUESTS}", "--balance=200", "--json"]
         # In a thread: the load test runs an event loop of its own, as it does on the command line.
-        code = await asyncio.to_thread(main, [*arguments, *options])
-    report: Json = json.loads(capsys.readouterr().out)
-    assert code == (EXIT_PASSED if report["verdict"] == "pass" else EXIT_FAILED)
+        result = await asyncio.to_thread(CliRunner().invoke, cli, [*arguments, *options])
+    report: Json = json.loads(result.stdout)
+    assert result.exit_code == (EXIT_PASSED if report["verdict"] == "pass" else EXIT_FAILED)
     return report
 
 
@@ -142,10 +142,10 @@ def assert_failed(report: Json, *fragments: str) -> None:
         assert fragment in problems
 
 
-async def test_right_service_passes(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_right_service_passes() -> None:
     """A service that does exactly right passes, with one connection for each request."""
     service = FakeService()
-    report = await judged(service, capsys)
+    report = await judged(service)
     assert report["verdict"] == "pass", report["problems"]
     assert report["problems"] == []
     assert report["accepted"] == report["refused"] == {"measured": 100, "expected": 100}
@@ -157,60 +157,60 @@ async def test_right_service_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert service.keys == []
 
 
-async def test_few_connections_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_few_connections_and_keys() -> None:
     """Kept-alive connections are reused for all requests, each with a key of its own."""
     service = FakeService()
-    report = await judged(service, capsys, "--connections=7", "--keys")
+    report = await judged(service, "--connections=7", "--keys")
     assert report["verdict"] == "pass", report["problems"]
     assert len(service.peers) == 7
     assert len(set(service.keys)) == REQUESTS
 
 
-async def test_existing_user(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_existing_user() -> None:
     """For an existing user the expected numbers come from the balance read before."""
     service = FakeService()
     service.balance, service.version = 31, 4
-    report = await judged(service, capsys, "--user=7")
+    report = await judged(service, "--user=7")
     assert report["verdict"] == "pass", report["problems"]
     assert report["accepted"]["expected"] == 15
     assert report["balance"] == {"measured": 1, "expected": 1}
 
 
-async def test_several_pages_of_entries(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_several_pages_of_entries() -> None:
     """Entries are read to the last page."""
-    report = await judged(FakeService(), capsys, "--requests=2100", "--balance=4200")
+    report = await judged(FakeService(), "--requests=2100", "--balance=4200")
     assert report["verdict"] == "pass", report["problems"]
     assert report["newEntries"]["measured"] == 2100
 
 
-async def test_deposits(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_deposits() -> None:
     """Every deposit must be accepted."""
-    report = await judged(FakeService(), capsys, "--amount=3")
+    report = await judged(FakeService(), "--amount=3")
     assert report["verdict"] == "pass", report["problems"]
     assert report["balance"] == {"measured": 800, "expected": 800}
 
 
-async def test_two_urls_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_two_urls_take_turns() -> None:
     """Several base URLs are fired at in turn."""
     service = FakeService()
     async with service.running():
-        report = await judged(service, capsys, f"--url={service.url}")
+        report = await judged(service, service.url)
     assert report["verdict"] == "pass", report["problems"]
     assert list(report["requestsPerInstance"].values()) == [REQUESTS // 2, REQUESTS // 2]
 
 
-async def test_one_accept_too_many_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_one_accept_too_many_fails() -> None:
     """A service that lets the balance go below zero once fails."""
 
     class Generous(FakeService):
         def affords(self, amount: int) -> bool:
             return self.balance + amount >= -2
 
-    report = await judged(Generous(), capsys)
+    report = await judged(Generous())
     assert_failed(report, "101 were accepted instead of 100", "final balance is -2", "101 new")
 
 
-async def test_wrong_refusal_code_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_wrong_refusal_code_fails() -> None:
     """A refusal with another problem code is not counted as insufficient funds."""
 
     class Vague(FakeService):
@@ -218,12 +218,12 @@ async def test_wrong_refusal_code_fails(capsys: pytest.CaptureFixture[str]) -> N
             status, body = super().refuse(amount)
             return status, body | {"code": "conflict"}
 
-    report = await judged(Vague(), capsys)
+    report = await judged(Vague())
     assert report["others"] == {"409 conflict": 100}
     assert_failed(report, "0 were refused", "100 ended otherwise: 409 conflict")
 
 
-async def test_refusal_that_could_be_afforded_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_refusal_that_could_be_afforded_fails() -> None:
     """A refusal whose own balance would have sufficed fails."""
 
     class Contradicting(FakeService):
@@ -231,10 +231,10 @@ async def test_refusal_that_could_be_afforded_fails(capsys: pytest.CaptureFixtur
             status, body = super().refuse(amount)
             return status, body | {"balance": 2, "version": self.version - 1}
 
-    assert_failed(await judged(Contradicting(), capsys), "100 refusals do not prove themselves")
+    assert_failed(await judged(Contradicting()), "100 refusals do not prove themselves")
 
 
-async def test_lost_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_lost_entry_fails() -> None:
     """A service that acknowledges a change and forgets its entry fails."""
 
     class Forgetful(FakeService):
@@ -243,12 +243,12 @@ async def test_lost_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
             self.entries = [entry for entry in self.entries if entry["version"] != 50]
             return answer
 
-    report = await judged(Forgetful(), capsys)
+    report = await judged(Forgetful())
     assert report["newEntries"] == {"measured": 99, "expected": 100}
     assert_failed(report, "99 new entries", "1 acknowledged changes have no entry: version 50")
 
 
-async def test_duplicate_version_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_duplicate_version_fails() -> None:
     """Two accepted answers with the same version fail, though all counts are right."""
 
     class Repeating(FakeService):
@@ -258,12 +258,12 @@ async def test_duplicate_version_fails(capsys: pytest.CaptureFixture[str]) -> No
                 body |= {"version": 49, "balance": body["balance"] + 2}
             return status, body
 
-    report = await judged(Repeating(), capsys)
+    report = await judged(Repeating())
     assert report["accepted"]["measured"] == 100
     assert_failed(report, "Accepted answers share a version, as 49")
 
 
-async def test_skipped_version_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_skipped_version_fails() -> None:
     """Accepted answers that skip a version fail."""
 
     class Skipping(FakeService):
@@ -271,10 +271,10 @@ async def test_skipped_version_fails(capsys: pytest.CaptureFixture[str]) -> None
             self.version += self.version == 50
             return super().accept(amount)
 
-    assert_failed(await judged(Skipping(), capsys), "Accepted answers skip a version")
+    assert_failed(await judged(Skipping()), "Accepted answers skip a version")
 
 
-async def test_answered_balance_off_by_two_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_answered_balance_off_by_two_fails() -> None:
     """One accepted answer with a balance that its version cannot have fails."""
 
     class Miscounting(FakeService):
@@ -282,20 +282,20 @@ async def test_answered_balance_off_by_two_fails(capsys: pytest.CaptureFixture[s
             status, body = super().accept(amount)
             return status, body | {"balance": body["balance"] + 2 * (body["version"] == 50)}
 
-    assert_failed(await judged(Miscounting(), capsys), "1 accepted answers contradict the chain")
+    assert_failed(await judged(Miscounting()), "1 accepted answers contradict the chain")
 
 
-async def test_final_balance_off_by_two_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_final_balance_off_by_two_fails() -> None:
     """A final balance that the accepted changes do not add up to fails."""
 
     class Drifting(FakeService):
         def user(self) -> Json:
             return super().user() | {"balance": self.balance or 2}
 
-    assert_failed(await judged(Drifting(), capsys), "final balance is 2 instead of 0")
+    assert_failed(await judged(Drifting()), "final balance is 2 instead of 0")
 
 
-async def test_wrong_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_wrong_entry_fails() -> None:
     """An entry whose balance does not follow from the one before fails."""
 
     class Misnoting(FakeService):
@@ -303,10 +303,10 @@ async def test_wrong_entry_fails(capsys: pytest.CaptureFixture[str]) -> None:
             self.entries[10]["balance"] += 2
             return super().page(after, limit)
 
-    assert_failed(await judged(Misnoting(), capsys), "1 entries contradict the chain")
+    assert_failed(await judged(Misnoting()), "1 entries contradict the chain")
 
 
-async def test_dropped_connection_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_dropped_connection_fails() -> None:
     """A connection that is closed without an answer is counted and fails."""
 
     class Dropping(FakeService):
@@ -314,12 +314,12 @@ async def test_dropped_connection_fails(capsys: pytest.CaptureFixture[str]) -> N
             answer = super().change(amount)
             return None if self.version == 50 else answer
 
-    report = await judged(Dropping(), capsys)
+    report = await judged(Dropping())
     assert report["others"] == {"connection closed before an answer": 1}
     assert_failed(report, "99 were accepted instead of 100")
 
 
-async def test_unavailable_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_unavailable_fails() -> None:
     """A 503 is an outcome of its own, never taken for a refusal."""
 
     class Overloaded(FakeService):
@@ -327,12 +327,12 @@ async def test_unavailable_fails(capsys: pytest.CaptureFixture[str]) -> None:
             del amount
             return 503, {"code": "overloaded", "applied": "no"}
 
-    report = await judged(Overloaded(), capsys)
+    report = await judged(Overloaded())
     assert report["refused"]["measured"] == 0
     assert_failed(report, "100 ended otherwise: 503 overloaded")
 
 
-async def test_silence_fails_within_the_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_silence_fails_within_the_timeout() -> None:
     """A service that stops answering ends the test at the timeout, with what was unanswered."""
 
     class Silent(FakeService):
@@ -342,12 +342,12 @@ async def test_silence_fails_within_the_timeout(capsys: pytest.CaptureFixture[st
                 return None
             return await super()._answer(method, path, body)
 
-    report = await judged(Silent(), capsys, "--timeout=1")
+    report = await judged(Silent(), "--timeout=1")
     assert report["others"] == {"no answer within the time limit": 151}
     assert_failed(report, "49 were accepted instead of 100", "49 new entries instead of 100")
 
 
-async def test_death_in_the_burst_fails(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_death_in_the_burst_fails() -> None:
     """A service that cannot be asked afterwards fails, and the answers are still reported."""
 
     class Dying(FakeService):
@@ -355,19 +355,20 @@ async def test_death_in_the_burst_fails(capsys: pytest.CaptureFixture[str]) -> N
             del after, limit
             return 503, {"code": "database-unavailable"}
 
-    report = await judged(Dying(), capsys)
+    report = await judged(Dying())
     assert report["accepted"]["measured"] == 100
     assert report["newEntries"]["measured"] is None
     assert_failed(report, "The state after the burst could not be read", "answered 503")
 
 
-async def test_plain_text_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_plain_text_when_piped() -> None:
     """Without a terminal the report is plain text that ends with the verdict."""
     service = FakeService()
     async with service.running():
         arguments = [service.url, f"--requests={REQUESTS}", "--balance=200"]
-        assert await asyncio.to_thread(main, arguments) == EXIT_PASSED
-    text = capsys.readouterr().out
+        result = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
+    assert result.exit_code == EXIT_PASSED
+    text = result.stdout
     assert "\x1b" not in text
     counts = re.findall(r"^ *[\d.e-]+ to [\d.e-]+ ms +(\d+)  █* *$", text, re.MULTILINE)
     assert sum(map(int, counts)) == REQUESTS
