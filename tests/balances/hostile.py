@@ -446,6 +446,7 @@ def methods() -> Iterator[Case]:
         "/api/users": {"GET", "POST"},
         "/api/users/1": {"GET"},
         "/api/users/1/entries": {"GET"},
+        "/api/users/1/daily-balances": {"GET"},
         "/api/changes/k": {"GET"},
         "/problems": {"GET"},
         "/livez": {"GET"},
@@ -568,8 +569,9 @@ def addresses() -> Iterator[Case]:
         ),
         *("%7BuserId%7D", "[1]", "1'--", "%25", "%zz", "1%", "@1", "$1", "(1)", "1:1"),
     )
+    places = ("", "/entries", "/daily-balances")
     for user in wrong:
-        for path in (f"/api/users/{user}", f"/api/users/{user}/entries"):
+        for path in (f"/api/users/{user}{place}" for place in places):
             yield Case(
                 f"GET {path.replace(user, user[:20])} ({len(user)})",
                 request("GET", path),
@@ -578,7 +580,7 @@ def addresses() -> Iterator[Case]:
                 user.encode() if len(user) > 5 else b"",
             )
     for missing in (404_404, MAX):
-        for path in (f"/api/users/{missing}", f"/api/users/{missing}/entries"):
+        for path in (f"/api/users/{missing}{place}" for place in places):
             yield Case(f"GET {path}", request("GET", path), 404, "user-not-found")
     nowhere = (
         *("/api", "/api/", "//", "//api/users", "/api//users", "/API/users", "/api/Users"),
@@ -586,6 +588,8 @@ def addresses() -> Iterator[Case]:
         *(
             "/api/users/1/entries/",
             "/api/users/1/entries/1",
+            "/api/users/1/daily-balances/2026-11-21",
+            "/api/users/1/daily_balances",
             "/api/users/1%2Fbalance",
             "/api/poison",
         ),
@@ -648,8 +652,13 @@ def queries() -> Iterator[Case]:
         *("1,2", "1;limit=2", "[1]", "%zz", "%", "'", "1'--", "%F0%9F%92%B0"),
         *(str(2**53), str(2**63), str(2**64), "9" * 400, "9" * 5000),
     )
-    for path in ("/api/users", "/api/users/1/entries"):
-        for name in ("after", "limit"):
+    lists = {
+        "/api/users": "after",
+        "/api/users/1/entries": "after",
+        "/api/users/1/daily-balances": "before",
+    }
+    for path, cursor in lists.items():
+        for name in ("limit",) if cursor == "before" else ("after", "limit"):
             for number in numbers:
                 yield Case(
                     f"{path}?{name}={number[:20]} ({len(number)})",
@@ -669,19 +678,49 @@ def queries() -> Iterator[Case]:
         unknown: tuple[str, ...] = (
             "poison=1",
             "poison",
-            "AFTER=1",
-            "after[]=1",
-            "after%00=1",
+            f"{cursor.upper()}=1",
+            f"{cursor}[]=1",
+            f"{cursor}%00=1",
             "=1",
             "%00=1",
             "%FF=1",
         )
-        unknown += ("offset=1", "limit=1&poison=2", "__proto__=1", "a" * 8000 + "=1", " after=1")
+        unknown += ("offset=1", "limit=1&poison=2", "__proto__=1", "a" * 8000 + "=1")
+        unknown += (f" {cursor}=1", "before=2026-11-21" if cursor == "after" else "after=1")
         for query in unknown:
             sent = request("GET", f"{path}?{query.replace(' ', '+')}")
             yield Case(f"{path}?{query[:20]}", sent, *INVALID, None, b"poison")
-        for query in ("after=0&after=0", "after=1&after=0", "limit=1&after=0&limit=2"):
+        one, two = ("0", "1") if cursor == "after" else ("2026-11-20", "2026-11-21")
+        for query in (
+            f"{cursor}={one}&{cursor}={one}",
+            f"{cursor}={two}&{cursor}={one}",
+            f"limit=1&{cursor}={one}&limit=2",
+        ):
             yield Case(f"{path}?{query}", request("GET", f"{path}?{query}"), *INVALID)
+
+
+def days() -> Iterator[Case]:
+    """What is no day of the calendar, or is written otherwise than YYYY-MM-DD."""
+    wrong = (
+        *("0000-00-00", "0000-01-01", "-001-01-01", "10000-01-01", "99999-12-31", "2026-13-01"),
+        *("2026-00-10", "2026-02-30", "2025-02-29", "2026-11-31", "2026-1-1", "26-11-21", "2026"),
+        *("20261121", "2026-W47-6", "2026-325", "2026/11/21", "21.11.2026", "11-21-2026", "today"),
+        *("2026-11-21T00:00:00Z", "2026-11-21T00:00:00", "2026-11-21%2000:00", "2026-11-21Z"),
+        *("1700000000", "1", "0", "-1", "1e9", "infinity", "-infinity", "epoch", "NaN", "null"),
+        *("", "%202026-11-21", "2026-11-21%20", "2026-11-21%0A", "2026-11-21%00", "%00", "%FF"),
+        *("2026%E2%88%9211%E2%88%9221", "%D9%A2%D9%A0%D9%A2%D9%A6-%D9%A1%D9%A1-%D9%A2%D9%A1"),
+        *("2026-11-21'--", "2026-11-21,2026-11-20", "[2026-11-21]", "poison", "%"),
+        *("9" * 5000, "2" * 400 + "-01-01"),
+    )
+    path = "/api/users/1/daily-balances"
+    for day in wrong:
+        yield Case(
+            f"{path}?before={day[:30]} ({len(day)})",
+            request("GET", f"{path}?before={day}"),
+            *INVALID,
+            ("query:before", "not-a-date"),
+            day.encode() if len(day) > 10 else b"",
+        )
 
 
 def _is_decimal(text: str) -> bool:
@@ -806,5 +845,5 @@ def headers() -> Iterator[Case]:
 def all_cases() -> list[Case]:
     """Return the whole table."""
     groups = (numbers, malformed_bodies, wrong_objects, media_types, sizes, methods, keys)
-    more = (addresses, queries, framing, headers)
+    more = (addresses, queries, days, framing, headers)
     return [case for group in (*groups, *more) for case in group()]

@@ -1,6 +1,11 @@
 """The contract of the balance routes, call by call."""
 
+from typing import Any
+
 import httpx
+
+from balance_app.maintenance.summaries import NOTE
+from tests.processes import connect
 
 LIMIT = 2**53 - 1
 
@@ -75,6 +80,8 @@ async def test_an_unknown_user_is_said_to_be_so(client: httpx.AsyncClient) -> No
         await client.get("/api/users/99"),
         await client.get("/api/users/99/entries"),
         await client.get("/api/users/99/entries", params={"after": 5}),
+        await client.get("/api/users/99/daily-balances"),
+        await client.get("/api/users/99/daily-balances", params={"before": "2026-11-21"}),
     ):
         assert (answer.status_code, answer.json()["code"]) == (404, "user-not-found")
 
@@ -107,3 +114,81 @@ async def test_the_ledger_is_read_by_version(client: httpx.AsyncClient) -> None:
     assert rest["next"] is None
     beyond = (await client.get("/api/users/1/entries", params={"after": 4})).json()
     assert beyond == {"entries": [], "next": None}
+
+
+async def test_past_balances_are_read_by_day(
+    client: httpx.AsyncClient, database: dict[str, str]
+) -> None:
+    """From the latest day back; a day that the job adds meanwhile comes on no page twice."""
+    connection = await connect(database)
+    await connection.execute("""
+        INSERT INTO daily_balances (user_id, day, version, balance, at)
+        SELECT user_id, '2026-01-01'::date - age, 1, user_id * 1000 + age, '2026-01-02Z'
+        FROM generate_series(1, 2) AS user_id, generate_series(1, 6) AS age
+    """)
+    address = "/api/users/1/daily-balances"
+    all_at_once = (await client.get(address, params={"limit": 6})).json()
+    assert all_at_once["next"] is None
+    assert [(each["day"], each["balance"]) for each in all_at_once["dailyBalances"]] == [
+        (f"2025-12-{32 - age}", 1000 + age) for age in range(1, 7)
+    ]
+
+    page = (await client.get(address, params={"limit": 2})).json()
+    seen = page["dailyBalances"]
+    while page["next"] is not None:
+        change = await client.post("/api/balance", json={"userId": 1, "amount": -2})
+        await connection.fetchrow(NOTE, 0, 1000)
+        page = (await client.get(address, params={"before": page["next"], "limit": 2})).json()
+        assert len(page["dailyBalances"]) == 2
+        seen += page["dailyBalances"]
+    assert seen == all_at_once["dailyBalances"]
+
+    latest, *others = (await client.get(address)).json()["dailyBalances"]
+    assert others == all_at_once["dailyBalances"]
+    noted = await connection.fetchrow("SELECT day::text, at FROM daily_balances ORDER BY at DESC")
+    assert noted is not None
+    assert latest == {
+        "day": noted["day"],
+        "balance": 9_996,
+        "version": change.json()["version"],
+        "at": noted["at"].isoformat().replace("+00:00", "Z"),
+    }
+    beyond = (await client.get(address, params={"before": "2025-12-26"})).json()
+    assert beyond == {"dailyBalances": [], "next": None}
+    await connection.close()
+
+
+async def test_what_each_answer_consists_of(client: httpx.AsyncClient) -> None:
+    """A field that comes or goes changes the contract; a replay has those of the first answer."""
+    problem = {"type", "title", "status", "detail", "code", "applied"}
+    refusal = problem | {"userId", "balance", "version", "amount"}
+    requests: dict[str, tuple[str, dict[str, int], set[str]]] = {
+        "opened": ("users", {"balance": 2}, {"userId", "balance", "version", "createdAt"}),
+        "accepted": (
+            "balance",
+            {"userId": 2, "amount": -2},
+            {"userId", "balance", "version", "change"},
+        ),
+        "short": ("balance", {"userId": 2, "amount": -1}, refusal | {"shortfall"}),
+        "full": ("balance", {"userId": 1, "amount": LIMIT}, refusal | {"excess"}),
+    }
+    answers = {}
+    for key, (path, body, members) in requests.items():
+        sent: dict[str, Any] = {"json": body, "headers": {"Idempotency-Key": key}}
+        first, again = [await client.post(f"/api/{path}", **sent) for _ in range(2)]
+        assert first.json().keys() == members
+        assert (again.headers["idempotent-replayed"], again.content) == ("true", first.content)
+        known = (await client.get(f"/api/changes/{key}")).json()
+        assert known.keys() == {"key", "outcome", "status", "answer"}
+        assert known["answer"] == first.json()
+        answers[key] = first.json()
+    assert answers["accepted"]["change"].keys() == {"amount", "at", "key"}
+    assert (await client.get("/api/users/2")).json().keys() == answers["opened"].keys()
+    for path, one in {
+        "users": answers["opened"].keys(),
+        "users/2/entries": {"version", "amount", "balance", "at", "key"},
+    }.items():
+        page = (await client.get(f"/api/{path}")).json()
+        name = path.rpartition("/")[2]
+        assert page.keys() == {name, "next"}
+        assert [each.keys() for each in page[name]] == [one, one]

@@ -207,6 +207,7 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
         ("GET", "/api/users/{userId}", "/api/users/1", {}),
         ("GET", "/api/users/{userId}", "/api/users/404404", {}),
         ("GET", "/api/users/{userId}/entries", "/api/users/1/entries", {}),
+        ("GET", "/api/users/{userId}/daily-balances", "/api/users/1/daily-balances", {}),
         ("GET", "/api/changes/{key}", "/api/changes/headers-1", {}),
         ("GET", "/api/cron/status", "/api/cron/status", {}),
         ("POST", "/api/cron/jobs/{name}/run", "/api/cron/jobs/none/run", {}),

@@ -54,7 +54,7 @@ def test_a_new_migration_passes_the_linters(tmp_path: Path) -> None:
 
 
 async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
-    """The migrations make exactly what `balances.tables` declares."""
+    """The migrations make exactly what each `tables` module declares."""
     settings = settings_for(database)
     await migrate(settings)
     config = alembic_config()

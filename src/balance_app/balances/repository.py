@@ -1,7 +1,7 @@
-"""Every statement on users, entries and idempotency keys, each with the invariant it keeps."""
+"""Every statement on users and what is recorded of them, each with the invariant it keeps."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
@@ -44,6 +44,16 @@ class Entry:
     balance: int
     at: datetime
     key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DailyBalance:
+    """A user's balance at the end of a UTC day, or as late on it as it was read: at `at`."""
+
+    day: date
+    balance: int
+    version: int
+    at: datetime
 
 
 class Outcome(NamedTuple):
@@ -151,6 +161,21 @@ class BalanceRepository:
         if not rows:
             await self.account(user_id)
         return [Entry(*row) for row in rows]
+
+    async def daily_balances(self, user_id: int, *, before: date, limit: int) -> list[DailyBalance]:
+        """Return up to `limit` daily balances of days before `before`, the latest first.
+
+        A day without one had the balance of the day before it.
+
+        Raises:
+            UserNotFound: there is no such user.
+        """
+        rows = await self._database.run(
+            lambda con: read(con, DAILY_BALANCES, user_id, before, limit)
+        )
+        if not rows:
+            await self.account(user_id)
+        return [DailyBalance(**row) for row in rows]
 
 
 # The balance is never negative and never passes 2^53-1: waiting for the row's lock, PostgreSQL
@@ -315,6 +340,11 @@ SELECT id, balance, version, created_at FROM users WHERE id > $1 ORDER BY id LIM
 ENTRIES: Final = """
 SELECT version, amount, balance, at, key FROM entries
 WHERE user_id = $1 AND version > $2 ORDER BY version LIMIT $3
+"""
+
+DAILY_BALANCES: Final = """
+SELECT day, balance, version, at FROM daily_balances
+WHERE user_id = $1 AND day < $2 ORDER BY day DESC LIMIT $3
 """
 
 

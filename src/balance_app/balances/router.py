@@ -22,6 +22,8 @@ from balance_app.balances.schemas import (
     AccountsAnswer,
     ChangeAnswer,
     ChangeRequest,
+    DailyBalancesAnswer,
+    DaysPageQuery,
     EntriesAnswer,
     KeyAnswer,
     OpenRequest,
@@ -160,6 +162,31 @@ async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -
             "next": shown[-1].version if len(entries) > page.limit else None,
         }
     )
+
+
+@router.get(
+    "/users/{userId}/daily-balances",
+    summary="Read past balances",
+    response_description="One page of the user's daily balances.",
+    response_model=DailyBalancesAnswer,
+    responses=problems(UserNotFound, InvalidRequest),
+)
+async def list_daily_balances(
+    request: Request, user_id: PathUserId, page: DaysPageQuery
+) -> dict[str, object]:
+    """List a user's balances at the end of UTC days, the latest day first.
+
+    A job notes them every ten minutes, of users whose balance has changed: a day that is not
+    listed had the balance of the day before it. `next` is the `before` of the following page.
+    """
+    days = await _repository(request).daily_balances(
+        user_id, before=page.before, limit=page.limit + 1
+    )
+    shown = days[: page.limit]
+    return {
+        "daily_balances": shown,
+        "next": shown[-1].day if len(days) > page.limit else None,
+    }
 
 
 @router.get(

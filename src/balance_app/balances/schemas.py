@@ -1,11 +1,11 @@
 """What comes in and what goes out, in JSON."""
 
 import re
-from datetime import datetime
+from datetime import date, datetime
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Depends, Path, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
@@ -17,12 +17,23 @@ from balance_app.http.params import DECIMAL, refuse_repeated
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
 _KEY: Final = re.compile(KEY_PATTERN.encode())
+_DATE: Final = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 def _not_zero(amount: int) -> int:
     if amount == 0:
         raise PydanticCustomError("zero", "a change of 0 is no change")
     return amount
+
+
+def _is_date(value: object) -> object:
+    """Let only `YYYY-MM-DD` through: pydantic alone also reads times, and numbers of seconds."""
+    if isinstance(value, str):
+        try:
+            return date.fromisoformat(value if _DATE.fullmatch(value) else "")
+        except ValueError:
+            raise PydanticCustomError("date_parsing", "not a date") from None
+    return value
 
 
 UserId = Annotated[int, Field(ge=1, le=MAX_INTEGER, examples=[1])]
@@ -62,6 +73,9 @@ class OpenRequest(StrictModel):
     ] = 0
 
 
+Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
+
+
 class Page(BaseModel):
     """Which part of a list: the items after a cursor."""
 
@@ -72,7 +86,23 @@ class Page(BaseModel):
         Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0 for the first"),
         DECIMAL,
     ] = 0
-    limit: Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL] = 100
+    limit: Limit = 100
+
+
+class DaysPage(BaseModel):
+    """Which part of a list by days: those before a cursor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    before: Annotated[
+        date,
+        Field(
+            description="the `next` of the page before; by default behind all days",
+            examples=["2026-11-21"],
+        ),
+        BeforeValidator(_is_date),
+    ] = date.max
+    limit: Limit = 100
 
 
 async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
@@ -81,7 +111,14 @@ async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
     return page
 
 
+async def _days_page(request: Request, page: Annotated[DaysPage, Query()]) -> DaysPage:
+    """Return the requested page, as `_page` does."""
+    refuse_repeated(request)
+    return page
+
+
 PageQuery = Annotated[Page, Depends(_page)]
+DaysPageQuery = Annotated[DaysPage, Depends(_days_page)]
 
 
 Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]
@@ -94,7 +131,7 @@ Cursor = Annotated[int | None, Field(examples=[None], description="`after` of th
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel)
+    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True)
 
 
 class ChangeDetails(_Answer):
@@ -145,6 +182,22 @@ class EntriesAnswer(_Answer):
 
     entries: list[EntryAnswer]
     next: Cursor
+
+
+class DailyBalanceAnswer(_Answer):
+    """The balance of a user at the end of a UTC day, or at `at`, when it was last read on it."""
+
+    day: Annotated[date, Field(examples=["2026-11-21"])]
+    balance: AnyBalance
+    version: AnyVersion
+    at: Instant
+
+
+class DailyBalancesAnswer(_Answer):
+    """A page of daily balances; `next` is the cursor of the page after it, null on the last."""
+
+    daily_balances: list[DailyBalanceAnswer]
+    next: Annotated[date | None, Field(examples=[None], description="`before` of the next page")]
 
 
 class KeyAnswer(_Answer):

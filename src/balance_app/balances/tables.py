@@ -4,6 +4,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     ForeignKey,
     Identity,
@@ -61,4 +62,16 @@ idempotency_keys = Table(
     Column("at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
     CheckConstraint("outcome IN ('opened', 'accepted', 'refused')", name="outcome"),
     Index("idempotency_keys_refused_at_idx", "at", postgresql_where=text("outcome = 'refused'")),
+)
+
+# A job of `maintenance` writes it.
+daily_balances = Table(
+    "daily_balances",
+    metadata,
+    Column("user_id", BigInteger, nullable=False),
+    Column("day", Date, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("balance", BigInteger, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    PrimaryKeyConstraint("user_id", "day"),
 )

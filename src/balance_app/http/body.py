@@ -167,6 +167,7 @@ FAULT_CODES: Final = {
     "less_than_equal": "out-of-range",
     "model_type": "not-an-object",
     "model_attributes_type": "not-an-object",
+    "date_parsing": "not-a-date",
     "zero": "zero",
 }
 

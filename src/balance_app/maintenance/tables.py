@@ -1,4 +1,4 @@
-"""The tables that the jobs write, declared for alembic as those of the features."""
+"""The tables that are the jobs' alone, declared for alembic as those of the features."""
 
 from sqlalchemy import (
     BigInteger,
@@ -12,17 +12,6 @@ from sqlalchemy import (
 )
 
 from balance_app.db.migrations import metadata
-
-daily_balances = Table(
-    "daily_balances",
-    metadata,
-    Column("user_id", BigInteger, nullable=False),
-    Column("day", Date, nullable=False),
-    Column("version", BigInteger, nullable=False),
-    Column("balance", BigInteger, nullable=False),
-    Column("at", DateTime(timezone=True), nullable=False),
-    PrimaryKeyConstraint("user_id", "day"),
-)
 
 daily_totals = Table(
     "daily_totals",
