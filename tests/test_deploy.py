@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from balance_app.db.pool import Database
 from balance_app.jobs import Registry
-from balance_app.metrics import JobStats, Metrics
+from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.settings import load_settings
 
 JOBS: Final = Registry.load(["balance_app.maintenance"])
@@ -54,8 +54,9 @@ async def series() -> dict[str, list[dict[str, str]]]:
     """The labels of every series of an instance that runs the ten jobs, by name."""
     metrics = Metrics(server="app1", version="0", jobs=list(JOBS))
 
-    async def query() -> list[JobStats]:
-        return [JobStats(job.name, 1.0, 0.0, False, False, False) for job in JOBS.values()]  # noqa: FBT003 - a row
+    async def query() -> FleetStats:
+        jobs = [JobStats(job.name, 1.0, 0.0, False, False, False) for job in JOBS.values()]  # noqa: FBT003 - a row
+        return FleetStats(jobs, {"entries": 8192})
 
     metrics.set_fleet_query(query)
     Database(load_settings(db_host="localhost"), metrics)  # never started

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any, Final
 
@@ -21,11 +21,12 @@ from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError, audit_ledger
-from balance_app.metrics import JobStats, Metrics
+from balance_app.maintenance.summaries import read_table_bytes
+from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.states import Outcome
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import Ground, on, until
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, running
 from tests.system.databases import somebody_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
@@ -378,7 +379,7 @@ async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
 
 
 def _stats_reader(ground: Ground, registry: Registry) -> StatsReader:
-    return StatsReader(ground.database, registry, AUDITS, LedgerMismatchError)
+    return StatsReader(ground.database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
 
 
 async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
@@ -407,7 +408,8 @@ async def _renewed(metrics: Metrics, times: int) -> bool:
 
 async def stats(ground: Ground, *names: str) -> dict[str, JobStats]:
     registry = Registry([declare(name, returns) for name in names])
-    return {each.name: each for each in await _stats_reader(ground, registry).read() or ()}
+    found = await _stats_reader(ground, registry).read()
+    return {each.name: each for each in found.jobs} if found is not None else {}
 
 
 async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
@@ -504,9 +506,9 @@ async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
 async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of scrapes share a query; its result is not kept for longer."""
     asked = 0
-    answers = [[JobStats("good", 1.0, 2.0, True, False, None)], None]  # noqa: FBT003 - a row
+    answers = [FleetStats([JobStats("good", 1.0, 2.0, True, False, None)], {"t": 3}), None]  # noqa: FBT003 - a row
 
-    async def query() -> list[JobStats] | None:
+    async def query() -> FleetStats | None:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0.01)
@@ -517,6 +519,7 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
     found = await asyncio.gather(*(of(metrics) for _ in range(20)))
     assert asked == 1
     assert {each['balance_app_fleet_job_overdue_seconds{job_name="good"}'] for each in found} == {2}
+    assert {each['balance_app_table_bytes{table="t"}'] for each in found} == {3}
     assert {each["balance_app_fleet_scrape_success"] for each in found} == {1}
     monkeypatch.setattr(numbers, "monotonic", lambda: float("inf"))
     assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 0}
@@ -526,7 +529,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     """What this instance knows by itself is reported all the same."""
     monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
 
-    async def query() -> list[JobStats]:
+    async def query() -> FleetStats:
         await asyncio.sleep(600)
         raise AssertionError
 
@@ -553,7 +556,50 @@ async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) 
 
 
 def _of_the_fleet(found: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if "fleet" in name}
+    return {name: value for name, value in found.items() if "fleet" in name or "table" in name}
+
+
+async def test_tables_are_as_large_as_when_each_was_last_measured(
+    database: dict[str, str],
+) -> None:
+    """Every instance says the same, also while the list is made anew; nothing before the first."""
+    connection = await connect(database)
+
+    async def sizes() -> dict[str, float]:
+        await asyncio.sleep(numbers.FRESH_SECONDS + 0.1)
+        both = [_sizes(await scrape(client)) for client in clients]
+        assert both[0] == both[1]
+        return both[0]
+
+    async def measure(hours_ago: int, **tables: int) -> None:
+        await connection.executemany(
+            "INSERT INTO table_sizes (at, name, bytes)"
+            " VALUES (date_trunc('day', clock_timestamp()) - $1 * interval '1 hour', $2, $3)",
+            [(hours_ago, name, size) for name, size in tables.items()],
+        )
+
+    instances = [Instance(database, JOBS_ENABLED="false") for _ in range(2)]
+    async with running(instances), AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(httpx.AsyncClient(base_url=each.url, trust_env=False))
+            for each in instances
+        ]
+        assert await sizes() == {}
+        await measure(50, entries=1, dropped=1)
+        assert await sizes() == {"entries": 1, "dropped": 1}
+        await measure(2, entries=2, users=2**60)
+        assert await sizes() == {"entries": 2, "users": 2**60}
+        await measure(1, entries=3)
+        assert await sizes() == {"entries": 3, "users": 2**60}
+    await connection.close()
+
+
+def _sizes(found: Samples) -> dict[str, float]:
+    return {
+        name.split('"')[1]: value
+        for name, value in found.items()
+        if name.startswith("balance_app_table_bytes")
+    }
 
 
 # -- all of them -----------------------------------------------------------------------------------

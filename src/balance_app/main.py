@@ -43,6 +43,7 @@ from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
+from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 from balance_app.web.actions import router as actions_router
@@ -105,7 +106,8 @@ async def _lifespan(
 ) -> AsyncIterator[None]:
     database = Database(settings, metrics)
     scheduler = Scheduler(settings, database, registry, metrics) if settings.jobs_enabled else None
-    metrics.set_fleet_query(StatsReader(database, registry, AUDITS, LedgerMismatchError).read)
+    stats = StatsReader(database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
+    metrics.set_fleet_query(stats.read)
     status_reader = StatusReader(database, settings)
     queries = PageQueries(database, metrics)
     checks = {} if scheduler is None else {"jobs": scheduler.condition}

@@ -1,15 +1,15 @@
 """What an instance counts and measures, for Prometheus at `/metrics`.
 
 Every value is this instance's own since its start, to be summed over the instances; but what is
-named `balance_app_fleet_...` is what PostgreSQL says of the whole fleet, the same from each
-instance. It is queried at most once a second, by one statement. While it can't be had soon it is
-left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there never
-fires.
+named `balance_app_fleet_...`, and `balance_app_table_bytes`, is what PostgreSQL says of the whole
+fleet, the same from each instance. It is queried at most once a second. While it can't be had soon
+it is left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there
+never fires.
 """
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import Context
 from itertools import accumulate
 from time import monotonic
@@ -75,6 +75,17 @@ class JobStats(NamedTuple):
     losses_in_a_row: int = 0
 
 
+class FleetStats(NamedTuple):
+    """What PostgreSQL says of the whole fleet."""
+
+    jobs: list[JobStats]
+    # the bytes of each table that was measured; by its name
+    table_bytes: Mapping[str, int]
+
+
+NOTHING: Final = FleetStats([], {})
+
+
 class Tally(Collector):
     """A counter with one label, for the event loop alone: one with a lock costs ten times as much.
 
@@ -125,8 +136,7 @@ class Durations(Collector):
         )
 
 
-Stats: TypeAlias = "list[JobStats] | None"
-FleetQuery: TypeAlias = Callable[[], Coroutine[Any, Any, Stats]]
+FleetQuery: TypeAlias = Callable[[], Coroutine[Any, Any, FleetStats | None]]
 
 
 class Metrics:
@@ -234,7 +244,7 @@ class Metrics:
         self._fleet = _Fleet()
         registry.register(self._fleet)
         self._fleet_query: FleetQuery | None = None
-        self._running_query: asyncio.Task[Stats] | None = None
+        self._running_query: asyncio.Task[FleetStats | None] | None = None
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
@@ -243,19 +253,19 @@ class Metrics:
             self._runs.labels(name, outcome).inc()
 
     def set_fleet_query(self, query: FleetQuery) -> None:
-        """Set the query of the fleet's jobs; it returns None while PostgreSQL is unavailable."""
+        """Set the query of the fleet; it returns None while PostgreSQL is unavailable."""
         self._fleet_query = query
 
     async def render(self, *, as_openmetrics: bool = False) -> bytes:
         """Return everything, as Prometheus reads it."""
         if self._fleet_query is not None:
-            jobs = await self._query_fleet(self._fleet_query)
-            self._fleet.jobs, self._fleet.success = jobs or [], jobs is not None
+            stats = await self._query_fleet(self._fleet_query)
+            self._fleet.stats, self._fleet.success = stats or NOTHING, stats is not None
         if as_openmetrics:
             return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
         return generate_latest(self._registry)
 
-    async def _query_fleet(self, query: FleetQuery) -> Stats:
+    async def _query_fleet(self, query: FleetQuery) -> FleetStats | None:
         """Run the query, unless that was done just now; None if there is no answer soon."""
         running = self._running_query
         if running is None or (running.done() and monotonic() >= self._fresh_until):
@@ -267,10 +277,10 @@ class Metrics:
 
 
 class _Fleet(Collector):
-    """PostgreSQL's statistics of the jobs when it was last queried."""
+    """PostgreSQL's statistics when it was last queried."""
 
     def __init__(self) -> None:
-        self.jobs: list[JobStats] = []
+        self.stats = NOTHING
         # None: nobody asks
         self.success: bool | None = None
 
@@ -279,8 +289,8 @@ class _Fleet(Collector):
         if self.success is not None:
             yield GaugeMetricFamily(
                 "balance_app_fleet_scrape_success",
-                "1 if PostgreSQL answered in time; if 0, the other"
-                " balance_app_fleet metrics are missing from this scrape.",
+                "1 if PostgreSQL answered in time; if 0, the other balance_app_fleet metrics, and"
+                " balance_app_table_bytes, are missing from this scrape.",
                 value=self.success,
             )
         # (name, help, value); None: not known
@@ -319,8 +329,16 @@ class _Fleet(Collector):
         )
         for name, text, value in gauges:
             family = GaugeMetricFamily(f"balance_app_fleet_job_{name}", text, labels=["job_name"])
-            for job in self.jobs:
+            for job in self.stats.jobs:
                 number = value(job)
                 if number is not None:
                     family.add_metric([job.name], float(number))
             yield family
+        family = GaugeMetricFamily(
+            "balance_app_table_bytes",
+            "How large the table was when it was last measured, with its indexes.",
+            labels=["table"],
+        )
+        for table, size in self.stats.table_bytes.items():
+            family.add_metric([table], size)
+        yield family

@@ -667,6 +667,9 @@ async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> N
     tables = "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'"
     assert sorted(await house.rows(recorded)) == sorted(await house.rows(tables))
     assert await house.rows("SELECT count(*) FROM table_sizes WHERE bytes = 1") == [(3,)]
+    assert {(name,) for name in await summaries.read_table_bytes(house.connection)} == set(
+        await house.rows(tables)
+    )
 
 
 # -- the planner, and limits ------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Final
 
-from balance_app.db.pool import Connection
+from balance_app.db.pool import Connection, read
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
@@ -215,6 +215,24 @@ async def _record_sizes(connection: Connection, state: State, _size: int) -> Sta
         more = "more" if grown >= 0 else "less"
         sentence += f"; {_megabytes(abs(grown))} {more} than a day before"
     return {"done": 0, "sentence": sentence, "ended": True}
+
+
+# Of each table the last measurement; it is gone when it was in no list for a day. The last list
+# alone may be one that is still being made.
+SIZES: Final = """
+SELECT DISTINCT ON (name) name, bytes FROM table_sizes
+WHERE at > (SELECT max(at) FROM table_sizes) - interval '1 day'
+ORDER BY name, at DESC
+"""
+
+
+async def read_table_bytes(connection: Connection) -> dict[str, int]:
+    """Return the bytes of each table, with its indexes, when it was last measured.
+
+    Raises:
+        DatabaseUnavailable: as `read` does.
+    """
+    return {row["name"]: row["bytes"] for row in await read(connection, SIZES)}
 
 
 def _megabytes(size: int) -> str:

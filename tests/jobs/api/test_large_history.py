@@ -28,6 +28,7 @@ from balance_app.jobs.job import Registry, job
 from balance_app.jobs.repository import Completion, JobRepository
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
+from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
 from balance_app.web.queries import PageQueries
@@ -234,10 +235,14 @@ async def test_the_metrics_read_few_runs(
     registry = Registry([job(name=name, cron="0 0 * * *")(print) for name in NAMES])
     async with explaining(large, mode) as connection:
         found = await StatsReader(
-            cast("Database", OneConnection(connection)), registry, AUDITS, LedgerMismatchError
+            cast("Database", OneConnection(connection)),
+            registry,
+            AUDITS,
+            LedgerMismatchError,
+            read_table_bytes,
         ).read()
     assert found is not None
-    succeeded = {each.name for each in found if each.last_success_at is not None}
+    succeeded = {each.name for each in found.jobs if each.last_success_at is not None}
     assert succeeded == {MANY, ONCE, SKIPPING, SINGLE}
     # At most a thousand failures of each audit are looked at for one that found a contradiction.
     bounded(connection.touched, 1200)

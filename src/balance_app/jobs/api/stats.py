@@ -1,21 +1,21 @@
-"""Statistics of the jobs from PostgreSQL, for the metrics: the same from every instance."""
+"""Statistics from PostgreSQL, for the metrics: the same from every instance."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 import structlog
 
-from balance_app.db.pool import Database
+from balance_app.db.pool import Connection, Database
 from balance_app.errors import Problem
 from balance_app.jobs.api.history import read_in_order
 from balance_app.jobs.job import Job, Registry
-from balance_app.metrics import JobStats
+from balance_app.metrics import FleetStats, JobStats
 
 log = structlog.get_logger(__name__)
 
 
 class StatsReader:
-    """Reads the statistics of the jobs that this instance's code declares."""
+    """Reads the statistics of the jobs that this instance's code declares, and tables' sizes."""
 
     def __init__(
         self,
@@ -23,26 +23,29 @@ class StatsReader:
         registry: Registry,
         audits: Iterable[Job],
         mismatch: type[Exception],
+        read_table_bytes: Callable[[Connection], Awaitable[Mapping[str, int]]],
     ) -> None:
-        """Take also which of the jobs are audits, and the error that one fails with."""
+        """Take also which of the jobs are audits, the error that one fails with, and a query."""
         self._database = database
         self._names = list(registry)
         self._audits = [each.name for each in audits]
         self._mismatch = mismatch.__name__
+        self._read_table_bytes = read_table_bytes
 
-    async def read(self) -> list[JobStats] | None:
+    async def read(self) -> FleetStats | None:
         """Return the statistics as of now; None while the database can't be queried."""
         try:
-            rows = await self._database.run(
-                lambda con: read_in_order(con, STATS, self._names, self._audits, self._mismatch),
-                priority=True,
-            )
+            return await self._database.run(self._read, priority=True)
         except Problem:
             return None
         except Exception as error:  # noqa: BLE001 - the other metrics are answered all the same
-            log.warning("no statistics of the jobs for the metrics", error=repr(error))
+            log.warning("no statistics of the fleet for the metrics", error=repr(error))
             return None
-        return [JobStats(*row) for row in rows]
+
+    async def _read(self, connection: Connection) -> FleetStats:
+        rows = await read_in_order(connection, STATS, self._names, self._audits, self._mismatch)
+        jobs = [JobStats(**row) for row in rows]
+        return FleetStats(jobs, await self._read_table_bytes(connection))
 
 
 # A job's runs begin one after the other, so the latest of a kind is the last in an index. The
