@@ -38,11 +38,11 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
         "Balances of a running service",
         "The database",
     ]
-    commands = re.findall(r"^│ ([a-z]+) +\S", out, re.MULTILINE)
+    commands = re.findall(r"^│ ([a-z][a-z-]+) +\S", out, re.MULTILINE)
     assert set(commands) == {
         *("up", "serve", "healthcheck", "migrate", "psql", "reset"),
         *("status", "history", "run", "pause", "resume", "cancel", "forget"),
-        *("balance", "change", "users", "audit"),
+        *("balance", "daily-balances", "change", "users", "audit"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
     assert "\x1b" not in out
@@ -92,6 +92,8 @@ REFUSED: Final = [
     ("balance x", 2, "Invalid value for 'USER'"),
     ("balance 0", 2, "Wrong in path:userId: out-of-range.\n"),
     ("balance", 2, "Missing argument 'USER'"),
+    ("daily-balances 7", 1, "There is no user 7.\n"),
+    ("daily-balances 1 --before 2026-02-30", 2, "Wrong in query:before: not-a-date.\n"),
     ("change 7 5", 1, "There is no user 7.\n"),
     ("change 1 0", 2, "Wrong in /amount: zero.\n"),
     ("change 1 --kye k", 2, "Invalid value for 'AMOUNT'"),
@@ -262,6 +264,36 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     code, out, err = await run(*shlex.split(err)[2:], **environment)
     assert (code, err) == (0, "")
     assert [line.split()[:3] for line in out.splitlines()][1:] == [["2", "5", "1"]]
+
+
+async def test_past_balances_are_shown(
+    instance: Instance, client: httpx.AsyncClient, database: dict[str, str]
+) -> None:
+    """By pages, the latest day first; none is no failure."""
+    environment = {"BALANCE_APP_URL": instance.url}
+    nothing = (0, "No balance of such a day is noted.\n", "")
+    assert await run("daily-balances", "1", **environment) == nothing
+    connection = await connect(database)
+    await connection.execute("""
+        INSERT INTO daily_balances (user_id, day, version, balance, at)
+        SELECT 1, '2026-01-01'::date + n, n, 100 + n,
+               timestamptz '2026-01-01 23:50Z' + n * interval '1 day'
+        FROM generate_series(1, 3) AS n
+    """)
+    await connection.close()
+    code, out, err = await run("daily-balances", "1", "--limit=2", **environment)
+    assert code == 0
+    assert [re.split(r"  +", line.strip()) for line in out.splitlines()] == [
+        ["DAY", "BALANCE", "VERSION", "READ (UTC)"],
+        ["2026-01-04", "103", "3", "2026-01-04 23:50:00"],
+        ["2026-01-03", "102", "2", "2026-01-03 23:50:00"],
+    ]
+    assert err == ("Earlier ones: balance-app daily-balances 1 --before=2026-01-03 --limit=2\n")
+    code, out, err = await run(*shlex.split(err)[3:], "--json", **environment)
+    assert (code, err) == (0, "")
+    page = "/api/users/1/daily-balances?before=2026-01-03&limit=2"
+    assert out == (await client.get(page)).text + "\n"
+    assert [day["day"] for day in json.loads(out)["dailyBalances"]] == ["2026-01-02"]
 
 
 async def test_a_change_whose_answer_is_lost_is_made_once(

@@ -230,6 +230,19 @@ def entries_table(ledger: list[Json], now: datetime, on: Console) -> RenderableT
     return table
 
 
+def daily_balances_table(days: list[Json], on: Console) -> RenderableType:
+    """Return a line per day."""
+    table = _table(("DAY", "BALANCE", "VERSION", "READ (UTC)"), numbers=3)
+    for day in days:
+        table.add_row(
+            day["day"],
+            str(day["balance"]),
+            str(day["version"]),
+            text(exact(_moment(day["at"])), on),
+        )
+    return table
+
+
 # -- parts -------------------------------------------------------------------------------------
 
 

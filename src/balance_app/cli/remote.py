@@ -199,6 +199,22 @@ def balance(
         terminal.balance(user, entries)
 
 
+@_balances()
+def daily_balances(
+    user: UserId,
+    *,
+    before: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="before this day")
+    ] = None,
+    limit: Limit = 20,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show a user's balance at the end of each day (UTC) that it changed on, the latest first."""
+    with _open_terminal(url, as_json=json) as terminal:
+        terminal.daily_balances(user, before, limit)
+
+
 @_balances(context_settings={"ignore_unknown_options": True})  # or -2 would be one
 def change(  # noqa: PLR0913 - the same
     user: UserId,

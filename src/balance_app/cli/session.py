@@ -240,6 +240,23 @@ class Terminal:
 
         self._report(page.text, render)
 
+    def daily_balances(self, user: int, before: str | None, limit: int) -> None:
+        """Show a user's past balances, the latest day first."""
+        query = {"before": before, "limit": limit}
+        answer = self._service.get(f"/api/users/{user}/daily-balances", "dailyBalances", query)
+        days = answer.body["dailyBalances"]
+        self._report(
+            answer.text,
+            lambda: (
+                output.daily_balances_table(days, self._out)
+                if days
+                else Text("No balance of such a day is noted.")
+            ),
+        )
+        if answer.body["next"] is not None:
+            options = {"before": answer.body["next"], "limit": limit}
+            self._next_page("Earlier ones", "daily-balances", str(user), **options)
+
     def change(self, user: int, amount: int, key: str | None, patience_seconds: float) -> None:
         """Change a balance once, however often it must be sent."""
         key = str(uuid.uuid4()) if key is None else key
