@@ -534,6 +534,17 @@ async def test_a_user_is_looked_up(site: Site) -> None:
     assert "The latest 8 entries" in text(html)
     (earlier,) = re.findall(r'href="([^"#]+)[^"]*">Earlier entries', html)
     assert "+10 000" in text(await site.page(earlier.replace("&amp;", "&")))
+    assert "latest days" not in text(html)
+    await site.connection.execute(
+        "INSERT INTO daily_balances (user_id, day, version, balance, at)"
+        " SELECT $1, '2026-01-01'::date + n, n, 1000 * n, '2026-01-09Z'"
+        " FROM generate_series(1, 6) AS n",
+        int(user),
+    )
+    days = text(await site.page(f"/?user={user}")).partition("At the end of the latest days")[2]
+    assert re.findall(r"2026-01-0\d \d 000", days) == [
+        f"2026-01-0{n + 1} {n} 000" for n in (6, 5, 4, 3, 2)
+    ]
     for other, sentence in (("7777", "There is no user 7777."), ("x", "A user's number is")):
         assert sentence in text(await site.page(f"/?user={other}"))
 

@@ -6,6 +6,7 @@ a form (`actions.py`), each answer a page.
 
 import re
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import date
 from secrets import token_urlsafe
 from typing import Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ from balance_app.web.stream import PageStream, PageStreamResponse
 RUNS_ON_PAGE: Final = 25
 JOBS_ON_PAGE: Final = 100
 ENTRIES_SHOWN: Final = 8
+DAYS_SHOWN: Final = 5
 DURATIONS_SHOWN: Final = 60
 FIRST_USER: Final = "1"
 STATES: Final = ("", *State, "overdue", "failed")
@@ -226,7 +228,7 @@ async def overview_page(
 
 
 async def _account(request: Request, user: str) -> dict[str, Any]:
-    """Return a user's balance and latest entries, or the sentence that says why not."""
+    """Return a user's balance, latest entries and days, or the sentence that says why not."""
     if not is_number(user):
         return {"requested": user[:20], "problem": NO_USER}
     before = request.query_params.get("before", "")
@@ -234,6 +236,9 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
     try:
         account = await balances_of(request).account(int(user))
         entries = await _queries(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
+        days = await balances_of(request).daily_balances(
+            int(user), before=date.max, limit=DAYS_SHOWN
+        )
     except Problem as problem:
         return {"requested": user, "problem": sentence(problem, "GET")}
     shown = entries[:ENTRIES_SHOWN]
@@ -244,6 +249,7 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
         "balance": account.balance,
         "version": account.version,
         "entries": shown,
+        "days": days,
         "older": shown[-1]["version"] if len(entries) > ENTRIES_SHOWN else None,
     }
 
