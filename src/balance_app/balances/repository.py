@@ -144,12 +144,12 @@ class BalanceRepository:
         rows = await self._database.run(lambda con: read(con, ACCOUNT, user_id))
         if not rows:
             raise UserNotFound(user_id)
-        return Account(*rows[0])
+        return Account(**rows[0])
 
     async def accounts(self, *, after: int, limit: int) -> list[Account]:
         """Return up to `limit` accounts with ids above `after`, in order."""
         rows = await self._database.run(lambda con: read(con, ACCOUNTS, after, limit))
-        return [Account(*row) for row in rows]
+        return [Account(**row) for row in rows]
 
     async def entries(self, user_id: int, *, after: int, limit: int) -> list[Entry]:
         """Return up to `limit` entries with versions above `after`, in order.
@@ -160,7 +160,7 @@ class BalanceRepository:
         rows = await self._database.run(lambda con: read(con, ENTRIES, user_id, after, limit))
         if not rows:
             await self.account(user_id)
-        return [Entry(*row) for row in rows]
+        return [Entry(**row) for row in rows]
 
     async def daily_balances(self, user_id: int, *, before: date, limit: int) -> list[DailyBalance]:
         """Return up to `limit` daily balances of days before `before`, the latest first.
@@ -331,10 +331,13 @@ SELECT pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass) +
        (SELECT max(id) FROM users) AS highest
 """
 
-ACCOUNT: Final = "SELECT id, balance, version, created_at FROM users WHERE id = $1"
+ACCOUNT: Final = """
+SELECT id AS user_id, balance, version, created_at FROM users WHERE id = $1
+"""
 
 ACCOUNTS: Final = """
-SELECT id, balance, version, created_at FROM users WHERE id > $1 ORDER BY id LIMIT $2
+SELECT id AS user_id, balance, version, created_at FROM users
+WHERE id > $1 ORDER BY id LIMIT $2
 """
 
 ENTRIES: Final = """

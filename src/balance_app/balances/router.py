@@ -15,7 +15,7 @@ from balance_app.balances.errors import (
     UserIdTaken,
     UserNotFound,
 )
-from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.balances.repository import Account, BalanceRepository, Outcome
 from balance_app.balances.schemas import (
     KEY_PATTERN,
     AccountAnswer,
@@ -30,8 +30,6 @@ from balance_app.balances.schemas import (
     PageQuery,
     PathKey,
     PathUserId,
-    account_body,
-    entry_body,
     idempotency_key,
     outcome_body,
     outcome_status,
@@ -120,16 +118,14 @@ async def open_account(request: Request) -> Response:
     response_model=AccountsAnswer,
     responses=problems(InvalidRequest),
 )
-async def list_accounts(request: Request, page: PageQuery) -> Response:
+async def list_accounts(request: Request, page: PageQuery) -> dict[str, object]:
     """List users by id; `next` is the `after` of the following page."""
     accounts = await _repository(request).accounts(after=page.after, limit=page.limit + 1)
     shown = accounts[: page.limit]
-    return _json(
-        {
-            "users": [account_body(account) for account in shown],
-            "next": shown[-1].user_id if len(accounts) > page.limit else None,
-        }
-    )
+    return {
+        "users": shown,
+        "next": shown[-1].user_id if len(accounts) > page.limit else None,
+    }
 
 
 @router.get(
@@ -139,10 +135,11 @@ async def list_accounts(request: Request, page: PageQuery) -> Response:
     response_model=AccountAnswer,
     responses={200: headers("ETag"), **problems(UserNotFound, InvalidRequest)},
 )
-async def read_account(request: Request, user_id: PathUserId) -> Response:
+async def read_account(request: Request, response: Response, user_id: PathUserId) -> Account:
     """Read a user's balance; the `ETag` is its version."""
     account = await _repository(request).account(user_id)
-    return _json(account_body(account), headers={"ETag": f'"{account.version}"'})
+    response.headers["ETag"] = f'"{account.version}"'
+    return account
 
 
 @router.get(
@@ -152,16 +149,14 @@ async def read_account(request: Request, user_id: PathUserId) -> Response:
     response_model=EntriesAnswer,
     responses=problems(UserNotFound, InvalidRequest),
 )
-async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -> Response:
+async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -> dict[str, object]:
     """List a user's ledger from the opening balance on; the version is the cursor."""
     entries = await _repository(request).entries(user_id, after=page.after, limit=page.limit + 1)
     shown = entries[: page.limit]
-    return _json(
-        {
-            "entries": [entry_body(entry) for entry in shown],
-            "next": shown[-1].version if len(entries) > page.limit else None,
-        }
-    )
+    return {
+        "entries": shown,
+        "next": shown[-1].version if len(entries) > page.limit else None,
+    }
 
 
 @router.get(
@@ -196,17 +191,15 @@ async def list_daily_balances(
     response_model=KeyAnswer,
     responses=problems(KeyNotFound, InvalidRequest),
 )
-async def read_outcome(request: Request, key: PathKey) -> Response:
+async def read_outcome(request: Request, key: PathKey) -> dict[str, object]:
     """Tell what became of the request with this key; resolves an `applied: "unknown"`."""
     outcome = await _repository(request).outcome(key)
-    return _json(
-        {
-            "key": key,
-            "outcome": outcome.kind,
-            "status": outcome_status(outcome),
-            "answer": outcome_body(outcome),
-        }
-    )
+    return {
+        "key": key,
+        "outcome": outcome.kind,
+        "status": outcome_status(outcome),
+        "answer": outcome_body(outcome),
+    }
 
 
 def _outcome_response(outcome: Outcome) -> Response:
@@ -223,7 +216,3 @@ def _outcome_response(outcome: Outcome) -> Response:
         headers=headers,
         media_type=PROBLEM_JSON if refused else "application/json",
     )
-
-
-def _json(body: dict[str, object], headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(body), headers=headers, media_type="application/json")

@@ -10,7 +10,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
-from balance_app.balances.repository import Account, Entry, Outcome, refusal
+from balance_app.balances.repository import Outcome, refusal
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel, header_values
 from balance_app.http.params import DECIMAL, refuse_repeated
@@ -240,24 +240,3 @@ def outcome_body(outcome: Outcome) -> dict[str, Any]:
         return {**state, "createdAt": outcome.at}
     change = {"amount": outcome.amount, "at": outcome.at, "key": outcome.key}
     return {**state, "change": change}
-
-
-def account_body(account: Account) -> dict[str, Any]:
-    """Return an `AccountAnswer`."""
-    return {
-        "userId": account.user_id,
-        "balance": account.balance,
-        "version": account.version,
-        "createdAt": account.created_at,
-    }
-
-
-def entry_body(entry: Entry) -> dict[str, Any]:
-    """Return an `EntryAnswer`."""
-    return {
-        "version": entry.version,
-        "amount": entry.amount,
-        "balance": entry.balance,
-        "at": entry.at,
-        "key": entry.key,
-    }
