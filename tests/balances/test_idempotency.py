@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from balance_app.balances.schemas import ChangeRequest
 from tests.processes import Instance, connect, running
 from tests.system.sizes import size
 
@@ -91,15 +92,15 @@ async def test_an_accepted_change_is_told_again(client: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize("first_amount", [-1, -20_000])
 async def test_a_key_belongs_to_its_request(client: httpx.AsyncClient, first_amount: int) -> None:
-    """A key used with another content is refused, whatever became of the first."""
+    """A key used with another content is refused, whatever became of the first: in any field."""
     other = (await client.post("/api/users", json={"balance": 5})).json()["userId"]
     key = {"Idempotency-Key": "k"}
-    await client.post("/api/balance", json={"userId": 1, "amount": first_amount}, headers=key)
-    for changed in (
-        {"userId": 1, "amount": first_amount - 1},
-        {"userId": other, "amount": first_amount},
-    ):
-        answer = await client.post("/api/balance", json=changed, headers=key)
+    first = {"userId": 1, "amount": first_amount}
+    await client.post("/api/balance", json=first, headers=key)
+    others = {"userId": other, "amount": first_amount - 1}
+    assert others.keys() == {field.alias for field in ChangeRequest.model_fields.values()}
+    for name, value in others.items():
+        answer = await client.post("/api/balance", json={**first, name: value}, headers=key)
         assert (answer.status_code, answer.json()["code"]) == (422, "idempotency-key-reused")
     opened = await client.post("/api/users", json={"balance": 1}, headers=key)
     assert (opened.status_code, opened.json()["code"]) == (422, "idempotency-key-reused")

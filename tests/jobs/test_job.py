@@ -299,7 +299,6 @@ def test_the_ten_jobs_stand_with_the_defaults() -> None:
     """What is shipped is not refused."""
     registry = Registry.load(["balance_app.maintenance"])
     registry.check(min_seconds=load_settings().job_min_seconds)
-    assert len(registry) == 10
     assert registry["audit-ledger"].name == "audit-ledger"
     assert "moon" not in registry
 

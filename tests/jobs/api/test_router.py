@@ -17,6 +17,7 @@ import httpx
 import jsonschema_rs
 import pytest
 
+from balance_app.jobs import Registry
 from tests.balances.hostile import one_instance
 from tests.jobs.fleet import read_event_logs
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
@@ -24,6 +25,7 @@ from tests.processes import FLEET, Instance, connect
 from tests.system.databases import freeze, own_postgres, thaw
 
 SECOND: Final = timedelta(seconds=1)
+JOBS: Final = set(Registry.load(["balance_app.maintenance"]))
 Answers = list[httpx.Response]
 
 
@@ -156,7 +158,7 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
         httpx.AsyncClient(base_url=instance_.url, trust_env=False, timeout=30) as client,
     ):
         found = await until(lambda found: found["counts"]["running"] > 0, lambda: status(client))
-        assert len(found["jobs"]) == 10
+        assert {job["name"] for job in found["jobs"]} == JOBS
         await conforms(client, "StatusAnswer", found)
     (instance,) = found["instances"]
     at_work = [job for job in found["jobs"] if job["state"] == "running"]
@@ -166,7 +168,7 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
         len(at_work),
     )
     assert {(job["server"], job["instanceId"]) for job in at_work} == {("app1", instance["id"])}
-    assert sum(found["counts"].values()) == 10
+    assert sum(found["counts"].values()) == len(JOBS)
     assert all(job["description"] and job["schedule"]["words"] for job in found["jobs"])
 
 
