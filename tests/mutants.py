@@ -37,7 +37,7 @@ WITH seen AS (
     SELECT balance, version FROM users WHERE id = $1
 ), changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
     RETURNING id, version, balance
 ), entry AS (
     INSERT INTO entries (user_id, version, amount, balance)
@@ -51,11 +51,11 @@ FROM seen s LEFT JOIN entry e ON true
 NO_KEYS = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
     RETURNING id, version, balance
 )
 INSERT INTO entries (user_id, version, amount, balance, key)
-SELECT id, version, $2, balance, $3 FROM changed
+SELECT id, version, $2, balance, $4 FROM changed
 RETURNING balance, version, at
 """
 
@@ -64,16 +64,15 @@ async def read_then_write(connection: Connection, user_id: int, amount: int) -> 
     """Decide in Python, between two statements."""
     balance, version = (await read(connection, READ_FIRST, user_id))[0]
     if not 0 <= balance + amount <= MAX_INTEGER:
-        return Outcome("refused", user_id, amount, balance, version, None, None)
+        return Outcome("refused", user_id, amount, balance, version)
     row = await write(connection, THEN_WRITE, user_id, amount, balance + amount)
     assert row is not None
-    balance, version, at = row
-    return Outcome("accepted", user_id, amount, balance, version, at, None)
+    return Outcome("accepted", user_id, amount, **row)
 
 
 async def own_snapshot(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
     """Quote the state that the statement itself saw when it refuses."""
-    row = await write(connection, OWN_SNAPSHOT, user_id, amount)
+    row = await write(connection, OWN_SNAPSHOT, user_id, amount, MAX_INTEGER)
     assert row is not None
     balance, version, at, seen_balance, seen_version = row
     if at is None:

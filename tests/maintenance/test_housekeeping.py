@@ -14,8 +14,10 @@ import asyncpg
 import pytest
 from typing_extensions import override
 
+from balance_app.balances.errors import InsufficientFunds
 from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSE_ONCE
 from balance_app.db.pool import Database
+from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import Registry
 from balance_app.jobs.repository import Claimed, JobRepository, Me
@@ -460,11 +462,11 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
                     case 0:
                         await connection.fetchrow(OPEN, random.randint(0, 9), key)
                     case 1:
-                        await connection.fetchrow(REFUSE_ONCE, user, -(10**9), key)
+                        await connection.fetchrow(REFUSE_ONCE, user, -(10**9), MAX_INTEGER, key)
                     case 2 | 3 | 4:
-                        await connection.fetchrow(CHANGE_ONCE, user, amount, key)
+                        await connection.fetchrow(CHANGE_ONCE, user, amount, MAX_INTEGER, key)
                     case _:
-                        await connection.fetchrow(CHANGE, user, amount)
+                        await connection.fetchrow(CHANGE, user, amount, MAX_INTEGER)
         finally:
             connection.terminate()
 
@@ -564,6 +566,12 @@ async def test_only_old_refusals_are_forgotten(house: House) -> None:
     assert await house.rows(others) == [(8,)]
 
 
+def test_callers_are_promised_what_is_kept() -> None:
+    """The documented days of a refusal are those of the statements."""
+    texts = [InsufficientFunds.__doc__, housekeeping.OLD_REFUSALS, housekeeping.FORGET_REFUSALS]
+    assert [re.findall(r"(\d+) days", str(text)) for text in texts] == [["7"]] * 3
+
+
 async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> None:
     """What is older than 30 days goes, but the last 20 of a job stay, and whatever still runs."""
     await house.connection.execute("""
@@ -611,12 +619,12 @@ async def test_a_daily_balance_is_the_last_of_its_day(house: House) -> None:
     await house.populate(3, 1)
     assert await house.run("note-daily-balances") == "looked at 3 users: noted 3 new balances"
     assert await house.run("note-daily-balances") == "looked at 3 users: noted 0 new balances"
-    await house.connection.fetchrow(CHANGE, 2, -100)
+    await house.connection.fetchrow(CHANGE, 2, -100, MAX_INTEGER)
     assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
     noted = "SELECT user_id, version, balance FROM daily_balances ORDER BY day, user_id"
     assert await house.rows(noted) == [(1, 1, 10_000), (2, 2, 900), (3, 1, 1000)]
     await house.connection.execute("UPDATE daily_balances SET day = day - 1")
-    await house.connection.fetchrow(CHANGE, 3, -1)
+    await house.connection.fetchrow(CHANGE, 3, -1, MAX_INTEGER)
     assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
     assert (await house.rows(noted))[3:] == [(3, 2, 999)]
 
@@ -634,9 +642,9 @@ async def test_days_are_totalled_once(house: House, monkeypatch: pytest.MonkeyPa
         (10, 19_000, 20, 0, 20, 10),
         (0, 0, 60, 0, 60, 10),
     ]
-    await house.connection.fetchrow(CHANGE, 2, 500)
+    await house.connection.fetchrow(CHANGE, 2, 500, MAX_INTEGER)
     await house.rewrite("UPDATE entries SET at = '2026-03-02 07:00Z' WHERE version = 10")
-    await house.connection.fetchrow(CHANGE, 2, -1)
+    await house.connection.fetchrow(CHANGE, 2, -1, MAX_INTEGER)
     assert await house.run("total-days") == "looked at 10 users: counted 2 new entries"
     assert await days_as_counted(house) == await days_as_they_were(house)
 
@@ -716,7 +724,7 @@ async def test_a_table_that_is_held_is_left_for_the_next_time(
 async def test_a_rich_user_is_mentioned(house: House) -> None:
     """Nothing is wrong with a large balance, but its next deposit may be refused."""
     await house.populate(5, 1)
-    await house.connection.execute("UPDATE users SET balance = 9007199254740991 WHERE id IN (3, 5)")
+    await house.connection.execute("UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER)
     assert await house.run("watch-limits") == (
         "watched 7 limits and 5 users: 2 users are near the largest balance, first user 3"
     )

@@ -5,6 +5,7 @@ from typing import Self
 from typing_extensions import override
 
 from balance_app.errors import Overloaded, Problem
+from balance_app.http.body import MAX_INTEGER
 
 
 class UserNotFound(Problem):
@@ -101,9 +102,8 @@ class BalanceLimitExceeded(Problem):
 
     status, code, title = 409, "balance-limit-exceeded", "Balance limit exceeded"
 
-    def __init__(
-        self, *, user_id: int, balance: int, version: int, amount: int, excess: int
-    ) -> None:
+    def __init__(self, *, user_id: int, balance: int, version: int, amount: int) -> None:
+        excess = balance + amount - MAX_INTEGER
         super().__init__(
             f"User {user_id} has {balance}; {amount} more would pass the limit by {excess}.",
             userId=user_id,
@@ -116,7 +116,7 @@ class BalanceLimitExceeded(Problem):
     @classmethod
     @override
     def example(cls) -> Self:
-        return cls(user_id=1, balance=2**53 - 1, version=2, amount=1, excess=1)
+        return cls(user_id=1, balance=MAX_INTEGER, version=2, amount=1)
 
 
 class IdempotencyKeyReused(Problem):

@@ -64,8 +64,8 @@ class Outcome(NamedTuple):
     amount: int
     balance: int
     version: int
-    at: datetime | None
-    key: str | None
+    at: datetime | None = None
+    key: str | None = None
     replayed: bool = False
 
 
@@ -178,13 +178,14 @@ class BalanceRepository:
         return [DailyBalance(**row) for row in rows]
 
 
-# The balance is never negative and never passes 2^53-1: waiting for the row's lock, PostgreSQL
-# checks the condition again on the row as the change before left it. Balance, version and
-# entry move together or not at all. No row back means: no such user, or this change did not fit.
+# The balance is never negative and never passes the largest one ($3): waiting for the row's lock,
+# PostgreSQL checks the condition again on the row as the change before left it. Balance, version
+# and entry move together or not at all. No row back means: no such user, or this change did not
+# fit.
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
     RETURNING id, version, balance
 )
 INSERT INTO entries (user_id, version, amount, balance)
@@ -199,16 +200,14 @@ STATE: Final = "SELECT balance, version FROM users WHERE id = $1"
 
 async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
     for _ in range(MAX_RACES):
-        row = await write(connection, CHANGE, user_id, amount)
+        row = await write(connection, CHANGE, user_id, amount, MAX_INTEGER)
         if row is not None:
-            balance, version, at = row
-            return Outcome("accepted", user_id, amount, balance, version, at, None)
+            return Outcome("accepted", user_id, amount, **row)
         states = await read(connection, STATE, user_id)
         if not states:
             raise UserNotFound(user_id)
-        balance, version = states[0]
-        if not 0 <= balance + amount <= MAX_INTEGER:
-            return Outcome("refused", user_id, amount, balance, version, None, None)
+        if not 0 <= states[0]["balance"] + amount <= MAX_INTEGER:
+            return Outcome("refused", user_id, amount, **states[0])
         # Neither: another change came between the two statements, and now this one fits.
     raise _lost_every_race()
 
@@ -218,12 +217,12 @@ async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
 CHANGE_ONCE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND 9007199254740991
-      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE key = $3)
+    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
+      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE key = $4)
     RETURNING id, version, balance
 ), entry AS (
     INSERT INTO entries (user_id, version, amount, balance, key)
-    SELECT id, version, $2, balance, $3 FROM changed
+    SELECT id, version, $2, balance, $4 FROM changed
     RETURNING user_id, version, amount, balance, key, at
 )
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
@@ -234,8 +233,8 @@ RETURNING balance, version, at
 # A refusal is as final as an acceptance: whichever is written first under a key stands.
 REFUSE_ONCE: Final = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
-SELECT $3::text, 'refused', id, $2::bigint, balance, version FROM users
-WHERE id = $1 AND NOT balance + $2 BETWEEN 0 AND 9007199254740991
+SELECT $4::text, 'refused', id, $2::bigint, balance, version FROM users
+WHERE id = $1 AND NOT balance + $2 BETWEEN 0 AND $3
 ON CONFLICT (key) DO NOTHING
 RETURNING balance, version, at
 """
@@ -246,7 +245,7 @@ RETURNING balance, version, at
 # came before, as every outcome that this statement can see did. No row is locked: who recalls
 # neither waits for those who change the account nor holds them up.
 RECALL: Final = """
-SELECT outcome, user_id, amount, balance, version, at,
+SELECT outcome AS kind, user_id, amount, balance, version, at, key,
        pg_logical_emit_message(true, 'balance_app', '')
 FROM idempotency_keys
 WHERE key = $1
@@ -256,23 +255,21 @@ WHERE key = $1
 async def _change_once(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
     for _ in range(MAX_RACES):
         try:
-            row = await write(connection, CHANGE_ONCE, user_id, amount, key)
+            row = await write(connection, CHANGE_ONCE, user_id, amount, MAX_INTEGER, key)
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name != KEYS_PKEY:
                 raise
             row = None
         if row is not None:
-            balance, version, at = row
-            return Outcome("accepted", user_id, amount, balance, version, at, key)
+            return Outcome("accepted", user_id, amount, key=key, **row)
         known = await _recall(connection, key)
         if known is not None:
             if known.kind == "opened" or (known.user_id, known.amount) != (user_id, amount):
                 raise IdempotencyKeyReused
             return known
-        row = await write(connection, REFUSE_ONCE, user_id, amount, key)
+        row = await write(connection, REFUSE_ONCE, user_id, amount, MAX_INTEGER, key)
         if row is not None:
-            balance, version, at = row
-            return Outcome("refused", user_id, amount, balance, version, at, key)
+            return Outcome("refused", user_id, amount, key=key, **row)
         if not await read(connection, STATE, user_id):
             raise UserNotFound(user_id)
     raise _lost_every_race()
@@ -282,8 +279,8 @@ async def _recall(connection: Connection, key: str) -> Outcome | None:
     row = await write(connection, RECALL, key)
     if row is None:
         return None
-    kind, user_id, amount, balance, version, at, _ = row
-    return Outcome(kind, user_id, amount, balance, version, at, key, replayed=True)
+    members = {name: row[name] for name in Outcome._fields if name != "replayed"}
+    return Outcome(**members, replayed=True)
 
 
 # The opening balance is entry 1, so that a user's entries always sum to the balance. No row back
@@ -301,7 +298,7 @@ WITH opened AS (
     SELECT $2, 'opened', id, balance, balance, version, created_at FROM opened
     WHERE $2 IS NOT NULL
 )
-SELECT id, balance, version, created_at FROM opened
+SELECT id AS user_id, balance, version, created_at AS at FROM opened
 """
 
 
@@ -321,7 +318,7 @@ async def _open(connection: Connection, balance: int, key: str | None) -> Outcom
         if row is None:
             (ids,) = await read(connection, IDS)
             raise UserIdTaken(ids["next"], highest=ids["highest"])
-        return Outcome("opened", row["id"], balance, balance, 1, row["created_at"], key)
+        return Outcome("opened", amount=balance, key=key, **row)
     raise _lost_every_race()
 
 
@@ -353,19 +350,12 @@ WHERE user_id = $1 AND day < $2 ORDER BY day DESC LIMIT $3
 
 def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
     """Return the problem that a refused outcome is."""
-    if outcome.amount < 0:
-        return InsufficientFunds(
-            user_id=outcome.user_id,
-            balance=outcome.balance,
-            version=outcome.version,
-            amount=outcome.amount,
-        )
-    return BalanceLimitExceeded(
+    problem = InsufficientFunds if outcome.amount < 0 else BalanceLimitExceeded
+    return problem(
         user_id=outcome.user_id,
         balance=outcome.balance,
         version=outcome.version,
         amount=outcome.amount,
-        excess=outcome.balance + outcome.amount - MAX_INTEGER,
     )
 
 
