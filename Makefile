@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test check lint format bench screenshots reset psql migration release lock clean \
+.PHONY: help run load test check coverage lint format bench screenshots reset psql migration release lock clean \
 	docker-up docker-down docker-reset docker-logs
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -38,10 +38,15 @@ load: $(READY) ## fire 10 000 withdrawals at the running instances, and print th
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest $(if $(PORT),http://127.0.0.1:$(PORT)) $(LOAD)
 
 test: $(READY) ## run all tests against a real PostgreSQL
-	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m pytest \
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python $(MEASURED) -m pytest \
 		$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
-check: lint test ## what CI runs: linters and tests
+check: lint coverage ## linters, tests, and how much of the source these run
+
+coverage: $(READY) ## run all tests, and measure which branches of the source they take
+	@rm -rf .coverage && mkdir .coverage
+	@$(MAKE) --no-print-directory test MEASURED="-m coverage run"
+	@$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report
 
 lint: $(READY) ## ruff, mypy, the direction of imports
 	$(BIN)/ruff check .
@@ -89,7 +94,7 @@ lock: ## renew the lock files (needs uv)
 		-c requirements.lock -o requirements-dev.lock
 
 clean: ## delete the environment and the caches, but no data
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache
 
 docker-up: ## the same in containers: http://127.0.0.1:3001 to 3005
 	docker compose up --detach --build --wait
