@@ -28,6 +28,7 @@ import httpx
 import psutil
 
 from balance_app.balances.repository import CHANGE
+from balance_app.http.body import MAX_INTEGER
 from balance_app.local.postgres import EmbeddedPostgres, binaries
 
 ROUNDS = int(os.environ.get("ROUNDS", "7"))
@@ -188,7 +189,8 @@ async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server
 async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
     """Return how often per second pgbench runs the statement of a change."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        script.write(CHANGE.replace("$1", str(user)).replace("$2", "-2") + ";")
+        values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
+        script.write(re.sub(r"\$\d", lambda name: str(values[name[0]]), CHANGE) + ";")
         script.flush()
         process = await asyncio.create_subprocess_exec(
             *(binaries() / "pgbench", "--no-vacuum", "--protocol=prepared"),
