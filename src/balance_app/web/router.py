@@ -318,7 +318,7 @@ async def job_page(
         if forgotten is None:
             job = _job(snapshot, name)
             row, version = stream.fragments.row(name, now), stream.version
-    runs = await history.page(
+    page = await history.page(
         job=name,
         outcome=outcome,
         before=int(before) if before else MAX_INTEGER,
@@ -330,8 +330,8 @@ async def job_page(
         "outcomes": list(Outcome),
         "outcome": Outcome(outcome) if outcome else None,
         "before": before,
-        "runs": runs["runs"],
-        "next": runs["next"],
+        "runs": page.runs,
+        "next": page.next,
     }
     if forgotten is not None:
         return _page(request, "forgotten.html", {**view, "forgotten": forgotten})

@@ -221,7 +221,7 @@ async def test_the_history_is_read_by_pages(
             for job in (None, *NAMES):
                 for outcome in (None, "succeeded", "failed", "lost", "timed_out", "skipped"):
                     page = await runs.page(job=job, outcome=outcome, before=before, limit=100)
-                    assert all(run["job"] == job for run in page["runs"] if job is not None)
+                    assert all(run.job == job for run in page.runs if job is not None)
     bounded(connection.touched, 250)
 
 

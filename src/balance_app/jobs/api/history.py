@@ -1,11 +1,12 @@
 """The history of runs, read page by page, the latest first."""
 
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 
 from balance_app.db.pool import Connection, Database, read
 from balance_app.jobs.api.errors import JobNotFound
+from balance_app.jobs.api.schemas import HistoryAnswer, RunAnswer
 
 # The planner may read and sort all of a job's runs to find the last few: of a table that it knows
 # little about, or where it does not know how few. In a transaction that may not sort, it takes
@@ -36,8 +37,8 @@ class History:
 
     async def page(
         self, *, job: str | None, outcome: str | None, before: int, limit: int
-    ) -> dict[str, Any]:
-        """Return a `HistoryAnswer`: up to `limit` runs with ids below `before`.
+    ) -> HistoryAnswer:
+        """Return up to `limit` runs with ids below `before`.
 
         Raises:
             JobNotFound: there is no such job.
@@ -53,10 +54,10 @@ class History:
             if not known:
                 raise JobNotFound(job)
         shown = rows[:limit]
-        return {
-            "runs": [_run(row) for row in shown],
-            "next": shown[-1]["id"] if len(rows) > limit else None,
-        }
+        return HistoryAnswer(
+            runs=[_run(row) for row in shown],
+            next=shown[-1]["id"] if len(rows) > limit else None,
+        )
 
 
 # Each reads no more rows than it returns, whatever the planner believes of the table. With
@@ -95,21 +96,11 @@ PAGES: Final = {
 JOB: Final = "SELECT FROM jobs WHERE name = $1"
 
 
-def _run(row: asyncpg.Record) -> dict[str, Any]:
-    ran = row["fence"] is not None
-    seconds = ((row["ended_at"] or row["now"]) - row["started_at"]).total_seconds()
-    return {
-        "id": row["id"],
-        "job": row["job"],
-        "outcome": row["outcome"],
-        "server": row["server"],
-        "fence": row["fence"],
-        "dueAt": row["due_at"],
-        "lastDueAt": row["last_due_at"],
-        "ticks": row["ticks"],
-        "attempt": row["attempt"],
-        "startedAt": row["started_at"] if ran else None,
-        "endedAt": row["ended_at"],
-        "seconds": round(max(seconds, 0.0), 3) if ran else None,
-        "result": row["result"],
-    }
+def _run(row: asyncpg.Record) -> RunAnswer:
+    run = dict(row)
+    if row["fence"] is None:  # skipped: its row has a start, but nothing ran
+        run["started_at"] = run["seconds"] = None
+    else:
+        seconds = ((row["ended_at"] or row["now"]) - row["started_at"]).total_seconds()
+        run["seconds"] = round(max(seconds, 0.0), 3)
+    return RunAnswer.model_validate(run)

@@ -116,7 +116,7 @@ async def read_history(request: Request, page: PageQuery) -> Response:
     found = await history.page(
         job=page.job, outcome=page.outcome, before=page.before, limit=page.limit
     )
-    return _json(to_json(found))
+    return _json(found.model_dump_json(by_alias=True).encode())
 
 
 async def refuse_other_sites(request: Request) -> None:

@@ -149,7 +149,7 @@ Sentence = Annotated[str, Field(examples=["checked 12 000 entries of 1 000 users
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel)
+    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True)
 
 
 class ScheduleAnswer(_Answer):
