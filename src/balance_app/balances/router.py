@@ -44,6 +44,7 @@ from balance_app.errors import (
 )
 from balance_app.http.body import StrictModel, read_json
 from balance_app.http.openapi import headers, json_request, problems
+from balance_app.http.params import ONCE
 from balance_app.http.services import services
 
 BODY_PROBLEMS: Final = (
@@ -117,6 +118,7 @@ async def open_account(request: Request) -> Response:
     response_description="One page of users.",
     response_model=AccountsAnswer,
     responses=problems(InvalidRequest),
+    dependencies=[ONCE],
 )
 async def list_accounts(request: Request, page: PageQuery) -> dict[str, object]:
     """List users by id; `next` is the `after` of the following page."""
@@ -148,6 +150,7 @@ async def read_account(request: Request, response: Response, user_id: PathUserId
     response_description="One page of the user's ledger.",
     response_model=EntriesAnswer,
     responses=problems(UserNotFound, InvalidRequest),
+    dependencies=[ONCE],
 )
 async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -> dict[str, object]:
     """List a user's ledger from the opening balance on; the version is the cursor."""
@@ -165,6 +168,7 @@ async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -
     response_description="One page of the user's daily balances.",
     response_model=DailyBalancesAnswer,
     responses=problems(UserNotFound, InvalidRequest),
+    dependencies=[ONCE],
 )
 async def list_daily_balances(
     request: Request, user_id: PathUserId, page: DaysPageQuery

@@ -4,7 +4,7 @@ import re
 from datetime import date, datetime
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Depends, Path, Query
+from fastapi import Path, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from balance_app.balances.repository import Outcome, refusal
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel, header_values
-from balance_app.http.params import DECIMAL, refuse_repeated
+from balance_app.http.params import DECIMAL, Limit, QueryModel
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
 _KEY: Final = re.compile(KEY_PATTERN.encode())
@@ -73,13 +73,8 @@ class OpenRequest(StrictModel):
     ] = 0
 
 
-Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
-
-
-class Page(BaseModel):
+class Page(QueryModel):
     """Which part of a list: the items after a cursor."""
-
-    model_config = ConfigDict(extra="forbid")
 
     after: Annotated[
         int,
@@ -89,10 +84,8 @@ class Page(BaseModel):
     limit: Limit = 100
 
 
-class DaysPage(BaseModel):
+class DaysPage(QueryModel):
     """Which part of a list by days: those before a cursor."""
-
-    model_config = ConfigDict(extra="forbid")
 
     before: Annotated[
         date,
@@ -105,20 +98,8 @@ class DaysPage(BaseModel):
     limit: Limit = 100
 
 
-async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
-    """Return the requested page; a parameter sent twice requests two."""
-    refuse_repeated(request)
-    return page
-
-
-async def _days_page(request: Request, page: Annotated[DaysPage, Query()]) -> DaysPage:
-    """Return the requested page, as `_page` does."""
-    refuse_repeated(request)
-    return page
-
-
-PageQuery = Annotated[Page, Depends(_page)]
-DaysPageQuery = Annotated[DaysPage, Depends(_days_page)]
+PageQuery = Annotated[Page, Query()]
+DaysPageQuery = Annotated[DaysPage, Query()]
 
 
 Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]

@@ -1,9 +1,10 @@
 """What the query and path parameters of every feature have in common."""
 
 import re
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import BeforeValidator
+from fastapi import Depends
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
@@ -19,12 +20,19 @@ def _decimal(value: object) -> object:
 
 DECIMAL: Final = BeforeValidator(_decimal)
 
+Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
 
-def refuse_repeated(request: Request) -> None:
-    """Refuse a parameter that is sent twice: it requests two things.
 
-    Raises:
-        InvalidRequest: one is.
-    """
+class QueryModel(BaseModel):
+    """The parameters of a query: no unknown ones. A route that takes one depends on `ONCE`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+async def _refuse_repeated(request: Request) -> None:
+    """Refuse a parameter that is sent twice: it requests two things."""
     if len(request.query_params) != len(request.query_params.multi_items()):
         raise InvalidRequest(("query:", "duplicate-parameter"))
+
+
+ONCE: Final = Depends(_refuse_repeated)

@@ -9,6 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from balance_app.errors import InvalidRequest
 from balance_app.http.openapi import problems
+from balance_app.http.params import ONCE
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
@@ -109,6 +110,7 @@ async def watch_status(request: Request) -> Response:
     response_description="One page of runs.",
     response_model=HistoryAnswer,
     responses=problems(JobNotFound, InvalidRequest),
+    dependencies=[ONCE],
 )
 async def read_history(request: Request, page: PageQuery) -> Response:
     """List runs, the latest first; `next` is the `before` of the following page."""
@@ -145,7 +147,7 @@ _own_site = Depends(refuse_other_sites)
     responses=problems(
         CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobWithoutCode, InvalidRequest
     ),
-    dependencies=[_own_site],
+    dependencies=[_own_site, ONCE],
 )
 async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Make a job ready now; its schedule goes on with the next tick after the run.
@@ -162,7 +164,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
-    dependencies=[_own_site],
+    dependencies=[_own_site, ONCE],
 )
 async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Response:
     """Keep a job from starting; a run under way goes on to its end.
@@ -179,7 +181,7 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
-    dependencies=[_own_site],
+    dependencies=[_own_site, ONCE],
 )
 async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Let a paused job go on with its next tick; those that it missed are in the history.
@@ -196,7 +198,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobNotRunning, InvalidRequest),
-    dependencies=[_own_site],
+    dependencies=[_own_site, ONCE],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """End a job's run on whichever instance it is, within one heartbeat.
@@ -213,7 +215,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     response_description="The job is off all lists.",
     response_model=ForgottenAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobHasCode, InvalidRequest),
-    dependencies=[_own_site],
+    dependencies=[_own_site, ONCE],
 )
 async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Take a job off all lists whose code no live instance has; its history can still be read.

@@ -4,14 +4,13 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Final
 
-from fastapi import Depends, Path, Query
+from fastapi import Path, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
-from starlette.requests import Request
 
 from balance_app.http.body import MAX_INTEGER
-from balance_app.http.params import DECIMAL, refuse_repeated
+from balance_app.http.params import DECIMAL, Limit, QueryModel
 from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
@@ -57,10 +56,8 @@ PathName = Annotated[
 ]
 
 
-class Who(BaseModel):
+class Who(QueryModel):
     """Who steers a job."""
-
-    model_config = ConfigDict(extra="forbid")
 
     by: Annotated[
         str,
@@ -87,10 +84,8 @@ class Pause(Who):
     ] = None
 
 
-class Page(BaseModel):
+class Page(QueryModel):
     """Which part of the history: the runs that began before a cursor."""
-
-    model_config = ConfigDict(extra="forbid")
 
     job: Annotated[
         str | None,
@@ -111,27 +106,12 @@ class Page(BaseModel):
         Field(ge=1, le=MAX_INTEGER, description="the `next` of the page before"),
         DECIMAL,
     ] = MAX_INTEGER
-    limit: Annotated[int, Field(ge=1, le=1000, description="runs on the page"), DECIMAL] = 100
+    limit: Limit = 100
 
 
-async def _who(request: Request, who: Annotated[Who, Query()]) -> Who:
-    refuse_repeated(request)
-    return who
-
-
-async def _pause(request: Request, pause: Annotated[Pause, Query()]) -> Pause:
-    refuse_repeated(request)
-    return pause
-
-
-async def _page(request: Request, page: Annotated[Page, Query()]) -> Page:
-    refuse_repeated(request)
-    return page
-
-
-WhoQuery = Annotated[Who, Depends(_who)]
-PauseQuery = Annotated[Pause, Depends(_pause)]
-PageQuery = Annotated[Page, Depends(_page)]
+WhoQuery = Annotated[Who, Query()]
+PauseQuery = Annotated[Pause, Query()]
+PageQuery = Annotated[Page, Query()]
 
 
 Instant = Annotated[datetime, Field(examples=["2026-11-21T21:49:33.940623Z"])]
