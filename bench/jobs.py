@@ -28,7 +28,8 @@ import httpx
 
 from balance_app.db.migrations import migrate
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.repository import CLAIM, FINISH, ClaimPolicy, Me, claim_arguments
+from balance_app.jobs.repository import ClaimPolicy, Me, claim_arguments
+from balance_app.jobs.statements import CLAIM, FINISH
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import Settings, load_settings
 from tests.processes import Instance, connect, running

@@ -20,6 +20,13 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
 
+
+def replaced(text: str, guard: str, instead: str) -> str:
+    """Return a statement with one of its guards replaced, which must be in it."""
+    assert guard in text, f"{guard!r} is not in {text}"
+    return text.replace(guard, instead)
+
+
 READ_FIRST = "SELECT balance, version FROM users WHERE id = $1"
 
 THEN_WRITE = """
@@ -97,9 +104,8 @@ def key() -> None:
 
 def recall() -> None:
     """Replay an outcome without waiting until it is durable."""
-    vars(repository)["RECALL"] = RECALL.replace(
-        "pg_logical_emit_message(true, 'balance_app', '')", "0"
-    )
+    waits = "pg_logical_emit_message(true, 'balance_app', '')"
+    vars(repository)["RECALL"] = replaced(RECALL, waits, "0")
 
 
 def migration_lock() -> None:
@@ -125,8 +131,7 @@ def durability() -> None:
     """Leave synchronous_commit as the defaults have it."""
     default = "current_setting('synchronous_commit')"
     raised = f"nullif({default}, 'off')"
-    assert raised in sessions.AFTER_CONNECTING
-    vars(sessions)["AFTER_CONNECTING"] = sessions.AFTER_CONNECTING.replace(raised, default)
+    vars(sessions)["AFTER_CONNECTING"] = replaced(sessions.AFTER_CONNECTING, raised, default)
 
 
 def open_connections() -> None:

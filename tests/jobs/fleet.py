@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from balance_app import server
-from balance_app.jobs import leases, repository, runner, scheduler, scope, watchdog
+from balance_app.jobs import leases, repository, runner, scheduler, scope, statements, watchdog
 from balance_app.jobs import run as running
 from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
@@ -45,6 +45,7 @@ from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 from tests.jobs import kinds
 from tests.jobs.kinds import TICK_SECONDS, EventLog
+from tests.mutants import replaced
 
 
 class Script:
@@ -216,7 +217,7 @@ def newcomers_first() -> None:
     newcomers = """CASE WHEN true THEN
         greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
         WHEN alive_at > $4"""
-    vars(repository)["CLAIM"] = repository.CLAIM.replace(guard, newcomers)
+    vars(statements)["CLAIM"] = replaced(statements.CLAIM, guard, newcomers)
 
 
 def seen_again() -> None:
@@ -225,7 +226,7 @@ def seen_again() -> None:
         ("MARK_STARTUP", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
         ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
     ):
-        vars(repository)[name] = getattr(repository, name).replace(guard, without)
+        vars(statements)[name] = replaced(vars(statements)[name], guard, without)
 
 
 def no_wait_for_threads() -> None:
@@ -269,8 +270,7 @@ def no_release() -> None:
 def no_expiry() -> None:
     """Let a late heartbeat renew a lease that is over."""
     over = "WHERE holder = $1 AND lease_until > clock_timestamp()"
-    assert over in repository.HEARTBEAT
-    vars(repository)["HEARTBEAT"] = repository.HEARTBEAT.replace(over, "WHERE holder = $1")
+    vars(leases)["HEARTBEAT"] = replaced(leases.HEARTBEAT, over, "WHERE holder = $1")
 
 
 def losses_stand() -> None:
@@ -296,7 +296,7 @@ def go_on_anew() -> None:
 def own_clock() -> None:
     """Decide by a clock of the instance's own, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
-    vars(repository)["CLAIM"] = repository.CLAIM.replace("clock_timestamp()", shifted)
+    vars(statements)["CLAIM"] = replaced(statements.CLAIM, "clock_timestamp()", shifted)
 
 
 GUARDS: dict[str, Callable[[], None]] = {

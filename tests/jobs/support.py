@@ -14,18 +14,8 @@ import structlog
 from balance_app.db.pool import Database
 from balance_app.jobs.declarations import Capabilities
 from balance_app.jobs.job import Job, Registry
-from balance_app.jobs.leases import Lease
-from balance_app.jobs.repository import (
-    Claimed,
-    ClaimPolicy,
-    ClaimResult,
-    JobRepository,
-    Me,
-    Progress,
-    Renewal,
-    RenewalResult,
-    renew_leases,
-)
+from balance_app.jobs.leases import Lease, Progress, Renewal, RenewalResult, renew_leases
+from balance_app.jobs.repository import Claimed, ClaimPolicy, ClaimResult, JobRepository, Me
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.settings import Settings, load_settings

@@ -14,6 +14,7 @@ from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import STARTUP_BATCH, Completion
 from balance_app.jobs.run import Run
 from tests.jobs.support import Ground, Instance, on, until
+from tests.mutants import replaced
 from tests.system.sizes import report_figures
 
 SECOND = timedelta(seconds=1)
@@ -80,9 +81,8 @@ async def test_where_the_last_to_start_decides_the_old_schedule_stays(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without the order of first declarations an old instance that starts wins."""
-    first = "first_declared_at DESC"
-    assert first in declarations.COUNTS
-    monkeypatch.setattr(declarations, "COUNTS", declarations.COUNTS.replace(first, "seen_at DESC"))
+    last_seen = replaced(declarations.COUNTS, "first_declared_at DESC", "seen_at DESC")
+    monkeypatch.setattr(declarations, "COUNTS", last_seen)
     old, new = ground.instance("old"), ground.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
@@ -137,7 +137,7 @@ async def test_many_jobs_make_no_claim_slow(ground: Ground) -> None:
     names = await ground.admin.fetch("SELECT name FROM jobs WHERE name LIKE 'own-%'")
     instance = ground.instance()
     (row,) = await ground.admin.fetch(declarations.CAPABILITIES, [name for (name,) in names])
-    capabilities = Capabilities(*row)
+    capabilities = Capabilities(**row)
     assert (capabilities.highest_number, len(capabilities.missing), len(capabilities.numbers)) == (
         40000,
         20000,

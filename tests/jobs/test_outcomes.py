@@ -16,8 +16,9 @@ import pytest
 
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.run import LeaseLostError, Run, describe
+from balance_app.jobs.run import Run, describe
 from balance_app.jobs.threads import ThreadRun
+from balance_app.jobs.transaction import LeaseLostError
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 from tests.jobs.support import Ground, on

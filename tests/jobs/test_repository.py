@@ -14,20 +14,13 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 import pytest
 
-from balance_app.jobs import declarations, repository
+from balance_app.jobs import declarations, leases, repository, statements, transaction
 from balance_app.jobs.declarations import LONGEST_QUARANTINE, LOST_LIMIT, QUARANTINE
-from balance_app.jobs.repository import (
-    CLAIM,
-    COMMIT,
-    ENTER,
-    Completion,
-    Progress,
-    Renewal,
-    Skipped,
-    claim_arguments,
-    renew_leases,
-)
+from balance_app.jobs.leases import Progress, Renewal, renew_leases
+from balance_app.jobs.repository import Completion, Skipped, claim_arguments
+from balance_app.jobs.transaction import COMMIT, LEASE_LOST
 from tests.jobs.support import AT_ONCE, Ground, Instance, on
+from tests.mutants import replaced
 from tests.system.databases import somebody_waits
 from tests.system.sizes import report_figures, size
 
@@ -81,8 +74,8 @@ async def two_at_once(ground: Ground) -> AsyncIterator[str]:
     first, second = await ground.connect(), await ground.connect()
     arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
     async with first.transaction():
-        one = await first.fetchrow(CLAIM, *arguments)
-        other = asyncio.create_task(second.fetchrow(repository.CLAIM, *arguments))
+        one = await first.fetchrow(statements.CLAIM, *arguments)
+        other = asyncio.create_task(second.fetchrow(statements.CLAIM, *arguments))
         await asyncio.wait({other}, timeout=0.5)
         if not other.done():
             yield "it waited"
@@ -92,6 +85,38 @@ async def two_at_once(ground: Ground) -> AsyncIterator[str]:
     assert one["name"] == "moon"
     if two["name"] == one["name"]:
         yield f"both claimed it, with the fences {one['fence']} and {two['fence']}"
+
+
+CLOCK_THAT_WAITS: Final = """
+CREATE SCHEMA slow;
+CREATE FUNCTION slow.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql AS $$BEGIN
+    PERFORM pg_catalog.pg_advisory_xact_lock(1);
+    RETURN pg_catalog.clock_timestamp();
+END$$;
+SET search_path = slow, public, pg_catalog;
+SELECT pg_advisory_lock(1)
+"""
+
+
+async def overtaken_claim(ground: Ground) -> AsyncIterator[str]:
+    """A claim that has found a job before another took it leaves it to that one."""
+    slow, quick = ground.instance("slow"), ground.instance("quick")
+    capabilities = await slow.declare("moon")
+    await quick.declare("moon")
+    locker, connection = await ground.connect(), await ground.connect()
+    await locker.execute(CLOCK_THAT_WAITS)
+    try:
+        await connection.execute("SET search_path = slow, public, pg_catalog")
+        arguments = claim_arguments(slow.me, slow.lease, capabilities, AT_ONCE)
+        claiming = asyncio.create_task(connection.fetchrow(statements.CLAIM, *arguments))
+        await somebody_waits(ground.variables)
+        await quick.claim()
+        await locker.execute("SELECT pg_advisory_unlock(1)")
+        await claiming
+    finally:
+        await locker.execute("DROP SCHEMA slow CASCADE")
+    if (await ground.row("moon"))["holder"] != quick.me.id:
+        yield "it took the job from its owner"
 
 
 async def stranger(ground: Ground) -> AsyncIterator[str]:
@@ -268,7 +293,7 @@ async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
         await ground.ready("moon", seconds_ago=9)
         arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
-        await connection.fetchrow(repository.CLAIM, *arguments)
+        await connection.fetchrow(statements.CLAIM, *arguments)
     row = await ground.row("moon")
     if row["holder"] is None or row["lease_until"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
@@ -459,7 +484,7 @@ async def begin(ground: Ground) -> AsyncIterator[str]:
     await owner.claim()
 
     async def enters(instance: Instance, fence: int) -> bool:
-        row = await ground.admin.fetchrow(repository.ENTER, "moon", fence, instance.me.id)
+        row = await ground.admin.fetchrow(transaction.ENTER, "moon", fence, instance.me.id)
         return row is not None
 
     assert await enters(owner, 1)
@@ -484,7 +509,7 @@ async def delayed_begin(ground: Ground) -> AsyncIterator[str]:
         await connection.execute("SELECT")
         await asyncio.sleep(0.01)
         await ground.expire("moon")
-        if await connection.fetchrow(repository.ENTER, "moon", 1, instance.me.id) is not None:
+        if await connection.fetchrow(transaction.ENTER, "moon", 1, instance.me.id) is not None:
             yield "it began after the lease"
 
 
@@ -508,7 +533,7 @@ async def commits(ground: Ground) -> AsyncIterator[str]:
         try:
             await connection.execute(COMMIT)
         except asyncpg.PostgresError as error:
-            if error.sqlstate != repository.LEASE_LOST:
+            if error.sqlstate != LEASE_LOST:
                 raise
             return False
         return True
@@ -532,7 +557,7 @@ async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
     connection = await ground.connect()
     await connection.execute("BEGIN")
     await owner.claim()
-    await connection.fetchrow(ENTER, "moon", 1, owner.me.id)
+    await connection.fetchrow(transaction.ENTER, "moon", 1, owner.me.id)
     await connection.execute("SELECT hold_lease()")
     await asyncio.sleep(1.1)
     found = await other.claim_next()
@@ -564,15 +589,15 @@ async def seen_once(ground: Ground) -> AsyncIterator[str]:
     await second.jobs.mark_startup(second.capabilities, MINUTE)
     if (await ground.row("sun"))["seen_at"] is not None:
         yield "who does not know the job has seen it"
-    for ago, replaced in ((1.9, False), (2.1, True)):  # nobody goes by it any more
+    for ago, renewed in ((1.9, False), (2.1, True)):  # nobody goes by it any more
         await ground.admin.execute(
             "UPDATE jobs SET seen_at = clock_timestamp() - $1::interval WHERE name = 'moon'",
             ago * MINUTE,
         )
         seen_at = (await ground.row("moon"))["seen_at"]
         await second.jobs.mark_startup(second.capabilities, MINUTE)
-        if ((await ground.row("moon"))["seen_at"] != seen_at) != replaced:
-            yield f"a mark of {ago} warm-ups ago was {'not ' * replaced}written again"
+        if ((await ground.row("moon"))["seen_at"] != seen_at) != renewed:
+            yield f"a mark of {ago} warm-ups ago was {'not ' * renewed}written again"
 
 
 async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
@@ -619,6 +644,7 @@ async def limited(ground: Ground) -> AsyncIterator[str]:
 
 
 DECLARE_LOCK: Final = declarations.DECLARE_LOCK
+MODULES: Final = (declarations, leases, statements, transaction)
 OWN_CLOCK = ("clock_timestamp()", "now()")
 HELD = "    WHERE holder = $1 AND lease_until > clock_timestamp()\n"
 FREED = "WHERE name = $1 AND fence = $2 AND holder = $3"
@@ -636,18 +662,27 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
             Guard(
                 "CLAIM", "claimable_at <= (SELECT clock_timestamp())", "claimable_at IS NOT NULL"
             ),
-            Guard("CLAIM", "(SELECT clock_timestamp() - backoff FROM own) >=", "'infinity' >="),
+            Guard("CLAIM", "AND eligible_at <= (SELECT clock_timestamp())", ""),
         ]
     ],
     limited: [
         [
-            Guard("CLAIM", "claimable_at <= (SELECT clock_timestamp())", "true"),
-            Guard("CLAIM", "(SELECT clock_timestamp() - backoff FROM own) >=", "'infinity' >="),
+            Guard("CLAIM", "eligible.claimable_at <= (SELECT clock_timestamp())", "true"),
+            Guard("CLAIM", "AND eligible_at <= (SELECT clock_timestamp())", ""),
         ],
     ],
     two_at_once: [
-        [Guard("CLAIM", "    FOR UPDATE SKIP LOCKED\n", "")],
+        [Guard("CLAIM", "    FOR UPDATE OF jobs SKIP LOCKED\n", "")],
         [Guard("CLAIM", " SKIP LOCKED", "")],
+    ],
+    overtaken_claim: [
+        [
+            Guard(
+                "CLAIM",
+                "AND (jobs.claimable_at, jobs.seen_at)",
+                "AND (eligible.claimable_at, jobs.seen_at)",
+            )
+        ]
     ],
     stranger: [
         [Guard("CLAIM", "number <@ $5::int8multirange", "$5::int8multirange IS NOT NULL")],
@@ -656,7 +691,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [
             Guard(
                 "CLAIM",
-                "(holder IS NULL OR clock_timestamp() <= $12::timestamptz)",
+                "(eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)",
                 "($12::timestamptz IS NULL OR true)",
             )
         ]
@@ -767,13 +802,11 @@ async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
     """Replace a guard, in the program or in the database."""
     if guard.statement == "hold_lease":
         text = await ground.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
-        assert guard.text in text
-        await ground.admin.execute(text.replace(guard.text, guard.instead))
+        await ground.admin.execute(replaced(text, guard.text, guard.instead))
         return
-    module = declarations if guard.statement in vars(declarations) else repository
+    (module,) = (each for each in MODULES if guard.statement in vars(each))
     statement = vars(module)[guard.statement]
-    assert guard.text in str(statement)
-    without = type(statement)(str(statement).replace(guard.text, guard.instead))
+    without = type(statement)(replaced(str(statement), guard.text, guard.instead))
     patch.setattr(module, guard.statement, without)
 
 
@@ -809,7 +842,7 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
         arguments = claim_arguments(instance.me, instance.lease, instance.capabilities, AT_ONCE)
         await together.wait()
         while len(taken) < jobs:
-            row = await connection.fetchrow(CLAIM, *arguments)
+            row = await connection.fetchrow(statements.CLAIM, *arguments)
             assert row is not None
             if row["name"] is not None:
                 taken.append((row["name"], row["fence"]))

@@ -14,17 +14,16 @@ import asyncpg
 import pytest
 
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs import repository
-from balance_app.jobs import run as running
-from balance_app.jobs.repository import Progress
+from balance_app.jobs import transaction
+from balance_app.jobs.leases import Progress, Renewal, renew_leases
 from balance_app.jobs.run import (
     CHECKPOINT_BYTES,
     CheckpointError,
-    LeaseLostError,
     Run,
     RunStoppedError,
 )
 from balance_app.jobs.threads import ThreadRun
+from balance_app.jobs.transaction import LeaseLostError
 from tests.jobs.support import Ground, Instance, on, until
 
 Result = TypeVar("Result")
@@ -96,8 +95,8 @@ async def test_progress_is_written_with_the_next_heartbeat(
         run.progress(*said)
         assert run.lease.progress == expected
         assert instance.capabilities is not None
-        renewal = repository.Renewal("moon", 1, run.lease.progress)
-        _, (result,) = await repository.renew_leases(
+        renewal = Renewal("moon", 1, run.lease.progress)
+        _, (result,) = await renew_leases(
             ground.admin, instance.me, instance.lease, instance.capabilities, [renewal]
         )
         assert result.renewed
@@ -326,7 +325,7 @@ async def test_without_the_check_it_would(
     ground: Ground, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: with a plain commit, what a stale run writes takes effect."""
-    monkeypatch.setattr(running, "COMMIT", "COMMIT")
+    monkeypatch.setattr(transaction, "COMMIT", "COMMIT")
     async with run.transaction() as connection:
         await connection.execute(NOTE, "too late")
         await take_over(ground)

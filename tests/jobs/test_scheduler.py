@@ -21,10 +21,11 @@ from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import STOPPED, Claimed, Completion
-from balance_app.jobs.run import LeaseLostError, Run
+from balance_app.jobs.run import Run
 from balance_app.jobs.runner import RunResult
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.jobs.threads import ThreadRun
+from balance_app.jobs.transaction import LeaseLostError
 from tests.jobs.support import Ground, on, until
 from tests.system.sizes import report_figures, size
 

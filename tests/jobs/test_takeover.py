@@ -21,7 +21,8 @@ from balance_app.db.pool import Database
 from balance_app.jobs.declarations import QUARANTINE
 from balance_app.jobs.leases import HeldLeases
 from balance_app.jobs.repository import JobRepository, Me
-from balance_app.jobs.run import Run, TransactionLimitError
+from balance_app.jobs.run import Run
+from balance_app.jobs.transaction import TransactionLimitError
 from balance_app.settings import load_settings
 from tests.jobs.fleet import Span, overlaps, read_event_logs
 from tests.jobs.support import AT_ONCE

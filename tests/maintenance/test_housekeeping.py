@@ -21,13 +21,15 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import Registry
 from balance_app.jobs.repository import Claimed, JobRepository, Me
-from balance_app.jobs.run import LeaseLostError, Run
+from balance_app.jobs.run import Run
 from balance_app.jobs.schedule import Every
+from balance_app.jobs.transaction import LeaseLostError
 from balance_app.maintenance import audits, batches, housekeeping, limits, summaries
 from balance_app.maintenance.audits import LedgerMismatchError
 from balance_app.maintenance.housekeeping import ANALYZE
 from balance_app.maintenance.limits import LimitNearError
 from balance_app.settings import load_settings
+from tests.mutants import replaced
 from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -741,7 +743,7 @@ async def test_a_transaction_that_stays_open_is_reported(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What keeps PostgreSQL from cleaning up makes the run fail."""
-    monkeypatch.setattr(limits, "LIMITS", limits.LIMITS.replace("/ 3600", "/ 0.001"), raising=True)
+    monkeypatch.setattr(limits, "LIMITS", replaced(limits.LIMITS, "/ 3600", "/ 0.001"))
     with pytest.raises(LimitNearError, match="the hour that a transaction may last"):
         await house.run("watch-limits")
 

@@ -124,9 +124,11 @@ WHERE name = ANY ($1) AND holder IS NULL
 """
 
 CAPABILITIES: Final = """
-SELECT clock_timestamp(), coalesce(max(number), 0),
-       coalesce(array_agg(name) FILTER (WHERE name <> ALL ($1)), '{}'),
+SELECT clock_timestamp() AS booted_at,
+       coalesce(max(number), 0) AS highest_number,
+       coalesce(array_agg(name) FILTER (WHERE name <> ALL ($1)), '{}') AS missing,
        coalesce(range_agg(int8range(number, number, '[]')) FILTER (WHERE name = ANY ($1)), '{}')
+       AS numbers
 FROM jobs
 """
 
@@ -169,7 +171,8 @@ async def declare(
                     async with connection.transaction():
                         arguments = (name, *change, row["due_at"], row["ready_at"])
                         await connection.execute(REDECLARE, *arguments)
-        return Capabilities(*(await read(connection, CAPABILITIES, list(jobs)))[0]), undeclared
+        (row,) = await read(connection, CAPABILITIES, list(jobs))
+        return Capabilities(**row), undeclared
 
 
 @contextmanager

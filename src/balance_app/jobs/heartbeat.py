@@ -17,8 +17,8 @@ import structlog
 
 from balance_app.db.outages import Kind, classify
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.leases import HeldLeases
-from balance_app.jobs.repository import LEAVE, Me, Renewal, renew_leases
+from balance_app.jobs.leases import LEAVE, HeldLeases, Renewal, renew_leases
+from balance_app.jobs.repository import Me
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session
 from balance_app.settings import Settings
@@ -170,7 +170,10 @@ class HeartbeatThread:
         leases = {(lease.name, lease.fence): lease for lease in self._leases.all()}
         capabilities = self._capabilities
         assert capabilities is not None  # noqa: S101 - started with it
-        renewals = [Renewal(*key, lease.progress, lease.stopping) for key, lease in leases.items()]
+        renewals = [
+            Renewal(lease.name, lease.fence, lease.progress, lease.stopping)
+            for lease in leases.values()
+        ]
         sent_at = monotonic()
         now, results = await asyncio.wait_for(
             renew_leases(

@@ -13,15 +13,29 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
-from balance_app.jobs.repository import Progress
+import asyncpg
+
+from balance_app.jobs.declarations import Capabilities
+from balance_app.jobs.repository import Me
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.settings import Settings
 
 # The watchdog timer may be set this much late.
 ARM_SECONDS: Final = 0.005
+
+
+class Progress(NamedTuple):
+    """How far a run says it is."""
+
+    done: int | None
+    total: int | None
+    note: str | None
+
+
 NO_PROGRESS: Final = Progress(None, None, None)
 
 
@@ -168,3 +182,97 @@ class HeldLeases:
                 self._watchdog.expire()
             self._watchdog.set(max(0.001, left))
             late = monotonic() - now > ARM_SECONDS
+
+
+class Renewal(NamedTuple):
+    """The renewal of one run's lease, and what is written down with it."""
+
+    name: str
+    fence: int
+    progress: Progress
+    stopping: bool = False
+
+
+class RenewalResult(NamedTuple):
+    """What became of one renewal."""
+
+    name: str
+    fence: int
+    renewed: bool
+    # not renewed, but not lost either: somebody held the row locked
+    still_held: bool
+    cancel_by: str | None
+
+
+# Renews what this instance holds, and only that: the fence and the holder must still stand, and a
+# lease that is over stays over. A row that somebody holds locked is left out this time: waiting for
+# it would let all the other leases run out.
+#
+# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the renewals
+HEARTBEAT: Final = """
+WITH renewal AS (  -- one row for each lease that is to be renewed
+    SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
+                         $9::bigint[], $10::bigint[], $11::text[])
+                  AS renewal (name, fence, stopping, done, total, note)
+), held AS MATERIALIZED (  -- those that stand, locked: nobody can take them meanwhile
+    SELECT name, fence FROM jobs JOIN renewal USING (name, fence)
+    WHERE holder = $1 AND lease_until > clock_timestamp()
+    FOR NO KEY UPDATE OF jobs SKIP LOCKED
+), renewed AS (  -- ... with what the runs say of themselves
+    UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
+                    done = renewal.done, total = renewal.total, note = renewal.note,
+                    stopping_at = CASE WHEN NOT renewal.stopping OR stopping_at >= started_at
+                                  THEN stopping_at ELSE clock_timestamp() END
+    FROM held JOIN renewal USING (name, fence)
+    WHERE jobs.name = held.name
+    RETURNING jobs.name, jobs.fence, cancel_by
+), seen AS (  -- for people alone
+    INSERT INTO copies (id, server, knows_to, lacks) VALUES ($1, $2, $4, $5)
+    ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
+)
+SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
+       jobs.fence = renewal.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
+       AS still_held, renewed.cancel_by
+FROM (SELECT) AS always LEFT JOIN renewal ON true
+LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = renewal.name
+"""
+
+# An instance that has ended its runs is no longer seen.
+LEAVE: Final = "DELETE FROM copies WHERE id = $1"
+
+
+async def renew_leases(
+    connection: "asyncpg.Connection[asyncpg.Record]",
+    me: Me,
+    lease: timedelta,
+    capabilities: Capabilities,
+    renewals: Iterable[Renewal],
+) -> tuple[datetime, list[RenewalResult]]:
+    """Renew leases on the heartbeat's own connection; return the server's time and the results."""
+    sent = list(renewals)
+    rows = await connection.fetch(
+        HEARTBEAT,
+        me.id,
+        me.server,
+        lease,
+        capabilities.highest_number,
+        capabilities.missing,
+        [each.name for each in sent],
+        [each.fence for each in sent],
+        [each.stopping for each in sent],
+        [each.progress.done for each in sent],
+        [each.progress.total for each in sent],
+        [each.progress.note for each in sent],
+    )
+    results = [
+        RenewalResult(
+            name=row["name"],
+            fence=row["fence"],
+            renewed=row["renewed"],
+            still_held=bool(row["still_held"]),
+            cancel_by=row["cancel_by"],
+        )
+        for row in rows
+        if row["name"] is not None
+    ]
+    return rows[0]["now"], results

@@ -2,9 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from datetime import datetime
 from math import inf
 from time import monotonic
@@ -12,43 +12,29 @@ from typing import Any, Final, Literal
 
 import asyncpg
 import structlog
+from pydantic_core import from_json, to_json
 
-from balance_app.db.outages import applied_if_unavailable, is_fatal
 from balance_app.db.pool import Connection, Database
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs import children
-from balance_app.jobs.leases import Lease
-from balance_app.jobs.repository import (
-    COMMIT,
-    ENTER,
-    LEASE_LOST,
-    REMEMBER,
-    Claimed,
-    JobRepository,
-    Progress,
-    encode,
-)
+from balance_app.jobs.leases import Lease, Progress
+from balance_app.jobs.repository import Claimed, JobRepository
 from balance_app.jobs.scope import CURRENT, Scope, under
+from balance_app.jobs.transaction import (
+    NO_ANSWER,
+    LeaseLostError,
+    RunTransaction,
+    TransactionLimitError,
+)
 
 CHECKPOINT_BYTES: Final = 8192
 # How much of an error is told in a run's result.
 MESSAGE_CHARACTERS: Final = 1900
 MOST_CAUSES: Final = 10
 DEEPEST_CAUSE: Final = 5
-# of a limit: the clocks of the server and of this process, and the way between them
-ALMOST: Final = 0.95
-NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
 # What a run that was told to stop has come to.
 Stopped = Literal["cancelled", "interrupted", "timed_out"]
-
-
-class LeaseLostError(Exception):
-    """The run has lost its lease: what it wanted to write was not written."""
-
-
-class TransactionLimitError(Exception):
-    """The server ended a transaction that was idle or lasted too long: nothing was written."""
 
 
 class CheckpointError(ValueError):
@@ -90,7 +76,7 @@ class Run:
         # what was done already when a resumed run first said how far it is
         self._begun_at: int | None = None
         # the one that is open
-        self._transaction: _Transaction | None = None
+        self._transaction: RunTransaction | None = None
         self.lease: Lease | None = None
         # set when it is told to stop: what it is to end as, and why
         self.stopped: tuple[Stopped, str] | None = None
@@ -197,7 +183,7 @@ class Run:
         """
         if self._transaction is not None:
             raise RuntimeError(f"{self.name} has a transaction open already.")
-        self._transaction = transaction = _Transaction(self.name, self.fence, self._jobs)
+        self._transaction = transaction = RunTransaction(self.name, self.fence, self._jobs)
         scope = CURRENT.get()
         try:
             # The pool and its connections outlive the run.
@@ -217,113 +203,15 @@ class Run:
             self._transaction = None
 
 
-class _Transaction:
-    """A transaction of a run: entered and committed under its lease, its errors classified."""
+def encode(state: object) -> str:
+    """Return a checkpoint as JSON that can be read back.
 
-    def __init__(self, name: str, fence: int, jobs: JobRepository) -> None:
-        self.name: Final = name
-        self.fence: Final = fence
-        self._jobs = jobs
-        # what it writes as the checkpoint
-        self.checkpoint: str | None = None
-        self._activity = _Activity()
-        # of something else in the body: the connection is well
-        self._own: Exception | None = None
-
-    async def enter(self, connection: Connection) -> None:
-        """Begin, if the run holds its lease."""
-        await connection.execute(self._jobs.begin)
-        holder = self._jobs.me.id
-        if await connection.fetchrow(ENTER, self.name, self.fence, holder) is None:
-            raise LeaseLostError(f"{self.name} has lost its lease.")
-
-    @contextmanager
-    def watch(self, connection: Connection) -> Iterator[None]:
-        """Note what happens to the connection while the job has it."""
-        try:
-            with self._activity.of(connection):
-                yield
-        except NO_ANSWER as error:
-            self._own = None if self._activity.ended_at is not None else error
-            raise
-
-    async def commit(self, connection: Connection) -> None:
-        """Check the lease and commit, in one message."""
-        if self.checkpoint is not None:
-            await connection.execute(REMEMBER, self.checkpoint)
-        await connection.execute(COMMIT)
-
-    def classify(self, error: Exception) -> Exception | None:
-        """Return what an error of the driver means to the run, if it is not the statement's."""
-        if error is self._own:
-            return None
-        state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
-        if state == LEASE_LOST:
-            return LeaseLostError(f"{self.name} has lost its lease.")
-        limit = self._limit(error)
-        if limit is not None:
-            return TransactionLimitError(limit)
-        applied = applied_if_unavailable(error)
-        # A statement that was rolled back is the job's affair; a refused connection is an outage.
-        if applied is None or (state is not None and applied == "no" and not is_fatal(error)):
-            return None
-        return DatabaseUnavailable(
-            "The database became unavailable in a transaction.", applied=applied
-        )
-
-    def _limit(self, error: Exception) -> str | None:
-        """Say which limit of the server a transaction has met, if one ended it."""
-        idle = f"it was idle for longer than {self._jobs.idle_seconds:g} s"
-        long = f"it lasted for longer than {self._jobs.transaction_seconds:g} s"
-        for each in (error, error.__cause__):
-            match getattr(each, "sqlstate", None):
-                case "25P03":
-                    return f"The server ended a transaction: {idle} (SQLSTATE 25P03)."
-                case "25P04":
-                    return f"The server ended a transaction: {long} (SQLSTATE 25P04)."
-        # The driver does not pass on what the server says while nothing is under way.
-        ended_at = self._activity.ended_at
-        if ended_at is None and isinstance(error, NO_ANSWER):
-            ended_at = monotonic()  # it has ended, but its end has not been seen yet
-        if ended_at is None:
-            return None
-        if ended_at - self._activity.begun_at > self._jobs.transaction_seconds * ALMOST:
-            return f"The server ended a transaction: {long}."
-        if ended_at - self._activity.last_at > self._jobs.idle_seconds * ALMOST:
-            return f"The server ended a transaction: {idle}."
-        return None
-
-
-class _Activity:
-    """When a transaction began, when its last statement ended, and when its connection did."""
-
-    def __init__(self) -> None:
-        self.begun_at = self.last_at = monotonic()
-        self.ended_at: float | None = None
-
-    @contextmanager
-    def of(self, connection: Connection) -> Iterator[None]:
-        """Watch a connection."""
-        self.begun_at = self.last_at = monotonic()
-        connection.add_query_logger(self._note_statement)
-        connection.add_termination_listener(self._note_end)
-        try:
-            yield
-        finally:
-            try:
-                if connection.is_closed():
-                    self._note_end()
-                connection.remove_query_logger(self._note_statement)
-                connection.remove_termination_listener(self._note_end)
-            except asyncpg.InterfaceError:  # it was closed, and the pool has taken it back already
-                self._note_end()
-
-    def _note_statement(self, _statement: object) -> None:
-        self.last_at = monotonic()
-
-    def _note_end(self, _connection: object = None) -> None:
-        if self.ended_at is None:
-            self.ended_at = monotonic()
+    Raises:
+        ValueError: there is none: not JSON, too deep, or a number that JSON or Python can't read.
+    """
+    encoded = to_json(state)
+    from_json(encoded, allow_inf_nan=False)  # what can't be read would be the end of each owner
+    return encoded.decode()
 
 
 def _count(number: object) -> int | None:

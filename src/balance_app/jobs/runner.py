@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job
 from balance_app.jobs.run import (
-    LeaseLostError,
     Run,
     RunStoppedError,
     Stopped,
@@ -18,6 +17,7 @@ from balance_app.jobs.run import (
 )
 from balance_app.jobs.scope import Scope
 from balance_app.jobs.threads import ThreadRun
+from balance_app.jobs.transaction import LeaseLostError
 
 
 class RunResult(NamedTuple):

@@ -18,14 +18,13 @@ import pytest
 
 from balance_app.db.pool import Database
 from balance_app.http.body import MAX_INTEGER
-from balance_app.jobs import repository
 from balance_app.jobs.api import history
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.history import KEEP_TO_INDEX, History
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry, job
-from balance_app.jobs.repository import Completion, JobRepository
+from balance_app.jobs.repository import Completion, JobRepository, Me
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.maintenance.summaries import read_table_bytes
@@ -280,7 +279,7 @@ async def test_runs_begin_and_end_by_an_index(
     """A claim, a claim of what was lost, a loss that is taken back, an end, a resumption."""
     async with explaining(large, mode) as connection:
         database = cast("Database", OneConnection(connection))
-        me = repository.Me(uuid4(), "app1")
+        me = Me(uuid4(), "app1")
         jobs = JobRepository(database, me, LEASE)
         capabilities = await large.instance().declare(*NAMES)
         await large.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() - interval '1 s'")

@@ -1,0 +1,237 @@
+"""The statements that move a job from one state to another, each with the invariant it keeps.
+
+PostgreSQL's clock decides, read where it counts (`clock_timestamp()`): `now()` is the time at which
+a transaction began, and one that was delayed could take or revive a lease by it.
+"""
+
+from typing import Final
+
+# The startup mark: written once for each time that a job is ready, by the first of the instances
+# that come up: the next can't push it on. Instances that come up at least a warm-up after a mark
+# have no use for it, so one that is twice as old concerns nobody any more, and is replaced; so is
+# one that a run has outlived. Nothing is written about a run that gave a sign of life after this
+# instance's boot: the mark would outlive the fleet, and the next fleet would take it for its own.
+# Of many, the longest ready come first, a batch at each try; nobody takes a job before it is
+# marked, or all are warmed up.
+MARK_STARTUP: Final = """
+WITH ready AS (
+    SELECT name FROM jobs
+    WHERE claimable_at <= (SELECT clock_timestamp() + $3::interval)
+      AND (alive_at <= $4) IS NOT FALSE
+      AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval
+           OR seen_at <= alive_at)
+      AND number <@ $1::int8multirange
+    ORDER BY claimable_at LIMIT $2
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
+"""
+
+# One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
+# clock. The row is locked, and taken only if it is as it was when it was found eligible; a row that
+# is locked belongs to somebody. The fence rises with the claim, so whatever the run before still
+# sends is refused.
+#
+# The claim policy: a job may be taken at `claimable_at` plus this instance's own backoff. What was
+# marked at startup waits until `seen_at` plus the warm-up, so that those that come up together
+# share it: all go by what the first of them wrote, and none by its own boot, as they differ. Not so
+# for an instance that was warmed up before (`seen_at` is not about it), nor when a run gave a sign
+# of life after the instance's boot: the fleet is up already. The tie break: among equals, an
+# instance that has claimed in this round lets the others go first. Rounds are the virtual time of
+# start-time fair queueing (Goyal, Vin, Cheng 1996), so that light load goes round without anybody
+# being counted.
+#
+# $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
+# $7 backoff, $8 round, $9 tie break, $10 warmed up, $11 warm-up, $12 takes_over_until,
+# $13 quarantine, $14 the longest, $15 and $16 what is said of who stopped, or is gone
+CLAIM: Final = """
+WITH own AS (  -- this instance's backoff, with the tie break if it has claimed in this round
+    SELECT $7::interval
+         + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
+           AS backoff
+), eligible AS NOT MATERIALIZED (  -- the policy: from when on each job may be taken here, if known
+    SELECT name, claimable_at, seen_at, holder,
+           (SELECT backoff FROM own)
+           + CASE WHEN alive_at > $4 THEN claimable_at
+                  WHEN seen_at <= $4 + $11::interval THEN greatest(claimable_at, seen_at + $11)
+                  WHEN $10 THEN claimable_at END AS eligible_at
+    FROM jobs
+    WHERE claimable_at IS NOT NULL AND number <@ $5::int8multirange
+), candidate AS MATERIALIZED (  -- the one to take, and how the run before ended, if it was held
+    SELECT jobs.name, fence, server, started_at, lease_until,
+           jobs.holder IS NOT NULL AS held,
+           jobs.holder IS NOT NULL AND NOT parts AS lost,
+           CASE WHEN parts THEN 'interrupted' ELSE 'lost' END AS outcome,
+           CASE WHEN parts THEN $15 ELSE $16 END AS result,
+           jobs.holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $6 AS quarantined,
+           jobs.holder IS NULL
+           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $6)) AS claimable
+    FROM eligible JOIN jobs USING (name)
+    WHERE eligible.claimable_at <= (SELECT clock_timestamp())
+      AND eligible_at <= (SELECT clock_timestamp())
+      AND (eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)
+      AND (jobs.claimable_at, jobs.seen_at)
+          IS NOT DISTINCT FROM (eligible.claimable_at, eligible.seen_at)
+    ORDER BY eligible.claimable_at
+    LIMIT 1
+    FOR UPDATE OF jobs SKIP LOCKED
+), taken AS (  -- claimed by this instance; or, lost once too often or while paused, freed
+    UPDATE jobs SET
+        holder = CASE WHEN claimable THEN $1::uuid END,
+        server = CASE WHEN claimable THEN $2::text END,
+        started_at = CASE WHEN claimable THEN clock_timestamp() END,
+        lease_until = CASE WHEN claimable THEN clock_timestamp() + $3::interval END,
+        fence = jobs.fence + claimable::integer,
+        attempt = attempt + held::integer,
+        parts = false,
+        cancel_by = CASE WHEN claimable THEN cancel_by END,
+        done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        alive_at = CASE WHEN claimable THEN clock_timestamp() ELSE alive_at END,
+        lost_streak = lost_streak + lost::integer,
+        round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
+        ready_at = CASE WHEN quarantined THEN clock_timestamp() + least(
+            $14::interval, $13::interval * power(2, least(lost_streak + 1 - $6, 30)))
+            ELSE ready_at END,
+        last_outcome = CASE WHEN held THEN candidate.outcome ELSE last_outcome END,
+        last_server = CASE WHEN held THEN candidate.server ELSE last_server END,
+        last_started_at = CASE WHEN held THEN candidate.started_at ELSE last_started_at END,
+        last_ended_at = CASE WHEN held THEN candidate.lease_until ELSE last_ended_at END,
+        last_result = CASE WHEN held THEN candidate.result ELSE last_result END
+    FROM candidate WHERE jobs.name = candidate.name
+    RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint AS resumed,
+              cancel_by, schedule, anchor_at, jobs.started_at, round, releases, retries,
+              failure_streak, CASE WHEN held THEN outcome END AS ended
+), ended AS (  -- in the history, the run before
+    UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_until,
+                        result = candidate.result
+    FROM candidate
+    WHERE held AND job = candidate.name AND job_runs.fence = candidate.fence
+      AND job_runs.outcome IS NULL
+), begun AS (  -- ... and this one
+    INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
+    SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE claimable
+), head AS (  -- what comes next: of the first few, the claimable and those whose lease ends
+    SELECT * FROM eligible ORDER BY claimable_at LIMIT 20
+), next AS (  -- when the next could be eligible here; where that is not known, when to look again
+    SELECT min(coalesce(eligible_at, claimable_at)) AS at, bool_or(holder IS NOT NULL) AS busy
+    FROM head
+)
+SELECT clock_timestamp() AS now,
+       extract(epoch FROM next.at - clock_timestamp())::float8 AS wait_seconds, next.busy, taken.*
+FROM next LEFT JOIN taken ON true
+"""
+
+# Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
+# a job is ready for its next tick, for the same tick later, or for the same tick at once.
+FINISH: Final = """
+WITH freed AS (  -- ready for its next tick, or for the same again
+    UPDATE jobs SET
+        holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
+        parts = false, done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        due_at = coalesce($7, due_at),
+        ready_at = coalesce($8, clock_timestamp()),
+        attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
+        requested_by = CASE WHEN $7::timestamptz IS NULL THEN requested_by END,
+        checkpoint = CASE WHEN $9 THEN checkpoint END,
+        alive_at = clock_timestamp(),
+        lost_streak = 0, releases = $15, retries = $16,
+        failure_streak = CASE WHEN $4 IN ('failed', 'timed_out') THEN failure_streak + 1
+                         WHEN $4 = 'succeeded' THEN 0 ELSE failure_streak END,
+        paused_at = CASE WHEN $17::text IS NULL THEN paused_at
+                    ELSE coalesce(paused_at, clock_timestamp()) END,
+        paused_by = CASE WHEN $17::text IS NULL THEN paused_by
+                    ELSE coalesce(paused_by, 'balance_app') END,
+        pause_reason = CASE WHEN paused_at IS NULL THEN coalesce($17::text, pause_reason)
+                       ELSE pause_reason END,
+        last_outcome = $4, last_server = server, last_started_at = started_at,
+        last_ended_at = clock_timestamp() - $6::interval, last_result = $5
+    WHERE name = $1 AND fence = $2 AND holder = $3 AND schedule = coalesce($14, schedule)
+    RETURNING last_ended_at
+), ended AS (  -- in the history
+    UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
+    FROM freed WHERE job = $1 AND fence = $2
+), skipped AS (  -- ... with the ticks that did not run, as ranges
+    INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)
+    SELECT $1, first, last, ticks, clock_timestamp(), clock_timestamp(), 'skipped', reason
+    FROM freed, unnest($10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::text[])
+         AS range (first, last, ticks, reason)
+)
+SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
+FROM jobs LEFT JOIN freed ON true
+WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# A renewal can't be later than now, unless the clock was set back since. Such a lease would stand
+# for as long as that. Its holder, if it lives, renews it by the new time; so it is only ended when
+# somebody has seen it not renewed for longer than it lasts, by a clock that is not set.
+AHEAD: Final = """
+SELECT name, fence, alive_at, lease_until - alive_at AS length FROM jobs
+WHERE holder IS NOT NULL AND alive_at > clock_timestamp() + interval '1 s'
+"""
+
+EXPIRE: Final = """
+UPDATE jobs SET lease_until = least(lease_until, clock_timestamp())
+WHERE name = $1 AND fence = $2 AND alive_at = $3 AND holder IS NOT NULL
+RETURNING name
+"""
+
+# A claim may be carried out for an instance that has stopped waiting for it. It names itself as the
+# holder, so it can release what it never began.
+ABANDONED: Final = """
+SELECT name, fence, releases, retries FROM jobs
+WHERE holder = $1
+  AND (name, fence) NOT IN (SELECT * FROM unnest($2::text[], $3::bigint[]) AS run (name, fence))
+"""
+
+# Who takes over an expired lease can't know whether its instance stopped, or could not reach the
+# database: it records a loss, and the instance, if it lives, takes it back. The row of the history
+# is what it is taken back by, so that it is taken back once. A quarantine that is no longer
+# deserved ends at once. Losses further back than the last thousand are nobody's concern any more.
+REFUTE: Final = """
+WITH refuted AS (  -- of the latest losses in the history, those of this instance
+    UPDATE job_runs SET outcome = 'interrupted', result = $2
+    WHERE outcome = 'lost' AND id IN (
+        SELECT id FROM (
+            SELECT id, holder FROM job_runs
+            WHERE (outcome, id) < ('lost', 9223372036854775807) AND (outcome, id) > ('lost', 0)
+            ORDER BY outcome DESC, id DESC LIMIT 1000
+        ) AS latest
+        WHERE holder = $1
+    )
+    RETURNING job, started_at
+), blamed AS (  -- how many each job had
+    SELECT job, count(*)::integer AS losses, max(started_at) AS started_at
+    FROM refuted GROUP BY job
+), acquitted AS (  -- the jobs, without them
+    UPDATE jobs SET
+        lost_streak = greatest(lost_streak - losses, 0),
+        ready_at = CASE WHEN holder IS NULL AND lost_streak >= $3 AND lost_streak - losses < $3
+                   THEN least(ready_at, clock_timestamp()) ELSE ready_at END,
+        last_outcome = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+                       THEN 'interrupted' ELSE last_outcome END,
+        last_result = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+                      THEN $2 ELSE last_result END
+    FROM blamed WHERE name = job
+    RETURNING name
+)
+SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
+"""
+
+# The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
+MARK_RELEASING: Final = """
+UPDATE jobs SET parts = true, lease_until = least(lease_until, clock_timestamp() + $4::interval)
+WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# For people alone: who cancels such a run is told that there is nothing left to cancel. It belongs
+# to the run that began before it, so no claim has to take it back.
+END_WORK: Final = """
+UPDATE jobs SET work_ended_at = clock_timestamp() WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# A run that has lost its lease writes nothing more.
+CHECKPOINT: Final = """
+UPDATE jobs SET checkpoint = $4
+WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp()
+RETURNING true
+"""
