@@ -28,6 +28,8 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     status: ClassVar[int]
     code: ClassVar[str]
     title: ClassVar[str]
+    # the arguments of one such problem, for the docs page; None: what its docstring says first
+    sample: ClassVar[Mapping[str, Any] | None] = None
     # the path that this program has behind a proxy; set when the application is put together
     root_path: ClassVar[str] = ""
     # False: it says nothing of the request, which is still to be decided; `detail` is the cause
@@ -75,7 +77,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
     @classmethod
     def example(cls) -> Self:
         """Return one such problem for the docs page."""
-        return cls(explain(cls)[0])
+        return cls(**({"detail": explain(cls)[0]} if cls.sample is None else cls.sample))
 
     def response(self, method: str = "POST") -> Response:
         """Return the answer that carries this problem, for a request of this method."""
@@ -200,16 +202,12 @@ class DatabaseUnavailable(Problem):
     """
 
     status, code, title = 503, "database-unavailable", "Database unavailable"
+    sample: ClassVar = {"detail": "The database can't be reached.", "applied": "no"}
     decides = False
 
     def __init__(self, detail: str, *, applied: Applied) -> None:
         super().__init__(detail, headers={"Retry-After": "1"})
         self.applied = applied
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("The database can't be reached.", applied="no")
 
 
 class Overloaded(Problem):
@@ -233,6 +231,7 @@ class InternalError(Problem):
     """
 
     status, code, title = 500, "internal-error", "Internal error"
+    sample: ClassVar = {}
     decides = False
     applied = "unknown"
 
@@ -240,11 +239,6 @@ class InternalError(Problem):
         super().__init__(
             "The service made a mistake; its log has the details under this request's id."
         )
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls()
 
 
 def all_problems() -> Iterator[type[Problem]]:

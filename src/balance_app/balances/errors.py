@@ -1,8 +1,6 @@
 """What the state of an account can say against a request."""
 
-from typing import Self
-
-from typing_extensions import override
+from typing import ClassVar
 
 from balance_app.errors import Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
@@ -15,14 +13,10 @@ class UserNotFound(Problem):
     """
 
     status, code, title = 404, "user-not-found", "User not found"
+    sample: ClassVar = {"user_id": 404}
 
     def __init__(self, user_id: int) -> None:
         super().__init__(f"There is no user {user_id}.", userId=user_id)
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls(404)
 
 
 class UserIdTaken(Problem):
@@ -34,6 +28,7 @@ class UserIdTaken(Problem):
     """
 
     status, code, title = 409, "user-id-taken", "User id taken"
+    sample: ClassVar = {"user_id": 2, "highest": 1000}
     decides = False
 
     def __init__(self, user_id: int, *, highest: int) -> None:
@@ -44,11 +39,6 @@ class UserIdTaken(Problem):
             highest=highest,
         )
 
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls(2, highest=1000)
-
 
 class KeyNotFound(Problem):
     """Nothing is recorded under this idempotency key.
@@ -58,14 +48,10 @@ class KeyNotFound(Problem):
     """
 
     status, code, title = 404, "key-not-found", "Key not found"
+    sample: ClassVar = {}
 
     def __init__(self) -> None:
         super().__init__("Nothing is recorded under this key.")
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls()
 
 
 class InsufficientFunds(Problem):
@@ -76,6 +62,7 @@ class InsufficientFunds(Problem):
     """
 
     status, code, title = 409, "insufficient-funds", "Insufficient funds"
+    sample: ClassVar = {"user_id": 1, "balance": 0, "version": 5001, "amount": -2}
 
     def __init__(self, *, user_id: int, balance: int, version: int, amount: int) -> None:
         shortfall = -(balance + amount)
@@ -88,11 +75,6 @@ class InsufficientFunds(Problem):
             shortfall=shortfall,
         )
 
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls(user_id=1, balance=0, version=5001, amount=-2)
-
 
 class BalanceLimitExceeded(Problem):
     """The balance would pass 2^53-1, the largest integer that JSON carries exactly everywhere.
@@ -101,6 +83,7 @@ class BalanceLimitExceeded(Problem):
     """
 
     status, code, title = 409, "balance-limit-exceeded", "Balance limit exceeded"
+    sample: ClassVar = {"user_id": 1, "balance": MAX_INTEGER, "version": 2, "amount": 1}
 
     def __init__(self, *, user_id: int, balance: int, version: int, amount: int) -> None:
         excess = balance + amount - MAX_INTEGER
@@ -113,11 +96,6 @@ class BalanceLimitExceeded(Problem):
             excess=excess,
         )
 
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls(user_id=1, balance=MAX_INTEGER, version=2, amount=1)
-
 
 class IdempotencyKeyReused(Problem):
     """This idempotency key belongs to a request with another content.
@@ -126,14 +104,10 @@ class IdempotencyKeyReused(Problem):
     """
 
     status, code, title = 422, "idempotency-key-reused", "Idempotency key reused"
+    sample: ClassVar = {}
 
     def __init__(self) -> None:
         super().__init__("This Idempotency-Key was used before, with another content.")
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls()
 
 
 def too_slow(seconds: float) -> Overloaded:

@@ -1,9 +1,7 @@
 """What the state of a job can say against a request."""
 
 from datetime import datetime
-from typing import Self
-
-from typing_extensions import override
+from typing import ClassVar
 
 from balance_app.errors import Problem
 from balance_app.formatting import exact
@@ -16,14 +14,10 @@ class JobNotFound(Problem):
     """
 
     status, code, title = 404, "job-not-found", "Job not found"
+    sample: ClassVar = {"name": "audit-moon"}
 
     def __init__(self, name: str) -> None:
         super().__init__(f"There is no job {name}.", job=name)
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-moon")
 
 
 class JobRunning(Problem):
@@ -33,6 +27,11 @@ class JobRunning(Problem):
     """
 
     status, code, title = 409, "job-running", "Job running"
+    sample: ClassVar = {
+        "name": "audit-ledger",
+        "server": "app3",
+        "started_at": "2026-11-21T21:49:33.940623Z",
+    }
 
     def __init__(
         self, name: str, *, server: str, started_at: datetime | str, what: str = "started"
@@ -45,11 +44,6 @@ class JobRunning(Problem):
             startedAt=started_at,
         )
 
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-ledger", server="app3", started_at="2026-11-21T21:49:33.940623Z")
-
 
 class JobPaused(Problem):
     """The job is paused.
@@ -58,14 +52,10 @@ class JobPaused(Problem):
     """
 
     status, code, title = 409, "job-paused", "Job paused"
+    sample: ClassVar = {"name": "audit-ledger", "by": "ada", "at": "2026-11-21T21:49:33.940623Z"}
 
     def __init__(self, name: str, *, by: str, at: datetime | str) -> None:
         super().__init__(f"Job {name} was paused by {by}.", job=name, pausedBy=by, pausedAt=at)
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-ledger", by="ada", at="2026-11-21T21:49:33.940623Z")
 
 
 class JobNotRunning(Problem):
@@ -75,14 +65,10 @@ class JobNotRunning(Problem):
     """
 
     status, code, title = 409, "job-not-running", "Job not running"
+    sample: ClassVar = {"name": "audit-ledger", "state": "waiting"}
 
     def __init__(self, name: str, *, state: str) -> None:
         super().__init__(f"Job {name} does not run: it is {state}.", job=name, state=state)
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-ledger", state="waiting")
 
 
 class JobWithoutCode(Problem):
@@ -92,6 +78,7 @@ class JobWithoutCode(Problem):
     """
 
     status, code, title = 409, "job-without-code", "Job without code"
+    sample: ClassVar = {"name": "audit-moon"}
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -99,11 +86,6 @@ class JobWithoutCode(Problem):
             "the instances that have it are down.",
             job=name,
         )
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-moon")
 
 
 class JobHasCode(Problem):
@@ -113,17 +95,13 @@ class JobHasCode(Problem):
     """
 
     status, code, title = 409, "job-has-code", "Job has code"
+    sample: ClassVar = {"name": "audit-ledger"}
 
     def __init__(self, name: str) -> None:
         super().__init__(
             f"Job {name} can't be forgotten: a live instance has its code, and would run it again.",
             job=name,
         )
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls("audit-ledger")
 
 
 class CrossSiteRequest(Problem):
@@ -133,11 +111,7 @@ class CrossSiteRequest(Problem):
     """
 
     status, code, title = 403, "cross-site-request", "Cross-site request"
+    sample: ClassVar = {}
 
     def __init__(self) -> None:
         super().__init__("Pages of other sites can't steer jobs.")
-
-    @classmethod
-    @override
-    def example(cls) -> Self:
-        return cls()
