@@ -1,5 +1,6 @@
 """The user under test, before and after the burst: the calls that are not part of it."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeVar
@@ -70,16 +71,13 @@ class Accounts:
     async def create(self, balance: int) -> Account:
         """Create a user with an opening balance."""
         async with self._client() as client:
-            body = await self._call(
-                client, "POST", "/api/users", HTTPStatus.CREATED, json={"balance": balance}
-            )
-        return self._read(Account, body)
+            call = client.post("/api/users", json={"balance": balance})
+            return await self._read(Account, call, HTTPStatus.CREATED)
 
     async def find(self, user_id: int) -> Account:
         """Read a user."""
         async with self._client() as client:
-            body = await self._call(client, "GET", f"/api/users/{user_id}", HTTPStatus.OK)
-        return self._read(Account, body)
+            return await self._read(Account, client.get(f"/api/users/{user_id}"))
 
     async def ledger(self, before: Account, *, at_most: int) -> Ledger:
         """Read the user again with the entries made since, in pages, about `at_most` of them.
@@ -90,11 +88,10 @@ class Accounts:
         cursor: int | None = before.version
         path = f"/api/users/{before.user_id}"
         async with self._client() as client:
-            account = self._read(Account, await self._call(client, "GET", path, HTTPStatus.OK))
+            account = await self._read(Account, client.get(path))
             for _ in range(at_most // _ENTRIES_PER_PAGE + 2):
                 query = f"?after={cursor}&limit={_ENTRIES_PER_PAGE}"
-                body = await self._call(client, "GET", f"{path}/entries{query}", HTTPStatus.OK)
-                page = self._read(EntriesPage, body)
+                page = await self._read(EntriesPage, client.get(f"{path}/entries{query}"))
                 entries += page.entries
                 cursor = page.next
                 if cursor is None:
@@ -107,32 +104,30 @@ class Accounts:
             base_url=self._target.url, timeout=_CALL_TIMEOUT_SECONDS, trust_env=False
         )
 
-    async def _call(
+    async def _read(
         self,
-        client: httpx.AsyncClient,
-        method: str,
-        path: str,
-        expected: HTTPStatus,
-        json: object = None,
-    ) -> bytes:
-        place = f"{method} {self._target.url}{path}"
+        model: type[Model],
+        call: Awaitable[httpx.Response],
+        expected: HTTPStatus = HTTPStatus.OK,
+    ) -> Model:
         try:
-            response = await client.request(method, path, json=json)
+            response = await call
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise CannotRunError(f"{place} got no answer: {reason}.") from error
+            raise CannotRunError(f"{_place(error.request)} got no answer: {reason}.") from error
         if response.status_code != expected:
             raise CannotRunError(
-                f"{place} answered {response.status_code} instead of {expected.value}: "
-                f"{response.text[:300]}"
+                f"{_place(response.request)} answered {response.status_code} instead of "
+                f"{expected.value}: {response.text[:300]}"
             )
-        return response.content
-
-    def _read(self, model: type[Model], body: bytes) -> Model:
         try:
-            return model.model_validate_json(body)
+            return model.model_validate_json(response.content)
         except ValidationError as error:
             raise CannotRunError(
                 f"{self._target.url} does not speak this service's contract: "
-                f"{body[:200].decode(errors='replace')!r} is no {model.__name__}."
+                f"{response.text[:200]!r} is no {model.__name__}."
             ) from error
+
+
+def _place(request: httpx.Request) -> str:
+    return f"{request.method} {request.url}"
