@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests import fork_server
+from tests.jobs.support import Ground
 from tests.processes import DATABASE_VARIABLES, Instance, empty_database
 from tests.system.databases import own_postgres
 
@@ -53,3 +54,11 @@ async def client(instance: Instance) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of that instance."""
     async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+async def ground(land: Ground) -> AsyncIterator[Ground]:
+    """The database that a file's `land` keeps for its tests, without what the one before left."""
+    await land.forget()
+    yield land
+    await land.close()

@@ -214,13 +214,6 @@ async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
         yield ground
 
 
-@pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
-    await land.forget()
-    yield land
-    await land.close()
-
-
 @asynccontextmanager
 async def scheduler(
     ground: Ground, jobs: Iterable[Job]

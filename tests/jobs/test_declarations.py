@@ -39,13 +39,6 @@ async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
         yield ground
 
 
-@pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
-    await land.forget()
-    yield land
-    await land.close()
-
-
 async def ages(ground: Ground, schedule: str, by: timedelta = 2 * LIVE) -> None:
     """Let nobody have made a declaration for a while."""
     await ground.admin.execute(

@@ -37,13 +37,6 @@ async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
         yield ground
 
 
-@pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
-    await land.forget()
-    yield land
-    await land.close()
-
-
 # -- scenarios: each yields what should not have happened ----------------------------------------
 
 Scenario = Callable[[Ground], AsyncIterator[str]]

@@ -40,13 +40,6 @@ async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
         yield ground
 
 
-@pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
-    await land.forget()
-    yield land
-    await land.close()
-
-
 def declare(function: Callable[[Any], Any], name: str = "moon", **arguments: object) -> Job:
     return job(**cast("Any", {"name": name, "every": HOUR, **arguments}))(function)
 
