@@ -202,12 +202,13 @@ async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
     for _ in range(MAX_RACES):
         row = await write(connection, CHANGE, user_id, amount, MAX_INTEGER)
         if row is not None:
-            return Outcome("accepted", user_id, amount, **row)
+            return Outcome("accepted", user_id, amount, row["balance"], row["version"], row["at"])
         states = await read(connection, STATE, user_id)
         if not states:
             raise UserNotFound(user_id)
-        if not 0 <= states[0]["balance"] + amount <= MAX_INTEGER:
-            return Outcome("refused", user_id, amount, **states[0])
+        balance, version = states[0]["balance"], states[0]["version"]
+        if not 0 <= balance + amount <= MAX_INTEGER:
+            return Outcome("refused", user_id, amount, balance, version)
         # Neither: another change came between the two statements, and now this one fits.
     raise _lost_every_race()
 
