@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 from balance_app import open_files, server, sessions
 from balance_app.balances import repository
@@ -19,6 +20,12 @@ from balance_app.db.pool import Connection, read, write
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
+
+
+def put(module: ModuleType, name: str, instead: object) -> None:
+    """Put something else in the place of what a module has by that name, which it must have."""
+    assert name in vars(module), f"{module.__name__} has no {name}"
+    vars(module)[name] = instead
 
 
 def replaced(text: str, guard: str, instead: str) -> str:
@@ -89,23 +96,23 @@ async def own_snapshot(connection: Connection, user_id: int, amount: int, key: s
 
 def condition() -> None:
     """Withdraw without the condition in the UPDATE: the lost update."""
-    vars(repository)["_change"] = read_then_write
+    put(repository, "_change", read_then_write)
 
 
 def fresh_snapshot() -> None:
     """Refuse without a second statement."""
-    vars(repository)["_change_once"] = own_snapshot
+    put(repository, "_change_once", own_snapshot)
 
 
 def key() -> None:
     """Accept without remembering keys."""
-    vars(repository)["CHANGE_ONCE"] = NO_KEYS
+    put(repository, "CHANGE_ONCE", NO_KEYS)
 
 
 def recall() -> None:
     """Replay an outcome without waiting until it is durable."""
     waits = "pg_logical_emit_message(true, 'balance_app', '')"
-    vars(repository)["RECALL"] = replaced(RECALL, waits, "0")
+    put(repository, "RECALL", replaced(RECALL, waits, "0"))
 
 
 def migration_lock() -> None:
@@ -116,22 +123,22 @@ def migration_lock() -> None:
 
     async def migrate(settings: Settings) -> None:
         await asyncio.sleep(max(0.0, moment - time.time()))
-        vars(migrations)["MIGRATION_LOCK"] = os.getpid()  # a lock that nobody else takes
+        put(migrations, "MIGRATION_LOCK", os.getpid())  # a lock that nobody else takes
         await guarded(settings)
 
-    vars(database)["migrate"] = migrate
+    put(database, "migrate", migrate)
 
 
 def reserve() -> None:
     """Let clients take every descriptor."""
-    vars(open_files)["for_clients"] = lambda _settings, limit: limit * 2
+    put(open_files, "for_clients", lambda _settings, limit: limit * 2)
 
 
 def durability() -> None:
     """Leave synchronous_commit as the defaults have it."""
     default = "current_setting('synchronous_commit')"
     raised = f"nullif({default}, 'off')"
-    vars(sessions)["AFTER_CONNECTING"] = replaced(sessions.AFTER_CONNECTING, raised, default)
+    put(sessions, "AFTER_CONNECTING", replaced(sessions.AFTER_CONNECTING, raised, default))
 
 
 def open_connections() -> None:

@@ -36,8 +36,16 @@ from pathlib import Path
 from typing import Any
 
 from balance_app import server
-from balance_app.jobs import leases, repository, runner, scheduler, scope, statements, watchdog
-from balance_app.jobs import run as running
+from balance_app.jobs import (
+    leases,
+    repository,
+    runner,
+    scheduler,
+    scope,
+    statements,
+    transaction,
+    watchdog,
+)
 from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.threads import ThreadRun
@@ -45,7 +53,7 @@ from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 from tests.jobs import kinds
 from tests.jobs.kinds import TICK_SECONDS, EventLog
-from tests.mutants import replaced
+from tests.mutants import put, replaced
 
 
 class Script:
@@ -189,13 +197,13 @@ def no_watchdog() -> None:
 
 def alarm_timer() -> None:
     """Let the watchdog timer be SIGALRM, as where there is nothing better."""
-    vars(leases)["watchdog_timer"] = watchdog.AlarmTimer
+    put(leases, "watchdog_timer", watchdog.AlarmTimer)
 
 
 def no_fence() -> None:
     """Let every transaction commit, whoever holds the lease."""
-    vars(running)["COMMIT"] = "COMMIT"
-    vars(running)["ENTER"] = "SELECT $1::text, $2::bigint, $3::uuid"
+    put(transaction, "COMMIT", "COMMIT")
+    put(transaction, "ENTER", "SELECT $1::text, $2::bigint, $3::uuid")
 
 
 def no_policy() -> None:
@@ -208,7 +216,7 @@ def no_policy() -> None:
             **{**policy, "backoff": none, "tie_break": none, "warmed_up": True, "warm_up": none}
         )
 
-    vars(scheduler)["ClaimPolicy"] = greedy
+    put(scheduler, "ClaimPolicy", greedy)
 
 
 def newcomers_first() -> None:
@@ -217,7 +225,7 @@ def newcomers_first() -> None:
     newcomers = """CASE WHEN true THEN
         greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
         WHEN alive_at > $4"""
-    vars(statements)["CLAIM"] = replaced(statements.CLAIM, guard, newcomers)
+    put(statements, "CLAIM", replaced(statements.CLAIM, guard, newcomers))
 
 
 def seen_again() -> None:
@@ -226,7 +234,7 @@ def seen_again() -> None:
         ("MARK_STARTUP", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
         ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
     ):
-        vars(statements)[name] = replaced(vars(statements)[name], guard, without)
+        put(statements, name, replaced(vars(statements)[name], guard, without))
 
 
 def no_wait_for_threads() -> None:
@@ -243,7 +251,7 @@ def no_wait_for_threads() -> None:
         threading.Thread(target=call, daemon=True).start()
         return await ended
 
-    vars(runner)["_in_thread"] = leave_thread
+    put(runner, "_in_thread", leave_thread)
 
 
 def main_task_only() -> None:
@@ -270,7 +278,7 @@ def no_release() -> None:
 def no_expiry() -> None:
     """Let a late heartbeat renew a lease that is over."""
     over = "WHERE holder = $1 AND lease_until > clock_timestamp()"
-    vars(leases)["HEARTBEAT"] = replaced(leases.HEARTBEAT, over, "WHERE holder = $1")
+    put(leases, "HEARTBEAT", replaced(leases.HEARTBEAT, over, "WHERE holder = $1"))
 
 
 def losses_stand() -> None:
@@ -296,7 +304,7 @@ def go_on_anew() -> None:
 def own_clock() -> None:
     """Decide by a clock of the instance's own, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
-    vars(statements)["CLAIM"] = replaced(statements.CLAIM, "clock_timestamp()", shifted)
+    put(statements, "CLAIM", replaced(statements.CLAIM, "clock_timestamp()", shifted))
 
 
 GUARDS: dict[str, Callable[[], None]] = {
@@ -372,7 +380,7 @@ def main() -> None:
     for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
         GUARDS[guard]()
     if tie := os.environ.get("FLEET_TIE_BREAK"):
-        vars(scheduler)["TIE_BREAK"] = timedelta(seconds=float(tie))
+        put(scheduler, "TIE_BREAK", timedelta(seconds=float(tie)))
     settings = load_settings()
     configure_logs(settings)
     event_log = EventLog(Path(os.environ["FLEET_EVENT_LOGS"]))
