@@ -318,7 +318,7 @@ class _Fleet(Collector):
             ),
             (
                 "losses_in_a_row",
-                "Runs of the job that were lost with their process in a row; 3 quarantine it.",
+                "Runs of the job lost with their process in a row; too many quarantine it.",
                 lambda job: job.losses_in_a_row,
             ),
             (

@@ -18,6 +18,7 @@ from balance_app.jobs import declarations, leases, repository, statements, trans
 from balance_app.jobs.declarations import LONGEST_QUARANTINE, LOST_LIMIT, QUARANTINE
 from balance_app.jobs.leases import Progress, Renewal, renew_leases
 from balance_app.jobs.repository import Completion, Skipped, claim_arguments
+from balance_app.jobs.schedule import TickRange
 from balance_app.jobs.transaction import COMMIT, LEASE_LOST
 from tests.jobs.support import AT_ONCE, Ground, Instance, on
 from tests.mutants import replaced
@@ -1063,8 +1064,8 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
     due_at = claimed.due_at + HOUR
     first = claimed.due_at + SECOND
     skipped = [
-        Skipped(first, first + 8 * SECOND, 9, "no instance was free"),
-        Skipped(first + 9 * SECOND, first + 9 * SECOND, 1, "it was under way"),
+        Skipped(TickRange(first, first + 8 * SECOND, 9), "no instance was free"),
+        Skipped(TickRange(first + 9 * SECOND, first + 9 * SECOND, 1), "it was under way"),
     ]
     completion = Completion(
         outcome="succeeded",
@@ -1095,7 +1096,7 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
     assert [
         (each["outcome"], each["due_at"], each["last_due_at"], each["ticks"], each["result"])
         for each in ranges
-    ] == [("skipped", *each) for each in skipped]
+    ] == [("skipped", *each.range, each.reason) for each in skipped]
     assert {each["fence"] for each in ranges} == {None}
     assert not await instance.jobs.finish("moon", 1, completion)
     assert len(await ground.runs("moon")) == 3

@@ -10,7 +10,7 @@ from cronsim import CronSim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balance_app.jobs.schedule import Cron, Every, Schedule, ScheduleError, Skipped, parse
+from balance_app.jobs.schedule import Cron, Every, Schedule, ScheduleError, TickRange, parse
 
 MICROSECOND = timedelta.resolution
 SECOND = timedelta(seconds=1)
@@ -133,8 +133,8 @@ def ticks_of(schedule: Cron, after: datetime, until: datetime) -> list[datetime]
     return ticks
 
 
-def counted(ticks: list[datetime]) -> Skipped | None:
-    return Skipped(ticks[0], ticks[-1], len(ticks)) if ticks else None
+def counted(ticks: list[datetime]) -> TickRange | None:
+    return TickRange(ticks[0], ticks[-1], len(ticks)) if ticks else None
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -302,7 +302,7 @@ def test_a_span_excludes_its_beginning_and_includes_its_end(schedule: Schedule) 
     assert schedule.count_between(noon, noon, ANCHOR) is None
     assert schedule.count_between(noon, noon - DAY, ANCHOR) is None
     assert schedule.count_between(noon, noon + DAY / 2 - MICROSECOND, ANCHOR) is None
-    assert schedule.count_between(noon - MICROSECOND, noon, ANCHOR) == Skipped(noon, noon, 1)
+    assert schedule.count_between(noon - MICROSECOND, noon, ANCHOR) == TickRange(noon, noon, 1)
 
 
 START, END = datetime(1900, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
@@ -358,7 +358,7 @@ def test_an_interval_does_not_drift() -> None:
     """A thousand years in steps of 1.000001 s are counted to the last microsecond."""
     schedule = Every(SECOND + MICROSECOND)
     last = ANCHOR + 31_000_000_000 * schedule.interval
-    expected = Skipped(ANCHOR + schedule.interval, last, 31_000_000_000)
+    expected = TickRange(ANCHOR + schedule.interval, last, 31_000_000_000)
     assert schedule.count_between(ANCHOR, last, ANCHOR) == expected
     assert schedule.next_after(last - MICROSECOND, ANCHOR) == last
 

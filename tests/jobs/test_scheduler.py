@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import pairwise
 from random import Random
 from time import monotonic
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from balance_app.errors import DatabaseUnavailable
+from balance_app.jobs import completion
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.repository import STOPPED, Claimed, Completion
+from balance_app.jobs.repository import Completion
 from balance_app.jobs.run import Run
-from balance_app.jobs.runner import RunResult
-from balance_app.jobs.scheduler import Scheduler
+from balance_app.jobs.scheduler import Scheduler, backoff
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
 from tests.jobs.support import Ground, on, until
@@ -449,36 +449,6 @@ async def test_a_failure_is_tried_again(ground: Ground) -> None:
     assert (row["attempt"], row["due_at"]) == (0, row["anchor_at"] + HOUR)
 
 
-async def test_retries_wait_longer_each_time_and_end(ground: Ground) -> None:
-    """As long as said at first, twice as long each time, and no more of them than are allowed."""
-    moon = declare(raises(ValueError("no")), retry_after=SECOND, max_retries=3)
-    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
-    waits = []
-    for retries in range(4):
-        run = claimed(anchor_at, anchor_at, anchor_at)._replace(
-            schedule="every 3600 s", retries=retries
-        )
-        completion = scheduling._completion(
-            moon, run, RunResult("failed", "no"), anchor_at, seconds_ago=0
-        )
-        assert completion.ready_at is not None
-        waits.append((completion.ready_at - anchor_at).total_seconds())
-        assert (completion.due_at is None, completion.retries) == ((True, retries + 1), (False, 0))[
-            retries == 3
-        ]
-    assert 1 <= waits[0] < 2 <= waits[1] < 4 <= waits[2] < 5
-    assert waits[3] == 3600  # its next tick
-    often = claimed(anchor_at, anchor_at, anchor_at)._replace(
-        schedule="every 31622400 s", retries=10**6
-    )
-    moon = declare(returns(None), retry_after=SECOND, retry_backoff=10.0)
-    again_at = scheduling._completion(
-        moon, often, RunResult("timed_out", ""), anchor_at, seconds_ago=0
-    ).ready_at
-    assert again_at is not None
-    assert HOUR <= again_at - anchor_at <= 1.1 * HOUR
-
-
 async def test_failures_in_a_row_are_counted_and_may_pause_a_job(ground: Ground) -> None:
     """Whatever the tick, until a success; so many in a row pause it, with the reason."""
     ends = iter([ValueError("1"), ValueError("2"), None, ValueError("3"), ValueError("4")])
@@ -508,41 +478,6 @@ async def test_failures_in_a_row_are_counted_and_may_pause_a_job(ground: Ground)
     row = await ground.row("moon")
     assert (row["failure_streak"], row["paused_by"]) == (3, "balance_app")
     assert row["pause_reason"] == "its last 3 runs failed"
-
-
-async def test_what_is_released_again_and_again_waits_and_fails(ground: Ground) -> None:
-    """Only an instance's stop frees a job at once; all else waits, longer each time, and fails."""
-    moon = declare(returns(None), every=HOUR)
-    now = await ground.admin.fetchval("SELECT clock_timestamp()")
-    run = claimed(now, now, now)._replace(schedule="every 3600 s")
-    stops = RunResult("interrupted", STOPPED)
-    away = RunResult("interrupted", "The database does not answer.")
-    stopped = scheduling._completion(moon, run._replace(releases=4), stops, now, seconds_ago=0)
-    assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "interrupted", 4)
-    waited = timedelta(0)
-    waits = []
-    for releases in range(scheduling.MOST_RELEASES):
-        completion = scheduling._completion(
-            moon, run._replace(releases=releases), away, now, seconds_ago=0
-        )
-        assert (completion.outcome, completion.releases) == ("interrupted", releases + 1)
-        assert completion.keeps_checkpoint
-        assert completion.ready_at is not None
-        waits.append(completion.ready_at - now)
-        waited += waits[-1]
-    assert SECOND <= waits[0] < 2 * SECOND
-    assert all(later > sooner for sooner, later in pairwise(waits[:8]))
-    report_figures(
-        f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}"
-    )
-    last = scheduling._completion(
-        moon, run._replace(releases=scheduling.MOST_RELEASES), away, now, seconds_ago=0
-    )
-    assert last.outcome == "failed"
-    assert last.result == "released 11 times in a row, the last: The database does not answer."
-    later = now + timedelta(minutes=6)  # what ran for long was no circle
-    fresh = scheduling._completion(moon, run._replace(releases=9), away, later, seconds_ago=0)
-    assert (fresh.outcome, fresh.releases) == ("interrupted", 1)
 
 
 async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(ground: Ground) -> None:
@@ -606,48 +541,6 @@ async def test_jitter_delays_the_start_not_the_tick(ground: Ground) -> None:
     delays = {row["ready_at"] - row["due_at"] for row in rows}
     assert len(delays) > 1
     assert all(timedelta(0) <= delay <= jitter for delay in delays)
-
-
-def claimed(started_at: datetime, due_at: datetime, anchor_at: datetime) -> Claimed:
-    return Claimed(
-        name="moon",
-        fence=1,
-        due_at=due_at,
-        attempt=0,
-        resumed=None,
-        cancel_by=None,
-        schedule="every 1 s",
-        anchor_at=anchor_at,
-        started_at=started_at,
-        round=0,
-    )
-
-
-async def test_a_clock_that_lags_repeats_no_tick(ground: Ground) -> None:
-    """An answer that was long under way tells an old time: the next tick is a later one still."""
-    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
-    due_at = anchor_at + 10 * SECOND
-    moon = declare(returns(None), every=SECOND)
-    for lag in (0.0, 0.5, 1.0, 2.0):
-        completion = scheduling._completion(
-            moon,
-            claimed(due_at + timedelta(seconds=0.1), due_at, anchor_at),
-            RunResult("succeeded", None),
-            due_at + timedelta(seconds=0.2 - lag),
-            seconds_ago=0,
-        )
-        assert (completion.due_at, completion.skipped) == (due_at + SECOND, [])
-
-
-async def test_a_schedule_of_a_newer_program_does_not_lose_the_run(ground: Ground) -> None:
-    """Who can't read the row's schedule goes on by its own."""
-    anchor_at = await ground.admin.fetchval("SELECT clock_timestamp()")
-    newer = claimed(anchor_at, anchor_at, anchor_at)._replace(schedule="every full moon")
-    moon = declare(returns(None), every=2 * SECOND)
-    completion = scheduling._completion(
-        moon, newer, RunResult("succeeded", None), anchor_at, seconds_ago=0
-    )
-    assert completion.due_at == anchor_at + 2 * SECOND
 
 
 async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(ground: Ground) -> None:
@@ -786,9 +679,9 @@ async def account(ground: Ground) -> tuple[int, list[str]]:
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was released goes on soon, and has failed after three times."""
     monkeypatch.setattr(scheduling, "OWNERS_FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(scheduling, "RELEASE_SECONDS", 0.2)
-    monkeypatch.setattr(scheduling, "LONGEST_RELEASE_SECONDS", 0.4)
-    monkeypatch.setattr(scheduling, "MOST_RELEASES", 3)
+    monkeypatch.setattr(completion, "RELEASE_SECONDS", 0.2)
+    monkeypatch.setattr(completion, "LONGEST_RELEASE_SECONDS", 0.4)
+    monkeypatch.setattr(completion, "MOST_RELEASES", 3)
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -815,17 +708,15 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, kept: int | None
 ) -> None:
     """The control: whoever records fewer ranges is found out."""
-    guarded = scheduling._completion
+    guarded = completion.complete
     reasons = ["no instance was free to run it", "the run before was still under way"]
 
     def forgetful(*arguments: Any, seconds_ago: float) -> Completion:  # noqa: ANN401 - as they are
-        completion = guarded(*arguments, seconds_ago=seconds_ago)
+        whole = guarded(*arguments, seconds_ago=seconds_ago)
         kept_reason = None if kept is None else reasons[kept]
-        return replace(
-            completion, skipped=[s for s in completion.skipped if s.reason == kept_reason]
-        )
+        return replace(whole, skipped=[s for s in whole.skipped if s.reason == kept_reason])
 
-    monkeypatch.setattr(scheduling, "_completion", forgetful)
+    monkeypatch.setattr(scheduling, "complete", forgetful)
     life = Life(ground, Random(7))
     async with ground.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=40)
@@ -885,14 +776,9 @@ async def test_a_quarantined_job_is_passed_over(ground: Ground) -> None:
     assert row["lost_streak"] == LOST_LIMIT
 
 
-async def test_the_backoff_grows_with_each_run_ever_more_slowly(ground: Ground) -> None:
+def test_the_backoff_grows_with_each_run_ever_more_slowly() -> None:
     """An instance that runs more backs off for longer, up to ten steps."""
-    async with ground.scheduler([], starts=False, job_step_seconds=0.5) as scheduler:
-        waits = []
-        for runs in range(200):
-            scheduler._runs = cast("Any", dict.fromkeys(range(runs)))
-            waits.append(scheduler._backoff())
-        scheduler._runs = {}
+    waits = [backoff(runs, 0.5) for runs in range(200)]
     assert waits[0] == timedelta(0)
     steps = [later - sooner for sooner, later in pairwise(waits)]
     assert all(step > timedelta(0) for step in steps)

@@ -23,6 +23,7 @@ from balance_app.jobs.declarations import (
     Capabilities,
     declare,
 )
+from balance_app.jobs.schedule import TickRange
 
 # What the history says of runs that ended without a word of their own.
 STOPPED: Final = "its instance was stopped"
@@ -95,9 +96,7 @@ class ClaimResult(NamedTuple):
 class Skipped(NamedTuple):
     """Ticks that did not run, and why."""
 
-    first: datetime
-    last: datetime
-    ticks: int
+    range: TickRange
     reason: str
 
 
@@ -239,9 +238,9 @@ class JobRepository:
                 completion.due_at,
                 completion.ready_at,
                 completion.keeps_checkpoint,
-                [each.first for each in completion.skipped],
-                [each.last for each in completion.skipped],
-                [each.ticks for each in completion.skipped],
+                [each.range.first for each in completion.skipped],
+                [each.range.last for each in completion.skipped],
+                [each.range.ticks for each in completion.skipped],
                 [each.reason for each in completion.skipped],
                 schedule,
                 completion.releases,

@@ -82,7 +82,7 @@ class ScheduleError(ValueError):
     """A schedule that can't be; the message is a sentence that names the wrong value."""
 
 
-class Skipped(NamedTuple):
+class TickRange(NamedTuple):
     """A range of ticks: its first, its last, and how many there are."""
 
     first: datetime
@@ -111,13 +111,13 @@ class Every:
         """Return the first tick after `moment`; a tick at `moment` itself is not after it."""
         return anchor + self._number_after(moment, anchor) * self.interval
 
-    def count_between(self, after: datetime, until: datetime, anchor: datetime) -> Skipped | None:
+    def count_between(self, after: datetime, until: datetime, anchor: datetime) -> TickRange | None:
         """Return the ticks after `after` and not after `until`; None if there are none."""
         first = self._number_after(after, anchor)
         ticks = self._number_after(until, anchor) - first
         if ticks <= 0:
             return None
-        return Skipped(
+        return TickRange(
             anchor + first * self.interval, anchor + (first + ticks - 1) * self.interval, ticks
         )
 
@@ -232,7 +232,7 @@ class Cron:
         after: datetime,
         until: datetime,
         anchor: datetime,  # noqa: ARG002 - an interval needs it
-    ) -> Skipped | None:
+    ) -> TickRange | None:
         """Return the ticks after `after` and not after `until`; None if there are none.
 
         It takes time in proportion to the days in between, a few microseconds for each.
@@ -249,7 +249,7 @@ class Cron:
         if not ticking:
             return None
         first, last = ticking[0], ticking[-1]
-        return Skipped(
+        return TickRange(
             first.moment(next(self._readings(first.start, first.end))),
             last.moment(next(self._readings(last.start, last.end, backwards=True))),
             ticks,

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import random
 from contextvars import Context
 from datetime import datetime, timedelta
 from itertools import islice
@@ -15,7 +14,8 @@ import structlog
 from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs.declarations import LIVE, LONGEST_RELEASE, Capabilities
+from balance_app.jobs.completion import complete, release_pause
+from balance_app.jobs.declarations import LIVE, Capabilities
 from balance_app.jobs.heartbeat import HeartbeatThread
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.leases import HeldLeases
@@ -28,11 +28,9 @@ from balance_app.jobs.repository import (
     Completion,
     JobRepository,
     Me,
-    Skipped,
 )
 from balance_app.jobs.run import Run, plain
 from balance_app.jobs.runner import RunResult, execute, stop
-from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.jobs.scope import count_what_runs_start
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
@@ -47,15 +45,9 @@ RACE_SECONDS: Final = 0.05
 AWAY_SECONDS: Final = 0.25
 # After an outage the owners of leases that ran out meanwhile come first, to say what happened.
 OWNERS_FIRST_SECONDS: Final = 2.0
-# What was released for any reason but an instance's stop waits: a second, then twice as long each
-# time, up to five minutes; released so many times in a row, or lasting so long, it counts anew.
-RELEASE_SECONDS: Final = 1.0
-LONGEST_RELEASE_SECONDS: Final = LONGEST_RELEASE.total_seconds()
-MOST_RELEASES: Final = 10
 CLEAR_UP_SECONDS: Final = 0.5
 # How often an instance declares its jobs again.
 DECLARE_SECONDS: Final = 15.0
-LONGEST_RETRY_SECONDS: Final = 3600.0
 # How much later an instance takes a job that has claimed one in this round already.
 TIE_BREAK: Final = timedelta(milliseconds=10)
 # The backoff grows with what runs here, ever more slowly: at most ten steps.
@@ -196,7 +188,7 @@ class Scheduler:
         found = await self._jobs.claim_next(
             capabilities,
             ClaimPolicy(
-                backoff=self._backoff(),
+                backoff=backoff(len(self._runs), self._settings.job_step_seconds),
                 round=self._round,
                 tie_break=TIE_BREAK,
                 warmed_up=warmed_up,
@@ -267,7 +259,7 @@ class Scheduler:
         if now - self._cleared_at < CLEAR_UP_SECONDS:
             return
         for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
-            ready_at = self._heartbeat.server_time() + _release_pause(each.releases)
+            ready_at = self._heartbeat.server_time() + release_pause(each.releases)
             completion = Completion(
                 outcome="interrupted",
                 result=NOT_BEGUN,
@@ -285,18 +277,7 @@ class Scheduler:
             log.info("losses taken back: this instance lives", jobs=refuted)
         self._cleared_at = now
 
-    # -- claim policy -------------------------------------------------------------------------
-
-    def _backoff(self) -> timedelta:
-        """Return how long after a job is ready this instance may take it: longer with each run.
-
-        Of instances that could claim the same job the one with the fewest runs comes first, and
-        none has to know of another.
-        """
-        runs = len(self._runs)
-        return timedelta(
-            seconds=self._settings.job_step_seconds * runs / (1 + runs / MOST_BACKOFF_STEPS)
-        )
+    # -- declarations -------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
         """Stop all runs: the tables that hold their leases are gone, and others in their place.
@@ -447,7 +428,7 @@ class Scheduler:
         """Record the end of a run; however long the database is unavailable, unless all stops."""
         while True:
             now = self._heartbeat.server_time()
-            completion = _completion(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
+            completion = complete(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
                 done = await self._jobs.finish(run.name, run.fence, completion, claimed.schedule)
             except DatabaseUnavailable as problem:
@@ -461,7 +442,7 @@ class Scheduler:
                 continue
             if done:
                 self._metrics.run_ended(run.name, completion.outcome)
-                skipped = sum(each.ticks for each in completion.skipped)
+                skipped = sum(each.range.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
             else:
                 run.log.warning("the run had lost its job before it ended")
@@ -470,88 +451,10 @@ class Scheduler:
             return
 
 
-def _completion(
-    job: Job, claimed: Claimed, run_result: RunResult, now: datetime, *, seconds_ago: float
-) -> Completion:
-    """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
+def backoff(runs: int, step_seconds: float) -> timedelta:
+    """Return how long after a job is ready an instance with so many runs may take it.
 
-    A run that was released because its instance stops leaves its tick to another at once; released
-    for any other reason it waits, longer each time, and has failed after some. Otherwise the next
-    tick in the future is waited for, or the same tick again if it failed and may be tried again
-    sooner. Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
+    Of instances that could claim the same job the one with the fewest runs comes first, and none
+    has to know of another.
     """
-    outcome, result = run_result
-    if outcome == "interrupted":
-        lasted_seconds = (now - claimed.started_at).total_seconds() - seconds_ago
-        releases = 0 if lasted_seconds > LONGEST_RELEASE_SECONDS else claimed.releases
-        at_once = result == STOPPED
-        if at_once or releases < MOST_RELEASES:
-            return Completion(
-                outcome=outcome,
-                result=result,
-                seconds_ago=seconds_ago,
-                ready_at=None if at_once else now + _release_pause(releases),
-                keeps_checkpoint=True,
-                releases=releases + (not at_once),
-                retries=claimed.retries,
-            )
-        outcome, result = "failed", f"released {releases + 1} times in a row, the last: {result}"
-    try:
-        schedule = parse(claimed.schedule)
-    except ScheduleError:  # of a newer program
-        schedule = job.schedule
-    # As long as an answer was under way, our idea of the server's time may be behind.
-    now = max(now, claimed.started_at)
-    due_at = schedule.next_after(now, claimed.anchor_at)
-    pause_reason = None
-    if outcome in {"failed", "timed_out"}:
-        failures = claimed.failure_streak + 1
-        if job.pause_after_failures and failures % job.pause_after_failures == 0:
-            pause_reason = f"its last {failures} runs failed"
-        again_at = _again_at(job, claimed.retries, now)
-        if again_at is not None and again_at < due_at:
-            return Completion(
-                outcome=outcome,
-                result=result,
-                seconds_ago=seconds_ago,
-                ready_at=again_at,
-                retries=claimed.retries + 1,
-                pause_reason=pause_reason,
-            )
-    spans = (
-        (claimed.due_at, max(claimed.started_at, claimed.due_at), "no instance was free to run it"),
-        (max(claimed.started_at, claimed.due_at), now, "the run before was still under way"),
-    )
-    skipped = [
-        Skipped(*range_, reason)
-        for after, until, reason in spans
-        if until > after
-        and (range_ := schedule.count_between(after, until, claimed.anchor_at)) is not None
-    ]
-    jitter = timedelta(seconds=random.uniform(0, job.jitter_seconds))
-    return Completion(
-        outcome=outcome,
-        result=result,
-        seconds_ago=seconds_ago,
-        due_at=due_at,
-        ready_at=due_at + jitter,
-        skipped=skipped,
-        pause_reason=pause_reason,
-    )
-
-
-def _release_pause(releases: int) -> timedelta:
-    """Return how long a tick waits that was released so many times before."""
-    seconds = min(RELEASE_SECONDS * 2**releases, LONGEST_RELEASE_SECONDS)
-    return timedelta(seconds=seconds * random.uniform(1, 1.25))
-
-
-def _again_at(job: Job, retries: int, now: datetime) -> datetime | None:
-    """Return when a tick that failed after so many retries is tried again; None: not any more."""
-    if job.retry_after_seconds is None:
-        return None
-    if job.max_retries is not None and retries >= job.max_retries:
-        return None
-    grown = job.retry_after_seconds * job.retry_backoff ** min(retries, 30)
-    seconds = max(job.retry_after_seconds, min(grown, LONGEST_RETRY_SECONDS))
-    return now + timedelta(seconds=seconds * random.uniform(1, 1.1))
+    return timedelta(seconds=step_seconds * runs / (1 + runs / MOST_BACKOFF_STEPS))

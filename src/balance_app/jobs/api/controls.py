@@ -23,11 +23,13 @@ from balance_app.jobs.api.errors import (
     JobWithoutCode,
 )
 from balance_app.jobs.api.status import Forgotten, StatusReader
-from balance_app.jobs.schedule import ScheduleError, Skipped, parse
+from balance_app.jobs.schedule import ScheduleError, TickRange, parse
 
 log = structlog.get_logger(__name__)
 
 MAX_RACES: Final = 100
+# What the history says of a run whose job was forgotten.
+NOBODY_LEFT: Final = "its instance is gone, and no other has its code"
 
 
 class Controls:
@@ -79,7 +81,7 @@ class Controls:
         """
         for _ in range(MAX_RACES):
             row = await self._database.run(
-                lambda con: write(con, FORGET, name, by, self._status_reader.lease),
+                lambda con: write(con, FORGET, name, by, self._status_reader.lease, NOBODY_LEFT),
                 lane=_lane(name),
             )
             if row is not None:
@@ -108,8 +110,15 @@ class Controls:
                 due_at, skipped = _next_tick(row)
             because = f": {row['pause_reason']}" if row["pause_reason"] else ""
             arguments = (
-                *(name, row["paused_at"], row["due_at"], row["fence"], row["held"], due_at),
-                *(skipped or (None, None, None)),
+                name,
+                row["paused_at"],
+                row["due_at"],
+                row["fence"],
+                row["held"],
+                due_at,
+                skipped and skipped.first,
+                skipped and skipped.last,
+                skipped and skipped.ticks,
                 f"paused by {row['paused_by']}{because}",
             )
             done = await self._database.run(
@@ -214,7 +223,7 @@ WITH candidate AS MATERIALIZED (
     FOR UPDATE
 ), lost AS (
     UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_until,
-                        result = 'its instance is gone, and no other has its code'
+                        result = $4
     FROM candidate
     WHERE candidate.holder IS NOT NULL AND job = candidate.name
       AND job_runs.fence = candidate.fence AND job_runs.outcome IS NULL
@@ -276,7 +285,7 @@ SELECT name FROM resumed
 """
 
 
-def _next_tick(row: Any) -> tuple[Any, Skipped | None]:  # noqa: ANN401 - a row of PAUSED
+def _next_tick(row: Any) -> tuple[Any, TickRange | None]:  # noqa: ANN401 - a row of PAUSED
     """Return a paused job's next tick and those that were missed; None: it stays as it is."""
     try:
         schedule = parse(row["schedule"])

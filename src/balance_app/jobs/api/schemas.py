@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.params import DECIMAL, Limit, QueryModel
+from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
@@ -225,7 +226,11 @@ class JobAnswer(_Answer):
         int, Field(description="runs that failed or timed out since the last success", examples=[0])
     ]
     losses_in_a_row: Annotated[
-        int, Field(description="runs that ended with their process; 3 quarantine it", examples=[0])
+        int,
+        Field(
+            description=f"runs that ended with their process; {LOST_LIMIT} quarantine it",
+            examples=[0],
+        ),
     ]
     fence: Annotated[int, Field(description="rises with each run", examples=[12])]
     requested_by: Annotated[str | None, Field(description="who asked for the run", examples=[None])]

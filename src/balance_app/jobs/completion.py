@@ -1,0 +1,105 @@
+"""What becomes of a job whose run has ended: its next tick, the same one again, or a pause."""
+
+import random
+from datetime import datetime, timedelta
+from typing import Final
+
+from balance_app.jobs.declarations import LONGEST_RELEASE
+from balance_app.jobs.job import Job
+from balance_app.jobs.repository import STOPPED, Claimed, Completion, Skipped
+from balance_app.jobs.runner import RunResult
+from balance_app.jobs.schedule import ScheduleError, parse
+
+# What was released for any reason but an instance's stop waits: a second, then twice as long each
+# time, up to five minutes; released so many times in a row, or lasting so long, it counts anew.
+RELEASE_SECONDS: Final = 1.0
+LONGEST_RELEASE_SECONDS: Final = LONGEST_RELEASE.total_seconds()
+MOST_RELEASES: Final = 10
+LONGEST_RETRY_SECONDS: Final = 3600.0
+
+
+def complete(
+    job: Job, claimed: Claimed, run_result: RunResult, now: datetime, *, seconds_ago: float
+) -> Completion:
+    """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
+
+    A run that was released because its instance stops leaves its tick to another at once; released
+    for any other reason it waits, longer each time, and has failed after some. Otherwise the next
+    tick in the future is waited for, or the same tick again if it failed and may be tried again
+    sooner. Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
+    """
+    outcome, result = run_result
+    if outcome == "interrupted":
+        lasted_seconds = (now - claimed.started_at).total_seconds() - seconds_ago
+        releases = 0 if lasted_seconds > LONGEST_RELEASE_SECONDS else claimed.releases
+        at_once = result == STOPPED
+        if at_once or releases < MOST_RELEASES:
+            return Completion(
+                outcome=outcome,
+                result=result,
+                seconds_ago=seconds_ago,
+                ready_at=None if at_once else now + release_pause(releases),
+                keeps_checkpoint=True,
+                releases=releases + (not at_once),
+                retries=claimed.retries,
+            )
+        outcome, result = "failed", f"released {releases + 1} times in a row, the last: {result}"
+    try:
+        schedule = parse(claimed.schedule)
+    except ScheduleError:  # of a newer program
+        schedule = job.schedule
+    # As long as an answer was under way, our idea of the server's time may be behind.
+    now = max(now, claimed.started_at)
+    due_at = schedule.next_after(now, claimed.anchor_at)
+    pause_reason = None
+    if outcome in {"failed", "timed_out"}:
+        failures = claimed.failure_streak + 1
+        if job.pause_after_failures and failures % job.pause_after_failures == 0:
+            pause_reason = f"its last {failures} runs failed"
+        again_at = _again_at(job, claimed.retries, now)
+        if again_at is not None and again_at < due_at:
+            return Completion(
+                outcome=outcome,
+                result=result,
+                seconds_ago=seconds_ago,
+                ready_at=again_at,
+                retries=claimed.retries + 1,
+                pause_reason=pause_reason,
+            )
+    spans = (
+        (claimed.due_at, max(claimed.started_at, claimed.due_at), "no instance was free to run it"),
+        (max(claimed.started_at, claimed.due_at), now, "the run before was still under way"),
+    )
+    skipped = [
+        Skipped(range_, reason)
+        for after, until, reason in spans
+        if until > after
+        and (range_ := schedule.count_between(after, until, claimed.anchor_at)) is not None
+    ]
+    jitter = timedelta(seconds=random.uniform(0, job.jitter_seconds))
+    return Completion(
+        outcome=outcome,
+        result=result,
+        seconds_ago=seconds_ago,
+        due_at=due_at,
+        ready_at=due_at + jitter,
+        skipped=skipped,
+        pause_reason=pause_reason,
+    )
+
+
+def release_pause(releases: int) -> timedelta:
+    """Return how long a tick waits that was released so many times before."""
+    seconds = min(RELEASE_SECONDS * 2**releases, LONGEST_RELEASE_SECONDS)
+    return timedelta(seconds=seconds * random.uniform(1, 1.25))
+
+
+def _again_at(job: Job, retries: int, now: datetime) -> datetime | None:
+    """Return when a tick that failed after so many retries is tried again; None: not any more."""
+    if job.retry_after_seconds is None:
+        return None
+    if job.max_retries is not None and retries >= job.max_retries:
+        return None
+    grown = job.retry_after_seconds * job.retry_backoff ** min(retries, 30)
+    seconds = max(job.retry_after_seconds, min(grown, LONGEST_RETRY_SECONDS))
+    return now + timedelta(seconds=seconds * random.uniform(1, 1.1))
