@@ -8,6 +8,9 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import update_wrapper
+from inspect import Parameter, Signature, signature
+from types import ModuleType
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -27,18 +30,27 @@ BODY: Final = b'{"userId":1,"amount":-2}'
 LARGE: Final = 16 * 1024 * 1024  # more than the kernel takes
 LENGTH: Final = f"Content-Length: {len(BODY)}"
 
-Play = Callable[[Coroutine[Any, Any, None]], None]
+Scenario = Callable[..., Coroutine[Any, Any, None]]
 
 
-@pytest.fixture
-def play() -> Play:
-    """Run a scenario on the event loop of the service."""
-    return uvloop.run
+def on(*loops: ModuleType) -> Callable[[Scenario], Callable[..., None]]:
+    """Run a test on an event loop of each of these kinds, not on that of the fixtures."""
+
+    def decorate(scenario: Scenario) -> Callable[..., None]:
+        def test(loop: ModuleType, **arguments: object) -> None:
+            loop.run(scenario(**arguments))
+
+        update_wrapper(test, scenario)
+        own = signature(scenario).parameters.values()
+        first = Parameter("loop", Parameter.POSITIONAL_OR_KEYWORD)
+        vars(test)["__signature__"] = Signature([first, *own])
+        return pytest.mark.parametrize("loop", loops, ids=lambda loop: loop.__name__)(test)
+
+    return decorate
 
 
-on_both_loops = pytest.mark.parametrize(
-    "play", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"]
-)
+on_its_loop = on(uvloop)  # the service's
+on_both_loops = on(asyncio, uvloop)
 
 
 class Application:
@@ -206,25 +218,23 @@ IN_PACKETS: Final = {
 
 
 @pytest.mark.parametrize("packets", IN_PACKETS.values(), ids=IN_PACKETS)
-def test_a_request_under_way_is_not_given_up(play: Play, packets: list[bytes]) -> None:
+@on_its_loop
+async def test_a_request_under_way_is_not_given_up(packets: list[bytes]) -> None:
     """However its bytes came: no 408 for a change that is made."""
-    play(slow_answer(packets))
+    await slow_answer(packets)
 
 
-def test_a_large_last_piece_is_no_head(play: Play) -> None:
+@on_its_loop
+async def test_a_large_last_piece_is_no_head() -> None:
     """A body whose last packet is larger than a head may be: no 431 for a change that is made."""
     size = 3 * protocol.MAX_HEAD_BYTES
-
-    async def scenario() -> None:
-        async with serving() as (_, server), server.client() as client:
-            await client.send(post(f"Content-Length: {size}"), b" " * (size - 100_000))
-            await client.send(b" " * 100_000)
-            status, _, body = await client.answer()
-            assert (status, len(body)) == (200, size)
-            await client.send(GET)
-            assert (await client.answer())[0] == 200
-
-    play(scenario())
+    async with serving() as (_, server), server.client() as client:
+        await client.send(post(f"Content-Length: {size}"), b" " * (size - 100_000))
+        await client.send(b" " * 100_000)
+        status, _, body = await client.answer()
+        assert (status, len(body)) == (200, size)
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
 
 
 class AnyByteStartsAHead(LimitedProtocol):
@@ -240,301 +250,251 @@ class AnyByteStartsAHead(LimitedProtocol):
         self._give_up_head()
 
 
-def test_the_mutant_that_speaks_for_a_request_is_noticed(play: Play) -> None:
+@on_its_loop
+async def test_the_mutant_that_speaks_for_a_request_is_noticed() -> None:
     """Control: with the old rule the same scenario fails."""
     with pytest.raises(AssertionError):
-        play(slow_answer([post(LENGTH), BODY], kind=AnyByteStartsAHead))
+        await slow_answer([post(LENGTH), BODY], kind=AnyByteStartsAHead)
 
 
+@on_its_loop
 @pytest.mark.parametrize("begun", [b"POST /abc", GET[:-2], b"GET / HTTP/1.1\r\nX: " + b"x" * 999])
 @pytest.mark.parametrize("before", [[], [WHOLE], [post(LENGTH), BODY]], ids=["", "one", "split"])
-def test_a_head_that_does_not_end_is_given_up(
-    play: Play, before: list[bytes], begun: bytes
-) -> None:
+async def test_a_head_that_does_not_end_is_given_up(before: list[bytes], begun: bytes) -> None:
     """408 with `Connection: close`, first on a connection or behind an answer; also if it drips."""
-
-    async def scenario() -> None:
-        async with serving() as (_, server), server.client() as client:
-            if before:
-                await client.send(*before)
-                assert (await client.answer())[0] == 200
-            await client.send(begun)
-            await client.send(*[b"x"] * 3)
-            status, headers, body = await client.answer()
-            assert (status, headers["connection"]) == (408, "close")
-            assert b'"request-timeout"' in body
-            assert await client.rest() == b""
-
-    play(scenario())
+    async with serving() as (_, server), server.client() as client:
+        if before:
+            await client.send(*before)
+            assert (await client.answer())[0] == 200
+        await client.send(begun)
+        await client.send(*[b"x"] * 3)
+        status, headers, body = await client.answer()
+        assert (status, headers["connection"]) == (408, "close")
+        assert b'"request-timeout"' in body
+        assert await client.rest() == b""
 
 
 @on_both_loops
 @pytest.mark.parametrize("packets", [[WHOLE + GET[:20]], [WHOLE, GET[:20]]], ids=["one", "two"])
-def test_a_head_behind_a_request_waits_for_its_answer(play: Play, packets: list[bytes]) -> None:
+async def test_a_head_behind_a_request_waits_for_its_answer(packets: list[bytes]) -> None:
     """Its time begins when nothing is under way; in time, it is a request like any other."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            application.leave.clear()
-            await client.send(*packets)
-            assert await client.is_quiet()
-            application.leave.set()
-            assert (await client.answer())[2] == BODY
-            await client.send(GET[20:])
-            assert (await client.answer())[0] == 200
-            application.leave.clear()
-            await client.send(*packets)
-            assert await client.is_quiet()
-            application.leave.set()
-            assert (await client.answer())[2] == BODY
-            assert (await client.answer())[0] == 408
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        application.leave.clear()
+        await client.send(*packets)
+        assert await client.is_quiet()
+        application.leave.set()
+        assert (await client.answer())[2] == BODY
+        await client.send(GET[20:])
+        assert (await client.answer())[0] == 200
+        application.leave.clear()
+        await client.send(*packets)
+        assert await client.is_quiet()
+        application.leave.set()
+        assert (await client.answer())[2] == BODY
+        assert (await client.answer())[0] == 408
 
 
 @on_both_loops
-def test_a_late_body_is_given_up_when_its_turn_has_come(play: Play) -> None:
+async def test_a_late_body_is_given_up_when_its_turn_has_come() -> None:
     """Its time begins with its head, or when the request before it is answered."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            await client.send(post(LENGTH), BODY[:5])
-            assert (await client.answer())[0] == 408
-            assert await client.rest() == b""
-            application.leave.clear()
-            async with server.client() as behind:
-                await behind.send(WHOLE + post(LENGTH), BODY[:5])
-                assert await behind.is_quiet()
-                application.leave.set()
-                assert (await behind.answer())[2] == BODY
-                await behind.send(BODY[5:])
-                assert (await behind.answer())[2] == BODY
-                await behind.send(WHOLE + post(LENGTH), BODY[:5])
-                assert (await behind.answer())[2] == BODY
-                assert (await behind.answer())[0] == 408
-                assert await behind.rest() == b""
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        await client.send(post(LENGTH), BODY[:5])
+        assert (await client.answer())[0] == 408
+        assert await client.rest() == b""
+        application.leave.clear()
+        async with server.client() as behind:
+            await behind.send(WHOLE + post(LENGTH), BODY[:5])
+            assert await behind.is_quiet()
+            application.leave.set()
+            assert (await behind.answer())[2] == BODY
+            await behind.send(BODY[5:])
+            assert (await behind.answer())[2] == BODY
+            await behind.send(WHOLE + post(LENGTH), BODY[:5])
+            assert (await behind.answer())[2] == BODY
+            assert (await behind.answer())[0] == 408
+            assert await behind.rest() == b""
 
 
+@on_its_loop
 @pytest.mark.parametrize(
     "packets", [[WHOLE], [post(LENGTH), BODY], [post(LENGTH) + BODY[:5], BODY[5:]]]
 )
-def test_an_answer_may_take_longer_than_a_body(play: Play, packets: list[bytes]) -> None:
+async def test_an_answer_may_take_longer_than_a_body(packets: list[bytes]) -> None:
     """A body that came in time leaves no deadline behind."""
+    async with serving() as (application, server), server.client() as client:
+        application.leave.clear()
+        await client.send(*packets)
+        assert await client.is_quiet()
+        application.leave.set()
+        assert (await client.answer())[2] == BODY
 
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
+
+@on_its_loop
+async def test_a_late_body_that_nobody_reads_ends_no_answer() -> None:
+    """An answer that has begun goes on; one that does not read the body is not 408."""
+    async with serving() as (application, server):
+        async with server.client() as client:
+            await client.send(post(LENGTH, path="/stream"))
+            await client._reader.readuntil(b"\r\n\r\n")
+            assert await client.is_quiet()
+            assert not application.left.is_set()
+        async with server.client() as client:
             application.leave.clear()
-            await client.send(*packets)
+            await client.send(post(LENGTH, path="/blind"))
             assert await client.is_quiet()
             application.leave.set()
-            assert (await client.answer())[2] == BODY
-
-    play(scenario())
+            assert (await client.answer())[0] == 200
 
 
-def test_a_late_body_that_nobody_reads_ends_no_answer(play: Play) -> None:
-    """An answer that has begun goes on; one that does not read the body is not 408."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server):
-            async with server.client() as client:
-                await client.send(post(LENGTH, path="/stream"))
-                await client._reader.readuntil(b"\r\n\r\n")
-                assert await client.is_quiet()
-                assert not application.left.is_set()
-            async with server.client() as client:
-                application.leave.clear()
-                await client.send(post(LENGTH, path="/blind"))
-                assert await client.is_quiet()
-                application.leave.set()
-                assert (await client.answer())[0] == 200
-
-    play(scenario())
-
-
-def test_a_head_too_large_is_refused_behind_what_came_before(play: Play) -> None:
+@on_its_loop
+async def test_a_head_too_large_is_refused_behind_what_came_before() -> None:
     """431 when nothing is under way; else the answer that is under way, then the end."""
     line = b"X-Long: " + b"x" * 20_000 + b"\r\n"
-
-    async def scenario() -> None:
-        async with serving() as (application, server):
-            async with server.client() as client:
-                await client.send(GET[:-2], *[line] * 5)
-                assert (await client.answer())[0] == 431
-                assert await client.rest() == b""
-            application.leave.clear()
-            async with server.client() as client:
-                await client.send(WHOLE + GET[:-2], *[line] * 5)
-                application.leave.set()
-                status, headers, body = await client.answer()
-                assert (status, headers["connection"], body) == (200, "close", BODY)
-                assert await client.rest() == b""
-
-    play(scenario())
+    async with serving() as (application, server):
+        async with server.client() as client:
+            await client.send(GET[:-2], *[line] * 5)
+            assert (await client.answer())[0] == 431
+            assert await client.rest() == b""
+        application.leave.clear()
+        async with server.client() as client:
+            await client.send(WHOLE + GET[:-2], *[line] * 5)
+            application.leave.set()
+            status, headers, body = await client.answer()
+            assert (status, headers["connection"], body) == (200, "close", BODY)
+            assert await client.rest() == b""
 
 
+@on_its_loop
 @pytest.mark.parametrize(
     "garbage",
     [b"}", b"\0\0", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"],
     ids=["brace", "NUL", "version", "no host"],
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_garbage_behind_a_request_does_not_deny_it(
-    play: Play, garbage: bytes, *, together: bool
-) -> None:
+async def test_garbage_behind_a_request_does_not_deny_it(garbage: bytes, *, together: bool) -> None:
     """The request has its answer, which says that the connection ends; then it does."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            application.leave.clear()
-            await client.send(*([WHOLE + garbage] if together else [WHOLE, garbage]))
-            await asyncio.sleep(0.05)
-            application.leave.set()
-            status, headers, body = await client.answer()
-            assert (status, headers["connection"], body) == (200, "close", BODY)
-            assert await client.rest() == b""
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        application.leave.clear()
+        await client.send(*([WHOLE + garbage] if together else [WHOLE, garbage]))
+        await asyncio.sleep(0.05)
+        application.leave.set()
+        status, headers, body = await client.answer()
+        assert (status, headers["connection"], body) == (200, "close", BODY)
+        assert await client.rest() == b""
 
 
+@on_its_loop
 @pytest.mark.parametrize("path", ["/", "/blind"])
-def test_a_body_framed_wrongly_is_answered_by_the_application(play: Play, path: str) -> None:
+async def test_a_body_framed_wrongly_is_answered_by_the_application(path: str) -> None:
     """It knows what it has done: 400 if it waited for the body, its own answer if it did not."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            if path == "/blind":
-                application.leave.clear()
-            await client.send(post("Transfer-Encoding: chunked", path=path), b"poison\r\n")
-            application.leave.set()
-            status, headers, _ = await client.answer()
-            assert (status, headers["connection"]) == (400 if path == "/" else 200, "close")
-            assert await client.rest() == b""
-            assert application.read == ([] if path == "/" else [b""])
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        if path == "/blind":
+            application.leave.clear()
+        await client.send(post("Transfer-Encoding: chunked", path=path), b"poison\r\n")
+        application.leave.set()
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"]) == (400 if path == "/" else 200, "close")
+        assert await client.rest() == b""
+        assert application.read == ([] if path == "/" else [b""])
 
 
+@on_its_loop
 @pytest.mark.parametrize("packets", [1, 2])
-def test_a_trailer_is_not_a_header(play: Play, packets: int) -> None:
+async def test_a_trailer_is_not_a_header(packets: int) -> None:
     """Neither does a trailer without end fill the memory."""
     sent = post("Transfer-Encoding: chunked", body=chunked(BODY)[:-2])
     trailer = b"Idempotency-Key: poison\r\nHost: poison\r\n\r\n"
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            await client.send(*([sent + trailer] if packets == 1 else [sent, trailer]))
-            assert (await client.answer())[2] == BODY
-            assert [name for name, _ in application.scopes[0]["headers"]] == [
-                *(b"host", b"transfer-encoding")
-            ]
-            await client.send(sent)
-            with suppress(ConnectionError):
-                await client.send(*[b"X-Sum: " + b"1" * 200_000] * 8)
-            status, headers, _ = await client.answer()
-            assert (status, headers["connection"]) == (400, "close")
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        await client.send(*([sent + trailer] if packets == 1 else [sent, trailer]))
+        assert (await client.answer())[2] == BODY
+        assert [name for name, _ in application.scopes[0]["headers"]] == [
+            *(b"host", b"transfer-encoding")
+        ]
+        await client.send(sent)
+        with suppress(ConnectionError):
+            await client.send(*[b"X-Sum: " + b"1" * 200_000] * 8)
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"]) == (400, "close")
 
 
-def test_an_idle_connection_is_closed_a_used_one_is_not(play: Play) -> None:
+@on_its_loop
+async def test_an_idle_connection_is_closed_a_used_one_is_not() -> None:
     """Its time runs when nothing is under way: from the start, and from each answer."""
-
-    async def scenario() -> None:
-        async with serving(keep_alive=SOON) as (application, server):
-            async with server.client() as client:
-                assert await client.rest() == b""
-            async with server.client() as client:
-                await client.send(b"\r\n", WHOLE)
-                assert (await client.answer())[0] == 200
-                application.leave.clear()
-                await client.send(post(LENGTH), BODY + WHOLE)
-                assert await client.is_quiet()
-                application.leave.set()
-                for _ in range(2):
-                    assert (await client.answer())[2] == BODY
-                assert await client.rest() == b""
-
-    play(scenario())
+    async with serving(keep_alive=SOON) as (application, server):
+        async with server.client() as client:
+            assert await client.rest() == b""
+        async with server.client() as client:
+            await client.send(b"\r\n", WHOLE)
+            assert (await client.answer())[0] == 200
+            application.leave.clear()
+            await client.send(post(LENGTH), BODY + WHOLE)
+            assert await client.is_quiet()
+            application.leave.set()
+            for _ in range(2):
+                assert (await client.answer())[2] == BODY
+            assert await client.rest() == b""
 
 
 # -- a client that has sent its last byte -------------------------------------------------------
 
 
+@on_its_loop
 @pytest.mark.parametrize("packets", IN_PACKETS.values(), ids=IN_PACKETS)
-def test_a_half_closed_client_gets_its_answer(play: Play, packets: list[bytes]) -> None:
+async def test_a_half_closed_client_gets_its_answer(packets: list[bytes]) -> None:
     """Also one that takes its time; then the connection is closed."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            application.leave.clear()
-            await client.send(*packets)
-            client.writer.write_eof()
-            await asyncio.sleep(0.05)
-            application.leave.set()
-            status, headers, body = await client.answer()
-            assert (status, headers["connection"], body) == (200, "close", BODY)
-            assert await client.rest() == b""
-            await asyncio.sleep(0.05)
-            assert not server.state.connections
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        application.leave.clear()
+        await client.send(*packets)
+        client.writer.write_eof()
+        await asyncio.sleep(0.05)
+        application.leave.set()
+        status, headers, body = await client.answer()
+        assert (status, headers["connection"], body) == (200, "close", BODY)
+        assert await client.rest() == b""
+        await asyncio.sleep(0.05)
+        assert not server.state.connections
 
 
 @on_both_loops
-def test_a_half_closed_client_gets_every_answer(play: Play) -> None:
+async def test_a_half_closed_client_gets_every_answer() -> None:
     """Of requests that were sent one behind the other; half a request more is forgotten."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            application.leave.clear()
-            await client.send(WHOLE * 3 + GET[:9])
-            client.writer.write_eof()
-            await asyncio.sleep(0.05)
-            application.leave.set()
-            for _ in range(3):
-                assert (await client.answer())[2] == BODY
-            assert await client.rest() == b""
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        application.leave.clear()
+        await client.send(WHOLE * 3 + GET[:9])
+        client.writer.write_eof()
+        await asyncio.sleep(0.05)
+        application.leave.set()
+        for _ in range(3):
+            assert (await client.answer())[2] == BODY
+        assert await client.rest() == b""
 
 
 @on_both_loops
 @pytest.mark.parametrize("sent", [b"", GET[:9], post(LENGTH), post(LENGTH, body=BODY[:-1])])
-def test_half_a_request_is_not_waited_for(play: Play, sent: bytes) -> None:
+async def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
     """Who ends in the middle of a request is not answered as if it were whole."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            await client.send(sent)
-            client.writer.write_eof()
-            assert b" 200 " not in await client.rest()
-            assert application.read == []
-            await asyncio.sleep(0.05)
-            assert not server.state.connections
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        await client.send(sent)
+        client.writer.write_eof()
+        assert b" 200 " not in await client.rest()
+        assert application.read == []
+        await asyncio.sleep(0.05)
+        assert not server.state.connections
 
 
 @on_both_loops
-def test_who_leaves_for_good_is_noticed(play: Play) -> None:
+async def test_who_leaves_for_good_is_noticed() -> None:
     """The application hears of it, also if another request waits behind the one under way."""
-
-    async def scenario() -> None:
-        for behind in (b"", GET):
-            async with serving() as (application, server):
-                async with server.client() as client:
-                    await client.send(raw_request("GET", "/stream", "Host: a") + behind)
-                    reset = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
-                    client.writer.get_extra_info("socket").setsockopt(
-                        socket.SOL_SOCKET, socket.SO_LINGER, reset
-                    )
-                async with asyncio.timeout(5):
-                    await application.left.wait()
-
-    play(scenario())
+    for behind in (b"", GET):
+        async with serving() as (application, server):
+            async with server.client() as client:
+                await client.send(raw_request("GET", "/stream", "Host: a") + behind)
+                reset = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
+                client.writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, reset
+                )
+            async with asyncio.timeout(5):
+                await application.left.wait()
 
 
 # -- what is not read ---------------------------------------------------------------------------
@@ -542,54 +502,41 @@ def test_who_leaves_for_good_is_noticed(play: Play) -> None:
 
 @on_both_loops
 @pytest.mark.parametrize("more", [(), ("Expect: 100-continue",), ("Connection: close",)])
-def test_an_answer_before_the_body_arrives_ends_the_connection(
-    play: Play, more: tuple[str, ...]
-) -> None:
+async def test_an_answer_before_the_body_arrives_ends_the_connection(more: tuple[str, ...]) -> None:
     """It says so, and arrives though the client still sends; the body becomes no request."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            size = 4_000_000
-            head = post(f"Content-Length: {size}", *more, path="/blind")
-            await client.send(head)
-            with suppress(ConnectionError):
-                await client.send(*[GET * 1000] * 20)
-            status, headers, _ = await client.answer()
-            assert (status, headers["connection"]) == (200, "close")
-            assert await client.rest() == b""
-            assert len(application.scopes) == 1
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        size = 4_000_000
+        head = post(f"Content-Length: {size}", *more, path="/blind")
+        await client.send(head)
+        with suppress(ConnectionError):
+            await client.send(*[GET * 1000] * 20)
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"]) == (200, "close")
+        assert await client.rest() == b""
+        assert len(application.scopes) == 1
 
 
-def test_an_answer_behind_the_body_leaves_the_connection_open(play: Play) -> None:
+@on_its_loop
+async def test_an_answer_behind_the_body_leaves_the_connection_open() -> None:
     """Control: a body that came and that nobody looked at ends nothing."""
-
-    async def scenario() -> None:
-        async with serving() as (_, server), server.client() as client:
-            for _ in range(2):
-                await client.send(post(LENGTH, path="/blind", body=BODY))
-                status, headers, _ = await client.answer()
-                assert (status, "connection" in headers) == (200, False)
-
-    play(scenario())
+    async with serving() as (_, server), server.client() as client:
+        for _ in range(2):
+            await client.send(post(LENGTH, path="/blind", body=BODY))
+            status, headers, _ = await client.answer()
+            assert (status, "connection" in headers) == (200, False)
 
 
 @on_both_loops
-def test_who_keeps_sending_is_not_listened_to_for_long(play: Play) -> None:
+async def test_who_keeps_sending_is_not_listened_to_for_long() -> None:
     """After a refusal the rest is dropped for a moment, and then the connection is closed."""
-
-    async def scenario() -> None:
-        async with serving() as (_, server), server.client() as client:
-            await client.send(b"poison\r\n\r\n")
-            assert (await client.answer())[0] == 400
-            with suppress(ConnectionError):
-                async with asyncio.timeout(5):
-                    while True:
-                        await client.send(b"poison")
-            assert not server.state.connections
-
-    play(scenario())
+    async with serving() as (_, server), server.client() as client:
+        await client.send(b"poison\r\n\r\n")
+        assert (await client.answer())[0] == 400
+        with suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                while True:
+                    await client.send(b"poison")
+        assert not server.state.connections
 
 
 # -- offers of another protocol -----------------------------------------------------------------
@@ -608,9 +555,10 @@ OFFERS: Final = {
 }
 
 
+@on_its_loop
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
 @pytest.mark.parametrize("framing", ["together", "apart", "byte by byte", "in chunks", "expects"])
-def test_an_offer_that_is_not_taken_is_ignored(play: Play, offer: list[str], framing: str) -> None:
+async def test_an_offer_that_is_not_taken_is_ignored(offer: list[str], framing: str) -> None:
     """The request is served with its body, and so are those behind it (RFC 9110, 7.8)."""
     head = post(LENGTH, "X-Kept: 1", *offer)
     packets = {
@@ -621,91 +569,79 @@ def test_an_offer_that_is_not_taken_is_ignored(play: Play, offer: list[str], fra
         * 3,
         "expects": [post(LENGTH, "Expect: 100-continue", "X-Kept: 1", *offer), BODY] * 3,
     }[framing]
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            for packet in packets:
-                await client.send(packet)
-            if framing == "byte by byte":
-                client.writer.get_extra_info("socket").setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-                )
-                for byte in (head + BODY) * 3:
-                    client.writer.write(bytes([byte]))
-                    await asyncio.sleep(0)
-            answered = 0
-            while answered < 3:
-                status, headers, body = await client.answer()
-                if status != 100:
-                    assert (status, body, "connection" in headers) == (200, BODY, False)
-                    answered += 1
-            for scope in application.scopes:
-                assert (b"x-kept", b"1") in scope["headers"]
-            await client.send(WHOLE)
-            assert (await client.answer())[2] == BODY
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        for packet in packets:
+            await client.send(packet)
+        if framing == "byte by byte":
+            client.writer.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )
+            for byte in (head + BODY) * 3:
+                client.writer.write(bytes([byte]))
+                await asyncio.sleep(0)
+        answered = 0
+        while answered < 3:
+            status, headers, body = await client.answer()
+            if status != 100:
+                assert (status, body, "connection" in headers) == (200, BODY, False)
+                answered += 1
+        for scope in application.scopes:
+            assert (b"x-kept", b"1") in scope["headers"]
+        await client.send(WHOLE)
+        assert (await client.answer())[2] == BODY
 
 
-def test_an_offer_does_not_hide_what_is_refused(play: Play) -> None:
+@on_its_loop
+async def test_an_offer_does_not_hide_what_is_refused() -> None:
     """The checks of a request hold for one with an offer, too; `close` beside it is obeyed."""
     offer = ("Connection: Upgrade, close", "Upgrade: h2c")
-
-    async def scenario() -> None:
-        async with serving() as (_, server):
-            for sent, expected in (
-                (raw_request("POST", "/", *offer), 400),
-                (post(*offer, "Host: b"), 400),
-                (post(*offer, "Transfer-Encoding: gzip"), 501),
-                (post(*offer, "Content-Length: 3", "Transfer-Encoding: chunked"), 400),
-                (post(*offer, LENGTH, body=BODY), 200),
-            ):
-                async with server.client() as client:
-                    await client.send(sent)
-                    status, headers, _ = await client.answer()
-                    assert (status, headers["connection"]) == (expected, "close"), sent
-                    assert await client.rest() == b""
-
-    play(scenario())
-
-
-def test_many_offers_in_one_packet_cost_no_more_than_requests(play: Play) -> None:
-    """Thousands behind each other neither nest nor copy what follows them."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            sent = raw_request("GET", "/", "Host: a", "Connection: Upgrade", "Upgrade: h2c")
-            for _ in range(20):
-                client.writer.write(sent * 150)
-            for _ in range(3000):
-                assert (await client.answer())[0] == 200
-            assert len(application.scopes) == 3000
-
-    play(scenario())
-
-
-def test_connect_is_answered_and_closed(play: Play) -> None:
-    """There is no tunnel: what follows is neither a request nor passed on."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server):
+    async with serving() as (_, server):
+        for sent, expected in (
+            (raw_request("POST", "/", *offer), 400),
+            (post(*offer, "Host: b"), 400),
+            (post(*offer, "Transfer-Encoding: gzip"), 501),
+            (post(*offer, "Content-Length: 3", "Transfer-Encoding: chunked"), 400),
+            (post(*offer, LENGTH, body=BODY), 200),
+        ):
             async with server.client() as client:
-                await client.send(raw_request("CONNECT", "/", "Host: a") + GET)
+                await client.send(sent)
                 status, headers, _ = await client.answer()
-                assert (status, headers["connection"]) == (200, "close")
-                assert await client.rest() == b""
-                assert len(application.scopes) == 1
-            async with server.client() as client:
-                await client.send(raw_request("CONNECT", "a:443", "Host: a:443") + GET)
-                assert (await client.answer())[0] == 400
+                assert (status, headers["connection"]) == (expected, "close"), sent
                 assert await client.rest() == b""
 
-    play(scenario())
+
+@on_its_loop
+async def test_many_offers_in_one_packet_cost_no_more_than_requests() -> None:
+    """Thousands behind each other neither nest nor copy what follows them."""
+    async with serving() as (application, server), server.client() as client:
+        sent = raw_request("GET", "/", "Host: a", "Connection: Upgrade", "Upgrade: h2c")
+        for _ in range(20):
+            client.writer.write(sent * 150)
+        for _ in range(3000):
+            assert (await client.answer())[0] == 200
+        assert len(application.scopes) == 3000
+
+
+@on_its_loop
+async def test_connect_is_answered_and_closed() -> None:
+    """There is no tunnel: what follows is neither a request nor passed on."""
+    async with serving() as (application, server):
+        async with server.client() as client:
+            await client.send(raw_request("CONNECT", "/", "Host: a") + GET)
+            status, headers, _ = await client.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await client.rest() == b""
+            assert len(application.scopes) == 1
+        async with server.client() as client:
+            await client.send(raw_request("CONNECT", "a:443", "Host: a:443") + GET)
+            assert (await client.answer())[0] == 400
+            assert await client.rest() == b""
 
 
 # -- targets and hosts --------------------------------------------------------------------------
 
 
+@on_its_loop
 @pytest.mark.parametrize(
     ("sent", "path", "host"),
     [
@@ -719,18 +655,14 @@ def test_connect_is_answered_and_closed(play: Play) -> None:
         ("GET http://[::1]:81/a?c HTTP/1.1|Host: a", "/a", b"[::1]:81"),
     ],
 )
-def test_a_target_of_any_form_is_read(play: Play, sent: str, path: str, host: bytes | None) -> None:
+async def test_a_target_of_any_form_is_read(sent: str, path: str, host: bytes | None) -> None:
     """The host of an absolute target stands above the header; a host may be empty."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server), server.client() as client:
-            await client.send(sent.replace("|", "\r\n").encode() + b"\r\n\r\n")
-            assert (await client.answer())[0] == 200
-            (scope,) = application.scopes
-            assert scope["path"] == path
-            assert dict(scope["headers"]).get(b"host") == host
-
-    play(scenario())
+    async with serving() as (application, server), server.client() as client:
+        await client.send(sent.replace("|", "\r\n").encode() + b"\r\n\r\n")
+        assert (await client.answer())[0] == 200
+        (scope,) = application.scopes
+        assert scope["path"] == path
+        assert dict(scope["headers"]).get(b"host") == host
 
 
 # -- a client that does not read ----------------------------------------------------------------
@@ -775,23 +707,15 @@ async def is_ended(packets: list[bytes], kind: type[LimitedProtocol]) -> bool:
 
 @on_both_loops
 @pytest.mark.parametrize("packets", UNREAD.values(), ids=UNREAD)
-def test_a_client_that_reads_nothing_is_not_waited_for(play: Play, packets: list[bytes]) -> None:
+async def test_a_client_that_reads_nothing_is_not_waited_for(packets: list[bytes]) -> None:
     """However its answers came to be unread; the request that waits to be answered ends too."""
-
-    async def scenario() -> None:
-        assert await is_ended(packets, LimitedProtocol)
-
-    play(scenario())
+    assert await is_ended(packets, LimitedProtocol)
 
 
 @on_both_loops
-def test_without_the_deadline_an_answer_is_kept_for_ever(play: Play) -> None:
+async def test_without_the_deadline_an_answer_is_kept_for_ever() -> None:
     """Control: the same client keeps its connection, and what it did not read."""
-
-    async def scenario() -> None:
-        assert not await is_ended(UNREAD["a large answer"], Patient)
-
-    play(scenario())
+    assert not await is_ended(UNREAD["a large answer"], Patient)
 
 
 async def slow_reader(kind: type[LimitedProtocol]) -> int:
@@ -809,14 +733,10 @@ async def slow_reader(kind: type[LimitedProtocol]) -> int:
 
 
 @on_both_loops
-def test_a_client_that_reads_slowly_gets_all_of_its_answer(play: Play) -> None:
+async def test_a_client_that_reads_slowly_gets_all_of_its_answer() -> None:
     """As long as it reads anything; the mutant that does not look cuts it off."""
-
-    async def scenario() -> None:
-        assert await slow_reader(LimitedProtocol) >= LARGE
-        assert await slow_reader(Blind) < LARGE
-
-    play(scenario())
+    assert await slow_reader(LimitedProtocol) >= LARGE
+    assert await slow_reader(Blind) < LARGE
 
 
 # -- answers of the protocol's own --------------------------------------------------------------
@@ -836,53 +756,47 @@ class Full(Counts):
     max_connections = 0
 
 
-def test_an_answer_of_the_protocols_own_is_counted_and_has_an_id(play: Play) -> None:
+@on_its_loop
+async def test_an_answer_of_the_protocols_own_is_counted_and_has_an_id() -> None:
     """Each once: 408, 400, 503; not where the application answers for the protocol."""
-
-    async def scenario() -> None:
-        Counts.refusals.clear()
-        async with serving(kind=Counts) as (application, server):
-            async with server.client() as late:
-                await late.send(GET[:9])
-                status, headers, _ = await late.answer()
-                assert (status, headers["x-request-id"]) == (408, "unread")
-            async with server.client() as behind:
-                application.leave.clear()
-                await behind.send(GET, b"\0")
-                application.leave.set()
-                status, headers, _ = await behind.answer()
-                assert (status, "x-request-id" in headers) == (200, False)
-            async with server.client() as garbage:
-                await garbage.send(b"\0")
-                assert (await garbage.answer())[0] == 400
-        async with serving(kind=Full) as (_, server), server.client() as client:
-            await client.send(GET)
-            status, headers, _ = await client.answer()
-            assert (status, headers["x-request-id"]) == (503, "read")
-        assert Counts.refusals == [408, 400, 503]
-
-    play(scenario())
+    Counts.refusals.clear()
+    async with serving(kind=Counts) as (application, server):
+        async with server.client() as late:
+            await late.send(GET[:9])
+            status, headers, _ = await late.answer()
+            assert (status, headers["x-request-id"]) == (408, "unread")
+        async with server.client() as behind:
+            application.leave.clear()
+            await behind.send(GET, b"\0")
+            application.leave.set()
+            status, headers, _ = await behind.answer()
+            assert (status, "x-request-id" in headers) == (200, False)
+        async with server.client() as garbage:
+            await garbage.send(b"\0")
+            assert (await garbage.answer())[0] == 400
+    async with serving(kind=Full) as (_, server), server.client() as client:
+        await client.send(GET)
+        status, headers, _ = await client.answer()
+        assert (status, headers["x-request-id"]) == (503, "read")
+    assert Counts.refusals == [408, 400, 503]
 
 
 # -- the end ------------------------------------------------------------------------------------
 
 
-def test_a_stop_closes_idle_connections_and_lets_answers_go(play: Play) -> None:
+@on_its_loop
+async def test_a_stop_closes_idle_connections_and_lets_answers_go() -> None:
     """Idle ones and half a head at once; who has a request under way gets the answer first."""
-
-    async def scenario() -> None:
-        async with serving() as (application, server):
-            application.leave.clear()
-            async with server.client() as idle, server.client() as begun, server.client() as busy:
-                await begun.send(GET[:9])
-                await busy.send(post(LENGTH), BODY)
-                for connection in list(server.state.connections):
-                    connection.shutdown()
-                assert await idle.rest() == b""
-                assert await begun.rest() == b""
-                application.leave.set()
-                status, headers, body = await busy.answer()
-                assert (status, headers["connection"], body) == (200, "close", BODY)
-                assert await busy.rest() == b""
-
-    play(scenario())
+    async with serving() as (application, server):
+        application.leave.clear()
+        async with server.client() as idle, server.client() as begun, server.client() as busy:
+            await begun.send(GET[:9])
+            await busy.send(post(LENGTH), BODY)
+            for connection in list(server.state.connections):
+                connection.shutdown()
+            assert await idle.rest() == b""
+            assert await begun.rest() == b""
+            application.leave.set()
+            status, headers, body = await busy.answer()
+            assert (status, headers["connection"], body) == (200, "close", BODY)
+            assert await busy.rest() == b""
