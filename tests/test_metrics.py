@@ -405,7 +405,7 @@ async def stats(ground: Ground, *names: str) -> dict[str, JobStats]:
     return {each.name: each for each in found.jobs} if found is not None else {}
 
 
-async def ran(ground: Ground, name: str, outcome: str, result: str = "", ago: float = 0) -> None:
+async def ran(ground: Ground, name: str, outcome: str, result: str, ago: float = 0) -> None:
     """Add a run to the history, as the job's last."""
     fence = await ground.admin.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
     await insert(

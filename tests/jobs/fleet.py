@@ -362,6 +362,14 @@ def read_event_logs(directory: Path) -> list[Span]:
     return sorted(spans, key=lambda span: span.begin)
 
 
+async def each_job_runs(event_logs: Path, jobs: int) -> None:
+    """Wait until so many jobs have begun a run after now."""
+    now = time.monotonic()
+    async with asyncio.timeout(60):
+        while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < jobs:  # noqa: ASYNC110 - files
+            await asyncio.sleep(0.1)
+
+
 def overlaps(spans: list[Span]) -> list[tuple[Span, Span]]:
     """Return the pairs of runs of one job of which the later begins before the earlier's end."""
     found = []

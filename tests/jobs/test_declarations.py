@@ -17,7 +17,6 @@ from tests.jobs.support import Ground, Instance, on, until
 from tests.mutants import replaced
 from tests.system.sizes import report_figures
 
-SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 OLD, NEW = "cron 0 3 * * * UTC", "cron 30 4 * * * UTC"

@@ -35,17 +35,16 @@ async def own_postgres(**options: str) -> AsyncIterator[EmbeddedPostgres]:
             await server.stop()
 
 
-async def accepting(server: EmbeddedPostgres, *, within_seconds: float = 30) -> float:
+async def accepting(server: EmbeddedPostgres) -> float:
     """Wait until a server takes connections; return the moment."""
-    deadline = monotonic() + within_seconds
-    while monotonic() < deadline:
-        with suppress(OSError, asyncpg.PostgresError):
-            connection = await connect(server.environment())
-            moment = monotonic()
-            await connection.close()
-            return moment
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"PostgreSQL takes no connections within {within_seconds} s")
+    async with asyncio.timeout(30):
+        while True:
+            with suppress(OSError, asyncpg.PostgresError):
+                connection = await connect(server.environment())
+                moment = monotonic()
+                await connection.close()
+                return moment
+            await asyncio.sleep(0.005)
 
 
 async def somebody_waits(database: dict[str, str], *, waits: bool = True) -> None:

@@ -9,7 +9,7 @@ from time import monotonic
 import httpx
 import pytest
 
-from tests.jobs.fleet import Span, overlaps, read_event_logs
+from tests.jobs.fleet import Span, each_job_runs, overlaps, read_event_logs
 from tests.processes import Instance, connect, empty_database, running
 from tests.system.sizes import report_figures
 
@@ -78,7 +78,7 @@ async def test_a_database_made_anew_is_migrated_as_at_start(
         running(_fleet(database, tmp_path, ["app1", "app2"])) as instances,
         httpx.AsyncClient(trust_env=False, timeout=20) as http,
     ):
-        await _all_run(tmp_path)
+        await each_job_runs(tmp_path, JOBS)
         for instance in instances:
             answer = await http.post(
                 f"{instance.url}/api/balance", json={"userId": 1, "amount": -1}
@@ -105,7 +105,7 @@ async def test_a_database_made_anew_is_migrated_as_at_start(
         assert await connection.fetchval("SELECT count(*) FROM users") == 1
         assert await connection.fetchval("SELECT balance + version FROM users") == 10_001
         await connection.close()
-        await _all_run(tmp_path)
+        await each_job_runs(tmp_path, JOBS)
         assert {each.process and each.process.returncode for each in instances} == {None}
     assert overlaps(_runs(tmp_path)) == []
 
@@ -188,7 +188,7 @@ async def test_two_services_in_two_schemas_do_not_disturb_each_other(
             assert page.status_code == 200
             status = (await http.get(f"{instance.url}/api/cron/status")).json()
             assert len(status["jobs"]) == JOBS
-        await asyncio.gather(*(_all_run(event_log) for event_log in event_logs.values()))
+        await asyncio.gather(*(each_job_runs(event_log, JOBS) for event_log in event_logs.values()))
     for number, (schema, event_log) in enumerate(event_logs.items(), start=1):
         await connection.execute(f"SET search_path = {schema}")
         assert await connection.fetchval("SELECT balance FROM users") == 10_000 - number
@@ -209,11 +209,3 @@ def _runs(event_logs: Path) -> list[Span]:
             run = replace(span, begin=lines[0]["at"], end=lines[-1]["at"], lines=lines)
             runs.append(run)
     return sorted(runs, key=lambda run: run.begin)
-
-
-async def _all_run(event_logs: Path) -> None:
-    """Wait until every job has begun a run after now."""
-    now = monotonic()
-    async with asyncio.timeout(60):
-        while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
-            await asyncio.sleep(0.1)

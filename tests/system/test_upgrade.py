@@ -5,12 +5,11 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from time import monotonic
 
 import httpx
 import pytest
 
-from tests.jobs.fleet import overlaps, read_event_logs
+from tests.jobs.fleet import each_job_runs, overlaps, read_event_logs
 from tests.processes import Instance, connect
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import report_figures, size
@@ -142,7 +141,7 @@ async def test_neighbouring_releases_run_side_by_side(
                     problems += load.unexpected
                     problems += [each for each in load.answers if each.startswith("503")]
                     changes += load.answers["200"]
-                    await _each_job_runs_on(tmp_path)
+                    await each_job_runs(tmp_path, JOBS)
             assert not watch.done()
         finally:
             watch.cancel()
@@ -165,11 +164,3 @@ async def test_neighbouring_releases_run_side_by_side(
     finally:
         await connection.close()
     assert odd == []
-
-
-async def _each_job_runs_on(event_logs: Path) -> None:
-    """Wait until every job has begun a run after now."""
-    now = monotonic()
-    async with asyncio.timeout(60):
-        while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < JOBS:  # noqa: ASYNC110 - files
-            await asyncio.sleep(0.1)

@@ -1,6 +1,6 @@
 """The routes of balances, and the one of them that must be fast."""
 
-from typing import Final, TypeVar
+from typing import Final
 
 from fastapi import APIRouter
 from pydantic_core import to_json
@@ -42,7 +42,7 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
-from balance_app.http.body import StrictModel, read_json
+from balance_app.http.body import read_json
 from balance_app.http.openapi import headers, json_request, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
@@ -54,8 +54,6 @@ BODY_PROBLEMS: Final = (
     UnsupportedMediaType,
     InvalidRequest,
 )
-
-Model = TypeVar("Model", bound=StrictModel)
 
 router = APIRouter(prefix="/api", tags=["balances"])
 

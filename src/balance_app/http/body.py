@@ -33,7 +33,7 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=StrictModel)
 
 
-async def read_json(request: Request, model: type[Model], *, key: str | None = None) -> Model:
+async def read_json(request: Request, model: type[Model], *, key: str | None) -> Model:
     """Read the body, as one `model`, of a request that may have an idempotency key.
 
     Raises:

@@ -4,7 +4,7 @@ import asyncio
 import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -18,6 +18,7 @@ import jsonschema_rs
 import pytest
 
 from balance_app.jobs import Registry
+from tests import processes
 from tests.balances.hostile import one_instance
 from tests.jobs.fleet import read_event_logs
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
@@ -66,13 +67,13 @@ async def quiet(shared: Quiet) -> Quiet:
 
 @asynccontextmanager
 async def fleet(
-    database: dict[str, str], event_log: Path, *, seconds: float, instances: int = 2
+    database: dict[str, str], event_log: Path, *, seconds: float
 ) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """Run instances with one job, `job-01`, that lasts so long; yield a client of each."""
-    all_instances = [
+    """Run two instances with one job, `job-01`, that lasts so long; yield a client of each."""
+    instances = [
         Instance(
             database,
-            f"app{number}",
+            name,
             program=FLEET,
             FLEET_EVENT_LOGS=str(event_log),
             FLEET_JOBS="1",
@@ -82,21 +83,14 @@ async def fleet(
             JOB_LEASE_SECONDS="3",
             JOB_HEARTBEAT_SECONDS="0.5",
         )
-        for number in range(1, instances + 1)
+        for name in ("app1", "app2")
     ]
-    clients = [
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30)
-        for instance in all_instances
-    ]
-    try:
-        for instance in all_instances:
-            await instance.launch()
-        await asyncio.gather(*(instance.ready() for instance in all_instances))
-        yield clients
-    finally:
-        for client in clients:
-            await client.aclose()
-        await asyncio.gather(*(instance.stop() for instance in all_instances))
+    async with processes.running(instances), AsyncExitStack() as stack:
+        clients = [
+            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30)
+            for instance in instances
+        ]
+        yield [await stack.enter_async_context(client) for client in clients]
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
