@@ -36,7 +36,7 @@ async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.Async
 
 
 async def test_a_refusal_proves_itself(client: httpx.AsyncClient) -> None:
-    """Insufficient funds names the balance and version that refused, and changes nothing (M3)."""
+    """Insufficient funds names the balance and version that refused, and changes nothing."""
     answer = await client.post("/api/balance", json={"userId": 1, "amount": -10_001})
     assert answer.status_code == 409
     assert answer.headers["content-type"] == "application/problem+json"

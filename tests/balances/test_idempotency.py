@@ -1,4 +1,4 @@
-"""One key has one effect and one answer (M5)."""
+"""One key has one effect and one answer."""
 
 import asyncio
 from collections.abc import AsyncIterator

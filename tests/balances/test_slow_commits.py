@@ -1,4 +1,4 @@
-"""What a commit costs changes how long a crowd takes, and nothing that it is reported (M7)."""
+"""What a commit costs changes how long a crowd takes, and nothing that it is reported."""
 
 import asyncio
 from collections import Counter

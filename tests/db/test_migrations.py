@@ -77,7 +77,7 @@ async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
     ["UPDATE entries SET amount = 1", "DELETE FROM entries", "TRUNCATE entries"],
 )
 async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: str) -> None:
-    """PostgreSQL itself refuses to rewrite an entry (M4)."""
+    """PostgreSQL itself refuses to rewrite an entry."""
     await migrate(settings_for(database))
     connection = await connect(database)
     with pytest.raises(asyncpg.RaiseError, match="append-only"):
@@ -87,7 +87,7 @@ async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: st
 
 @pytest.mark.parametrize("balance", [-1, 2**53])
 async def test_the_check_is_the_last_net(database: dict[str, str], balance: int) -> None:
-    """No statement, however wrong, can store a balance that must not be (M2)."""
+    """No statement, however wrong, can store a balance that must not be."""
     await migrate(settings_for(database))
     connection = await connect(database)
     with pytest.raises(asyncpg.CheckViolationError):

@@ -283,7 +283,7 @@ TAKEN_AWAY = {
 async def test_the_cause_of_an_outage_is_reported(
     database: dict[str, str], tmp_path: Path, what: str
 ) -> None:
-    """In the answer, in /readyz, and once in the log, with the server's code (B0)."""
+    """In the answer, in /readyz, and once in the log, with the server's code."""
     take_away, give_back, state, kind = TAKEN_AWAY[what]
     log = tmp_path / "log"
     async with (

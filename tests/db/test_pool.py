@@ -38,7 +38,7 @@ async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str
 
 
 async def test_a_full_house_says_so(database: dict[str, str]) -> None:
-    """Who finds too many waiting gets a 503 at once, and nothing is changed for it (B1)."""
+    """Who finds too many waiting gets a 503 at once, and nothing is changed for it."""
     async with Instance(database, DB_POOL_SIZE="1", MAX_WAITING="1") as instance:
         holder = await connect(database)
         async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:

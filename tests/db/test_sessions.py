@@ -64,7 +64,7 @@ async def hostile(database: dict[str, str]) -> AsyncIterator[None]:
 
 
 async def test_each_session_pins_what_changes_its_meaning(database: dict[str, str]) -> None:
-    """Of sessions for requests, for jobs and for all else, whatever the defaults (M7)."""
+    """Of sessions for requests, for jobs and for all else, whatever the defaults."""
     settings = settings_for(database)
     async with hostile(database):
         pure = await asyncpg.connect(

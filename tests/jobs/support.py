@@ -243,7 +243,7 @@ async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> Asyn
 
 
 async def until(look: Callable[[], Awaitable[Found | None]]) -> Found:
-    """ClaimResult again and again until there is something; return it."""
+    """Look again and again until there is something; return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not (found := await look()):  # noqa: ASYNC110 - a fact in the database has no event
             await asyncio.sleep(0.02)

@@ -874,6 +874,24 @@ async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
     assert timedelta(seconds=9) <= lasts < timedelta(seconds=10)
 
 
+@pytest.mark.parametrize("swapped", [False, True], ids=["in order", "swapped"])
+async def test_columns_are_read_by_name(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, *, swapped: bool
+) -> None:
+    """Two columns of one type that change places in a statement change no meaning."""
+    if swapped:
+        for name in ("CLAIM", "ABANDONED"):
+            sql = replaced(vars(statements)[name], "releases, retries", "retries, releases")
+            monkeypatch.setattr(statements, name, sql)
+    instance = ground.instance()
+    await instance.declare("moon")
+    await ground.admin.execute("UPDATE jobs SET releases = 1, retries = 2")
+    claimed = await instance.claim()
+    assert (claimed.releases, claimed.retries) == (1, 2)
+    (abandoned,) = await instance.jobs.abandoned([])
+    assert (abandoned.releases, abandoned.retries) == (1, 2)
+
+
 async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
     """The old run is lost as of the end of its lease; the new one has tick and checkpoint of it."""
     owner, other = ground.instance("owner"), ground.instance("other")

@@ -309,7 +309,7 @@ async def test_a_transaction_takes_effect_at_its_end(ground: Ground, run: Run) -
 
 
 async def test_a_run_that_was_taken_over_commits_nothing(ground: Ground, run: Run) -> None:
-    """The lease is checked at the end (J6): what was written in between is not."""
+    """The lease is checked at the end: what was written in between is not."""
     await run.checkpoint([1])
     with pytest.raises(LeaseLostError, match="moon has lost its lease") as refusal:
         async with run.transaction() as connection:

@@ -265,7 +265,7 @@ async def test_a_job_goes_on_where_it_was_cut(house: House, name: str) -> None:
 
 @pytest.mark.parametrize("name", BUSY)
 async def test_a_job_that_is_repeated_changes_nothing_more(house: House, name: str) -> None:
-    """A run that loses its lease leaves no trace (J6); one that comes again adds nothing."""
+    """A run that loses its lease leaves no trace; one that comes again adds nothing."""
     await keep_busy(house)
     before = await traces(house)
     with pytest.raises(LeaseLostError):

@@ -65,7 +65,7 @@ async def test_a_killed_database_loses_nothing() -> None:
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
 async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
-    """Under `synchronous_commit = off` in file and database nothing acknowledged is lost (M1).
+    """Under `synchronous_commit = off` in file and database nothing acknowledged is lost.
 
     The control leaves it off: then the history shows what was lost.
     """

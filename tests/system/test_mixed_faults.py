@@ -1,4 +1,4 @@
-"""All faults at once, and a failover at the end: no answer contradicts another (M1 to M6)."""
+"""All faults at once, and a failover at the end: no answer contradicts another."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""Many changes around zero at once: every answer fits into one history (M1 to M4)."""
+"""Many changes around zero at once: every answer fits into one history."""
 
 from collections.abc import Sequence
 from random import choice, random

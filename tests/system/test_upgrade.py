@@ -123,7 +123,7 @@ async def _running(fleet: Fleet, *, old: bool) -> AsyncIterator[None]:
 async def test_neighbouring_releases_run_side_by_side(
     database: dict[str, str], before: Path, tmp_path: Path
 ) -> None:
-    """Forward and back under load and with jobs: no 5xx, four of five ready, no overlap (B3)."""
+    """Forward and back under load and with jobs: no 5xx, four of five ready, no overlap."""
     fleet = Fleet(database, before, tmp_path)
     problems: list[str] = []
     changes = 0
