@@ -172,6 +172,19 @@ async def running(instances: list[Instance]) -> AsyncIterator[list[Instance]]:
         )
 
 
+@asynccontextmanager
+async def served(
+    database: dict[str, str], *, log: Path | None = None, program: Sequence[str] = SERVE, **env: str
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Run one instance, without jobs if nothing else is said; yield an HTTP client of it."""
+    env = {"JOBS_ENABLED": "false", **env}
+    async with (
+        Instance(database, log=log, program=program, **env) as instance,
+        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=60) as client,
+    ):
+        yield client
+
+
 async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
     """Connect to the database that these DB_* variables name."""
     if "DATABASE_URL" in database:

@@ -23,7 +23,7 @@ from tests.history import (
     Unknown,
     check,
 )
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, served
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
 
 KEYED = {"Idempotency-Key": "k"}
@@ -38,10 +38,7 @@ READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/changes/k")
 @pytest.fixture
 async def refusing(database: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
     """An instance that made a change under the key `k`, and lost its database since."""
-    async with (
-        Instance(database, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-    ):
+    async with served(database) as client:
         made = await client.post("/api/balance", json=CHANGE, headers=KEYED)
         assert made.status_code == 200
         admin = await connect({**database, "DB_NAME": "postgres"})
@@ -107,8 +104,7 @@ async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[s
     """Refused for the crowd, for a lock, or because the instance stops: unknown under a key."""
     limits = {"DB_POOL_SIZE": "1", "MAX_WAITING": "1", "DB_LOCK_SECONDS": "1"}
     async with (
-        Instance({**database, **limits}, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        served({**database, **limits}) as client,
         locked(database),
     ):
 
@@ -210,8 +206,7 @@ async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
     program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "recall")
     async with (
         own_postgres() as server,
-        Instance(server.environment(), program=program, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        served(server.environment(), program=program) as client,
     ):
         admin = await connect(server.environment())
         await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
@@ -254,8 +249,7 @@ async def test_a_frozen_database_denies_no_key() -> None:
     """Neither the try whose answer did not come nor those that were not sent deny it."""
     async with (
         own_postgres() as server,
-        Instance(server.environment(), JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        served(server.environment()) as client,
     ):
         assert (await _repeat(client)).status_code == 200
         await freeze(server)

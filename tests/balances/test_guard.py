@@ -10,7 +10,7 @@ from balance_app.balances.guard import FORGET_SECONDS, Guard
 from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
-from tests.processes import Instance, connect
+from tests.processes import connect, served
 
 HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
@@ -71,10 +71,7 @@ async def test_a_locked_account_is_refused_soon(
 
 async def test_many_locked_accounts_leave_room_for_others(database: dict[str, str]) -> None:
     """What is known to be locked is looked at by one connection, however many accounts it is."""
-    async with (
-        Instance(database, JOBS_ENABLED="false", DB_POOL_SIZE="2") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=60) as client,
-    ):
+    async with served(database, DB_POOL_SIZE="2") as client:
         users = [
             (await client.post("/api/users", json={"balance": 9})).json()["userId"]
             for _ in range(3)
@@ -165,10 +162,7 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
 
 async def test_a_locked_job_holds_up_no_account(database: dict[str, str]) -> None:
     """Who steers a job waits for its row too: of those, one has a connection."""
-    async with (
-        Instance(database) as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-    ):
+    async with served(database, JOBS_ENABLED="true") as client:
         status = (await client.get("/api/cron/status")).json()
         name = status["jobs"][0]["name"]
         async with locked(database, "SELECT FROM jobs FOR UPDATE"):

@@ -18,7 +18,7 @@ from balance_app.db.outages import HOPELESS, Kind, classify, is_fatal, pause_sec
 from balance_app.db.pool import Database
 from balance_app.sessions import PoolerError
 from tests.jobs.rows import settings_for
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, served
 from tests.system.databases import own_postgres
 
 POOLED = "unsupported startup parameter: default_transaction_isolation"  # PgBouncer 1.18
@@ -145,10 +145,7 @@ async def test_a_limit_of_connections_refuses_no_request(
     log = tmp_path / "log"
     async with (
         a_role(database) as plain,
-        Instance(
-            plain, log=log, program=program, JOBS_ENABLED="false", DB_POOL_SIZE="5"
-        ) as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        served(plain, log=log, program=program, DB_POOL_SIZE="5") as client,
     ):
         admin = await connect(database)
         await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 2')
@@ -222,10 +219,7 @@ async def test_a_full_server_makes_a_job_wait(database: dict[str, str]) -> None:
 async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_path: Path) -> None:
     """Reads go on, writes are refused with that reason, and both heal by themselves (A3)."""
     log = tmp_path / "log"
-    async with (
-        Instance(database, log=log, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-    ):
+    async with served(database, log=log) as client:
         await fire(client, 10)
         admin = await connect({**database, "DB_NAME": "postgres"})
         name = database["DB_NAME"]
@@ -325,10 +319,7 @@ async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
         )
         await admin.execute("SELECT pg_reload_conf()")
         plain = {**server.environment(), "DB_USER": "app", "DB_PASSWORD": "old"}
-        async with (
-            Instance(plain, JOBS_ENABLED="false") as instance,
-            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-        ):
+        async with served(plain) as client:
             await admin.execute("ALTER ROLE app PASSWORD 'new'")
             await admin.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
@@ -348,8 +339,7 @@ async def test_a_server_that_does_not_flush_is_reported() -> None:
     """`fsync = off` is no reason not to serve, but nobody is left in the dark."""
     async with (
         own_postgres(fsync="off", full_page_writes="off") as server,
-        Instance(server.environment(), JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        served(server.environment()) as client,
     ):
         ready = await client.get("/readyz")
     assert ready.status_code == 200

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.logs import REQUEST_ID, TRACE
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, served
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
@@ -123,10 +123,7 @@ async def test_every_line_about_a_request_names_its_trace(
 ) -> None:
     """Also what the service says before it answers; and no line that is about something else."""
     log = tmp_path / "log"
-    async with (
-        Instance(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-    ):
+    async with served(database, log=log, LOG_REQUESTS="true") as client:
         connection = await connect(database)
         await connection.execute(A_MISTAKE)
         await connection.close()

@@ -2,18 +2,16 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from secrets import token_hex
 from typing import Final
 
 import httpx
 import pytest
 
-from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.web import view_models
 from tests.jobs.rows import add_instance, add_job, insert, running
-from tests.processes import Instance
+from tests.processes import served
 from tests.system.databases import kill, own_postgres
 from tests.web.site import SECOND, Site, Tags, add_example, add_run, text
 
@@ -562,19 +560,9 @@ async def until(
     return answer
 
 
-@asynccontextmanager
-async def alone(server: EmbeddedPostgres) -> AsyncIterator[httpx.AsyncClient]:
-    """Run an instance without jobs on a server of its own."""
-    async with (
-        Instance(server.environment(), JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
-    ):
-        yield client
-
-
 async def test_without_its_database_the_page_still_comes() -> None:
     """503 and a sentence; what was seen before is shown as such; it goes on by itself."""
-    async with own_postgres() as server, alone(server) as client:
+    async with own_postgres() as server, served(server.environment()) as client:
         await kill(server)
         answer = await until(lambda answer: answer.status_code == 503, client)
         assert answer.headers["retry-after"] == "1"
