@@ -5,18 +5,22 @@ import os
 import sys
 from functools import partial
 from io import TextIOWrapper
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
+from typing_extensions import override
 
 from balance_app import __version__
 from balance_app.cli.remote import (
+    Command,
     Json,
     Url,
     fail,
     global_options,
     own_url,
     remote_commands,
+    without_types,
 )
 from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
 
@@ -36,8 +40,15 @@ Exit codes:
 MAX_SHARED_PORT: Final = 32_000  # from 32768 up are the ports of the burst's clients
 
 
+class _Group(TyperGroup):
+    @override
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types(super().get_params(ctx))
+
+
 cli = typer.Typer(
     name="balance-app",
+    cls=_Group,
     help="Exact balances in real time and jobs without a master, by any number of equal instances.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
@@ -78,8 +89,8 @@ def before_the_command(
     global_options.update(json=json, url=url)
 
 
-_service = partial(service.command, rich_help_panel="The service")
-_database = partial(database.command, rich_help_panel="The database")
+_service = partial(service.command, cls=Command, rich_help_panel="The service")
+_database = partial(database.command, cls=Command, rich_help_panel="The database")
 
 
 # -- the service -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
+from typing_extensions import override
 
 from balance_app.formatting import url as address
 from balance_app.settings import Settings, load_settings
@@ -16,11 +18,29 @@ if TYPE_CHECKING:
     from balance_app.cli.session import Terminal
 
 
+def without_types(params: list[Any]) -> list[Any]:
+    """Return parameters whose flags are shown without the type that they all have."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class Command(TyperCommand):
+    """A command whose flags are shown as flags."""
+
+    @override
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types(super().get_params(ctx))
+
+
 remote_commands = typer.Typer()
 # the options that were given before the command's name
 global_options: dict[str, Any] = {}
-_jobs = partial(remote_commands.command, rich_help_panel="Jobs of a running service")
-_balances = partial(remote_commands.command, rich_help_panel="Balances of a running service")
+_jobs = partial(remote_commands.command, cls=Command, rich_help_panel="Jobs of a running service")
+_balances = partial(
+    remote_commands.command, cls=Command, rich_help_panel="Balances of a running service"
+)
 
 
 def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
