@@ -28,9 +28,9 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 """
 
 # One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
-# clock. The row is locked, and taken only if it is as it was when it was found eligible; a row that
-# is locked belongs to somebody. The fence rises with the claim, so whatever the run before still
-# sends is refused.
+# clock. The row is locked, and taken only if it is still eligible: who claims, renews, pauses or
+# ends it meanwhile leaves it claimable later, or not at all. A row that is locked belongs to
+# somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
 # The claim policy: a job may be taken at `claimable_at` plus this instance's own backoff. What was
 # marked at startup waits until `seen_at` plus the warm-up, so that those that come up together
@@ -70,8 +70,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
     WHERE eligible.claimable_at <= (SELECT clock_timestamp())
       AND eligible_at <= (SELECT clock_timestamp())
       AND (eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)
-      AND (jobs.claimable_at, jobs.seen_at)
-          IS NOT DISTINCT FROM (eligible.claimable_at, eligible.seen_at)
+      AND jobs.claimable_at <= eligible.claimable_at
+      AND (jobs.seen_at > eligible.seen_at) IS NOT TRUE
     ORDER BY eligible.claimable_at
     LIMIT 1
     FOR UPDATE OF jobs SKIP LOCKED
