@@ -198,6 +198,15 @@ async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Recor
     )
 
 
+async def query(database: dict[str, str], sql: str, *arguments: object) -> list[asyncpg.Record]:
+    """Run one statement on a connection of its own; return its rows."""
+    connection = await connect(database)
+    try:
+        return await connection.fetch(sql, *arguments)
+    finally:
+        await connection.close()
+
+
 @asynccontextmanager
 async def empty_database(server: Mapping[str, str]) -> AsyncIterator[dict[str, str]]:
     """Make an empty database on a server; yield its DB_* variables, and drop it at the end."""

@@ -16,7 +16,7 @@ from balance_app.errors import InternalError
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
 from tests.balances.hostile import exchange
-from tests.processes import Instance, connect
+from tests.processes import Instance, query
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
@@ -25,9 +25,7 @@ async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict
         answer = await client.get(path)
         assert answer.status_code == 200
         assert answer.json()["checks"] == {"stopping": "ok", "database": "ok", "schema": "ok"}
-    connection = await connect(database)
-    await connection.execute("UPDATE balance_app_version SET version_num = '0002'")
-    await connection.close()
+    await query(database, "UPDATE balance_app_version SET version_num = '0002'")
     answer = await client.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["checks"]["database"] == "ok"

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from balance_app.balances.schemas import ChangeRequest
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, query, running
 from tests.system.sizes import size
 
 KEYS = size(small=40, full=200)
@@ -28,12 +28,10 @@ async def test_a_hundred_tries_at_once_have_one_effect(
     assert all(len(set(answers)) == 1 for answers in bodies)
     accepted = [answers[0] for answers in bodies if answers[0][0] == 200]
     assert len(accepted) == KEYS // 2
-    connection = await connect(database)
-    effects = await connection.fetch(
-        "SELECT count(*) AS n FROM entries WHERE key IS NOT NULL GROUP BY key"
+    effects = await query(
+        database, "SELECT count(*) AS n FROM entries WHERE key IS NOT NULL GROUP BY key"
     )
-    balance = await connection.fetchval("SELECT balance FROM users WHERE id = 1")
-    await connection.close()
+    balance = (await query(database, "SELECT balance FROM users WHERE id = 1"))[0][0]
     assert [row["n"] for row in effects] == [1] * (KEYS // 2)
     assert balance == 10_000 - KEYS // 2
 

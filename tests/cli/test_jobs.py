@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, query
 from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
@@ -453,10 +453,8 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
         assert re.match(r"audit-ledger succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in ", first)
         assert second == "checked 1 entry of 1 user: all balances match"
 
-        connection = await connect(database)
-        await connection.execute("ALTER TABLE users DISABLE TRIGGER USER")
-        await connection.execute("UPDATE users SET balance = 1 WHERE id = 1")
-        await connection.close()
+        await query(database, "ALTER TABLE users DISABLE TRIGGER USER")
+        await query(database, "UPDATE users SET balance = 1 WHERE id = 1")
         code, out, _ = await run("audit", **environment)
         assert (code, out.splitlines()[1]) == (0, second)
         code, out, err = await run("audit", "--now", **environment)

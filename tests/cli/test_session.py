@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from balance_app.formatting import ago, brief, duration, exact, visible
-from tests.processes import Instance, connect, free_port
+from tests.processes import Instance, connect, free_port, query
 from tests.terminal import PATIENCE_SECONDS, Screen, answering, command, http, losing, run
 
 DONE = '{"userId":1,"balance":9998,"version":2,"change":{"amount":-2,"at":"2026-11-21T21:49:33Z"}}'
@@ -178,9 +178,7 @@ async def test_a_health_check_says_ready_not_ready_or_unavailable(
     env = {"PORT": str(instance.port), "BALANCE_APP_URL": "http://127.0.0.1:1"}
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (0, "ok")
-    connection = await connect(database)
-    await connection.execute("UPDATE balance_app_version SET version_num = '0002'")
-    await connection.close()
+    await query(database, "UPDATE balance_app_version SET version_num = '0002'")
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (1, "unavailable")
     code, out, err = await run("healthcheck", "--url", f"http://127.0.0.1:{free_port()}")

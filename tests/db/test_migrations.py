@@ -27,7 +27,7 @@ from balance_app.db.migrations import (
     migrate,
 )
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, query
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -210,9 +210,7 @@ async def test_a_schema_that_is_not_whole_or_too_new_is_refused(
 async def test_every_table_has_its_rights(database: dict[str, str]) -> None:
     """What the service needs is listed for exactly the tables that there are."""
     await migrate(settings_for(database))
-    connection = await connect(database)
-    tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-    await connection.close()
+    tables = await query(database, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     assert {name for (name,) in tables} == {*RIGHTS, VERSION_TABLE, "alembic_version"}
 
 
@@ -250,9 +248,7 @@ async def test_the_right_that_is_missing_is_named(
     database: dict[str, str], role: dict[str, str], granted: str, schema: str, message: str | None
 ) -> None:
     """Of a role without CREATE or USAGE, in a sentence with what to grant."""
-    admin = await connect(database)
-    await admin.execute(granted.format(role=role["DB_USER"], database=database["DB_NAME"]))
-    await admin.close()
+    await query(database, granted.format(role=role["DB_USER"], database=database["DB_NAME"]))
     settings = settings_for({**role, "DB_SCHEMA": schema})
     if message is None:
         assert (await migrate(settings)).revision == alembic_head()

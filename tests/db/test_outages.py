@@ -18,7 +18,7 @@ from balance_app.db.outages import HOPELESS, Kind, classify, is_fatal, pause_sec
 from balance_app.db.pool import Database
 from balance_app.sessions import PoolerError
 from tests.jobs.rows import settings_for
-from tests.processes import Instance, connect, served
+from tests.processes import Instance, connect, query, served
 from tests.system.databases import own_postgres
 
 POOLED = "unsupported startup parameter: default_transaction_isolation"  # PgBouncer 1.18
@@ -104,10 +104,8 @@ def test_pauses_grow_to_their_limit() -> None:
 async def a_role(database: dict[str, str], options: str = "") -> AsyncIterator[dict[str, str]]:
     """An ordinary role that owns the database, and the DB_* variables with it."""
     role = f"plain_{database['DB_NAME']}"
-    admin = await connect(database)
-    await admin.execute(f'CREATE ROLE "{role}" LOGIN {options}')
-    await admin.execute(f'ALTER DATABASE "{database["DB_NAME"]}" OWNER TO "{role}"')
-    await admin.close()
+    await query(database, f'CREATE ROLE "{role}" LOGIN {options}')
+    await query(database, f'ALTER DATABASE "{database["DB_NAME"]}" OWNER TO "{role}"')
     try:
         yield {**database, "DB_USER": role}
     finally:

@@ -12,7 +12,7 @@ import pytest
 from balance_app.db.pool import Connection
 from balance_app.sessions import PINNED, PoolerError, open_session, reset
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, query, running
 
 # What each default would do: refuse or repeat changes, delay, misread, hide, or end sessions.
 HOSTILE = {
@@ -120,9 +120,9 @@ async def _check(connection: Connection, pinned: dict[str, str]) -> None:
 @pytest.mark.parametrize("stricter", ["local", "remote_write", "on", "remote_apply"])
 async def test_only_off_is_raised(database: dict[str, str], stricter: str) -> None:
     """What waits for the disk already stays what the operator has chosen, and can't be lowered."""
-    admin = await connect(database)
-    await admin.execute(f'ALTER DATABASE "{database["DB_NAME"]}" SET synchronous_commit={stricter}')
-    await admin.close()
+    await query(
+        database, f'ALTER DATABASE "{database["DB_NAME"]}" SET synchronous_commit={stricter}'
+    )
     connection = await open_session(settings_for(database).statement_arguments())
     rows = await connection.fetch(
         "SELECT setting, source FROM pg_settings WHERE name = $1", "synchronous_commit"

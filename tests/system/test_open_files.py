@@ -10,7 +10,7 @@ import pytest
 
 from balance_app import open_files
 from balance_app.settings import Settings
-from tests.processes import Instance, connect
+from tests.processes import Instance, query
 
 LIMIT = 256
 CONNECTIONS = 300
@@ -92,9 +92,7 @@ async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[s
     try:
         statuses = await asyncio.gather(*(request(each) for each in opened))
         kept = [each for each, status in zip(opened, statuses, strict=True) if status == "200"]
-        admin = await connect(database)
-        await admin.execute(END_SESSIONS)
-        await admin.close()
+        await query(database, END_SESSIONS)
         with_service: list[str] = []
         for _ in range(PATIENCE_SECONDS * 10):
             if await request(kept[0]) == "200":

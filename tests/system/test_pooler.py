@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from balance_app.settings import load_settings
-from tests.processes import Instance, connect, free_port
+from tests.processes import Instance, free_port, query
 from tests.system.databases import own_postgres
 
 PGBOUNCER = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin")
@@ -49,9 +49,7 @@ async def test_pgbouncer_is_refused_at_start(tmp_path: Path, mode: str, paramete
             await instance.kill()
             pooler.terminate()
             await pooler.wait()
-        connection = await connect(environment)
-        assert await connection.fetchval(LOCKS) == 0
-        await connection.close()
+        assert (await query(environment, LOCKS))[0][0] == 0
     assert "A pooler in front of PostgreSQL breaks sessions" in log.read_text()
     assert "Traceback" not in log.read_text()
 
