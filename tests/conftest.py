@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tests import fork_server
-from tests.jobs.support import Ground
+from tests.jobs.support import JobsDatabase
 from tests.processes import DATABASE_VARIABLES, Instance, empty_database
 from tests.system.databases import own_postgres
 
@@ -57,7 +57,7 @@ async def client(instance: Instance) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
+async def jobs_db(land: JobsDatabase) -> AsyncIterator[JobsDatabase]:
     """The database that a file's `land` keeps for its tests, without what the one before left."""
     await land.forget()
     yield land

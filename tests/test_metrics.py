@@ -25,7 +25,7 @@ from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.states import Outcome
 from tests.jobs.rows import add_job, insert
-from tests.jobs.support import Ground, on, until
+from tests.jobs.support import JobsDatabase, on, until
 from tests.processes import Instance, connect, running
 from tests.system.databases import somebody_waits
 
@@ -209,19 +209,19 @@ HOUR: Final = timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres) as ground:
-        yield ground
+async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres) as jobs_db:
+        yield jobs_db
 
 
 @asynccontextmanager
 async def scheduler(
-    ground: Ground, jobs: Iterable[Job]
+    jobs_db: JobsDatabase, jobs: Iterable[Job]
 ) -> AsyncIterator[tuple[Scheduler, Metrics]]:
     """Run an instance's scheduler; yield it and its numbers."""
     registry = Registry(jobs)
     metrics = Metrics(jobs=registry)
-    running = Scheduler(ground.settings, ground.database, registry, metrics, watchdog=False)
+    running = Scheduler(jobs_db.settings, jobs_db.database, registry, metrics, watchdog=False)
     running.start()
     try:
         yield running, metrics
@@ -255,7 +255,7 @@ def runs(numbers: Samples) -> dict[tuple[str, str], float]:
     }
 
 
-async def test_runs_are_counted_by_outcome(ground: Ground) -> None:
+async def test_runs_are_counted_by_outcome(jobs_db: JobsDatabase) -> None:
     """One count per run, as the history has it; all outcomes are there from the start."""
     jobs = [
         declare("good", returns),
@@ -263,12 +263,12 @@ async def test_runs_are_counted_by_outcome(ground: Ground) -> None:
         declare("slow", sleeps, timeout=timedelta(seconds=0.2)),
         declare("long", sleeps),
     ]
-    async with scheduler(ground, jobs) as (running, metrics):
+    async with scheduler(jobs_db, jobs) as (running, metrics):
         assert sum(name.startswith("balance_app_job_runs_total") for name in await of(metrics)) == (
             len(jobs) * len(set(Outcome) - {Outcome.SKIPPED})
         )
         for name in ("good", "bad", "slow"):
-            await ground.ended(name)
+            await jobs_db.ended(name)
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 1))
         await running.stop()
         found = await of(metrics)
@@ -276,7 +276,7 @@ async def test_runs_are_counted_by_outcome(ground: Ground) -> None:
         ("good", "succeeded"): 1,
         ("bad", "failed"): 1,
         ("slow", "timed_out"): 1,
-        ("long", "interrupted"): 1,
+        ("long", "released"): 1,
     }
     assert found["balance_app_jobs_running"] == 0
     assert found["balance_app_job_start_delay_seconds_count"] == 4
@@ -287,28 +287,28 @@ async def _holds(metrics: Metrics, name: str, value: float) -> bool:
     return (await of(metrics))[name] == value
 
 
-async def test_how_late_a_run_starts_is_measured_once_a_tick(ground: Ground) -> None:
+async def test_how_late_a_run_starts_is_measured_once_a_tick(jobs_db: JobsDatabase) -> None:
     """From its tick, by the server's clock; a run that is tried again is not late."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("bad")
-    await ground.ready("bad", seconds_ago=100)
+    await jobs_db.ready("bad", seconds_ago=100)
     again = declare("bad", fails, retry_after=timedelta(milliseconds=100))
-    async with scheduler(ground, [again]) as (_, metrics):
-        await ground.ended("bad", runs=2)
+    async with scheduler(jobs_db, [again]) as (_, metrics):
+        await jobs_db.ended("bad", runs=2)
         found = await of(metrics)
     assert found["balance_app_job_start_delay_seconds_count"] == 1
     assert 100 <= found["balance_app_job_start_delay_seconds_sum"] < 130
     assert found['balance_app_job_start_delay_seconds_bucket{le="60.0"}'] == 0
 
 
-async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
+async def test_a_takeover_counts_the_lost_run(jobs_db: JobsDatabase) -> None:
     """Who takes a job over counts both: the loss, and that it took over."""
-    other = ground.instance("other")
+    other = jobs_db.instance("other")
     await other.declare("good")
     await other.claim()
-    await ground.expire("good")
-    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
-        await ground.ended("good", runs=2)
+    await jobs_db.expire("good")
+    async with scheduler(jobs_db, [declare("good", returns)]) as (_, metrics):
+        await jobs_db.ended("good", runs=2)
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
         found = await of(metrics)
     assert runs(found) == {("good", "lost"): 1, ("good", "succeeded"): 1}
@@ -316,29 +316,29 @@ async def test_a_takeover_counts_the_lost_run(ground: Ground) -> None:
     assert found["balance_app_job_start_delay_seconds_count"] == 0
 
 
-async def test_what_is_handed_back_by_its_lease_is_no_takeover(ground: Ground) -> None:
+async def test_what_is_handed_back_by_its_lease_is_no_takeover(jobs_db: JobsDatabase) -> None:
     """An instance that ends leaves a run that can not be stopped: interrupted, not lost."""
-    other = ground.instance("other")
+    other = jobs_db.instance("other")
     await other.declare("good")
     claimed = await other.claim()
     await other.jobs.mark_releasing(claimed.name, claimed.fence, timedelta(0))
-    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
-        await ground.ended("good", runs=2)
+    async with scheduler(jobs_db, [declare("good", returns)]) as (_, metrics):
+        await jobs_db.ended("good", runs=2)
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
         found = await of(metrics)
-    assert runs(found) == {("good", "interrupted"): 1, ("good", "succeeded"): 1}
+    assert runs(found) == {("good", "released"): 1, ("good", "succeeded"): 1}
     assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
 
 
-async def test_a_quarantined_job_was_lost(ground: Ground) -> None:
+async def test_a_quarantined_job_was_lost(jobs_db: JobsDatabase) -> None:
     """The loss counts, although nobody takes the job over."""
-    other = ground.instance("other")
+    other = jobs_db.instance("other")
     await other.declare("good")
     await other.claim()
-    await ground.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
-    await ground.expire("good")
-    async with scheduler(ground, [declare("good", returns)]) as (_, metrics):
-        await until(lambda: _quarantined(ground))
+    await jobs_db.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
+    await jobs_db.expire("good")
+    async with scheduler(jobs_db, [declare("good", returns)]) as (_, metrics):
+        await until(lambda: _quarantined(jobs_db))
         await until(
             lambda: _holds(metrics, 'balance_app_job_runs_total{job_name="good",outcome="lost"}', 1)
         )
@@ -347,44 +347,44 @@ async def test_a_quarantined_job_was_lost(ground: Ground) -> None:
     assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
 
 
-async def _quarantined(ground: Ground) -> bool:
-    row = await ground.row("good")
+async def _quarantined(jobs_db: JobsDatabase) -> bool:
+    row = await jobs_db.row("good")
     return row["holder"] is None and row["lost_streak"] == LOST_LIMIT
 
 
-async def test_ticks_that_did_not_run_are_counted(ground: Ground) -> None:
+async def test_ticks_that_did_not_run_are_counted(jobs_db: JobsDatabase) -> None:
     """As many as the history has in its ranges."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("good", schedule="every 60 s")
-    await ground.shift(600)
-    async with scheduler(ground, [declare("good", returns, every=timedelta(minutes=1))]) as (
+    await jobs_db.shift(600)
+    async with scheduler(jobs_db, [declare("good", returns, every=timedelta(minutes=1))]) as (
         _,
         metrics,
     ):
-        await ground.ended("good")
+        await jobs_db.ended("good")
         await until(lambda: _holds(metrics, "balance_app_jobs_running", 0))
         found = await of(metrics)
-    skipped = await ground.admin.fetchval(
+    skipped = await jobs_db.admin.fetchval(
         "SELECT sum(ticks) FROM job_runs WHERE outcome = 'skipped'"
     )
     assert skipped >= 9
     assert found['balance_app_job_ticks_skipped_total{job_name="good"}'] == skipped
 
 
-def _stats_reader(ground: Ground, registry: Registry) -> StatsReader:
-    return StatsReader(ground.database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
+def _stats_reader(jobs_db: JobsDatabase, registry: Registry) -> StatsReader:
+    return StatsReader(jobs_db.database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
 
 
-async def test_each_heartbeat_tells_what_was_left(ground: Ground) -> None:
+async def test_each_heartbeat_tells_what_was_left(jobs_db: JobsDatabase) -> None:
     """A share of the lease: half when heartbeats come at a sixth and a third is the reserve."""
-    async with scheduler(ground, [declare("long", sleeps)]) as (_, metrics):
+    async with scheduler(jobs_db, [declare("long", sleeps)]) as (_, metrics):
         await until(lambda: _renewed(metrics, 3))
         found = await of(metrics)
     count = found["balance_app_lease_margin_ratio_count"]
     assert found['balance_app_lease_margin_ratio_bucket{le="0.9"}'] >= count - 1  # but the first
     # Answers take a while; the first comes at once, with two thirds left.
     assert 0.3 * count < found["balance_app_lease_margin_ratio_sum"] < 2 / 3 * count
-    async with scheduler(ground, [declare("none", sleeps, every=None, cron="0 0 29 2 *")]) as (
+    async with scheduler(jobs_db, [declare("none", sleeps, every=None, cron="0 0 29 2 *")]) as (
         _,
         metrics,
     ):
@@ -399,17 +399,17 @@ async def _renewed(metrics: Metrics, times: int) -> bool:
 # -- the fleet -------------------------------------------------------------------------------------
 
 
-async def stats(ground: Ground, *names: str) -> dict[str, JobStats]:
+async def stats(jobs_db: JobsDatabase, *names: str) -> dict[str, JobStats]:
     registry = Registry([declare(name, returns) for name in names])
-    found = await _stats_reader(ground, registry).read()
+    found = await _stats_reader(jobs_db, registry).read()
     return {each.name: each for each in found.jobs} if found is not None else {}
 
 
-async def ran(ground: Ground, name: str, outcome: str, result: str, ago: float = 0) -> None:
+async def ran(jobs_db: JobsDatabase, name: str, outcome: str, result: str, ago: float = 0) -> None:
     """Add a run to the history, as the job's last."""
-    fence = await ground.admin.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
+    fence = await jobs_db.admin.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
     await insert(
-        ground.admin,
+        jobs_db.admin,
         "job_runs",
         job=name,
         fence=fence,
@@ -419,31 +419,31 @@ async def ran(ground: Ground, name: str, outcome: str, result: str, ago: float =
         outcome=outcome,
         result=result,
     )
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET last_outcome = $2, last_result = $3 WHERE name = $1", name, outcome, result
     )
 
 
-async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
+async def test_the_fleet_is_what_the_rows_say(jobs_db: JobsDatabase) -> None:
     """Last success, overdue, paused, failed: of the jobs that this instance has the code of."""
     names = ("fresh", "failing", "lost", "paused", "ready", "other")
     for name in names:
-        await add_job(ground.admin, name)
+        await add_job(jobs_db.admin, name)
     for outcome, ago in (("succeeded", 900.0), ("succeeded", 600.0), ("failed", 300.0)):
-        await ran(ground, "failing", outcome, "ValueError: x", ago)
-    await ran(ground, "ready", "succeeded", "", 100)
-    await ran(ground, "ready", "cancelled", "", 50)
-    await ground.ready("ready", seconds_ago=40)
-    await ground.ready("paused", seconds_ago=40)
-    await ground.admin.execute(
+        await ran(jobs_db, "failing", outcome, "ValueError: x", ago)
+    await ran(jobs_db, "ready", "succeeded", "", 100)
+    await ran(jobs_db, "ready", "cancelled", "", 50)
+    await jobs_db.ready("ready", seconds_ago=40)
+    await jobs_db.ready("paused", seconds_ago=40)
+    await jobs_db.admin.execute(
         "UPDATE jobs SET paused_at = clock_timestamp(), paused_by = 'x' WHERE name = 'paused'"
     )
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET holder = gen_random_uuid(), server = 'x', started_at = clock_timestamp(),"
-        " lease_until = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
+        " lease_expires_at = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
     )
-    now = float(await ground.admin.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
-    found = await stats(ground, *(name for name in names if name != "other"))
+    now = float(await jobs_db.admin.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
+    found = await stats(jobs_db, *(name for name in names if name != "other"))
     assert sorted(found) == ["failing", "fresh", "lost", "paused", "ready"]
     assert found["fresh"] == JobStats("fresh", None, 0, False, False, None)  # noqa: FBT003 - a row
     assert found["failing"].last_run_failed
@@ -457,38 +457,38 @@ async def test_the_fleet_is_what_the_rows_say(ground: Ground) -> None:
     assert not found["ready"].paused
 
 
-async def test_an_audit_s_result_stands_until_the_next(ground: Ground) -> None:
+async def test_an_audit_s_result_stands_until_the_next(jobs_db: JobsDatabase) -> None:
     """A mismatch is reported until an audit finds none; an unfinished one reports none."""
-    await add_job(ground.admin, "audit-ledger")
-    await add_job(ground.admin, "good")
+    await add_job(jobs_db.admin, "audit-ledger")
+    await add_job(jobs_db.admin, "good")
 
     async def mismatch(name: str = "audit-ledger") -> bool | None:
-        return (await stats(ground, "audit-ledger", "good"))[name].mismatch
+        return (await stats(jobs_db, "audit-ledger", "good"))[name].mismatch
 
     assert await mismatch() is None
-    await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
+    await ran(jobs_db, "audit-ledger", "failed", "TimeoutError: ")
     assert await mismatch() is None
-    await ran(ground, "audit-ledger", "failed", "LedgerMismatchError: 1 of 2 users differs")
+    await ran(jobs_db, "audit-ledger", "failed", "LedgerMismatchError: 1 of 2 users differs")
     assert await mismatch() is True
-    await ran(ground, "audit-ledger", "failed", "TimeoutError: ")
-    await ran(ground, "audit-ledger", "interrupted", "its instance was stopped")
+    await ran(jobs_db, "audit-ledger", "failed", "TimeoutError: ")
+    await ran(jobs_db, "audit-ledger", "released", "its instance was stopped")
     assert await mismatch() is True
-    await ran(ground, "audit-ledger", "succeeded", "all balances match")
+    await ran(jobs_db, "audit-ledger", "succeeded", "all balances match")
     assert await mismatch() is False
-    await ran(ground, "good", "failed", "LedgerMismatchError: of a job that is no audit")
+    await ran(jobs_db, "good", "failed", "LedgerMismatchError: of a job that is no audit")
     assert await mismatch("good") is None
 
 
-async def test_the_audits_fail_with_what_is_looked_for(ground: Ground) -> None:
+async def test_the_audits_fail_with_what_is_looked_for(jobs_db: JobsDatabase) -> None:
     """A ledger that was tampered with is a mismatch at `/metrics`, by the job's own verdict."""
-    await ground.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
+    await jobs_db.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
-        async with scheduler(ground, [audit_ledger]) as (_, metrics):
-            metrics.set_fleet_query(_stats_reader(ground, Registry([audit_ledger])).read)
-            await ground.ended("audit-ledger")
+        async with scheduler(jobs_db, [audit_ledger]) as (_, metrics):
+            metrics.set_fleet_query(_stats_reader(jobs_db, Registry([audit_ledger])).read)
+            await jobs_db.ended("audit-ledger")
             found = await of(metrics)
     finally:
-        await ground.admin.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
+        await jobs_db.admin.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
     assert found['balance_app_fleet_job_audit_mismatch{job_name="audit-ledger"}'] == 1
     assert found['balance_app_fleet_job_last_run_failed{job_name="audit-ledger"}'] == 1
     assert 'balance_app_fleet_job_last_success_timestamp_seconds{job_name="audit-ledger"}' not in (
@@ -512,7 +512,7 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
     found = await asyncio.gather(*(of(metrics) for _ in range(20)))
     assert asked == 1
     assert {each['balance_app_fleet_job_overdue_seconds{job_name="good"}'] for each in found} == {2}
-    assert {each['balance_app_table_bytes{table="t"}'] for each in found} == {3}
+    assert {each['balance_app_fleet_table_bytes{table="t"}'] for each in found} == {3}
     assert {each["balance_app_fleet_scrape_success"] for each in found} == {1}
     monkeypatch.setattr(numbers, "monotonic", lambda: float("inf"))
     assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 0}
@@ -534,15 +534,15 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     assert _of_the_fleet(found) == {"balance_app_fleet_scrape_success": 0}
 
 
-async def test_figures_that_can_t_be_had_are_said_to_be_missing(ground: Ground) -> None:
+async def test_figures_that_can_t_be_had_are_said_to_be_missing(jobs_db: JobsDatabase) -> None:
     """A statement that fails is no fleet without jobs; it goes on when the statement does."""
     metrics = Metrics()
-    metrics.set_fleet_query(_stats_reader(ground, Registry([])).read)
-    await ground.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
+    metrics.set_fleet_query(_stats_reader(jobs_db, Registry([])).read)
+    await jobs_db.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
     try:
         found = _of_the_fleet(await of(metrics))
     finally:
-        await ground.admin.execute("ALTER TABLE hidden RENAME TO job_runs")
+        await jobs_db.admin.execute("ALTER TABLE hidden RENAME TO job_runs")
     assert found == {"balance_app_fleet_scrape_success": 0}
     await asyncio.sleep(1.1)
     assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 1}
@@ -591,7 +591,7 @@ def _sizes(found: Samples) -> dict[str, float]:
     return {
         name.split('"')[1]: value
         for name, value in found.items()
-        if name.startswith("balance_app_table_bytes")
+        if name.startswith("balance_app_fleet_table_bytes")
     }
 
 

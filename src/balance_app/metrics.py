@@ -1,7 +1,7 @@
 """What an instance counts and measures, for Prometheus at `/metrics`.
 
 Every value is this instance's own since its start, to be summed over the instances; but what is
-named `balance_app_fleet_...`, and `balance_app_table_bytes`, is what PostgreSQL says of the whole
+named `balance_app_fleet_...` is what PostgreSQL says of the whole
 fleet, the same from each instance. It is queried at most once a second. While it can't be had soon
 it is left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there
 never fires.
@@ -290,7 +290,7 @@ class _Fleet(Collector):
             yield GaugeMetricFamily(
                 "balance_app_fleet_scrape_success",
                 "1 if PostgreSQL answered in time; if 0, the other balance_app_fleet metrics, and"
-                " balance_app_table_bytes, are missing from this scrape.",
+                " balance_app_fleet_table_bytes, are missing from this scrape.",
                 value=self.success,
             )
         # (name, help, value); None: not known
@@ -335,7 +335,7 @@ class _Fleet(Collector):
                     family.add_metric([job.name], float(number))
             yield family
         family = GaugeMetricFamily(
-            "balance_app_table_bytes",
+            "balance_app_fleet_table_bytes",
             "How large the table was when it was last measured, with its indexes.",
             labels=["table"],
         )

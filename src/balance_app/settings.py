@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     job_clock_reserve_seconds: Annotated[float, Field(ge=0, le=1200)] = Field(
         2.0, description="how far PostgreSQL's clock may step ahead and two runs never overlap"
     )
-    job_settling_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+    job_warm_up_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0, description="how far apart instances may come up and still share evenly"
     )
     job_step_seconds: Annotated[float, Field(ge=0, le=60)] = Field(

@@ -44,7 +44,7 @@ class Outcome(StrEnum):
     TIMED_OUT = "timed_out"
     LOST = "lost"
     CANCELLED = "cancelled"
-    RELEASED = "interrupted"
+    RELEASED = "released"
     SKIPPED = "skipped"
 
 
@@ -54,8 +54,8 @@ class Reason(StrEnum):
     NOT_DUE = "not-due"
     DUE = "due"
     REQUESTED = "requested"
-    RELEASED = "handed-back"
-    WARM_UP = "settling"
+    RELEASED = "released"
+    WARM_UP = "warm-up"
     RETRY = "retry"
     QUARANTINED = "quarantined"
     LOST = "lost"
@@ -119,8 +119,8 @@ def job_sign(job: Mapping[str, Any]) -> Sign:
 
 
 def _running_sign(job: Mapping[str, Any]) -> Sign:
-    if job["cancelBy"] is not None:
+    if job["cancelRequestedBy"] is not None:
         return _RUNNING._replace(label="cancelling", tone=Tone.WARN)
-    if job["stoppingSince"] is not None:
+    if job["stopRequestedAt"] is not None:
         return _RUNNING._replace(label="stopping", tone=Tone.WARN)
     return _RUNNING if job["paused"] is None else _RUNNING._replace(label="running, then paused")

@@ -34,7 +34,7 @@ async def fill(connection: Connection) -> None:
     await add_job(
         connection, "at-work", **running(one, "app1", seconds=200), done=4, total=16, note="users"
     )
-    await add_job(connection, "at-end", **running(other, "app2"), cancel_by="ada", done=3)
+    await add_job(connection, "at-end", **running(other, "app2"), cancel_requested_by="ada", done=3)
     await add_job(
         connection,
         "later",
@@ -96,12 +96,12 @@ async def test_the_table_says_what_runs_where(instance: Instance, connection: Co
 
 async def test_why_a_job_waits_is_reported(instance: Instance, connection: Connection) -> None:
     """Requested, released, tried again, lost, or without an instance that has its code."""
-    one = await add_instance(connection, "app1", lacks=("strange",))
-    over = {**running(one, "app1"), "lease_until": -SECOND}
+    one = await add_instance(connection, "app1", missing=("strange",))
+    over = {**running(one, "app1"), "lease_expires_at": -SECOND}
     late = {"due_at": -2 * SECOND, "attempt": 1, "last_server": "app1"}
     ended = {"last_started_at": -9 * SECOND, "last_ended_at": -5 * SECOND}
     await add_job(connection, "asked", due_at=-2 * SECOND, requested_by="ada")
-    await add_job(connection, "back", **late, **ended, last_outcome="interrupted")
+    await add_job(connection, "back", **late, **ended, last_outcome="released")
     await add_job(connection, "gone", **over)
     await add_job(connection, "once-more", **late, **ended, last_outcome="failed")
     await add_job(connection, "strange")
@@ -163,7 +163,7 @@ async def test_the_history_says_what_became_of_every_run(
     skipped = {"server": None, "last_due_at": -10 * SECOND, "ticks": 3, "result": "paused by ada"}
     await add_run(connection, "one", 1, outcome="failed", result=HOSTILE)
     await add_run(connection, "two", None, outcome="skipped", **skipped)
-    await add_run(connection, "one", 2, outcome="interrupted")
+    await add_run(connection, "one", 2, outcome="released")
     await add_run(connection, "one", 3)
     environment = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("history", **environment)
@@ -309,7 +309,7 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
         "cancel busy --by ada": (
             *(
                 0,
-                "The run of busy on app1 is to stop within a heartbeat; ada asked for it.\n",
+                "The run of busy on app1 stops within a heartbeat: requested by ada.\n",
                 "",
             ),
         ),
@@ -380,7 +380,7 @@ async def test_waiting_for_a_run_is_waiting_for_its_end(
     for outcome, code in (("succeeded", 0), ("failed", 1)):
         fence = await connection.fetchval("SELECT max(fence) FROM job_runs")
         waits = await _waits(instance, connection, "--json")
-        await add_run(connection, "one", fence + 1, outcome="interrupted")
+        await add_run(connection, "one", fence + 1, outcome="released")
         await asyncio.sleep(1.5)  # some looks
         assert not waits.done(), waits.result()
         await add_run(connection, "one", fence + 2, outcome=outcome, result="all is said")
@@ -424,7 +424,8 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
         await _until(line, lambda shown: shown.endswith("Reconnecting.\n"))
         await add_run(connection, "one", 7, outcome="succeeded", result=HOSTILE)
         await connection.execute(
-            "UPDATE jobs SET holder = NULL, lease_until = NULL, started_at = NULL, server = NULL"
+            "UPDATE jobs SET holder = NULL, lease_expires_at = NULL, started_at = NULL,"
+            " server = NULL"
         )
         await instance.launch()
         await instance.ready()
@@ -444,7 +445,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
 
 async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
     """The last audit's result is reported; --now requests one, which names who differs."""
-    async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_SETTLING_SECONDS="0") as instance:
+    async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_WARM_UP_SECONDS="0") as instance:
         environment = {"BALANCE_APP_URL": instance.url}
         code, out, err = await run("audit", "--now", **environment)
         assert code == 0

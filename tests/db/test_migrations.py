@@ -124,7 +124,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
         ("CREATE TABLE balance_app_version (a int)", "balance_app_version says nothing"),
         ("CREATE TABLE users (id int)", "has users, but no version"),
         ("CREATE TABLE jobs (id int); CREATE VIEW entries AS SELECT 1", "has entries and jobs"),
-        ("CREATE SEQUENCE copies", "has copies"),
+        ("CREATE SEQUENCE instances", "has instances"),
         ("CREATE TYPE users AS ENUM ('a')", 'type "users" already exists'),
         ("CREATE FUNCTION hold_lease() RETURNS int RETURN 1", 'function "hold_lease" already'),
         ("CREATE FUNCTION refuse_rewriting() RETURNS int RETURN 1", '"refuse_rewriting" already'),
@@ -211,7 +211,7 @@ async def test_every_table_has_its_rights(database: dict[str, str]) -> None:
     """What the service needs is listed for exactly the tables that there are."""
     await migrate(settings_for(database))
     tables = await query(database, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-    assert {name for (name,) in tables} == {*RIGHTS, VERSION_TABLE, "alembic_version"}
+    assert {name for (name,) in tables} == {*RIGHTS, VERSION_TABLE}
 
 
 # -- rights -------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ async def test_the_service_works_under_hostile_defaults(
     async with hostile(database):
         instances = [
             Instance(
-                database, name, log=tmp_path / name, JOB_MIN_SECONDS="0", JOB_SETTLING_SECONDS="0"
+                database, name, log=tmp_path / name, JOB_MIN_SECONDS="0", JOB_WARM_UP_SECONDS="0"
             )
             for name in ("app1", "app2")
         ]

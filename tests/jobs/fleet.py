@@ -221,24 +221,24 @@ def no_policy() -> None:
 
 def newcomers_first() -> None:
     """Let every instance that comes up begin the warm-up anew, for all."""
-    guard = """CASE WHEN alive_at > $4"""
+    guard = """CASE WHEN last_heartbeat_at > $4"""
     newcomers = """CASE WHEN true THEN
-        greatest(claimable_at, (SELECT max(started_at) FROM copies) + $11::interval)
-        WHEN alive_at > $4"""
+        greatest(claimable_at, (SELECT max(started_at) FROM instances) + $11::interval)
+        WHEN last_heartbeat_at > $4"""
     put(statements, "CLAIM", replaced(statements.CLAIM, guard, newcomers))
 
 
 def seen_again() -> None:
     """Let every instance that comes up write anew when it saw which jobs, and all go by that."""
     for name, guard, without in (
-        ("MARK_STARTUP", "seen_at IS NULL", "(true OR seen_at IS NULL)"),
-        ("CLAIM", "seen_at <= $4 + $11", "seen_at <= clock_timestamp() + $11"),
+        ("MARK_STARTUP", "startup_marked_at IS NULL", "(true OR startup_marked_at IS NULL)"),
+        ("CLAIM", "startup_marked_at <= $4 + $11", "startup_marked_at <= clock_timestamp() + $11"),
     ):
         put(statements, name, replaced(vars(statements)[name], guard, without))
 
 
 def no_wait_for_threads() -> None:
-    """Take a run for ended when it is told to stop, even if its thread goes on."""
+    """Take a run for ended when it is requested to stop, even if its thread goes on."""
 
     async def leave_thread(run: Run, job: Job, _scope: object) -> object:
         loop = asyncio.get_running_loop()
@@ -266,7 +266,7 @@ def main_task_only() -> None:
 
 
 def no_release() -> None:
-    """End without a word when told to stop."""
+    """End without a word when requested to stop."""
 
     async def say_nothing(_self: object) -> None:
         await asyncio.sleep(0)
@@ -277,7 +277,7 @@ def no_release() -> None:
 
 def no_expiry() -> None:
     """Let a late heartbeat renew a lease that is over."""
-    over = "WHERE holder = $1 AND lease_until > clock_timestamp()"
+    over = "WHERE holder = $1 AND lease_expires_at > clock_timestamp()"
     put(leases, "HEARTBEAT", replaced(leases.HEARTBEAT, over, "WHERE holder = $1"))
 
 

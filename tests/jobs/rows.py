@@ -55,7 +55,7 @@ def running(holder: UUID, server: str, *, seconds: float = 40) -> dict[str, obje
         "holder": holder,
         "server": server,
         "started_at": timedelta(seconds=-seconds),
-        "lease_until": timedelta(seconds=3600),
+        "lease_expires_at": timedelta(seconds=3600),
     }
 
 
@@ -65,20 +65,20 @@ async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
     *,
     up_seconds: float = 600,
     seen_seconds_ago: float = -3600,
-    knows_to: int = EVER,
-    lacks: tuple[str, ...] = (),
+    highest_number: int = EVER,
+    missing: tuple[str, ...] = (),
 ) -> UUID:
     """Add an instance; it stays live for the whole test unless its last sign of life is said."""
     instance = uuid4()
     await insert(
         connection,
-        "copies",
+        "instances",
         id=instance,
         server=server,
         started_at=timedelta(seconds=-up_seconds),
-        seen_at=timedelta(seconds=-seen_seconds_ago),
-        knows_to=knows_to,
-        lacks=list(lacks),
+        last_heartbeat_at=timedelta(seconds=-seen_seconds_ago),
+        highest_number=highest_number,
+        missing=list(missing),
     )
     return instance
 

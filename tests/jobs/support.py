@@ -40,8 +40,9 @@ AT_ONCE = ClaimPolicy(
 
 SHIFT_JOBS = """
 UPDATE jobs SET anchor_at = anchor_at - $1::interval, due_at = due_at - $1,
-    ready_at = ready_at - $1, started_at = started_at - $1, seen_at = seen_at - $1,
-    alive_at = alive_at - $1
+    ready_at = ready_at - $1, started_at = started_at - $1,
+        startup_marked_at = startup_marked_at - $1,
+    last_heartbeat_at = last_heartbeat_at - $1
 """
 SHIFT_RUNS = """
 UPDATE job_runs SET due_at = due_at - $1::interval, last_due_at = last_due_at - $1,
@@ -54,11 +55,11 @@ END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname 
 class Instance:
     """An instance as its repository sees it: what it knows, and what it signs with."""
 
-    def __init__(self, ground: "Ground", name: str, lease: timedelta) -> None:
-        self._ground = ground
+    def __init__(self, jobs_db: "JobsDatabase", name: str, lease: timedelta) -> None:
+        self._ground = jobs_db
         self.me = Me(uuid4(), name)
         self.lease = lease
-        self.jobs = JobRepository(ground.database, self.me, lease)
+        self.jobs = JobRepository(jobs_db.database, self.me, lease)
         self.capabilities: Capabilities | None = None
 
     async def declare(self, *names: str, schedule: str = "every 3600 s") -> Capabilities:
@@ -93,7 +94,7 @@ class Instance:
         return run
 
 
-class Ground:
+class JobsDatabase:
     """A migrated database, a connection that looks at it from outside, and instances."""
 
     def __init__(
@@ -164,7 +165,8 @@ class Ground:
     async def expire(self, name: str) -> None:
         """Let the lease of a job be over."""
         await self.admin.execute(
-            "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 ms' WHERE name = $1",
+            "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 ms'"
+            " WHERE name = $1",
             name,
         )
 
@@ -180,7 +182,7 @@ class Ground:
     async def forget(self) -> None:
         """Begin anew with no job at all."""
         await self.admin.execute(
-            "TRUNCATE jobs, job_declarations, job_runs, copies RESTART IDENTITY"
+            "TRUNCATE jobs, job_declarations, job_runs, instances RESTART IDENTITY"
         )
 
     async def shift(self, seconds: float) -> None:
@@ -208,20 +210,22 @@ class Ground:
 
 
 @asynccontextmanager
-async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[Ground]:
+async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[JobsDatabase]:
     """Migrate a database of our own, and stand on it: one for many tests, which begin anew."""
-    async with empty_database(postgres) as variables, _on(variables, settings) as ground:
-        yield ground
+    async with empty_database(postgres) as variables, _on(variables, settings) as jobs_db:
+        yield jobs_db
 
 
 @asynccontextmanager
-async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> AsyncIterator[Ground]:
+async def _on(
+    variables: dict[str, str], settings: Mapping[str, object]
+) -> AsyncIterator[JobsDatabase]:
     values = {
         **{name.lower(): value for name, value in variables.items()},
         "job_min_seconds": 0,
         "job_lease_seconds": 3,
         "job_heartbeat_seconds": 0.5,
-        "job_settling_seconds": 0,
+        "job_warm_up_seconds": 0,
         "job_step_seconds": 0,
         "db_pool_size": 5,
         **settings,
@@ -232,13 +236,13 @@ async def _on(variables: dict[str, str], settings: Mapping[str, object]) -> Asyn
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     pool = Database(loaded)
     await pool.start()
-    ground = Ground(variables, loaded, pool, await connect(variables))
+    jobs_db = JobsDatabase(variables, loaded, pool, await connect(variables))
     try:
-        yield ground
+        yield jobs_db
     finally:
         await pool.stop()
-        await ground.close()
-        await ground.admin.close()
+        await jobs_db.close()
+        await jobs_db.admin.close()
         structlog.configure(**logs)
 
 

@@ -15,7 +15,7 @@ import pytest
 from balance_app.jobs import children
 from balance_app.jobs.scope import Scope, count_what_runs_start
 from tests.jobs.fleet import overlaps
-from tests.jobs.ground import Database, Ground, end, ground
+from tests.jobs.jobs_db import Database, JobsDatabase, end, jobs_db
 from tests.jobs.kinds import EventLog, functions
 from tests.system.sizes import report_figures, size
 
@@ -26,7 +26,9 @@ PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 WITH_THE_MAIN_TASK = {"group", "generator", "thread-child"}
 
 
-async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[str, str | None]]:
+async def disturb(
+    where: JobsDatabase, kinds: list[str], **env: str
+) -> Counter[tuple[str, str | None]]:
     """Let runs of all kinds end in every way; return the overlaps by kind and the run's outcome."""
     instances = where.instances(
         3,
@@ -36,7 +38,7 @@ async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[
             "FLEET_EVERY": "1",
             "FLEET_SECONDS": "4.5",
             "FLEET_TIMEOUT": "3",
-            "JOB_SETTLING_SECONDS": "0",
+            "JOB_WARM_UP_SECONDS": "0",
             "JOB_STEP_SECONDS": "0.05",
             "JOB_LEASE_SECONDS": str(LEASE),
             "JOB_HEARTBEAT_SECONDS": "1",
@@ -50,7 +52,7 @@ async def disturb(where: Ground, kinds: list[str], **env: str) -> Counter[tuple[
         await where.until(len(kinds))
         for _ in range(ROUNDS):
             await asyncio.sleep(4)  # timeouts
-            await where.rows("UPDATE jobs SET cancel_by = 'ada' WHERE holder IS NOT NULL")
+            await where.rows("UPDATE jobs SET cancel_requested_by = 'ada' WHERE holder IS NOT NULL")
             await asyncio.sleep(3)
             await instances[0].stop(signal.SIGTERM)
             await instances[0].launch()
@@ -87,8 +89,8 @@ async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
     """
     kinds = list(functions(cast("EventLog", None), 0))
     async with (
-        ground(postgres, tmp_path) as guarded,
-        ground(postgres, tmp_path) as unguarded,
+        jobs_db(postgres, tmp_path) as guarded,
+        jobs_db(postgres, tmp_path) as unguarded,
     ):
         found = await disturb(guarded, kinds)
         control = await disturb(unguarded, kinds, FLEET_UNGUARDED="scope")
@@ -102,9 +104,9 @@ async def test_children_end_with_the_process_of_their_instance(
 ) -> None:
     """After kill -9 no child of a run writes another line, nor does a child's child."""
     kinds = ["subprocess", "grandchild", "deaf-child", "thread-child"]
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         env = {"FLEET_JOBS": str(len(kinds)), "FLEET_KIND": ",".join(kinds)}
-        (instance,) = where.instances(1, {**env, "JOB_SETTLING_SECONDS": "0"})
+        (instance,) = where.instances(1, {**env, "JOB_WARM_UP_SECONDS": "0"})
         await instance.launch()
         try:
             spans = await where.until(len(kinds))

@@ -12,9 +12,10 @@ LEASE_SECONDS = 4.5
 STEP_SECONDS = 1.5
 
 # To what holds a lease, a clock that has stepped ahead is the same as a lease that ends sooner.
-STEP = (
-    "UPDATE jobs SET lease_until = lease_until - $1::float8 * interval '1 s' WHERE server = 'app1'"
-)
+STEP = """
+UPDATE jobs SET lease_expires_at = lease_expires_at - $1::float8 * interval '1 s'
+WHERE server = 'app1'
+"""
 
 
 async def _step(postgres: dict[str, str], event_logs: Path, reserve: float) -> tuple[int, int]:
@@ -28,7 +29,7 @@ async def _step(postgres: dict[str, str], event_logs: Path, reserve: float) -> t
         "JOB_LEASE_SECONDS": str(LEASE_SECONDS),
         "JOB_HEARTBEAT_SECONDS": "0.5",
         "JOB_CLOCK_RESERVE_SECONDS": str(reserve),
-        "JOB_SETTLING_SECONDS": "1",
+        "JOB_WARM_UP_SECONDS": "1",
     }
     program = ("-m", "tests.jobs.fleet")
     async with empty_database(postgres) as database, Proxy(database) as proxy:

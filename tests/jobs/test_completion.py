@@ -26,7 +26,7 @@ def claimed(started_at: datetime, due_at: datetime, anchor_at: datetime) -> Clai
         due_at=due_at,
         attempt=0,
         resumed=None,
-        cancel_by=None,
+        cancel_requested_by=None,
         schedule="every 1 s",
         anchor_at=anchor_at,
         started_at=started_at,
@@ -59,15 +59,15 @@ def test_what_is_released_again_and_again_waits_and_fails() -> None:
     """Only an instance's stop frees a job at once; all else waits, longer each time, and fails."""
     moon = declare(every=HOUR)
     run = claimed(NOW, NOW, NOW)._replace(schedule="every 3600 s")
-    stops = RunResult("interrupted", STOPPED)
-    away = RunResult("interrupted", "The database does not answer.")
+    stops = RunResult("released", STOPPED)
+    away = RunResult("released", "The database does not answer.")
     stopped = complete(moon, run._replace(releases=4), stops, NOW, seconds_ago=0)
-    assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "interrupted", 4)
+    assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "released", 4)
     waited = timedelta(0)
     waits = []
     for releases in range(MOST_RELEASES):
         completion = complete(moon, run._replace(releases=releases), away, NOW, seconds_ago=0)
-        assert (completion.outcome, completion.releases) == ("interrupted", releases + 1)
+        assert (completion.outcome, completion.releases) == ("released", releases + 1)
         assert completion.keeps_checkpoint
         assert completion.ready_at is not None
         waits.append(completion.ready_at - NOW)
@@ -82,7 +82,7 @@ def test_what_is_released_again_and_again_waits_and_fails() -> None:
     assert last.result == "released 11 times in a row, the last: The database does not answer."
     later = NOW + timedelta(minutes=6)  # what ran for long was no circle
     fresh = complete(moon, run._replace(releases=9), away, later, seconds_ago=0)
-    assert (fresh.outcome, fresh.releases) == ("interrupted", 1)
+    assert (fresh.outcome, fresh.releases) == ("released", 1)
 
 
 def test_a_clock_that_lags_repeats_no_tick() -> None:

@@ -40,8 +40,8 @@ KINDS = "paced,quiet,thread,thread-writes"
 STATES = """
 SELECT name, fence, holder IS NOT NULL AS runs, paused_at IS NOT NULL AS paused,
        extract(epoch FROM clock_timestamp() - claimable_at)::float8 AS since,
-       extract(epoch FROM lease_until - copies.seen_at)::float8 AS unseen
-FROM jobs LEFT JOIN copies ON copies.id = holder
+       extract(epoch FROM lease_expires_at - instances.last_heartbeat_at)::float8 AS unseen
+FROM jobs LEFT JOIN instances ON instances.id = holder
 """
 
 # What replaces the wall clock where there is no library to do it: all of Python's own ways to it.
@@ -105,7 +105,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
     assert overlaps(spans) == []
     assert watch.complaints == []
     assert lost["fast"] == 0
-    assert set(outcomes) <= {"succeeded", "interrupted", "lost"}
+    assert set(outcomes) <= {"succeeded", "released", "lost"}
     assert outcomes["succeeded"] > 0
     assert alive == [None] * INSTANCES
 
@@ -154,7 +154,7 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     assert last < AWAY_LEASE_SECONDS
     assert [span for span in spans if gone + AWAY_LEASE_SECONDS < span.begin < back] == []
     assert watch.complaints == []
-    assert Counter(outcomes[span.job, span.fence] for span in stopped) == {"interrupted": JOBS}
+    assert Counter(outcomes[span.job, span.fence] for span in stopped) == {"released": JOBS}
     assert "lost" not in outcomes.values()
     assert (meanwhile, afterwards) == ({503}, {200})
     assert {sample.status for sample in probes.samples if sample.path == "/livez"} == {200}
@@ -243,7 +243,7 @@ async def _wrong_clocks(
     )
     assert overlaps(spans) == []
     assert watch.complaints == []
-    assert set(outcomes) <= {"succeeded", "lost", "interrupted"}
+    assert set(outcomes) <= {"succeeded", "lost", "released"}
     assert {span.server for span in spans} == {instance.name for instance in instances}
 
 
@@ -310,7 +310,7 @@ class Watch:
     ) -> None:
         began = monotonic()
         while True:
-            if await connection.fetchval("SELECT to_regclass('copies') IS NOT NULL"):
+            if await connection.fetchval("SELECT to_regclass('instances') IS NOT NULL"):
                 rows = await connection.fetch(STATES)
                 self._polls += 1
                 # What waited for the database did not wait for an instance.
@@ -370,7 +370,7 @@ def _instance(
         "FLEET_EVENT_LOGS": str(directory),
         "FLEET_JOBS": str(JOBS),
         "FLEET_KIND": KINDS,
-        "JOB_SETTLING_SECONDS": str(SETTLING_SECONDS),
+        "JOB_WARM_UP_SECONDS": str(SETTLING_SECONDS),
         **env,
     }
     return Instance(database, name, log=directory.with_suffix(".log"), program=program, **settings)

@@ -19,13 +19,13 @@ from balance_app.jobs.job import Job, job
 from balance_app.jobs.run import Run
 from balance_app.jobs.schedule import Every
 from balance_app.jobs.scheduler import Scheduler
-from tests.jobs.support import Ground, on
+from tests.jobs.support import JobsDatabase, on
 
 
 @pytest.fixture
-async def ground(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres) as ground:
-        yield ground
+async def jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres) as jobs_db:
+        yield jobs_db
 
 
 @job(name="good", every=timedelta(hours=1))
@@ -60,42 +60,42 @@ BAD = (
 )
 
 
-async def ready(ground: Ground, scheduler: Scheduler) -> tuple[int, dict[str, Any]]:
-    database = ground.database
+async def ready(jobs_db: JobsDatabase, scheduler: Scheduler) -> tuple[int, dict[str, Any]]:
+    database = jobs_db.database
     readiness = Readiness(database, asyncio.Event(), informational={"jobs": scheduler.condition})
-    state = SimpleNamespace(services=Services(ground.settings, database, readiness))
+    state = SimpleNamespace(services=Services(jobs_db.settings, database, readiness))
     answer = await readyz(Request({"type": "http", "app": SimpleNamespace(state=state)}))
     return answer.status_code, cast("dict[str, Any]", json.loads(bytes(answer.body)))
 
 
-async def test_a_job_that_can_t_be_declared_harms_itself_alone(ground: Ground) -> None:
+async def test_a_job_that_can_t_be_declared_harms_itself_alone(jobs_db: JobsDatabase) -> None:
     """The others run; each that does not is named with its reason, and keeps the row it has."""
-    await ground.instance().declare("a-nul", schedule="every 7200 s")
-    async with ground.scheduler([*BAD, good]) as scheduler:
-        await ground.ended("good")
+    await jobs_db.instance().declare("a-nul", schedule="every 7200 s")
+    async with jobs_db.scheduler([*BAD, good]) as scheduler:
+        await jobs_db.ended("good")
         assert sorted(scheduler.undeclared) == sorted(each.name for each in BAD)
-        status, body = await ready(ground, scheduler)
+        status, body = await ready(jobs_db, scheduler)
     assert status == 200
     assert "a-nul: " in body["checks"]["jobs"]
     assert "z-schedule: ScheduleError: 'when the moon is full' is" in body["checks"]["jobs"]
     assert body["checks"]["schema"] == "ok"
-    assert (await ground.row("a-nul"))["schedule"] == "every 7200 s"
-    assert await ground.admin.fetchval("SELECT count(*) FROM jobs") == 2
-    async with ground.scheduler([good]) as scheduler:
+    assert (await jobs_db.row("a-nul"))["schedule"] == "every 7200 s"
+    assert await jobs_db.admin.fetchval("SELECT count(*) FROM jobs") == 2
+    async with jobs_db.scheduler([good]) as scheduler:
         await asyncio.wait_for(_declared(scheduler), 10)
-        assert (await ready(ground, scheduler))[1]["checks"]["jobs"] == "ok"
+        assert (await ready(jobs_db, scheduler))[1]["checks"]["jobs"] == "ok"
 
 
-async def test_the_control_of_it(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_control_of_it(jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in one: then none is declared, none runs, and all of them are named."""
     monkeypatch.setattr(declarations, "applied_if_unavailable", lambda _error: "no")
-    async with ground.scheduler([*BAD, good]) as scheduler:
+    async with jobs_db.scheduler([*BAD, good]) as scheduler:
         async with asyncio.timeout(10):
             while not scheduler.undeclared:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.02)
         assert sorted(scheduler.undeclared) == sorted(each.name for each in (*BAD, good))
-        assert "good: " in (await ready(ground, scheduler))[1]["checks"]["jobs"]
-    assert await ground.admin.fetchval("SELECT count(*) FROM jobs") == 0
+        assert "good: " in (await ready(jobs_db, scheduler))[1]["checks"]["jobs"]
+    assert await jobs_db.admin.fetchval("SELECT count(*) FROM jobs") == 0
 
 
 async def _declared(scheduler: Scheduler) -> datetime:
@@ -104,20 +104,20 @@ async def _declared(scheduler: Scheduler) -> datetime:
     return scheduler._capabilities.booted_at
 
 
-async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(ground: Ground) -> None:
+async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(jobs_db: JobsDatabase) -> None:
     """What waited then is not made up for; its fence goes on, as its history does."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("good")
     claimed = await instance.claim()
-    await ground.admin.execute(
-        "UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,"
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,"
         " paused_at = now(), paused_by = 'ada', attempt = 3, checkpoint = '1',"
         " due_at = now() - interval '9 days', ready_at = now() - interval '9 days',"
         " forgotten_at = clock_timestamp(), forgotten_by = 'ada'"
     )
-    capabilities = await ground.instance("app2").declare("good")
+    capabilities = await jobs_db.instance("app2").declare("good")
     assert capabilities.missing == []
-    row = await ground.row("good")
+    row = await jobs_db.row("good")
     assert (row["forgotten_at"], row["paused_at"], row["checkpoint"]) == (None, None, None)
     assert (row["attempt"], row["fence"]) == (0, claimed.fence)
     assert row["due_at"] == row["anchor_at"] > claimed.started_at

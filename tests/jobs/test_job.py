@@ -336,7 +336,7 @@ def test_a_third_of_the_lease_is_enough(
         ("JOB_HEARTBEAT_SECONDS", "0"),
         ("JOB_HEARTBEAT_SECONDS", "nan"),
         ("JOB_MIN_SECONDS", "-1"),
-        ("JOB_SETTLING_SECONDS", "-0.1"),
+        ("JOB_WARM_UP_SECONDS", "-0.1"),
         ("JOB_STEP_SECONDS", "61"),
         ("JOB_CONNECTIONS", "0"),
         ("JOBS_ENABLED", "perhaps"),

@@ -23,7 +23,7 @@ BOUND_SECONDS = 30
 UNGUARDED = {"FLEET_UNGUARDED": "outages"}
 
 RUNNING = """
-SELECT count(*) = $1 FROM jobs WHERE holder IS NOT NULL AND lease_until > clock_timestamp()
+SELECT count(*) = $1 FROM jobs WHERE holder IS NOT NULL AND lease_expires_at > clock_timestamp()
 """
 BLAMED = "SELECT max(lost_streak) FROM jobs"
 OUTCOMES = """
@@ -81,7 +81,7 @@ def _fleet(database: dict[str, str], top: Path, **more: str) -> list[Instance]:
         "FLEET_EVENT_LOGS": str(top / "event-logs"),
         "FLEET_JOBS": str(JOBS),
         "FLEET_SECONDS": "600",
-        "JOB_SETTLING_SECONDS": "1",
+        "JOB_WARM_UP_SECONDS": "1",
         "JOB_LEASE_SECONDS": str(LEASE_SECONDS),
         "JOB_HEARTBEAT_SECONDS": str(LEASE_SECONDS / 3),
         **more,

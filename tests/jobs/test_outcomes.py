@@ -21,31 +21,31 @@ from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
-from tests.jobs.support import Ground, on
+from tests.jobs.support import JobsDatabase, on
 
 
 @pytest.fixture(scope="module")
-async def ground(postgres: dict[str, str]) -> AsyncIterator[Ground]:
+async def jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     """A database whose job transactions may be idle for 1.5 s and last for 4.5 s."""
     async with on(
         postgres, job_lease_seconds=1.5, job_heartbeat_seconds=0.4, job_connections=12
-    ) as ground:
-        yield ground
+    ) as jobs_db:
+        yield jobs_db
 
 
 async def outcomes(
-    ground: Ground, functions: dict[str, Callable[[Any], Any]]
+    jobs_db: JobsDatabase, functions: dict[str, Callable[[Any], Any]]
 ) -> dict[str, tuple[str | None, str | None]]:
     """Run each function once; return how the runs ended."""
-    await ground.forget()
+    await jobs_db.forget()
     jobs: list[Job] = [
         job(name=name, every=timedelta(hours=1), min_duration=timedelta(milliseconds=1))(function)
         for name, function in functions.items()
     ]
-    async with ground.scheduler(jobs):
+    async with jobs_db.scheduler(jobs):
         for name in functions:
-            await ground.ended(name)
-        return {name: (await ground.outcomes(name))[0] for name in functions}
+            await jobs_db.ended(name)
+        return {name: (await jobs_db.outcomes(name))[0] for name in functions}
 
 
 def statements(*sql: str) -> Callable[[Run], Any]:
@@ -57,7 +57,7 @@ def statements(*sql: str) -> Callable[[Run], Any]:
     return function
 
 
-async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None:
+async def test_a_limit_of_the_server_is_the_jobs_failure(jobs_db: JobsDatabase) -> None:
     """It is told with the limit; only a connection that was really lost is an outage."""
 
     async def idle(run: Run) -> None:
@@ -81,14 +81,14 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None
                 return
 
     async def locked(run: Run) -> None:
-        other = await ground.connect()
+        other = await jobs_db.connect()
         await other.execute("SELECT pg_advisory_lock(7)")
         async with run.transaction() as connection:
             await connection.execute("SET LOCAL lock_timeout = '50ms'")
             await connection.execute("SELECT pg_advisory_xact_lock(7)")
 
     late = await outcomes(
-        ground,
+        jobs_db,
         {
             "idle": idle,
             "thread": thread,
@@ -99,7 +99,7 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None
             "killed": statements("SELECT pg_terminate_backend(pg_backend_pid())"),
         },
     )
-    late |= await outcomes(ground, {"blocks": blocks})  # it blocks the others' claims
+    late |= await outcomes(jobs_db, {"blocks": blocks})  # it blocks the others' claims
     said = {name: f"{outcome}: {result}" for name, (outcome, result) in late.items()}
     limit = "failed: TransactionLimitError: The server ended a transaction: "
     assert said["idle"] == f"{limit}it was idle for longer than 1.5 s."
@@ -109,7 +109,7 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(ground: Ground) -> None
     assert said["catches"].startswith(f"{limit}it lasted for longer than 4.5 s")
     assert said["statement"].startswith("failed: QueryCanceledError: canceling statement due to")
     assert said["locked"].startswith("failed: LockNotAvailableError")
-    assert late["killed"][0] == "interrupted"
+    assert late["killed"][0] == "released"
 
 
 FAILS_AT_COMMIT = """
@@ -122,11 +122,11 @@ INSERT INTO late VALUES (1)
 """
 
 
-async def test_a_conflict_of_transactions_is_the_jobs_failure(ground: Ground) -> None:
+async def test_a_conflict_of_transactions_is_the_jobs_failure(jobs_db: JobsDatabase) -> None:
     """A deadlock or a serialization failure names its cause; it is no outage and no release."""
 
     async def deadlock(run: Run) -> None:
-        other = await ground.connect()
+        other = await jobs_db.connect()
         await other.execute("SELECT pg_advisory_lock(8)")
 
         async def close_the_circle() -> None:
@@ -144,7 +144,7 @@ async def test_a_conflict_of_transactions_is_the_jobs_failure(ground: Ground) ->
                     raise
 
     ends = await outcomes(
-        ground,
+        jobs_db,
         {
             "deadlock": deadlock,
             "statement": statements("DO $$BEGIN RAISE SQLSTATE '40001'; END$$"),
@@ -159,8 +159,8 @@ async def test_a_conflict_of_transactions_is_the_jobs_failure(ground: Ground) ->
         outcome, result = ends[name]
         assert outcome == "failed", ends
         assert cause in str(result), ends
-        assert len(await ground.outcomes(name)) == 1
-        assert (await ground.row(name))["releases"] == 0
+        assert len(await jobs_db.outcomes(name)) == 1
+        assert (await jobs_db.row(name))["releases"] == 0
 
 
 async def body(run: Run) -> str:
@@ -195,7 +195,7 @@ async def returns_task(run: Run) -> Any:  # noqa: ANN401 - a task
     return asyncio.ensure_future(body(run))
 
 
-async def test_an_awaitable_result_is_awaited(ground: Ground) -> None:
+async def test_an_awaitable_result_is_awaited(jobs_db: JobsDatabase) -> None:
     """However a coroutine function is wrapped, its body runs; of a generator's it is said."""
 
     async def asynchronous(_run: Run) -> AsyncIterator[int]:
@@ -208,7 +208,7 @@ async def test_an_awaitable_result_is_awaited(ground: Ground) -> None:
         raise ValueError("in the body")
 
     ends = await outcomes(
-        ground,
+        jobs_db,
         {
             "lambda": lambda run: body(run),  # noqa: PLW0108 - it is what is tried
             "plain-wrapper": plain_wrapper,
@@ -232,7 +232,7 @@ async def test_an_awaitable_result_is_awaited(ground: Ground) -> None:
 
 
 async def test_what_an_awaitable_does_when_it_is_stopped_counts_as_of_an_async_job(
-    ground: Ground,
+    jobs_db: JobsDatabase,
 ) -> None:
     """It is cancelled like one, and has not succeeded if it makes nothing of it."""
 
@@ -243,16 +243,16 @@ async def test_what_an_awaitable_does_when_it_is_stopped_counts_as_of_an_async_j
             return "swallowed"
         raise AssertionError
 
-    await ground.forget()
+    await jobs_db.forget()
     late = job(
         name="late",
         every=timedelta(hours=1),
         min_duration=timedelta(milliseconds=1),
         timeout=timedelta(seconds=0.3),
     )(lambda run: swallows(run))  # noqa: PLW0108
-    async with ground.scheduler([late]):
-        await ground.ended("late")
-    assert await ground.outcomes("late") == [("timed_out", "it lasted over 0.3 s")]
+    async with jobs_db.scheduler([late]):
+        await jobs_db.ended("late")
+    assert await jobs_db.outcomes("late") == [("timed_out", "it lasted over 0.3 s")]
 
 
 class Odd:
@@ -279,7 +279,7 @@ ODD: list[Any] = [
 ]
 
 
-async def test_what_is_only_for_show_cannot_fail_a_run(ground: Ground) -> None:
+async def test_what_is_only_for_show_cannot_fail_a_run(jobs_db: JobsDatabase) -> None:
     """Whatever a run says of its progress, it goes on, and the heartbeats with it."""
     notes: list[Any] = [*ODD, "x" * 30_000_000, "\0\ud800", ["a", "list"]]
 
@@ -304,11 +304,11 @@ async def test_what_is_only_for_show_cannot_fail_a_run(ground: Ground) -> None:
         time.sleep(0.5)
         return "went on"
 
-    ends = await outcomes(ground, {"shows": shows, "thread": shows_in_thread})
+    ends = await outcomes(jobs_db, {"shows": shows, "thread": shows_in_thread})
     assert set(ends.values()) == {("succeeded", "went on")}
 
 
-async def test_what_is_in_a_group_is_named(ground: Ground) -> None:
+async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
     """Errors in groups, and what errors are from, stand in the result; outages stay outages."""
 
     def from_cause() -> Exception:
@@ -330,7 +330,7 @@ async def test_what_is_in_a_group_is_named(ground: Ground) -> None:
     circle.__cause__.__cause__ = circle
     away = DatabaseUnavailable("It is unavailable.", applied="no")
     ends = await outcomes(
-        ground,
+        jobs_db,
         {
             "group": group,
             "nested": lambda _run: raises(nested),
@@ -350,7 +350,7 @@ async def test_what_is_in_a_group_is_named(ground: Ground) -> None:
     )
     assert str(ends["circle"][1]).startswith("ValueError: round (from RuntimeError: and (from")
     assert len(str(ends["many"][1])) == 2000
-    assert ends["away"][0] == "interrupted"
+    assert ends["away"][0] == "released"
     assert ends["not-only"][0] == "failed"
     assert "ValueError: mine" in str(ends["not-only"][1])
     assert "without a text" in describe(ValueError(Odd()))

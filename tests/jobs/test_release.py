@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 
 from tests.jobs.fleet import Span, overlaps
-from tests.jobs.ground import Database, Ground, end, ground
+from tests.jobs.jobs_db import Database, JobsDatabase, end, jobs_db
 from tests.processes import Instance
 from tests.system.sizes import report_figures, size
 
@@ -28,9 +28,9 @@ FROM job_runs
 HELD = "SELECT name FROM jobs WHERE holder IS NOT NULL"
 
 
-async def serve(where: Ground, count: int, env: dict[str, str]) -> list[Instance]:
+async def serve(where: JobsDatabase, count: int, env: dict[str, str]) -> list[Instance]:
     """Start instances whose jobs last for ever; wait until all jobs run."""
-    env = {"FLEET_SECONDS": "3600", "JOB_SETTLING_SECONDS": "2", **env}
+    env = {"FLEET_SECONDS": "3600", "JOB_WARM_UP_SECONDS": "2", **env}
     instances = where.instances(count, env)
     for instance in instances:
         await instance.launch()
@@ -57,7 +57,7 @@ def not_resumed(spans: list[Span]) -> list[tuple[str, int, object]]:
             continue
         lowest, highest = reached.get(span.job, (0, 0))
         step = (first["resumed"] or {"step": 0})["step"]
-        # A run may be told to stop after its checkpoint is written and before it says so.
+        # A run may be requested to stop after its checkpoint is written and before it says so.
         if not lowest <= step <= highest:
             wrong.append((span.job, span.fence, first["resumed"]))
         steps = [line["step"] for line in span.lines if line["what"] == "checkpoint"]
@@ -82,7 +82,7 @@ async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Pat
     """Each instance in turn is restarted: none of its jobs overlaps, is lost, or waits long."""
     stops: list[float] = []
     codes: list[int] = []
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         instances = await serve(where, 5, {"FLEET_JOBS": "10", "FLEET_KIND": "paced,thread"})
         try:
             for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Pat
     assert set(codes) == {0}
     assert overlaps(spans) == []
     assert {outcome: outcomes.count(outcome) for outcome in set(outcomes)} == {
-        "interrupted": len(spans) - 10,
+        "released": len(spans) - 10,
         None: 10,
     }
     assert len(held) == 10
@@ -121,7 +121,7 @@ async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Pat
 
 async def test_all_instances_are_stopped_at_once(postgres: Database, tmp_path: Path) -> None:
     """All end soon, all jobs are free, and the next start goes on where they were."""
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         instances = await serve(where, 5, {"FLEET_JOBS": "10"})
         try:
             await asyncio.sleep(1)
@@ -140,7 +140,7 @@ async def test_all_instances_are_stopped_at_once(postgres: Database, tmp_path: P
     assert codes == [0] * 5
     assert took < STOP_SECONDS
     assert held == []
-    assert {outcome for outcome, _ in history} == {"interrupted"}
+    assert {outcome for outcome, _ in history} == {"released"}
     assert overlaps(spans) == []
     assert not_resumed(spans) == []
     assert all(span.lines[0]["resumed"] for span in spans[-10:])
@@ -156,7 +156,7 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
         "JOB_LEASE_SECONDS": "4",
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         instances = await serve(where, 2, env)
         try:
             await instances[0].stop(signal.SIGTERM)
@@ -170,7 +170,9 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
     assert gaps(spans)[-1] > RELEASE_SECONDS
 
 
-async def stop_uncancellable(where: Ground, env: dict[str, str]) -> tuple[int, float, list[Span]]:
+async def stop_uncancellable(
+    where: JobsDatabase, env: dict[str, str]
+) -> tuple[int, float, list[Span]]:
     """Stop one of two instances whose jobs can't be stopped, while a client keeps it waiting."""
     instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "uncancellable", **env})
     try:
@@ -191,11 +193,11 @@ async def stop_uncancellable(where: Ground, env: dict[str, str]) -> tuple[int, f
 async def test_a_thread_that_never_ends(postgres: Database, tmp_path: Path) -> None:
     """Its process is ended, and its jobs start elsewhere after that.
 
-    If a run counted as ended when it was told to stop, they would start before.
+    If a run counted as ended when it was requested to stop, they would start before.
     """
     async with (
-        ground(postgres, tmp_path) as where,
-        ground(postgres, tmp_path) as unguarded,
+        jobs_db(postgres, tmp_path) as where,
+        jobs_db(postgres, tmp_path) as unguarded,
     ):
         (code, took, spans), control = await asyncio.gather(
             stop_uncancellable(where, {}),
@@ -208,5 +210,5 @@ async def test_a_thread_that_never_ends(postgres: Database, tmp_path: Path) -> N
     )
     assert took < UNCANCELLABLE_SECONDS
     assert overlaps(spans) == []
-    assert [outcome for outcome, _ in history if outcome is not None] == ["interrupted"] * 2
+    assert [outcome for outcome, _ in history if outcome is not None] == ["released"] * 2
     assert overlaps(control[2]) != []

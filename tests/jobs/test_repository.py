@@ -20,7 +20,7 @@ from balance_app.jobs.leases import Progress, Renewal, renew_leases
 from balance_app.jobs.repository import Completion, Skipped, claim_arguments
 from balance_app.jobs.schedule import TickRange
 from balance_app.jobs.transaction import COMMIT, LEASE_LOST
-from tests.jobs.support import AT_ONCE, Ground, Instance, on
+from tests.jobs.support import AT_ONCE, Instance, JobsDatabase, on
 from tests.mutants import replaced
 from tests.system.databases import somebody_waits
 from tests.system.sizes import report_figures, size
@@ -29,18 +29,18 @@ HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
 SECOND = timedelta(seconds=1)
 DONE: Final = Completion(outcome="succeeded", result="done", seconds_ago=0)
-RELEASED: Final = Completion(outcome="interrupted", result="", seconds_ago=0, keeps_checkpoint=True)
+RELEASED: Final = Completion(outcome="released", result="", seconds_ago=0, keeps_checkpoint=True)
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres) as ground:
-        yield ground
+async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres) as jobs_db:
+        yield jobs_db
 
 
 # -- scenarios: each yields what should not have happened ----------------------------------------
 
-Scenario = Callable[[Ground], AsyncIterator[str]]
+Scenario = Callable[[JobsDatabase], AsyncIterator[str]]
 
 
 class Guard(NamedTuple):
@@ -51,9 +51,9 @@ class Guard(NamedTuple):
     instead: str
 
 
-async def live_lease(ground: Ground) -> AsyncIterator[str]:
+async def live_lease(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A job whose lease lasts is nobody else's, however long it has been ready."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -61,11 +61,11 @@ async def live_lease(ground: Ground) -> AsyncIterator[str]:
         yield "the job was taken from its owner"
 
 
-async def two_at_once(ground: Ground) -> AsyncIterator[str]:
+async def two_at_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """While one claim is under way, another neither gets the same job nor waits for it."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
-    first, second = await ground.connect(), await ground.connect()
+    first, second = await jobs_db.connect(), await jobs_db.connect()
     arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
     async with first.transaction():
         one = await first.fetchrow(statements.CLAIM, *arguments)
@@ -92,43 +92,43 @@ SELECT pg_advisory_lock(1)
 """
 
 
-async def overtaken_claim(ground: Ground) -> AsyncIterator[str]:
+async def overtaken_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A claim that has found a job before another took it leaves it to that one."""
-    slow, quick = ground.instance("slow"), ground.instance("quick")
+    slow, quick = jobs_db.instance("slow"), jobs_db.instance("quick")
     capabilities = await slow.declare("moon")
     await quick.declare("moon")
-    locker, connection = await ground.connect(), await ground.connect()
+    locker, connection = await jobs_db.connect(), await jobs_db.connect()
     await locker.execute(CLOCK_THAT_WAITS)
     try:
         await connection.execute("SET search_path = slow, public, pg_catalog")
         arguments = claim_arguments(slow.me, slow.lease, capabilities, AT_ONCE)
         claiming = asyncio.create_task(connection.fetchrow(statements.CLAIM, *arguments))
-        await somebody_waits(ground.variables)
+        await somebody_waits(jobs_db.variables)
         await quick.claim()
         await locker.execute("SELECT pg_advisory_unlock(1)")
         await claiming
     finally:
         await locker.execute("DROP SCHEMA slow CASCADE")
-    if (await ground.row("moon"))["holder"] != quick.me.id:
+    if (await jobs_db.row("moon"))["holder"] != quick.me.id:
         yield "it took the job from its owner"
 
 
-async def stranger(ground: Ground) -> AsyncIterator[str]:
+async def stranger(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance takes no job that was declared after its start, and none that it lacks."""
-    old, new = ground.instance("old"), ground.instance("new")
+    old, new = jobs_db.instance("old"), jobs_db.instance("new")
     await old.declare("moon")
     await new.declare("moon", "sun")
-    await ground.ready("sun", seconds_ago=9)
+    await jobs_db.ready("sun", seconds_ago=9)
     taken = []
     for instance in (old, old, new):
         claimed = (await instance.claim_next()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["moon", None, "sun"]:
         yield f"it took a job that was declared later: {taken}"
-    await ground.forget()
+    await jobs_db.forget()
     await new.declare("moon", "sun")
     await old.declare("sun")
-    await ground.ready("moon", seconds_ago=9)
+    await jobs_db.ready("moon", seconds_ago=9)
     taken = []
     for instance in (old, old, new):
         claimed = (await instance.claim_next()).claimed
@@ -137,13 +137,13 @@ async def stranger(ground: Ground) -> AsyncIterator[str]:
         yield f"it took a job that it lacks: {taken}"
 
 
-async def owners_first(ground: Ground) -> AsyncIterator[str]:
+async def owners_first(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance that lets owners come first takes what waits, and nothing that was lost."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     if (await other.claim_next(takes_over_until=None)).claimed:
         yield "it took over"
         return
@@ -151,13 +151,13 @@ async def owners_first(ground: Ground) -> AsyncIterator[str]:
     assert (await other.claim_next(takes_over_until=None)).claimed
 
 
-async def higher_fence(ground: Ground) -> AsyncIterator[str]:
+async def higher_fence(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """The fence rises with each claim: what the run before still sends is refused."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     try:
         second = await other.claim()
     except asyncpg.UniqueViolationError:
@@ -169,91 +169,95 @@ async def higher_fence(ground: Ground) -> AsyncIterator[str]:
         yield "the old run ended the new one"
 
 
-async def lost_and_paused(ground: Ground) -> AsyncIterator[str]:
+async def lost_and_paused(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A job that was lost while it was paused is freed, not started."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada', pause_reason = 'full'"
     )
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     found = await other.claim_next()
     if found.claimed is not None:
         yield "it was started"
         return
     assert found.freed == "moon"
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["holder"], row["paused_by"], row["pause_reason"]) == (None, "ada", "full")
     assert (row["fence"], row["attempt"], row["last_outcome"]) == (1, 1, "lost")
-    assert [run["outcome"] for run in await ground.runs("moon")] == ["lost"]
+    assert [run["outcome"] for run in await jobs_db.runs("moon")] == ["lost"]
     assert (await other.claim_next()).freed is None
 
 
-async def lost_too_often(ground: Ground) -> AsyncIterator[str]:
+async def lost_too_often(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """The third loss in a row quarantines a job for a while; an end in between counts anew."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
     for _ in range(LOST_LIMIT - 1):
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         last = await instance.claim()
     await instance.jobs.finish("moon", last.fence, RELEASED)
-    assert (await ground.row("moon"))["lost_streak"] == 0
+    assert (await jobs_db.row("moon"))["lost_streak"] == 0
     await instance.claim()
     for loss in range(1, LOST_LIMIT + 1):
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         found = await instance.claim_next()
         if (found.claimed is None) != (loss == LOST_LIMIT):
             yield f"after {loss} losses in a row it was {'' if found.claimed else 'not '}started"
             return
-    outcomes = Counter(run["outcome"] for run in await ground.runs("moon"))
-    assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "interrupted": 1}
+    outcomes = Counter(run["outcome"] for run in await jobs_db.runs("moon"))
+    assert outcomes == {"lost": 2 * LOST_LIMIT - 1, "released": 1}
     checkpoint = '{"done": 7}'
-    await ground.admin.execute("UPDATE jobs SET checkpoint = $1", checkpoint)
+    await jobs_db.admin.execute("UPDATE jobs SET checkpoint = $1", checkpoint)
     for doubled in range(6):
-        row = await ground.row("moon")
+        row = await jobs_db.row("moon")
         assert (row["paused_at"], row["holder"]) == (None, None)
-        lasts = row["ready_at"] - await ground.admin.fetchval("SELECT clock_timestamp()")
+        lasts = row["ready_at"] - await jobs_db.admin.fetchval("SELECT clock_timestamp()")
         expected = min(QUARANTINE * 2**doubled, LONGEST_QUARANTINE)
         if not expected - MINUTE < lasts <= expected:
             yield f"the quarantine lasts {lasts} after {LOST_LIMIT + doubled} losses in a row"
-        await ground.ready("moon")
+        await jobs_db.ready("moon")
         assert (await instance.claim()).resumed == {"done": 7}
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         assert (await instance.claim_next()).freed == "moon"
 
 
-async def refuted(ground: Ground) -> AsyncIterator[str]:
+async def refuted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance that lives takes back the losses recorded against it, each once, and no other."""
-    owner, other, dead = ground.instance("owner"), ground.instance("other"), ground.instance("dead")
+    owner, other, dead = (
+        jobs_db.instance("owner"),
+        jobs_db.instance("other"),
+        jobs_db.instance("dead"),
+    )
     for instance in (owner, other, dead):
         await instance.declare("moon")
     await dead.claim()
     for instance in (owner, owner, other):
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         await instance.claim_next()
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["lost_streak"], row["holder"]) == (3, None)
     if await other.jobs.refute_losses() != []:
         yield "it took back what was not its own"
     for _ in range(2):
         await owner.jobs.refute_losses()
-        row = await ground.row("moon")
+        row = await jobs_db.row("moon")
         if row["lost_streak"] != 1:
             yield f"{row['lost_streak']} losses are left of one dead instance"
-    if (await ground.outcomes("moon"))[0] != ("lost", repository.GONE):
+    if (await jobs_db.outcomes("moon"))[0] != ("lost", repository.GONE):
         yield "the dead instance's loss was taken back"
-    assert (await ground.outcomes("moon"))[1:] == [("interrupted", repository.UNREACHABLE)] * 2
-    assert (row["last_outcome"], row["last_result"]) == ("interrupted", repository.UNREACHABLE)
+    assert (await jobs_db.outcomes("moon"))[1:] == [("released", repository.UNREACHABLE)] * 2
+    assert (row["last_outcome"], row["last_result"]) == ("released", repository.UNREACHABLE)
     if (await other.claim_next()).claimed is None:
         yield "it is still quarantined"
 
 
-async def abandoned(ground: Ground) -> AsyncIterator[str]:
+async def abandoned(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """What an instance holds and does not run is found: neither its runs, nor what others hold."""
-    instance, other = ground.instance("app1"), ground.instance("app2")
+    instance, other = jobs_db.instance("app1"), jobs_db.instance("app2")
     await instance.declare("moon", "sun", "mars")
     await other.declare("moon", "sun", "mars")
     runs, never, _ = await instance.claim(), await instance.claim(), await other.claim()
@@ -265,110 +269,110 @@ async def abandoned(ground: Ground) -> AsyncIterator[str]:
         yield f"with an old fence it found {found}"
 
 
-async def cancelled_and_lost(ground: Ground) -> AsyncIterator[str]:
+async def cancelled_and_lost(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """Who asked for the end of a run that was then lost is still heard, by the next owner."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
-    await ground.expire("moon")
-    if (await other.claim()).cancel_by != "ada":
+    await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
+    await jobs_db.expire("moon")
+    if (await other.claim()).cancel_requested_by != "ada":
         yield "the wish was forgotten"
 
 
-async def delayed_claim(ground: Ground) -> AsyncIterator[str]:
+async def delayed_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A lease lasts from the statement on, however long ago its transaction began."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
-    connection = await ground.connect()
+    connection = await jobs_db.connect()
     async with connection.transaction():
         await asyncio.sleep(0.3)
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
-        await ground.ready("moon", seconds_ago=9)
+        await jobs_db.ready("moon", seconds_ago=9)
         arguments = claim_arguments(instance.me, instance.lease, capabilities, AT_ONCE)
         await connection.fetchrow(statements.CLAIM, *arguments)
-    row = await ground.row("moon")
-    if row["holder"] is None or row["lease_until"] < sent_at + instance.lease:
+    row = await jobs_db.row("moon")
+    if row["holder"] is None or row["lease_expires_at"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
 
 
-async def delayed_heartbeat(ground: Ground) -> AsyncIterator[str]:
+async def delayed_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A renewal in a transaction that began while the lease lasted does not revive it."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     claims = [await instance.claim(), await instance.claim()]
-    connection = await ground.connect()
+    connection = await jobs_db.connect()
     async with connection.transaction():
         await connection.execute("SELECT")
         await asyncio.sleep(0.01)
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         sent_at = await connection.fetchval("SELECT clock_timestamp()")
         results = await instance.renew(connection, *((each.name, each.fence) for each in claims))
     if results["moon", 1].renewed or results["moon", 1].still_held:
         yield "a lease that was over was revived"
     assert results["sun", 1].renewed
-    if (await ground.row("sun"))["lease_until"] < sent_at + instance.lease:
+    if (await jobs_db.row("sun"))["lease_expires_at"] < sent_at + instance.lease:
         yield "the lease was granted as of the transaction's begin"
 
 
-async def late_heartbeat(ground: Ground) -> AsyncIterator[str]:
+async def late_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A renewal does not revive a lease that is over, though nobody has taken the job yet."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    await ground.expire("moon")
-    result = (await instance.renew(ground.admin, ("moon", 1)))["moon", 1]
+    await jobs_db.expire("moon")
+    result = (await instance.renew(jobs_db.admin, ("moon", 1)))["moon", 1]
     if result.renewed or result.still_held:
         yield "it was revived"
 
 
-async def others_heartbeat(ground: Ground) -> AsyncIterator[str]:
+async def others_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance renews its own leases only, whatever fence it names."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    result = (await other.renew(ground.admin, ("moon", 1), note="of another"))["moon", 1]
-    if result.renewed or (await ground.row("moon"))["note"]:
+    result = (await other.renew(jobs_db.admin, ("moon", 1), note="of another"))["moon", 1]
+    if result.renewed or (await jobs_db.row("moon"))["note"]:
         yield "another instance renewed it"
     assert not result.still_held
 
 
-async def old_heartbeat(ground: Ground) -> AsyncIterator[str]:
+async def old_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A renewal of an old run renews nothing, though the same instance holds the job again."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     await instance.claim()
-    result = (await instance.renew(ground.admin, ("moon", 1), note="of the old run"))["moon", 1]
-    if result.renewed or (await ground.row("moon"))["note"]:
+    result = (await instance.renew(jobs_db.admin, ("moon", 1), note="of the old run"))["moon", 1]
+    if result.renewed or (await jobs_db.row("moon"))["note"]:
         yield "the old run renewed the new one's lease"
     assert not result.still_held
 
 
-async def both_heartbeats(ground: Ground) -> AsyncIterator[str]:
+async def both_heartbeats(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """Of an old run and the new one in the same renewal, the new one alone is renewed."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     await instance.claim()
     for fences in ((1, 2), (2, 1)):
-        results = await instance.renew(ground.admin, *(("moon", fence) for fence in fences))
+        results = await instance.renew(jobs_db.admin, *(("moon", fence) for fence in fences))
         assert results["moon", 2].renewed
         if results["moon", 1].renewed or results["moon", 1].still_held:
             yield "the old run's lease was renewed too"
 
 
-async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
+async def heartbeat_in_a_crowd(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A row that somebody holds locked keeps no other lease from being renewed, and is not lost."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     await instance.claim()
     await instance.claim()
-    locker, connection = await ground.connect(), await ground.connect()
+    locker, connection = await jobs_db.connect(), await jobs_db.connect()
     await connection.execute("SET lock_timeout = '300ms'")
     async with locker.transaction():
         await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
@@ -381,41 +385,41 @@ async def heartbeat_in_a_crowd(ground: Ground) -> AsyncIterator[str]:
     assert results["sun", 1].renewed
 
 
-async def overtaken_heartbeat(ground: Ground) -> AsyncIterator[str]:
+async def overtaken_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A renewal that meets the job while it changes hands leaves the new owner's run alone."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    mover, connection = await ground.connect(), await ground.connect()
+    mover, connection = await jobs_db.connect(), await jobs_db.connect()
     async with mover.transaction():
         await mover.execute("UPDATE jobs SET holder = $1, fence = fence + 1", other.me.id)
         renewal = asyncio.create_task(owner.renew(connection, ("moon", 1), note="of the old run"))
         await asyncio.wait({renewal}, timeout=0.5)
     await renewal
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["fence"], row["holder"]) == (2, other.me.id)
     if row["note"]:
         yield "the old run's renewal went to the new one"
 
 
-async def old_finish(ground: Ground) -> AsyncIterator[str]:
+async def old_finish(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """The end of an old run changes nothing, though the same instance holds the job again."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     await instance.claim()
-    before = [await ground.row("moon"), *await ground.runs("moon")]
+    before = [await jobs_db.row("moon"), *await jobs_db.runs("moon")]
     if await instance.jobs.finish("moon", 1, DONE):
         yield "it was recorded"
-    if before != [await ground.row("moon"), *await ground.runs("moon")]:
+    if before != [await jobs_db.row("moon"), *await jobs_db.runs("moon")]:
         yield "it changed something"
 
 
-async def others_finish(ground: Ground) -> AsyncIterator[str]:
+async def others_finish(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """Nobody but its holder ends a run."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
@@ -423,45 +427,45 @@ async def others_finish(ground: Ground) -> AsyncIterator[str]:
         yield "another instance ended it"
 
 
-async def releasing(ground: Ground) -> AsyncIterator[str]:
+async def releasing(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance that ends shortens its own lease, that of this run, and never makes it longer."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
-    lease_until = (await ground.row("moon"))["lease_until"]
+    lease_expires_at = (await jobs_db.row("moon"))["lease_expires_at"]
     await other.jobs.mark_releasing("moon", 1, SECOND)
-    if (await ground.row("moon"))["lease_until"] != lease_until:
+    if (await jobs_db.row("moon"))["lease_expires_at"] != lease_expires_at:
         yield "another instance shortened it"
     await owner.jobs.finish("moon", 1, RELEASED)
     await owner.claim()
-    lease_until = (await ground.row("moon"))["lease_until"]
+    lease_expires_at = (await jobs_db.row("moon"))["lease_expires_at"]
     await owner.jobs.mark_releasing("moon", 1, SECOND)
-    if (await ground.row("moon"))["lease_until"] != lease_until:
+    if (await jobs_db.row("moon"))["lease_expires_at"] != lease_expires_at:
         yield "it was shortened for an old run"
     await owner.jobs.mark_releasing("moon", 2, HOUR)
-    if (await ground.row("moon"))["lease_until"] > lease_until:
+    if (await jobs_db.row("moon"))["lease_expires_at"] > lease_expires_at:
         yield "it got longer"
     await owner.jobs.mark_releasing("moon", 2, -SECOND)
     await other.claim()
-    row = await ground.row("moon")
-    assert (row["lost_streak"], row["attempt"], row["parts"]) == (0, 2, False)
-    said = ("interrupted", "its instance was stopped")
+    row = await jobs_db.row("moon")
+    assert (row["lost_streak"], row["attempt"], row["releasing"]) == (0, 2, False)
+    said = ("released", "its instance was stopped")
     assert (row["last_outcome"], row["last_result"]) == said
-    _, released, _ = await ground.runs("moon")
+    _, released, _ = await jobs_db.runs("moon")
     assert (released["outcome"], released["result"]) == said
 
 
-async def checkpoints(ground: Ground) -> AsyncIterator[str]:
+async def checkpoints(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A checkpoint is the holder's, with its fence, while the lease lasts."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
     assert await owner.jobs.checkpoint("moon", 1, "[1]")
     if await other.jobs.checkpoint("moon", 1, "[2]"):
         yield "another instance wrote it"
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     if await owner.jobs.checkpoint("moon", 1, "[3]"):
         yield "it was written after the lease"
     await owner.claim()
@@ -470,21 +474,21 @@ async def checkpoints(ground: Ground) -> AsyncIterator[str]:
     assert await owner.jobs.checkpoint("moon", 2, "[5]")
 
 
-async def begin(ground: Ground) -> AsyncIterator[str]:
+async def begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A transaction begins for the holder, with its fence, while the lease lasts."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
 
     async def enters(instance: Instance, fence: int) -> bool:
-        row = await ground.admin.fetchrow(transaction.ENTER, "moon", fence, instance.me.id)
+        row = await jobs_db.admin.fetchrow(transaction.ENTER, "moon", fence, instance.me.id)
         return row is not None
 
     assert await enters(owner, 1)
     if await enters(other, 1):
         yield "another instance entered"
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     if await enters(owner, 1):
         yield "it entered after the lease"
     await owner.claim()
@@ -493,30 +497,30 @@ async def begin(ground: Ground) -> AsyncIterator[str]:
     assert await enters(owner, 2)
 
 
-async def delayed_begin(ground: Ground) -> AsyncIterator[str]:
+async def delayed_begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """Whether the lease lasts is asked of the clock, not of the transaction's begin."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    connection = await ground.connect()
+    connection = await jobs_db.connect()
     async with connection.transaction():
         await connection.execute("SELECT")
         await asyncio.sleep(0.01)
-        await ground.expire("moon")
+        await jobs_db.expire("moon")
         if await connection.fetchrow(transaction.ENTER, "moon", 1, instance.me.id) is not None:
             yield "it began after the lease"
 
 
-async def commits(ground: Ground) -> AsyncIterator[str]:
+async def commits(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A transaction commits for the holder, with its fence, while the lease lasts."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
 
     async def commits_after(instance: Instance, fence: int, *meanwhile: Awaitable[Any]) -> bool:
         """Name the run as ENTER does, and let something happen before the commit."""
-        connection = await ground.connect()
+        connection = await jobs_db.connect()
         await connection.execute("BEGIN")
         for name, value in {"job": "moon", "fence": fence, "holder": instance.me.id}.items():
             await connection.execute(
@@ -535,7 +539,7 @@ async def commits(ground: Ground) -> AsyncIterator[str]:
     assert await commits_after(owner, 1)
     if await commits_after(other, 1):
         yield "another instance committed"
-    if await commits_after(owner, 1, asyncio.sleep(0.01), ground.expire("moon")):
+    if await commits_after(owner, 1, asyncio.sleep(0.01), jobs_db.expire("moon")):
         yield "it committed after the lease"
     await owner.claim()
     if await commits_after(owner, 1):
@@ -543,12 +547,12 @@ async def commits(ground: Ground) -> AsyncIterator[str]:
     assert await commits_after(owner, 2)
 
 
-async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
+async def between_check_and_commit(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """From the check on nobody can take the job, though its lease ends before the commit."""
-    owner, other = ground.instance("owner", lease=SECOND), ground.instance("other")
+    owner, other = jobs_db.instance("owner", lease=SECOND), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
-    connection = await ground.connect()
+    connection = await jobs_db.connect()
     await connection.execute("BEGIN")
     await owner.claim()
     await connection.fetchrow(transaction.ENTER, "moon", 1, owner.me.id)
@@ -562,42 +566,43 @@ async def between_check_and_commit(ground: Ground) -> AsyncIterator[str]:
         assert (await other.claim()).fence == 2
 
 
-async def seen_once(ground: Ground) -> AsyncIterator[str]:
+async def seen_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """When a job was first seen ready is written once: who comes later can't push it on."""
-    first, second = ground.instance("first"), ground.instance("second")
+    first, second = jobs_db.instance("first"), jobs_db.instance("second")
     await second.declare("moon")
     capabilities = await first.declare("moon", "sun")
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET ready_at = now() + interval '1 h' WHERE name = 'sun'"
     )
     await first.jobs.mark_startup(capabilities, MINUTE)
-    seen_at = (await ground.row("moon"))["seen_at"]
-    assert seen_at is not None
+    startup_marked_at = (await jobs_db.row("moon"))["startup_marked_at"]
+    assert startup_marked_at is not None
     assert second.capabilities is not None
     await second.jobs.mark_startup(second.capabilities, MINUTE)
-    if (await ground.row("moon"))["seen_at"] != seen_at:
+    if (await jobs_db.row("moon"))["startup_marked_at"] != startup_marked_at:
         yield "it was written again"
-    if (await ground.row("sun"))["seen_at"] is not None:
+    if (await jobs_db.row("sun"))["startup_marked_at"] is not None:
         yield "what is not ready was seen"
-    await ground.ready("sun")
+    await jobs_db.ready("sun")
     await second.jobs.mark_startup(second.capabilities, MINUTE)
-    if (await ground.row("sun"))["seen_at"] is not None:
+    if (await jobs_db.row("sun"))["startup_marked_at"] is not None:
         yield "who does not know the job has seen it"
     for ago, renewed in ((1.9, False), (2.1, True)):  # nobody goes by it any more
-        await ground.admin.execute(
-            "UPDATE jobs SET seen_at = clock_timestamp() - $1::interval WHERE name = 'moon'",
+        await jobs_db.admin.execute(
+            "UPDATE jobs SET startup_marked_at = clock_timestamp() - $1::interval"
+            " WHERE name = 'moon'",
             ago * MINUTE,
         )
-        seen_at = (await ground.row("moon"))["seen_at"]
+        startup_marked_at = (await jobs_db.row("moon"))["startup_marked_at"]
         await second.jobs.mark_startup(second.capabilities, MINUTE)
-        if ((await ground.row("moon"))["seen_at"] != seen_at) != renewed:
+        if ((await jobs_db.row("moon"))["startup_marked_at"] != startup_marked_at) != renewed:
             yield f"a mark of {ago} warm-ups ago was {'not ' * renewed}written again"
 
 
-async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
+async def declared_in_between(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A number below the highest that an instance knows can't appear after its start."""
-    other = await ground.connect()
-    instance = ground.instance()
+    other = await jobs_db.connect()
+    instance = jobs_db.instance()
     await instance.declare()
     await other.execute("BEGIN")
     await other.fetch("SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
@@ -605,28 +610,28 @@ async def declared_in_between(ground: Ground) -> AsyncIterator[str]:
     await other.execute(declarations.ADD, "sun", "every 60 s", "", now, now)
     declaring = asyncio.create_task(instance.declare("moon"))
     if declarations.DECLARE_LOCK == DECLARE_LOCK:
-        await somebody_waits(ground.variables)
+        await somebody_waits(jobs_db.variables)
     else:
         await declaring
     await other.execute("COMMIT")
     await declaring
     capabilities = instance.capabilities
     assert capabilities is not None
-    number = (await ground.row("sun"))["number"]
+    number = (await jobs_db.row("sun"))["number"]
     if number <= capabilities.highest_number and "sun" not in capabilities.missing:
         yield "it says that it can run a job that it does not know"
     claims = [(await instance.claim_next()).claimed for _ in range(2)]
     assert "sun" not in [claimed.name for claimed in claims if claimed]
 
 
-async def limited(ground: Ground) -> AsyncIterator[str]:
+async def limited(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """A paused job is not claimed; a job that is not ready neither."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", "sun")
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET paused_at = now(), paused_by = 'ada' WHERE name = 'moon'"
     )
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET ready_at = clock_timestamp() + interval '1 min' WHERE name = 'sun'"
     )
     found = await instance.claim_next()
@@ -640,14 +645,14 @@ async def limited(ground: Ground) -> AsyncIterator[str]:
 DECLARE_LOCK: Final = declarations.DECLARE_LOCK
 MODULES: Final = (declarations, leases, statements, transaction)
 OWN_CLOCK = ("clock_timestamp()", "now()")
-HELD = "    WHERE holder = $1 AND lease_until > clock_timestamp()\n"
+HELD = "    WHERE holder = $1 AND lease_expires_at > clock_timestamp()\n"
 FREED = "WHERE name = $1 AND fence = $2 AND holder = $3"
 LOCKS = """UPDATE jobs
     SET checkpoint = coalesce(
         nullif(current_setting('balance_app.checkpoint', true), '')::jsonb, checkpoint
     )
 """
-LEASED = "AND lease_until > clock_timestamp()"
+LEASED = "AND lease_expires_at > clock_timestamp()"
 
 # What is cut out of the statement for each control, by scenario.
 SCENARIOS: dict[Scenario, list[list[Guard]]] = {
@@ -687,7 +692,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("FINISH", FREED, "WHERE name = $1 AND $2::bigint > 0 AND $3::uuid IS NOT NULL")],
     ],
     lost_and_paused: [
-        [Guard("CLAIM", "(paused_at IS NULL AND (parts OR lost_streak + 1 < $6))", "true")]
+        [Guard("CLAIM", "(paused_at IS NULL AND (releasing OR lost_streak + 1 < $6))", "true")]
     ],
     lost_too_often: [
         [Guard("CLAIM", "lost_streak + 1 < $6", "true")],
@@ -703,12 +708,14 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("ABANDONED", "WHERE holder = $1\n", "WHERE $1::uuid IS NOT NULL\n")],
         [Guard("ABANDONED", "AND (name, fence) NOT IN (SELECT *", "AND ('', 1) NOT IN (SELECT *")],
     ],
-    cancelled_and_lost: [[Guard("CLAIM", "CASE WHEN claimable THEN cancel_by END", "NULL")]],
+    cancelled_and_lost: [
+        [Guard("CLAIM", "CASE WHEN claimable THEN cancel_requested_by END", "NULL")]
+    ],
     delayed_claim: [[Guard("CLAIM", *OWN_CLOCK)]],
     delayed_heartbeat: [
         [Guard("HEARTBEAT", *OWN_CLOCK)],
         [Guard("HEARTBEAT", HELD, HELD.replace(*OWN_CLOCK))],
-        [Guard("HEARTBEAT", "lease_until = clock_timestamp()", "lease_until = now()")],
+        [Guard("HEARTBEAT", "lease_expires_at = clock_timestamp()", "lease_expires_at = now()")],
     ],
     late_heartbeat: [[Guard("HEARTBEAT", HELD, "    WHERE holder = $1\n")]],
     others_heartbeat: [[Guard("HEARTBEAT", HELD, HELD.replace("holder = $1 AND", ""))]],
@@ -743,7 +750,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [
             Guard(
                 "MARK_RELEASING",
-                "least(lease_until, clock_timestamp() + $4::interval)",
+                "least(lease_expires_at, clock_timestamp() + $4::interval)",
                 "now() + $4",
             )
         ],
@@ -767,8 +774,14 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
     ],
     between_check_and_commit: [[Guard("hold_lease", LOCKS, "PERFORM 1 FROM jobs\n")]],
     seen_once: [
-        [Guard("MARK_STARTUP", "seen_at IS NULL OR seen_at <=", "clock_timestamp() >=")],
-        [Guard("MARK_STARTUP", "OR seen_at <= clock_timestamp() - 2 * $3::interval", "")],
+        [
+            Guard(
+                "MARK_STARTUP",
+                "startup_marked_at IS NULL OR startup_marked_at <=",
+                "clock_timestamp() >=",
+            )
+        ],
+        [Guard("MARK_STARTUP", "OR startup_marked_at <= clock_timestamp() - 2 * $3::interval", "")],
         [Guard("MARK_STARTUP", "claimable_at <= (SELECT", "'infinity' >= (SELECT")],
         [Guard("MARK_STARTUP", "number <@ $1::int8multirange", "$1::int8multirange IS NOT NULL")],
     ],
@@ -776,19 +789,19 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
 }
 
 
-async def play(ground: Ground, scenario: Scenario) -> list[str]:
-    await ground.forget()
+async def play(jobs_db: JobsDatabase, scenario: Scenario) -> list[str]:
+    await jobs_db.forget()
     try:
-        return [fault async for fault in scenario(ground)]
+        return [fault async for fault in scenario(jobs_db)]
     finally:
-        await ground.close()
+        await jobs_db.close()
 
 
-async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
+async def cut(jobs_db: JobsDatabase, guard: Guard, patch: pytest.MonkeyPatch) -> None:
     """Replace a guard, in the program or in the database."""
     if guard.statement == "hold_lease":
-        text = await ground.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
-        await ground.admin.execute(replaced(text, guard.text, guard.instead))
+        text = await jobs_db.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+        await jobs_db.admin.execute(replaced(text, guard.text, guard.instead))
         return
     (module,) = (each for each in MODULES if guard.statement in vars(each))
     statement = vars(module)[guard.statement]
@@ -797,16 +810,16 @@ async def cut(ground: Ground, guard: Guard, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario) -> None:
+async def test_each_guard_holds_and_is_missed(jobs_db: JobsDatabase, scenario: Scenario) -> None:
     """Nothing happens that must not; without any one of its guards it does."""
-    assert await play(ground, scenario) == []
-    hold_lease = await ground.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
+    assert await play(jobs_db, scenario) == []
+    hold_lease = await jobs_db.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
     for guards in SCENARIOS[scenario]:
         with pytest.MonkeyPatch.context() as patch:
             for guard in guards:
-                await cut(ground, guard, patch)
-            faults = await play(ground, scenario)
-        await ground.admin.execute(hold_lease)
+                await cut(jobs_db, guard, patch)
+            faults = await play(jobs_db, scenario)
+        await jobs_db.admin.execute(hold_lease)
         report_figures(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
         assert faults, guards
 
@@ -814,16 +827,16 @@ async def test_each_guard_holds_and_is_missed(ground: Ground, scenario: Scenario
 # -- claims ----------------------------------------------------------------------------------------
 
 
-async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
+async def test_a_crowd_of_claimers_takes_each_job_once(jobs_db: JobsDatabase) -> None:
     """Fifty connections that claim at once, over and over, share all jobs without a double."""
     jobs = size(small=300, full=3000)
-    instances = [ground.instance(f"app{number}") for number in range(50)]
+    instances = [jobs_db.instance(f"app{number}") for number in range(50)]
     for instance in instances:
         await instance.declare(*(f"job-{number}" for number in range(jobs)))
     taken: list[tuple[str, int]] = []
 
     async def claim_all(instance: Instance) -> None:
-        connection = await ground.connect()
+        connection = await jobs_db.connect()
         assert instance.capabilities is not None
         arguments = claim_arguments(instance.me, instance.lease, instance.capabilities, AT_ONCE)
         await together.wait()
@@ -840,91 +853,95 @@ async def test_a_crowd_of_claimers_takes_each_job_once(ground: Ground) -> None:
             crowd.create_task(claim_all(instance))
     report_figures(f"{len(taken)} claims in {monotonic() - started:.1f} s")
     assert sorted(taken) == sorted((f"job-{number}", 1) for number in range(jobs))
-    held = await ground.admin.fetch("SELECT holder FROM jobs GROUP BY holder")
+    held = await jobs_db.admin.fetch("SELECT holder FROM jobs GROUP BY holder")
     assert {row["holder"] for row in held} <= {instance.me.id for instance in instances}
-    assert await ground.admin.fetchval("SELECT count(*) FROM job_runs") == jobs
+    assert await jobs_db.admin.fetchval("SELECT count(*) FROM job_runs") == jobs
 
 
-async def test_a_claim_writes_down_who_runs_what(ground: Ground) -> None:
+async def test_a_claim_writes_down_who_runs_what(jobs_db: JobsDatabase) -> None:
     """The row and the history tell the same, and the claim says all that a run needs."""
-    instance = ground.instance("app7", lease=timedelta(seconds=9))
+    instance = jobs_db.instance("app7", lease=timedelta(seconds=9))
     await instance.declare("moon")
     found = await instance.claim_next()
     claimed = found.claimed
     assert claimed is not None
-    row = await ground.row("moon")
-    (run,) = await ground.runs("moon")
+    row = await jobs_db.row("moon")
+    (run,) = await jobs_db.runs("moon")
     assert (row["holder"], row["server"], row["fence"]) == (instance.me.id, "app7", 1)
     assert (run["holder"], run["server"], run["fence"]) == (instance.me.id, "app7", 1)
-    assert run["started_at"] == row["started_at"] == claimed.started_at <= row["alive_at"]
+    assert run["started_at"] == row["started_at"] == claimed.started_at <= row["last_heartbeat_at"]
     assert run["due_at"] == row["due_at"] == claimed.due_at == claimed.anchor_at
     assert (run["outcome"], run["ended_at"], run["attempt"]) == (None, None, 0)
     assert claimed.schedule == "every 3600 s"
-    assert (claimed.resumed, claimed.cancel_by, claimed.attempt) == (None, None, 0)
+    assert (claimed.resumed, claimed.cancel_requested_by, claimed.attempt) == (None, None, 0)
     assert claimed.started_at <= found.now
-    lasts = row["lease_until"] - row["started_at"]
+    lasts = row["lease_expires_at"] - row["started_at"]
     assert timedelta(seconds=9) <= lasts < timedelta(seconds=10)
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["in order", "swapped"])
 async def test_columns_are_read_by_name(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch, *, swapped: bool
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, swapped: bool
 ) -> None:
     """Two columns of one type that change places in a statement change no meaning."""
     if swapped:
         for name in ("CLAIM", "ABANDONED"):
             sql = replaced(vars(statements)[name], "releases, retries", "retries, releases")
             monkeypatch.setattr(statements, name, sql)
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
-    await ground.admin.execute("UPDATE jobs SET releases = 1, retries = 2")
+    await jobs_db.admin.execute("UPDATE jobs SET releases = 1, retries = 2")
     claimed = await instance.claim()
     assert (claimed.releases, claimed.retries) == (1, 2)
     (abandoned,) = await instance.jobs.abandoned([])
     assert (abandoned.releases, abandoned.retries) == (1, 2)
 
 
-async def test_a_takeover_tells_of_the_loss(ground: Ground) -> None:
+async def test_a_takeover_tells_of_the_loss(jobs_db: JobsDatabase) -> None:
     """The old run is lost as of the end of its lease; the new one has tick and checkpoint of it."""
-    owner, other = ground.instance("owner"), ground.instance("other")
+    owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     first = await owner.claim()
-    await owner.renew(ground.admin, ("moon", 1), note="half of it")
+    await owner.renew(jobs_db.admin, ("moon", 1), note="half of it")
     assert await owner.jobs.checkpoint("moon", 1, '{"done": [1, 2.5, null, "\u00e9"]}')
-    await ground.expire("moon")
-    lease_until = (await ground.row("moon"))["lease_until"]
+    await jobs_db.expire("moon")
+    lease_expires_at = (await jobs_db.row("moon"))["lease_expires_at"]
     second = await other.claim()
     assert (second.fence, second.attempt) == (first.fence + 1, 1)
     assert second.due_at == first.due_at
     assert second.resumed == {"done": [1, 2.5, None, "\u00e9"]}
-    lost, new = await ground.runs("moon")
-    assert (lost["outcome"], lost["ended_at"], lost["server"]) == ("lost", lease_until, "owner")
+    lost, new = await jobs_db.runs("moon")
+    assert (lost["outcome"], lost["ended_at"], lost["server"]) == (
+        "lost",
+        lease_expires_at,
+        "owner",
+    )
     assert lost["result"] == repository.GONE
     assert (new["outcome"], new["server"], new["attempt"]) == (None, "other", 1)
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["last_outcome"], row["last_server"]) == ("lost", "owner")
-    assert (row["last_started_at"], row["last_ended_at"]) == (first.started_at, lease_until)
+    assert (row["last_started_at"], row["last_ended_at"]) == (first.started_at, lease_expires_at)
     assert (row["done"], row["note"], row["lost_streak"]) == (None, None, 1)
 
 
-async def test_the_longest_ready_comes_first(ground: Ground) -> None:
+async def test_the_longest_ready_comes_first(jobs_db: JobsDatabase) -> None:
     """Jobs are taken in the order in which they became ready, lost ones by the end of the lease."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("late", "lost", "middle", "first")
     for name, seconds_ago in {"lost": 99, "late": 1, "middle": 5, "first": 9}.items():
-        await ground.ready(name, seconds_ago=seconds_ago)
+        await jobs_db.ready(name, seconds_ago=seconds_ago)
     assert (await instance.claim()).name == "lost"
-    await ground.admin.execute(
-        "UPDATE jobs SET lease_until = clock_timestamp() - interval '3 s' WHERE name = 'lost'"
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '3 s' WHERE name = 'lost'"
     )
     names = [(await instance.claim()).name for _ in range(4)]
     assert names == ["first", "middle", "lost", "late"]
 
 
-async def test_a_claim_says_when_to_try_again(ground: Ground) -> None:
+async def test_a_claim_says_when_to_try_again(jobs_db: JobsDatabase) -> None:
     """Nothing known: no wait; otherwise until the next is ready, or a lease is over."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare()
     found = await instance.claim_next()
     assert (found.claimed, found.freed, found.wait_seconds, found.busy) == (
@@ -980,19 +997,20 @@ POLICIES = {
 
 @pytest.mark.parametrize("case", POLICIES)
 async def test_instances_that_come_up_together_wait_for_each_other(
-    ground: Ground, case: str
+    jobs_db: JobsDatabase, case: str
 ) -> None:
     """They warm up first, from when the job was first seen; a fleet that is up does not wait."""
     (booted, ready, seen, alive), takes = POLICIES[case]
-    instance = ground.instance()
+    instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
-    await ground.admin.execute(
+    await jobs_db.admin.execute(
         "UPDATE jobs SET due_at = clock_timestamp() - $1::interval,"
         " ready_at = clock_timestamp() - $1::interval,"
-        " seen_at = clock_timestamp() - $2::interval, alive_at = clock_timestamp() - $3::interval",
+        " startup_marked_at = clock_timestamp() - $2::interval,"
+        " last_heartbeat_at = clock_timestamp() - $3::interval",
         *(None if ago is None else timedelta(seconds=ago) for ago in (ready, seen, alive)),
     )
-    now = await ground.admin.fetchval("SELECT clock_timestamp()")
+    now = await jobs_db.admin.fetchval("SELECT clock_timestamp()")
     instance.capabilities = capabilities._replace(booted_at=now - timedelta(seconds=booted))
     warmed_up = booted > 10
     policy = {"warmed_up": warmed_up, "warm_up": timedelta(seconds=10)}
@@ -1003,10 +1021,10 @@ async def test_instances_that_come_up_together_wait_for_each_other(
         until_then = max(10 - seen, -ready)
         assert until_then - 2 < found.wait_seconds <= until_then
     if takes and not warmed_up and alive is None:
-        await ground.forget()  # and a load's backoff counts from the end of the warm-up
+        await jobs_db.forget()  # and a load's backoff counts from the end of the warm-up
         await instance.declare("moon")
-        await ground.admin.execute(
-            "UPDATE jobs SET seen_at = clock_timestamp() - interval '11 s',"
+        await jobs_db.admin.execute(
+            "UPDATE jobs SET startup_marked_at = clock_timestamp() - interval '11 s',"
             " ready_at = clock_timestamp() - interval '20 s'"
         )
         policy["warm_up"] = timedelta(seconds=10)
@@ -1016,11 +1034,11 @@ async def test_instances_that_come_up_together_wait_for_each_other(
         ).claimed is not None
 
 
-async def test_who_runs_more_waits_longer(ground: Ground) -> None:
+async def test_who_runs_more_waits_longer(jobs_db: JobsDatabase) -> None:
     """A job may be taken as long after it is ready as the instance's backoff lasts."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
-    await ground.ready("moon", seconds_ago=60)
+    await jobs_db.ready("moon", seconds_ago=60)
     found = await instance.claim_next(backoff=timedelta(seconds=80))
     assert found.claimed is None
     assert found.wait_seconds is not None
@@ -1028,9 +1046,9 @@ async def test_who_runs_more_waits_longer(ground: Ground) -> None:
     assert (await instance.claim_next(backoff=timedelta(seconds=59))).claimed is not None
 
 
-async def test_light_load_goes_round(ground: Ground) -> None:
+async def test_light_load_goes_round(jobs_db: JobsDatabase) -> None:
     """Who has claimed in this round lets those go first who have not."""
-    instances = [ground.instance(name) for name in "ABC"]
+    instances = [jobs_db.instance(name) for name in "ABC"]
     names = [f"job-{number}" for number in range(12)]
     for instance in instances:
         await instance.declare(*names)
@@ -1062,14 +1080,15 @@ async def test_light_load_goes_round(ground: Ground) -> None:
 # -- ends ------------------------------------------------------------------------------------------
 
 
-async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
+async def test_an_end_frees_the_job_for_its_next_tick(jobs_db: JobsDatabase) -> None:
     """The next tick is a new one: no attempt, no checkpoint, no wish of anybody is left."""
-    instance = ground.instance("app7")
+    instance = jobs_db.instance("app7")
     await instance.declare("moon")
     claimed = await instance.claim()
     await instance.jobs.checkpoint("moon", 1, "[1]")
-    await ground.admin.execute(
-        "UPDATE jobs SET cancel_by = 'ada', requested_by = 'eve', seen_at = now()"
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET cancel_requested_by = 'ada', requested_by = 'eve',"
+        " startup_marked_at = now()"
     )
     due_at = claimed.due_at + HOUR
     first = claimed.due_at + SECOND
@@ -1086,10 +1105,17 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
         skipped=skipped,
     )
     assert await instance.jobs.finish("moon", 1, completion)
-    row = await ground.row("moon")
-    for column in ("holder", "server", "started_at", "lease_until", "cancel_by", "requested_by"):
+    row = await jobs_db.row("moon")
+    for column in (
+        "holder",
+        "server",
+        "started_at",
+        "lease_expires_at",
+        "cancel_requested_by",
+        "requested_by",
+    ):
         assert row[column] is None, column
-    for column in ("done", "total", "note", "seen_at", "checkpoint"):
+    for column in ("done", "total", "note", "startup_marked_at", "checkpoint"):
         assert row[column] is None, column
     assert (row["due_at"], row["ready_at"], row["claimable_at"]) == (
         due_at,
@@ -1099,120 +1125,126 @@ async def test_an_end_frees_the_job_for_its_next_tick(ground: Ground) -> None:
     assert (row["attempt"], row["fence"], row["lost_streak"]) == (0, 1, 0)
     assert (row["last_outcome"], row["last_result"]) == ("succeeded", "all is well")
     assert (row["last_server"], row["last_started_at"]) == ("app7", claimed.started_at)
-    run, *ranges = await ground.runs("moon")
+    run, *ranges = await jobs_db.runs("moon")
     assert (run["outcome"], run["result"]) == ("succeeded", "all is well")
     assert run["ended_at"] == row["last_ended_at"]
-    assert row["alive_at"] - row["last_ended_at"] >= timedelta(seconds=1.4)
+    assert row["last_heartbeat_at"] - row["last_ended_at"] >= timedelta(seconds=1.4)
     assert [
         (each["outcome"], each["due_at"], each["last_due_at"], each["ticks"], each["result"])
         for each in ranges
     ] == [("skipped", *each.range, each.reason) for each in skipped]
     assert {each["fence"] for each in ranges} == {None}
     assert not await instance.jobs.finish("moon", 1, completion)
-    assert len(await ground.runs("moon")) == 3
+    assert len(await jobs_db.runs("moon")) == 3
 
 
-async def test_a_hand_back_keeps_the_tick(ground: Ground) -> None:
+async def test_a_hand_back_keeps_the_tick(jobs_db: JobsDatabase) -> None:
     """The tick and its checkpoint go to the next owner, at once or when it is said."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     first = await instance.claim()
     await instance.jobs.checkpoint("moon", 1, "[1]")
     assert await instance.jobs.finish("moon", 1, RELEASED)
     second = await instance.claim()
     assert (second.due_at, second.attempt, second.resumed) == (first.due_at, 1, [1])
-    later = await ground.admin.fetchval("SELECT clock_timestamp() + interval '1 min'")
+    later = await jobs_db.admin.fetchval("SELECT clock_timestamp() + interval '1 min'")
     completion = Completion(outcome="failed", result="no", seconds_ago=0, ready_at=later)
     assert await instance.jobs.finish("moon", 2, completion)
     assert (await instance.claim_next()).claimed is None
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["due_at"], row["ready_at"], row["attempt"]) == (first.due_at, later, 2)
     assert row["checkpoint"] is None
 
 
-async def test_a_late_end_counts_while_nobody_has_taken_the_job(ground: Ground) -> None:
+async def test_a_late_end_counts_while_nobody_has_taken_the_job(jobs_db: JobsDatabase) -> None:
     """A run that ended in time may say so after its lease, if no other run has begun."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     assert await instance.jobs.finish("moon", 1, DONE)
-    assert (await ground.row("moon"))["last_outcome"] == "succeeded"
+    assert (await jobs_db.row("moon"))["last_outcome"] == "succeeded"
 
 
 # -- heartbeats ------------------------------------------------------------------------------------
 
 
-async def test_a_heartbeat_tells_of_the_instance(ground: Ground) -> None:
+async def test_a_heartbeat_tells_of_the_instance(jobs_db: JobsDatabase) -> None:
     """An instance is seen with what it can run, whether or not it runs anything."""
-    instance = ground.instance("app7")
-    await ground.instance().declare("moon")
+    instance = jobs_db.instance("app7")
+    await jobs_db.instance().declare("moon")
     await instance.declare("sun")
-    assert await instance.renew(ground.admin) == {}
-    (first,) = await ground.admin.fetch("SELECT * FROM copies")
+    assert await instance.renew(jobs_db.admin) == {}
+    (first,) = await jobs_db.admin.fetch("SELECT * FROM instances")
     assert (first["id"], first["server"]) == instance.me
-    assert (first["knows_to"], first["lacks"]) == (2, ["moon"])
-    await instance.renew(ground.admin)
-    (second,) = await ground.admin.fetch("SELECT * FROM copies")
-    assert second["seen_at"] > first["seen_at"]
+    assert (first["highest_number"], first["missing"]) == (2, ["moon"])
+    await instance.renew(jobs_db.admin)
+    (second,) = await jobs_db.admin.fetch("SELECT * FROM instances")
+    assert second["last_heartbeat_at"] > first["last_heartbeat_at"]
     assert second["started_at"] == first["started_at"]
 
 
-async def test_a_heartbeat_brings_the_wish_to_cancel(ground: Ground) -> None:
+async def test_a_heartbeat_brings_the_wish_to_cancel(jobs_db: JobsDatabase) -> None:
     """Who renews learns that somebody asked for the end of that run, and of no other."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     await instance.claim()
     await instance.claim()
-    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'moon'")
-    results = await instance.renew(ground.admin, ("moon", 1), ("sun", 1), ("mars", 1))
-    assert (results["moon", 1].renewed, results["moon", 1].cancel_by) == (True, "ada")
-    assert (results["sun", 1].renewed, results["sun", 1].cancel_by) == (True, None)
+    await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada' WHERE name = 'moon'")
+    results = await instance.renew(jobs_db.admin, ("moon", 1), ("sun", 1), ("mars", 1))
+    assert (results["moon", 1].renewed, results["moon", 1].cancel_requested_by) == (True, "ada")
+    assert (results["sun", 1].renewed, results["sun", 1].cancel_requested_by) == (True, None)
     assert (results["mars", 1].renewed, results["mars", 1].still_held) == (False, False)
 
 
-async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(ground: Ground) -> None:
+async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(jobs_db: JobsDatabase) -> None:
     """The first that says so sets the moment, and the next run does not inherit it."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
     for fence in (1, 2):
         claimed = await instance.claim()
         noted = []
         for stopping in (False, True, True):
             renewal = Renewal("moon", fence, Progress(None, None, None), stopping)
-            await renew_leases(ground.admin, instance.me, instance.lease, capabilities, [renewal])
-            stopping_at = (await ground.row("moon"))["stopping_at"]
-            noted.append(stopping_at if stopping_at and stopping_at >= claimed.started_at else None)
+            await renew_leases(jobs_db.admin, instance.me, instance.lease, capabilities, [renewal])
+            stop_requested_at = (await jobs_db.row("moon"))["stop_requested_at"]
+            noted.append(
+                stop_requested_at
+                if stop_requested_at and stop_requested_at >= claimed.started_at
+                else None
+            )
         assert noted[0] is None
         assert noted[1] is not None
         assert noted[1] == noted[2]
-        await ground.admin.execute("UPDATE jobs SET parts = true, lease_until = clock_timestamp()")
+        await jobs_db.admin.execute(
+            "UPDATE jobs SET releasing = true, lease_expires_at = clock_timestamp()"
+        )
 
 
 # -- declarations ----------------------------------------------------------------------------------
 
 
-async def test_instances_declare_at_once(ground: Ground) -> None:
+async def test_instances_declare_at_once(jobs_db: JobsDatabase) -> None:
     """Ten instances with the same jobs make each row once, with dense numbers, and know all."""
     names = [f"job-{number}" for number in range(20)]
-    instances = [ground.instance(f"app{number}") for number in range(10)]
+    instances = [jobs_db.instance(f"app{number}") for number in range(10)]
     capabilities = await asyncio.gather(*(instance.declare(*names) for instance in instances))
-    rows = await ground.admin.fetch("SELECT number, name FROM jobs ORDER BY number")
+    rows = await jobs_db.admin.fetch("SELECT number, name FROM jobs ORDER BY number")
     assert [row["number"] for row in rows] == list(range(1, 21))
     assert {(each.highest_number, tuple(each.missing)) for each in capabilities} == {(20, ())}
-    before = await ground.admin.fetch("SELECT * FROM jobs ORDER BY number")
+    before = await jobs_db.admin.fetch("SELECT * FROM jobs ORDER BY number")
     await instances[0].declare(*names)
-    assert await ground.admin.fetch("SELECT * FROM jobs ORDER BY number") == before
+    assert await jobs_db.admin.fetch("SELECT * FROM jobs ORDER BY number") == before
 
 
-async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None:
+async def test_instances_with_other_code_declare_at_once(jobs_db: JobsDatabase) -> None:
     """Whatever the order, an instance knows its own jobs, and none that it has no code of."""
     sets = [{f"job-{(start + step) % 30}" for step in range(12)} for start in range(0, 30, 3)]
-    instances = [ground.instance(f"app{number}") for number in range(10)]
+    instances = [jobs_db.instance(f"app{number}") for number in range(10)]
     await asyncio.gather(
         *(instance.declare(*names) for instance, names in zip(instances, sets, strict=True))
     )
-    rows = await ground.admin.fetch("SELECT name, number FROM jobs")
+    rows = await jobs_db.admin.fetch("SELECT name, number FROM jobs")
     numbers = {row["name"]: row["number"] for row in rows}
     assert len(numbers) == 30
     for instance, names in zip(instances, sets, strict=True):
@@ -1226,57 +1258,59 @@ async def test_instances_with_other_code_declare_at_once(ground: Ground) -> None
         assert can == names
 
 
-async def test_first_ticks(ground: Ground) -> None:
+async def test_first_ticks(jobs_db: JobsDatabase) -> None:
     """An interval begins with its declaration; cron waits for its first tick."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", schedule="every 7 s")
     await instance.declare("sun", schedule="cron 0 3 * * * Europe/Berlin")
-    moon, sun = await ground.row("moon"), await ground.row("sun")
+    moon, sun = await jobs_db.row("moon"), await jobs_db.row("sun")
     assert moon["due_at"] == moon["ready_at"] == moon["anchor_at"]
     assert sun["due_at"] == sun["ready_at"] > sun["anchor_at"]
     assert sun["due_at"].minute == 0
 
 
-async def test_a_changed_schedule_takes_effect(ground: Ground) -> None:
+async def test_a_changed_schedule_takes_effect(jobs_db: JobsDatabase) -> None:
     """A job that waits is due at the new schedule's next tick; the grid's anchor stays."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", schedule="every 3600 s")
     claimed = await instance.claim()
     await instance.jobs.finish("moon", 1, DONE_UNTIL(claimed.due_at + HOUR))
     await instance.declare("moon", schedule="every 60 s")
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert row["due_at"] == row["ready_at"] == claimed.anchor_at + timedelta(seconds=60)
     assert (row["schedule"], row["anchor_at"]) == ("every 60 s", claimed.anchor_at)
     await instance.jobs.declare({"moon": ("every 60 s", "Now with words.")})
-    changed = await ground.row("moon")
+    changed = await jobs_db.row("moon")
     assert (changed["description"], changed["due_at"]) == ("Now with words.", row["due_at"])
 
 
-async def test_a_changed_schedule_forgets_no_tick(ground: Ground) -> None:
+async def test_a_changed_schedule_forgets_no_tick(jobs_db: JobsDatabase) -> None:
     """A tick that is due already, or is to be tried again, still runs."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     claimed = await instance.claim()
     again_at = claimed.due_at + timedelta(seconds=99)
     completion = Completion(outcome="failed", result="", seconds_ago=0, ready_at=again_at)
     await instance.jobs.finish(claimed.name, 1, completion)
-    before = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    before = await jobs_db.admin.fetch(
+        "SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1"
+    )
     await instance.declare("moon", "sun", schedule="every 60 s")
-    rows = await ground.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
+    rows = await jobs_db.admin.fetch("SELECT name, due_at, ready_at, attempt FROM jobs ORDER BY 1")
     assert rows == before
 
 
-async def test_a_schedule_that_changes_under_a_run(ground: Ground) -> None:
+async def test_a_schedule_that_changes_under_a_run(jobs_db: JobsDatabase) -> None:
     """The end of a run is refused with the new schedule, so that its next tick is one of that."""
-    instance = ground.instance()
+    instance = jobs_db.instance()
     await instance.declare("moon", schedule="every 31622400 s")
     claimed = await instance.claim()
     await instance.declare("moon", schedule="every 60 s")
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["due_at"], row["holder"]) == (claimed.due_at, instance.me.id)
     completion = DONE_UNTIL(claimed.due_at + timedelta(days=366))
     assert await instance.jobs.finish("moon", 1, completion, claimed.schedule) == "every 60 s"
-    assert await ground.row("moon") == row
+    assert await jobs_db.row("moon") == row
     completion = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
     assert await instance.jobs.finish("moon", 1, completion, "every 60 s") is True
     assert await instance.jobs.finish("moon", 1, completion, "every 60 s") is False

@@ -24,7 +24,7 @@ from balance_app.jobs.run import (
 )
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
-from tests.jobs.support import Ground, Instance, on, until
+from tests.jobs.support import Instance, JobsDatabase, on, until
 
 Result = TypeVar("Result")
 
@@ -32,14 +32,14 @@ NOTE = "INSERT INTO notes VALUES ($1)"
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres, job_lease_seconds=6) as ground:
-        await ground.admin.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
-        yield ground
+async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres, job_lease_seconds=6) as jobs_db:
+        await jobs_db.admin.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
+        yield jobs_db
 
 
 @pytest.fixture
-async def ground(land: Ground) -> AsyncIterator[Ground]:
+async def jobs_db(land: JobsDatabase) -> AsyncIterator[JobsDatabase]:
     await land.forget()
     await land.admin.execute("TRUNCATE notes")
     yield land
@@ -47,8 +47,8 @@ async def ground(land: Ground) -> AsyncIterator[Ground]:
 
 
 @pytest.fixture
-async def instance(ground: Ground) -> Instance:
-    instance = ground.instance()
+async def instance(jobs_db: JobsDatabase) -> Instance:
+    instance = jobs_db.instance()
     await instance.declare("moon")
     return instance
 
@@ -58,15 +58,15 @@ async def run(instance: Instance) -> Run:
     return instance.run(await instance.claim())
 
 
-async def notes(ground: Ground) -> list[str]:
-    return [row["what"] for row in await ground.admin.fetch("SELECT what FROM notes ORDER BY 1")]
+async def notes(jobs_db: JobsDatabase) -> list[str]:
+    return [row["what"] for row in await jobs_db.admin.fetch("SELECT what FROM notes ORDER BY 1")]
 
 
-async def take_over(ground: Ground) -> None:
+async def take_over(jobs_db: JobsDatabase) -> None:
     """Let another instance have the job."""
-    other = ground.instance("other")
+    other = jobs_db.instance("other")
     await other.declare("moon")
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     await other.claim()
 
 
@@ -87,7 +87,7 @@ PROGRESS: dict[tuple[Any, Any, str], Progress] = {
 
 
 async def test_progress_is_written_with_the_next_heartbeat(
-    ground: Ground, instance: Instance, run: Run
+    jobs_db: JobsDatabase, instance: Instance, run: Run
 ) -> None:
     """Whatever a job says of its progress is made fit, and can't spoil a heartbeat."""
     assert run.lease is not None
@@ -97,10 +97,10 @@ async def test_progress_is_written_with_the_next_heartbeat(
         assert instance.capabilities is not None
         renewal = Renewal("moon", 1, run.lease.progress)
         _, (result,) = await renew_leases(
-            ground.admin, instance.me, instance.lease, instance.capabilities, [renewal]
+            jobs_db.admin, instance.me, instance.lease, instance.capabilities, [renewal]
         )
         assert result.renewed
-        row = await ground.row("moon")
+        row = await jobs_db.row("moon")
         assert (row["done"], row["total"], row["note"]) == expected
 
 
@@ -154,21 +154,23 @@ STATES = [
 
 @pytest.mark.parametrize("state", STATES, ids=range(len(STATES)))
 async def test_a_checkpoint_comes_back(
-    ground: Ground, instance: Instance, run: Run, state: object
+    jobs_db: JobsDatabase, instance: Instance, run: Run, state: object
 ) -> None:
     """The next owner goes on from what the last one wrote, once it is lost."""
     assert run.resumed is None
     await run.checkpoint("an older one")
     await run.checkpoint(state)
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     assert instance.run(await instance.claim()).resumed == state
 
 
-async def test_none_forgets_a_checkpoint(ground: Ground, instance: Instance, run: Run) -> None:
+async def test_none_forgets_a_checkpoint(
+    jobs_db: JobsDatabase, instance: Instance, run: Run
+) -> None:
     """A run may begin anew by itself."""
     await run.checkpoint([1])
     await run.checkpoint(None)
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     assert instance.run(await instance.claim()).resumed is None
 
 
@@ -201,7 +203,7 @@ BAD_STATES: dict[str, Any] = {
 @pytest.mark.parametrize("what", BAD_STATES)
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 async def test_a_checkpoint_that_cannot_be_is_refused(
-    ground: Ground, instance: Instance, run: Run, what: str, *, inside: bool
+    jobs_db: JobsDatabase, instance: Instance, run: Run, what: str, *, inside: bool
 ) -> None:
     """What JSON or PostgreSQL can't hold, or nobody could read, fails the function at once."""
     await run.checkpoint({"good": True})
@@ -210,11 +212,11 @@ async def test_a_checkpoint_that_cannot_be_is_refused(
             async with run.transaction() as connection:
                 await connection.execute(NOTE, "moon")
                 await run.checkpoint(BAD_STATES[what])
-        assert await notes(ground) == []
+        assert await notes(jobs_db) == []
     else:
         with pytest.raises(CheckpointError):
             await run.checkpoint(BAD_STATES[what])
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     assert instance.run(await instance.claim()).resumed == {"good": True}
 
 
@@ -237,7 +239,7 @@ async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
     ],
 )
 async def test_what_a_job_sets_ends_with_its_transaction(
-    ground: Ground, run: Run, changed: str
+    jobs_db: JobsDatabase, run: Run, changed: str
 ) -> None:
     """The commit finds its function and our tables; the next transaction is as always."""
     async with run.transaction() as connection:
@@ -246,7 +248,7 @@ async def test_what_a_job_sets_ends_with_its_transaction(
     async with run.transaction() as connection:
         assert await connection.fetchval("SHOW transaction_isolation") == "read committed"
         await connection.execute(NOTE, "too")
-    assert sorted(await notes(ground)) == ["too", "written"]
+    assert sorted(await notes(jobs_db)) == ["too", "written"]
 
 
 async def test_the_refusal_names_the_size(run: Run) -> None:
@@ -255,17 +257,17 @@ async def test_the_refusal_names_the_size(run: Run) -> None:
         await run.checkpoint("x" * 9000)
 
 
-async def test_a_checkpoint_after_the_lease_is_refused(ground: Ground, run: Run) -> None:
+async def test_a_checkpoint_after_the_lease_is_refused(jobs_db: JobsDatabase, run: Run) -> None:
     """A run that was taken over leaves the new owner's state alone."""
     await run.checkpoint([1])
-    await take_over(ground)
+    await take_over(jobs_db)
     with pytest.raises(LeaseLostError, match="moon has lost its lease"):
         await run.checkpoint([2])
-    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+    assert (await jobs_db.row("moon"))["checkpoint"] == "[1]"
 
 
 async def test_a_checkpoint_inside_is_written_with_the_transaction(
-    ground: Ground, instance: Instance, run: Run
+    jobs_db: JobsDatabase, instance: Instance, run: Run
 ) -> None:
     """Both are written or neither is; of several in one transaction the last counts."""
     await run.checkpoint("before")
@@ -274,70 +276,70 @@ async def test_a_checkpoint_inside_is_written_with_the_transaction(
             await connection.execute(NOTE, "rolled back")
             await run.checkpoint("rolled back")
             raise ZeroDivisionError
-    assert (await ground.row("moon"))["checkpoint"] == '"before"'
+    assert (await jobs_db.row("moon"))["checkpoint"] == '"before"'
     async with run.transaction() as connection:
         await connection.execute(NOTE, "written")
         await run.checkpoint("first")
         await run.checkpoint({"second": "'; --"})
-        assert (await ground.row("moon"))["checkpoint"] == '"before"'
+        assert (await jobs_db.row("moon"))["checkpoint"] == '"before"'
     async with run.transaction() as connection:
         await connection.execute(NOTE, "written without")
-    assert await notes(ground) == ["written", "written without"]
-    await ground.expire("moon")
+    assert await notes(jobs_db) == ["written", "written without"]
+    await jobs_db.expire("moon")
     assert instance.run(await instance.claim()).resumed == {"second": "'; --"}
 
 
-async def test_none_inside_forgets_too(ground: Ground, run: Run) -> None:
+async def test_none_inside_forgets_too(jobs_db: JobsDatabase, run: Run) -> None:
     """The last step of a job may forget its state with its effect."""
     await run.checkpoint([1])
     async with run.transaction():
         await run.checkpoint(None)
-    assert (await ground.row("moon"))["checkpoint"] == "null"
+    assert (await jobs_db.row("moon"))["checkpoint"] == "null"
 
 
 # -- transactions ----------------------------------------------------------------------------------
 
 
-async def test_a_transaction_takes_effect_at_its_end(ground: Ground, run: Run) -> None:
+async def test_a_transaction_takes_effect_at_its_end(jobs_db: JobsDatabase, run: Run) -> None:
     """Nobody sees it before, and it locks nothing of the job before."""
     async with run.transaction() as connection:
         await connection.execute(NOTE, "moon")
-        assert await notes(ground) == []
-        async with ground.admin.transaction():
-            await ground.admin.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE NOWAIT")
-    assert await notes(ground) == ["moon"]
+        assert await notes(jobs_db) == []
+        async with jobs_db.admin.transaction():
+            await jobs_db.admin.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE NOWAIT")
+    assert await notes(jobs_db) == ["moon"]
 
 
-async def test_a_run_that_was_taken_over_commits_nothing(ground: Ground, run: Run) -> None:
+async def test_a_run_that_was_taken_over_commits_nothing(jobs_db: JobsDatabase, run: Run) -> None:
     """The lease is checked at the end: what was written in between is not."""
     await run.checkpoint([1])
     with pytest.raises(LeaseLostError, match="moon has lost its lease") as refusal:
         async with run.transaction() as connection:
             await connection.execute(NOTE, "too late")
             await run.checkpoint([2])
-            await take_over(ground)
+            await take_over(jobs_db)
     assert isinstance(refusal.value.__cause__, asyncpg.PostgresError)
-    assert await notes(ground) == []
-    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+    assert await notes(jobs_db) == []
+    assert (await jobs_db.row("moon"))["checkpoint"] == "[1]"
 
 
 async def test_without_the_check_it_would(
-    ground: Ground, run: Run, monkeypatch: pytest.MonkeyPatch
+    jobs_db: JobsDatabase, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: with a plain commit, what a stale run writes takes effect."""
     monkeypatch.setattr(transaction, "COMMIT", "COMMIT")
     async with run.transaction() as connection:
         await connection.execute(NOTE, "too late")
-        await take_over(ground)
-    assert await notes(ground) == ["too late"]
+        await take_over(jobs_db)
+    assert await notes(jobs_db) == ["too late"]
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken over", "expired"])
 async def test_a_run_that_has_lost_its_lease_begins_nothing(
-    ground: Ground, run: Run, *, taken: bool
+    jobs_db: JobsDatabase, run: Run, *, taken: bool
 ) -> None:
     """The body is not even entered."""
-    await (take_over(ground) if taken else ground.expire("moon"))
+    await (take_over(jobs_db) if taken else jobs_db.expire("moon"))
     entered = False
     with pytest.raises(LeaseLostError):
         async with run.transaction():
@@ -345,7 +347,7 @@ async def test_a_run_that_has_lost_its_lease_begins_nothing(
     assert not entered
 
 
-async def test_an_error_rolls_back(ground: Ground, run: Run) -> None:
+async def test_an_error_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
     """Errors of the function or of a statement come through as they are; the run may go on."""
     with pytest.raises(ZeroDivisionError):
         async with run.transaction() as connection:
@@ -362,13 +364,13 @@ async def test_an_error_rolls_back(ground: Ground, run: Run) -> None:
             with suppress(asyncpg.PostgresError):
                 await connection.execute("SELECT 1 / 0")
     assert failed.value.__cause__ is not failed.value
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
     async with run.transaction() as connection:
         await connection.execute(NOTE, "at last")
-    assert await notes(ground) == ["at last"]
+    assert await notes(jobs_db) == ["at last"]
 
 
-async def test_a_constraint_that_is_checked_at_the_commit(ground: Ground, run: Run) -> None:
+async def test_a_constraint_that_is_checked_at_the_commit(jobs_db: JobsDatabase, run: Run) -> None:
     """What the commit itself refuses is the statement's fault, and nothing is written."""
     await run.checkpoint([1])
     with pytest.raises(asyncpg.UniqueViolationError):
@@ -377,8 +379,8 @@ async def test_a_constraint_that_is_checked_at_the_commit(ground: Ground, run: R
             await connection.execute(NOTE, "sun")
             await connection.execute(NOTE, "sun")
             await run.checkpoint([2])
-    assert await notes(ground) == []
-    assert (await ground.row("moon"))["checkpoint"] == "[1]"
+    assert await notes(jobs_db) == []
+    assert (await jobs_db.row("moon"))["checkpoint"] == "[1]"
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ async def test_a_constraint_that_is_checked_at_the_commit(ground: Ground, run: R
     ids=lambda error: type(error).__name__,
 )
 async def test_an_error_of_something_else_is_no_outage(
-    ground: Ground, run: Run, error: OSError
+    jobs_db: JobsDatabase, run: Run, error: OSError
 ) -> None:
     """A missing file is not an unavailable database: the run fails, and is not repeated."""
     with pytest.raises(type(error)) as raised:
@@ -396,7 +398,7 @@ async def test_an_error_of_something_else_is_no_outage(
             raise error
     assert raised.value is error
     assert error.__cause__ is None
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
 
 
 async def test_a_connection_used_wrongly_is_no_outage(run: Run) -> None:
@@ -408,7 +410,7 @@ async def test_a_connection_used_wrongly_is_no_outage(run: Run) -> None:
             )
 
 
-async def test_cancelling_rolls_back(ground: Ground, run: Run) -> None:
+async def test_cancelling_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
     """A run that is stopped in a statement, or between two, leaves nothing, and no lock."""
     for statement in ("SELECT pg_sleep(60)", None):
         inside = asyncio.Event()
@@ -427,20 +429,20 @@ async def test_cancelling_rolls_back(ground: Ground, run: Run) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await notes(ground) == []
+        assert await notes(jobs_db) == []
         async with asyncio.timeout(10):
-            await ground.admin.execute(NOTE, "moon")
-        await ground.admin.execute("TRUNCATE notes")
+            await jobs_db.admin.execute(NOTE, "moon")
+        await jobs_db.admin.execute("TRUNCATE notes")
 
 
-async def test_a_run_has_one_transaction_at_a_time(ground: Ground, run: Run) -> None:
+async def test_a_run_has_one_transaction_at_a_time(jobs_db: JobsDatabase, run: Run) -> None:
     """A second one, inside the first or beside it, is refused; the first is not harmed."""
     async with run.transaction() as connection:
         with pytest.raises(RuntimeError, match="moon has a transaction open already"):
             async with run.transaction():
                 pass
         await connection.execute(NOTE, "first")
-    assert await notes(ground) == ["first"]
+    assert await notes(jobs_db) == ["first"]
 
     async def write(what: str) -> None:
         async with run.transaction() as connection:
@@ -448,12 +450,14 @@ async def test_a_run_has_one_transaction_at_a_time(ground: Ground, run: Run) -> 
 
     results = await asyncio.gather(write("second"), write("third"), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["NoneType", "RuntimeError"]
-    assert len(await notes(ground)) == 2
+    assert len(await notes(jobs_db)) == 2
     await write("again")
 
 
 @pytest.mark.parametrize("when", ["in a statement", "between statements", "before the commit"])
-async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, when: str) -> None:
+async def test_a_connection_that_is_lost_is_an_outage(
+    jobs_db: JobsDatabase, run: Run, when: str
+) -> None:
     """The function gets the outage as an error, may be run again, and nothing is written."""
     with pytest.raises(DatabaseUnavailable) as unavailable:
         async with run.transaction() as connection:
@@ -462,21 +466,21 @@ async def test_a_connection_that_is_lost_is_an_outage(ground: Ground, run: Run, 
             if when == "in a statement":
                 waiting = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
                 await asyncio.sleep(0.1)
-            await ground.admin.execute("SELECT pg_terminate_backend($1, 5000)", pid)
+            await jobs_db.admin.execute("SELECT pg_terminate_backend($1, 5000)", pid)
             if when == "in a statement":
                 await waiting
             elif when == "between statements":
                 await connection.execute(NOTE, "sun")
     assert unavailable.value.detail == "The database became unavailable in a transaction."
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
     async with run.transaction() as connection:
         await connection.execute(NOTE, "at last")
-    assert await notes(ground) == ["at last"]
+    assert await notes(jobs_db) == ["at last"]
 
 
-async def test_an_unavailable_database_is_an_outage(ground: Ground, run: Run) -> None:
+async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: Run) -> None:
     """Neither a transaction nor a checkpoint waits for ever, and both work when it is back."""
-    await ground.take_away()
+    await jobs_db.take_away()
     try:
         with pytest.raises(DatabaseUnavailable):
             async with run.transaction():
@@ -491,7 +495,7 @@ async def test_an_unavailable_database_is_an_outage(ground: Ground, run: Run) ->
 
         await until(refused)
     finally:
-        await ground.bring_back()
+        await jobs_db.bring_back()
 
     async def works() -> bool:
         with suppress(DatabaseUnavailable):
@@ -502,8 +506,8 @@ async def test_an_unavailable_database_is_an_outage(ground: Ground, run: Run) ->
         return False
 
     await until(works)
-    assert (await ground.row("moon"))["checkpoint"] == "[2]"
-    assert await notes(ground) == ["back"]
+    assert (await jobs_db.row("moon"))["checkpoint"] == "[2]"
+    assert await notes(jobs_db) == ["back"]
 
 
 async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]) -> None:
@@ -528,10 +532,10 @@ async def in_thread(run: Run, function: Callable[[ThreadRun], Result]) -> Result
     return await asyncio.to_thread(function, ThreadRun(run))
 
 
-async def test_a_thread_gets_the_same(ground: Ground, instance: Instance, run: Run) -> None:
+async def test_a_thread_gets_the_same(jobs_db: JobsDatabase, instance: Instance, run: Run) -> None:
     """Progress, checkpoints, transactions and what there is to know, called from a thread."""
     await run.checkpoint("before")
-    await ground.expire("moon")
+    await jobs_db.expire("moon")
     run = instance.run(await instance.claim())
 
     def function(run: ThreadRun) -> str:
@@ -549,11 +553,11 @@ async def test_a_thread_gets_the_same(ground: Ground, instance: Instance, run: R
     assert await in_thread(run, function) == "False"
     assert run.lease is not None
     assert run.lease.progress == Progress(1, 2, "half")
-    assert await notes(ground) == ["moon"]
-    assert (await ground.row("moon"))["checkpoint"] == '{"done": 2}'
+    assert await notes(jobs_db) == ["moon"]
+    assert (await jobs_db.row("moon"))["checkpoint"] == '{"done": 2}'
 
 
-async def test_errors_in_a_thread_come_through(ground: Ground, run: Run) -> None:
+async def test_errors_in_a_thread_come_through(jobs_db: JobsDatabase, run: Run) -> None:
     """What is raised in a transaction rolls it back; a lease that is lost is told."""
 
     def fails(run: ThreadRun) -> None:
@@ -585,13 +589,13 @@ async def test_errors_in_a_thread_come_through(ground: Ground, run: Run) -> None
     losing, lost = threading.Event(), threading.Event()
     ending = asyncio.create_task(in_thread(run, loses))
     await asyncio.to_thread(losing.wait, 10)
-    await take_over(ground)
+    await take_over(jobs_db)
     lost.set()
     with pytest.raises(LeaseLostError):
         await ending
     with pytest.raises(LeaseLostError):
         await in_thread(run, lambda run: run.checkpoint(1))
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
 
 
 CALLS: dict[str, Callable[[ThreadRun], object]] = {
@@ -603,16 +607,18 @@ CALLS: dict[str, Callable[[ThreadRun], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_thread_is_stopped_at_its_next_call(ground: Ground, run: Run, call: str) -> None:
-    """Every call raises with the reason once the run was told to stop, and does nothing."""
+async def test_a_thread_is_stopped_at_its_next_call(
+    jobs_db: JobsDatabase, run: Run, call: str
+) -> None:
+    """Every call raises with the reason once the run was requested to stop, and does nothing."""
     run.stopped = ("cancelled", "cancelled by ada")
     with pytest.raises(RunStoppedError, match="cancelled by ada"):
         await in_thread(run, CALLS[call])
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["checkpoint"], run.lease and run.lease.progress.done) == (None, None)
 
 
-async def test_a_thread_is_stopped_inside_a_transaction(ground: Ground, run: Run) -> None:
+async def test_a_thread_is_stopped_inside_a_transaction(jobs_db: JobsDatabase, run: Run) -> None:
     """The next statement raises, and what was written is rolled back."""
 
     def function(facade: ThreadRun) -> None:
@@ -623,13 +629,13 @@ async def test_a_thread_is_stopped_inside_a_transaction(ground: Ground, run: Run
 
     with pytest.raises(RunStoppedError, match="cancelled by ada"):
         await in_thread(run, function)
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
     async with asyncio.timeout(10):
-        await ground.admin.execute(NOTE, "moon")
+        await jobs_db.admin.execute(NOTE, "moon")
 
 
 async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(
-    ground: Ground, run: Run
+    jobs_db: JobsDatabase, run: Run
 ) -> None:
     """What the commit itself refuses comes through as it is."""
 
@@ -641,11 +647,11 @@ async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(
 
     with pytest.raises(asyncpg.UniqueViolationError):
         await in_thread(run, function)
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []
 
 
-async def test_a_thread_is_stopped_before_its_commit(ground: Ground, run: Run) -> None:
-    """A run that was told to stop in the body does not commit."""
+async def test_a_thread_is_stopped_before_its_commit(jobs_db: JobsDatabase, run: Run) -> None:
+    """A run that was requested to stop in the body does not commit."""
 
     def function(facade: ThreadRun) -> None:
         with facade.transaction() as connection:
@@ -654,4 +660,4 @@ async def test_a_thread_is_stopped_before_its_commit(ground: Ground, run: Run) -
 
     with pytest.raises(RunStoppedError, match="cancelled by ada"):
         await in_thread(run, function)
-    assert await notes(ground) == []
+    assert await notes(jobs_db) == []

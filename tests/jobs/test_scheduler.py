@@ -26,7 +26,7 @@ from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler, backoff
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
-from tests.jobs.support import Ground, on, until
+from tests.jobs.support import JobsDatabase, on, until
 from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
@@ -35,9 +35,9 @@ HEARTBEAT_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres, job_heartbeat_seconds=HEARTBEAT_SECONDS) as ground:
-        yield ground
+async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres, job_heartbeat_seconds=HEARTBEAT_SECONDS) as jobs_db:
+        yield jobs_db
 
 
 def declare(function: Callable[[Any], Any], name: str = "moon", **arguments: object) -> Job:
@@ -209,15 +209,15 @@ ENDINGS = {
 }
 
 
-async def test_every_way_to_end_is_recorded(ground: Ground) -> None:
+async def test_every_way_to_end_is_recorded(jobs_db: JobsDatabase) -> None:
     """Outcome and result say how each run ended; the job waits for its next tick."""
     jobs = [declare(each.function, name, **each.arguments) for name, each in ENDINGS.items()]
-    async with ground.scheduler(jobs):
+    async with jobs_db.scheduler(jobs):
         for name in ENDINGS:
-            await ground.ended(name)
+            await jobs_db.ended(name)
     for name, each in ENDINGS.items():
-        assert await ground.outcomes(name) == [(each.outcome, each.result)], name
-        row = await ground.row(name)
+        assert await jobs_db.outcomes(name) == [(each.outcome, each.result)], name
+        row = await jobs_db.row(name)
         assert (row["last_outcome"], row["last_result"]) == (each.outcome, each.result)
         assert (row["holder"], row["attempt"], row["checkpoint"]) == (None, 0, None)
         assert row["due_at"] == row["ready_at"] == row["anchor_at"] + HOUR
@@ -232,20 +232,20 @@ EXITS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-async def test_a_job_cannot_end_its_instance(ground: Ground) -> None:
+async def test_a_job_cannot_end_its_instance(jobs_db: JobsDatabase) -> None:
     """What would end a program is a failure of the run; the instance goes on."""
 
-    async def instance(ground: Ground) -> None:
+    async def instance(jobs_db: JobsDatabase) -> None:
         jobs = [declare(function, name) for name, function in EXITS.items()]
-        async with ground.scheduler([*jobs, declare(returns("well"), "well")]):
+        async with jobs_db.scheduler([*jobs, declare(returns("well"), "well")]):
             for name in [*EXITS, "well"]:
-                await ground.ended(name)
+                await jobs_db.ended(name)
 
     def apart() -> str:
         """Run it in an event loop that may be ended."""
 
         async def live() -> None:
-            async with on(ground.variables) as other:
+            async with on(jobs_db.variables) as other:
                 await instance(other)
                 for name in EXITS:
                     ((outcome, result),) = await other.outcomes(name)
@@ -262,7 +262,7 @@ async def test_a_job_cannot_end_its_instance(ground: Ground) -> None:
     assert await asyncio.to_thread(apart) == "went on"
 
 
-async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> None:
+async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(jobs_db: JobsDatabase) -> None:
     """A wish in the row ends the run, however it ends, as `cancelled`; others are left alone."""
     functions: dict[str, Callable[[Any], Any]] = {
         "sleeps": sleeps,
@@ -274,49 +274,51 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(ground: Ground) -> N
     }
     least = timedelta(minutes=9)
     jobs = [declare(function, name, min_duration=least) for name, function in functions.items()]
-    async with ground.scheduler([*jobs, declare(sleeps, "other")]):
-        await _run_all(ground, 7)
+    async with jobs_db.scheduler([*jobs, declare(sleeps, "other")]):
+        await _run_all(jobs_db, 7)
         started = monotonic()
-        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name <> 'other'")
+        await jobs_db.admin.execute(
+            "UPDATE jobs SET cancel_requested_by = 'ada' WHERE name <> 'other'"
+        )
         for name in functions:
-            await ground.ended(name)
+            await jobs_db.ended(name)
         took = monotonic() - started
-        assert (await ground.row("other"))["holder"] is not None
+        assert (await jobs_db.row("other"))["holder"] is not None
     report_figures(f"cancelled after {took:.2f} s")
     assert took < HEARTBEAT_SECONDS + 5
     for name in functions:
-        assert await ground.outcomes(name) == [("cancelled", "cancelled by ada")], name
-        row = await ground.row(name)
-        assert (row["due_at"], row["cancel_by"]) == (row["anchor_at"] + HOUR, None)
-    assert await ground.outcomes("other") == [("interrupted", "its instance was stopped")]
+        assert await jobs_db.outcomes(name) == [("cancelled", "cancelled by ada")], name
+        row = await jobs_db.row(name)
+        assert (row["due_at"], row["cancel_requested_by"]) == (row["anchor_at"] + HOUR, None)
+    assert await jobs_db.outcomes("other") == [("released", "its instance was stopped")]
 
 
-async def test_a_wish_to_cancel_outlives_its_instance(ground: Ground) -> None:
+async def test_a_wish_to_cancel_outlives_its_instance(jobs_db: JobsDatabase) -> None:
     """Who takes over a run that was to be cancelled does not begin it."""
-    lost = ground.instance("lost")
+    lost = jobs_db.instance("lost")
     await lost.declare("moon")
     await lost.claim()
-    await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
-    await ground.expire("moon")
+    await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
+    await jobs_db.expire("moon")
     begun = []
-    async with ground.scheduler([declare(lambda _run: begun.append(1))]):
-        await ground.ended("moon", runs=2)
+    async with jobs_db.scheduler([declare(lambda _run: begun.append(1))]):
+        await jobs_db.ended("moon", runs=2)
     assert begun == []
-    assert [outcome for outcome, _ in await ground.outcomes("moon")] == ["lost", "cancelled"]
+    assert [outcome for outcome, _ in await jobs_db.outcomes("moon")] == ["lost", "cancelled"]
 
 
-async def _run_all(ground: Ground, jobs: int) -> None:
+async def _run_all(jobs_db: JobsDatabase, jobs: int) -> None:
     """Wait until so many jobs run."""
 
     async def look() -> bool:
-        held = await ground.admin.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
+        held = await jobs_db.admin.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
         return bool(held == jobs)
 
     await until(look)
     await asyncio.sleep(0.1)
 
 
-async def test_an_instance_that_stops_releases_its_runs(ground: Ground) -> None:
+async def test_an_instance_that_stops_releases_its_runs(jobs_db: JobsDatabase) -> None:
     """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
 
     async def goes_on(run: Run) -> str:
@@ -333,55 +335,58 @@ async def test_an_instance_that_stops_releases_its_runs(ground: Ground) -> None:
         "thread": waits_in_thread,
     }
     jobs = [declare(function, name) for name, function in functions.items()]
-    async with ground.scheduler(jobs):
-        await _run_all(ground, 5)
+    async with jobs_db.scheduler(jobs):
+        await _run_all(jobs_db, 5)
         stopping = monotonic()
     took = monotonic() - stopping
     report_figures(f"stopped after {took:.2f} s")
     assert took < 5
     for name in functions:
-        assert await ground.outcomes(name) == [("interrupted", "its instance was stopped")], name
-        row = await ground.row(name)
+        assert await jobs_db.outcomes(name) == [("released", "its instance was stopped")], name
+        row = await jobs_db.row(name)
         assert (row["holder"], row["attempt"], row["due_at"]) == (None, 1, row["anchor_at"])
-        assert row["ready_at"] == row["alive_at"] or row["ready_at"] <= row["alive_at"] + SECOND
-    async with ground.scheduler(jobs[:1]):
-        await ground.ended("goes-on", runs=2)
-    assert (await ground.outcomes("goes-on"))[-1] == (
+        assert (
+            row["ready_at"] == row["last_heartbeat_at"]
+            or row["ready_at"] <= row["last_heartbeat_at"] + SECOND
+        )
+    async with jobs_db.scheduler(jobs[:1]):
+        await jobs_db.ended("goes-on", runs=2)
+    assert (await jobs_db.outcomes("goes-on"))[-1] == (
         "succeeded",
         "went on from 5 in attempt 1",
     )
-    assert await ground.admin.fetchval("SELECT count(*) FROM copies") == 0
+    assert await jobs_db.admin.fetchval("SELECT count(*) FROM instances") == 0
 
 
-async def test_a_claim_under_way_when_the_instance_stops_is_released(ground: Ground) -> None:
+async def test_a_claim_under_way_when_the_instance_stops_is_released(jobs_db: JobsDatabase) -> None:
     """A job that is claimed while the instance stops is freed at once, and never begins."""
     begun = []
     jobs = [declare(lambda _run: begun.append(1))]
-    blocker = await ground.connect()
-    async with ground.scheduler(jobs, starts=False) as scheduler:
-        await ground.instance().declare("moon")
+    blocker = await jobs_db.connect()
+    async with jobs_db.scheduler(jobs, starts=False) as scheduler:
+        await jobs_db.instance().declare("moon")
         transaction = blocker.transaction()
         await transaction.start()
         await blocker.execute("LOCK TABLE job_runs IN EXCLUSIVE MODE")  # a claim writes here
         scheduler.start()
-        await _waits(ground)
+        await _waits(jobs_db)
         stopping = asyncio.create_task(scheduler.stop())
         await asyncio.sleep(0.1)
         assert not stopping.done()
         await transaction.rollback()
         await stopping
     assert begun == []
-    assert await ground.outcomes("moon") == [("interrupted", "its instance was stopped")]
-    row = await ground.row("moon")
+    assert await jobs_db.outcomes("moon") == [("released", "its instance was stopped")]
+    row = await jobs_db.row("moon")
     assert (row["holder"], row["fence"], row["attempt"]) == (None, 1, 1)
 
 
-async def _waits(ground: Ground) -> None:
+async def _waits(jobs_db: JobsDatabase) -> None:
     """Wait until somebody waits for a lock."""
 
     async def look() -> bool:
         return bool(
-            await ground.admin.fetchval(
+            await jobs_db.admin.fetchval(
                 "SELECT count(*) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND wait_event_type = 'Lock'"
             )
@@ -393,7 +398,7 @@ async def _waits(ground: Ground) -> None:
 # -- the least duration ----------------------------------------------------------------------------
 
 
-async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
+async def test_a_run_lasts_for_its_least_duration(jobs_db: JobsDatabase) -> None:
     """Work that is done sooner waits until then, as the job or the settings say; errors do not."""
     jobs = [
         declare(returns("done"), "own", min_duration=timedelta(seconds=0.6)),
@@ -401,8 +406,8 @@ async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
         declare(raises(ValueError("no")), "fails"),
         declare(ignores_in_thread, "thread", min_duration=timedelta(seconds=0.6)),
     ]
-    async with ground.scheduler(jobs, job_min_seconds=0.3):
-        runs = {each.name: (await ground.ended(each.name))[0] for each in jobs}
+    async with jobs_db.scheduler(jobs, job_min_seconds=0.3):
+        runs = {each.name: (await jobs_db.ended(each.name))[0] for each in jobs}
     lasted = {
         name: (run["ended_at"] - run["started_at"]).total_seconds() for name, run in runs.items()
     }
@@ -414,22 +419,22 @@ async def test_a_run_lasts_for_its_least_duration(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel"])
-async def test_work_that_is_done_is_not_undone(ground: Ground, how: str) -> None:
+async def test_work_that_is_done_is_not_undone(jobs_db: JobsDatabase, how: str) -> None:
     """A run that is stopped while it only waits for its least duration has succeeded."""
-    async with ground.scheduler([declare(returns("done"), min_duration=HOUR)]):
-        await _run_all(ground, 1)
+    async with jobs_db.scheduler([declare(returns("done"), min_duration=HOUR)]):
+        await _run_all(jobs_db, 1)
         if how == "cancel":
-            await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
-            await ground.ended("moon")
-    assert await ground.outcomes("moon") == [("succeeded", "done")]
-    row = await ground.row("moon")
+            await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
+            await jobs_db.ended("moon")
+    assert await jobs_db.outcomes("moon") == [("succeeded", "done")]
+    row = await jobs_db.row("moon")
     assert row["due_at"] == row["anchor_at"] + HOUR
 
 
 # -- the next tick ---------------------------------------------------------------------------------
 
 
-async def test_a_failure_is_tried_again(ground: Ground) -> None:
+async def test_a_failure_is_tried_again(jobs_db: JobsDatabase) -> None:
     """The same tick runs again after `retry_after`, with a higher attempt, until it succeeds."""
     seen = []
 
@@ -439,48 +444,50 @@ async def test_a_failure_is_tried_again(ground: Ground) -> None:
             raise ValueError("not yet")
         return "at last"
 
-    async with ground.scheduler([declare(fails_twice, retry_after=timedelta(seconds=0.2))]):
-        await ground.ended("moon", runs=3)
-    row = await ground.row("moon")
+    async with jobs_db.scheduler([declare(fails_twice, retry_after=timedelta(seconds=0.2))]):
+        await jobs_db.ended("moon", runs=3)
+    row = await jobs_db.row("moon")
     assert seen == [(row["anchor_at"], attempt, attempt + 1) for attempt in range(3)]
-    first, second, third = await ground.runs("moon")
+    first, second, third = await jobs_db.runs("moon")
     assert [run["outcome"] for run in (first, second, third)] == ["failed", "failed", "succeeded"]
     assert second["started_at"] - first["ended_at"] >= timedelta(seconds=0.1)
     assert (row["attempt"], row["due_at"]) == (0, row["anchor_at"] + HOUR)
 
 
-async def test_failures_in_a_row_are_counted_and_may_pause_a_job(ground: Ground) -> None:
+async def test_failures_in_a_row_are_counted_and_may_pause_a_job(jobs_db: JobsDatabase) -> None:
     """Whatever the tick, until a success; so many in a row pause it, with the reason."""
     ends = iter([ValueError("1"), ValueError("2"), None, ValueError("3"), ValueError("4")])
     streaks = []
 
     async def fails_mostly(_run: Run) -> None:
-        streaks.append((await ground.row("moon"))["failure_streak"])
+        streaks.append((await jobs_db.row("moon"))["failure_streak"])
         error = next(ends)
         if error is not None:
             raise error
 
     moon = declare(fails_mostly, every=SECOND, pause_after_failures=3)
-    async with ground.scheduler([moon], starts=False) as scheduler:
+    async with jobs_db.scheduler([moon], starts=False) as scheduler:
         for end in range(5):
             if end:
-                await ground.ready("moon")
+                await jobs_db.ready("moon")
             await until(lambda: _claims(scheduler))
             await asyncio.wait(set(scheduler._runs.values()))
     assert streaks == [0, 1, 2, 0, 1]
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["failure_streak"], row["paused_at"]) == (2, None)
     once_more = declare(raises(ValueError("5")), every=SECOND, pause_after_failures=3)
-    async with ground.scheduler([once_more], starts=False) as scheduler:
-        await ground.ready("moon")
+    async with jobs_db.scheduler([once_more], starts=False) as scheduler:
+        await jobs_db.ready("moon")
         await until(lambda: _claims(scheduler))
         await asyncio.wait(set(scheduler._runs.values()))
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["failure_streak"], row["paused_by"]) == (3, "balance_app")
     assert row["pause_reason"] == "its last 3 runs failed"
 
 
-async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(ground: Ground) -> None:
+async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(
+    jobs_db: JobsDatabase,
+) -> None:
     """It raises unavailability itself: it ran 600 times in ten seconds, with no failure shown."""
     runs = []
 
@@ -489,14 +496,14 @@ async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(ground: G
         raise DatabaseUnavailable("no", applied="no")
 
     seconds = size(3, 60)
-    async with ground.scheduler([declare(unavailable)]):
+    async with jobs_db.scheduler([declare(unavailable)]):
         await asyncio.sleep(seconds)
     print(f"{len(runs)} runs in the first {seconds} s")
     least, most = size(2, 5), size(3, 6)  # the pauses double, from a second on
     assert least <= len(runs) <= most
 
 
-async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
+async def test_what_comes_first_after_a_failure(jobs_db: JobsDatabase) -> None:
     """The next tick if it is sooner than another try; timeouts are tried again, cancels are not."""
     retry = {"retry_after": timedelta(minutes=30)}
     jobs = [
@@ -506,14 +513,16 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
         declare(sleeps, "cancel", **retry),
         declare(raises(ValueError("no")), "never"),
     ]
-    async with ground.scheduler(jobs):
-        await until(lambda: _held(ground, "cancel"))
-        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada' WHERE name = 'cancel'")
+    async with jobs_db.scheduler(jobs):
+        await until(lambda: _held(jobs_db, "cancel"))
+        await jobs_db.admin.execute(
+            "UPDATE jobs SET cancel_requested_by = 'ada' WHERE name = 'cancel'"
+        )
         for each in jobs:
-            await ground.ended(each.name)
+            await jobs_db.ended(each.name)
     for name, attempt in {"retry": 1, "timeout": 1, "tick": 0, "cancel": 0, "never": 0}.items():
-        row = await ground.row(name)
-        (run,) = await ground.runs(name)
+        row = await jobs_db.row(name)
+        (run,) = await jobs_db.runs(name)
         assert row["attempt"] == attempt, name
         if attempt:
             assert row["due_at"] == run["due_at"] == row["anchor_at"]
@@ -524,39 +533,41 @@ async def test_what_comes_first_after_a_failure(ground: Ground) -> None:
             assert row["due_at"] == row["ready_at"] == row["anchor_at"] + every
 
 
-async def _held(ground: Ground, name: str) -> bool:
-    row = await ground.admin.fetchrow("SELECT holder FROM jobs WHERE name = $1", name)
+async def _held(jobs_db: JobsDatabase, name: str) -> bool:
+    row = await jobs_db.admin.fetchrow("SELECT holder FROM jobs WHERE name = $1", name)
     return row is not None and row["holder"] is not None
 
 
-async def test_jitter_delays_the_start_not_the_tick(ground: Ground) -> None:
+async def test_jitter_delays_the_start_not_the_tick(jobs_db: JobsDatabase) -> None:
     """A tick stays what it is; the start is later by less than the jitter."""
     names = [f"job-{number}" for number in range(10)]
     jitter = timedelta(minutes=30)
-    async with ground.scheduler([declare(returns(None), name, jitter=jitter) for name in names]):
+    async with jobs_db.scheduler([declare(returns(None), name, jitter=jitter) for name in names]):
         for name in names:
-            await ground.ended(name)
-    rows = [await ground.row(name) for name in names]
+            await jobs_db.ended(name)
+    rows = [await jobs_db.row(name) for name in names]
     assert all(row["due_at"] == row["anchor_at"] + HOUR for row in rows)
     delays = {row["ready_at"] - row["due_at"] for row in rows}
     assert len(delays) > 1
     assert all(timedelta(0) <= delay <= jitter for delay in delays)
 
 
-async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(ground: Ground) -> None:
+async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(
+    jobs_db: JobsDatabase,
+) -> None:
     """While instances are replaced, the last run of the old is followed by a tick of the new."""
     go = asyncio.Event()
 
     async def waits(_run: Run) -> None:
         await go.wait()
 
-    async with ground.scheduler([declare(waits, every=timedelta(days=366))]) as scheduler:
-        await _run_all(ground, 1)
-        await ground.instance("new").declare("moon", schedule="every 60 s")
+    async with jobs_db.scheduler([declare(waits, every=timedelta(days=366))]) as scheduler:
+        await _run_all(jobs_db, 1)
+        await jobs_db.instance("new").declare("moon", schedule="every 60 s")
         scheduler._draining = True  # it takes no other run
         go.set()
-        await ground.ended("moon")
-    row = await ground.row("moon")
+        await jobs_db.ended("moon")
+    row = await jobs_db.row("moon")
     assert row["due_at"] == row["anchor_at"] + timedelta(seconds=60)
 
 
@@ -570,8 +581,8 @@ SELDOM: dict[str, Any] = {"job_lease_seconds": 900, "job_heartbeat_seconds": 300
 class Life:
     """A job whose every step the test decides, on an instance whose claims the test makes."""
 
-    def __init__(self, ground: Ground, random: Random) -> None:
-        self.ground = ground
+    def __init__(self, jobs_db: JobsDatabase, random: Random) -> None:
+        self.jobs_db = jobs_db
         self.random = random
         self.orders: asyncio.Queue[BaseException | None] = asyncio.Queue()
         self.told: list[str] = []
@@ -591,7 +602,7 @@ class Life:
 
     async def live(self, scheduler: Scheduler, steps: int) -> None:
         await scheduler.run_once()
-        await until(lambda: self.ground.admin.fetchval("SELECT count(*) FROM copies"))
+        await until(lambda: self.jobs_db.admin.fetchval("SELECT count(*) FROM instances"))
         await self.end(scheduler)
         for _ in range(steps):
             await self.wait_or_ask()
@@ -599,7 +610,7 @@ class Life:
             if scheduler._runs:
                 await self.end(scheduler)
         while not scheduler._runs:  # and a last tick, so that the row stands at the next
-            await self.ground.shift(1)
+            await self.jobs_db.shift(1)
             await scheduler.run_once()
         self.orders.put_nowait(None)
         await self.ended(scheduler)
@@ -608,11 +619,11 @@ class Life:
         what = self.random.choices(["wait", "outage", "ask", "now"], [6, 1, 2, 1])[0]
         self.told.append(what)
         if what == "wait":
-            await self.ground.shift(self.random.uniform(0, 1.5))
+            await self.jobs_db.shift(self.random.uniform(0, 1.5))
         elif what == "outage":
-            await self.ground.shift(self.random.uniform(2, 500))
+            await self.jobs_db.shift(self.random.uniform(2, 500))
         elif what == "ask":
-            await self.ground.admin.execute(RUN, "moon", "ada", timedelta(seconds=60))
+            await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60))
 
     async def end(self, scheduler: Scheduler) -> None:
         what = self.random.choices(["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1])[0]
@@ -620,12 +631,12 @@ class Life:
         seconds = self.random.choice([0, 0, 0.7, self.random.uniform(0, 9)])
         if what == "lost":
             seconds = 0
-            if (await self.ground.row("moon"))["lost_streak"] == 0:
-                other = self.ground.instance("other")
+            if (await self.jobs_db.row("moon"))["lost_streak"] == 0:
+                other = self.jobs_db.instance("other")
                 await other.declare("moon", schedule="every 1 s")
-                await self.ground.expire("moon")
+                await self.jobs_db.expire("moon")
                 await other.claim()
-                await self.ground.expire("moon")
+                await self.jobs_db.expire("moon")
         # What the run has in mind can't be moved back, so its end comes later, and then all moves.
         heartbeat = scheduler._heartbeat
         heartbeat.set_clock(heartbeat.server_time() + timedelta(seconds=seconds), monotonic())
@@ -637,20 +648,20 @@ class Life:
             }.get(what)
         )
         await self.ended(scheduler)
-        await self.ground.shift(seconds)
+        await self.jobs_db.shift(seconds)
 
     async def ended(self, scheduler: Scheduler) -> None:
         await asyncio.wait(set(scheduler._runs.values()))
 
 
-async def account(ground: Ground) -> tuple[int, list[str]]:
+async def account(jobs_db: JobsDatabase) -> tuple[int, list[str]]:
     """Return how many ticks there were, and what is wrong with the account of them."""
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     interval = SECOND
     faults = []
     ran: set[int] = set()
     skipped: list[int] = []
-    for run in await ground.runs("moon"):
+    for run in await jobs_db.runs("moon"):
         number, rest = divmod(run["due_at"] - row["anchor_at"], interval)
         if run["outcome"] != "skipped":
             if not rest:
@@ -686,14 +697,14 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("seed", range(size(small=3, full=30)))
-async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
+async def test_every_tick_is_accounted_for(jobs_db: JobsDatabase, seed: int) -> None:
     """Each tick either ran or is in a range that did not, none is missing, none is there twice."""
-    life = Life(ground, Random(seed))
+    life = Life(jobs_db, Random(seed))
     moon = life.job()
-    async with ground.scheduler([moon], starts=False, **SELDOM) as scheduler:
+    async with jobs_db.scheduler([moon], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=size(small=60, full=300))
-    ticks, faults = await account(ground)
-    outcomes = await ground.admin.fetch(
+    ticks, faults = await account(jobs_db)
+    outcomes = await jobs_db.admin.fetch(
         "SELECT outcome, count(*), sum(ticks) AS ticks FROM job_runs GROUP BY 1 ORDER BY 1"
     )
     report_figures(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
@@ -705,7 +716,7 @@ async def test_every_tick_is_accounted_for(ground: Ground, seed: int) -> None:
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("kept", [0, 1, None], ids=["one reason", "the other", "none"])
 async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch, kept: int | None
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, kept: int | None
 ) -> None:
     """The control: whoever records fewer ranges is found out."""
     guarded = completion.complete
@@ -717,17 +728,17 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
         return replace(whole, skipped=[s for s in whole.skipped if s.reason == kept_reason])
 
     monkeypatch.setattr(scheduling, "complete", forgetful)
-    life = Life(ground, Random(7))
-    async with ground.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
+    life = Life(jobs_db, Random(7))
+    async with jobs_db.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=40)
-    _, faults = await account(ground)
+    _, faults = await account(jobs_db)
     assert any("missing" in fault for fault in faults)
 
 
 # -- claims ----------------------------------------------------------------------------------------
 
 
-async def test_a_claim_says_how_long_to_wait(ground: Ground) -> None:
+async def test_a_claim_says_how_long_to_wait(jobs_db: JobsDatabase) -> None:
     """At once after a claim; else until the next job, but never for long."""
     go = asyncio.Event()
 
@@ -735,7 +746,7 @@ async def test_a_claim_says_how_long_to_wait(ground: Ground) -> None:
         await go.wait()
 
     jobs = [declare(waits), declare(waits, "sun", every=2 * HOUR)]
-    async with ground.scheduler(jobs, starts=False) as scheduler:
+    async with jobs_db.scheduler(jobs, starts=False) as scheduler:
         for number in (1, 2):
             while (seconds := await scheduler.run_once()) > 0:
                 assert seconds <= scheduling.TIE_BREAK.total_seconds()
@@ -744,10 +755,10 @@ async def test_a_claim_says_how_long_to_wait(ground: Ground) -> None:
         go.set()
         await asyncio.wait(set(scheduler._runs.values()))
         assert await scheduler.run_once() == scheduling.IDLE_POLL_SECONDS
-        await ground.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
+        await jobs_db.admin.execute("UPDATE jobs SET ready_at = clock_timestamp() + interval '2 s'")
         assert 0 < await scheduler.run_once() <= 2.1
-        await ground.ready("moon", seconds_ago=1)
-        locker = await ground.connect()
+        await jobs_db.ready("moon", seconds_ago=1)
+        locker = await jobs_db.connect()
         async with locker.transaction():
             await locker.execute("SELECT FROM jobs WHERE name = 'moon' FOR UPDATE")
             assert await scheduler.run_once() == scheduling.RACE_SECONDS
@@ -759,19 +770,21 @@ async def _claims(scheduler: Scheduler) -> bool:
     return await scheduler.run_once() == 0
 
 
-async def test_a_quarantined_job_is_passed_over(ground: Ground) -> None:
+async def test_a_quarantined_job_is_passed_over(jobs_db: JobsDatabase) -> None:
     """A job that was lost too often waits, and the next one is claimed without delay."""
-    lost = ground.instance("lost")
+    lost = jobs_db.instance("lost")
     await lost.declare("moon")
     await lost.claim()
-    await ground.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
-    await ground.expire("moon")
+    await jobs_db.admin.execute("UPDATE jobs SET lost_streak = $1", LOST_LIMIT - 1)
+    await jobs_db.expire("moon")
     begun = []
-    async with ground.scheduler([declare(lambda _run: begun.append(1))], starts=False) as scheduler:
+    async with jobs_db.scheduler(
+        [declare(lambda _run: begun.append(1))], starts=False
+    ) as scheduler:
         assert await scheduler.run_once() == 0
         assert await scheduler.run_once() > 0
     assert begun == []
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert row["ready_at"] - row["last_ended_at"] >= QUARANTINE
     assert row["lost_streak"] == LOST_LIMIT
 
@@ -786,30 +799,30 @@ def test_the_backoff_grows_with_each_run_ever_more_slowly() -> None:
     assert waits[-1] < timedelta(seconds=5)
 
 
-async def _shares(ground: Ground, *, instances: int, jobs: int, step: float) -> list[int]:
+async def _shares(jobs_db: JobsDatabase, *, instances: int, jobs: int, step: float) -> list[int]:
     """Let instances come up together; return how many jobs each runs."""
     names = [f"job-{number}" for number in range(jobs)]
     async with AsyncExitStack() as stack:
         schedulers = [
             await stack.enter_async_context(
-                ground.scheduler(
+                jobs_db.scheduler(
                     [declare(sleeps, name) for name in names],
                     server_id=f"app{number}",
-                    job_settling_seconds=0.7,
+                    job_warm_up_seconds=0.7,
                     job_step_seconds=step,
                 )
             )
             for number in range(instances)
         ]
-        await _run_all(ground, jobs)
+        await _run_all(jobs_db, jobs)
         return sorted(len(scheduler._runs) for scheduler in schedulers)
 
 
-async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> None:
+async def test_instances_that_come_up_together_share_evenly(jobs_db: JobsDatabase) -> None:
     """Nobody runs two more than another; without the backoff, somebody does."""
-    shares = await _shares(ground, instances=4, jobs=10, step=0.3)
-    await ground.forget()
-    unguarded = await _shares(ground, instances=4, jobs=30, step=0)
+    shares = await _shares(jobs_db, instances=4, jobs=10, step=0.3)
+    await jobs_db.forget()
+    unguarded = await _shares(jobs_db, instances=4, jobs=30, step=0)
     report_figures(f"10 jobs on 4 instances: {shares}; 30 without steps: {unguarded}")
     assert shares == [2, 2, 3, 3]
 
@@ -818,7 +831,9 @@ async def test_instances_that_come_up_together_share_evenly(ground: Ground) -> N
 
 
 @pytest.mark.parametrize("function", ["async", "thread"])
-async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, function: str) -> None:
+async def test_an_end_is_recorded_when_the_database_is_back(
+    jobs_db: JobsDatabase, function: str
+) -> None:
     """A run that ends while the database is unavailable has succeeded, and counts once."""
     go, ended = threading.Event(), threading.Event()
 
@@ -833,41 +848,41 @@ async def test_an_end_is_recorded_when_the_database_is_back(ground: Ground, func
         return "meanwhile"
 
     moon = declare(waits if function == "async" else waits_too)
-    async with ground.scheduler([moon], job_lease_seconds=10) as scheduler:
-        await _run_all(ground, 1)
-        await ground.take_away()
+    async with jobs_db.scheduler([moon], job_lease_seconds=10) as scheduler:
+        await _run_all(jobs_db, 1)
+        await jobs_db.take_away()
         try:
             go.set()
             await asyncio.to_thread(ended.wait, 10)
             await asyncio.sleep(0.7)
             assert scheduler._runs
         finally:
-            await ground.bring_back()
-        (run,) = await ground.ended("moon")
-    assert await ground.outcomes("moon") == [("succeeded", "meanwhile")]
-    moment = await ground.admin.fetchval("SELECT clock_timestamp()")
+            await jobs_db.bring_back()
+        (run,) = await jobs_db.ended("moon")
+    assert await jobs_db.outcomes("moon") == [("succeeded", "meanwhile")]
+    moment = await jobs_db.admin.fetchval("SELECT clock_timestamp()")
     assert moment - run["ended_at"] > timedelta(seconds=0.6)  # it ended before it was recorded
 
 
-async def test_claiming_goes_on_when_the_database_is_back(ground: Ground) -> None:
+async def test_claiming_goes_on_when_the_database_is_back(jobs_db: JobsDatabase) -> None:
     """An instance that lost its database, or came up before it, takes jobs when it is there."""
     count = []
-    async with ground.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
-        await ground.ended("moon")
-        await ground.take_away()
+    async with jobs_db.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
+        await jobs_db.ended("moon")
+        await jobs_db.take_away()
         await asyncio.sleep(0.5)
-        await ground.bring_back()
+        await jobs_db.bring_back()
         before = len(count)
-        await ground.ended("moon", runs=before + 1)
-    await ground.forget()
-    await ground.take_away()
-    async with ground.scheduler([declare(returns(None), "sun")]):
+        await jobs_db.ended("moon", runs=before + 1)
+    await jobs_db.forget()
+    await jobs_db.take_away()
+    async with jobs_db.scheduler([declare(returns(None), "sun")]):
         await asyncio.sleep(0.5)
-        await ground.bring_back()
-        await ground.ended("sun")
+        await jobs_db.bring_back()
+        await jobs_db.ended("sun")
 
 
-async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
+async def test_a_run_that_loses_its_lease_is_stopped(jobs_db: JobsDatabase) -> None:
     """An instance that hears that its lease is over stops the run, and leaves the new one alone."""
     begun: list[int] = []
 
@@ -878,13 +893,13 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
         finally:
             begun.append(-run.fence)
 
-    async with ground.scheduler([declare(waits)]):
-        await _run_all(ground, 1)
-        other = ground.instance("other")
+    async with jobs_db.scheduler([declare(waits)]):
+        await _run_all(jobs_db, 1)
+        other = jobs_db.instance("other")
         await other.declare("moon")
-        await ground.admin.execute(
+        await jobs_db.admin.execute(
             "UPDATE jobs SET holder = $1, server = 'other', fence = fence + 1,"
-            " lease_until = clock_timestamp() + interval '1 min'",
+            " lease_expires_at = clock_timestamp() + interval '1 min'",
             other.me.id,
         )
 
@@ -892,33 +907,33 @@ async def test_a_run_that_loses_its_lease_is_stopped(ground: Ground) -> None:
             return begun == [1, -1]
 
         await until(stopped)
-    row = await ground.row("moon")
+    row = await jobs_db.row("moon")
     assert (row["holder"], row["fence"], row["last_outcome"]) == (other.me.id, 2, None)
 
 
-async def test_that_the_work_of_a_run_is_done_is_noted(ground: Ground) -> None:
+async def test_that_the_work_of_a_run_is_done_is_noted(jobs_db: JobsDatabase) -> None:
     """While it lasts on to its least duration; cancelled then, it has succeeded all the same."""
 
     async def quick(_run: Run) -> str:
         return "all is done"
 
-    async with ground.scheduler([declare(quick, min_duration=timedelta(minutes=1))]) as scheduler:
+    async with jobs_db.scheduler([declare(quick, min_duration=timedelta(minutes=1))]) as scheduler:
 
         async def noted() -> bool | None:
-            row = await ground.admin.fetchrow(
+            row = await jobs_db.admin.fetchrow(
                 "SELECT * FROM jobs WHERE work_ended_at >= started_at"
             )
             return row is not None or None
 
         await until(noted)
-        await ground.admin.execute("UPDATE jobs SET cancel_by = 'ada'")
+        await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
         scheduler.wake()
-        (run,) = await ground.ended("moon")
+        (run,) = await jobs_db.ended("moon")
     assert (run["outcome"], run["result"]) == ("succeeded", "all is done")
 
 
 async def test_nothing_is_claimed_without_heartbeats(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no thread can be started no run begins; one that has ended is started again."""
     started = threading.Thread.start
@@ -934,7 +949,7 @@ async def test_nothing_is_claimed_without_heartbeats(
     async def runs(_run: Run) -> None:
         begun.append(1)
 
-    async with ground.scheduler([declare(runs)]) as scheduler:
+    async with jobs_db.scheduler([declare(runs)]) as scheduler:
 
         async def refused() -> bool:
             return scheduler.fault is not None
@@ -944,7 +959,7 @@ async def test_nothing_is_claimed_without_heartbeats(
         assert begun == []
         assert scheduler.fault == ("The heartbeat thread can't be started: can't start new thread.")
         monkeypatch.undo()
-        await ground.ended("moon")
+        await jobs_db.ended("moon")
         assert scheduler.fault is None
         # It ends by an error that nobody expects.
         thread = scheduler._heartbeat._thread
@@ -953,6 +968,6 @@ async def test_nothing_is_claimed_without_heartbeats(
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
         monkeypatch.undo()
-        await ground.ready("moon")
-        await ground.ended("moon", runs=2)
+        await jobs_db.ready("moon")
+        await jobs_db.ended("moon", runs=2)
     assert begun == [1, 1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 from tests.jobs.fleet import overlaps
-from tests.jobs.ground import Database, Ground, end, ground
+from tests.jobs.jobs_db import Database, JobsDatabase, end, jobs_db
 from tests.processes import Instance, running
 from tests.system.sizes import FULL, report_figures, size
 
@@ -34,7 +34,7 @@ AT_ONCE = 2
 # Instances that came up last, by the clock of the database: from the first to the last of them.
 SKEW = """
 SELECT extract(epoch FROM max(started_at) - min(started_at))::float8
-FROM (SELECT started_at FROM copies ORDER BY started_at DESC LIMIT $1) AS latest
+FROM (SELECT started_at FROM instances ORDER BY started_at DESC LIMIT $1) AS latest
 """
 
 NOW = "SELECT clock_timestamp()"
@@ -52,11 +52,11 @@ GROUP BY 1 ORDER BY 1
 
 # Ready for an instance that came up first, after that time.
 DUE_AFTER_BOOT = """
-UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at, seen_at = NULL
-FROM (SELECT min(started_at) + $1::interval AS at FROM copies) AS boot
+UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at, startup_marked_at = NULL
+FROM (SELECT min(started_at) + $1::interval AS at FROM instances) AS boot
 """
 
-IS_UP = "SELECT FROM copies"
+IS_UP = "SELECT FROM instances"
 
 NOTHING_RUNS = "SELECT WHERE NOT EXISTS (SELECT FROM jobs WHERE holder IS NOT NULL)"
 
@@ -97,7 +97,7 @@ class Start:
 
 
 async def start_together(
-    where: Ground, instances: list[Instance], jobs: int, kind: str, warm_up: float
+    where: JobsDatabase, instances: list[Instance], jobs: int, kind: str, warm_up: float
 ) -> Start:
     """Launch instances within the skew; wait until all jobs run, and somewhat longer."""
 
@@ -125,7 +125,7 @@ async def start_together(
 
 
 async def cold_and_warm(
-    where: Ground, count: int, jobs: int, *, forked: bool, ending: int, **env: str
+    where: JobsDatabase, count: int, jobs: int, *, forked: bool, ending: int, **env: str
 ) -> list[Start]:
     """Start instances on an empty database; end them with that signal while all jobs run; again."""
     what = f"{jobs} jobs on {count}"
@@ -133,7 +133,7 @@ async def cold_and_warm(
     env = {
         "FLEET_JOBS": f"{jobs}",
         "FLEET_SECONDS": "600",
-        "JOB_SETTLING_SECONDS": f"{warm_up}",
+        "JOB_WARM_UP_SECONDS": f"{warm_up}",
         **env,
     }
     instances = where.instances(count, env, forked=forked)
@@ -179,7 +179,7 @@ async def test_instances_that_start_together_share_the_jobs(
     async def one(turn: int, count: int, jobs: int) -> list[Start]:
         # The promise is for instances that come up within the warm-up.
         while len(beyond) <= len(plans):
-            async with gate, ground(postgres, tmp_path) as where:
+            async with gate, jobs_db(postgres, tmp_path) as where:
                 starts = await cold_and_warm(
                     where,
                     count,
@@ -209,9 +209,9 @@ async def test_jobs_that_become_due_while_instances_settle(
     And without waiting: they were seen long before they were due.
     """
     warm_up = FORKED_WARM_UP
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         instances = where.instances(
-            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
+            5, {"FLEET_SECONDS": "600", "JOB_WARM_UP_SECONDS": f"{warm_up}"}
         )
         try:
             await instances[0].launch()
@@ -236,9 +236,9 @@ async def test_jobs_that_become_due_while_instances_settle(
 async def test_a_start_soon_after_a_start(postgres: Database, tmp_path: Path) -> None:
     """Instances go by what they saw themselves, not by what instances saw that are dead by now."""
     warm_up = FORKED_WARM_UP
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         instances = where.instances(
-            5, {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{warm_up}"}
+            5, {"FLEET_SECONDS": "600", "JOB_WARM_UP_SECONDS": f"{warm_up}"}
         )
         try:
             await instances[0].launch()
@@ -262,7 +262,7 @@ async def test_without_turns_the_first_instance_takes_all(
     postgres: Database, tmp_path: Path
 ) -> None:
     """The control: whatever is due is taken as soon as it is seen, and the shares are uneven."""
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         starts = await cold_and_warm(
             where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="policy"
         )
@@ -273,13 +273,13 @@ async def test_without_turns_the_first_instance_takes_all(
 # -- light load -------------------------------------------------------------------------------
 
 
-async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
+async def light_load(where: JobsDatabase, *, stagger: bool, **env: str) -> list[int]:
     """Let five instances run ten short jobs over and over; return the runs of each."""
     every = LIGHT_EVERY
     env = {
         "FLEET_EVERY": f"{every}",
         "FLEET_SECONDS": f"{every / 25}",
-        "JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}",
+        "JOB_WARM_UP_SECONDS": f"{SHORT_WARM_UP}",
         **env,
     }
     instances = where.instances(5, env)
@@ -297,7 +297,7 @@ async def light_load(where: Ground, *, stagger: bool, **env: str) -> list[int]:
 async def test_light_load_goes_round(postgres: Database, tmp_path: Path) -> None:
     """Due together or one after the other, short runs are shared evenly; not so without rounds."""
     async with AsyncExitStack() as stack:
-        grounds = [await stack.enter_async_context(ground(postgres, tmp_path)) for _ in range(3)]
+        grounds = [await stack.enter_async_context(jobs_db(postgres, tmp_path)) for _ in range(3)]
         together, staggered, control = await asyncio.gather(
             light_load(grounds[0], stagger=False, **TIE),
             light_load(grounds[1], stagger=True, **TIE),
@@ -314,7 +314,7 @@ async def test_light_load_goes_round(postgres: Database, tmp_path: Path) -> None
 
 
 @asynccontextmanager
-async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[Instance]]:
+async def crash_loop(where: JobsDatabase, env: dict[str, str]) -> AsyncIterator[list[Instance]]:
     """Start an instance every second, and kill it as soon as it is up or a little later."""
     born: list[Instance] = []
 
@@ -341,9 +341,9 @@ async def crash_loop(where: Ground, env: dict[str, str]) -> AsyncIterator[list[I
         await task
 
 
-async def lateness(where: Ground, seconds: float, **env: str) -> list[float]:
+async def lateness(where: JobsDatabase, seconds: float, **env: str) -> list[float]:
     """Return how late jobs of three warmed-up instances started, with newcomers every second."""
-    warm_up = {"JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}"}
+    warm_up = {"JOB_WARM_UP_SECONDS": f"{SHORT_WARM_UP}"}
     env = {"FLEET_EVERY": "2", "FLEET_SECONDS": "0.1", **warm_up, **env}
     async with running(where.instances(3, env)):
         await where.until(10)
@@ -365,9 +365,9 @@ def quantile(ordered: list[float], share: float) -> float:
 
 async def test_newcomers_that_die_delay_nobody(postgres: Database, tmp_path: Path) -> None:
     """An instance that comes up every second and dies delays no job on warmed-up instances."""
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         late = await lateness(where, size(small=8, full=30))
-    async with ground(postgres, tmp_path) as where:
+    async with jobs_db(postgres, tmp_path) as where:
         control = await lateness(where, 8, FLEET_UNGUARDED="newcomers")
     report_figures(
         f"{len(late)} starts late by p50 {quantile(late, 0.5) * 1000:.1f} ms, "
@@ -385,9 +385,9 @@ async def test_newcomers_that_die_delay_no_start(postgres: Database, tmp_path: P
     """
 
     async def start(**env: str) -> list[float]:
-        env = {"FLEET_SECONDS": "600", "JOB_SETTLING_SECONDS": f"{SHORT_WARM_UP}", **env}
+        env = {"FLEET_SECONDS": "600", "JOB_WARM_UP_SECONDS": f"{SHORT_WARM_UP}", **env}
         async with (
-            ground(postgres, tmp_path) as where,
+            jobs_db(postgres, tmp_path) as where,
             crash_loop(where, env),
             running(where.instances(3, env)),
         ):

@@ -37,17 +37,17 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 REGISTRY = Registry.load(["balance_app.maintenance"])
 JOBS = tuple(REGISTRY.values())
 # beside those that are analyzed: two that say what the schema is at
-TABLES = len(ANALYZE) + 2
+TABLES = len(ANALYZE) + 1
 
 CLAIM = """
 UPDATE jobs SET holder = $2, server = 'test', started_at = clock_timestamp(), fence = fence + 1,
-    lease_until = clock_timestamp() + interval '1 hour'
+    lease_expires_at = clock_timestamp() + interval '1 hour'
 WHERE name = $1
 RETURNING fence, due_at, checkpoint, schedule, anchor_at, started_at
 """
 
 FREE = """
-UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_until = NULL,
+UPDATE jobs SET holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
     checkpoint = CASE WHEN $2 THEN checkpoint END
 WHERE name = $1
 """
@@ -106,7 +106,7 @@ class House:
             due_at=row["due_at"],
             attempt=0,
             resumed=None if checkpoint is None else json.loads(checkpoint),
-            cancel_by=None,
+            cancel_requested_by=None,
             schedule=row["schedule"],
             anchor_at=row["anchor_at"],
             started_at=row["started_at"],
@@ -596,7 +596,7 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
         FROM generate_series(2, 22) AS n, (SELECT timestamptz '2020-01-01' AS at)
     """)
     await house.connection.execute("""
-        INSERT INTO copies (id, server, seen_at, knows_to, lacks)
+        INSERT INTO instances (id, server, last_heartbeat_at, highest_number, missing)
         SELECT gen_random_uuid(), age, clock_timestamp() - age::interval, 1, '{}'
         FROM unnest(ARRAY['1 s', '23:59', '24:01', '9 days']) AS age
     """)
@@ -610,7 +610,7 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
         *(f"young-{n}" for n in range(1, 31)),
         *("runs", *(f"last-{n}" for n in range(3, 23))),
     }
-    assert sorted(await house.rows("SELECT server FROM copies")) == [("1 s",), ("23:59",)]
+    assert sorted(await house.rows("SELECT server FROM instances")) == [("1 s",), ("23:59",)]
 
 
 # -- what is recorded -------------------------------------------------------------------------
@@ -696,7 +696,7 @@ async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> N
 async def test_statistics_are_refreshed_where_rows_changed(house: House) -> None:
     """All tables are known to the job; one that has not changed is left alone."""
     tables = await house.rows("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
-    assert {name for (name,) in tables} == {*ANALYZE, "alembic_version", "balance_app_version"}
+    assert {name for (name,) in tables} == {*ANALYZE, "balance_app_version"}
     assert all(statement == f"ANALYZE (SKIP_LOCKED) {name}" for name, statement in ANALYZE.items())
     await house.run("refresh-statistics")
     await house.populate(300, 4)

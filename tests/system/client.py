@@ -76,7 +76,7 @@ class _Try:
 
 
 class Load:
-    """Clients that change one account, as fast as they are answered, until told to stop."""
+    """Clients that change one account, as fast as they are answered, until requested to stop."""
 
     def __init__(
         self, urls: Sequence[str], user_id: int, *, connections: int = CONNECTIONS

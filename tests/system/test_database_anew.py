@@ -26,7 +26,7 @@ def _fleet(
         "FLEET_EVERY": "1",
         "FLEET_SECONDS": "1",
         "JOB_MIN_SECONDS": "0",
-        "JOB_SETTLING_SECONDS": "0.5",
+        "JOB_WARM_UP_SECONDS": "0.5",
         "JOB_LEASE_SECONDS": str(LEASE),
         "JOB_HEARTBEAT_SECONDS": "0.5",
         **env,

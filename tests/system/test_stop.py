@@ -43,7 +43,7 @@ async def test_a_stopping_instance_answers_what_it_began(database: dict[str, str
 
 
 async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None:
-    """A request that waits for its row when the instance is told to stop still gets its answer."""
+    """A request that waits for its row when its instance is to stop still gets its answer."""
     async with (
         Instance(database) as instance,
         httpx.AsyncClient(trust_env=False, timeout=20) as http,

@@ -52,7 +52,9 @@ class Site:
 
     async def clear(self) -> None:
         """Take all jobs and instances away."""
-        await self.connection.execute("DELETE FROM job_runs; DELETE FROM jobs; DELETE FROM copies")
+        await self.connection.execute(
+            "DELETE FROM job_runs; DELETE FROM jobs; DELETE FROM instances"
+        )
 
 
 @asynccontextmanager
@@ -103,7 +105,9 @@ async def add_example(connection: Connection) -> None:
         connection, "job-running", done=30, total=120, note="row 30", **running(ada, "app1")
     )
     await add_run(connection, "job-running", None, began_ago=40, fence=7, holder=ada)
-    await add_job(connection, "job-cancelled", cancel_by="ada", **running(bob, "app2", seconds=5))
+    await add_job(
+        connection, "job-cancelled", cancel_requested_by="ada", **running(bob, "app2", seconds=5)
+    )
     await add_job(connection, "job-waiting", due_at=100 * SECOND)
     await add_job(connection, "job-overdue", due_at=-600 * SECOND)
     await add_job(

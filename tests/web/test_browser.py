@@ -48,7 +48,7 @@ async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -
         await page.evaluate(MARK)
         await site.connection.execute(
             "UPDATE jobs SET holder = $1, server = 'app1', started_at = now() - interval '58 s', "
-            "lease_until = now() + interval '1 h', fence = 1, done = 1, total = 4",
+            "lease_expires_at = now() + interval '1 h', fence = 1, done = 1, total = 4",
             instance,
         )
         await add_run(site.connection, "job-a", None, began_ago=58, fence=1)
@@ -80,7 +80,7 @@ async def test_an_instance_that_is_killed_is_seen_to_be_lost(
             FLEET_SECONDS="120",
             JOB_LEASE_SECONDS="3",
             JOB_HEARTBEAT_SECONDS="0.5",
-            JOB_SETTLING_SECONDS="2",
+            JOB_WARM_UP_SECONDS="2",
         )
         for number in (1, 2)
     ]
@@ -187,7 +187,7 @@ async def test_focus_and_selection_survive_updates(site: Site, browser: Browser)
         assert await page.input_value("form.change [name=amount]") == "12"
         await site.connection.execute(
             "UPDATE jobs SET holder = $1, server = 'app1', started_at = now(), fence = 1, "
-            "lease_until = now() + interval '1 h' WHERE name = 'job-b'",
+            "lease_expires_at = now() + interval '1 h' WHERE name = 'job-b'",
             instance,
         )
         await says(page, "#job-job-b", "running")
@@ -228,7 +228,7 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         await cancel.click()
         await page.get_by_role("dialog").get_by_text("Let it run").click()
         assert not await page.get_by_role("dialog").is_visible()
-        assert await site.value("SELECT cancel_by IS NULL FROM jobs WHERE name = 'job-b'")
+        assert await site.value("SELECT cancel_requested_by IS NULL FROM jobs WHERE name = 'job-b'")
         await cancel.click()
         await says(page, "#confirm", "what it did so far is lost")
         await page.get_by_role("dialog").get_by_role("button", name="Cancel the run").click()

@@ -18,7 +18,7 @@ from tests.web.site import SECOND, Site, Tags, add_example, add_run, text
 HOSTILE: Final = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{7*7}}&amp;"
 STATES: Final = {
     "job-running": ("▶ running on app1", "progress of job-running", "25 %", "row 30", "Cancel…"),
-    "job-cancelled": ("▶ cancelling on app2", "ada asked for its end."),
+    "job-cancelled": ("▶ cancelling on app2", "Cancellation requested by ada."),
     "job-waiting": ("○ waiting", "in 1 min", "Run now", "Last 5 runs: 5 succeeded"),
     "job-overdue": ("! overdue", "since 10 min"),
     "job-paused": ("‖ paused", "Paused by ada at", "a full disk", "Resume"),
@@ -321,7 +321,7 @@ async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
         ("run", {}, "requested_by = 'ada' AND ready_at <= clock_timestamp()"),
         ("pause", {}, "paused_by = 'ada' AND pause_reason = 'why <not>'"),
         ("resume", {"paused_at": -SECOND, "paused_by": "bob"}, "paused_at IS NULL"),
-        ("cancel", {"running": True}, "cancel_by = 'ada'"),
+        ("cancel", {"running": True}, "cancel_requested_by = 'ada'"),
     ],
 )
 async def test_a_job_is_steered_by_a_form(

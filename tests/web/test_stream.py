@@ -230,7 +230,7 @@ async def test_the_page_and_its_updates_are_light(site: Site) -> None:
         for step in range(5):
             before = viewer.bytes
             await site.connection.execute("UPDATE jobs SET done = done + $1", step + 1)
-            await site.connection.execute("UPDATE copies SET seen_at = now()")
+            await site.connection.execute("UPDATE instances SET last_heartbeat_at = now()")
             await viewer.until("jobs-list")
             updates.append(viewer.bytes - before)
     everything = 0

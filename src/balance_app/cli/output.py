@@ -92,7 +92,7 @@ def job_line(job: Json, now: str, on: Console) -> Text:
 
 def _activity(job: Json, now: datetime, on: Console) -> str:
     if job["state"] == State.RUNNING:
-        since = job["stoppingSince"]
+        since = job["stopRequestedAt"]
         stopping = "" if since is None else f"  stop requested {_since(_moment(since), now)}"
         progress = _progress(job["progress"], on)
         return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + stopping

@@ -43,7 +43,7 @@ _CONTROL_MESSAGES: Final = {
     "run": "{name} is ready: an instance takes it.",
     "pause": "{name} is paused by {by}.",
     "resume": "{name} is not paused any more.",
-    "cancel": "The run of {name} on {server} is to stop within a heartbeat; {by} asked for it.",
+    "cancel": "The run of {name} on {server} stops within a heartbeat: requested by {by}.",
     "cancel late": (
         "Nothing was cancelled: the work of {name} on {server} was done already. Its run has "
         "succeeded, and ends now."

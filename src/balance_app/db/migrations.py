@@ -2,7 +2,7 @@
 
 What revision a schema is at stands in a table of our own name, `balance_app_version`, beside the
 oldest revision whose program still works on it (`compatible_from`). Releases before this table kept
-it in alembic's usual `alembic_version`; that stays at their last revision, so that they go on.
+it in alembic's usual `alembic_version`; migration 0010 drops it.
 
 An upgrade is one message to PostgreSQL: lock, check, every statement, commit. An instance that is
 killed or frozen meanwhile has either sent all of it or nothing, so none waits for it.
@@ -40,7 +40,7 @@ RIGHTS: Final = {
     "jobs": ("SELECT", "INSERT", "UPDATE"),
     "job_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "job_declarations": ("SELECT", "INSERT", "UPDATE"),
-    "copies": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "instances": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "daily_balances": ("SELECT", "INSERT", "UPDATE"),
     "daily_totals": ("SELECT", "INSERT", "UPDATE"),
     "counted_users": ("SELECT", "INSERT", "UPDATE"),

@@ -29,7 +29,7 @@ def complete(
     sooner. Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
     """
     outcome, result = run_result
-    if outcome == "interrupted":
+    if outcome == "released":
         lasted_seconds = (now - claimed.started_at).total_seconds() - seconds_ago
         releases = 0 if lasted_seconds > LONGEST_RELEASE_SECONDS else claimed.releases
         at_once = result == STOPPED

@@ -74,7 +74,7 @@ REVIVE: Final = """
 UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, ready_at = $5,
     forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
     pause_reason = NULL, attempt = 0, requested_by = NULL, checkpoint = NULL, lost_streak = 0,
-    releases = 0, retries = 0, failure_streak = 0, other_schedules = '{}', seen_at = NULL
+    releases = 0, retries = 0, failure_streak = 0, other_schedules = '{}', startup_marked_at = NULL
 WHERE name = $1 AND holder IS NULL
 """
 
@@ -84,7 +84,7 @@ INSERT INTO job_declarations (job, digest, schedule, description)
 SELECT job, encode(sha256(convert_to(schedule || E'\\n' || description, 'UTF8')), 'hex'),
        schedule, description
 FROM unnest($1::text[], $2::text[], $3::text[]) AS declared (job, schedule, description)
-ON CONFLICT (job, digest) DO UPDATE SET seen_at = clock_timestamp()
+ON CONFLICT (job, digest) DO UPDATE SET last_declared_at = clock_timestamp()
 """
 
 # The one that counts for each job, and the other schedules that are alive. What was seen in the
@@ -93,7 +93,7 @@ COUNTS: Final = """
 WITH alive AS (
     SELECT * FROM job_declarations
     WHERE job = ANY ($1)
-      AND seen_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + $2
+      AND last_declared_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + $2
 ), latest AS (
     SELECT DISTINCT ON (job) job, schedule, description FROM alive
     ORDER BY job, first_declared_at DESC, digest
@@ -118,9 +118,10 @@ WHERE name = $1
 
 # A startup mark, or a sign of life, in the future was written before the clock was set back.
 FORGET_FUTURE: Final = """
-UPDATE jobs SET seen_at = NULL, alive_at = least(alive_at, clock_timestamp())
+UPDATE jobs SET startup_marked_at = NULL,
+                last_heartbeat_at = least(last_heartbeat_at, clock_timestamp())
 WHERE name = ANY ($1) AND holder IS NULL
-  AND greatest(seen_at, alive_at) > clock_timestamp() + interval '1 s'
+  AND greatest(startup_marked_at, last_heartbeat_at) > clock_timestamp() + interval '1 s'
 """
 
 CAPABILITIES: Final = """

@@ -190,10 +190,12 @@ class HeartbeatThread:
             self._metrics.lease_margin.observe((end - answered_at) / self._lease_seconds)
         for result in results:
             lease = leases[result.name, result.fence]
-            if result.cancel_by is not None:
-                self._leases.stop_run(lease, "cancelled", f"cancelled by {result.cancel_by}")
+            if result.cancel_requested_by is not None:
+                self._leases.stop_run(
+                    lease, "cancelled", f"cancelled by {result.cancel_requested_by}"
+                )
             elif not result.renewed and not result.still_held:
-                self._leases.stop_run(lease, "interrupted", "its lease was over")
+                self._leases.stop_run(lease, "released", "its lease was over")
         return all(result.renewed or not result.still_held for result in results)
 
     async def _stop_before_expiry(self) -> None:

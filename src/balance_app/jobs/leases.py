@@ -51,7 +51,7 @@ class Lease:
     # is code of the run still executing?
     executing: bool = True
     stop_sent: bool = False
-    # the run was told to stop, by whomever; the next heartbeat writes down since when
+    # the run was requested to stop, by whomever; the next heartbeat writes down since when
     stopping: bool = False
     progress: Progress = NO_PROGRESS
 
@@ -62,7 +62,7 @@ class HeldLeases:
     def __init__(self, settings: Settings, *, watchdog: bool = True) -> None:
         lease_seconds = settings.job_lease_seconds
         self.trust_seconds: Final = lease_seconds - settings.clock_reserve_seconds
-        # how long before the end of trust runs are told to stop
+        # how long before the end of trust runs are requested to stop
         self.margin_seconds: Final = min(1.0, lease_seconds / 6)
         self._heartbeat_seconds = settings.job_heartbeat_seconds
         # between two checks of what expires
@@ -143,14 +143,14 @@ class HeldLeases:
         return min(ends, default=None)
 
     def stop_run(self, lease: Lease, outcome: str, reason: str) -> None:
-        """Tell the run of a lease to stop, once."""
+        """Request the run of a lease to stop, once."""
         if not lease.stop_sent and self._service is not None:
             lease.stop_sent = True
             with suppress(RuntimeError):  # the loop has ended, and its runs with it
                 self._service.call_soon_threadsafe(lease.stop, outcome, reason)
 
     def stop_before_expiry(self) -> float:
-        """Tell runs to stop whose lease can't be trusted soon; return when to do so again.
+        """Request runs to stop whose lease can't be trusted soon; return when to do so again.
 
         A lease that is taken meanwhile lasts longer than these seconds.
         """
@@ -160,7 +160,7 @@ class HeldLeases:
         now = monotonic()
         for lease, deadline in zip(executing, deadlines, strict=True):
             if deadline <= now:
-                self.stop_run(lease, "interrupted", "its lease could not be renewed")
+                self.stop_run(lease, "released", "its lease could not be renewed")
         ahead = [deadline - now for deadline in deadlines if deadline > now]
         return min([self._longest_sleep, *ahead])
 
@@ -201,14 +201,14 @@ class RenewalResult(NamedTuple):
     renewed: bool
     # not renewed, but not lost either: somebody held the row locked
     still_held: bool
-    cancel_by: str | None
+    cancel_requested_by: str | None
 
 
 # Renews what this instance holds, and only that: the fence and the holder must still stand, and a
 # lease that is over stays over. A row that somebody holds locked is left out this time: waiting for
 # it would let all the other leases run out.
 #
-# $1 id, $2 server, $3 lease, $4 knows_to, $5 lacks, $6 to $11 the renewals
+# $1 id, $2 server, $3 lease, $4 highest_number, $5 missing, $6 to $11 the renewals
 HEARTBEAT: Final = """
 WITH renewal AS (  -- one row for each lease that is to be renewed
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
@@ -216,29 +216,31 @@ WITH renewal AS (  -- one row for each lease that is to be renewed
                   AS renewal (name, fence, stopping, done, total, note)
 ), held AS MATERIALIZED (  -- those that stand, locked: nobody can take them meanwhile
     SELECT name, fence FROM jobs JOIN renewal USING (name, fence)
-    WHERE holder = $1 AND lease_until > clock_timestamp()
+    WHERE holder = $1 AND lease_expires_at > clock_timestamp()
     FOR NO KEY UPDATE OF jobs SKIP LOCKED
 ), renewed AS (  -- ... with what the runs say of themselves
-    UPDATE jobs SET lease_until = clock_timestamp() + $3::interval, alive_at = clock_timestamp(),
+    UPDATE jobs SET lease_expires_at = clock_timestamp() + $3::interval,
+                    last_heartbeat_at = clock_timestamp(),
                     done = renewal.done, total = renewal.total, note = renewal.note,
-                    stopping_at = CASE WHEN NOT renewal.stopping OR stopping_at >= started_at
-                                  THEN stopping_at ELSE clock_timestamp() END
+                    stop_requested_at = CASE
+                        WHEN NOT renewal.stopping OR stop_requested_at >= started_at
+                        THEN stop_requested_at ELSE clock_timestamp() END
     FROM held JOIN renewal USING (name, fence)
     WHERE jobs.name = held.name
-    RETURNING jobs.name, jobs.fence, cancel_by
+    RETURNING jobs.name, jobs.fence, cancel_requested_by
 ), seen AS (  -- for people alone
-    INSERT INTO copies (id, server, knows_to, lacks) VALUES ($1, $2, $4, $5)
-    ON CONFLICT (id) DO UPDATE SET seen_at = clock_timestamp()
+    INSERT INTO instances (id, server, highest_number, missing) VALUES ($1, $2, $4, $5)
+    ON CONFLICT (id) DO UPDATE SET last_heartbeat_at = clock_timestamp()
 )
 SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
-       jobs.fence = renewal.fence AND jobs.holder = $1 AND jobs.lease_until > clock_timestamp()
-       AS still_held, renewed.cancel_by
+       jobs.fence = renewal.fence AND jobs.holder = $1 AND jobs.lease_expires_at > clock_timestamp()
+       AS still_held, renewed.cancel_requested_by
 FROM (SELECT) AS always LEFT JOIN renewal ON true
 LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = renewal.name
 """
 
 # An instance that has ended its runs is no longer seen.
-LEAVE: Final = "DELETE FROM copies WHERE id = $1"
+LEAVE: Final = "DELETE FROM instances WHERE id = $1"
 
 
 async def renew_leases(
@@ -270,7 +272,7 @@ async def renew_leases(
             fence=row["fence"],
             renewed=row["renewed"],
             still_held=bool(row["still_held"]),
-            cancel_by=row["cancel_by"],
+            cancel_requested_by=row["cancel_requested_by"],
         )
         for row in rows
         if row["name"] is not None

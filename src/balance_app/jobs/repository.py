@@ -48,7 +48,7 @@ class ClaimPolicy(NamedTuple):
     # the round it is in, and how long it waits for those who are in an earlier one
     round: int
     tie_break: timedelta
-    # up for longer than the warm-up (JOB_SETTLING_SECONDS)?
+    # up for longer than the warm-up (JOB_WARM_UP_SECONDS)?
     warmed_up: bool
     warm_up: timedelta
     # until when, by PostgreSQL's clock, it may take a job whose lease is over; None: not now
@@ -63,7 +63,7 @@ class Claimed(NamedTuple):
     due_at: datetime
     attempt: int
     resumed: Any
-    cancel_by: str | None
+    cancel_requested_by: str | None
     schedule: str
     anchor_at: datetime
     started_at: datetime
@@ -125,7 +125,7 @@ class Ahead(NamedTuple):
 
     name: str
     fence: int
-    alive_at: datetime
+    last_heartbeat_at: datetime
     length: timedelta
 
 
@@ -173,7 +173,9 @@ class JobRepository:
     async def expire(self, lease: Ahead) -> bool:
         """End a lease that was not renewed for longer than it lasts; False: it was meanwhile."""
         row = await self._database.run(
-            lambda con: write(con, statements.EXPIRE, lease.name, lease.fence, lease.alive_at),
+            lambda con: write(
+                con, statements.EXPIRE, lease.name, lease.fence, lease.last_heartbeat_at
+            ),
             priority=True,
         )
         return row is not None

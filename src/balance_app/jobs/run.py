@@ -33,8 +33,8 @@ MESSAGE_CHARACTERS: Final = 1900
 MOST_CAUSES: Final = 10
 DEEPEST_CAUSE: Final = 5
 _NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
-# What a run that was told to stop has come to.
-Stopped = Literal["cancelled", "interrupted", "timed_out"]
+# What a run that was requested to stop has come to.
+Stopped = Literal["cancelled", "released", "timed_out"]
 
 
 class CheckpointError(ValueError):
@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 
 
 class RunStoppedError(Exception):
-    """The run was told to stop (raised in functions that run in a thread)."""
+    """The run was requested to stop (raised in functions that run in a thread)."""
 
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
         # the one that is open
         self._transaction: RunTransaction | None = None
         self.lease: Lease | None = None
-        # set when it is told to stop: what it is to end as, and why
+        # set when it is requested to stop: what it is to end as, and why
         self.stopped: tuple[Stopped, str] | None = None
         # does its task go on, as it does when its function is async, or returned an awaitable?
         self.awaited = True
@@ -156,7 +156,8 @@ class Run:
         """Start a child process that ends with the run, and however the instance's process ends.
 
         Takes what `asyncio.create_subprocess_exec` takes: stdin, stdout, stderr, cwd, limit. When
-        the run is told to stop the child gets SIGTERM, and half a second later it is killed. Its
+        the run is requested to stop the child gets SIGTERM,
+            and half a second later it is killed. Its
         descendants are killed with it, also those in sessions of their own, as soon as the
         command ends. Not covered are processes that it asks another daemon to start.
 

@@ -54,7 +54,7 @@ async def _last_on(run: Run, seconds: float) -> None:
 
 
 def stop(run: Run, outcome: Stopped, reason: str) -> None:
-    """Tell a run to stop; what it was told first counts."""
+    """Request a run to stop; what it was told first counts."""
     if run.stopped is None:
         run.stopped = (outcome, reason)
     if run.lease is not None:
@@ -130,9 +130,9 @@ def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
         return RunResult(*told)
     match _outage(error):
         case LeaseLostError():
-            return RunResult("interrupted", "it had lost its lease")
+            return RunResult("released", "it had lost its lease")
         case DatabaseUnavailable() as outage:
-            return RunResult("interrupted", plain(outage.detail))
+            return RunResult("released", plain(outage.detail))
     if error is None:
         return RunResult("failed", "it cancelled itself")
     run.log.error("run failed", exc_info=error)

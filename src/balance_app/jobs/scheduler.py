@@ -108,7 +108,7 @@ class Scheduler:
         self._loop = asyncio.create_task(self.run(), context=Context())
 
     async def stop(self) -> None:
-        """Take no more jobs, tell all runs to stop, and release them as they end.
+        """Take no more jobs, request all runs to stop, and release them as they end.
 
         Returns after a second at the latest. What has not ended by then keeps its lease; see
         `close`.
@@ -116,7 +116,7 @@ class Scheduler:
         self._draining = True
         self.wake()
         for run in list(self._runs):
-            stop(run, "interrupted", STOPPED)
+            stop(run, "released", STOPPED)
         until = monotonic() + DRAIN_SECONDS
         if self._loop is not None:
             await asyncio.wait({self._loop}, timeout=DRAIN_SECONDS)
@@ -151,7 +151,7 @@ class Scheduler:
         self._heartbeat.renew_soon()
 
     async def run(self) -> None:
-        """Take jobs until told to stop."""
+        """Take jobs until requested to stop."""
         while not self._draining:
             try:
                 wait_seconds = await self.run_once()
@@ -180,8 +180,8 @@ class Scheduler:
         if capabilities is None or wait_seconds > 0:
             return wait_seconds
         now = monotonic()
-        warmed_up = now - self._booted >= self._settings.job_settling_seconds
-        warm_up = timedelta(seconds=self._settings.job_settling_seconds)
+        warmed_up = now - self._booted >= self._settings.job_warm_up_seconds
+        warm_up = timedelta(seconds=self._settings.job_warm_up_seconds)
         await self._maintain(now)
         if not warmed_up:
             await self._jobs.mark_startup(capabilities, warm_up)
@@ -261,7 +261,7 @@ class Scheduler:
         for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
             ready_at = self._heartbeat.server_time() + release_pause(each.releases)
             completion = Completion(
-                outcome="interrupted",
+                outcome="released",
                 result=NOT_BEGUN,
                 seconds_ago=0,
                 ready_at=ready_at,
@@ -289,7 +289,7 @@ class Scheduler:
         self._capabilities = None
         self._declare_at = monotonic() + self._settings.job_lease_seconds
         for run in list(self._runs):
-            stop(run, "interrupted", "its database was made anew, or restored")
+            stop(run, "released", "its database was made anew, or restored")
 
     async def _declare(self) -> Capabilities:
         self._installation = self._database.installation
@@ -371,18 +371,20 @@ class Scheduler:
         run = Run(claimed, self._database, self._jobs, min_seconds=self._minimum(job))
 
         def stop_run(outcome: str, reason: str) -> None:
-            stop(run, "cancelled" if outcome == "cancelled" else "interrupted", reason)
+            stop(run, "cancelled" if outcome == "cancelled" else "released", reason)
 
         run.lease = self._leases.hold(run.name, run.fence, sent_at, stop_run)
         if self._leases.is_late(run.lease):
             self._heartbeat.renew_soon()
         if not run.lease.executing:
             self._away_at = monotonic()  # as good as: it is released before it looks lost
-            run.stopped = ("interrupted", "the answer to its claim came too late")
-        elif claimed.cancel_by is not None:  # its last owner was lost before it could obey
-            run.stopped = ("cancelled", f"cancelled by {claimed.cancel_by}")
+            run.stopped = ("released", "the answer to its claim came too late")
+        elif (
+            claimed.cancel_requested_by is not None
+        ):  # its last owner was lost before it could obey
+            run.stopped = ("cancelled", f"cancelled by {claimed.cancel_requested_by}")
         elif self._draining:
-            run.stopped = ("interrupted", STOPPED)
+            run.stopped = ("released", STOPPED)
         # Of its own context: the run belongs to no request.
         self._runs[run] = asyncio.create_task(
             self._execute(run, job, claimed), name=run.name, context=Context()

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 log = structlog.get_logger(__name__)
 
-# What was told to stop and still executes is told again after each of these.
+# What was requested to stop and still executes is told again after each of these.
 AGAIN_SECONDS: Final = 5.0
 MAX_THREADS: Final = 32
 
@@ -46,8 +46,8 @@ class Scope(Executor):
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
-        # when it was first told to stop (monotonic)
-        self.stopping_since: float | None = None
+        # when it was first requested to stop (monotonic)
+        self.stop_requested_at: float | None = None
         self._loop = asyncio.get_running_loop()
         self._main: asyncio.Task[Any] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -69,12 +69,12 @@ class Scope(Executor):
         return self._main
 
     def stop(self) -> None:
-        """Tell the run to stop, and all that belongs to it again every few seconds.
+        """Request the run to stop, and all that belongs to it again every few seconds.
 
         Its main task is cancelled first: most that it has started ends with it, in its own way.
         """
-        if self.stopping_since is None:
-            self.stopping_since = monotonic()
+        if self.stop_requested_at is None:
+            self.stop_requested_at = monotonic()
         if self._main is not None:
             self._main.cancel()
         self._stop_children()
@@ -87,7 +87,7 @@ class Scope(Executor):
         # What its last step has set off (an asynchronous generator's end) is counted after this.
         await asyncio.sleep(0)
         if self._left():
-            if self.stopping_since is None:
+            if self.stop_requested_at is None:
                 log.warning("a run has left something behind", job=self.name, **self._left())
             for task in list(self._tasks):
                 if not task.cancelling():
@@ -116,7 +116,9 @@ class Scope(Executor):
     def _ask_again(self) -> None:
         self._again = None
         if left := self._left():
-            log.warning("a run was told to stop and goes on: told again", job=self.name, **left)
+            log.warning(
+                "a run was requested to stop and goes on: told again", job=self.name, **left
+            )
             for task in list(self._tasks):
                 task.cancel()
             self._stop_children()
@@ -143,9 +145,9 @@ class Scope(Executor):
         self._timers.add(timer)
 
     def add_child(self, child: Stoppable) -> None:
-        """Count a child process until `forget_child`; one that comes late is told to stop."""
+        """Count a child process until `forget_child`; one that comes late is requested to stop."""
         self._children.add(child)
-        if self.stopping_since is not None:
+        if self.stop_requested_at is not None:
             child.stop()
 
     def forget_child(self, child: Stoppable) -> None:

@@ -17,14 +17,14 @@ MARK_STARTUP: Final = """
 WITH ready AS (
     SELECT name FROM jobs
     WHERE claimable_at <= (SELECT clock_timestamp() + $3::interval)
-      AND (alive_at <= $4) IS NOT FALSE
-      AND (seen_at IS NULL OR seen_at <= clock_timestamp() - 2 * $3::interval
-           OR seen_at <= alive_at)
+      AND (last_heartbeat_at <= $4) IS NOT FALSE
+      AND (startup_marked_at IS NULL OR startup_marked_at <= clock_timestamp() - 2 * $3::interval
+           OR startup_marked_at <= last_heartbeat_at)
       AND number <@ $1::int8multirange
     ORDER BY claimable_at LIMIT $2
     FOR UPDATE SKIP LOCKED
 )
-UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
+UPDATE jobs SET startup_marked_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
 """
 
 # One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
@@ -33,13 +33,13 @@ UPDATE jobs SET seen_at = clock_timestamp() FROM ready WHERE jobs.name = ready.n
 # somebody. The fence rises with the claim, so whatever the run before still sends is refused.
 #
 # The claim policy: a job may be taken at `claimable_at` plus this instance's own backoff. What was
-# marked at startup waits until `seen_at` plus the warm-up, so that those that come up together
-# share it: all go by what the first of them wrote, and none by its own boot, as they differ. Not so
-# for an instance that was warmed up before (`seen_at` is not about it), nor when a run gave a sign
-# of life after the instance's boot: the fleet is up already. The tie break: among equals, an
-# instance that has claimed in this round lets the others go first. Rounds are the virtual time of
-# start-time fair queueing (Goyal, Vin, Cheng 1996), so that light load goes round without anybody
-# being counted.
+# marked at startup waits until `startup_marked_at` plus the warm-up, so that those that come up
+# together share it: all go by what the first of them wrote, and none by its own boot, as they
+# differ. Not so for an instance that was warmed up before (`startup_marked_at` is not about it),
+# nor when a run gave a sign of life after the instance's boot: the fleet is up already. The tie
+# break: among equals, an instance that has claimed in this round lets the others go first. Rounds
+# are the virtual time of start-time fair queueing (Goyal, Vin, Cheng 1996), so that light load
+# goes round without anybody being counted.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
 # $7 backoff, $8 round, $9 tie break, $10 warmed up, $11 warm-up, $12 takes_over_until,
@@ -50,28 +50,29 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
          + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
            AS backoff
 ), eligible AS NOT MATERIALIZED (  -- the policy: from when on each job may be taken here, if known
-    SELECT name, claimable_at, seen_at, holder,
+    SELECT name, claimable_at, startup_marked_at, holder,
            (SELECT backoff FROM own)
-           + CASE WHEN alive_at > $4 THEN claimable_at
-                  WHEN seen_at <= $4 + $11::interval THEN greatest(claimable_at, seen_at + $11)
+           + CASE WHEN last_heartbeat_at > $4 THEN claimable_at
+                  WHEN startup_marked_at <= $4 + $11::interval
+                  THEN greatest(claimable_at, startup_marked_at + $11)
                   WHEN $10 THEN claimable_at END AS eligible_at
     FROM jobs
     WHERE claimable_at IS NOT NULL AND number <@ $5::int8multirange
 ), candidate AS MATERIALIZED (  -- the one to take, and how the run before ended, if it was held
-    SELECT jobs.name, fence, server, started_at, lease_until,
+    SELECT jobs.name, fence, server, started_at, lease_expires_at,
            jobs.holder IS NOT NULL AS held,
-           jobs.holder IS NOT NULL AND NOT parts AS lost,
-           CASE WHEN parts THEN 'interrupted' ELSE 'lost' END AS outcome,
-           CASE WHEN parts THEN $15 ELSE $16 END AS result,
-           jobs.holder IS NOT NULL AND NOT parts AND lost_streak + 1 >= $6 AS quarantined,
+           jobs.holder IS NOT NULL AND NOT releasing AS lost,
+           CASE WHEN releasing THEN 'released' ELSE 'lost' END AS outcome,
+           CASE WHEN releasing THEN $15 ELSE $16 END AS result,
+           jobs.holder IS NOT NULL AND NOT releasing AND lost_streak + 1 >= $6 AS quarantined,
            jobs.holder IS NULL
-           OR (paused_at IS NULL AND (parts OR lost_streak + 1 < $6)) AS claimable
+           OR (paused_at IS NULL AND (releasing OR lost_streak + 1 < $6)) AS claimable
     FROM eligible JOIN jobs USING (name)
     WHERE eligible.claimable_at <= (SELECT clock_timestamp())
       AND eligible_at <= (SELECT clock_timestamp())
       AND (eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)
       AND jobs.claimable_at <= eligible.claimable_at
-      AND (jobs.seen_at > eligible.seen_at) IS NOT TRUE
+      AND (jobs.startup_marked_at > eligible.startup_marked_at) IS NOT TRUE
     ORDER BY eligible.claimable_at
     LIMIT 1
     FOR UPDATE OF jobs SKIP LOCKED
@@ -80,13 +81,13 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
         holder = CASE WHEN claimable THEN $1::uuid END,
         server = CASE WHEN claimable THEN $2::text END,
         started_at = CASE WHEN claimable THEN clock_timestamp() END,
-        lease_until = CASE WHEN claimable THEN clock_timestamp() + $3::interval END,
+        lease_expires_at = CASE WHEN claimable THEN clock_timestamp() + $3::interval END,
         fence = jobs.fence + claimable::integer,
         attempt = attempt + held::integer,
-        parts = false,
-        cancel_by = CASE WHEN claimable THEN cancel_by END,
-        done = NULL, total = NULL, note = NULL, seen_at = NULL,
-        alive_at = CASE WHEN claimable THEN clock_timestamp() ELSE alive_at END,
+        releasing = false,
+        cancel_requested_by = CASE WHEN claimable THEN cancel_requested_by END,
+        done = NULL, total = NULL, note = NULL, startup_marked_at = NULL,
+        last_heartbeat_at = CASE WHEN claimable THEN clock_timestamp() ELSE last_heartbeat_at END,
         lost_streak = lost_streak + lost::integer,
         round = greatest($8, (SELECT coalesce(max(round), 0) FROM jobs)),
         ready_at = CASE WHEN quarantined THEN clock_timestamp() + least(
@@ -95,14 +96,14 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
         last_outcome = CASE WHEN held THEN candidate.outcome ELSE last_outcome END,
         last_server = CASE WHEN held THEN candidate.server ELSE last_server END,
         last_started_at = CASE WHEN held THEN candidate.started_at ELSE last_started_at END,
-        last_ended_at = CASE WHEN held THEN candidate.lease_until ELSE last_ended_at END,
+        last_ended_at = CASE WHEN held THEN candidate.lease_expires_at ELSE last_ended_at END,
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint AS resumed,
-              cancel_by, schedule, anchor_at, jobs.started_at, round, releases, retries,
+              cancel_requested_by, schedule, anchor_at, jobs.started_at, round, releases, retries,
               failure_streak, CASE WHEN held THEN outcome END AS ended
 ), ended AS (  -- in the history, the run before
-    UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_until,
+    UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_expires_at,
                         result = candidate.result
     FROM candidate
     WHERE held AND job = candidate.name AND job_runs.fence = candidate.fence
@@ -126,14 +127,15 @@ FROM next LEFT JOIN taken ON true
 FINISH: Final = """
 WITH freed AS (  -- ready for its next tick, or for the same again
     UPDATE jobs SET
-        holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
-        parts = false, done = NULL, total = NULL, note = NULL, seen_at = NULL,
+        holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
+        cancel_requested_by = NULL,
+        releasing = false, done = NULL, total = NULL, note = NULL, startup_marked_at = NULL,
         due_at = coalesce($7, due_at),
         ready_at = coalesce($8, clock_timestamp()),
         attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
         requested_by = CASE WHEN $7::timestamptz IS NULL THEN requested_by END,
         checkpoint = CASE WHEN $9 THEN checkpoint END,
-        alive_at = clock_timestamp(),
+        last_heartbeat_at = clock_timestamp(),
         lost_streak = 0, releases = $15, retries = $16,
         failure_streak = CASE WHEN $4 IN ('failed', 'timed_out') THEN failure_streak + 1
                          WHEN $4 = 'succeeded' THEN 0 ELSE failure_streak END,
@@ -165,13 +167,13 @@ WHERE name = $1 AND fence = $2 AND holder = $3
 # for as long as that. Its holder, if it lives, renews it by the new time; so it is only ended when
 # somebody has seen it not renewed for longer than it lasts, by a clock that is not set.
 AHEAD: Final = """
-SELECT name, fence, alive_at, lease_until - alive_at AS length FROM jobs
-WHERE holder IS NOT NULL AND alive_at > clock_timestamp() + interval '1 s'
+SELECT name, fence, last_heartbeat_at, lease_expires_at - last_heartbeat_at AS length FROM jobs
+WHERE holder IS NOT NULL AND last_heartbeat_at > clock_timestamp() + interval '1 s'
 """
 
 EXPIRE: Final = """
-UPDATE jobs SET lease_until = least(lease_until, clock_timestamp())
-WHERE name = $1 AND fence = $2 AND alive_at = $3 AND holder IS NOT NULL
+UPDATE jobs SET lease_expires_at = least(lease_expires_at, clock_timestamp())
+WHERE name = $1 AND fence = $2 AND last_heartbeat_at = $3 AND holder IS NOT NULL
 RETURNING name
 """
 
@@ -189,7 +191,7 @@ WHERE holder = $1
 # deserved ends at once. Losses further back than the last thousand are nobody's concern any more.
 REFUTE: Final = """
 WITH refuted AS (  -- of the latest losses in the history, those of this instance
-    UPDATE job_runs SET outcome = 'interrupted', result = $2
+    UPDATE job_runs SET outcome = 'released', result = $2
     WHERE outcome = 'lost' AND id IN (
         SELECT id FROM (
             SELECT id, holder FROM job_runs
@@ -208,7 +210,7 @@ WITH refuted AS (  -- of the latest losses in the history, those of this instanc
         ready_at = CASE WHEN holder IS NULL AND lost_streak >= $3 AND lost_streak - losses < $3
                    THEN least(ready_at, clock_timestamp()) ELSE ready_at END,
         last_outcome = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
-                       THEN 'interrupted' ELSE last_outcome END,
+                       THEN 'released' ELSE last_outcome END,
         last_result = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
                       THEN $2 ELSE last_result END
     FROM blamed WHERE name = job
@@ -219,7 +221,8 @@ SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
 
 # The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
 MARK_RELEASING: Final = """
-UPDATE jobs SET parts = true, lease_until = least(lease_until, clock_timestamp() + $4::interval)
+UPDATE jobs SET releasing = true,
+                lease_expires_at = least(lease_expires_at, clock_timestamp() + $4::interval)
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
@@ -232,6 +235,6 @@ UPDATE jobs SET work_ended_at = clock_timestamp() WHERE name = $1 AND fence = $2
 # A run that has lost its lease writes nothing more.
 CHECKPOINT: Final = """
 UPDATE jobs SET checkpoint = $4
-WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp()
+WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_expires_at > clock_timestamp()
 RETURNING true
 """

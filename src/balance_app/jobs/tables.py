@@ -43,7 +43,7 @@ jobs = Table(
     Column("ready_at", DateTime(timezone=True), nullable=False),
     Column("attempt", Integer, nullable=False, server_default=_ZERO),
     Column("requested_by", Text),
-    Column("seen_at", DateTime(timezone=True)),
+    Column("startup_marked_at", DateTime(timezone=True)),
     Column("paused_at", DateTime(timezone=True)),
     Column("paused_by", Text),
     Column("pause_reason", Text),
@@ -51,14 +51,14 @@ jobs = Table(
     Column("holder", Uuid),
     Column("server", Text),
     Column("started_at", DateTime(timezone=True)),
-    Column("lease_until", DateTime(timezone=True)),
-    Column("cancel_by", Text),
-    Column("parts", Boolean, nullable=False, server_default=false()),
+    Column("lease_expires_at", DateTime(timezone=True)),
+    Column("cancel_requested_by", Text),
+    Column("releasing", Boolean, nullable=False, server_default=false()),
     Column("done", BigInteger),
     Column("total", BigInteger),
     Column("note", Text),
     Column("checkpoint", JSONB),
-    Column("alive_at", DateTime(timezone=True)),
+    Column("last_heartbeat_at", DateTime(timezone=True)),
     Column("lost_streak", Integer, nullable=False, server_default=_ZERO),
     Column("releases", Integer, nullable=False, server_default=_ZERO),
     Column("retries", Integer, nullable=False, server_default=_ZERO),
@@ -72,22 +72,22 @@ jobs = Table(
     Column("forgotten_at", DateTime(timezone=True)),
     Column("forgotten_by", Text),
     Column("work_ended_at", DateTime(timezone=True)),
-    Column("stopping_at", DateTime(timezone=True)),
+    Column("stop_requested_at", DateTime(timezone=True)),
     Column(
         "claimable_at",
         DateTime(timezone=True),
         Computed(
-            "CASE WHEN holder IS NOT NULL THEN lease_until"
+            "CASE WHEN holder IS NOT NULL THEN lease_expires_at"
             " WHEN paused_at IS NULL THEN ready_at END",
             persisted=True,
         ),
     ),
     UniqueConstraint("number"),
     CheckConstraint(
-        "(holder IS NULL) = (lease_until IS NULL)"
+        "(holder IS NULL) = (lease_expires_at IS NULL)"
         " AND (holder IS NULL) = (started_at IS NULL)"
         " AND (holder IS NULL) = (server IS NULL)"
-        " AND (holder IS NOT NULL OR (cancel_by IS NULL AND NOT parts))",
+        " AND (holder IS NOT NULL OR (cancel_requested_by IS NULL AND NOT releasing))",
         name="run",
     ),
     CheckConstraint("(paused_at IS NULL) = (paused_by IS NULL)", name="pause"),
@@ -115,7 +115,7 @@ job_runs = Table(
     Column("result", Text),
     UniqueConstraint("job", "fence", name="job_runs_job_fence_key"),
     CheckConstraint(
-        "outcome IN ('succeeded', 'failed', 'timed_out', 'cancelled', 'interrupted', 'lost',"
+        "outcome IN ('succeeded', 'failed', 'timed_out', 'cancelled', 'released', 'lost',"
         " 'skipped')",
         name="outcome",
     ),
@@ -144,12 +144,15 @@ job_declarations = Table(
         server_default=func.clock_timestamp(),
     ),
     Column(
-        "seen_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()
+        "last_declared_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
     ),
 )
 
 instances = Table(
-    "copies",
+    "instances",
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("server", Text, nullable=False),
@@ -160,8 +163,11 @@ instances = Table(
         server_default=func.clock_timestamp(),
     ),
     Column(
-        "seen_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()
+        "last_heartbeat_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
     ),
-    Column("knows_to", BigInteger, nullable=False),
-    Column("lacks", ARRAY(Text), nullable=False),
+    Column("highest_number", BigInteger, nullable=False),
+    Column("missing", ARRAY(Text), nullable=False),
 )

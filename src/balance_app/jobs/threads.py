@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 class ThreadRun:
     """A run for a function that is not async: the same, to be called from its thread.
 
-    Each call raises `RunStoppedError` when the run was told to stop, also while it waits for
+    Each call raises `RunStoppedError` when the run was requested to stop, also while it waits for
     PostgreSQL; a function that never calls can't be stopped but with its process.
     """
 
@@ -47,7 +47,7 @@ class ThreadRun:
         self._run.progress(done, total, note)
 
     def pace(self) -> None:
-        """Sleep as `Run.pace`; ends early when the run is told to stop."""
+        """Sleep as `Run.pace`; ends early when the run is requested to stop."""
         self._wait(self._run.pace())
 
     def checkpoint(self, state: object) -> None:
@@ -90,7 +90,7 @@ class ThreadRun:
             yield ThreadConnection(connection, self._wait)
             self._wait(commit())
         except BaseException as error:
-            if not exiting:  # it is to be rolled back even when the run was told to stop
+            if not exiting:  # it is to be rolled back even when the run was requested to stop
                 end = manager.__aexit__(type(error), error, error.__traceback__)
                 asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise

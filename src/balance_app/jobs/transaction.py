@@ -32,7 +32,7 @@ SELECT set_config('balance_app.job', name, true),
        set_config('balance_app.fence', fence::text, true),
        set_config('balance_app.holder', holder::text, true)
 FROM jobs
-WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_until > clock_timestamp()
+WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_expires_at > clock_timestamp()
 """
 
 REMEMBER: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"

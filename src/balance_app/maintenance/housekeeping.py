@@ -77,9 +77,10 @@ SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
 # Instances are listed for people; who comes back is listed again.
 PRUNE_INSTANCES: Final = """
 WITH removed AS (
-    DELETE FROM copies
-    WHERE seen_at < (SELECT clock_timestamp() - interval '1 day') AND id = ANY (ARRAY(
-        SELECT id FROM copies WHERE seen_at < (SELECT clock_timestamp() - interval '1 day') LIMIT $1
+    DELETE FROM instances
+    WHERE last_heartbeat_at < (SELECT clock_timestamp() - interval '1 day') AND id = ANY (ARRAY(
+        SELECT id FROM instances
+        WHERE last_heartbeat_at < (SELECT clock_timestamp() - interval '1 day') LIMIT $1
     ))
     RETURNING 1
 )
@@ -90,9 +91,9 @@ SELECT count(*) FROM removed
 @job(name="prune-history", every=timedelta(minutes=15))
 async def prune_history(run: Run) -> str:
     """Remove runs older than 30 days, but the last 20 of each job, and instances gone for a day."""
-    start = {"job": "", "runs": 0, "copies": 0}  # as checkpoints of older releases have them
+    start = {"job": "", "runs": 0, "instances": 0}
     state = await in_batches(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
-    runs, instances = count(state["runs"], "run"), count(state["copies"], "instance")
+    runs, instances = count(state["runs"], "run"), count(state["instances"], "instance")
     return f"removed {runs} older than 30 days and {instances} not seen for a day"
 
 
@@ -107,7 +108,7 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
     removed = await connection.fetchval(PRUNE_INSTANCES, RUNS_AT_ONCE)
     return {
         "done": 0,
-        "copies": state["copies"] + removed,
+        "instances": state["instances"] + removed,
         "ended": removed < RUNS_AT_ONCE,
     }
 
@@ -115,7 +116,7 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
 # Rows that come and go decide which plan is good. A table that somebody holds is left for the
 # next time; nobody who reads or writes rows is kept waiting.
 ANALYZE: Final = {
-    "copies": "ANALYZE (SKIP_LOCKED) copies",
+    "instances": "ANALYZE (SKIP_LOCKED) instances",
     "counted_users": "ANALYZE (SKIP_LOCKED) counted_users",
     "daily_balances": "ANALYZE (SKIP_LOCKED) daily_balances",
     "daily_totals": "ANALYZE (SKIP_LOCKED) daily_totals",

@@ -276,7 +276,7 @@ _MESSAGES: Final = {
     "run": "{} is to run now: an instance takes it within a second or two.",
     "pause": "{} is paused: nothing starts it until it is resumed.",
     "resume": "{} goes on with its next tick.",
-    "cancel": "The run of {} is being cancelled: its instance is told with its next heartbeat.",
+    "cancel": "The run of {} is being cancelled: its instance learns of it by its next heartbeat.",
     "cancel-late": (
         "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
         "now."

@@ -71,11 +71,11 @@ def iso(moment: float | str | datetime) -> str:
 def why(job: Job) -> str | None:
     """Return the sentence that explains a state, where the other columns do not."""
     if job["state"] == State.RUNNING:
-        if job["stoppingSince"] is not None:
-            by = f" by {job['cancelBy']}" if job["cancelBy"] is not None else ""
-            return f"Told to stop{by} at {exact(job['stoppingSince'])}."
-        if job["cancelBy"] is not None:
-            return f"{job['cancelBy']} asked for its end."
+        if job["stopRequestedAt"] is not None:
+            by = f" by {job['cancelRequestedBy']}" if job["cancelRequestedBy"] is not None else ""
+            return f"Requested to stop{by} at {exact(job['stopRequestedAt'])}."
+        if job["cancelRequestedBy"] is not None:
+            return f"Cancellation requested by {job['cancelRequestedBy']}."
         if job["workEndedAt"] is not None:
             return "Its work is done; it lasts to its least duration."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."

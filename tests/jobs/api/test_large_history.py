@@ -32,7 +32,7 @@ from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
 from balance_app.web.queries import PageQueries
 from tests.jobs.rows import add_job
-from tests.jobs.support import AT_ONCE, LEASE, Connection, Ground, on
+from tests.jobs.support import AT_ONCE, LEASE, Connection, JobsDatabase, on
 
 RUNS: Final = 1_000_000
 # Of each kind of job there are some among the million: one that always succeeds, one that never
@@ -147,35 +147,35 @@ def _text(value: object) -> str:
 
 
 @pytest.fixture(scope="module")
-async def large(postgres: dict[str, str]) -> AsyncIterator[Ground]:
-    async with on(postgres) as ground:
+async def large(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres) as jobs_db:
         for name in NAMES:
-            await add_job(ground.admin, name, fence=RUNS)
-        await ground.admin.execute("ALTER TABLE job_runs SET (autovacuum_enabled = false)")
-        await ground.admin.execute("SET session_replication_role = replica")  # no foreign keys
-        await ground.admin.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
-        await ground.admin.execute("ANALYZE job_runs; DELETE FROM job_runs")
-        indexes = await ground.admin.fetch(INDEXES)
+            await add_job(jobs_db.admin, name, fence=RUNS)
+        await jobs_db.admin.execute("ALTER TABLE job_runs SET (autovacuum_enabled = false)")
+        await jobs_db.admin.execute("SET session_replication_role = replica")  # no foreign keys
+        await jobs_db.admin.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
+        await jobs_db.admin.execute("ANALYZE job_runs; DELETE FROM job_runs")
+        indexes = await jobs_db.admin.fetch(INDEXES)
         for index in indexes:
-            await ground.admin.execute(
+            await jobs_db.admin.execute(
                 f"ALTER TABLE job_runs DROP CONSTRAINT {index['conname']}"
                 if index["conname"]
                 else f"DROP INDEX {index['name']}"
             )
-        await ground.admin.execute(BULK, RUNS, timeout=120)
+        await jobs_db.admin.execute(BULK, RUNS, timeout=120)
         for index in indexes:
-            await ground.admin.execute(
+            await jobs_db.admin.execute(
                 f"ALTER TABLE job_runs ADD CONSTRAINT {index['conname']} {index['constraint']}"
                 if index["conname"]
                 else index["sql"],
                 timeout=120,
             )
-        await ground.admin.execute("RESET session_replication_role")
-        yield ground
+        await jobs_db.admin.execute("RESET session_replication_role")
+        yield jobs_db
 
 
 @pytest.fixture(scope="module", params=["stale", "none", "fresh"])
-async def statistics(large: Ground, request: pytest.FixtureRequest) -> Statistics:
+async def statistics(large: JobsDatabase, request: pytest.FixtureRequest) -> Statistics:
     """What the planner knows of the history: what was true of 1000 runs, nothing, or the truth."""
     known: Statistics = request.param
     if known == "none":
@@ -186,7 +186,7 @@ async def statistics(large: Ground, request: pytest.FixtureRequest) -> Statistic
 
 
 @asynccontextmanager
-async def explaining(large: Ground, mode: str) -> AsyncIterator[Explaining]:
+async def explaining(large: JobsDatabase, mode: str) -> AsyncIterator[Explaining]:
     """Give a connection that explains; nothing that it does stays."""
     transaction = large.admin.transaction()
     await transaction.start()
@@ -209,7 +209,7 @@ both_plans = pytest.mark.parametrize("mode", ["force_custom_plan", "force_generi
 
 @both_plans
 async def test_the_history_is_read_by_pages(
-    large: Ground,
+    large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - it sets them
     mode: str,
 ) -> None:
@@ -226,7 +226,7 @@ async def test_the_history_is_read_by_pages(
 
 @both_plans
 async def test_the_metrics_read_few_runs(
-    large: Ground,
+    large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
@@ -249,7 +249,7 @@ async def test_the_metrics_read_few_runs(
 
 @both_plans
 async def test_the_page_reads_few_runs(
-    large: Ground,
+    large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
@@ -272,7 +272,7 @@ async def test_the_page_reads_few_runs(
 
 @both_plans
 async def test_runs_begin_and_end_by_an_index(
-    large: Ground,
+    large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
@@ -288,7 +288,7 @@ async def test_runs_begin_and_end_by_an_index(
             assert claimed is not None
             if claimed.name in {RARE, FAILING}:
                 await large.admin.execute(
-                    "UPDATE jobs SET lease_until = clock_timestamp() - interval '1 h'"
+                    "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 h'"
                     " WHERE name = $1",
                     claimed.name,
                 )
@@ -312,7 +312,7 @@ async def test_runs_begin_and_end_by_an_index(
 
 @both_plans
 async def test_old_runs_are_pruned_by_an_index(
-    large: Ground,
+    large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
@@ -334,7 +334,7 @@ SELECT * FROM job_runs WHERE job = $3 AND id < $1 ORDER BY job DESC, id DESC LIM
 
 
 @pytest.mark.parametrize("guard", ["range", "index", "order"])
-async def test_without_these_guards_much_is_read(large: Ground, guard: str) -> None:
+async def test_without_these_guards_much_is_read(large: JobsDatabase, guard: str) -> None:
     """The controls: each mends nothing by itself."""
     await large.admin.execute("ANALYZE job_runs")
     async with explaining(large, "force_generic_plan") as connection:

@@ -61,7 +61,7 @@ async def quiet(shared: Quiet) -> Quiet:
     await shared.connection.execute("DELETE FROM job_runs")
     await shared.connection.execute("ALTER TABLE job_runs ALTER id RESTART")
     await shared.connection.execute("DELETE FROM jobs")
-    await shared.connection.execute("DELETE FROM copies")
+    await shared.connection.execute("DELETE FROM instances")
     return shared
 
 
@@ -79,7 +79,7 @@ async def fleet(
             FLEET_JOBS="1",
             FLEET_SECONDS=str(seconds),
             FLEET_EVERY="3600",
-            JOB_SETTLING_SECONDS="0.1",
+            JOB_WARM_UP_SECONDS="0.1",
             JOB_LEASE_SECONDS="3",
             JOB_HEARTBEAT_SECONDS="0.5",
         )
@@ -148,7 +148,7 @@ def _no_more(schemas: dict[str, Any], schema: dict[str, Any], answer: object) ->
 async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> None:
     """The ten jobs, as the document says, on the instance that runs them."""
     async with (
-        Instance(database, JOB_SETTLING_SECONDS="0.1") as instance_,
+        Instance(database, JOB_WARM_UP_SECONDS="0.1") as instance_,
         httpx.AsyncClient(base_url=instance_.url, trust_env=False, timeout=30) as client,
     ):
         found = await until(lambda found: found["counts"]["running"] > 0, lambda: status(client))
@@ -375,7 +375,9 @@ async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> Non
     await add_job(
         quiet.connection, "both", **running(uuid4(), "app8"), paused_at=-SECOND, paused_by="ada"
     )
-    await add_job(quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_until": -SECOND})
+    await add_job(
+        quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_expires_at": -SECOND}
+    )
     before = await quiet.connection.fetch("SELECT * FROM jobs WHERE name <> 'lost' ORDER BY name")
     answers = {name: await quiet.post(f"{name}/run") for name in ("running", "paused", "both")}
     assert {name: (each.status_code, each.json()["code"]) for name, each in answers.items()} == {
@@ -393,12 +395,14 @@ async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> Non
 
 async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> None:
     """Not for want of heartbeats in the past, and not for an instance that lacks it."""
-    await add_instance(quiet.connection, "app1", lacks=("moon",))
-    await add_instance(quiet.connection, "app2", knows_to=0)
+    await add_instance(quiet.connection, "app1", missing=("moon",))
+    await add_instance(quiet.connection, "app2", highest_number=0)
     gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
     await add_job(quiet.connection, "moon")
-    await add_job(quiet.connection, "lost", **{**running(gone, "app3"), "lease_until": -SECOND})
-    await quiet.connection.execute("UPDATE copies SET lacks = lacks || 'lost'::text")
+    await add_job(
+        quiet.connection, "lost", **{**running(gone, "app3"), "lease_expires_at": -SECOND}
+    )
+    await quiet.connection.execute("UPDATE instances SET missing = missing || 'lost'::text")
     before = await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name")
     for name in ("moon", "lost"):
         answer = await quiet.post(f"{name}/run")
@@ -413,7 +417,9 @@ async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> Non
 async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> None:
     """It is off all lists; its history stays, and who forgot it first; a lost run is lost."""
     gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
-    await add_job(quiet.connection, "moon", **{**running(gone, "app3"), "lease_until": -SECOND})
+    await add_job(
+        quiet.connection, "moon", **{**running(gone, "app3"), "lease_expires_at": -SECOND}
+    )
     await insert(
         quiet.connection,
         "job_runs",
@@ -441,7 +447,7 @@ async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> N
         assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found"), call
     assert await quiet.connection.fetch("SELECT * FROM jobs WHERE name = 'moon'") == before
     # An instance of an older program that runs it takes it back.
-    await quiet.connection.execute("UPDATE jobs SET alive_at = now() WHERE name = 'moon'")
+    await quiet.connection.execute("UPDATE jobs SET last_heartbeat_at = now() WHERE name = 'moon'")
     assert (await quiet.job("moon"))["state"] == "waiting"
 
 
@@ -450,7 +456,7 @@ async def test_a_job_that_runs_or_could_run_is_not_forgotten(quiet: Quiet) -> No
     await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
     await add_job(quiet.connection, "waiting")
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
-    await add_instance(quiet.connection, "app1", lacks=("running",))
+    await add_instance(quiet.connection, "app1", missing=("running",))
     before = await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name")
     for name, code in {
         "running": "job-running",
@@ -478,13 +484,13 @@ async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None
 
 
 async def test_stopping_since_is_when_a_run_was_told_to_stop(quiet: Quiet) -> None:
-    """`stoppingSince` is of the run under way, not of one before."""
+    """`stopRequestedAt` is of the run under way, not of one before."""
     one = await add_instance(quiet.connection, "app1")
-    await add_job(quiet.connection, "deaf", **running(one, "app1"), stopping_at=-2 * SECOND)
-    await add_job(quiet.connection, "well", **running(one, "app1"), stopping_at=-60 * SECOND)
+    await add_job(quiet.connection, "deaf", **running(one, "app1"), stop_requested_at=-2 * SECOND)
+    await add_job(quiet.connection, "well", **running(one, "app1"), stop_requested_at=-60 * SECOND)
     jobs = {job["name"]: job for job in (await status(quiet.client))["jobs"]}
-    assert jobs["deaf"]["stoppingSince"] is not None
-    assert jobs["well"]["stoppingSince"] is None
+    assert jobs["deaf"]["stopRequestedAt"] is not None
+    assert jobs["well"]["stopRequestedAt"] is None
 
 
 async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:
@@ -576,7 +582,7 @@ async def test_a_run_under_way_keeps_its_tick(quiet: Quiet) -> None:
         await add_job(
             quiet.connection,
             name,
-            **{**running(uuid4(), "app7"), "lease_until": lease},
+            **{**running(uuid4(), "app7"), "lease_expires_at": lease},
             schedule="every 10 s",
             checkpoint="{}",
             paused_at=-SECOND,
@@ -612,14 +618,16 @@ async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
     await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
     await add_job(quiet.connection, "waiting")
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
-    await add_job(quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_until": -SECOND})
+    await add_job(
+        quiet.connection, "lost", **{**running(uuid4(), "app7"), "lease_expires_at": -SECOND}
+    )
     for name, state in (("waiting", "waiting"), ("paused", "paused"), ("lost", "waiting")):
         answer = await quiet.post(f"{name}/cancel")
         assert (answer.status_code, answer.json()["code"]) == (409, "job-not-running")
         assert answer.json()["state"] == state
     first = await quiet.post("running/cancel", by="ada")
-    assert (first.status_code, first.json()["cancelBy"]) == (202, "ada")
-    assert (await quiet.post("running/cancel", by="eve")).json()["cancelBy"] == "ada"
+    assert (first.status_code, first.json()["cancelRequestedBy"]) == (202, "ada")
+    assert (await quiet.post("running/cancel", by="eve")).json()["cancelRequestedBy"] == "ada"
 
 
 # -- with jobs that run ------------------------------------------------------------------------
@@ -666,7 +674,7 @@ async def test_a_cancelled_run_ends_wherever_it_is(
         paused = await other.post("/api/cron/jobs/job-01/pause", params={"by": "eve"})
         assert (paused.json()["state"], paused.json()["paused"]["by"]) == ("running", "eve")
         asked = await other.post("/api/cron/jobs/job-01/cancel", params={"by": "ada"})
-        assert asked.json()["cancelBy"] == "ada"
+        assert asked.json()["cancelRequestedBy"] == "ada"
         began = monotonic()
         over = await until(lambda job: job["state"] == "paused", lambda: job(other, "job-01"))
         assert monotonic() - began < 5  # a heartbeat is 0.5 s

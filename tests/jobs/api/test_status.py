@@ -57,12 +57,12 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
         "readyAt",
         "The last run failed; it is tried again at ",
     ),
-    "handed-back": (
+    "released": (
         {
             "due_at": -60 * SECOND,
             "ready_at": -1 * SECOND,
             "attempt": 1,
-            "last_outcome": "interrupted",
+            "last_outcome": "released",
         },
         None,
         "app9 released it",
@@ -79,7 +79,7 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
         "Its last 3 runs were lost with their processes: it is tried again at",
     ),
     "lost": (
-        {**running(uuid4(), "app7"), "lease_until": -1 * SECOND},
+        {**running(uuid4(), "app7"), "lease_expires_at": -1 * SECOND},
         None,
         "app7 sent no heartbeat",
     ),
@@ -112,16 +112,17 @@ async def test_a_waiting_job_says_why(rows: tuple[StatusReader, Connection], rea
 
 
 async def test_a_start_of_all_instances_settles(rows: tuple[StatusReader, Connection]) -> None:
-    """A due job waits for the settling time when all instances have just come up, only then."""
+    """A due job waits for the warm-up when all instances have just come up, only then."""
     reader, connection = rows
     await add_instance(connection, up_seconds=-3600)
-    await add_job(connection, "seen", due_at=-1 * SECOND, seen_at=3600 * SECOND)
-    await add_job(connection, "a-run", due_at=-1 * SECOND, seen_at=3600 * SECOND)
+    await add_job(connection, "seen", due_at=-1 * SECOND, startup_marked_at=3600 * SECOND)
+    await add_job(connection, "a-run", due_at=-1 * SECOND, startup_marked_at=3600 * SECOND)
     await connection.execute(
-        "UPDATE jobs SET alive_at = clock_timestamp() + interval '2 hours' WHERE name = 'a-run'"
+        "UPDATE jobs SET last_heartbeat_at = clock_timestamp() + interval '2 hours'"
+        " WHERE name = 'a-run'"
     )
     fleet_up, job = (await read_status(reader))["jobs"]
-    assert (job["waiting"]["reason"], fleet_up["waiting"]["reason"]) == ("settling", "due")
+    assert (job["waiting"]["reason"], fleet_up["waiting"]["reason"]) == ("warm-up", "due")
     assert job["waiting"]["until"] > job["readyAt"]
     await add_instance(connection, "app2", up_seconds=600)
     _, job = (await read_status(reader))["jobs"]
@@ -142,22 +143,24 @@ async def test_a_job_nobody_can_run_says_so(rows: tuple[StatusReader, Connection
     number = await connection.fetchval("SELECT number FROM jobs WHERE name = 'gone'")
     await add_instance(connection, seen_seconds_ago=30)
     assert await without_code() == {"early", "gone", "late"}
-    await add_instance(connection, "app2", knows_to=number, lacks=("gone",))
+    await add_instance(connection, "app2", highest_number=number, missing=("gone",))
     assert await without_code() == {"gone", "late"}
-    await add_instance(connection, "app3", lacks=("early", "gone"))
+    await add_instance(connection, "app3", missing=("early", "gone"))
     assert await without_code() == {"gone"}
-    await add_instance(connection, "app4", knows_to=number)
+    await add_instance(connection, "app4", highest_number=number)
     assert await without_code() == set()
-    await connection.execute("UPDATE copies SET seen_at = clock_timestamp() - interval '20 s'")
+    await connection.execute(
+        "UPDATE instances SET last_heartbeat_at = clock_timestamp() - interval '20 s'"
+    )
     assert await without_code() == {"early", "gone", "late"}
 
 
 async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[StatusReader, Connection]) -> None:
-    """Ready for longer than a lease and the settling time: counted, whatever the reason."""
+    """Ready for longer than a lease and the warm-up: counted, whatever the reason."""
     reader, connection = rows
     await add_instance(connection)
     await add_job(connection, "due", due_at=-30 * SECOND)
-    await add_job(connection, "lost", **{**running(uuid4(), "x"), "lease_until": -30 * SECOND})
+    await add_job(connection, "lost", **{**running(uuid4(), "x"), "lease_expires_at": -30 * SECOND})
     await add_job(connection, "soon", due_at=-5 * SECOND)
     await add_job(connection, "paused", due_at=-30 * SECOND, paused_at=SECOND, paused_by="ada")
     status = await read_status(reader)
@@ -171,7 +174,7 @@ async def test_time_alone_changes_what_is_shown(rows: tuple[StatusReader, Connec
     reader, connection = rows
     await add_instance(connection)
     await add_job(connection, "soon", due_at=0.3 * SECOND)
-    await add_job(connection, "run", **{**running(uuid4(), "x"), "lease_until": 0.3 * SECOND})
+    await add_job(connection, "run", **{**running(uuid4(), "x"), "lease_expires_at": 0.3 * SECOND})
     run, soon = (await read_status(reader))["jobs"]
     assert (run["state"], soon["waiting"]["reason"]) == ("running", "not-due")
     await asyncio.sleep(0.4)
@@ -193,7 +196,7 @@ async def test_a_running_job_says_where_and_for_how_long(
         done=4,
         total=12,
         note="users",
-        cancel_by="ada",
+        cancel_requested_by="ada",
         requested_by="bob",
         paused_at=-1 * SECOND,
         paused_by="eve",
@@ -210,9 +213,13 @@ async def test_a_running_job_says_where_and_for_how_long(
         assert job["elapsedSeconds"] == pytest.approx((now - started).total_seconds(), abs=0.002)
         assert seconds <= job["elapsedSeconds"] < seconds + 30
         assert job["waiting"] is None
-    assert (plain["progress"], plain["cancelBy"], plain["paused"]) == (None, None, None)
+    assert (plain["progress"], plain["cancelRequestedBy"], plain["paused"]) == (None, None, None)
     assert rich["progress"] == {"done": 4, "total": 12, "note": "users"}
-    assert (rich["cancelBy"], rich["requestedBy"], rich["paused"]["by"]) == ("ada", "bob", "eve")
+    assert (rich["cancelRequestedBy"], rich["requestedBy"], rich["paused"]["by"]) == (
+        "ada",
+        "bob",
+        "eve",
+    )
     assert {instance["id"]: instance["running"] for instance in status["instances"]} == {
         str(one): 1,
         str(other): 1,
@@ -239,7 +246,7 @@ async def test_instances_are_listed_while_they_are_seen(
 ) -> None:
     """Live within a lease, listed for a minute, whatever they know."""
     reader, connection = rows
-    await add_instance(connection, "live", seen_seconds_ago=1, lacks=("x",))
+    await add_instance(connection, "live", seen_seconds_ago=1, missing=("x",))
     await add_instance(connection, "silent", seen_seconds_ago=20)
     await add_instance(connection, "gone", seen_seconds_ago=70)
     for _ in range(2):

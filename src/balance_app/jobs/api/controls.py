@@ -204,10 +204,10 @@ UPDATE jobs
 SET due_at = least(due_at, moment), ready_at = least(ready_at, moment),
     requested_by = coalesce(requested_by, $2)
 FROM (SELECT clock_timestamp() AS moment) AS request
-WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_until <= clock_timestamp())
-  AND (forgotten_at IS NULL OR alive_at > forgotten_at)
-  AND EXISTS (SELECT FROM copies WHERE seen_at + $3::interval > clock_timestamp()
-              AND number <= knows_to AND name <> ALL (lacks))
+WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
+  AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
+  AND EXISTS (SELECT FROM instances WHERE last_heartbeat_at + $3::interval > clock_timestamp()
+              AND number <= highest_number AND name <> ALL (missing))
 RETURNING name
 """
 
@@ -215,14 +215,15 @@ RETURNING name
 # is lost. The row stays, with its fence: a later run of this name must have a higher one.
 FORGET: Final = """
 WITH candidate AS MATERIALIZED (
-    SELECT name, fence, holder, server, started_at, lease_until FROM jobs
-    WHERE name = $1 AND (holder IS NULL OR lease_until <= clock_timestamp())
-      AND (forgotten_at IS NULL OR alive_at > forgotten_at)
-      AND NOT EXISTS (SELECT FROM copies WHERE seen_at + $3::interval > clock_timestamp()
-                      AND number <= knows_to AND name <> ALL (lacks))
+    SELECT name, fence, holder, server, started_at, lease_expires_at FROM jobs
+    WHERE name = $1 AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
+      AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
+      AND NOT EXISTS (SELECT FROM instances
+                      WHERE last_heartbeat_at + $3::interval > clock_timestamp()
+                      AND number <= highest_number AND name <> ALL (missing))
     FOR UPDATE
 ), lost AS (
-    UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_until,
+    UPDATE job_runs SET outcome = 'lost', ended_at = candidate.lease_expires_at,
                         result = $4
     FROM candidate
     WHERE candidate.holder IS NOT NULL AND job = candidate.name
@@ -230,8 +231,9 @@ WITH candidate AS MATERIALIZED (
 )
 UPDATE jobs SET
     forgotten_at = clock_timestamp(), forgotten_by = $2,
-    holder = NULL, server = NULL, started_at = NULL, lease_until = NULL, cancel_by = NULL,
-    parts = false, done = NULL, total = NULL, note = NULL, requested_by = NULL
+    holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
+    cancel_requested_by = NULL, releasing = false, done = NULL, total = NULL, note = NULL,
+    requested_by = NULL
 FROM candidate WHERE jobs.name = candidate.name
 RETURNING forgotten_at, forgotten_by
 """
@@ -241,21 +243,21 @@ PAUSE: Final = """
 UPDATE jobs
 SET paused_at = coalesce(paused_at, clock_timestamp()), paused_by = coalesce(paused_by, $2),
     pause_reason = CASE WHEN paused_at IS NULL THEN $3 ELSE pause_reason END
-WHERE name = $1 AND (forgotten_at IS NULL OR alive_at > forgotten_at)
+WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
 RETURNING name
 """
 
 # Only a run that holds its lease can obey.
 CANCEL: Final = """
-UPDATE jobs SET cancel_by = coalesce(cancel_by, $2)
-WHERE name = $1 AND holder IS NOT NULL AND lease_until > clock_timestamp()
+UPDATE jobs SET cancel_requested_by = coalesce(cancel_requested_by, $2)
+WHERE name = $1 AND holder IS NOT NULL AND lease_expires_at > clock_timestamp()
 RETURNING name
 """
 
 PAUSED: Final = """
 SELECT schedule, anchor_at, due_at, attempt, holder IS NOT NULL AS held, fence,
        paused_at, paused_by, pause_reason, clock_timestamp() AS now
-FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR alive_at > forgotten_at)
+FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
 """
 
 # Only the row that was read is resumed: ticks are counted from the row as it was. Who runs or was
@@ -271,7 +273,7 @@ WITH resumed AS (
         attempt = CASE WHEN $6::timestamptz IS NULL THEN attempt ELSE 0 END,
         checkpoint = CASE WHEN $6::timestamptz IS NULL THEN checkpoint END,
         requested_by = CASE WHEN $6::timestamptz IS NULL THEN requested_by END,
-        seen_at = NULL
+        startup_marked_at = NULL
     WHERE name = $1 AND paused_at = $2 AND due_at = $3 AND fence = $4
       AND (holder IS NOT NULL) = $5
     RETURNING name

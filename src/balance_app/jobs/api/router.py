@@ -194,7 +194,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 @router.post(
     "/jobs/{name}/cancel",
     summary="Cancel a run",
-    response_description="The instance that runs the job will be told.",
+    response_description="The instance that runs the job gets the request with its next heartbeat.",
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobNotRunning, InvalidRequest),

@@ -208,16 +208,16 @@ class JobAnswer(_Answer):
             examples=[None],
         ),
     ]
-    stopping_since: Annotated[
+    stop_requested_at: Annotated[
         Instant | None,
         Field(
-            description="when it was told to stop (a cancel, its timeout, a stop of its server): "
-            "it is told again every few seconds until it ends",
+            description="when it was requested to stop (a cancel, its timeout, a stop of its "
+            "server): the request is repeated every few seconds until it ends",
             examples=[None],
         ),
     ]
-    cancel_by: Annotated[
-        str | None, Field(description="who asked for the run's end", examples=[None])
+    cancel_requested_by: Annotated[
+        str | None, Field(description="who requested the run's end", examples=[None])
     ]
     due_at: Instant
     ready_at: Instant
@@ -233,7 +233,7 @@ class JobAnswer(_Answer):
         ),
     ]
     fence: Annotated[int, Field(description="rises with each run", examples=[12])]
-    requested_by: Annotated[str | None, Field(description="who asked for the run", examples=[None])]
+    requested_by: Annotated[str | None, Field(description="who requested the run", examples=[None])]
     has_code: Annotated[
         bool, Field(description="whether a live instance could run it", examples=[True])
     ]

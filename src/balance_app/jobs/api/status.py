@@ -38,7 +38,7 @@ _XIDS: Final = 2**32
 class Limits(NamedTuple):
     """The durations that a reason to wait depends on."""
 
-    settling: timedelta
+    warm_up: timedelta
     # ready for longer than this, and not running: no instance claims it
     overdue: timedelta
 
@@ -53,7 +53,8 @@ class Fleet(NamedTuple):
     def can_run(self, number: int, name: str) -> bool:
         """Say whether some live instance has the code of a job."""
         return any(
-            number <= knows_to and name not in lacks for knows_to, lacks in self.capabilities
+            number <= highest_number and name not in missing
+            for highest_number, missing in self.capabilities
         )
 
 
@@ -101,8 +102,8 @@ class StatusReader:
         self._database = database
         # how long after its last heartbeat an instance counts as live
         self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
-        settling = timedelta(seconds=settings.job_settling_seconds)
-        self._limits = Limits(settling, overdue=self.lease + settling)
+        warm_up = timedelta(seconds=settings.job_warm_up_seconds)
+        self._limits = Limits(warm_up, overdue=self.lease + warm_up)
         self._lock = asyncio.Lock()
         self._reads = 0
         self._last: StatusSnapshot | Problem | None = None
@@ -115,7 +116,7 @@ class StatusReader:
         self._in_order = True
         self._stale: set[str] = set()
         self._summaries: Counter[JobSummary] = Counter()
-        self._lacks: dict[str, frozenset[str]] = {}
+        self._missing: dict[str, frozenset[str]] = {}
         self._fleet: Fleet | None = None
 
     async def read(self) -> StatusSnapshot:
@@ -182,7 +183,7 @@ class StatusReader:
         """Bring the rows up to now; return the statement's header row."""
         rows = await self._database.run(
             lambda con: read(
-                con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._lacks)
+                con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._missing)
             ),
             # There is one at a time; a viewer during a burst should not wait behind its requests.
             priority=True,
@@ -201,18 +202,18 @@ class StatusReader:
 
     def _live_fleet(self, instances: Iterable[dict[str, Any]]) -> Fleet:
         """Return what live instances can do, and take from `instances` what is not for people."""
-        lacks: dict[str, frozenset[str]] = {}
+        missing: dict[str, frozenset[str]] = {}
         capabilities = set()
         since = []
         for instance in instances:
-            lacked, knows_to = instance.pop("lacks"), instance.pop("knowsTo")
+            sent, highest_number = instance.pop("missing"), instance.pop("highestNumber")
             instance["startedAt"] = datetime.fromisoformat(instance["startedAt"]).astimezone(UTC)
-            known = self._lacks[instance["id"]] if lacked is None else frozenset(lacked)
-            lacks[instance["id"]] = known
+            known = self._missing[instance["id"]] if sent is None else frozenset(sent)
+            missing[instance["id"]] = known
             if instance["live"]:
-                capabilities.add((knows_to, known))
+                capabilities.add((highest_number, known))
                 since.append(instance["startedAt"])
-        self._lacks = lacks
+        self._missing = missing
         return Fleet(frozenset(capabilities), min(since, default=None))
 
     async def _update_jobs(self, now: datetime, fleet: Fleet) -> None:
@@ -240,20 +241,21 @@ class StatusReader:
 
 # A row that was written by a transaction older than any that ran during the last read was seen
 # by it, or is older still; all others are asked for. The rows and the header are one snapshot.
-# What an instance lacks never changes: it is asked for once.
+# What an instance is missing never changes: it is asked for once.
 #
 # $1 the last read's oldest transaction (none: all rows), $2 the server that was asked,
-# $3 the lease, $4 the instances whose lacks are known
+# $3 the lease, $4 the instances whose missing jobs are known
 CHANGED: Final = """
 WITH header AS (
     SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
            pg_snapshot_xmin(pg_current_snapshot())::text AS horizon
 ), changed AS (
-    SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by, seen_at,
-           paused_at, paused_by, pause_reason, fence, holder, server, started_at, lease_until,
-           cancel_by, done, total, note, alive_at, lost_streak, failure_streak, other_schedules,
+    SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by,
+           startup_marked_at, paused_at, paused_by, pause_reason, fence, holder, server, started_at,
+           lease_expires_at, cancel_requested_by, done, total, note, last_heartbeat_at,
+           lost_streak, failure_streak, other_schedules,
            last_outcome, last_server, last_started_at, last_ended_at, last_result,
-           forgotten_at, forgotten_by, work_ended_at, stopping_at
+           forgotten_at, forgotten_by, work_ended_at, stop_requested_at
     FROM jobs
     WHERE $1::text IS NULL OR $2::timestamptz IS DISTINCT FROM pg_postmaster_start_time()
        OR age(jobs.xmin) <= age($1::text::xid)
@@ -265,13 +267,15 @@ FROM (
                 'id', id,
                 'server', server,
                 'startedAt', started_at,
-                'seenSecondsAgo', greatest(round(extract(epoch FROM now - seen_at), 3), 0)::float8,
-                'live', seen_at + $3::interval > now,
+                'seenSecondsAgo',
+                greatest(round(extract(epoch FROM now - last_heartbeat_at), 3), 0)::float8,
+                'live', last_heartbeat_at + $3::interval > now,
                 'running', 0,
-                'knowsTo', knows_to,
-                'lacks', CASE WHEN id <> ALL ($4::uuid[]) THEN lacks END
+                'highestNumber', highest_number,
+                'missing', CASE WHEN id <> ALL ($4::uuid[]) THEN missing END
             ) ORDER BY server, started_at), '[]')::text
-            FROM copies WHERE seen_at > now - greatest($3, interval '1 minute')) AS instances
+            FROM instances
+            WHERE last_heartbeat_at > now - greatest($3, interval '1 minute')) AS instances
     FROM header
 ) AS header
 FULL JOIN changed ON false
@@ -281,14 +285,14 @@ FULL JOIN changed ON false
 def _is_forgotten(row: asyncpg.Record) -> bool:
     """Say whether a job is off the lists; an older program that runs it takes it back."""
     return row["forgotten_at"] is not None and (
-        row["alive_at"] is None or row["alive_at"] <= row["forgotten_at"]
+        row["last_heartbeat_at"] is None or row["last_heartbeat_at"] <= row["forgotten_at"]
     )
 
 
 def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
     """Return a job's status; what it says is true from `now` on, until something changes."""
     state = State.WAITING
-    if row["holder"] is not None and row["lease_until"] > now:
+    if row["holder"] is not None and row["lease_expires_at"] > now:
         state = State.RUNNING
     elif row["paused_at"] is not None:
         state = State.PAUSED
@@ -318,8 +322,8 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
             else None
         ),
         "workEndedAt": _of_this_run(row, "work_ended_at") if running else None,
-        "stoppingSince": _of_this_run(row, "stopping_at") if running else None,
-        "cancelBy": row["cancel_by"] if running else None,
+        "stopRequestedAt": _of_this_run(row, "stop_requested_at") if running else None,
+        "cancelRequestedBy": row["cancel_requested_by"] if running else None,
         "dueAt": row["due_at"],
         "readyAt": row["ready_at"],
         "attempt": row["attempt"],
@@ -357,11 +361,11 @@ def _waiting_reason(
 ) -> tuple[dict[str, Any], datetime]:
     """Return why a job waits, and until when that may be so."""
     lost = row["holder"] is not None
-    ready_at: datetime = row["lease_until"] if lost else row["ready_at"]
+    ready_at: datetime = row["lease_expires_at"] if lost else row["ready_at"]
     overdue_at = ready_at + limits.overdue
-    settles_at = _settles_at(row, fleet, limits)
+    warm_up_ends_at = _warm_up_ends_at(row, fleet, limits)
     valid_until = min(
-        (at for at in (ready_at, overdue_at, settles_at) if at is not None and at > now),
+        (at for at in (ready_at, overdue_at, warm_up_ends_at) if at is not None and at > now),
         default=_NEVER,
     )
     outcome = row["last_outcome"]
@@ -384,11 +388,11 @@ def _waiting_reason(
             if row["attempt"]
             else (Reason.NOT_DUE, f"Not due before {_utc(ready_at)}.{many}")
         )
-    elif settles_at is not None and settles_at > now:
-        until = settles_at
+    elif warm_up_ends_at is not None and warm_up_ends_at > now:
+        until = warm_up_ends_at
         reason, sentence = (
             Reason.WARM_UP,
-            f"Due, but instances are coming up: they share what is due at {_utc(settles_at)}.",
+            f"Due, but instances are coming up: they share what is due at {_utc(warm_up_ends_at)}.",
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
@@ -413,13 +417,13 @@ def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
     return moment if moment is not None and moment >= row["started_at"] else None
 
 
-def _settles_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
+def _warm_up_ends_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
     """Return until when a ready job is left alone because all instances have just come up."""
-    if row["seen_at"] is None or fleet.since is None:
+    if row["startup_marked_at"] is None or fleet.since is None:
         return None
-    if row["alive_at"] is not None and row["alive_at"] > fleet.since:
+    if row["last_heartbeat_at"] is not None and row["last_heartbeat_at"] > fleet.since:
         return None
-    return min(row["seen_at"], fleet.since) + limits.settling  # type: ignore[no-any-return]
+    return min(row["startup_marked_at"], fleet.since) + limits.warm_up  # type: ignore[no-any-return]
 
 
 def _waiting(

@@ -16,7 +16,7 @@ Database = dict[str, str]
 
 
 @dataclass
-class Ground:
+class JobsDatabase:
     """An empty database, and a directory for the event logs of the instances that use it."""
 
     database: Database
@@ -80,11 +80,11 @@ _numbers = itertools.count(1)
 
 
 @asynccontextmanager
-async def ground(postgres: Database, top: Path) -> AsyncIterator[Ground]:
+async def jobs_db(postgres: Database, top: Path) -> AsyncIterator[JobsDatabase]:
     directory = top / str(next(_numbers))
     (directory / "event-logs").mkdir(parents=True)
     async with empty_database(postgres) as database:
-        yield Ground(database, directory)
+        yield JobsDatabase(database, directory)
 
 
 async def end(instances: Iterable[Instance], number: int = signal.SIGKILL) -> None:
