@@ -114,7 +114,9 @@ async def _database_checks(database: Database) -> dict[str, str]:
     except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
         log.warning("readiness check failed", error=repr(error))
         return {"database": "The database refused the query.", "schema": "not known"}
-    fault = Version(*rows[0]).fault() if rows else "The schema has no version."
+    if not rows:
+        return {"database": "ok", "schema": "The schema has no version."}
+    fault = Version(rows[0]["version_num"], rows[0]["compatible_from"]).fault()
     return {"database": "ok", "schema": fault or "ok"}
 
 
