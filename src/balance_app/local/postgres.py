@@ -275,12 +275,7 @@ class EmbeddedPostgres:
 
     def _make_traversable(self, data: Path) -> None:
         """Let the unprivileged user that PostgreSQL insists on reach its programs and data."""
-        try:
-            pwd.getpwnam(SYSTEM_USER)
-        except KeyError:
-            # PostgreSQL refuses to run as root.
-            command = ["useradd", "--system", "--user-group", SYSTEM_USER]
-            subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        make_system_user()
         shutil.chown(data, SYSTEM_USER, SYSTEM_USER)
         for path in (*self._bin.parents, *data.parents):
             mode = path.stat().st_mode
@@ -298,6 +293,24 @@ class EmbeddedPostgres:
         if short.stat().st_uid not in {os.geteuid(), _uid(self._user)}:
             raise EmbeddedError(f"{short} belongs to somebody else.")
         return short
+
+
+def make_system_user() -> None:
+    """Make the user that PostgreSQL runs as, since it refuses to run as root, if there is none.
+
+    Of several servers that start at once one makes it, and the others wait until it is complete.
+    """
+    # What useradd changes is files in this directory, one after the other.
+    directory = os.open("/etc", os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        try:
+            pwd.getpwnam(SYSTEM_USER)
+        except KeyError:
+            command = ["useradd", "--system", "--user-group", SYSTEM_USER]
+            subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+    finally:
+        os.close(directory)
 
 
 def _uid(user: str | None) -> int | None:
