@@ -190,14 +190,14 @@ class Report:
         verdict = self.verdict
         label, style = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
         unread = "unread"
-        facts = [
+        latencies = [
             f"{verdict.accepted} accepted",
             f"{verdict.refused} refused for insufficient funds",
             *([f"{verdict.others.total()} otherwise"] if verdict.others else []),
             f"balance {unread if verdict.balance is None else verdict.balance}",
             f"{unread if verdict.new_entries is None else verdict.new_entries} new entries",
         ]
-        return Text.assemble((label, style), "  ", ", ".join(facts))
+        return Text.assemble((label, style), "  ", ", ".join(latencies))
 
 
 def _answers(result: BurstResult) -> list[Answer]:

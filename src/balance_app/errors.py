@@ -196,7 +196,7 @@ class DatabaseUnavailable(Problem):
     `applied` says whether the request may have had an effect: `no`, or `unknown`; with an
     `Idempotency-Key` always `unknown`, as an earlier try with it may have had one; for what only
     reads there is no `applied`. Wait `Retry-After` seconds and send it again; after `unknown` with
-    the same `Idempotency-Key`, so that it takes effect once. `GET /api/changes/{key}` tells an
+    the same `Idempotency-Key`, so that it takes effect once. `GET /api/changes/{key}` shows an
     outcome that is recorded; that none is recorded yet decides nothing while the first try may
     still be under way.
     """
@@ -225,7 +225,7 @@ class Overloaded(Problem):
 
 
 class InternalError(Problem):
-    """The service made a mistake; its log tells more under the id in `X-Request-Id`.
+    """The service made a mistake; its log has more under the id in `X-Request-Id`.
 
     `applied` is `unknown` for a request that changes something. Please report it.
     """

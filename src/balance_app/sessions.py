@@ -10,7 +10,7 @@ Looked at was all of "Client Connection Defaults", "Version and Platform Compati
 Handling" of the manual. Left alone, as they change no meaning here or are the operator's to say:
 
 - `default_transaction_read_only`: a managed service turns it on when its disk is full; `Database`
-  tells such a server from one that is unavailable.
+  distinguishes such a server from one that is unavailable.
 - `default_tablespace`, `temp_tablespaces`, `default_table_access_method`,
   `default_toast_compression`: where and how tables are stored.
 - `lc_*`, `default_text_search_config`, `timezone_abbreviations`: texts for people. Errors are known

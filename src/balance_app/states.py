@@ -99,7 +99,7 @@ def outcome_sign(outcome: str | None) -> Sign:
 
 
 def outcome_predicate(outcome: str) -> str:
-    """Return what is said of a run that ended so: "failed", "was cancelled"."""
+    """Return the predicate of a run that ended so: "failed", "was cancelled"."""
     label = outcome_sign(outcome).label
     return label if outcome in _ACTIVE else f"was {label}"
 

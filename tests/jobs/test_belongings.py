@@ -210,7 +210,7 @@ async def test_what_a_function_leaves_behind_when_it_returns_is_ended() -> None:
 async def test_who_swallows_its_cancellation_is_cancelled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever still executes is told again and again, until it has ended."""
+    """Whatever still executes is requested to end again and again, until it has."""
     monkeypatch.setattr("balance_app.jobs.scope.AGAIN_SECONDS", 0.1)
     swallowed = []
 

@@ -82,7 +82,7 @@ def _repository(request: Request) -> BalanceRepository:
 async def change_balance(request: Request) -> Response:
     """Change a user's balance now: add `amount`, or withdraw when it is negative.
 
-    The answer tells the balance after exactly this change, and its place (`version`) in the
+    The answer has the balance after exactly this change, and its place (`version`) in the
     user's ledger. With an `Idempotency-Key` the request may be sent again and again: it takes
     effect once, and every answer is the first one, byte for byte.
     """
@@ -194,7 +194,7 @@ async def list_daily_balances(
     responses=problems(KeyNotFound, InvalidRequest),
 )
 async def read_outcome(request: Request, key: PathKey) -> dict[str, object]:
-    """Tell what became of the request with this key; resolves an `applied: "unknown"`."""
+    """Return what became of the request with this key; resolves an `applied: "unknown"`."""
     outcome = await _repository(request).outcome(key)
     return {
         "key": key,

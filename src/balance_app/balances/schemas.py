@@ -208,12 +208,12 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def outcome_status(outcome: Outcome) -> int:
-    """Return the HTTP status that tells this outcome."""
+    """Return the HTTP status of this outcome."""
     return {"opened": 201, "accepted": 200, "refused": 409}[outcome.kind]
 
 
 def outcome_body(outcome: Outcome) -> dict[str, Any]:
-    """Return the body that tells this outcome, the first time and every time after."""
+    """Return the body of this outcome, the first time and every time after."""
     if outcome.kind == "refused":
         return refusal(outcome).body()
     state = {"userId": outcome.user_id, "balance": outcome.balance, "version": outcome.version}

@@ -2,7 +2,7 @@
 
 What is authoritative: what the server itself says. No state of the database is assumed: each
 session pins what the meaning of the statements depends on; a failure is classified by its SQLSTATE
-(`outages`), which tells whether a write took effect, whether the session is still good, and whether
+(`outages`), which says whether a write took effect, whether the session is still good, and whether
 the whole database is unavailable.
 
 What happens on failure: with no usable connection every queued operation is refused at once with

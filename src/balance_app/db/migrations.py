@@ -72,7 +72,7 @@ class UnusableDatabaseError(Exception):
 
 
 class Installation(NamedTuple):
-    """What tells tables from others of the same names."""
+    """Distinguishes tables from others of the same names."""
 
     # made with the tables; a backup has it too
     id: str

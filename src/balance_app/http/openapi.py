@@ -199,7 +199,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def _describe_read(operation: dict[str, Any]) -> None:
-    """Show the problems of an operation as what only reads tells them."""
+    """Show the problems of an operation as an operation that only reads has them."""
     kinds = {kind.code: kind for kind in all_problems()}
     for answer in operation["responses"].values():
         examples = answer.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {})

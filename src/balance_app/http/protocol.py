@@ -529,7 +529,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _count_unsent(self) -> int:
         """Return how many bytes the client's machine has not taken, of this process and the kernel.
 
-        What the kernel holds may be megabytes: of a slow client it alone tells that it reads.
+        What the kernel holds may be megabytes: of a slow client it alone shows that it reads.
         """
         unsent = self.transport.get_write_buffer_size()
         with suppress(OSError):

@@ -22,7 +22,7 @@ _SUPERVISE: Final = str(Path(__file__).with_name("supervise.py"))
 class Child:
     """A child process, known by a socket whose other end only its supervisor holds.
 
-    Made in the event loop, before the process is; told of the process in any thread.
+    Made in the event loop, before the process is; informed of the process in any thread.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Child:
         self._loop.call_soon_threadsafe(self._listen)
 
     def stop(self) -> None:
-        """Tell it to end (SIGTERM); after the grace it is killed, with all of its descendants."""
+        """Ask it to end (SIGTERM); after the grace it is killed, with all of its descendants."""
         if not self._stopped:
             self._stopped = True
             self._loop.call_later(GRACE_SECONDS, self._kill)

@@ -1,7 +1,7 @@
 """The heartbeat thread of an instance: it renews the leases of the runs.
 
 It has an event loop and a connection of its own, so that a job that blocks the service's event loop
-loses no lease. What is trusted by a renewal, and for how long, is said in `leases`.
+loses no lease. What is trusted by a renewal, and for how long, stands in `leases`.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ class HeartbeatThread:
                 self._loop.call_soon_threadsafe(self._soon.set)
 
     def set_clock(self, now: datetime, at: float) -> None:
-        """Note that the server's clock said `now` at `at` (monotonic)."""
+        """Note that the server's clock showed `now` at `at` (monotonic)."""
         self._clock = (now, at)
 
     def server_time(self) -> datetime:

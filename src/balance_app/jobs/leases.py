@@ -2,7 +2,7 @@
 
 A renewal is trusted for as long as a lease less a reserve, counted from the moment it was sent: the
 server granted the lease later than that, so trust ends before the lease, also when PostgreSQL's
-clock steps ahead meanwhile, by the reserve at most. Shortly before trust ends the runs are told to
+clock steps ahead meanwhile, by the reserve at most. Shortly before trust ends the runs are asked to
 stop. What can't stop (frozen, blocked) is ended by the kernel: each good heartbeat sets the
 watchdog timer anew (see `watchdog`), which ends the process before it executes one more
 instruction, also when it is frozen.

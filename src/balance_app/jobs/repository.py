@@ -157,7 +157,7 @@ class JobRepository:
     ) -> Capabilities:
         """Bring the rows up to the jobs (name: schedule, description) that the code declares.
 
-        Said again and again, it keeps the declarations alive; see `declarations`. A job that can't
+        Repeated, it keeps the declarations alive; see `declarations`. A job that can't
         be declared keeps the row that it has, if any; see `undeclared`.
         """
         capabilities, self.undeclared = await self._database.run(

@@ -28,7 +28,7 @@ from balance_app.jobs.transaction import (
 )
 
 CHECKPOINT_BYTES: Final = 8192
-# How much of an error is told in a run's result.
+# How much of an error is kept in a run's result.
 MESSAGE_CHARACTERS: Final = 1900
 MOST_CAUSES: Final = 10
 DEEPEST_CAUSE: Final = 5
@@ -73,7 +73,7 @@ class Run:
         self._jobs = jobs
         self._min_seconds = min_seconds
         self._started = monotonic()
-        # what was done already when a resumed run first said how far it is
+        # what was done already when a resumed run first reported how far it is
         self._begun_at: int | None = None
         # the one that is open
         self._transaction: RunTransaction | None = None
@@ -88,7 +88,7 @@ class Run:
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
         """Say how far the run is; the next heartbeat writes it down.
 
-        It is only for show and never raises: where `done` is no number, what was said last stays.
+        It is only for show and never raises: where `done` is no number, the last report stays.
         """
         counted = _count(done)
         if counted is None:
@@ -232,15 +232,15 @@ def plain(text: str, limit: int = 500) -> str:
 
 def describe(error: BaseException, depth: int = 0) -> str:
     """Return an error in a sentence, with what is in it when it is a group, and what it is from."""
-    said = f"{type(error).__name__}: {in_words(error)[:MESSAGE_CHARACTERS]}"
+    text = f"{type(error).__name__}: {in_words(error)[:MESSAGE_CHARACTERS]}"
     if depth == DEEPEST_CAUSE:
-        return said
+        return text
     if isinstance(error, BaseExceptionGroup):
         inside = [describe(each, depth + 1) for each in error.exceptions[:MOST_CAUSES]]
-        said = f"{said}: {'; '.join(inside)}"
+        text = f"{text}: {'; '.join(inside)}"
     if error.__cause__ is not None:
-        said = f"{said} (from {describe(error.__cause__, depth + 1)})"
-    return said
+        text = f"{text} (from {describe(error.__cause__, depth + 1)})"
+    return text
 
 
 def in_words(value: object) -> str:

@@ -54,7 +54,7 @@ async def _last_on(run: Run, seconds: float) -> None:
 
 
 def stop(run: Run, outcome: Stopped, reason: str) -> None:
-    """Request a run to stop; what it was told first counts."""
+    """Request a run to stop; the first reason counts."""
     if run.stopped is None:
         run.stopped = (outcome, reason)
     if run.lease is not None:
@@ -89,7 +89,7 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
     ended: asyncio.Future[Any] = loop.create_future()
     facade = ThreadRun(run)
 
-    def tell(value: object, error: BaseException | None) -> None:
+    def report(value: object, error: BaseException | None) -> None:
         if inspect.isawaitable(value):
             facade.go_on_in_event_loop()
         if error is None:
@@ -101,9 +101,9 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
         value, error = None, None
         try:
             value = job.function(facade)
-        except BaseException as caught:  # noqa: BLE001 - it is told where the run is classified
+        except BaseException as caught:  # noqa: BLE001 - it counts where the run is classified
             error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
-        loop.call_soon_threadsafe(tell, value, error)
+        loop.call_soon_threadsafe(report, value, error)
 
     scope.submit(call)
     while True:
@@ -118,16 +118,16 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
 
 def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
     """Say how a run's code ended."""
-    told = run.stopped if task.cancelled() or task.cancelling() else None
+    stopped = run.stopped if task.cancelled() or task.cancelling() else None
     error = None if task.cancelled() else task.exception()
     finished = error is None and not task.cancelled()
-    if finished and (told is None or not run.awaited):
+    if finished and (stopped is None or not run.awaited):
         returned = task.result()
         return RunResult("succeeded", None if returned is None else plain(in_words(returned), 2000))
-    if told is not None:  # whatever it made of it
+    if stopped is not None:  # whatever it made of it
         if error is not None and not isinstance(error, RunStoppedError):
             run.log.warning("run failed when it was stopped", exc_info=error)
-        return RunResult(*told)
+        return RunResult(*stopped)
     match _outage(error):
         case LeaseLostError():
             return RunResult("released", "it had lost its lease")

@@ -53,7 +53,7 @@ TIE_BREAK: Final = timedelta(milliseconds=10)
 # The backoff grows with what runs here, ever more slowly: at most ten steps.
 MOST_BACKOFF_STEPS: Final = 10
 DRAIN_SECONDS: Final = 0.8
-NAMED: Final = 5  # so many undeclared jobs are told with their reasons
+NAMED: Final = 5  # so many undeclared jobs are reported with their reasons
 # What can't be stopped ends with the process within this; its lease later, by as much as
 # PostgreSQL's clock may step, and by this at least.
 EXIT_SECONDS: Final = 2.0

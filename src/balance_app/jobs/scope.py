@@ -23,7 +23,7 @@ from typing_extensions import override
 
 log = structlog.get_logger(__name__)
 
-# What was requested to stop and still executes is told again after each of these.
+# What was requested to stop and still executes is requested again after each of these.
 AGAIN_SECONDS: Final = 5.0
 MAX_THREADS: Final = 32
 
@@ -34,7 +34,7 @@ class Stoppable(Protocol):
     """A child process of a run."""
 
     def stop(self) -> None:
-        """Tell it to end; it is ended by force soon after."""
+        """Ask it to end; it is ended by force soon after."""
 
 
 class Scope(Executor):
@@ -117,7 +117,7 @@ class Scope(Executor):
         self._again = None
         if left := self._left():
             log.warning(
-                "a run was requested to stop and goes on: told again", job=self.name, **left
+                "a run was requested to stop and goes on: requested again", job=self.name, **left
             )
             for task in list(self._tasks):
                 task.cancel()

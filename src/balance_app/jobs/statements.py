@@ -43,7 +43,7 @@ UPDATE jobs SET startup_marked_at = clock_timestamp() FROM ready WHERE jobs.name
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
 # $7 backoff, $8 round, $9 tie break, $10 warmed up, $11 warm-up, $12 takes_over_until,
-# $13 quarantine, $14 the longest, $15 and $16 what is said of who stopped, or is gone
+# $13 quarantine, $14 the longest, $15 and $16 the result of a run whose instance stopped, is gone
 CLAIM: Final = """
 WITH own AS (  -- this instance's backoff, with the tie break if it has claimed in this round
     SELECT $7::interval
@@ -226,8 +226,8 @@ UPDATE jobs SET releasing = true,
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
-# For people alone: who cancels such a run is told that there is nothing left to cancel. It belongs
-# to the run that began before it, so no claim has to take it back.
+# For people alone: who cancels such a run is answered that there is nothing left to cancel. It
+# belongs to the run that began before it, so no claim has to take it back.
 END_WORK: Final = """
 UPDATE jobs SET work_ended_at = clock_timestamp() WHERE name = $1 AND fence = $2 AND holder = $3
 """

@@ -101,7 +101,7 @@ class ThreadRun:
         vars(self).update({name: getattr(self._run, name) for name in names})
 
     def interrupt(self) -> None:
-        """Break off what the thread waits for; called in the event loop, after it was told."""
+        """Break off what the thread waits for; called in the event loop, after the request."""
         if self._task is not None:
             self._task.cancel()
 

@@ -144,7 +144,7 @@ WHERE relid = to_regclass($1)
 
 @job(name="refresh-statistics", every=timedelta(minutes=25))
 async def refresh_statistics(run: Run) -> str:
-    """Tell PostgreSQL's planner what the tables hold now, wherever rows have changed."""
+    """Let PostgreSQL's planner know what the tables hold now, wherever rows have changed."""
     state = await in_batches(
         run,
         _refresh_statistics,

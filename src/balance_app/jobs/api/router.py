@@ -80,7 +80,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     responses=problems(),
 )
 async def read_status(request: Request) -> Response:
-    """Tell what every job is doing, where, for how long, and why it waits if it does.
+    """Show what every job is doing, where, for how long, and why it waits if it does.
 
     All of it is one snapshot; durations are by the database's clock.
     """

@@ -141,7 +141,7 @@ class ScheduleAnswer(_Answer):
 
 
 class ProgressAnswer(_Answer):
-    """How far a run is, as it last said."""
+    """How far a run is, as it last reported."""
 
     done: Annotated[int, Field(examples=[4000])]
     total: Annotated[int | None, Field(examples=[12000])]
