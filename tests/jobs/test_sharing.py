@@ -374,7 +374,8 @@ async def test_newcomers_that_die_delay_nobody(postgres: Database, tmp_path: Pat
         f"p99 {quantile(late, 0.99) * 1000:.1f} ms, at most {late[-1] * 1000:.1f} ms; "
         f"where any newcomer begins the warm-up anew: {len(control)} starts"
     )
-    assert quantile(late, 0.99) < size(small=2000, full=100) / 1000
+    # An instance that still runs a job leaves the next one to the others for a step of 0.23 s.
+    assert quantile(late, 0.99) < size(small=2000, full=500) / 1000
     assert len(control) < len(late) / 2
 
 
