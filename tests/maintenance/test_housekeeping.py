@@ -15,7 +15,7 @@ import pytest
 from typing_extensions import override
 
 from balance_app.balances.errors import InsufficientFunds
-from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSE_ONCE
+from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSALS_KEPT, REFUSE_ONCE
 from balance_app.db.pool import Database
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.api.history import KEEP_TO_INDEX
@@ -569,9 +569,8 @@ async def test_only_old_refusals_are_forgotten(house: House) -> None:
 
 
 def test_callers_are_promised_what_is_kept() -> None:
-    """The documented days of a refusal are those of the statements."""
-    texts = [InsufficientFunds.__doc__, housekeeping.OLD_REFUSALS, housekeeping.FORGET_REFUSALS]
-    assert [re.findall(r"(\d+) days", str(text)) for text in texts] == [["7"]] * 3
+    """The documented days of a refusal are those of the constant."""
+    assert re.findall(r"(\d+) days", str(InsufficientFunds.__doc__)) == [str(REFUSALS_KEPT.days)]
 
 
 async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> None:
@@ -777,13 +776,13 @@ async def test_no_statement_reads_more_than_its_share(house: House) -> None:
         for sql, *arguments in (
             (audits.LEDGER, 1, 20_000, 29_991, 2000),
             (audits.LEDGER, 5000, 0, 0, 2000),
-            (audits.RECORDED, "key-5", 1000),
+            (audits.RECORDED, "key-5", 1000, MAX_INTEGER),
             (audits.NOTED, 5000, "2026-01-01", 1000),
             (summaries.NOTE, 5000, 1000),
             (summaries.COUNT, 1, 1000, 2000),
             (summaries.COUNT, 5000, 1000, 2000),
-            (limits.RICH, 5000, 2000, 0.8),
-            (housekeeping.FORGET_REFUSALS, 500),
+            (limits.RICH, 5000, 2000, 0.8, MAX_INTEGER),
+            (housekeeping.FORGET_REFUSALS, 500, REFUSALS_KEPT),
             (housekeeping.PRUNE_RUNS, "audit-kex", 1000),
         ):
             async with house.connection.transaction():

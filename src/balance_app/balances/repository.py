@@ -1,7 +1,7 @@
 """Every statement on users and what is recorded of them, each with the invariant it keeps."""
 
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.metrics import Metrics
 
 MAX_RACES: Final = 1000
+# For how long the refusals of keys are kept.
+REFUSALS_KEPT: Final = timedelta(days=7)
 KEYS_PKEY: Final = "idempotency_keys_pkey"
 
 

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Final
 
 from balance_app.db.pool import Connection
+from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches, number
@@ -166,7 +167,7 @@ WITH batch AS MATERIALIZED (
             format('it says %s, but entry %s of user %s left %s',
                    batch.balance, batch.version, batch.user_id, entry.balance)
         WHEN outcome = 'refused'
-             AND batch.balance::numeric + batch.amount BETWEEN 0 AND 9007199254740991 THEN
+             AND batch.balance::numeric + batch.amount BETWEEN 0 AND $3::bigint THEN
             format('it refuses %s to user %s, who had %s',
                    batch.amount, batch.user_id, batch.balance)
         WHEN outcome <> 'refused' AND (entry.key, entry.amount, entry.at)
@@ -196,7 +197,7 @@ async def audit_keys(run: Run) -> str:
 
 
 async def _audit_keys(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(RECORDED, state["key"], size)
+    row = await connection.fetchrow(RECORDED, state["key"], size, MAX_INTEGER)
     assert row is not None  # noqa: S101 - the statement always has one
     return {
         **_add(state, row["faults"]),

@@ -34,6 +34,8 @@ class Rows(NamedTuple):
     total: str
     # no batch takes more
     most: int
+    # of `total`
+    arguments: tuple[object, ...] = ()
 
 
 async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
@@ -55,7 +57,7 @@ async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
     while not state["ended"]:
         async with run.transaction() as connection:
             if state["total"] is None:
-                state = {**state, "total": await connection.fetchval(rows.total)}
+                state = {**state, "total": await connection.fetchval(rows.total, *rows.arguments)}
             size = min(rows.most, max(1, -(-state["total"] // BATCHES)))
             changed = await batch(connection, state, size)
             done = state["done"] + changed["done"]

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from typing import Final
 
+from balance_app.balances.repository import REFUSALS_KEPT
 from balance_app.db.pool import Connection
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import job
@@ -16,17 +17,17 @@ ANALYZE_SECONDS: Final = 60
 OLD_REFUSALS: Final = """
 SELECT count(*) FROM (
     SELECT FROM idempotency_keys
-    WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - interval '7 days') LIMIT 100000
+    WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $1::interval) LIMIT 100000
 ) AS old
 """
 
-# Only refusals are ever forgotten, and only after the 7 days that they are promised for: an
+# Only refusals are ever forgotten, and only after the time that they are promised for: an
 # accepted change must have one effect for ever. The oldest go first.
 FORGET_REFUSALS: Final = """
 WITH forgotten AS (
     DELETE FROM idempotency_keys WHERE key = ANY (ARRAY(
         SELECT key FROM idempotency_keys
-        WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - interval '7 days')
+        WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $2::interval)
         ORDER BY at LIMIT $1
     ))
     RETURNING 1
@@ -38,13 +39,14 @@ SELECT count(*) FROM forgotten
 @job(name="prune-refused-keys", every=timedelta(minutes=6))
 async def prune_refused_keys(run: Run) -> str:
     """Forget the refusals that are older than 7 days; what was accepted is kept for ever."""
-    state = await in_batches(run, _prune_refused_keys, {}, Rows("refusals", OLD_REFUSALS, most=500))
-    return f"removed {count(state['done'], 'refusal')} older than 7 days"
+    rows = Rows("refusals", OLD_REFUSALS, most=500, arguments=(REFUSALS_KEPT,))
+    state = await in_batches(run, _prune_refused_keys, {}, rows)
+    return f"removed {count(state['done'], 'refusal')} older than {REFUSALS_KEPT.days} days"
 
 
 async def _prune_refused_keys(connection: Connection, _state: State, size: int) -> State:
     await connection.fetchval(KEEP_TO_INDEX)
-    forgotten = await connection.fetchval(FORGET_REFUSALS, size)
+    forgotten = await connection.fetchval(FORGET_REFUSALS, size, REFUSALS_KEPT)
     return {"done": forgotten, "ended": forgotten < size}
 
 

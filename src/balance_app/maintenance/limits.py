@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Final
 
 from balance_app.db.pool import Connection
+from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
@@ -19,8 +20,8 @@ class LimitNearError(Exception):
 RICH: Final = """
 WITH few AS (SELECT id, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2)
 SELECT count(*) AS users, max(id) AS user_id,
-       count(*) FILTER (WHERE balance > $3::float8 * 9007199254740991) AS rich,
-       min(id) FILTER (WHERE balance > $3::float8 * 9007199254740991) AS first
+       count(*) FILTER (WHERE balance > $3::float8 * $4::bigint) AS rich,
+       min(id) FILTER (WHERE balance > $3::float8 * $4::bigint) AS first
 FROM few
 """
 
@@ -29,7 +30,7 @@ FROM few
 # an hour keeps every row version since it began.
 LIMITS: Final = """
 SELECT format('numbers of %s', sequencename) AS what,
-       coalesce(last_value, 0) / least(max_value, 9007199254740991)::float8 AS used
+       coalesce(last_value, 0) / least(max_value, $1::bigint)::float8 AS used
 FROM pg_sequences WHERE schemaname = current_schema()
 UNION ALL
 SELECT 'transaction ids', age(datfrozenxid) / least(
@@ -76,7 +77,7 @@ async def watch_limits(run: Run) -> str:
 
 
 async def _watch_limits(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(RICH, state["user"], size, NEAR)
+    row = await connection.fetchrow(RICH, state["user"], size, NEAR, MAX_INTEGER)
     assert row is not None  # noqa: S101 - an aggregate always has one
     ended = row["users"] < size
     return {
@@ -84,6 +85,8 @@ async def _watch_limits(connection: Connection, state: State, size: int) -> Stat
         "user": row["user_id"],
         "rich": state["rich"] + row["rich"],
         "first": state["first"] if state["first"] is not None else row["first"],
-        "limits": [list(limit) for limit in await connection.fetch(LIMITS)] if ended else [],
+        "limits": (
+            [list(limit) for limit in await connection.fetch(LIMITS, MAX_INTEGER)] if ended else []
+        ),
         "ended": ended,
     }
