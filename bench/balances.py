@@ -1,12 +1,11 @@
-"""How fast balances change, as ratios to what the machine allows: `make bench`.
+"""Throughput of balance changes, as ratios to the machine's limits: `make bench`.
 
 (a) Changes per second of one hot user over HTTP, from 100 kept-alive connections to one instance,
-    against pgbench running the same statement on the same server: the ceiling.
-(b) Wall and CPU seconds of 10 000 requests at one moment against one instance, beside the same
-instance
-    without its database call, and a bare ASGI callable.
+    compared with pgbench running the same statement on the same server: the upper limit.
+(b) Wall and CPU seconds of 10 000 simultaneous requests to one instance, compared with the same
+    instance without its database call, and with a bare ASGI callable.
 
-All are measured in turn, several rounds; ratios are taken within a round, medians are printed.
+Several alternating rounds are measured; ratios are taken within a round, medians are printed.
 """
 
 import asyncio
@@ -58,7 +57,7 @@ async def main() -> None:
 
 
 def print_machine(where: Path) -> None:
-    """Print what this was measured on."""
+    """Print the machine, the Python version and the time of an fdatasync."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     fsync = subprocess.run(
         [binaries() / "pg_test_fsync", "-s", "1", "-f", where / "fsync"],
@@ -150,7 +149,7 @@ class Server:
             return int(answer.json()["userId"])
 
     async def fire(self, user: int, requests: int, connections: int) -> dict[str, Any]:
-        """Fire from another process; return its wall and CPU seconds and the statuses."""
+        """Send from another process; return its wall and CPU seconds and the count by status."""
         client = await asyncio.create_subprocess_exec(
             *(sys.executable, HERE / "fire.py", self.url, str(user)),
             *(str(requests), str(connections)),
@@ -187,7 +186,7 @@ async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server
 
 
 async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
-    """Return how often per second pgbench runs the statement of a change."""
+    """Return how many times per second pgbench runs the statement of a change."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
         values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
         script.write(re.sub(r"\$\d", lambda name: str(values[name[0]]), CHANGE) + ";")
@@ -207,7 +206,7 @@ async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
 
 
 def cpu_of_tree(pid: int) -> float:
-    """Return the CPU seconds of PostgreSQL: its server and backends, those that ended included."""
+    """Return the CPU seconds of PostgreSQL: the postmaster and all backends, ended ones too."""
     parent = psutil.Process(pid)
     times = parent.cpu_times()
     total = times.user + times.system + times.children_user + times.children_system

@@ -1,7 +1,7 @@
-"""Fire changes at one URL from a process of its own; print wall and CPU seconds as JSON.
+"""Send changes to one URL from a process of its own; print wall and CPU seconds as JSON.
 
-Leaner than the load test's client, which keeps every answer to judge it: what a client spends here
-the service can't have, on a machine with two cores.
+It costs less than the load test's client, which keeps every answer to check it: on a machine with
+two cores, the client takes its CPU time from the service.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ OPENING_AT_ONCE = 100
 
 
 class Lane(asyncio.Protocol):
-    """One connection, which sends its share of the requests one after the other."""
+    """One connection, which sends its share of the requests one after another."""
 
     def __init__(self, request: bytes, share: int, got: Counter[str]) -> None:
         self.opened = asyncio.get_running_loop().create_future()
@@ -32,7 +32,7 @@ class Lane(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Note that the connection is open."""
+        """Mark the connection as open."""
         self._transport = cast("asyncio.Transport", transport)
         self.opened.set_result(None)
 
@@ -42,7 +42,7 @@ class Lane(asyncio.Protocol):
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Count a complete answer, and go on."""
+        """Count a complete answer, and send the next request."""
         self._buffer += data
         head, separator, body = self._buffer.partition(b"\r\n\r\n")
         if not separator:
@@ -59,14 +59,14 @@ class Lane(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count what never came."""
+        """Count the requests without an answer."""
         if not self.finished.done():
             self._got[f"lost: {exc!r}"] += self._left + 1
             self.finished.set_result(None)
 
 
 async def main(url: str, user_id: int, requests: int, connections: int) -> None:
-    """Open all connections, release all requests, and print what came back."""
+    """Open all connections, release all requests, and print times and counts as JSON."""
     allow_open_files(connections)
     where = urlsplit(url)
     host, port = str(where.hostname), int(where.port or 80)

@@ -1,12 +1,10 @@
-"""How soon jobs start, what idling costs, how many one database bears: `make bench`.
+"""Start latency, idle load, and the throughput of one database: `make bench`.
 
-(c) Start latency: started_at - due_at of short runs on five real instances, ten jobs that fall due
-one
-    after the other.
+(c) Start latency: started_at - due_at of short runs on five real instances, with ten jobs that fall
+    due one after another.
 (d) Idle load: statements per second and instance while nothing is due, counted in PostgreSQL's log.
 (e) 100 000 jobs and 50 instances, each with a connection of its own, that claim and finish as fast
-as
-    they can: runs per second, and how long a claim takes.
+    as they can: runs per second, and the time of a claim.
 (f) `GET /api/cron/status` with 10 000 jobs.
 """
 
@@ -137,7 +135,7 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
 async def claimer(
     number: int, settings: Settings, capabilities: Capabilities, claims: list[float]
 ) -> int:
-    """Claim and finish for a while, as an instance that runs nothing else; return how often."""
+    """Claim and finish runs for CLAIM_SECONDS, with no other runs; return how many."""
     connection = await asyncpg.connect(**settings.statement_arguments())
     me = Me(uuid4(), f"instance {number}")
     policy = ClaimPolicy(
@@ -150,11 +148,11 @@ async def claimer(
     )
     done = 0
     end = monotonic() + CLAIM_SECONDS
-    while (asked := monotonic()) < end:
+    while (sent_at := monotonic()) < end:
         row = await connection.fetchrow(
             CLAIM, *claim_arguments(me, timedelta(seconds=6), capabilities, policy)
         )
-        claims.append(monotonic() - asked)
+        claims.append(monotonic() - sent_at)
         assert row is not None
         if not row["claimable"]:
             await asyncio.sleep(0.01)
@@ -193,9 +191,9 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
         took = []
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             for _ in range(STATUS_CALLS):
-                asked = monotonic()
+                sent_at = monotonic()
                 answer = await client.get(f"{instance.url}/api/cron/status")
-                took.append(monotonic() - asked)
+                took.append(monotonic() - sent_at)
                 assert answer.is_success
         assert len(answer.json()["jobs"]) == LISTED_JOBS
     size = len(answer.content) / 1e6
@@ -204,7 +202,7 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
 
 @asynccontextmanager
 async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncIterator[None]:
-    """Run instances whose ten jobs do next to nothing."""
+    """Run instances whose ten jobs do almost nothing."""
     program = ("-m", "tests.jobs.fleet")
     environment: dict[str, Any] = {"FLEET_EVENT_LOGS": event_log, "LOG_LEVEL": "warning", **env}
     instances = [
@@ -212,7 +210,7 @@ async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncI
         for number in range(1, INSTANCES + 1)
     ]
     async with running(instances):
-        await asyncio.sleep(6)  # settled
+        await asyncio.sleep(6)  # warmed up
         yield
 
 

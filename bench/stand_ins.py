@@ -1,7 +1,7 @@
-"""The service, and two stand-ins that do less of it, to see where the time goes.
+"""The service, and two stand-ins that do less, to measure the cost of each part.
 
-`service`: an instance as it is. `constant`: the same, but each change is answered with a constant
-instead of asking the database. `bare`: an ASGI callable that reads the body and answers `{}`.
+`service`: an unchanged instance. `constant`: the same, but each change is answered with a constant
+instead of a database call. `bare`: an ASGI callable that reads the body and answers `{}`.
 """
 
 import sys
@@ -18,10 +18,10 @@ from balance_app.settings import load_settings
 
 
 class Constant(BalanceRepository):
-    """Every change is accepted at once."""
+    """Accepts every change without a database call."""
 
     async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
-        """Answer without asking the database."""
+        """Return a constant outcome."""
         return Outcome("accepted", user_id, amount, 1, 2, datetime.now(UTC), key)
 
 

@@ -1,11 +1,10 @@
-"""The burst: thousands of withdrawals at one moment, and whether the service did exactly right.
+"""The burst: thousands of withdrawals sent at once, and a check of everything they left.
 
 `python -m loadtest` creates a user, opens every connection, releases all requests together, and
-then checks three things against each other: the answers, the user's balance, and the user's
-entries. It exits with 0 only when they agree, 1 when anything is wrong, and 2 when it could
-not fire at all.
+then compares three things: the answers, the user's balance, and the user's entries. It exits with
+0 only when they agree, with 1 when anything is wrong, and with 2 when it could not send at all.
 
-The burst speaks HTTP/1.1 over asyncio streams (`burst`), since what is measured is the service and
-a general HTTP client costs more than the service does. Set-up and read-back use httpx (`accounts`).
-Only this machine's own loopback addresses are ever fired at (`preconditions`).
+The burst speaks HTTP/1.1 over asyncio streams (`burst`), because a general HTTP client uses more
+CPU than the service that is measured. Set-up and read-back use httpx (`accounts`). Requests are
+sent to loopback addresses of this machine only (`preconditions`).
 """

@@ -39,12 +39,14 @@ def main(  # noqa: PLR0913 - each is an option
         typer.Argument(
             metavar="URL",
             help="base URLs of the service, fired at in turn; loopback only (default: "
-            "BALANCE_APP_URL or PORT, of the environment or `.env`; if nobody is there, the ports "
-            "of the containers)",
+            "BALANCE_APP_URL or PORT, from the environment or `.env`; if nothing listens there, "
+            "the ports of the containers)",
         ),
     ] = None,
     *,
-    requests: Annotated[int, typer.Option(min=1, max=_REQUESTS_AT_MOST, help="how many")] = 10_000,
+    requests: Annotated[
+        int, typer.Option(min=1, max=_REQUESTS_AT_MOST, help="number of requests")
+    ] = 10_000,
     amount: Annotated[
         int, typer.Option(callback=_not_zero, help="the change each makes; negative withdraws")
     ] = -2,
@@ -56,7 +58,7 @@ def main(  # noqa: PLR0913 - each is an option
         typer.Option(
             min=1,
             metavar="ID",
-            help="use this user as it is instead of creating one; nobody else may change it "
+            help="use this user as it is instead of creating one; no other client may change it "
             "meanwhile",
         ),
     ] = None,
@@ -65,7 +67,7 @@ def main(  # noqa: PLR0913 - each is an option
         typer.Option(
             min=1,
             metavar="N",
-            help="send over N kept-alive connections, one request after the other on each "
+            help="send over N kept-alive connections, one request after another on each "
             "(default: one connection for each request)",
         ),
     ] = None,
@@ -78,18 +80,15 @@ def main(  # noqa: PLR0913 - each is an option
             min=1,
             max=_LONGEST_TIMEOUT_SECONDS,
             metavar="SECONDS",
-            help="bound on opening and firing together",
+            help="limit for opening and sending together",
         ),
     ] = 120,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object and nothing else")
     ] = False,
 ) -> None:
-    """Fire many balance changes at one moment and check whether all is exactly right.
-
-    All: every answer, the balance and the entries.
-    """
-    # What can't be encoded for this terminal is replaced, never raised.
+    """Send many balance changes at once; check every answer, the balance and the entries."""
+    # A character that this terminal can't encode is replaced, never raised.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -143,7 +142,7 @@ async def _run(
 
 
 async def _ledger(accounts: Accounts, before: Account, requests: int) -> Ledger | CannotRunError:
-    """Read the state after the burst; a service that died of it is a verdict, not an exit."""
+    """Read the state after the burst; a service that crashed fails the test, it is no exit 2."""
     try:
         return await accounts.ledger(before, at_most=requests)
     except CannotRunError as error:

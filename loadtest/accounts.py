@@ -1,4 +1,4 @@
-"""The user under test, before and after the burst: the calls that are not part of it."""
+"""The user under test: the calls before and after the burst."""
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _ENTRIES_PER_PAGE = 1000
 
 
 class ServiceModel(BaseModel):
-    """Something the service says: camelCase, of exactly the declared types; more members may come.
+    """A JSON object of the service: camelCase, exactly the declared types, unknown members ignored.
 
     Strict, so that a balance given as "9998" or 9998.0 is not taken for an integer.
     """
@@ -36,7 +36,7 @@ class Account(ServiceModel):
 
 
 class Entry(ServiceModel):
-    """One line of the user's statement: the change and the balance after it."""
+    """One ledger entry of the user: the change and the balance after it."""
 
     version: int
     amount: int
@@ -44,7 +44,7 @@ class Entry(ServiceModel):
 
 
 class EntriesPage(ServiceModel):
-    """Entries in ascending versions; `next` is the cursor of the page that follows, if any."""
+    """Entries in ascending order of version; `next` is the cursor of the next page, if any."""
 
     entries: list[Entry]
     next: int | None
@@ -52,7 +52,7 @@ class EntriesPage(ServiceModel):
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the service remembers after the burst: the user and the entries that came with it."""
+    """The user after the burst, and the entries made since it began."""
 
     account: Account
     new_entries: list[Entry]
@@ -61,8 +61,8 @@ class Ledger:
 class Accounts:
     """Creates and reads users of the service at one target.
 
-    Every method raises CannotRunError, with a readable sentence, when the service is unavailable,
-    refuses, or answers something that is not its contract.
+    Every method raises CannotRunError, with one sentence, when the service is unavailable, refuses,
+    or breaks its contract.
     """
 
     def __init__(self, target: Target) -> None:
@@ -80,10 +80,7 @@ class Accounts:
             return await self._read(Account, client.get(f"/api/users/{user_id}"))
 
     async def ledger(self, before: Account, *, at_most: int) -> Ledger:
-        """Read the user again with the entries made since, in pages, about `at_most` of them.
-
-        More entries than that would be wrong anyway, and reading is bounded.
-        """
+        """Read the user again, and the entries made since `before`: about `at_most`, in pages."""
         entries: list[Entry] = []
         cursor: int | None = before.version
         path = f"/api/users/{before.user_id}"
@@ -99,7 +96,7 @@ class Accounts:
         return Ledger(account, entries)
 
     def _client(self) -> httpx.AsyncClient:
-        # trust_env=False: a proxy in the environment must not stand before a loopback address.
+        # trust_env=False: no proxy of the environment for a loopback address.
         return httpx.AsyncClient(
             base_url=self._target.url, timeout=_CALL_TIMEOUT_SECONDS, trust_env=False
         )

@@ -1,7 +1,7 @@
 """The burst itself: every connection is opened first, then one event releases all requests.
 
-A connection carries its share of the requests one after the other; in the plain burst there are as
-many connections as requests, so each carries one.
+A connection sends its share of the requests one after another; by default there are as many
+connections as requests, so each sends one.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from loadtest.preconditions import CannotRunError, Target
 
-# Handshakes under way at once: below the smallest usual listen backlog (128).
+# Concurrent handshakes: below the smallest usual listen backlog (128).
 _OPENING_AT_ONCE = 100
 _CONNECT_TRIES = 5
 _CONNECT_PAUSE_SECONDS = 0.2
@@ -39,7 +39,7 @@ class BurstConfig:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a burst is; written by it, read by whoever shows it."""
+    """How far a burst is: counts that the burst writes and the display reads."""
 
     opened: int = 0
     answered: int = 0
@@ -61,7 +61,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """A request whose answer did not come, or was no HTTP; whether it was applied is unknown."""
+    """A request without a valid HTTP answer; whether it was applied is unknown."""
 
     reason: str
 
@@ -75,8 +75,8 @@ _TOO_LATE = NoAnswer("no answer within the time limit")
 class BurstResult:
     """A finished burst: one outcome per request.
 
-    `wall_seconds` is from the release to the last answer, `cpu_seconds` what this process spent on
-    opening and firing together.
+    `wall_seconds` is the time from the release to the last answer, `cpu_seconds` the CPU time of
+    this process for opening and sending together.
     """
 
     outcomes: list[Outcome]
@@ -104,7 +104,7 @@ async def fire(config: BurstConfig, progress: Progress) -> BurstResult:
                 for lane, connection in enumerate(connections)
             ]
             await release.now()
-            await _settle(tasks, started + config.timeout_seconds - time.perf_counter())
+            await _finish(tasks, started + config.timeout_seconds - time.perf_counter())
         return BurstResult(
             release.outcomes,
             opening_seconds=opened - started,
@@ -114,12 +114,12 @@ async def fire(config: BurstConfig, progress: Progress) -> BurstResult:
     finally:
         for connection in connections:
             connection.close()
-        await asyncio.sleep(0)  # a closed transport lets go of its socket in the loop's next turn
+        await asyncio.sleep(0)  # a transport closes its socket in the loop's next iteration
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector still: walking 10 000 live streams costs a quarter of the CPU."""
+    """Stop the garbage collector: traversing 10 000 live streams costs a quarter of the CPU."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -133,14 +133,14 @@ _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class _Connection:
-    """One HTTP/1.1 connection to a target, opened again when the service closed it between."""
+    """One HTTP/1.1 connection to a target, reopened when the service closed it between requests."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._streams: _Streams | None = None
 
     async def open(self) -> _Streams:
-        """Connect, and try a few times again when that is refused."""
+        """Connect; retry a few times when the connection is refused."""
         tries_left = _CONNECT_TRIES
         while True:
             tries_left -= 1
@@ -158,8 +158,8 @@ class _Connection:
 
         Raises:
             OSError, EOFError: the connection could not be opened, or it broke.
-            asyncio.LimitOverrunError, KeyError, ValueError: what came was no HTTP/1.1 answer with
-                a Content-Length.
+            asyncio.LimitOverrunError, KeyError, ValueError: the answer is not HTTP/1.1 with a
+                Content-Length.
         """
         reader, writer = self._streams or await self.open()
         writer.write(request)
@@ -177,7 +177,7 @@ class _Connection:
 
 
 class _Release:
-    """The one moment, and what came of it: `outcomes[n]` belongs to request n."""
+    """The simultaneous release of all requests; `outcomes[n]` belongs to request n."""
 
     def __init__(self, progress: Progress, outcomes: list[Outcome]) -> None:
         self.outcomes = outcomes
@@ -186,7 +186,7 @@ class _Release:
         self._event = asyncio.Event()
 
     async def now(self) -> None:
-        """Let go of every request, once all tasks stand waiting."""
+        """Release every request, once all tasks wait for the event."""
         await asyncio.sleep(0)
         self.released_at = self.last_answer_at = time.perf_counter()
         self._event.set()
@@ -226,7 +226,7 @@ async def _open_all(
             for _ in range(_OPENING_AT_ONCE):
                 group.create_task(open_in_turn())
     except TimeoutError:
-        reason = f"the {config.timeout_seconds:g} s were over"
+        reason = f"the limit of {config.timeout_seconds:g} s was reached"
     except ExceptionGroup as failures:
         refused, bugs = failures.split(OSError)
         if refused is None or bugs is not None:
@@ -240,8 +240,8 @@ async def _open_all(
     )
 
 
-async def _settle(tasks: list[asyncio.Task[None]], timeout_seconds: float) -> None:
-    """Wait for the tasks and cancel those that are late; a task's own error is raised."""
+async def _finish(tasks: list[asyncio.Task[None]], timeout_seconds: float) -> None:
+    """Wait for the tasks and cancel those still running at the timeout; raise a task's error."""
     done, late = await asyncio.wait(tasks, timeout=max(0.0, timeout_seconds))
     for task in late:
         task.cancel()

@@ -1,4 +1,4 @@
-"""What must hold before a single request is sent: loopback targets that answer, enough files."""
+"""Checked before any request is sent: targets that listen on loopback, enough open files."""
 
 import asyncio
 import os
@@ -16,12 +16,12 @@ _FILES_BESIDE_CONNECTIONS = 64
 
 
 class CannotRunError(Exception):
-    """The load test cannot be run; the message is one sentence that says why and what to do."""
+    """The load test cannot run; the message is one sentence that says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One address of the service; several may be the same service's instances."""
+    """One address of the service; several may be instances of one service."""
 
     host: str
     port: int
@@ -31,7 +31,7 @@ class Target:
         """Read a base URL such as `http://127.0.0.1:3000`.
 
         Raises:
-            CannotRunError: it isn't a plain base URL, or not a loopback address.
+            CannotRunError: the URL isn't a plain base URL, or its host not a loopback address.
         """
         try:
             parts = urlsplit(url)
@@ -45,14 +45,14 @@ class Target:
             raise CannotRunError(f"{url} is not a base URL: write it like http://127.0.0.1:3000.")
         if not _is_loopback(host):
             raise CannotRunError(
-                f"{host} is not this machine: the burst is only ever fired at a loopback address "
+                f"{host} is not this machine: the burst is only sent to a loopback address "
                 "(localhost, 127.0.0.0/8 or ::1)."
             )
         return cls(host, 80 if port is None else port)
 
     @property
     def authority(self) -> str:
-        """Return `host:port` as URLs and the Host header write it."""
+        """Return `host:port`, as in URLs and the Host header."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
@@ -62,17 +62,17 @@ class Target:
 
 
 def absent(target: Target) -> CannotRunError:
-    """Return the error for a target where nobody listens."""
+    """Return the error for a target where nothing listens."""
     return CannotRunError(f"No service answers at {target.url}: start it with `make run`.")
 
 
 async def find() -> list[Target]:
-    """Return where the service is on this machine when nobody says: `make run`, or containers.
+    """Return the service's default addresses: that of `make run`, or those of the containers.
 
-    BALANCE_APP_URL and PORT, in the environment or in `.env`, hold for the service's commands too.
+    BALANCE_APP_URL and PORT, from the environment or `.env`, apply as for the service's commands.
 
     Raises:
-        CannotRunError: nobody listens at any of these places.
+        CannotRunError: nothing listens at any of these addresses.
     """
     variables = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
     url = variables.get("BALANCE_APP_URL") or f"http://127.0.0.1:{variables.get('PORT') or 3000}"
@@ -92,10 +92,10 @@ async def find() -> list[Target]:
 async def locate(target: Target) -> Target:
     """Connect once and return the target with the numeric address that accepted.
 
-    A name is resolved here, once, instead of ten thousand times while the burst connects.
+    A name is resolved here, once, instead of once for each connection of the burst.
 
     Raises:
-        CannotRunError: nobody listens there, or the name leads away from this machine.
+        CannotRunError: nothing listens there, or the name resolves to another machine.
     """
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT_SECONDS):
@@ -106,12 +106,12 @@ async def locate(target: Target) -> Target:
     writer.close()
     await writer.wait_closed()
     if not _is_loopback(address):
-        raise CannotRunError(f"{target.host} leads to {address}, which is not a loopback address.")
+        raise CannotRunError(f"{target.host} resolves to {address}, not a loopback address.")
     return Target(address, target.port)
 
 
 def allow_open_files(connections: int) -> None:
-    """Raise this process's soft limit of open files far enough for so many connections.
+    """Raise this process's soft limit of open files as far as so many connections need.
 
     Raises:
         CannotRunError: the hard limit is below what is needed.

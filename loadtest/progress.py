@@ -1,6 +1,6 @@
-"""Shows on stderr how far a burst is: bars on a terminal, a line now and then elsewhere.
+"""Shows the progress of a burst on stderr: bars on a terminal, a line every 2 s elsewhere.
 
-It takes its turn in the burst's own event loop, so it is drawn seldom: see `_BARS_EVERY_SECONDS`.
+It runs in the burst's own event loop, so it is drawn seldom: see `_BARS_EVERY_SECONDS`.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ async def shown(progress: Progress, config: BurstConfig, console: Console) -> As
 
 
 async def _show_bars(progress: Progress, config: BurstConfig, console: Console) -> None:
-    # No refreshing thread of rich's own: it would fight the burst for the interpreter.
+    # No refresh thread of rich: it would contend with the burst for the interpreter.
     bars = Bars(
         TextColumn("{task.description:<20}"),
         BarColumn(),

@@ -45,7 +45,7 @@ class Band:
 
 
 def bands(result: BurstResult) -> list[Band]:
-    """Count answers by how long they took, in bands of one round width, from 0 to the longest."""
+    """Count answers by latency, in bands of one round width, from 0 to the longest."""
     seconds = [outcome.seconds for outcome in _answers(result)]
     if not seconds:
         return []
@@ -66,7 +66,7 @@ class Report:
     verdict: Verdict
 
     def print(self, console: Console) -> None:
-        """Print title, checks, timing, everything that is wrong, and the verdict as last line."""
+        """Print title, checks, timing, all problems, and the verdict on the last line."""
         console.print()
         console.print(Text(self._title(), style="bold"))
         frame = box.SIMPLE if console.is_terminal else None
@@ -174,7 +174,7 @@ class Report:
         table.add_column(justify="right")
         table.add_column(justify="right")
         for band in shown:
-            # A bar for the few, too: nothing is seen of what took longest otherwise.
+            # Rounded up: a band with few answers has a bar too, or the slowest would not show.
             length = math.ceil(band.answers * min(_BAR, console.width // 2) / most)
             table.add_row(
                 f"{band.start * 1000:g} to {band.end * 1000:g} ms",

@@ -1,8 +1,8 @@
-"""Whether the service did exactly right: the answers, the user and the entries, against arithmetic.
+"""Checks the answers, the user and the entries against arithmetic.
 
-The service decides the requests in some order; each accepted one is a version. So with the version
-`v0` and balance `b0` from before, whatever claims a version v must claim the balance
-`b0 + amount * (v - v0)`. Every check here is that sentence, or a count.
+The service decides the requests in some order; each accepted one makes the next version. So with
+version `v0` and balance `b0` before the burst, version v can only have the balance
+`b0 + amount * (v - v0)`. Every check here applies this rule, or compares a count.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ _INSUFFICIENT_FUNDS = "insufficient-funds"
 
 
 class Refusal(ServiceModel):
-    """The body of an insufficient-funds problem: the state that refused, and by how much."""
+    """The body of an insufficient-funds problem: the state that refused, and the shortfall."""
 
     code: str
     user_id: int
@@ -41,7 +41,7 @@ class Problem(ServiceModel):
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What must come of `requests` changes of `amount` on a user that nobody else changes."""
+    """The result of `requests` changes of `amount` on a user that no other client changes."""
 
     before: Account
     amount: int
@@ -49,7 +49,7 @@ class Expectation:
 
     @property
     def accepted(self) -> int:
-        """Return how many can be afforded."""
+        """Return how many must be accepted."""
         if self.amount > 0:
             return self.requests
         return min(self.requests, self.before.balance // -self.amount)
@@ -61,19 +61,19 @@ class Expectation:
 
     @property
     def balance(self) -> int:
-        """Return the balance that is left."""
+        """Return the balance after the burst."""
         return self.balance_at(self.before.version + self.accepted)
 
     def balance_at(self, version: int) -> int:
-        """Return the only balance that a version can have."""
+        """Return the only balance that this version can have."""
         return self.before.balance + self.amount * (version - self.before.version)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What happened; `problems` are sentences, and there are none exactly when all is right.
+    """The counts of a burst; `problems` are sentences, empty exactly when all is right.
 
-    `others` counts by status and problem code, or by why there was no answer. `balance` and
+    `others` counts by status and problem code, or by the reason for no answer. `balance` and
     `new_entries` are None when they could not be read.
     """
 
@@ -93,7 +93,7 @@ class Verdict:
 def evaluate(
     expected: Expectation, outcomes: Sequence[Outcome], ledger: Ledger | CannotRunError
 ) -> Verdict:
-    """Compare outcomes and ledger (or why it could not be read) with what is expected."""
+    """Compare the outcomes and the ledger (or why it could not be read) with the expectation."""
     accepted: list[Account] = []
     refused: list[Refusal] = []
     others: Counter[str] = Counter()
