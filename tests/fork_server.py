@@ -6,6 +6,7 @@ is to be forked, and reports who was forked and who has ended, and how.
 """
 
 import asyncio
+import gc
 import json
 import os
 import select
@@ -104,6 +105,9 @@ def main() -> None:
     """Fork whatever is asked for, until nobody can ask any more."""
     for module in (*FORKABLE.values(), "balance_app.maintenance"):
         import_module(module)
+    # What is imported is never freed: children that looked through it would copy every page.
+    gc.collect()
+    gc.freeze()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
