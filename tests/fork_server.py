@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from balance_app.db.migrations import alembic_head
+from balance_app.web.rendering import templates
+
 # What `python -m` may be given, and the module whose `main()` that is.
 FORKABLE: Final = {"balance_app": "balance_app.__main__", "tests.jobs.fleet": "tests.jobs.fleet"}
 
@@ -103,11 +106,7 @@ async def run() -> AsyncIterator[None]:
 
 def main() -> None:
     """Fork whatever is asked for, until nobody can ask any more."""
-    for module in (*FORKABLE.values(), "balance_app.maintenance"):
-        import_module(module)
-    # What is imported is never freed: children that looked through it would copy every page.
-    gc.collect()
-    gc.freeze()
+    _prepare()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -138,6 +137,18 @@ def main() -> None:
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _prepare() -> None:
+    """Do once what every instance would do again."""
+    for module in (*FORKABLE.values(), "balance_app.maintenance"):
+        import_module(module)
+    alembic_head()
+    for name in templates().list_templates():
+        templates().get_template(name)
+    # What is imported is never freed: children that looked through it would copy every page.
+    gc.collect()
+    gc.freeze()
 
 
 def _say(what: str, number: int, value: int) -> None:
