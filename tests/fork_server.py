@@ -1,8 +1,8 @@
-"""Instances forked from a process that has imported everything: they are up in a moment.
+"""Processes forked from one that has imported everything: they are up in a moment.
 
-Each is a process of its own that does what `python -m MODULE ARGUMENTS` does; only its imports are
-done already. `python -m tests.fork_server` is the parent: it reads a line of JSON per instance that
-is to be forked, and reports who was forked and who has ended, and how.
+Each does what `python -m MODULE ARGUMENTS` does; only its imports are done already.
+`python -m tests.fork_server` is the parent: it reads a line of JSON per process that is to be
+forked, and reports who has begun and who has ended, and how.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import AsyncIterator
+import traceback
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +22,16 @@ from typing import Final
 from balance_app.db.migrations import alembic_head
 from balance_app.web.rendering import templates
 
+ROOT: Final = Path(__file__).parents[1]
 # What `python -m` may be given, and the module whose `main()` that is.
 FORKABLE: Final = {"balance_app": "balance_app.__main__", "tests.jobs.fleet": "tests.jobs.fleet"}
 
 
 class Child:
     """A forked process, to be used like those of asyncio."""
+
+    stdout: asyncio.StreamReader
+    stderr: asyncio.StreamReader
 
     def __init__(self) -> None:
         self.forked: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -51,6 +56,10 @@ class Child:
     async def wait(self) -> int:
         return await asyncio.shield(self.ended)
 
+    async def communicate(self) -> tuple[bytes, bytes]:
+        out, err, _ = await asyncio.gather(self.stdout.read(), self.stderr.read(), self.wait())
+        return out, err
+
 
 class ForkServer:
     """The parent, as its user sees it."""
@@ -60,15 +69,33 @@ class ForkServer:
         self._children: list[Child] = []
 
     async def fork(
-        self, module: str, *arguments: str, log: Path, environment: dict[str, str]
+        self,
+        module: str,
+        *arguments: str,
+        files: tuple[str, str, str],
+        environment: Mapping[str, str],
+        cwd: str = str(ROOT),
     ) -> Child:
-        """Fork an instance; its output goes to the end of a file."""
+        """Fork a process; `files` are its standard input and, appended to, output and error."""
         child = Child()
         self._children.append(child)
-        order = [len(self._children) - 1, module, arguments, str(log), environment]
+        number, command = len(self._children) - 1, [module, *arguments]
+        order = [number, command, files, cwd, dict(environment)]
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         await child.forked
+        return child
+
+    async def fork_with_pipes(
+        self, module: str, *arguments: str, environment: Mapping[str, str], cwd: str = str(ROOT)
+    ) -> Child:
+        """Fork a process without input; its output is in `stdout` and `stderr`."""
+        pipes = [os.pipe(), os.pipe()]
+        out, err = (f"/proc/{os.getpid()}/fd/{write}" for _, write in pipes)
+        child = await self.fork(
+            module, *arguments, files=(os.devnull, out, err), environment=environment, cwd=cwd
+        )
+        child.stdout, child.stderr = [await _reader(*pipe) for pipe in pipes]
         return child
 
     async def listen(self) -> None:
@@ -76,6 +103,15 @@ class ForkServer:
         async for line in self._process.stdout:
             what, number, value = json.loads(line)
             getattr(self._children[number], what).set_result(value)
+
+
+async def _reader(read: int, write: int) -> asyncio.StreamReader:
+    os.close(write)  # the child has it
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb")
+    )
+    return reader
 
 
 # The one that runs, if one does.
@@ -89,7 +125,7 @@ async def run() -> AsyncIterator[None]:
         *(sys.executable, "-m", "tests.fork_server"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     parent = ForkServer(process)
     listener = asyncio.create_task(parent.listen())
@@ -131,9 +167,8 @@ def main() -> None:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.close(woken)
                     os.close(wake)
-                    _live(*what)
+                    _live(number, *what)
                 children[pid] = number
-                _say("forked", number, pid)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -155,21 +190,36 @@ def _say(what: str, number: int, value: int) -> None:
     os.write(1, json.dumps([what, number, value]).encode() + b"\n")
 
 
-def _live(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """Be an instance, and end with it."""
+def _live(
+    number: int, command: list[str], files: list[str], cwd: str, environment: dict[str, str]
+) -> None:
+    """Be the process, and end with it."""
     code = 1
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for number, file in enumerate((null, output, output)):
-            os.dup2(file, number)
+        try:
+            null, *outputs = files
+            opened = [os.open(null, os.O_RDONLY)]
+            opened += [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in outputs]
+        finally:
+            _say("forked", number, os.getpid())
+        for standard, file in enumerate(opened):
+            os.dup2(file, standard)
+            os.close(file)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = [module, *arguments]
-        import_module(FORKABLE[module]).main()
+        os.chdir(cwd)
+        encoding = environment.get("PYTHONIOENCODING")
+        sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115 - for ever
+        sys.stderr = open(2, "w", 1, encoding, "backslashreplace", closefd=False)  # noqa: SIM115
+        sys.argv = command
+        import_module(FORKABLE[command[0]]).main()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - whatever it is ends the process
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         sys.stdout.flush()

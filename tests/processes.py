@@ -94,7 +94,10 @@ class Instance:
         module, *arguments = self._program
         if fork_server.running and module in fork_server.FORKABLE:
             child = await fork_server.running[0].fork(
-                module, *arguments, log=path, environment=self._environment
+                module,
+                *arguments,
+                files=(os.devnull, str(path), str(path)),
+                environment=self._environment,
             )
             self.process = cast("asyncio.subprocess.Process", child)
             return

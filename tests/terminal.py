@@ -1,35 +1,33 @@
-"""The command line as a process of its own, and stand-ins for a service that answers badly."""
+"""The command line as a forked process, and stand-ins for a service that answers badly."""
 
 import asyncio
 import os
 import pty
 import re
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
+from tests import fork_server
+from tests.processes import DATABASE_VARIABLES
+
 PATIENCE_SECONDS: Final = 30
 ROOT: Final = Path(__file__).parents[1]
 
 
-def command(*arguments: str, **env: str) -> Awaitable[asyncio.subprocess.Process]:
+def command(*arguments: str, cwd: str = str(ROOT), **env: str) -> Awaitable[fork_server.Child]:
     """Start `balance-app`, its output in pipes."""
-    return asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "balance_app", *arguments),
-        env=environment(**env),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
+    return fork_server.running[0].fork_with_pipes(
+        "balance_app", *arguments, environment=environment(**env), cwd=cwd
     )
 
 
 def environment(**env: str) -> dict[str, str]:
     """What it is started with; of what is set here, nothing that changes what it does or shows."""
     of_its_own = {"BALANCE_APP_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PORT", "HOST"}
+    of_its_own |= set(DATABASE_VARIABLES)
     return {
         **{name: value for name, value in os.environ.items() if name not in of_its_own},
         "PYTHONPATH": str(ROOT),
@@ -38,9 +36,9 @@ def environment(**env: str) -> dict[str, str]:
     }
 
 
-async def run(*arguments: str, **env: str) -> tuple[int | None, str, str]:
+async def run(*arguments: str, cwd: str = str(ROOT), **env: str) -> tuple[int | None, str, str]:
     """Run `balance-app` to its end; return its exit code, its output, and what it says besides."""
-    process = await command(*arguments, **env)
+    process = await command(*arguments, cwd=cwd, **env)
     try:
         out, err = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
     except TimeoutError:
@@ -60,13 +58,12 @@ class Screen:
 
     async def __aenter__(self) -> Self:
         self._leader, follower = pty.openpty()
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "balance_app", *self._arguments),
-            env=environment(**{"TERM": "xterm-256color", "COLUMNS": "120", **self._env}),
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            cwd=ROOT,
+        terminal = os.ttyname(follower)
+        self.process = await fork_server.running[0].fork(
+            "balance_app",
+            *self._arguments,
+            files=(terminal, terminal, terminal),
+            environment=environment(**{"TERM": "xterm-256color", "COLUMNS": "120", **self._env}),
         )
         os.close(follower)
         return self

@@ -14,25 +14,18 @@ from balance_app.formatting import url
 from balance_app.jobs import Registry
 from balance_app.local.postgres import binaries
 from balance_app.main import create_app
-from tests.processes import DATABASE_VARIABLES, free_ports
-from tests.terminal import PATIENCE_SECONDS, environment, run
+from tests.processes import free_ports
+from tests.terminal import run
+
+pytestmark = pytest.mark.usefixtures("_fork_server")
 
 NOWHERE = {"DB_HOST": "127.0.0.1", "DB_PORT": "9"}
 
 
 async def balance_app(cwd: Path, *arguments: str, **env: str) -> tuple[int | None, str]:
     """Run `balance-app` in a directory; return its exit code and all it says."""
-    inherited = {k: v for k, v in environment().items() if k not in DATABASE_VARIABLES}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "balance_app", *arguments),
-        env={**inherited, **env},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=cwd,
-    )
-    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
-    return process.returncode, output.decode()
+    code, out, err = await run(*arguments, cwd=str(cwd), **env)
+    return code, err + out
 
 
 async def test_what_the_machine_refuses_is_reported_in_a_sentence(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shlex
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -12,7 +13,9 @@ import pytest
 
 from balance_app.formatting import ago, brief, duration, exact, visible
 from tests.processes import Instance, connect, free_port, query
-from tests.terminal import PATIENCE_SECONDS, Screen, answering, command, http, losing, run
+from tests.terminal import PATIENCE_SECONDS, Screen, answering, environment, http, losing, run
+
+pytestmark = pytest.mark.usefixtures("_fork_server")
 
 DONE = '{"userId":1,"balance":9998,"version":2,"change":{"amount":-2,"at":"2026-11-21T21:49:33Z"}}'
 UNKNOWN = http(
@@ -120,9 +123,8 @@ REFUSED: Final = [
 
 async def test_what_is_refused_is_said_in_a_sentence(instance: Instance) -> None:
     """On stderr, with an exit code that shows what a script can do about it."""
-    none = dict.fromkeys(("DATABASE_URL", "DB_HOST"), "")
     for line, code, message in REFUSED:
-        found = await run(*line.split(" "), BALANCE_APP_URL=instance.url, **none)
+        found = await run(*line.split(" "), BALANCE_APP_URL=instance.url)
         assert (found[0], found[1]) == (code, ""), line
         assert message in found[2], found[2]
         assert found[2].count("\n") == 1 or "╭─ Error" in found[2]
@@ -371,7 +373,12 @@ async def test_colours_are_for_terminals_that_want_them(instance: Instance) -> N
 
 async def test_a_reader_that_has_seen_enough_is_no_mistake(instance: Instance) -> None:
     """A pipe that is closed early ends it without a traceback."""
-    process = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
+    process = await asyncio.create_subprocess_exec(  # the interpreter has the last word
+        *(sys.executable, "-m", "balance_app", "status", "--watch", "--json"),
+        env=environment(BALANCE_APP_URL=instance.url),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert json.loads(await process.stdout.readline())["jobs"] == []
