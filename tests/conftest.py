@@ -8,7 +8,7 @@ import pytest
 
 from tests import fork_server
 from tests.jobs.support import JobsDatabase
-from tests.processes import DATABASE_VARIABLES, Instance, empty_database
+from tests.processes import DATABASE_VARIABLES, Instance, empty_database, http_client
 from tests.system.databases import own_postgres
 
 
@@ -52,7 +52,7 @@ async def instance(database: dict[str, str]) -> AsyncIterator[Instance]:
 @pytest.fixture
 async def client(instance: Instance) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of that instance."""
-    async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+    async with http_client(instance.url) as client:
         yield client
 
 

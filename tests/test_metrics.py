@@ -26,7 +26,7 @@ from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.states import Outcome
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import JobsDatabase, on, until
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, http_client, running
 from tests.system.databases import somebody_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
@@ -119,7 +119,7 @@ async def test_the_wait_queue_is_seen(database: dict[str, str]) -> None:
             DB_LOCK_SECONDS="20",
             DB_STATEMENT_SECONDS="25",
         ) as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        http_client(instance.url) as client,
     ):
         body = {"userId": 1, "amount": -1}
         holder = await connect(database)
@@ -153,7 +153,7 @@ async def test_an_outage_is_reported(database: dict[str, str]) -> None:
     """While the database is unavailable the instance reports that, and all it knows by itself."""
     async with (
         Instance(database, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        http_client(instance.url) as client,
     ):
         before = await scrape(client)
         assert before["balance_app_database_unavailable"] == 0
@@ -573,10 +573,7 @@ async def test_tables_are_as_large_as_when_each_was_last_measured(
 
     instances = [Instance(database, JOBS_ENABLED="false") for _ in range(2)]
     async with running(instances), AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(httpx.AsyncClient(base_url=each.url, trust_env=False))
-            for each in instances
-        ]
+        clients = [await stack.enter_async_context(http_client(each.url)) for each in instances]
         assert await sizes() == {}
         await measure(50, entries=1, dropped=1)
         assert await sizes() == {"entries": 1, "dropped": 1}

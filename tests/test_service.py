@@ -16,7 +16,7 @@ from balance_app.errors import InternalError
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
 from tests.balances.hostile import exchange
-from tests.processes import Instance, query
+from tests.processes import Instance, http_client, query
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
@@ -55,7 +55,7 @@ async def test_logs_are_json_with_server_and_request(
     log = tmp_path / "log"
     async with (
         Instance(database, "app7", log=log, LOG_REQUESTS="true") as instance,
-        httpx.AsyncClient(trust_env=False) as client,
+        http_client() as client,
     ):
         await client.get(f"{instance.url}/api/users/1", headers={"X-Request-Id": "find-me"})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -79,7 +79,7 @@ async def test_what_is_refused_before_it_is_a_request_has_an_id_and_is_counted(
     ids = {}
     async with (
         Instance(database, log=log, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(trust_env=False) as client,
+        http_client() as client,
     ):
         for status, sent in REFUSED.items():
             answer = await exchange(instance.port, *sent, pause_seconds=0.1)

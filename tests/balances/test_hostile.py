@@ -10,7 +10,6 @@ from time import monotonic
 from typing import Final
 
 import asyncpg
-import httpx
 import pytest
 
 import balance_app.main  # noqa: F401 - with it every problem is known
@@ -28,7 +27,7 @@ from tests.balances.hostile import (
     raw_request,
     request,
 )
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 
 CASES: Final = all_cases()
 MEMBERS: Final = {"type", "title", "status", "detail", "code", "applied"}
@@ -342,7 +341,7 @@ async def test_the_instance_is_still_the_same_and_well(house: House) -> None:
     """Nothing above ended the process, and the ledger still adds up."""
     assert house.instance.process is not None
     assert house.instance.process.returncode is None
-    async with httpx.AsyncClient(base_url=house.instance.url, trust_env=False) as client:
+    async with http_client(house.instance.url) as client:
         assert (await client.get("/readyz")).is_success
     wrong = await house.ledger.fetch(
         """

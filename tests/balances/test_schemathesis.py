@@ -15,7 +15,7 @@ import pytest
 import balance_app.main  # noqa: F401 - with it every problem is known
 from balance_app.errors import PROBLEM_JSON, all_problems, explain
 from tests.balances.hostile import one_instance
-from tests.processes import Instance
+from tests.processes import Instance, http_client
 from tests.system.sizes import size
 
 EXAMPLES = size(small=25, full=100)  # of each operation
@@ -161,7 +161,7 @@ async def test_the_docs_page_needs_no_internet(client: httpx.AsyncClient) -> Non
 
 
 async def _document(instance: Instance) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=instance.url, trust_env=False) as client:
+    async with http_client(instance.url) as client:
         document: dict[str, Any] = (await client.get("/openapi.json")).json()
     return document
 
@@ -215,7 +215,7 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
         ("GET", "/readyz", "/readyz", {}),
     ]
     seen: set[str] = set()
-    async with httpx.AsyncClient(base_url=instance.url, trust_env=False) as client:
+    async with http_client(instance.url) as client:
         for method, template, path, more in calls:
             answer = await client.request(method, path, **more)
             described = document["paths"][template][method.lower()]["responses"]

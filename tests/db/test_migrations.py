@@ -27,7 +27,7 @@ from balance_app.db.migrations import (
     migrate,
 )
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, query
+from tests.processes import Instance, connect, http_client, query
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -343,7 +343,7 @@ async def test_who_holds_the_lock_is_told_and_an_upgraded_schema_needs_none(
         waiting = Instance(database, "waiting", JOBS_ENABLED="false")
         await waiting.launch()
         try:
-            async with httpx.AsyncClient(trust_env=False, timeout=5) as http, asyncio.timeout(30):
+            async with http_client(timeout=5) as http, asyncio.timeout(30):
                 message = ""
                 while f"PostgreSQL process {holder}, since" not in message:
                     with suppress(httpx.HTTPError):

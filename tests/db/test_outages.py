@@ -18,7 +18,7 @@ from balance_app.db.outages import HOPELESS, Kind, classify, is_fatal, pause_sec
 from balance_app.db.pool import Database
 from balance_app.sessions import PoolerError
 from tests.jobs.rows import settings_for
-from tests.processes import Instance, connect, query, served
+from tests.processes import Instance, connect, http_client, query, served
 from tests.system.databases import own_postgres
 
 POOLED = "unsupported startup parameter: default_transaction_isolation"  # PgBouncer 1.18
@@ -179,9 +179,7 @@ async def test_too_few_connections_are_told_at_start(
         assert instance.process is not None
         if starts:
             await instance.ready()
-            async with httpx.AsyncClient(
-                base_url=instance.url, trust_env=False, timeout=30
-            ) as client:
+            async with http_client(instance.url) as client:
                 assert await fire(client, 60) == {"200": 60}
                 warnings = (await client.get("/readyz")).json()["warnings"]
             assert "role's limit is 4 connections" in warnings[0]
@@ -281,7 +279,7 @@ async def test_the_cause_of_an_outage_is_reported(
     async with (
         a_role(database) as plain,
         Instance(plain, log=log, JOBS_ENABLED="false") as instance,
-        httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+        http_client(instance.url) as client,
     ):
         names = {"role": plain["DB_USER"], "name": database["DB_NAME"]}
         await fire(client, 10)

@@ -11,7 +11,7 @@ from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
 from balance_app.errors import DatabaseUnavailable
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -41,7 +41,7 @@ async def test_a_full_house_says_so(database: dict[str, str]) -> None:
     """Who finds too many waiting gets a 503 at once, and nothing is changed for it."""
     async with Instance(database, DB_POOL_SIZE="1", MAX_WAITING="1") as instance:
         holder = await connect(database)
-        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+        async with http_client(instance.url) as client:
 
             async def change() -> httpx.Response:
                 return await client.post("/api/balance", json={"userId": 1, "amount": -1})

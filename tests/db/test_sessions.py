@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
-import httpx
 import pytest
 
 from balance_app.db.pool import Connection
 from balance_app.sessions import PINNED, PoolerError, open_session, reset
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, query, running
+from tests.processes import Instance, connect, http_client, query, running
 
 # What each default would do: refuse or repeat changes, delay, misread, hide, or end sessions.
 HOSTILE = {
@@ -142,7 +141,7 @@ async def test_the_service_works_under_hostile_defaults(
             )
             for name in ("app1", "app2")
         ]
-        async with running(instances), httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        async with running(instances), http_client() as client:
             answers = await asyncio.gather(
                 *(
                     client.post(

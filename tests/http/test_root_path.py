@@ -12,7 +12,7 @@ from balance_app.jobs.job import Registry
 from balance_app.main import create_app
 from balance_app.settings import OWN_PATHS, BadSettingsError, load_settings
 from tests.jobs.rows import add_job
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 from tests.web.test_stream import watch_once
 
 ROOT = "/ledger/v1"
@@ -34,7 +34,7 @@ async def proxied(database: dict[str, str]) -> AsyncIterator[Instance]:
 @pytest.mark.parametrize("sent", ["", ROOT], ids=["stripped", "kept"])
 async def test_every_address_follows_the_prefix(proxied: Instance, sent: str) -> None:
     """Links, forms, files and streams of pages; `Location`, problem types, the documentation."""
-    async with httpx.AsyncClient(base_url=proxied.url + sent, trust_env=False) as client:
+    async with http_client(proxied.url + sent) as client:
         for page in ("/", "/jobs", "/jobs/job-a", "/jobs/job-a/cancel", "/docs", "/jobs/nothing"):
             answer = await client.get(page)
             addresses = {unescape(each) for each in ADDRESS.findall(answer.text)}

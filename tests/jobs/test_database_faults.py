@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import asyncpg
-import httpx
 
 from balance_app.local.postgres import EmbeddedPostgres
 from tests.jobs.fleet import Span, overlaps, read_event_logs
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, http_client, running
 from tests.system.databases import own_postgres
 from tests.system.sizes import report_figures, size
 from tests.system.test_outage import Probes
@@ -416,7 +415,7 @@ def _shifted_by_library(
 
 async def _hours_off(instance: Instance) -> float:
     """Return how wrong an instance's clock is, by the dates of its answers."""
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+    async with http_client(timeout=10) as http:
         answer = await http.get(f"{instance.url}/livez")
     off = parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)
     return off.total_seconds() / 3600
@@ -455,7 +454,7 @@ async def _overlaps(directory: Path) -> list[tuple[Span, Span]]:
 
 
 async def _withdraw(instance: Instance) -> int:
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+    async with http_client(timeout=10) as http:
         answer = await http.post(f"{instance.url}/api/balance", json={"userId": 1, "amount": -1})
     return answer.status_code
 

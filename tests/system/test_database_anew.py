@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
-import httpx
 import pytest
 
 from tests.jobs.fleet import Span, each_job_runs, overlaps, read_event_logs
-from tests.processes import Instance, connect, empty_database, running
+from tests.processes import Instance, connect, empty_database, http_client, running
 from tests.system.sizes import report_figures
 
 JOBS = 3
@@ -76,7 +75,7 @@ async def test_a_database_made_anew_is_migrated_as_at_start(
     """Requests get a 503, never a 500; then all goes on by itself, jobs too, without an overlap."""
     async with (
         running(_fleet(database, tmp_path, ["app1", "app2"])) as instances,
-        httpx.AsyncClient(trust_env=False, timeout=20) as http,
+        http_client(timeout=20) as http,
     ):
         await each_job_runs(tmp_path, JOBS)
         for instance in instances:
@@ -178,7 +177,7 @@ async def test_two_services_in_two_schemas_do_not_disturb_each_other(
     for schema in event_logs:
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         await connection.execute(f"CREATE TABLE {schema}.fenced (job text, fence bigint)")
-    async with running(fleets), httpx.AsyncClient(trust_env=False, timeout=20) as http:
+    async with running(fleets), http_client(timeout=20) as http:
         for number, instance in enumerate(fleets, start=1):
             for _ in range(number):
                 change = {"userId": 1, "amount": -1}

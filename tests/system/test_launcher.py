@@ -11,10 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
-import httpx
 import psutil
 
-from tests.processes import DATABASE_VARIABLES, free_ports
+from tests.processes import DATABASE_VARIABLES, free_ports, http_client
 from tests.system.sizes import report_figures
 
 INSTANCES = 2
@@ -145,7 +144,7 @@ class _Launched:
 
     async def withdraw(self, amount: int, *, instance: int = 0) -> int:
         """Withdraw from user 1 by the shared port, or an instance's own; return the balance."""
-        async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+        async with http_client(timeout=10) as http:
             answer = await http.post(
                 f"http://127.0.0.1:{self.port + instance}/api/balance",
                 json={"userId": 1, "amount": -amount},

@@ -12,7 +12,7 @@ import pytest
 
 from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import check
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, http_client, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
 from tests.system.sizes import report_figures, size
@@ -180,7 +180,7 @@ async def _withdraw(url: str, user_id: int, seconds: float) -> dict[str, float]:
                 return
             await asyncio.sleep(0.2)
 
-    async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
+    async with http_client() as http:
         await asyncio.gather(*(client(http) for _ in range(16)))
     return longest
 
@@ -238,7 +238,7 @@ class Probes:
         raise AssertionError(f"not {ready=} within {within_seconds} s: {self.samples[-8:]}")
 
     async def _probe(self, url: str, path: str) -> None:
-        async with httpx.AsyncClient(trust_env=False, timeout=20) as http:
+        async with http_client(timeout=20) as http:
             while True:
                 sent = monotonic()
                 try:

@@ -3,11 +3,10 @@
 import asyncio
 import time
 
-import httpx
 import pytest
 
 from balance_app.db.migrations import alembic_head
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, http_client, running
 from tests.system.sizes import size
 
 INSTANCES = 8
@@ -18,7 +17,7 @@ STARTS = size(small=2, full=20)
 async def test_eight_instances_start_at_once(database: dict[str, str], turn: int) -> None:
     """All come up healthy, and the database was prepared exactly once."""
     instances = [Instance(database, f"app{turn}-{number}") for number in range(1, INSTANCES + 1)]
-    async with running(instances), httpx.AsyncClient(trust_env=False, timeout=5) as http:
+    async with running(instances), http_client(timeout=5) as http:
         answers = await asyncio.gather(
             *(http.get(f"{instance.url}/health") for instance in instances)
         )

@@ -4,10 +4,8 @@ import asyncio
 import signal
 from time import monotonic
 
-import httpx
-
 from tests.history import Accepted, Refused, Unknown, check
-from tests.processes import Instance, connect, running
+from tests.processes import Instance, connect, http_client, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import somebody_waits
 from tests.system.sizes import report_figures, size
@@ -46,7 +44,7 @@ async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None
     """A request that waits for its row when its instance is to stop still gets its answer."""
     async with (
         Instance(database) as instance,
-        httpx.AsyncClient(trust_env=False, timeout=20) as http,
+        http_client(timeout=20) as http,
     ):
         connection = await connect(database)
         try:

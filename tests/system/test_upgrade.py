@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.jobs.fleet import overlaps, read_event_logs
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import report_figures, size
 
@@ -93,7 +93,7 @@ class Fleet:
 
     async def watch(self) -> None:
         """Ask all that are not being replaced whether they are ready, again and again."""
-        async with httpx.AsyncClient(trust_env=False, timeout=5) as http:
+        async with http_client(timeout=5) as http:
             while True:
                 asked = list(self.members.values())
                 answers = await asyncio.gather(*(self._is_ready(http, each) for each in asked))
@@ -183,7 +183,7 @@ async def test_releases_that_know_other_names_give_up_their_jobs(
     fleet = Fleet(database, source_of(commit), tmp_path)
     newer = Fleet(database, tmp_path, tmp_path)
     answers: Counter[int] = Counter()
-    async with _running(fleet, old=True), httpx.AsyncClient(trust_env=False, timeout=5) as http:
+    async with _running(fleet, old=True), http_client(timeout=5) as http:
         urls = [each.url for each in fleet.members.values()]
         user = await open_account(urls[0], balance=100_000)
         await _each_job_runs_on(tmp_path)

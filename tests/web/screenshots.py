@@ -19,7 +19,7 @@ import httpx
 from PIL import Image
 from playwright.async_api import Browser
 
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 from tests.system.databases import own_postgres
 from tests.web.browser import chromium, live, tab
 
@@ -163,9 +163,7 @@ async def main() -> None:
             stack.push_async_callback(instance.kill)
             await instance.launch()
         await asyncio.gather(*(instance.ready() for instance in instances))
-        client = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=instances[0].url, trust_env=False, timeout=30)
-        )
+        client = await stack.enter_async_context(http_client(instances[0].url))
         busy = asyncio.create_task(keep_busy(client))
         stack.callback(busy.cancel)
         await run_for_a_while(instances, client)

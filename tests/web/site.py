@@ -13,7 +13,7 @@ import httpx
 
 from tests.balances.hostile import one_instance
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import Instance, connect
+from tests.processes import Instance, connect, http_client
 
 SECOND = timedelta(seconds=1)
 
@@ -62,7 +62,7 @@ async def site(postgres: dict[str, str]) -> AsyncIterator[Site]:
     """Run such an instance on an empty database."""
     async with one_instance(postgres) as (instance, database):
         connection = await connect(database)
-        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+        async with http_client(instance.url) as client:
             yield Site(instance, client, connection)
         await connection.close()
 

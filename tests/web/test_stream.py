@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from balance_app.web.stream import UNWATCHED_SECONDS
 from tests.jobs.rows import add_instance, add_job, running
-from tests.processes import Instance
+from tests.processes import Instance, http_client
 from tests.web.site import SECOND, Site, add_example, add_run, text
 
 FIRST_LOAD_BYTES: Final = 60_000
@@ -79,7 +79,7 @@ async def watch(
     if last_id:
         headers["Last-Event-ID"] = last_id
     async with (
-        httpx.AsyncClient(trust_env=False, timeout=20) as client,
+        http_client(timeout=20) as client,
         client.stream("GET", f"{url}/live{query}", headers=headers) as answer,
     ):
         assert answer.status_code == 200

@@ -84,6 +84,8 @@ class Service:
                 f"{url} is not the URL of a service: write it like http://127.0.0.1:3000.",
                 Code.WRONG,
             )
+        # The authorities take as long to load as all else that a short command does.
+        self._verify = parsed.scheme == "https"
 
     def get(
         self,
@@ -100,6 +102,7 @@ class Service:
                 params=_given(params),
                 timeout=seconds,
                 trust_env=False,
+                verify=self._verify,
             )
         return self._read(answer, has)
 
@@ -121,6 +124,7 @@ class Service:
                 headers=headers,
                 timeout=httpx.Timeout(CHANGE_SECONDS, connect=TIMEOUT_SECONDS),
                 trust_env=False,
+                verify=self._verify,
             )
         return self._read(answer, has)
 
@@ -129,7 +133,11 @@ class Service:
         with (
             self._reporting_failure(Code.UNAVAILABLE),
             httpx.stream(
-                "GET", f"{self.url}/api/cron/events", timeout=STREAM_SECONDS, trust_env=False
+                "GET",
+                f"{self.url}/api/cron/events",
+                timeout=STREAM_SECONDS,
+                trust_env=False,
+                verify=self._verify,
             ) as answer,
         ):
             if not answer.is_success or not _is(answer, "text/event-stream"):

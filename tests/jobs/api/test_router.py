@@ -22,7 +22,7 @@ from tests import processes
 from tests.balances.hostile import one_instance
 from tests.jobs.fleet import read_event_logs
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import FLEET, Instance, connect
+from tests.processes import FLEET, Instance, connect, http_client
 from tests.system.databases import freeze, own_postgres, thaw
 
 SECOND: Final = timedelta(seconds=1)
@@ -50,7 +50,7 @@ async def shared(postgres: dict[str, str]) -> AsyncIterator[Quiet]:
     """An instance with JOBS_ENABLED=false, for most of this file."""
     async with one_instance(postgres) as (instance, database):
         connection = await connect(database)
-        async with httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client:
+        async with http_client(instance.url) as client:
             yield Quiet(instance, client, connection)
         await connection.close()
 
@@ -86,10 +86,7 @@ async def fleet(
         for name in ("app1", "app2")
     ]
     async with processes.running(instances), AsyncExitStack() as stack:
-        clients = [
-            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30)
-            for instance in instances
-        ]
+        clients = [http_client(instance.url) for instance in instances]
         yield [await stack.enter_async_context(client) for client in clients]
 
 
@@ -149,7 +146,7 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
     """The ten jobs, as the document says, on the instance that runs them."""
     async with (
         Instance(database, JOB_WARM_UP_SECONDS="0.1") as instance_,
-        httpx.AsyncClient(base_url=instance_.url, trust_env=False, timeout=30) as client,
+        http_client(instance_.url) as client,
     ):
         found = await until(lambda found: found["counts"]["running"] > 0, lambda: status(client))
         assert {job["name"] for job in found["jobs"]} == JOBS
@@ -756,7 +753,7 @@ async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
         log = tmp_path / "log"
         async with (
             Instance(server.environment(), log=log, JOBS_ENABLED="false") as instance,
-            httpx.AsyncClient(base_url=instance.url, trust_env=False, timeout=30) as client,
+            http_client(instance.url) as client,
             client.stream("GET", "/api/cron/events") as answer,
         ):
             stream = events(answer)
