@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from balance_app import __version__
 from balance_app import metrics as numbers
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.declarations import LOST_LIMIT
@@ -625,7 +626,7 @@ async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient)
 async def test_the_process_is_told_too(client: httpx.AsyncClient) -> None:
     """Who it is, and what it uses."""
     found = await scrape(client)
-    assert found['balance_app_info{server="app1",version="0.1.0"}'] == 1
+    assert found[f'balance_app_info{{server="app1",version="{__version__}"}}'] == 1
     assert found["process_resident_memory_bytes"] > 10_000_000
     assert found["process_cpu_seconds_total"] > 0
     assert not any("_created" in name for name in found)
