@@ -1,8 +1,8 @@
-"""Reading DATABASE_URL, strictly, so that nothing of it has to be shown when it can't be used.
+"""Strict parsing of DATABASE_URL.
 
-The rules are those of libpq, which is what people try a URL with (`psql URL`). Where libpq guesses,
-this refuses: a character of a password that also separates parts of the URL has to be written as %
-and its code. What is reported about a URL quotes nothing that may be a part of the password.
+The rules are libpq's, as people try a URL with `psql URL`. Where libpq guesses, this parser refuses
+the URL: a character of the password that also separates parts of the URL must be written as % and
+its code. No error message quotes text that may be a part of the password.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class UrlError(ValueError):
 
 
 class Target(NamedTuple):
-    """What a URL says."""
+    """How to connect to the database of a URL."""
 
-    # keyword arguments of `asyncpg.connect`; its `dsn` says of TLS what asyncpg takes only there
+    # keyword arguments of `asyncpg.connect`; `dsn` has what asyncpg reads only from a DSN (TLS)
     arguments: dict[str, Any]
     # server settings for the startup packet
     server_settings: dict[str, str]
-    # longest time to connect, if the URL says one
+    # longest time to connect, if the URL sets one
     connect_seconds: float | None
 
 
@@ -40,7 +40,7 @@ def parse(url: str) -> Target:
     """Read `postgresql://user:password@host:port/name?parameters`.
 
     Raises:
-        UrlError: one sentence.
+        UrlError: the URL can't be used.
     """
     scheme, separator, rest = url.strip().partition("://")
     if not separator or scheme.partition("+")[0] not in {"postgres", "postgresql"}:
@@ -82,7 +82,7 @@ def _split(rest: str) -> tuple[str, str, str, str]:
 
 def _decoded(text: str, what: str) -> str:
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise UrlError(f"has a % in the {what} that begins no code: write it as %25")
+        raise UrlError(f"has a % in the {what} that starts no code: write it as %25")
     try:
         decoded = unquote(text, errors="strict")
     except UnicodeError:
@@ -93,13 +93,13 @@ def _decoded(text: str, what: str) -> str:
 
 
 def _hosts(text: str) -> tuple[list[str] | None, list[int] | int]:
-    """Return hosts and ports; no hosts: where PostgreSQL's clients look by default."""
+    """Return hosts and ports; None for hosts is the default socket of PostgreSQL's clients."""
     hosts: list[str] = []
     ports: list[int] = []
     for each in text.split(",") if text else ():
         found = re.fullmatch(r"(\[[0-9A-Fa-f:.%a-z]+\]|[^:\[\]]*)(?::(.*))?", each)
         if found is None:
-            raise UrlError("has a host that can't be read: an IPv6 address stands in [ and ]")
+            raise UrlError("has a host that can't be read: write an IPv6 address in [ and ]")
         host, port = found.groups()
         hosts.append(host_name(_decoded(host.strip("[]"), "host")))
         ports.append(_port(port))
@@ -115,7 +115,7 @@ def _port(text: str | None) -> int:
         return 5432
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= LAST_PORT:
         raise UrlError(
-            "has a port that is no number from 1 to 65535 "
+            "has a port that is not a number from 1 to 65535 "
             "(or a : or another special character of a password that is not written as %..)"
         )
     return int(text)
@@ -125,16 +125,16 @@ def host_name(host: str) -> str:
     """Return a host's name, address, or socket directory.
 
     Raises:
-        UrlError: it can't be one.
+        UrlError: the text is none of these.
     """
     if host.startswith("/") or not host:
         return host
     if re.search(r"[\s/@,\"'\\]", host):
-        raise UrlError("names a host that has a character which no host has")
+        raise UrlError("names a host with a character that no host name has")
     try:
         host.encode("idna")
     except UnicodeError:
-        raise UrlError("names a host that is no host name (an empty or too long part)") from None
+        raise UrlError("names a host that is not a host name (an empty or too long part)") from None
     return host
 
 
@@ -151,7 +151,7 @@ def _parameters(query: str) -> dict[str, str]:
 
 
 def _unknown(key: str, number: int) -> str:
-    """Name a parameter only if it is, or is nearly, one: it may be the rest of a password."""
+    """Return the message; it names only what resembles a parameter, not the rest of a password."""
     if key in _HINTS:
         return f"has the parameter {key}, which is not known here: {_HINTS[key]}"
     near = get_close_matches(key, _KNOWN, 1, 0.8)
@@ -166,7 +166,7 @@ def _unknown(key: str, number: int) -> str:
 # -- parameters --------------------------------------------------------------------------------
 
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# asyncpg takes them from a DSN alone
+# asyncpg reads these from a DSN only
 _TLS: Final = (
     "sslmode",
     "sslcert",
@@ -180,7 +180,7 @@ _TLS: Final = (
 )
 _FILES: Final = ("sslcert", "sslkey", "sslrootcert", "sslcrl", "passfile")
 _TLS_VERSION: Final = r"TLSv1(\.[123])?"
-# What is honoured, and the values that can be.
+# The parameters that are supported, and the pattern of their supported values.
 _HONOURED: Final[Mapping[str, str]] = {
     **dict.fromkeys(_FILES, r"(?!system$).+"),
     "host": r".+",
@@ -201,7 +201,7 @@ _HONOURED: Final[Mapping[str, str]] = {
     "target_session_attrs": "any|read-write|primary",
     "krbsrvname": r".+",
     "gsslib": "gssapi|sspi",
-    # What this does anyway.
+    # The values are those of asyncpg's own behaviour.
     "channel_binding": "disable|prefer",
     "gssencmode": "disable|prefer",
     "client_encoding": "(?i:utf-?8|auto)",
@@ -211,7 +211,7 @@ _HONOURED: Final[Mapping[str, str]] = {
     "sslcertmode": "allow",
     "gssdelegation": "0",
 }
-# Known to libpq, and refused whatever the value.
+# Parameters of libpq that are refused whatever the value.
 _REFUSED: Final = frozenset(
     {
         "hostaddr",
@@ -238,7 +238,7 @@ _REFUSED: Final = frozenset(
         "tcp_user_timeout",
     }
 )
-# By asyncpg's names; the last three win over what stands before the ?, as with libpq.
+# asyncpg's names of these; as with libpq, the last three win over the parts before the ?.
 _ARGUMENTS: Final[Mapping[str, str]] = {
     "passfile": "passfile",
     "krbsrvname": "krbsrvname",
@@ -250,7 +250,7 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
 }
 _FOR_THE_SERVER: Final[tuple[str, ...]] = ("application_name", "options")
 _KNOWN: Final = _HONOURED.keys() | _REFUSED
-# Names that other programs know.
+# Parameters of other programs.
 _HINTS: Final[Mapping[str, str]] = {
     "database": "use dbname",
     "ssl": "use sslmode",
@@ -281,7 +281,7 @@ def _apply(arguments: dict[str, Any], parameters: dict[str, str]) -> Target:
     if "port" in parameters:
         arguments["port"] = [_port(port) for port in parameters["port"].split(",")]
         if len(arguments["port"]) not in {1, len(arguments["host"] or "")}:
-            raise UrlError("has another number of ports than of hosts")
+            raise UrlError("has a different number of ports than of hosts")
     for theirs, ours in _ARGUMENTS.items():
         if theirs in parameters:
             arguments[ours] = parameters[theirs]
@@ -294,11 +294,11 @@ def _apply(arguments: dict[str, Any], parameters: dict[str, str]) -> Target:
 
 def _check_value(key: str, value: str) -> None:
     if key in _REFUSED:
-        raise UrlError(f"has the parameter {key}, which this service can't honour")
+        raise UrlError(f"has the parameter {key}, which this service does not support")
     if not re.fullmatch(_HONOURED[key], value):
         choices = _HONOURED[key].replace("|", ", ")
         can = f"; it can be {choices}" if re.fullmatch(r"[a-z0-9, -]+", choices) else ""
-        raise UrlError(f"has a value of {key} that this service can't honour{can}")
+        raise UrlError(f"has a value of {key} that this service does not support{can}")
     if key == "options":
         _check_options(value)
 
@@ -312,7 +312,7 @@ def _check_options(text: str) -> None:
 
 
 def _check_files(parameters: Mapping[str, str]) -> None:
-    """Load what the driver would load with each connection, to say at once that it can't."""
+    """Load the files that the driver loads with each connection, to refuse wrong ones at start."""
     for key in _FILES:
         if key in parameters and not os.access(parameters[key], os.R_OK):
             raise UrlError(f"names a file as {key} that can't be read")
@@ -320,7 +320,7 @@ def _check_files(parameters: Mapping[str, str]) -> None:
     default = Path("~/.postgresql/root.crt").expanduser()
     mode = parameters.get("sslmode", "")
     if mode.startswith("verify") and not (certificates or default.is_file()):
-        raise UrlError(f"asks for sslmode={mode}, which needs the file of a sslrootcert")
+        raise UrlError(f"sets sslmode={mode}, which needs the file of an sslrootcert")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if "sslrootcert" in parameters:
@@ -331,4 +331,4 @@ def _check_files(parameters: Mapping[str, str]) -> None:
                 parameters["sslcert"], parameters["sslkey"], password=lambda: password
             )
     except (OSError, ValueError):  # an ssl.SSLError is an OSError
-        raise UrlError("names files for TLS that hold no certificate, or no key for it") from None
+        raise UrlError("names files for TLS without a certificate, or without its key") from None

@@ -1,4 +1,4 @@
-"""Errors as people and programs meet them: problem details (RFC 9457) under `/problems/`.
+"""The errors that the service answers with: problem details (RFC 9457), listed at `/problems`.
 
 An error is a class. Its first docstring line says what happened, the rest what to do about it;
 both are shown by `GET /problems/{code}` and on the docs page.
@@ -18,22 +18,22 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's own word
-    """Something kept the request from being done.
+    """The request failed or was refused.
 
-    `applied` says whether the request may have changed something: the request, which may have been
-    sent several times under one idempotency key, not this try of it alone. What only reads can't
-    have changed anything: its problems say nothing of it.
+    `applied` says whether the request may have changed something. It covers all tries under the
+    request's idempotency key, not only this one. A request that only reads can't have changed
+    anything, so its problems have no `applied`.
     """
 
     status: ClassVar[int]
     code: ClassVar[str]
     title: ClassVar[str]
-    # the arguments of one such problem, for the docs page; None: what its docstring says first
+    # the arguments of an example for the docs page; None: the docstring's first sentence
     sample: ClassVar[Mapping[str, Any] | None] = None
-    # the path that this program has behind a proxy; set when the application is put together
+    # the prefix of this service's paths behind a proxy; set by `main.create_app`
     root_path: ClassVar[str] = ""
-    # False: it says nothing of the request, which is still to be decided; `detail` is the cause
-    # alone, and the answer to a request that changes something adds what that means for it.
+    # False: the request was not decided. `detail` is the cause alone; in the answer to a request
+    # that changes something, what `applied` means is added to it.
     decides: ClassVar[bool] = True
     applied: Applied = "no"
 
@@ -46,9 +46,9 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.members = members
 
     def under(self, key: str | None) -> None:
-        """Make this true of all tries with an idempotency key.
+        """Make `applied` cover all tries with an idempotency key.
 
-        What kept one try from being decided says nothing of the others.
+        When this try was not decided, an earlier one may still have had an effect.
         """
         if key is not None and not self.decides:
             self.applied = "unknown"
@@ -71,7 +71,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
 
     @classmethod
     def address(cls) -> str:
-        """Return where this kind is explained."""
+        """Return the path at which this kind is explained."""
         return f"{cls.root_path}/problems/{cls.code}"
 
     @classmethod
@@ -194,11 +194,11 @@ class DatabaseUnavailable(Problem):
     """The database can't be reached, or did not answer in time.
 
     `applied` says whether the request may have had an effect: `no`, or `unknown`; with an
-    `Idempotency-Key` always `unknown`, as an earlier try with it may have had one; for what only
-    reads there is no `applied`. Wait `Retry-After` seconds and send it again; after `unknown` with
-    the same `Idempotency-Key`, so that it takes effect once. `GET /api/changes/{key}` shows an
-    outcome that is recorded; that none is recorded yet decides nothing while the first try may
-    still be under way.
+    `Idempotency-Key` always `unknown`, as an earlier try with it may have had one; a request that
+    only reads has no `applied`. Wait `Retry-After` seconds and send the request again; after
+    `unknown` with the same `Idempotency-Key`, so that it takes effect once. `GET
+    /api/changes/{key}` shows a recorded outcome; while a try may still be under way, a missing one
+    proves nothing.
     """
 
     status, code, title = 503, "database-unavailable", "Database unavailable"
@@ -225,7 +225,7 @@ class Overloaded(Problem):
 
 
 class InternalError(Problem):
-    """The service made a mistake; its log has more under the id in `X-Request-Id`.
+    """The service failed unexpectedly; its log has the details under the id in `X-Request-Id`.
 
     `applied` is `unknown` for a request that changes something. Please report it.
     """
@@ -237,7 +237,7 @@ class InternalError(Problem):
 
     def __init__(self) -> None:
         super().__init__(
-            "The service made a mistake; its log has the details under this request's id."
+            "The service failed unexpectedly; its log has the details under this request's id."
         )
 
 

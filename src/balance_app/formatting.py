@@ -42,16 +42,16 @@ def exact(moment: datetime) -> str:
 
 
 def brief(moment: datetime, now: datetime) -> str:
-    """Return the same, without the date if that is no more than half a day away."""
+    """Return a moment to the second, without its date if it is within half a day of `now`."""
     return f"{moment:%H:%M:%S}" if abs(moment - now) <= HALF_A_DAY else exact(moment)
 
 
 def visible(text: str) -> str:
-    """Return text with nothing in it that a terminal would obey."""
+    """Return text with spaces for what does not print, such as control codes of a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
 def url(host: str, port: int) -> str:
-    """Return where this machine reaches what listens on a host: an address, a name, or all."""
+    """Return the URL, on this machine, of a server that listens on `host`, or on all addresses."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - all, not one
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

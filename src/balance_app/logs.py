@@ -1,4 +1,4 @@
-"""Structured logs: coloured lines on a terminal, one JSON object a line elsewhere."""
+"""Structured logs: coloured lines on a terminal, one JSON object per line elsewhere."""
 
 import logging
 import sys
@@ -13,10 +13,10 @@ from balance_app.settings import Settings
 
 
 class Trace(NamedTuple):
-    """Where a request stands in its caller's trace (W3C Trace Context)."""
+    """The place of a request in its caller's trace (W3C Trace Context)."""
 
     trace_id: str
-    # this request's own
+    # this request's span, not the caller's
     span_id: str
 
 
@@ -39,8 +39,8 @@ def _add_ids(
 def configure_logs(settings: Settings) -> None:
     """Send structlog's and the standard library's records through one formatter to stderr.
 
-    Every line carries the server's name, and where a request is being answered its id, and where
-    it stands in the caller's trace, if there is one.
+    Every line carries the server's name; while a request is answered also the request's id, and
+    its place in the caller's trace, if there is one.
     """
     console = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
@@ -78,7 +78,7 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
-    # They log each step; our own lines suffice.
+    # They log each step; the application's own lines suffice.
     for chatty in ("alembic", "httpx", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
     # The application logs its own failures, with their reason; uvicorn would add a traceback.
@@ -91,7 +91,7 @@ def configure_logs(settings: Settings) -> None:
     )
 
 
-# Of a traceback in the log: an error may quote whatever it met, megabytes of it.
+# Characters of a traceback in the log: an error may quote megabytes of its input.
 MAX_TRACEBACK_LINE = 2000
 MAX_TRACEBACK = 50_000
 
@@ -103,7 +103,7 @@ def _format_traceback(exc_info: structlog.typing.ExcInfo) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Leave out the middle of a text that is longer than this."""
+    """Leave out the middle of a text that is longer than `limit`."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 2]} [{len(text) - limit} characters] {text[-limit // 2 :]}"

@@ -1,4 +1,4 @@
-"""The application: the only place where its parts are put together."""
+"""The composition root: the only place where the application's parts are put together."""
 
 import asyncio
 import gc
@@ -59,7 +59,7 @@ def create_app(
 ) -> RequestMiddleware:
     """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
-    `stopping` is set from outside when the instance is to stop.
+    `stopping` is set by the server when the instance is to stop.
 
     Raises:
         DeclarationError: a job can't work with these settings.
@@ -129,13 +129,13 @@ async def _lifespan(
         try:
             await database.start()
         except UnusableDatabaseError as error:
-            log.error("can't start", reason=str(error))  # noqa: TRY400 - the sentence says it all
+            log.error("can't start", reason=str(error))  # noqa: TRY400 - the sentence suffices
             raise
         except Exception:
             log.exception("can't start")
             raise
-        # With ten thousand sockets open the default thresholds walk over all of them again and
-        # again, and never find anything to free.
+        # With the default thresholds the collector scans ten thousand open sockets again and
+        # again, and never finds anything to free.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
@@ -158,7 +158,7 @@ async def _lifespan(
 
 
 async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: float) -> None:
-    """Refuse who still waits soon after the signal, so that there is time left to say so to all."""
+    """Refuse queued requests soon after the signal, so that time is left to answer all of them."""
     await stopping.wait()
     log.info("stopping")
     await asyncio.sleep(seconds)
@@ -166,7 +166,7 @@ async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: 
 
 
 async def _release_runs(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
-    """Release the jobs at once after the signal, while requests are still answered."""
+    """Release the runs at once after the signal, while requests are still answered."""
     await stopping.wait()
     if scheduler is not None:
         await scheduler.stop()
@@ -213,7 +213,7 @@ async def _http_error_response(request: Request, error: Exception) -> Response:
 
 
 def _methods(request: Request, refused: HTTPException) -> set[str]:
-    """Return every method of an address; the router that refused knows of one route alone."""
+    """Return every method of an address; the router's refusal names those of one route only."""
     app: FastAPI = request.app
     routes = [route for route in app.routes if not isinstance(route, Mount)]
     methods = {

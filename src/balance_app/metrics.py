@@ -1,10 +1,9 @@
-"""What an instance counts and measures, for Prometheus at `/metrics`.
+"""The metrics of an instance, for Prometheus at `/metrics`.
 
-Every value is this instance's own since its start, to be summed over the instances; but what is
-named `balance_app_fleet_...` is what PostgreSQL says of the whole
-fleet, the same from each instance. It is queried at most once a second. While it can't be had soon
-it is left out, and `balance_app_fleet_scrape_success` is 0: an alert on numbers that are not there
-never fires.
+Each metric is this instance's own since its start, to be summed over the instances. The metrics
+named `balance_app_fleet_...` describe the whole fleet and are the same from each instance: they are
+queried from PostgreSQL, at most once a second. While it does not answer in time they are left out,
+and `balance_app_fleet_scrape_success` is 0: an alert on metrics that are missing never fires.
 """
 
 import asyncio
@@ -49,7 +48,7 @@ RESULTS: Final = (
     "overloaded",
     "error",
 )
-# Shown from the start, so that the first of its kind is seen as an increase.
+# These are 0 from the start, so that the first answer with one is seen as an increase.
 STATUSES: Final = (200, 409, 422, 500, 503)
 FRESH_SECONDS: Final = 1.0
 PATIENCE_SECONDS: Final = 1.0
@@ -60,26 +59,26 @@ _TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class JobStats(NamedTuple):
-    """What PostgreSQL says of one job, whichever instance runs it."""
+    """The statistics of one job in PostgreSQL, whichever instance runs it."""
 
     name: str
     # Unix time; None: it never succeeded
     last_success_at: float | None
-    # how long it has been ready, or its lease over, and no instance has taken it
+    # how long it has been ready, or its lease expired, and no instance has claimed it
     overdue_seconds: float
     paused: bool
     last_run_failed: bool
-    # None: not an audit, or none has come to a result yet
+    # None: not an audit, or no audit has had a result yet
     mismatch: bool | None
     failures_in_a_row: int = 0
     losses_in_a_row: int = 0
 
 
 class FleetStats(NamedTuple):
-    """What PostgreSQL says of the whole fleet."""
+    """The statistics of the whole fleet in PostgreSQL."""
 
     jobs: list[JobStats]
-    # the bytes of each table that was measured; by its name
+    # bytes by table, of the tables that were measured
     table_bytes: Mapping[str, int]
 
 
@@ -87,9 +86,9 @@ NOTHING: Final = FleetStats([], {})
 
 
 class Tally(Collector):
-    """A counter with one label, for the event loop alone: one with a lock costs ten times as much.
+    """A counter with one label and no lock, for the event loop only.
 
-    It counts on the way of every request.
+    Every request increments one; a counter with a lock costs ten times as much.
     """
 
     def __init__(self, name: str, text: str, *, label: str, values: Iterable[object]) -> None:
@@ -97,11 +96,11 @@ class Tally(Collector):
         self._counts = dict.fromkeys(values, 0)
 
     def inc(self, value: object) -> None:
-        """Count one more."""
+        """Increment the counter of a label's value."""
         self._counts[value] = self._counts.get(value, 0) + 1
 
     def count(self, value: object) -> int:
-        """Return how many there were so far."""
+        """Return the count of a label's value so far."""
         return self._counts.get(value, 0)
 
     @override
@@ -113,7 +112,7 @@ class Tally(Collector):
 
 
 class Durations(Collector):
-    """A histogram of seconds, for the event loop alone as `Tally` is."""
+    """A histogram of seconds without a lock, for the event loop only."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name, self._text = name, text
@@ -140,14 +139,14 @@ FleetQuery: TypeAlias = Callable[[], Coroutine[Any, Any, FleetStats | None]]
 
 
 class Metrics:
-    """The numbers of one instance, to be changed where something happens.
+    """The metrics of one instance.
 
-    Labels have few values: jobs are those that the code declares (`job_name`, because Prometheus
-    calls by `job` and `instance` what it scrapes), statuses those that the service answers with.
+    Labels have few values: `job_name` is a job that the code declares (Prometheus has labels `job`
+    and `instance` of its own for what it scrapes), `status` one that the service answers with.
     """
 
     def __init__(self, *, server: str = "", version: str = "", jobs: Iterable[str] = ()) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # it says nothing of its types
+        disable_created_metrics()  # type: ignore[no-untyped-call] # it has no annotations
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Info("balance_app", "The instance.", registry=registry).info(
@@ -155,7 +154,7 @@ class Metrics:
         )
         self.requests: Final = Tally(
             "balance_app_requests",
-            "Requests answered, by HTTP status (0: the client had gone).",
+            "Requests answered, by HTTP status (0: the client had disconnected).",
             label="status",
             values=STATUSES,
         )
@@ -177,13 +176,13 @@ class Metrics:
             registry.register(each)
         self.connections_in_use: Final = Gauge(
             "balance_app_connections_in_use",
-            "Connections at work: for requests, or lent to transactions of jobs.",
+            "Connections in use: for requests, or lent to transactions of jobs.",
             ["pool"],
             registry=registry,
         )
         self.connections_limit: Final = Gauge(
             "balance_app_connections_limit",
-            "The most connections that there may be.",
+            "The largest number of connections allowed.",
             ["pool"],
             registry=registry,
         )
@@ -213,7 +212,7 @@ class Metrics:
         )
         self.lease_margin: Final = Histogram(
             "balance_app_lease_margin_ratio",
-            "What was left of the shortest lease when a heartbeat renewed it, as a share of it.",
+            "The share of the shortest lease that was left when a heartbeat renewed it.",
             buckets=_TENTHS,
             registry=registry,
         )
@@ -231,7 +230,7 @@ class Metrics:
         )
         self.ticks_skipped: Final = Counter(
             "balance_app_job_ticks_skipped",
-            "Ticks that no instance was free for, or that the run before outlasted; not those of a"
+            "Ticks skipped because no instance was free or the run before still ran; not those of a"
             " pause.",
             ["job_name"],
             registry=registry,
@@ -248,7 +247,7 @@ class Metrics:
         self._fresh_until = 0.0
 
     def run_ended(self, name: str, outcome: str | None) -> None:
-        """Count a run whose end this instance wrote down; None: there was none."""
+        """Count a run whose outcome this instance recorded; None: it recorded none."""
         if outcome is not None:
             self._runs.labels(name, outcome).inc()
 
@@ -257,19 +256,19 @@ class Metrics:
         self._fleet_query = query
 
     async def render(self, *, as_openmetrics: bool = False) -> bytes:
-        """Return everything, as Prometheus reads it."""
+        """Return all metrics, in Prometheus's text format or as OpenMetrics."""
         if self._fleet_query is not None:
             stats = await self._query_fleet(self._fleet_query)
             self._fleet.stats, self._fleet.success = stats or NOTHING, stats is not None
         if as_openmetrics:
-            return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it says nothing of its types
+            return cast("bytes", openmetrics.generate_latest(self._registry))  # type: ignore[no-untyped-call] # it has no annotations
         return generate_latest(self._registry)
 
     async def _query_fleet(self, query: FleetQuery) -> FleetStats | None:
-        """Run the query, unless that was done just now; None if there is no answer soon."""
+        """Return the statistics, queried at most once a second; None without an answer in time."""
         running = self._running_query
         if running is None or (running.done() and monotonic() >= self._fresh_until):
-            # Of its own context: it is shared by many requests.
+            # In a context of its own: many requests share it.
             self._running_query = running = asyncio.create_task(query(), context=Context())
             self._fresh_until = monotonic() + FRESH_SECONDS
         await asyncio.wait({running}, timeout=PATIENCE_SECONDS)
@@ -277,11 +276,11 @@ class Metrics:
 
 
 class _Fleet(Collector):
-    """PostgreSQL's statistics when it was last queried."""
+    """The statistics of the fleet as last queried."""
 
     def __init__(self) -> None:
         self.stats = NOTHING
-        # None: nobody asks
+        # whether the query was answered in time; None: no query is set
         self.success: bool | None = None
 
     @override
@@ -289,8 +288,8 @@ class _Fleet(Collector):
         if self.success is not None:
             yield GaugeMetricFamily(
                 "balance_app_fleet_scrape_success",
-                "1 if PostgreSQL answered in time; if 0, the other balance_app_fleet metrics, and"
-                " balance_app_fleet_table_bytes, are missing from this scrape.",
+                "1 if PostgreSQL answered in time; if 0, the other balance_app_fleet metrics are"
+                " missing from this scrape.",
                 value=self.success,
             )
         # (name, help, value); None: not known
@@ -302,7 +301,7 @@ class _Fleet(Collector):
             ),
             (
                 "overdue_seconds",
-                "How long the job has been ready (or its lease over) and no instance took it.",
+                "How long the job has been ready (or its lease expired) without being claimed.",
                 lambda job: job.overdue_seconds,
             ),
             ("paused", "1 while the job is paused.", lambda job: job.paused),
@@ -323,7 +322,7 @@ class _Fleet(Collector):
             ),
             (
                 "audit_mismatch",
-                "1 if the last audit that came to a result found what contradicts the ledger.",
+                "1 if the last audit with a result found a mismatch with the ledger.",
                 lambda job: job.mismatch,
             ),
         )

@@ -1,8 +1,8 @@
 """How many files and sockets one process may have open, and how many of them are for clients.
 
-A login shell allows 1024 and lets the process raise that itself, to the hard limit. A client's
-connection takes one each, and so does a connection to the database: clients must not be able to
-take them all.
+A login shell allows 1024, and lets the process raise its limit up to the hard limit. Each
+connection of a client takes one, and so does each connection to the database: clients must not be
+able to take them all.
 """
 
 import resource
@@ -10,17 +10,17 @@ from typing import Final
 
 from balance_app.settings import Settings
 
-# No burst needs more, and there are programs that go through all that are allowed.
+# No burst needs more, and some child processes loop over all descriptors that are allowed.
 ENOUGH: Final = 1 << 20
-MACOS_AT_MOST: Final = 10_240  # its "unlimited" can't be asked for
-# A burst of the load test on one instance; a hard limit below that is worth a sentence at start.
+MACOS_AT_MOST: Final = 10_240  # its "unlimited" can't be set
+# A burst of the load test on one instance; a hard limit below that is reported at start.
 BURST: Final = 10_000
 # Files, pipes, name look-ups, child processes of jobs, connections that are being refused.
 OTHER_FILES: Final = 48
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open files as far as it can be; return what holds now.
+    """Raise the soft limit of open files as far as possible; return the limit in force.
 
     Child processes inherit it.
     """
@@ -40,9 +40,9 @@ def raise_limit() -> int:
 
 
 def for_clients(settings: Settings, limit: int) -> int:
-    """Return how many connections of clients leave enough for the database and all else.
+    """Return how many connections of clients leave enough for the database and everything else.
 
-    Of a limit that is hardly enough for one instance, half is for clients.
+    When the limit is hardly enough for one instance, half of it is for clients.
     """
     return max(limit - OTHER_FILES - database_connections(settings), limit // 2)
 
@@ -54,7 +54,7 @@ def database_connections(settings: Settings) -> int:
 
 
 def shortage(settings: Settings, limit: int) -> str | None:
-    """Return a sentence when this instance can't hold a burst of what it is configured for."""
+    """Return a warning when the limit is too low for a burst of MAX_WAITING requests."""
     clients = for_clients(settings, limit)
     if clients >= min(settings.max_waiting, BURST):
         return None

@@ -20,7 +20,7 @@ from balance_app.jobs.scope import CountedCalls
 from balance_app.main import create_app
 from balance_app.settings import Settings
 
-BACKLOG = 4096  # a burst knocks faster than one process opens
+BACKLOG = 4096  # in a burst, connections arrive faster than one process accepts them
 
 
 class ListenError(Exception):
@@ -32,7 +32,7 @@ class ListenError(Exception):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, stopped by signals without dying of them."""
+    """uvicorn's server, stopped by signals with exit code 0."""
 
     def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
         super().__init__(config)
@@ -57,7 +57,7 @@ class _Server(uvicorn.Server):
 
 
 class ServiceLoop(CountedCalls, uvloop.Loop):  # type: ignore[misc] # its annotations differ
-    """The event loop of an instance; it counts what runs of jobs start in it."""
+    """The event loop of an instance; it counts the calls that runs of jobs schedule in it."""
 
 
 def serve(settings: Settings, registry: Registry) -> None:
@@ -107,7 +107,7 @@ def serve(settings: Settings, registry: Registry) -> None:
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """Bind a TCP socket; `shared` lets the kernel spread connections over all who do so.
+    """Bind a TCP socket; with `shared`, the kernel spreads connections over all such sockets.
 
     Raises:
         ListenError: naming the address.
@@ -138,6 +138,6 @@ _USE_AN_ADDRESS = (
     "HOST is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them."
 )
 _ADVICE = {
-    errno.EADDRINUSE: "Stop the program that has it, or choose another port.",
-    errno.EACCES: "A port below 1024 needs a right that this user lacks: choose another port.",
+    errno.EADDRINUSE: "Stop the program that listens there, or choose another port.",
+    errno.EACCES: "This user may not listen on a port below 1024: choose another port.",
 }

@@ -1,22 +1,22 @@
-"""Opening sessions in PostgreSQL that mean the same whatever their defaults are.
+"""Sessions of PostgreSQL in which statements mean the same whatever the defaults are.
 
-The server's file, `ALTER DATABASE`, `ALTER ROLE` and `ALTER ROLE ... IN DATABASE` all give defaults
-to a session. A parameter of the startup packet wins over each of them, survives `RESET ALL` and a
-reload of the file, and needs no round trip: what changes the meaning of our statements is pinned
-there. A few can't be, as they depend on what they are or on the server's version:
-`AFTER_CONNECTING` sets these.
+The configuration file, `ALTER DATABASE`, `ALTER ROLE` and `ALTER ROLE ... IN DATABASE` all set a
+session's defaults. A parameter of the startup packet wins over each of them, survives `RESET ALL`
+and a reload of the file, and needs no round trip: parameters that change the meaning of our
+statements are pinned there. A few can't be, as they depend on their present value or on the
+server's version: `AFTER_CONNECTING` sets these.
 
-Looked at was all of "Client Connection Defaults", "Version and Platform Compatibility" and "Error
-Handling" of the manual. Left alone, as they change no meaning here or are the operator's to say:
+This covers all of "Client Connection Defaults", "Version and Platform Compatibility" and "Error
+Handling" of the manual. Not pinned, as they change no meaning here or are the operator's choice:
 
 - `default_transaction_read_only`: a managed service turns it on when its disk is full; `Database`
   distinguishes such a server from one that is unavailable.
 - `default_tablespace`, `temp_tablespaces`, `default_table_access_method`,
   `default_toast_compression`: where and how tables are stored.
-- `lc_*`, `default_text_search_config`, `timezone_abbreviations`: texts for people. Errors are known
-  by SQLSTATE and by the severity that is never translated.
-- `client_encoding`: asyncpg sends UTF8 itself.
-- `fsync`, `full_page_writes`: the server's alone; `/readyz` says when they are off.
+- `lc_*`, `default_text_search_config`, `timezone_abbreviations`: texts for people. Errors are
+  classified by SQLSTATE and by the severity that is never translated.
+- `client_encoding`: asyncpg sets UTF8 itself.
+- `fsync`, `full_page_writes`: no session can set them; `/readyz` warns when they are off.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PINNED: Final[Mapping[str, str]] = {
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     "row_security": "on",
-    # how long it may last; the kinds of sessions that have limits set their own
+    # no time limits; the kinds of sessions that need some set their own
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
@@ -49,22 +49,22 @@ PINNED: Final[Mapping[str, str]] = {
     "quote_all_identifiers": "off",
     "check_function_bodies": "on",
     "gin_fuzzy_search_limit": "0",
-    # that an error ends a statement and not the session, and that notices stay few
+    # an error ends the statement and not the session; few notices
     "exit_on_error": "off",
     "client_min_messages": "notice",
-    # Arrives only where startup parameters do; see `open_session`.
+    # Shows that startup parameters reach PostgreSQL; see `pin`.
     "balance_app.pinned": "yes",
 }
-# One schema alone: what is missing there must not be found in another program's. Temporary tables
-# come last: one that is called like ours must not be found in its place. Functions and operators of
-# pg_catalog come before everything.
+# One schema only: a table that is missing there must not be found in another program's schema.
+# Temporary tables come last: one with the name of ours must not shadow it. pg_catalog comes before
+# everything.
 SEARCH_PATH: Final = '"{schema}", pg_temp'
 
-# Durability is raised when it is off: "200" means that the change is in the log on disk. A value
-# that waits for more or less of a standby stays, as that is the operator's promise. It is set even
-# when it is right, so that a reload of the server's file can't take it away.
-# Triggers keep the ledger append-only, but don't fire under another session_replication_role. It
-# takes a superuser to change that: where somebody has, setting it fails (42501).
+# synchronous_commit is raised when it is off: a 200 means that the change is in the log on disk.
+# Every other value stays, as how much to wait for a standby is the operator's choice. It is set
+# even when it is right, so that a reload of the configuration file can't change it.
+# Triggers keep the ledger append-only, but don't fire under another session_replication_role. Only
+# a superuser can set that: where another default was set for this role, this fails (42501).
 AFTER_CONNECTING: Final = """
 SELECT name, set_config(name, value, false), current_setting('balance_app.pinned', true)
 FROM (VALUES
@@ -79,14 +79,14 @@ WHERE always OR current_setting(name, true) <> value
 
 
 class PoolerError(Exception):
-    """Between this program and PostgreSQL stands a pooler that breaks sessions."""
+    """A pooler between this program and PostgreSQL breaks sessions."""
 
 
 async def open_session(arguments: dict[str, Any]) -> asyncpg.Connection[asyncpg.Record]:
     """Connect to PostgreSQL with the keyword arguments that `Settings` makes.
 
     Raises:
-        PoolerError: what this session pinned has not arrived at PostgreSQL.
+        PoolerError: the pinned parameters have not reached PostgreSQL.
         OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: see `outages`.
     """
     connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**arguments)
@@ -112,7 +112,7 @@ PIN_SECONDS: Final = 2.5
 
 
 async def reset(connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Take back what a job may have done to its session: the reset of a pool."""
+    """Undo what a job may have changed in its session; a pool calls it at each release."""
     authorization = "SET SESSION AUTHORIZATION DEFAULT; RESET ROLE"
     await connection.execute(f"{authorization}; {connection.get_reset_query()}; DISCARD TEMP")
     await pin(connection)

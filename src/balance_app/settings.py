@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from balance_app.connection_url import Target, host_name, parse
 from balance_app.sessions import PINNED, SEARCH_PATH
 
-# What the addresses of this program begin with.
+# The first segments of this service's own paths.
 OWN_PATHS: Final = frozenset(
     {
         *("api", "change", "docs", "health", "jobs", "live", "livez", "metrics", "openapi.json"),
@@ -24,7 +24,7 @@ OWN_PATHS: Final = frozenset(
 )
 
 ENV_FILE: Final = Path(".env")
-# bytes that are no text, as Python reads them
+# NUL, and bytes that are not UTF-8, as Python reads them
 _INVALID_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -32,11 +32,11 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
 class Settings(BaseSettings):
-    """Every knob of one instance; the field's name in capitals is its environment variable."""
+    """The settings of one instance; a field's name in capitals is its environment variable."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
-        env_file_encoding="utf-8-sig",  # some editors begin a file with a mark
+        env_file_encoding="utf-8-sig",  # some editors write a byte order mark
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -54,14 +54,16 @@ class Settings(BaseSettings):
     db_schema: str = Field(
         "public",
         pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}$",
-        description="holds everything of this service; made if it is missing",
+        description="the schema of all tables of this service; created if it is missing",
     )
 
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
         3, description="connections per instance: one works, one waits for the row, one spare"
     )
     db_connect_seconds: Seconds = 1.5
-    db_statement_seconds: Seconds = Field(2.5, description="an answer later than this is 'away'")
+    db_statement_seconds: Seconds = Field(
+        2.5, description="without an answer for this long, the database is unavailable"
+    )
     db_lock_seconds: Seconds = Field(2.0, description="longest wait for a locked row")
     max_waiting: Annotated[int, Field(ge=1)] = Field(
         20_000, description="requests that may wait for a connection; one more is an overload"
@@ -75,7 +77,7 @@ class Settings(BaseSettings):
         None, description="a second port that several instances listen on together (SO_REUSEPORT)"
     )
     root_path: str = Field(
-        "", description="what a proxy puts before every path, as /balances; also if it strips it"
+        "", description="what a proxy puts before each path, as /balances, even if it strips it"
     )
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         75,
@@ -93,21 +95,21 @@ class Settings(BaseSettings):
         120.0, description="a run lasts at least this long, unless its job says otherwise"
     )
     job_lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = Field(
-        6.0, description="an instance that gives no sign of life for this long has lost its jobs"
+        6.0, description="an instance without a heartbeat for this long loses its jobs"
     )
     job_heartbeat_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
     job_clock_reserve_seconds: Annotated[float, Field(ge=0, le=1200)] = Field(
-        2.0, description="how far PostgreSQL's clock may step ahead and two runs never overlap"
+        2.0, description="how far PostgreSQL's clock may step ahead without two runs overlapping"
     )
     job_warm_up_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
-        5.0, description="how far apart instances may come up and still share evenly"
+        5.0, description="how far apart instances may start and still share jobs evenly"
     )
     job_step_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
         0.25,
-        description="how much longer an instance waits for a job than one that runs one job less",
+        description="how much later an instance claims a job than one that runs one job less",
     )
     jobs_modules: str = Field(
-        "balance_app.maintenance", description="Python modules whose jobs run here, with commas"
+        "balance_app.maintenance", description="Python modules whose jobs run here, comma-separated"
     )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
         2, description="connections that the transactions of this instance's jobs may use"
@@ -117,7 +119,7 @@ class Settings(BaseSettings):
         ".balance-app", description="where `balance-app up` keeps its PostgreSQL and its log"
     )
     balance_app_url: str | None = Field(
-        None, description="the service that the command line asks; default: the one at HOST, PORT"
+        None, description="the service that the command line calls; default: the one at HOST, PORT"
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -160,7 +162,7 @@ class Settings(BaseSettings):
         if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix, re.ASCII):
             raise ValueError("must be a path such as /balances: a slash first, and none at the end")
         if prefix.split("/")[1:2] and prefix.split("/")[1] in OWN_PATHS:
-            # Whether a proxy strips the prefix could not be seen.
+            # A stripped prefix could not be distinguished from one that is kept.
             raise ValueError(f"must not begin with a path of this program's own ({prefix})")
         return prefix
 
@@ -206,12 +208,12 @@ class Settings(BaseSettings):
     @property
     def connections_needed(self) -> int:
         """How many connections to PostgreSQL this instance may have open at once."""
-        # One heartbeat; one to connect with retry, to cancel a statement, or to migrate.
+        # One for heartbeats; one to connect with retry, to cancel a statement, or to migrate.
         return self.db_pool_size + 1 + (self.job_connections + 1 if self.jobs_enabled else 0)
 
     @property
     def connections_at_least(self) -> int:
-        """With how many it serves at all: one for requests, one for heartbeats."""
+        """The fewest connections it can serve with: one for requests, one for heartbeats."""
         return 2 if self.jobs_enabled else 1
 
     @property
@@ -229,9 +231,10 @@ class Settings(BaseSettings):
     def statement_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for connections whose statements are short.
 
-        A lock timeout is a time to check whether others go on (`balances/guard.py`): after the
-        second one, a row that does not move has been locked for DB_LOCK_SECONDS. The server ends a
-        statement before this side gives the whole database up, and leaves time for its commit.
+        After each lock timeout the request checks whether the row still changes
+        (`balances/guard.py`): a row that does not has been locked for DB_LOCK_SECONDS at the second
+        one. The server ends a statement before this instance marks the database unavailable, and
+        early enough for its commit.
         """
         arguments = self.connect_arguments()
         seconds = min(
@@ -240,7 +243,7 @@ class Settings(BaseSettings):
         arguments["server_settings"] |= {
             "statement_timeout": f"{round(seconds * 1000)}ms",
             "lock_timeout": f"{round(self.db_lock_seconds * 500)}ms",
-            # There is no waiting inside of these transactions, unless this instance stands still.
+            # These transactions are never idle, unless this instance is frozen.
             "idle_in_transaction_session_timeout": "10s",
         }
         return arguments
@@ -248,8 +251,8 @@ class Settings(BaseSettings):
     def job_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for the transactions of jobs.
 
-        The server ends one whose instance has stood still for as long as a lease: what it holds
-        locked is free again when its job is taken over.
+        The server ends a transaction whose instance has been frozen for as long as a lease: its
+        locks are released when another instance takes the job over.
         """
         arguments = self.connect_arguments()
         milliseconds = f"{round(self.job_lease_seconds * 1000)}ms"
@@ -266,8 +269,8 @@ class Settings(BaseSettings):
                 "search_path": SEARCH_PATH.format(schema=self.db_schema),
                 "application_name": f"balance_app {self.server_id}"[:63],
                 "lock_timeout": f"{round(self.db_lock_seconds * 1000)}ms",
-                # Of an instance whose network is cut PostgreSQL hears nothing, for two hours by
-                # default.
+                # Without these PostgreSQL keeps the session of an instance whose network is cut
+                # for two hours.
                 "tcp_keepalives_idle": "60",
                 "tcp_keepalives_interval": "10",
                 "tcp_keepalives_count": "3",
@@ -315,10 +318,10 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - any field's v
 
 
 def _require_readable(file: Path) -> None:
-    """Refuse a `.env` that can't be read; there need not be one.
+    """Refuse a `.env` that can't be read; it may be missing.
 
     Raises:
-        BadSettingsError: it is no file, or no text in UTF-8.
+        BadSettingsError: it is not a file, or not text in UTF-8.
     """
     try:
         text = file.read_text("utf-8-sig")
@@ -336,10 +339,10 @@ def _require_readable(file: Path) -> None:
 
 
 def unknown_names() -> list[str]:
-    """Return a sentence for each name that is meant for this program, but nobody reads.
+    """Return a warning for each name that is probably meant for this program, but is no setting.
 
-    In `.env` that is any name but those of compose; in the environment, where other programs have
-    theirs, one that is nearly a name of ours.
+    In `.env` that is any name but those of compose; in the environment, which other programs use
+    too, a name that resembles a setting.
     """
     ours = sorted(name.upper() for name in Settings.model_fields)
     sentences = []

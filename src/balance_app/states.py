@@ -1,7 +1,7 @@
 """The states of jobs, the outcomes of runs and the reasons to wait: values, symbols and labels.
 
-The values stand in the database, in the API and in the metrics; the symbols and labels are what
-people see, on the page and in the terminal. A symbol or a label never depends on a colour.
+The values are those of the database, the API and the metrics; the symbols and labels are shown to
+people, on the page and in the terminal. A symbol or a label never depends on a colour.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 
 class Tone(StrEnum):
-    """What a colour repeats, where there are colours."""
+    """What the colour of a sign stands for; the symbol and label mean the same without it."""
 
     GOOD = "good"
     RUN = "run"
@@ -21,7 +21,7 @@ class Tone(StrEnum):
 
 
 class Sign(NamedTuple):
-    """How something is shown to people."""
+    """How a state, an outcome or a reason is shown to people."""
 
     symbol: str
     label: str
@@ -29,7 +29,7 @@ class Sign(NamedTuple):
 
 
 class State(StrEnum):
-    """What a job does."""
+    """The state of a job."""
 
     RUNNING = "running"
     WAITING = "waiting"
@@ -87,12 +87,12 @@ _REASONS: Final[dict[str, Sign]] = {
 }
 _ACTIVE: Final = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT)
 
-# The outcomes of a last run after which somebody should look at the job.
+# The outcomes of a job's last run that need attention.
 FAILURES: Final = (Outcome.FAILED, Outcome.TIMED_OUT, Outcome.LOST)
 
 
 def outcome_sign(outcome: str | None) -> Sign:
-    """Return how a run ended; None: it has not ended. A newer service may know more outcomes."""
+    """Return the sign of an outcome; None: the run goes on. A newer service may have others."""
     if outcome is None:
         return _RUNNING
     return _OUTCOMES.get(outcome) or Sign("?", outcome, Tone.REST)
@@ -105,7 +105,7 @@ def outcome_predicate(outcome: str) -> str:
 
 
 def job_sign(job: Mapping[str, Any]) -> Sign:
-    """Return what a job (a `JobAnswer` as JSON) does, and whether that is as it should be."""
+    """Return the sign of a job (a `JobAnswer` as JSON): its state, and whether it is overdue."""
     if job["state"] == State.RUNNING:
         return _running_sign(job)
     if job["state"] == State.PAUSED:
