@@ -1,4 +1,4 @@
-"""What the state of an account can say against a request."""
+"""The problems of requests that the state of an account or a key refuses."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from balance_app.http.body import MAX_INTEGER
 class UserNotFound(Problem):
     """There is no user with this id.
 
-    Nothing was changed. `POST /api/users` makes one, `GET /api/users` lists them.
+    Nothing was changed. `POST /api/users` creates one, `GET /api/users` lists them.
     """
 
     status, code, title = 404, "user-not-found", "User not found"
@@ -20,11 +20,11 @@ class UserNotFound(Problem):
 
 
 class UserIdTaken(Problem):
-    """The id that is next for a new user belongs to one already.
+    """The next id for a new user is taken already.
 
-    Users were imported with their ids, and the sequence of new ids was not moved past them. This is
-    for who runs the service: `SELECT setval(pg_get_serial_sequence('users', 'id'), max(id)) FROM
-    users` in its database moves it. Then send the request again.
+    Users were imported with their ids, and the sequence of new ids was not moved past them. The
+    operator moves it in the database: `SELECT setval(pg_get_serial_sequence('users', 'id'),
+    max(id)) FROM users`. Then send the request again.
     """
 
     status, code, title = 409, "user-id-taken", "User id taken"
@@ -57,8 +57,9 @@ class KeyNotFound(Problem):
 class InsufficientFunds(Problem):
     """The balance is too small for this withdrawal.
 
-    Nothing was changed. `balance` at `version` is what refused it, `shortfall` what is missing.
-    Under an `Idempotency-Key` the refusal is remembered for 7 days; try again with a new key.
+    Nothing was changed. `balance` and `version` are the state that refused it, `shortfall` is the
+    amount missing. With an `Idempotency-Key` the refusal is kept for 7 days; try again with a new
+    key.
     """
 
     status, code, title = 409, "insufficient-funds", "Insufficient funds"
@@ -79,7 +80,8 @@ class InsufficientFunds(Problem):
 class BalanceLimitExceeded(Problem):
     """The balance would pass 2^53-1, the largest integer that JSON carries exactly everywhere.
 
-    Nothing was changed. `balance` at `version` is what refused it, `excess` what is too much.
+    Nothing was changed. `balance` and `version` are the state that refused it, `excess` is the
+    amount above the limit.
     """
 
     status, code, title = 409, "balance-limit-exceeded", "Balance limit exceeded"
@@ -98,18 +100,18 @@ class BalanceLimitExceeded(Problem):
 
 
 class IdempotencyKeyReused(Problem):
-    """This idempotency key belongs to a request with another content.
+    """This idempotency key belongs to a request with different content.
 
-    Nothing was changed. Use a new key for every new request, the same one only to repeat it.
+    Nothing was changed. Use a new key for every new request, and the same one only to repeat it.
     """
 
     status, code, title = 422, "idempotency-key-reused", "Idempotency key reused"
     sample: ClassVar = {}
 
     def __init__(self) -> None:
-        super().__init__("This Idempotency-Key was used before, with another content.")
+        super().__init__("This Idempotency-Key was used before, with different content.")
 
 
 def too_slow(seconds: float) -> Overloaded:
-    """Return the problem of a request that was still not decided after this time."""
+    """Return the problem of a request that was not decided within this time."""
     return Overloaded(f"Too slow: {seconds:g} s did not suffice for all requests before it.")

@@ -1,11 +1,12 @@
-"""What another session locks keeps no request for anything else waiting.
+"""A row that another session locks delays no request for any other row.
 
-Changes of one account wait for each other, in order and without a connection, but for two: that is
-contention, which moves, however slow each commit is. A row that another session holds does not
-move. A lock timeout alone does not distinguish them, so the request that meets it checks: has the
-account changed while it waited, and who holds its row now? While it moves it tries again, as long
-as a request may take. When it does not, the account (or the key, if that is what was waited for) is
-refused for a moment, and then one request finds out whether it is free.
+Changes of one account wait for each other, in order; all but two wait without a connection. That is
+contention: the account keeps changing, however slow each commit is. While another session locks the
+row, the account does not change. A lock timeout alone does not distinguish the two, so the request
+that meets it checks whether the account has changed while it waited, and who holds the row now. If
+it has changed, the request tries again, as long as a request may take. If not, requests for the
+account (or for the key, if the wait was for that) are refused for a second; then one request checks
+whether it is free.
 """
 
 from collections.abc import Awaitable, Callable
@@ -26,14 +27,14 @@ Result = TypeVar("Result")
 
 HELD_SECONDS: Final = 1.0  # as long as `Retry-After` asks to wait
 FORGET_SECONDS: Final = 60.0
-# One connection finds out what is free again, whatever else was found locked.
-SUSPECTS: Final = Lane(("suspects",))
+# One connection checks what is free again, however many rows were found locked.
+RECHECKS: Final = Lane(("rechecks",))
 LOCKED: Final = "It is locked by another session of the database."
 COMMITTING: Final = "An earlier change of it waits for its commit."
 KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
 
-# What it has not changed for is what it has been locked for, at most. Who locks a row stands in it
-# (xmax), or in nothing that can be read, as a lock of several does.
+# The lock is at most as old as the last change. Its holder is in the row's xmax; where several
+# sessions share the lock, there is none to be read.
 #
 # $1 the account, $2 the statements of ours that lock it until their commit
 PROGRESS: Final = """
@@ -62,13 +63,13 @@ class _Wait:
         self.begin()
 
     def begin(self) -> None:
-        """Begin to wait inside PostgreSQL."""
-        # since when the account is not seen to move, when that was checked, and its version then
+        """Start the wait inside PostgreSQL."""
+        # since when no change of the account is seen, when that was checked, and its version then
         self.since = self.checked_at = monotonic()
         self.version: int | None = None
 
     def observe(self, version: int, age_seconds: float | None) -> None:
-        """Take note of the account's state; by versions, as clocks may be set."""
+        """Record the account's state; changes are found by version, as clocks may be set."""
         now = monotonic()
         waited = now - self.checked_at
         if self.version is None:
@@ -81,15 +82,15 @@ class _Wait:
 
 
 class Guard:
-    """Lets requests at the rows of accounts and keys, and refuses what another session holds."""
+    """Admits operations on accounts and keys, and refuses those that another session locks."""
 
     def __init__(self, database: Database, own_statements: tuple[str, ...]) -> None:
         self._database = database
         self._own_statements = list(own_statements)
-        # Two of an account: while one's commit is written, the other waits for the row. A
-        # connection is left for those who change other accounts, if there is more than one.
+        # Two per account: while the commit of one is written, the other waits for the row. One
+        # connection is left for other accounts, if there is more than one.
         self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
-        # what is refused: why, and until when (monotonic)
+        # accounts and keys that are refused: why, and until when (monotonic)
         self._held: dict[int | str, tuple[str, float]] = {}
 
     async def run(
@@ -101,18 +102,19 @@ class Guard:
     ) -> Result:
         """Run an operation that locks the account, or writes the key, or both.
 
-        It is run again when it timed out waiting for others who go on: it must be one transaction.
+        It must be one transaction: it runs again when its lock wait timed out and the account has
+        changed meanwhile.
 
         Raises:
-            DatabaseUnavailable: as `Database.run`; or what it waits for is held by somebody else.
-            Overloaded: as `Database.run`; or the time did not suffice.
+            DatabaseUnavailable: as `Database.run`; or another session locks the account or key.
+            Overloaded: as `Database.run`; or it was not decided in MAX_WAITING_SECONDS.
         """
         waits = _Wait(user_id, key, self._database.settings.max_waiting_seconds)
         lane = Lane(waits.names[0], self._at_once)
         if self._held:
             self._refuse_held(waits.names)
             if any(name in self._held for name in waits.names):
-                lane = SUSPECTS
+                lane = RECHECKS
         return await self._database.run(
             lambda connection: self._attempt(connection, operation, waits), lane=lane
         )
@@ -126,7 +128,7 @@ class Guard:
         if self._held:
             self._refuse_held(waits.names)
             for name in waits.names:
-                if name in self._held:  # others of it are refused while this one finds out
+                if name in self._held:  # its other requests are refused while this one checks
                     self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
         waits.begin()
         while True:
@@ -152,14 +154,14 @@ class Guard:
         problem: DatabaseUnavailable,
         waits: _Wait,
     ) -> tuple[int | str, str] | None:
-        """Return what is locked by another session, and why; None: it moves, so try again.
+        """Return what another session locks, and the reason; None: it has changed, so try again.
 
         Raises:
-            DatabaseUnavailable: the problem, when it is not that something was locked.
+            DatabaseUnavailable: `problem`, when it is not a lock timeout.
         """
         settings, cause = self._database.settings, problem.__cause__
         timed_out = isinstance(cause, asyncpg.LockNotAvailableError) or (
-            # Of the time limit, or of somebody who cancels statements.
+            # The statement timeout, or somebody cancelled the statement.
             isinstance(cause, asyncpg.QueryCanceledError)
             and monotonic() - waits.checked_at >= settings.db_lock_seconds / 2
         )
@@ -167,10 +169,10 @@ class Guard:
             self._release(waits.names)
             raise problem
         user_id, key = waits.user_id, waits.key
-        # Which of both it waited for is in the error's context, in whatever language.
+        # The error's context names the table, in whatever language.
         if key is not None and (user_id is None or "idempotency_keys" in _context(cause)):
             return key, KEY_IN_USE
-        assert user_id is not None  # noqa: S101 - there is no operation on neither
+        assert user_id is not None  # noqa: S101 - an operation has at least one of them
         try:
             rows = await read(connection, PROGRESS, user_id, self._own_statements)
         except DatabaseUnavailable:  # the whole table is locked
@@ -207,7 +209,7 @@ class Guard:
 
     def _hold(self, name: int | str, reason: str, seconds: float) -> None:
         now = monotonic()
-        if name not in self._held:  # it does not grow: what nobody asks for any more is forgotten
+        if name not in self._held:  # bounds its size: names that no request uses are dropped
             old = [each for each, (_, until) in self._held.items() if until < now - FORGET_SECONDS]
             self._release(old)
         self._held[name] = (reason, now + seconds)

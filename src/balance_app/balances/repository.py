@@ -1,4 +1,4 @@
-"""Every statement on users and what is recorded of them, each with the invariant it keeps."""
+"""The statements on users, entries and idempotency keys, each with the invariant it keeps."""
 
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -39,7 +39,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a user's ledger: `balance` is what it left."""
+    """One entry of a user's ledger; `balance` is the balance after it."""
 
     version: int
     amount: int
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class DailyBalance:
-    """A user's balance at the end of a UTC day, or as late on it as it was read: at `at`."""
+    """A user's balance on a UTC day, as last read on that day: at `at`."""
 
     day: date
     balance: int
@@ -59,7 +59,7 @@ class DailyBalance:
 
 
 class Outcome(NamedTuple):
-    """What became of a request: the state it made, or the state that refused it."""
+    """The outcome of a request: the state after it, or the state that refused it."""
 
     kind: Literal["opened", "accepted", "refused"]
     user_id: int
@@ -83,12 +83,12 @@ class BalanceRepository:
         """Add `amount` (negative withdraws) to a balance, at most once per `key`.
 
         Returns:
-            The accepted or refused outcome; under a key used before, the one it had then.
+            The accepted or refused outcome; for a key used before, the recorded one.
 
         Raises:
             UserNotFound: there is no such user.
             IdempotencyKeyReused: the key belongs to another request.
-            DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; what became of earlier tries
+            DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; the outcome of earlier tries
                 with this key is unknown.
         """
         started = perf_counter()
@@ -115,7 +115,7 @@ class BalanceRepository:
 
         Raises:
             IdempotencyKeyReused: the key belongs to another request.
-            UserIdTaken: new ids are those of users that there are already.
+            UserIdTaken: the next id belongs to an existing user.
             DatabaseUnavailable, Overloaded: as for `change`.
         """
         try:
@@ -127,7 +127,7 @@ class BalanceRepository:
             raise
 
     async def outcome(self, key: str) -> Outcome:
-        """Return what became of the request with this key.
+        """Return the outcome of the request with this key.
 
         Raises:
             KeyNotFound: nothing is recorded under it.
@@ -167,7 +167,7 @@ class BalanceRepository:
     async def daily_balances(self, user_id: int, *, before: date, limit: int) -> list[DailyBalance]:
         """Return up to `limit` daily balances of days before `before`, the latest first.
 
-        A day without one had the balance of the day before it.
+        A day without one ended with the balance of the day before it.
 
         Raises:
             UserNotFound: there is no such user.
@@ -182,8 +182,7 @@ class BalanceRepository:
 
 # The balance is never negative and never passes the largest one ($3): waiting for the row's lock,
 # PostgreSQL checks the condition again on the row as the change before left it. Balance, version
-# and entry move together or not at all. No row back means: no such user, or this change did not
-# fit.
+# and entry change together or not at all. No row means: no such user, or the change does not fit.
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
@@ -195,8 +194,8 @@ SELECT id, version, $2, balance FROM changed
 RETURNING balance, version, at
 """
 
-# A refusal proves itself: its balance and version are read together, in a snapshot taken after
-# the change was found not to fit. (The UPDATE's own snapshot may be older than what refused it.)
+# A refusal proves itself: its balance and version are read together, in a snapshot taken after the
+# UPDATE changed nothing. (The UPDATE's own snapshot may be older than the state that refused it.)
 STATE: Final = "SELECT balance, version FROM users WHERE id = $1"
 
 
@@ -211,12 +210,12 @@ async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
         balance, version = states[0]["balance"], states[0]["version"]
         if not 0 <= balance + amount <= MAX_INTEGER:
             return Outcome("refused", user_id, amount, balance, version)
-        # Neither: another change came between the two statements, and now this one fits.
+        # Another change was committed between the two statements, and now this one fits.
     raise _lost_every_race()
 
 
-# As CHANGE, and the key is written in the same transaction: its uniqueness makes the whole
-# statement fail when another transaction has used it meanwhile.
+# As CHANGE, and the key is written in the same statement: its uniqueness makes the whole statement
+# fail when another transaction has written the key meanwhile.
 CHANGE_ONCE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1
@@ -233,7 +232,7 @@ SELECT key, 'accepted', user_id, amount, balance, version, at FROM entry
 RETURNING balance, version, at
 """
 
-# A refusal is as final as an acceptance: whichever is written first under a key stands.
+# A refusal is as final as an acceptance: the first outcome written under a key is the key's.
 REFUSE_ONCE: Final = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
 SELECT $4::text, 'refused', id, $2::bigint, balance, version FROM users
@@ -242,11 +241,11 @@ ON CONFLICT (key) DO NOTHING
 RETURNING balance, version, at
 """
 
-# What is replayed must be as durable as it was promised to be; a bare SELECT can see a commit
-# that a failover would still lose. The message, which nobody reads, makes this a transaction that
-# writes: its commit waits until the log (and a synchronous standby) has it, and with it all that
-# came before, as every outcome that this statement can see did. No row is locked: who recalls
-# neither waits for those who change the account nor holds them up.
+# A replay must not acknowledge what is not durable: a bare SELECT can see a commit that a failover
+# would still lose. The message, which nobody reads, makes this a transaction that writes: its
+# commit waits until the log (and a synchronous standby) has it, and all that came before it, as
+# did every outcome that this statement can see. No row is locked: a replay neither waits for
+# changes of the account nor delays them.
 RECALL: Final = """
 SELECT outcome AS kind, user_id, amount, balance, version, at, key,
        pg_logical_emit_message(true, 'balance_app', '')
@@ -265,11 +264,11 @@ async def _change_once(connection: Connection, user_id: int, amount: int, key: s
             row = None
         if row is not None:
             return Outcome("accepted", user_id, amount, key=key, **row)
-        known = await _recall(connection, key)
-        if known is not None:
-            if known.kind == "opened" or (known.user_id, known.amount) != (user_id, amount):
+        first = await _recall(connection, key)
+        if first is not None:
+            if first.kind == "opened" or (first.user_id, first.amount) != (user_id, amount):
                 raise IdempotencyKeyReused
-            return known
+            return first
         row = await write(connection, REFUSE_ONCE, user_id, amount, MAX_INTEGER, key)
         if row is not None:
             return Outcome("refused", user_id, amount, key=key, **row)
@@ -286,8 +285,8 @@ async def _recall(connection: Connection, key: str) -> Outcome | None:
     return Outcome(**members, replayed=True)
 
 
-# The opening balance is entry 1, so that a user's entries always sum to the balance. No row back
-# means: the id that is next belongs to a user already.
+# The opening balance is entry 1, so that a user's entries always sum to the balance. No row means:
+# the next id belongs to an existing user.
 OPEN: Final = """
 WITH opened AS (
     INSERT INTO users (balance, version) VALUES ($1, 1)
@@ -296,7 +295,7 @@ WITH opened AS (
 ), entry AS (
     INSERT INTO entries (user_id, version, amount, balance, key, at)
     SELECT id, version, balance, balance, $2::text, created_at FROM opened
-), known AS (
+), recorded AS (
     INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
     SELECT $2, 'opened', id, balance, balance, version, created_at FROM opened
     WHERE $2 IS NOT NULL
@@ -307,17 +306,17 @@ SELECT id AS user_id, balance, version, created_at AS at FROM opened
 
 async def _open(connection: Connection, balance: int, key: str | None) -> Outcome:
     for _ in range(MAX_RACES):
-        known = None if key is None else await _recall(connection, key)
-        if known is not None:
-            if known.kind != "opened" or known.amount != balance:
+        first = None if key is None else await _recall(connection, key)
+        if first is not None:
+            if first.kind != "opened" or first.amount != balance:
                 raise IdempotencyKeyReused
-            return known
+            return first
         try:
             row = await write(connection, OPEN, balance, key)
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name != KEYS_PKEY:
                 raise
-            continue  # another request with this key was faster: recall what it did
+            continue  # another request with this key was faster: recall its outcome
         if row is None:
             (ids,) = await read(connection, IDS)
             raise UserIdTaken(ids["next"], highest=ids["highest"])
@@ -325,7 +324,7 @@ async def _open(connection: Connection, balance: int, key: str | None) -> Outcom
     raise _lost_every_race()
 
 
-# Where ids come from, and how far they are taken.
+# The next id of the sequence, and the highest id of a user.
 IDS: Final = """
 SELECT pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass) + 1 AS next,
        (SELECT max(id) FROM users) AS highest
@@ -352,7 +351,7 @@ WHERE user_id = $1 AND day < $2 ORDER BY day DESC LIMIT $3
 
 
 def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
-    """Return the problem that a refused outcome is."""
+    """Return the problem that reports a refused outcome."""
     problem = InsufficientFunds if outcome.amount < 0 else BalanceLimitExceeded
     return problem(
         user_id=outcome.user_id,
@@ -363,7 +362,7 @@ def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
 
 
 def _failure(error: Exception) -> str:
-    """Return what the metrics call a change that was not decided."""
+    """Return the metrics' result of a change that ended in this error."""
     match error:
         case UserNotFound():
             return "no_user"

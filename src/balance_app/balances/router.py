@@ -82,8 +82,8 @@ def _repository(request: Request) -> BalanceRepository:
 async def change_balance(request: Request) -> Response:
     """Change a user's balance now: add `amount`, or withdraw when it is negative.
 
-    The answer has the balance after exactly this change, and its place (`version`) in the
-    user's ledger. With an `Idempotency-Key` the request may be sent again and again: it takes
+    The answer has the balance after exactly this change, and the `version` of its entry in the
+    user's ledger. With an `Idempotency-Key` the request may be sent any number of times: it takes
     effect once, and every answer is the first one, byte for byte.
     """
     key = idempotency_key(request)
@@ -151,7 +151,7 @@ async def read_account(request: Request, response: Response, user_id: PathUserId
     dependencies=[ONCE],
 )
 async def list_entries(request: Request, user_id: PathUserId, page: PageQuery) -> dict[str, object]:
-    """List a user's ledger from the opening balance on; the version is the cursor."""
+    """List a user's ledger, starting with the opening balance; the version is the cursor."""
     entries = await _repository(request).entries(user_id, after=page.after, limit=page.limit + 1)
     shown = entries[: page.limit]
     return {
@@ -173,8 +173,8 @@ async def list_daily_balances(
 ) -> dict[str, object]:
     """List a user's balances at the end of UTC days, the latest day first.
 
-    A job notes them every ten minutes, of users whose balance has changed: a day that is not
-    listed had the balance of the day before it. `next` is the `before` of the following page.
+    A job records them every ten minutes, for users whose balance has changed: a day that is not
+    listed ended with the balance of the day before it. `next` is the `before` of the next page.
     """
     days = await _repository(request).daily_balances(
         user_id, before=page.before, limit=page.limit + 1
@@ -188,13 +188,13 @@ async def list_daily_balances(
 
 @router.get(
     "/changes/{key:path}",
-    summary="Ask for an outcome",
-    response_description="What became of the request.",
+    summary="Read an outcome",
+    response_description="The outcome of the request.",
     response_model=KeyAnswer,
     responses=problems(KeyNotFound, InvalidRequest),
 )
 async def read_outcome(request: Request, key: PathKey) -> dict[str, object]:
-    """Return what became of the request with this key; resolves an `applied: "unknown"`."""
+    """Return the outcome of the request with this key; resolves an `applied: "unknown"`."""
     outcome = await _repository(request).outcome(key)
     return {
         "key": key,

@@ -1,4 +1,4 @@
-"""What comes in and what goes out, in JSON."""
+"""The JSON bodies and parameters of requests, and the JSON bodies of answers."""
 
 import re
 from datetime import date, datetime
@@ -78,7 +78,7 @@ class Page(QueryModel):
 
     after: Annotated[
         int,
-        Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0 for the first"),
+        Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0: the first page"),
         DECIMAL,
     ] = 0
     limit: Limit = 100
@@ -90,7 +90,7 @@ class DaysPage(QueryModel):
     before: Annotated[
         date,
         Field(
-            description="the `next` of the page before; by default behind all days",
+            description="the `next` of the page before; by default the first page",
             examples=["2026-11-21"],
         ),
         BeforeValidator(_is_date),
@@ -149,7 +149,7 @@ class AccountsAnswer(_Answer):
 
 
 class EntryAnswer(_Answer):
-    """One line of the ledger: `balance` is what it left; version 1 is the opening balance."""
+    """One entry: `balance` is the balance after it; version 1 is the opening balance."""
 
     version: AnyVersion
     amount: AnyAmount
@@ -166,7 +166,7 @@ class EntriesAnswer(_Answer):
 
 
 class DailyBalanceAnswer(_Answer):
-    """The balance of a user at the end of a UTC day, or at `at`, when it was last read on it."""
+    """The balance of a user on a UTC day, as last read on that day: at `at`."""
 
     day: Annotated[date, Field(examples=["2026-11-21"])]
     balance: AnyBalance
@@ -182,7 +182,7 @@ class DailyBalancesAnswer(_Answer):
 
 
 class KeyAnswer(_Answer):
-    """What became of the request with a key: the status and the body it was answered with."""
+    """The outcome of the request with a key: the status and the body of its answer."""
 
     key: Annotated[str, Field(examples=["order-42"])]
     outcome: Annotated[Literal["opened", "accepted", "refused"], Field(examples=["accepted"])]
@@ -213,7 +213,7 @@ def outcome_status(outcome: Outcome) -> int:
 
 
 def outcome_body(outcome: Outcome) -> dict[str, Any]:
-    """Return the body of this outcome, the first time and every time after."""
+    """Return the body of this outcome; a replay has an equal one."""
     if outcome.kind == "refused":
         return refusal(outcome).body()
     state = {"userId": outcome.user_id, "balance": outcome.balance, "version": outcome.version}

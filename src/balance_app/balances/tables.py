@@ -64,7 +64,7 @@ idempotency_keys = Table(
     Index("idempotency_keys_refused_at_idx", "at", postgresql_where=text("outcome = 'refused'")),
 )
 
-# A job of `maintenance` writes it.
+# Written by a job of `maintenance`.
 daily_balances = Table(
     "daily_balances",
     metadata,
