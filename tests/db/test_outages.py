@@ -14,7 +14,7 @@ import asyncpg
 import httpx
 import pytest
 
-from balance_app.db.outages import HOPELESS, Kind, classify, is_fatal, pause_seconds
+from balance_app.db.outages import PERMANENT, Kind, classify, is_fatal, pause_seconds
 from balance_app.db.pool import Database
 from balance_app.sessions import PoolerError
 from tests.jobs.rows import settings_for
@@ -95,7 +95,7 @@ def test_pauses_grow_to_their_limit() -> None:
         pauses = [pause_seconds(kind, tries) for tries in range(20)]
         assert pauses == sorted(pauses)
         assert pauses[0] == 0.1
-    assert {pause_seconds(kind, 99) for kind in HOPELESS} == {5.0}
+    assert {pause_seconds(kind, 99) for kind in PERMANENT} == {5.0}
     for kind in (Kind.REFUSED, Kind.STARTING, Kind.NO_ANSWER, Kind.CUT_OFF):
         assert pause_seconds(kind, 99) <= 0.5
 

@@ -205,7 +205,7 @@ def migrate() -> None:
     """Bring the database's schema to this program's version."""
     from balance_app.db.migrations import UnusableDatabaseError
     from balance_app.db.migrations import migrate as run
-    from balance_app.db.outages import HOPELESS, classify
+    from balance_app.db.outages import PERMANENT, classify
 
     settings = load_settings()
     _require_database(settings)
@@ -218,7 +218,7 @@ def migrate() -> None:
     except Exception as error:
         if (cause := classify(error)) is None:
             raise
-        code = 1 if cause.kind in HOPELESS else 3
+        code = 1 if cause.kind in PERMANENT else 3
         fail(f"{cause.sentence} ({settings.database_address}: {cause.text})", code=code)
     typer.echo(f"The schema is at {schema.revision}.")
 

@@ -1,11 +1,11 @@
-"""The schema: whose it is, which revision it is at, and the upgrade to this program's.
+"""The schema: its owner, its revision, and the upgrade to this program's revision.
 
-What revision a schema is at stands in a table of our own name, `balance_app_version`, beside the
-oldest revision whose program still works on it (`compatible_from`). Releases before this table kept
-it in alembic's usual `alembic_version`; migration 0010 drops it.
+The revision is in a table of our own name, `balance_app_version`, beside the oldest revision whose
+program still works on the schema (`compatible_from`). Earlier releases kept it in alembic's usual
+`alembic_version`; migration 0010 drops that table.
 
 An upgrade is one message to PostgreSQL: lock, check, every statement, commit. An instance that is
-killed or frozen meanwhile has either sent all of it or nothing, so none waits for it.
+killed or frozen meanwhile has sent all of it or nothing, so that no other instance waits for it.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from balance_app.settings import Settings
 
 MIGRATION_LOCK: Final = 0x62616C616E6365  # "balance"; any number no other program here uses
 VERSION_TABLE: Final = "balance_app_version"
-TURN_SECONDS: Final = 0.3
-# Behind an upgrade that waits for a table everybody waits: between tries they go on.
+RETRY_SECONDS: Final = 0.3
+# Requests queue behind an upgrade that waits for a table: they are served between its tries.
 LOCKED_SECONDS: Final = 2.0
 
-# What the service does with each of its tables, as the rights that its role needs.
+# The privileges that the service's role needs on each table.
 RIGHTS: Final = {
     "users": ("SELECT", "INSERT", "UPDATE"),
     "entries": ("SELECT", "INSERT"),
@@ -47,13 +47,13 @@ RIGHTS: Final = {
     "table_sizes": ("SELECT", "INSERT", "DELETE"),
 }
 
-# How the first tables of every release are recognized; columns are only ever added.
+# Columns by which the tables of every release are recognized; columns are only ever added.
 FIRST_TABLES: Final = {
     "users": {"id", "balance", "version", "created_at"},
     "entries": {"user_id", "version", "amount", "balance", "key", "at"},
     "idempotency_keys": {"key", "outcome", "user_id", "amount", "balance", "version", "at"},
 }
-# The revisions of the releases that wrote them into `alembic_version`.
+# The revisions of the releases that kept them in `alembic_version`.
 FIRST_REVISIONS: Final = {"0001", "0002", "0003"}
 
 metadata = MetaData(
@@ -68,15 +68,15 @@ metadata = MetaData(
 
 
 class UnusableDatabaseError(Exception):
-    """The database answers, but waiting can't help; the message says what is to be done."""
+    """The database answers, but waiting can't make it usable; the message says what to do."""
 
 
 class Installation(NamedTuple):
-    """Distinguishes tables from others of the same names."""
+    """Distinguishes these tables from others of the same names."""
 
-    # made with the tables; a backup has it too
+    # generated with the tables; a backup has the same
     id: str
-    # PostgreSQL's number of `jobs`; a restored table has another
+    # the OID of table `jobs`; a restored table has another
     oid: int
 
 
@@ -88,21 +88,21 @@ class Schema(NamedTuple):
 
 
 class Version(NamedTuple):
-    """What a schema says of itself."""
+    """The version that is recorded in a schema."""
 
     revision: str
-    # the oldest revision whose program works on it; None: no newer one has set it
+    # the oldest revision whose program works on it; None: from a release that did not record it
     compatible_from: str | None
     installation: str = ""
 
     def fault(self) -> str | None:
-        """Return why this program can't work on such a schema, or None."""
+        """Return why this program can't work on a schema of this version, or None."""
         head, known = alembic_head(), _known_revisions()
         if self.revision == head:
             return None
         if self.revision in known:
             return f"The schema is at {self.revision}, this program needs {head}."
-        if self.compatible_from in known:  # of a later program, which left room for this one
+        if self.compatible_from in known:  # of a later program that this one is compatible with
             return None
         return (
             f"The schema is at {self.revision}, for programs from {self.compatible_from} on; "
@@ -113,7 +113,7 @@ class Version(NamedTuple):
 # One row, which the migrations keep.
 SCHEMA_VERSION: Final = f"SELECT version_num, compatible_from FROM {VERSION_TABLE}"  # noqa: S608
 
-# What is known without touching anything. $1 the schema
+# Read without a lock on any table. $1 the schema
 INSPECT: Final = """
 SELECT current_user::text AS role, current_database()::text AS database,
        pg_is_in_recovery() AS standby,
@@ -137,7 +137,7 @@ WHERE nspname = ANY ($1::text[]) AND relname = ANY ($2::text[])
 ORDER BY relname
 """
 
-# $1 schema, $2 and $3 pairs of a table and a right
+# $1 schema, $2 and $3 pairs of a table and a privilege
 MISSING_RIGHTS: Final = """
 SELECT name, string_agg(privilege, ', ' ORDER BY privilege) AS rights
 FROM unnest($2::text[], $3::text[]) AS needed (name, privilege)
@@ -146,7 +146,7 @@ WHERE NOT has_table_privilege(pg_class.oid, privilege)
 GROUP BY name ORDER BY name
 """
 
-# Who holds an advisory lock of 64 bits. $1 the key
+# The session that holds an advisory lock of 64 bits. $1 the key
 HOLDER: Final = """
 SELECT pid, application_name, to_char(coalesce(xact_start, backend_start) AT TIME ZONE 'UTC',
                                       'YYYY-MM-DD HH24:MI:SS') AS since
@@ -156,8 +156,8 @@ WHERE locktype = 'advisory' AND granted AND objsubid = 1
   AND (classid::bigint << 32) | objid::bigint = $1
 """
 
-# Not in turn, or not the revision that was found: inspect again. A table that is locked by
-# somebody else is not waited for any longer than requests can stand behind.
+# When another instance migrates, or the revision is not the one found: BL002, inspect again. The
+# lock timeout is short, as requests queue behind an upgrade that waits for a locked table.
 UPGRADE: Final = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SET LOCAL statement_timeout = 0;
@@ -185,16 +185,16 @@ $balance_app$;
 {statements}
 COMMIT;
 """
-NOT_IN_TURN: Final = "BL002"
-# What is not mended by trying again.
-AT_FAULT: Final = {Kind.PRIVILEGE, Kind.SCHEMA_LOST}
+CONCURRENT_UPGRADE: Final = "BL002"
+# Causes that another try does not remove.
+NOT_RETRIED: Final = {Kind.PRIVILEGE, Kind.SCHEMA_LOST}
 DUPLICATES: Final = (
     asyncpg.DuplicateTableError,
     asyncpg.DuplicateFunctionError,
     asyncpg.DuplicateObjectError,
 )
 
-# The schema of a release that kept its revision in `alembic_version`.
+# For the schema of a release that kept its revision in `alembic_version`.
 ADOPT: Final = f"""
 CREATE TABLE {VERSION_TABLE} (
     version_num varchar(32) NOT NULL, CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num)
@@ -215,7 +215,7 @@ def alembic_config() -> Config:
 
 
 def alembic_head() -> str | None:
-    """Return the newest revision that this program knows."""
+    """Return the newest revision of this program."""
     return next(iter(_known_revisions()), None)
 
 
@@ -228,11 +228,11 @@ def _known_revisions() -> tuple[str, ...]:
 async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: None) -> Schema:
     """Bring the schema to this program's head; any number of instances may try at once.
 
-    Nothing is locked when nothing is to be done. `report` is called with a sentence when somebody
-    else is waited for, and when it begins.
+    Nothing is locked when the schema is up to date. `report` is called with a sentence when an
+    upgrade begins, and when it waits for another session.
 
     Raises:
-        UnusableDatabaseError: it is not ours, or a right is missing; nothing was changed.
+        UnusableDatabaseError: it is not ours, or a privilege is missing; nothing was changed.
         asyncpg.PostgresError, OSError, TimeoutError: it can't be reached.
     """
     while True:
@@ -251,7 +251,7 @@ async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: 
 
 
 async def find(settings: Settings) -> Installation | None:
-    """Return which tables are there, at a revision that this program can work on.
+    """Return the installation, None if its revision is not one that this program can work on.
 
     Raises:
         as `migrate`.
@@ -266,17 +266,18 @@ async def find(settings: Settings) -> Installation | None:
 
 async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
     arguments = settings.connect_arguments()
-    # The database's own default is read: there may be tables of ours from before.
+    # The default search path is inspected: it may lead to tables that a release before has made.
     del arguments["server_settings"]["search_path"]
     return await open_session(arguments)
 
 
 class _Upgrade(NamedTuple):
-    """What there is to upgrade."""
+    """An upgrade that is to be made."""
 
+    # schema and database, for people
     place: str
     upgrade_from: str
-    # statements that come before the migrations'
+    # SQL to run before the migrations
     before: str
 
 
@@ -288,7 +289,7 @@ class _Wait(NamedTuple):
 
 
 async def _inspect(connection: "asyncpg.Connection[Any]", settings: Settings) -> Schema | _Upgrade:
-    """Find out whose schema it is and what is to be done, without a lock and without writing."""
+    """Check the schema and return it, or the upgrade it needs; without locks and writes."""
     schema = settings.db_schema
     there = await connection.fetchrow(INSPECT, schema, timeout=settings.db_statement_seconds)
     assert there is not None  # noqa: S101 - it always has a row
@@ -336,10 +337,10 @@ WHAT_TO_DO: Final = (
 async def _version(
     connection: "asyncpg.Connection[Any]", schema: str, relations: dict[str, Any], place: str
 ) -> Version | None:
-    """Return what the schema says of itself; None when nobody has made anything of ours there.
+    """Return the version recorded in the schema; None when it has no table of versions.
 
     Raises:
-        UnusableDatabaseError: what it says is not ours.
+        UnusableDatabaseError: the version is not one of this program.
     """
     for table in (VERSION_TABLE, "alembic_version"):
         if table not in relations:
@@ -376,7 +377,7 @@ async def _version(
 async def _refuse_elsewhere(
     connection: "asyncpg.Connection[Any]", schema: str, usual_schemas: list[str]
 ) -> None:
-    """Refuse to begin anew where a search path once led this role's tables elsewhere."""
+    """Refuse an empty schema when the role's search path leads to a schema with our tables."""
     rows = await connection.fetch(
         RELATIONS, [each for each in usual_schemas if each != schema], list(FIRST_TABLES)
     )
@@ -396,7 +397,7 @@ async def _refuse_unusable(
     role: str,
     place: str,
 ) -> None:
-    """Check that a schema at the right revision has its tables, and that they may be used."""
+    """Refuse a schema at the right revision whose tables are missing or may not be used."""
     if missing := sorted(RIGHTS.keys() - relations.keys()):
         raise UnusableDatabaseError(
             f"{place[0].upper()}{place[1:]} is not whole: {_enumerated(missing)} "
@@ -441,10 +442,10 @@ def _refuse_without_rights(
 async def _upgrade(
     connection: "asyncpg.Connection[Any]", schema: str, found: _Upgrade
 ) -> _Wait | None:
-    """Send an upgrade; return what is in the way of it, if somebody else is."""
+    """Send an upgrade; return a wait when another session is in the way."""
     lock = _lock(schema)
-    # An upgrade that is not its turn fails, whole, into the server's log: rather check before.
-    if (wait := await _others_turn(connection, lock)) is not None:
+    # Checked first, as an upgrade that finds the lock taken fails, and fills the server's log.
+    if (wait := await _running_upgrade(connection, lock)) is not None:
         return wait
     message = UPGRADE.format(
         schema=_quoted(schema),
@@ -457,15 +458,15 @@ async def _upgrade(
         await connection.execute(message)
     except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
         return _Wait(
-            f"To migrate, it waits for a table that is in use: {error.args[0]}.", LOCKED_SECONDS
+            f"The migration waits for a table that is in use: {error.args[0]}.", LOCKED_SECONDS
         )
     except asyncpg.PostgresError as error:
-        if error.sqlstate == NOT_IN_TURN:
+        if error.sqlstate == CONCURRENT_UPGRADE:
             await connection.execute("ROLLBACK")
-            done = _Wait("Another instance has just migrated.", TURN_SECONDS)
-            return await _others_turn(connection, lock) or done
+            done = _Wait("Another instance has just migrated.", RETRY_SECONDS)
+            return await _running_upgrade(connection, lock) or done
         cause = classify(error)
-        if cause is not None and cause.kind not in AT_FAULT:
+        if cause is not None and cause.kind not in NOT_RETRIED:
             raise
         clash = isinstance(error, DUPLICATES)
         raise UnusableDatabaseError(
@@ -475,15 +476,15 @@ async def _upgrade(
     return None
 
 
-async def _others_turn(connection: "asyncpg.Connection[Any]", lock: int) -> _Wait | None:
-    """Return who migrates at this moment; None: nobody is seen."""
+async def _running_upgrade(connection: "asyncpg.Connection[Any]", lock: int) -> _Wait | None:
+    """Return a wait for the instance that migrates at this moment; None: no instance does."""
     holder = await connection.fetchrow(HOLDER, lock)
     if holder is None:
         return None
     return _Wait(
-        f"It waits for another instance that migrates: {holder['application_name']}, "
+        f"The migration waits for another instance that migrates: {holder['application_name']}, "
         f"PostgreSQL process {holder['pid']}, since {holder['since']} UTC.",
-        TURN_SECONDS,
+        RETRY_SECONDS,
     )
 
 
@@ -497,7 +498,7 @@ def _statements(revision: str) -> str:
 
 
 def _lock(schema: str) -> int:
-    """Return the lock of a schema: services in two schemas of a database don't wait for another."""
+    """Return the lock of a schema: services in two schemas of a database don't block each other."""
     return MIGRATION_LOCK ^ (0 if schema == "public" else zlib.crc32(schema.encode()))
 
 

@@ -1,7 +1,7 @@
-"""What an error of the database means: why it can't be used, and whether a write took effect.
+"""Classification of database errors: why it can't be used, and whether a write took effect.
 
-There is one place that knows the codes and the exceptions of the driver: `classify`. What it finds
-is logged once, shown by `/readyz`, and reported to each request that is refused because of it.
+`classify` is the only place that interprets SQLSTATEs and the driver's exceptions. The cause it
+returns is logged once, shown by `/readyz`, and reported to each request that is refused for it.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ class Kind(Enum):
 
     NOT_REACHED = "The service has not reached its database yet."
     STOPPING = "The service is stopping."
-    REFUSED = "The database can't be reached: nobody takes connections at its address."
-    UNREACHABLE = "The database can't be reached: there is no way to its address."
-    UNKNOWN_HOST = "The database can't be reached: its host name is not known."
+    REFUSED = "The database can't be reached: no server accepts connections at its address."
+    UNREACHABLE = "The database can't be reached: there is no route to its address."
+    UNKNOWN_HOST = "The database can't be reached: its host name is unknown."
     NO_ANSWER = "The database does not answer in time."
     CUT_OFF = "The connection to the database was lost."
     TLS = "The database can't be reached: no secure connection (TLS) can be made."
     STARTING = "The database is starting or shutting down."
     ENDED = "The database ended the session."
-    STANDBY = "The database is a standby: what it shows may be behind what was promised."
-    NO_FITTING_HOST = "No host of the database is what target_session_attrs asks for."
+    STANDBY = "The database is a standby: it may lack changes that were acknowledged."
+    NO_FITTING_HOST = "No host of the database has the target_session_attrs that are required."
     READ_ONLY = "The database is read-only at present: balances can be read, but not changed."
-    FULL = "The database takes no more connections: a limit is reached."
+    FULL = "The database accepts no more connections: a limit is reached."
     FILES = "This instance has no free file descriptor for a connection: too many open files."
     PASSWORD = "The database refuses the password."  # noqa: S105 - a sentence
-    NOT_ALLOWED = "The database lets this user not in (pg_hba.conf, or the role)."
+    NOT_ALLOWED = "The database does not let this user log in (pg_hba.conf, or the role)."
     NO_DATABASE = "The database of this name does not exist, or can't be opened."
-    PRIVILEGE = "A right is missing in the database."
+    PRIVILEGE = "The role lacks a privilege in the database."
     POOLER = (
         "A pooler in front of PostgreSQL breaks sessions (as PgBouncer does in transaction mode): "
         "connect to PostgreSQL itself."
     )
     SETTINGS = "The connection's settings can't be used."
-    DISK_FULL = "The database has no room left on its disk."
+    DISK_FULL = "The database's disk is full."
     RESOURCES = "The database is short of resources."
     TIME_LIMIT = "The database ended the statement: a time limit."
-    LOCKED = "What is needed was locked for too long."
+    LOCKED = "A row or table was locked for too long."
     CONFLICT = "The database ended the transaction: it conflicted with another."
-    BROKEN = "The database met an error of its system."
-    CLOSED = "The database is closed to connections."
+    BROKEN = "The database met a system error."
+    CLOSED = "The database allows no connections."
     SCHEMA = "The schema can't be used."
-    SCHEMA_LOST = "What this service keeps in the database is missing, in whole or in part."
+    SCHEMA_LOST = "Tables of this service are missing in the database, in whole or in part."
     UNEXPECTED = "The database can't be used; the log says why."
 
 
 class Cause(NamedTuple):
-    """What an error means."""
+    """The classification of an error."""
 
     kind: Kind
     # `no`: the server reported that it rolled back, or nothing was sent; `unknown`: the connection
-    # ended before an answer came
+    # ended, or the time was up, before an answer came
     applied: Applied
     sqlstate: str | None = None
     # the message of the server or the driver, for the log
@@ -80,8 +80,8 @@ class Cause(NamedTuple):
         return f"{sentence.removesuffix('.')} (SQLSTATE {self.sqlstate})."
 
 
-# They end the start of an instance at once; it would wait for ever, and in silence.
-HOPELESS: Final = frozenset(
+# Causes that end the start of an instance at once: waiting for them could last for ever.
+PERMANENT: Final = frozenset(
     {
         Kind.PASSWORD,
         Kind.NOT_ALLOWED,
@@ -91,13 +91,13 @@ HOPELESS: Final = frozenset(
         Kind.SETTINGS,
     }
 )
-# They end one statement: the database goes on, and so do the others.
+# Causes that end one statement only: the database and other statements are not affected.
 OF_A_STATEMENT: Final = frozenset({Kind.TIME_LIMIT, Kind.LOCKED, Kind.CONFLICT})
 
-# The longest pause between two tries, in seconds. What comes back by itself has to be seen within
-# a second; what somebody has to mend must not fill the server's log.
+# The longest pause between two tries to connect, in seconds: within a second for outages that end
+# by themselves; longer where an operator has to act, so that the tries don't fill the server's log.
 _LONGEST_PAUSES: Final = {
-    **dict.fromkeys(HOPELESS, 5.0),
+    **dict.fromkeys(PERMANENT, 5.0),
     Kind.TLS: 5.0,
     Kind.UNKNOWN_HOST: 2.0,
     Kind.FULL: 1.0,
@@ -112,12 +112,12 @@ LONGEST_PAUSE: Final = 0.3
 
 
 def pause_seconds(kind: Kind, tries: int) -> float:
-    """Return how long to wait after so many tries that failed, before jitter."""
+    """Return how long to wait after `tries` failed tries, before jitter."""
     return min(FIRST_PAUSE * 2.0 ** min(tries, 10), _LONGEST_PAUSES.get(kind, LONGEST_PAUSE))
 
 
 def applied_if_unavailable(error: BaseException) -> Applied | None:
-    """Return whether a write was made, if the database is at fault; None: the statement is."""
+    """Return whether a write took effect, if the database is at fault; None: the statement is."""
     cause = classify(error)
     return None if cause is None else cause.applied
 
@@ -129,7 +129,7 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def classify(error: BaseException) -> Cause | None:
-    """Return what an error means; None: the statement itself is at fault."""
+    """Return the cause of an error; None: the statement itself is at fault."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         return _from_server(error, error.sqlstate or "", text)
@@ -143,7 +143,7 @@ def _from_driver(error: BaseException, text: str) -> Kind | None:
     return next((kind for types, kind in _EXCEPTIONS if isinstance(error, types)), None)
 
 
-# The first that fits: several are of more than one of these types.
+# The first match counts: some exceptions are instances of several of these types.
 _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (PoolerError, Kind.POOLER),
     (asyncpg.ClientConfigurationError, Kind.SETTINGS),
@@ -152,25 +152,25 @@ _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (TimeoutError, Kind.NO_ANSWER),
     (ValueError, None),  # asyncpg's DataError: an argument of the wrong type
     (asyncpg.TargetServerAttributeNotMatched, Kind.NO_FITTING_HOST),
-    # The latter: the server ended the session (FATAL) while the connection was idle, and the next
-    # statement met a connection that is ending.
+    # InternalClientError: the server ended the session (FATAL) while the connection was idle, and
+    # the next statement used the closing connection.
     (asyncpg.InterfaceError, Kind.CUT_OFF),
     (asyncpg.InternalClientError, Kind.CUT_OFF),
 )
 
 
 def _from_system(error: OSError, text: str) -> Kind:
-    # An event loop that tried several addresses says only in its text how each has failed.
+    # After trying several addresses, an event loop gives the errno of each in the text only.
     codes = {error.errno} if error.errno else {int(code) for code in _ERRNO.findall(text)}
     if codes & {errno.EMFILE, errno.ENFILE}:
         return Kind.FILES
-    if codes & {errno.ECONNREFUSED, errno.ENOENT}:  # the latter: there is no such socket
+    if codes & {errno.ECONNREFUSED, errno.ENOENT}:  # ENOENT: there is no such Unix socket
         return Kind.REFUSED
     if codes & {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTDOWN}:
         return Kind.UNREACHABLE
     if codes & {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}:
         return Kind.UNREACHABLE
-    if "SSL" in text and not codes:  # asyncpg's: the server refuses it, or answered something else
+    if "SSL" in text and not codes:  # asyncpg's: the server refuses TLS, or answers otherwise
         return Kind.TLS
     return Kind.CUT_OFF
 
@@ -182,7 +182,7 @@ def _from_server(error: asyncpg.PostgresError, state: str, text: str) -> Cause |
     # Appendix A of the PostgreSQL manual lists the codes.
     kind = next((kind for start, kind in _STATES if state.startswith(start)), None)
     if is_fatal(error):
-        # A connection refused (57P03, class 53) is plain; other ends may follow a commit.
+        # A refused connection (57P03, class 53) sent nothing; other ends may follow a commit.
         applied: Applied = "no" if state.startswith(("53", "57P03")) else "unknown"
         closed = state == "55000"  # ALTER DATABASE ... ALLOW_CONNECTIONS false
         return Cause(Kind.CLOSED if closed else kind or Kind.ENDED, applied, state, text)
@@ -192,7 +192,7 @@ def _from_server(error: asyncpg.PostgresError, state: str, text: str) -> Cause |
 
 
 _STATES: Final = (
-    ("08P01", Kind.POOLER),  # only a pooler does not know a parameter of the startup packet
+    ("08P01", Kind.POOLER),  # a pooler that rejects a parameter of the startup packet
     ("08", Kind.CUT_OFF),
     ("25006", Kind.READ_ONLY),
     ("25P0", Kind.TIME_LIMIT),

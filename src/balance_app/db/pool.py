@@ -1,12 +1,12 @@
-"""The connections of the running service, and the knowledge whether PostgreSQL can be used.
+"""The connections of the running service, and whether PostgreSQL can be used.
 
 Few connections serve many requests: a row's lock is held through the flush of its commit, so more
 connections only add lock waits inside PostgreSQL. Requests wait in the pool wait queue instead,
 first come first served, and a connection goes from one request straight to the next. A worker
-connects before it takes a request: one that can't connect takes none with it, and the connections
-that there are serve on. When there is none, what is queued is refused at once with the cause, as
-nothing of it was sent; then one task connects with retry, so that neither a hang nor a storm of
-log-ins builds up.
+connects before it takes a request, so one that can't connect fails no request while other
+connections are open. When none is open, every queued operation is refused at once with the cause,
+as nothing of it was sent; then one task connects with retry, so that neither waiting requests nor
+log-ins pile up.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from asyncpg.pool import PoolConnectionProxy
 
 from balance_app.db.migrations import Installation, UnusableDatabaseError, find, migrate
 from balance_app.db.outages import (
-    HOPELESS,
     OF_A_STATEMENT,
+    PERMANENT,
     Cause,
     Kind,
     classify,
@@ -61,13 +61,13 @@ class _Operation(NamedTuple):
 
 
 class Database:
-    """The connections, the wait queue in front of them, and what is known of the database."""
+    """The connections, the wait queue in front of them, and the state of the database."""
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self.settings = settings
-        # open connections of requests that no worker uses
+        # open connections for requests that no worker uses
         self._idle: list[_OwnConnection] = []
-        # all open connections of requests, and how many workers are busy with an operation
+        # all open connections for requests, and how many workers run an operation
         self._open: set[_OwnConnection] = set()
         self._busy = 0
         self._lent: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
@@ -82,23 +82,23 @@ class Database:
         self._workers: set[asyncio.Task[None] | None] = set()
         # why the database can't be used; None when it can
         self._outage: Cause | None = _NOT_REACHED
-        # why no further connection can be made while some are open, how often it was tried, and
-        # when it may be tried again (monotonic)
+        # why no further connection can be made while some are open, how many tries failed, and
+        # when the next may be made (monotonic)
         self._refusal: Cause | None = None
         self._refusals = 0
         self._connect_at = 0.0
         self._read_only: Cause | None = None
-        # what of the server's configuration was wrong when it was last connected to
+        # what was wrong with the server's configuration at the last check
         self._server_warnings: list[str] = []
         # causes by kind: when they were last logged (monotonic)
         self._logged: dict[Kind, float] = {}
-        # which tables these are: another one after they were made anew or restored
+        # changes when the tables are created anew or restored
         self.installation: Installation | None = None
         self._stopping = False
         self._serving = False
-        # while a worker connects, it is not known that no connection can be made
+        # how many workers connect at this moment
         self._connecting = 0
-        # in use, and not to be used again
+        # connections to close at their release
         self._expired: set[_OwnConnection] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._writable: asyncio.Task[None] | None = None
@@ -123,7 +123,7 @@ class Database:
             metrics.connections_in_use.labels(pool_name).set_function(in_use)
 
     async def start(self, patience_seconds: float = 5.0) -> None:
-        """Migrate and connect; a database that is unavailable is waited for in the background.
+        """Migrate and connect; while the database is unavailable, go on trying in the background.
 
         Raises:
             UnusableDatabaseError: the database answers but can't be used.
@@ -136,7 +136,7 @@ class Database:
             await self._recovery
 
     async def stop(self) -> None:
-        """Close every connection; what is still waiting is refused."""
+        """Refuse every queued operation, and close every connection."""
         self._outage = _STOPPING
         self._refuse_all(_STOPPING.sentence)
         watching = (self._recovery, self._writable, self._schema_check)
@@ -150,7 +150,7 @@ class Database:
         self._lent.terminate()
 
     def warnings(self) -> list[str]:
-        """Return what an operator should know of the connections although requests are served."""
+        """Return what is wrong with the database although requests are served, for operators."""
         found = [*self._server_warnings]
         if self._read_only is not None:
             found.append(self._read_only.sentence)
@@ -163,19 +163,19 @@ class Database:
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
-        """Lend a connection for longer work; there are few, apart from those that serve requests.
+        """Lend a connection for longer work, from a small pool apart from that of requests.
 
-        It is closed, and what was not committed is rolled back, when the work ends by an exception.
-        A server that takes no more connections is waited for, as it serves on.
+        When the work ends by an exception, the connection is closed and an open transaction rolled
+        back. While the server accepts no more connections, this waits and tries again.
         """
         connection = await self._acquire_lent()
         try:
             yield connection
         except BaseException:
-            # Of a connection that just ends, the server notices nothing while a statement is under
-            # way: that would go on, and keep its locks. To cancel it takes a connection of its own.
-            # By the driver's own time limit: asyncio's raises nothing but a cancellation in a task
-            # that is cancelled already (Python before 3.11.4), and the connection would be kept.
+            # The server does not notice a closed connection while a statement runs: it would go on
+            # and keep its locks. So a ROLLBACK is sent first. Its time limit is the driver's:
+            # asyncio's raises a cancellation instead of a timeout in a task that is cancelled
+            # already (Python before 3.11.4), and the connection would be kept.
             try:
                 with suppress(Exception):
                     await connection.execute("ROLLBACK", timeout=ROLLBACK_SECONDS)
@@ -199,7 +199,7 @@ class Database:
                 tries += 1
 
     def _give_up_idle(self) -> None:
-        """Close a connection that no request needs now, but never the last one."""
+        """Close an idle connection for requests, but never the last one that is open."""
         self._forget_closed()
         if len(self._open) > 1 and self._idle:
             self._idle.pop().terminate()
@@ -211,15 +211,15 @@ class Database:
         priority: bool = False,
         lane: Lane | None = None,
     ) -> Result:
-        """Run `operation` on a connection when its turn comes.
+        """Run `operation` on a connection, after those queued before it.
 
-        With `priority` it goes to the head of the queue, however long it is, and is still done
-        while the instance stops. Of one `lane` only a few are on connections at once, the others
-        wait for them without one.
+        With `priority` it goes to the head of the queue, however long that is, and still runs while
+        the instance stops. Only a few operations of one `lane` are on connections at once; the
+        others wait without one.
 
         Raises:
-            DatabaseUnavailable: it can't be used; nothing of the operation was sent.
-            Overloaded: too many wait, or this one waited too long.
+            DatabaseUnavailable: the database can't be used; nothing of the operation was sent.
+            Overloaded: too many operations wait, or this one waited too long.
         """
         self.check(priority=priority)
         if len(self._queue) >= self.settings.max_waiting and not priority:
@@ -227,22 +227,22 @@ class Database:
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         queued = _Operation(operation, answer, monotonic(), priority)
         self._queue.put(queued, lane=lane, priority=priority)
-        # Who connects at this moment takes it soon; a connection that is idle takes it now.
+        # An idle connection serves it now; otherwise a worker that is connecting serves it soon.
         if self._may_start_worker() and (self._idle or self._free_workers() < self._queue.ready):
-            # Of its own context: a worker serves many requests.
+            # In a context of its own: a worker serves many requests.
             self._workers.add(asyncio.create_task(self._work(), context=Context()))
         return await answer
 
     def _check_length(self, lane: Lane | None) -> None:
         free, ready = self._free_workers(), self._queue.ready
         if self._queue.admits(lane) and (free > ready or self._may_start_worker()):
-            return  # it need not wait
+            return  # it does not wait for other operations
         waiting = len(self._queue) - min(free, ready)
         if waiting >= self.settings.max_waiting:
             raise Overloaded(f"{waiting} requests wait already.")
 
     def check(self, *, priority: bool = False) -> None:
-        """Raise what `run` would raise at once, if it would.
+        """Raise what `run` would raise at once, if anything.
 
         Raises:
             DatabaseUnavailable: the database can't be used, or this instance is stopping.
@@ -253,12 +253,12 @@ class Database:
             raise DatabaseUnavailable("This instance is stopping.", applied="no")
 
     def refuse_requests(self) -> None:
-        """Refuse queued and new operations without priority: this instance stops."""
+        """Refuse all queued operations, and new ones without priority: this instance stops."""
         self._stopping = True
         self._refuse_all("This instance is stopping.")
 
     def _refuse_all(self, reason: str) -> None:
-        """Refuse every queued operation; what has its connection goes on."""
+        """Refuse every queued operation; those on connections go on."""
         for operation in self._queue.clear():
             if not operation.answer.done():
                 operation.answer.set_exception(DatabaseUnavailable(reason, applied="no"))
@@ -269,15 +269,15 @@ class Database:
         return len(self._workers) - self._busy
 
     def _may_start_worker(self) -> bool:
-        """Return whether one more worker is allowed, and has or may try to make a connection."""
+        """Return whether one more worker is allowed, and finds or may make a connection."""
         return len(self._workers) < self.settings.db_pool_size and (
             bool(self._idle) or not self._workers or monotonic() >= self._connect_at
         )
 
     async def _work(self) -> None:
-        """With one connection, serve one operation after the other until the queue is empty.
+        """Serve operations, one after another on one connection, until the queue is empty.
 
-        The next operation's statement is on its way before the last one's answer is looked at.
+        The next operation's statement is sent before the caller of the last one resumes.
         """
         connection: _OwnConnection | None = None
         try:
@@ -286,9 +286,9 @@ class Database:
                     connection = await self._connection()
                     if connection is None:
                         return
-                    continue  # meanwhile others may have emptied the queue
+                    continue  # meanwhile other workers may have emptied the queue
                 queued = self._queue.take()
-                assert queued is not None  # noqa: S101 - looked at above
+                assert queued is not None  # noqa: S101 - checked above
                 self._busy += 1
                 try:
                     await self._serve(queued.item, connection)
@@ -313,7 +313,7 @@ class Database:
         if answer.done():  # the caller is gone
             return
         if monotonic() - since > self.settings.max_waiting_seconds:
-            answer.set_exception(Overloaded("Too slow: no turn came in time."))
+            answer.set_exception(Overloaded("Too slow: no connection was free in time."))
             return
         try:
             if not priority:
@@ -322,7 +322,7 @@ class Database:
             if not answer.done():
                 answer.set_result(result)
         except asyncio.CancelledError:
-            # Nobody cancels a worker, but an operation may end as if it were cancelled.
+            # An operation can raise CancelledError although its worker is not cancelled.
             connection.terminate()
             if not answer.done():
                 answer.set_exception(_problem(Cause(Kind.CUT_OFF, "unknown")))
@@ -334,7 +334,7 @@ class Database:
                 answer.set_exception(error)
 
     async def _connection(self) -> _OwnConnection | None:
-        """Return a connection that is idle, or a new one; None when none can be made now."""
+        """Return an idle connection, or a new one; None when none can be made now."""
         if (idle := self._take_idle()) is not None:
             return idle
         self._connecting += 1
@@ -376,7 +376,7 @@ class Database:
     # -- unavailable, and available again -----------------------------------------------------
 
     def _handle_refusal(self, cause: Cause) -> None:
-        """Go on with the connections that there are; without one, nothing can be served."""
+        """Go on with the open connections; without any, mark the database unavailable."""
         self._forget_closed()
         if not self._open and not self._connecting:
             self._mark_unavailable(cause)
@@ -415,27 +415,27 @@ class Database:
                 address=self.settings.database_address,
                 waiting=len(self._queue),
             )
-            # Of its own context: what it logs is not about the request that found out.
+            # In a context of its own: what it logs is not about the request that met the failure.
             self._recovery = asyncio.create_task(self._connect_with_retry(), context=Context())
             self._outage = cause
         self._refuse_all(cause.sentence)
 
     async def _check_schema(self, cause: Cause) -> None:
-        """Check that the tables are still those that were there; else migrate as at start."""
+        """Check that the tables are the same as at the last check; else migrate as at start."""
         with suppress(Exception):
             if await find(self.settings) == self.installation:
-                return  # it is the statement that is wrong
+                return  # the statement is at fault
         self._mark_unavailable(cause)
 
     def _mark_read_only(self, cause: Cause) -> None:
-        """Serve reads on, and poll until writes are possible again."""
+        """Go on serving reads, and poll until writes are possible again."""
         if self._read_only is None:
             log.warning("database read-only", **_for_log(cause))
             self._read_only = cause
             self._writable = asyncio.create_task(self._wait_until_writable(), context=Context())
 
     def _log_cause(self, event: str, cause: Cause) -> None:
-        """Log a cause when it is found, and not with each request that meets it."""
+        """Log a cause once per `LOG_AGAIN_SECONDS`, not with each request that meets it."""
         now = monotonic()
         if now - self._logged.get(cause.kind, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
             self._logged[cause.kind] = now
@@ -445,7 +445,7 @@ class Database:
         """Try until the database can be used, and its schema is at this program's revision.
 
         Raises:
-            UnusableDatabaseError: while this instance starts: waiting can't help.
+            UnusableDatabaseError: while this instance starts, when waiting can't help.
         """
         started, tries = monotonic(), 0
         logged = self._outage
@@ -457,8 +457,8 @@ class Database:
                 cause = Cause(Kind.STANDBY, "no")
             except Exception as error:
                 cause = _start_failure(error)
-                # Whoever starts this instance gets the error; once it serves, somebody may mend it.
-                if not self._serving and cause.kind in HOPELESS:
+                # At start the error ends the instance; later an operator may remove the cause.
+                if not self._serving and cause.kind in PERMANENT:
                     raise UnusableDatabaseError(f"{cause.sentence} {cause.text}") from error
                 if not self._serving and cause.kind in {Kind.SCHEMA, Kind.UNEXPECTED}:
                     raise
@@ -483,7 +483,7 @@ class Database:
             log.info("database available", after_seconds=round(monotonic() - started, 1))
 
     async def _migrate_and_connect(self) -> _OwnConnection | None:
-        """Return a connection to a schema at this program's revision; None: it is a standby's."""
+        """Migrate, and return a connection; None: the server is a standby."""
         schema = await migrate(self.settings, self._report_migration)
         connection = await self._open_connection()
         try:
@@ -499,10 +499,10 @@ class Database:
         return connection
 
     def _check_server(self, row: asyncpg.Record) -> None:
-        """Log, once, what of the server's configuration can't be made good from here.
+        """Log, once, what is wrong with the server's configuration.
 
         Raises:
-            UnusableDatabaseError: while this instance starts: nothing would ever work.
+            UnusableDatabaseError: while this instance starts, when the connections don't suffice.
         """
         warnings = [
             f"PostgreSQL runs with {name} = off: what it acknowledges can be lost when its machine "
@@ -520,7 +520,7 @@ class Database:
             if row[f"{whose}_limit"] < self.settings.connections_at_least and not self._serving:
                 raise UnusableDatabaseError(shortage)
             warnings.append(shortage)
-            if not self._serving:  # later, the numbers change with each check
+            if not self._serving:  # later the sentence changes with each check
                 log.warning("few connections", reason=shortage)
         self._server_warnings = warnings
         if row["read_only"] and self._read_only is None:
@@ -533,12 +533,12 @@ class Database:
         self._outage = cause
 
     async def _wait_until_writable(self) -> None:
-        """Poll with new sessions, as the old ones may keep a default that has changed since."""
+        """Poll with new sessions, as old ones may keep a default that has changed since."""
         tries = 0
         while True:
             await asyncio.sleep(_pause_seconds(Kind.READ_ONLY, tries))
             tries += 1
-            with suppress(Exception):  # any other fault is found by the workers
+            with suppress(Exception):  # the workers handle any other failure
                 connection = await self._open_connection()
                 try:
                     if await connection.fetchval(READ_ONLY):
@@ -561,7 +561,7 @@ def _start_failure(error: Exception) -> Cause:
 
 
 def _pause_seconds(kind: Kind, tries: int) -> float:
-    """Return how long to wait, not in step with other instances."""
+    """Return how long to wait, with jitter against other instances."""
     return pause_seconds(kind, tries) * random.uniform(0.5, 1)
 
 
@@ -581,13 +581,13 @@ def _for_log(cause: Cause) -> dict[str, str]:
 
 
 def _terminate(connection: Connection) -> None:
-    with suppress(asyncpg.InterfaceError):  # it closed, and the pool has taken it back already
+    with suppress(asyncpg.InterfaceError):  # it is closed, and the pool has released it already
         if not connection.is_closed():
             connection.terminate()
 
 
-# Limits of role and database do not hold for a superuser; -1 is none. Who shares a limit with this
-# instance (others of it too) is counted, this connection not.
+# Limits of role and database do not hold for a superuser; -1 is none. All other sessions that share
+# a limit are counted, those of this instance too.
 SERVER: Final = """
 WITH others AS (
     SELECT usesysid, datname FROM pg_stat_activity
@@ -614,7 +614,7 @@ READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
 
 
 def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None:
-    """Return a sentence when a limit does not allow the connections that are configured."""
+    """Return a sentence when a limit leaves fewer connections than are configured."""
     limit, used = row[f"{whose}_limit"], row[f"{whose}_used"]
     if limit < 0 or limit - used >= settings.connections_needed:
         return None
@@ -635,7 +635,7 @@ async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg
 
     Raises:
         DatabaseUnavailable: with `applied` "no" when the server rolled it back, "unknown" when the
-            connection ended or the time was up before its answer.
+            connection ended, or the time was up, before its answer.
     """
     try:
         return await connection.fetchrow(sql, *arguments)

@@ -1,8 +1,8 @@
-"""The pool wait queue: operations wait for a connection, in order, few at once of one lane.
+"""The pool wait queue: operations wait for a connection, in order, with a limit per lane.
 
-A lane is what operations would wait for inside PostgreSQL, as a row: of one lane only a few are on
-connections at a time, however many wait. So a crowd at one row is a queue in here, where it is in
-order and holds no connection, and all other lanes go on beside it.
+A lane is what operations contend for inside PostgreSQL, such as a row. Only a few operations of a
+lane are on connections at a time, however many wait. So contention for one row is a queue in here,
+in order and without holding connections, and does not delay other lanes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Lane(NamedTuple):
 
 @dataclass(order=True, slots=True)
 class Queued(Generic[Item]):
-    """An item in the queue; in order by priority, then by arrival."""
+    """An item in the queue, ordered by priority, then by arrival."""
 
     rank: tuple[bool, int]
     item: Item = field(compare=False)
@@ -35,14 +35,14 @@ class Queued(Generic[Item]):
 
 @dataclass(slots=True)
 class _Lane(Generic[Item]):
-    """How many of a lane may be taken or are, and what waits for one of them to be done."""
+    """The number of a lane's items that are taken or may be, and the items parked behind them."""
 
     admitted: int = 0
     parked: deque[Queued[Item]] = field(default_factory=deque)
 
 
 class WaitQueue(Generic[Item]):
-    """The queue; it holds nothing of a lane of which nothing waits or works."""
+    """The queue; it keeps no state of a lane without queued or taken items."""
 
     def __init__(self) -> None:
         self._arrivals = count()
@@ -55,11 +55,11 @@ class WaitQueue(Generic[Item]):
 
     @property
     def ready(self) -> int:
-        """How many may be taken now."""
+        """The number of items that may be taken now."""
         return len(self._admitted)
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield all that waits, in no order."""
+        """Yield all queued items, in no order."""
         for queued in self._admitted:
             yield queued.item
         for lane in self._lanes.values():
@@ -67,7 +67,7 @@ class WaitQueue(Generic[Item]):
                 yield queued.item
 
     def put(self, item: Item, *, lane: Lane | None = None, priority: bool = False) -> None:
-        """Add an item at the end, or, with `priority`, before all without."""
+        """Add an item at the end or, with `priority`, before all items without it."""
         queued = Queued((not priority, next(self._arrivals)), item, lane)
         if lane is not None:
             used = self._lanes.get(lane.name)
@@ -81,11 +81,11 @@ class WaitQueue(Generic[Item]):
         heappush(self._admitted, queued)
 
     def take(self) -> Queued[Item] | None:
-        """Remove and return what is next, None if nothing may go now; `done` must follow."""
+        """Remove and return the next item, None if none may be taken now; `done` must follow."""
         return heappop(self._admitted) if self._admitted else None
 
     def done(self, queued: Queued[Item]) -> None:
-        """Let the next of the lane of what was taken go; it keeps its place by arrival."""
+        """Admit the next parked item of the lane of a taken one; it keeps its order by arrival."""
         if queued.lane is None:
             return
         used = self._lanes[queued.lane.name]
@@ -98,12 +98,12 @@ class WaitQueue(Generic[Item]):
                 del self._lanes[queued.lane.name]
 
     def admits(self, lane: Lane | None) -> bool:
-        """Return whether another operation of the lane would go at once, but for connections."""
+        """Return whether another item of the lane would be admitted at once."""
         used = None if lane is None else self._lanes.get(lane.name)
         return lane is None or used is None or used.admitted < lane.limit
 
     def clear(self) -> list[Item]:
-        """Remove and return all that waits; what was taken is still to be `done`."""
+        """Remove and return all queued items; taken ones are still to be `done`."""
         items = list(self)
         for used in self._lanes.values():
             used.parked.clear()
