@@ -242,12 +242,12 @@ class AnyByteStartsAHead(LimitedProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._then is None and not self.cycle.more_body:
-            self._wait(self.head_seconds, self._speak)
+        if self._on_deadline is None and not self.cycle.more_body:
+            self._set_deadline(self.head_seconds, self._speak)
 
     def _speak(self) -> None:
         self._running = None
-        self._give_up_head()
+        self._head_timed_out()
 
 
 @on_its_loop

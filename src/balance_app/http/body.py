@@ -1,4 +1,4 @@
-"""Strict JSON bodies: what is not exactly right is refused, and never echoed."""
+"""Strict JSON bodies: wrong input is refused, and never echoed."""
 
 import json
 import re
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 async def read_json(request: Request, model: type[Model], *, key: str | None) -> Model:
-    """Read the body, as one `model`, of a request that may have an idempotency key.
+    """Read the body as one `model`; `key` is the request's idempotency key, None without one.
 
     Raises:
         UnsupportedMediaType: it is not declared as JSON in UTF-8.
@@ -66,7 +66,7 @@ async def read_json(request: Request, model: type[Model], *, key: str | None) ->
 
 def parse_json(raw: bytes, model: type[Model]) -> Model:
     """Parse `raw` as one `model`; raises as `read_json` does."""
-    # How deep a parser goes differs between versions of Python; no body here needs much.
+    # The nesting that a parser allows differs between versions of Python; no body needs much.
     if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise MalformedRequest("The JSON in the body is nested too deeply.")
     try:
@@ -79,26 +79,26 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
         parsed = model.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(*_faults(error)) from None
-    # What can't be stored can be written in this way alone.
+    # Only an escape can write text that PostgreSQL can't store.
     if b"\\u" in raw and (place := _find_invalid_text(value, "")) is not None:
         raise InvalidRequest((place, "not-text"))
     return parsed
 
 
 async def read_body(request: Request) -> bytes:
-    """Read the request's body, whatever it is.
+    """Read the request's body, of any type.
 
     Raises:
         BodyTooLarge: more than `MAX_BODY_BYTES`.
-        RequestTimeout: it did not arrive in time, which the server measures (`protocol`).
-        MalformedRequest: the caller stopped before its end, or framed it wrongly.
+        RequestTimeout: it did not arrive in time, as `protocol` measures.
+        MalformedRequest: it ended early, or its framing is wrong.
     """
     body = b""
     more = True
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise MalformedRequest("The body did not come whole.")
+            raise MalformedRequest("The body is incomplete.")
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"The body may have at most {MAX_BODY_BYTES} bytes.")
@@ -129,7 +129,7 @@ def _require_json(declared: list[bytes]) -> None:
 
 
 class _DuplicateKeyError(Exception):
-    """An object names a field twice; readers differ in which one they believe."""
+    """An object has a field twice; JSON readers differ in which one they take."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -173,7 +173,7 @@ FAULT_CODES: Final = {
 
 
 def _find_invalid_text(value: object, place: str) -> str | None:
-    """Return where a text, or the name of a field, is none that PostgreSQL has a place for."""
+    """Return the place of a text, or of a field's name, that PostgreSQL can't store."""
     match value:
         case str():
             return place if _INVALID_TEXT.search(value) else None
@@ -196,7 +196,7 @@ def _faults(error: ValidationError) -> list[tuple[str, str]]:
 
 
 def _code(location: tuple[int | str, ...], kind: str) -> str:
-    # A lone surrogate: in a text, or in the name of a field, which can't be one that is known.
+    # A lone surrogate: in a text, or in a field's name, which is then no field of the model.
     if kind == "string_unicode":
         return "not-text" if location else "unknown-field"
     return FAULT_CODES.get(kind, kind)

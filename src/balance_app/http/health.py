@@ -1,4 +1,4 @@
-"""Whether this instance lives, and whether it should be sent requests."""
+"""Liveness, readiness and metrics of this instance."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ router = APIRouter(tags=["health"])
 
 
 class Readiness:
-    """Whether requests should come to this instance, and what else an operator should know."""
+    """Whether this instance should get requests, and further checks for operators."""
 
     def __init__(
         self,
@@ -33,13 +33,13 @@ class Readiness:
         *,
         informational: Mapping[str, Callable[[], str]],
     ) -> None:
-        """Add the `informational` checks: they are no reason to send requests elsewhere."""
+        """Add the `informational` checks: they are reported, and don't make it unready."""
         self._database = database
         self._stopping = stopping
         self._informational = informational
 
     async def check(self) -> tuple[dict[str, str], bool]:
-        """Return the checks with "ok" or what is wrong, and whether requests should come."""
+        """Return the checks, each "ok" or a fault, and whether this instance is ready."""
         checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
         checks |= await _database_checks(self._database)
         ready = all(found == "ok" for found in checks.values())
@@ -76,17 +76,17 @@ _READY_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/livez")
 async def livez(request: Request) -> Response:
-    """Report that the process runs and answers; nothing else is checked."""
+    """Report that the process answers; nothing else is checked."""
     return JSONResponse({"status": "ok", "server": services(request)[Settings].server_id})
 
 
 @router.get("/readyz", responses=_READY_ANSWERS)
 async def readyz(request: Request) -> Response:
-    """Report whether requests should come here: database reachable, schema right, not stopping.
+    """Report whether this instance is ready: the database answers, the schema fits, no stop began.
 
-    `jobs` names what could not be declared here, and does not count: requests may come. Nor do
-    `warnings`, of which there are none as a rule: a read-only server, fewer connections than
-    configured, a server that does not keep what it has acknowledged (`fsync`).
+    `jobs` names the jobs that could not be declared here; the instance is ready nevertheless. So it
+    is with `warnings`, present only if there are any: a read-only server, fewer connections than
+    configured, a server that may lose what it has acknowledged (`fsync`).
     """
     parts = services(request)
     checks, ready = await parts[Readiness].check()
@@ -126,7 +126,7 @@ _OPENMETRICS: Final = "application/openmetrics-text"
 @router.get(
     "/metrics",
     response_class=Response,
-    response_description="One line for each number.",
+    response_description="One line for each metric.",
     responses={
         200: {
             "content": {

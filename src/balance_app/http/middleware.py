@@ -1,8 +1,7 @@
-"""The outermost layer of each request: its ids, its log line, its problem when it fails.
+"""The outermost layer of each request: its ids, its log line, the problem when it fails.
 
-Plain ASGI, because a layer of the usual kind costs more here than the change itself. The one route
-that ten thousand clients call at one moment is answered from here too: the same function that the
-router has, without the search for it.
+Plain ASGI, as Starlette's `BaseHTTPMiddleware` costs more than a change of a balance. It calls the
+function of the hot route itself, without the router's search for it.
 """
 
 import re
@@ -27,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-_BOOT: Final = uuid4().hex[:12]  # makes the numbers of this process unlike any other's
+_BOOT: Final = uuid4().hex[:12]  # makes the request ids of this process unique
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,100}")
 # version, trace, the caller's span, flags; later versions may say more
 _TRACEPARENT: Final = re.compile(
@@ -37,7 +36,7 @@ _KNOWN_FLAGS: Final = 0b11  # sampled, and a trace id that is random
 
 
 class RequestMiddleware:
-    """The ASGI application that a server calls; all else of the application is behind it."""
+    """The ASGI application that the server calls; it wraps the FastAPI application."""
 
     def __init__(
         self,
@@ -105,18 +104,18 @@ class RequestMiddleware:
                 )
 
     def count_refusal(self, status: int, scope: Scope | None) -> bytes:
-        """Count an answer that the server gives by itself; return the id of its request.
+        """Count an answer of the protocol's own; return the id of its request.
 
-        `scope` is None where the request can't be read.
+        `scope` is None if the request can't be read.
         """
         self._answers.inc(status)
         callers_id = None if scope is None else _callers_ids(scope)[0]
         return callers_id or next(self._ids)
 
     def _adapt(self, scope: Scope, send: Send) -> tuple[Scope, Send]:
-        """Make GET of HEAD, and put a request where it is for its caller.
+        """Make HEAD a GET without a body, and add a prefix (`root_path`) that a proxy has stripped.
 
-        A proxy may have stripped the prefix (`root_path`), or not; ASGI's paths begin with it.
+        ASGI's paths begin with the prefix.
         """
         scope = {**scope, "root_path": self._root_path}
         if scope["method"] == "HEAD":
@@ -151,7 +150,7 @@ def _with_locations_under(root: bytes, send: Send) -> Send:
 
 
 def _head_of(send: Send) -> Send:
-    """Send of an answer its head alone, and end it there: a stream would have no end."""
+    """Send only the head of an answer, and end it there: a stream would have no end."""
     is_done = False
 
     async def send_head(message: Message) -> None:
@@ -167,23 +166,23 @@ def _head_of(send: Send) -> Send:
 
 
 def _callers_ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
-    """Return the caller's `X-Request-Id`, when it is sane, and `traceparent`, when there is one."""
+    """Return the caller's `X-Request-Id`, if valid, and its `traceparent`, if there is one."""
     request_id = traceparent = None
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             if request_id is None and _REQUEST_ID.fullmatch(value):
                 request_id = bytes(value)
         elif name == b"traceparent":
-            # Of two, none can be believed.
+            # Two are as invalid as one that can't be parsed.
             traceparent = bytes(value) if traceparent is None else b""
     return request_id, traceparent
 
 
 def _join(traceparent: bytes) -> tuple[Trace, bytes] | None:
-    """Take part in the caller's trace, as one span of it; None: it names none.
+    """Make this request a span of the caller's trace; None: the header names no trace.
 
     Returns:
-        Where this request stands, and the `traceparent` that says so to the caller.
+        The request's place in the trace, and the `traceparent` header for the answer.
     """
     named = _TRACEPARENT.fullmatch(traceparent)
     if named is None or (named[1] == b"00" and named[4]):

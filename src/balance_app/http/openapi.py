@@ -1,4 +1,4 @@
-"""The OpenAPI page at `/docs`: complete, runnable, and readable without the internet."""
+"""The OpenAPI description, and the page at `/docs`, which works without the internet."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -33,11 +33,11 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "schema": _TEXT,
     },
     "X-Request-Id": {
-        "description": "the id of the request in the logs: the caller's, if it sent a sane one",
+        "description": "the id of the request in the logs: the caller's, if it sent a valid one",
         "schema": _TEXT,
     },
     "traceparent": {
-        "description": "where the request stands in the caller's trace, if it sent one",
+        "description": "the request's place in the caller's trace, if it sent one",
         "schema": _TEXT,
     },
     "Retry-After": {
@@ -46,7 +46,7 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "schema": {"type": "integer", "minimum": 0},
     },
     "Idempotent-Replayed": {
-        "description": "`true`: this is the first answer to this key once more",
+        "description": "`true`: this repeats the first answer to this key",
         "schema": {"type": "string", "enum": ["true"]},
     },
     "ETag": {
@@ -55,29 +55,30 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "schema": {"type": "string", "pattern": '^"[1-9][0-9]*"$'},
     },
     "Location": {
-        "description": "where what was created is read",
+        "description": "the path of what was created",
         "required": True,
         "schema": {"type": "string", "format": "uri-reference"},
     },
     "Connection": {
-        "description": "`close`: the connection ends with this answer, as when it comes early",
+        "description": "`close`: the connection ends with this answer",
         "schema": _TEXT,
     },
 }
 
 DESCRIPTION = """
-Users' balances, changed in real time and never below zero. What every instance and job does now is
-shown to people at [/]({root}/).
+Users' balances, changed in real time and never below zero. The state of all instances and jobs is
+shown at [/]({root}/).
 
 * Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
-  `applied` whether anything took effect (`"no"` or `"unknown"`; what only reads has none). With an
-  `Idempotency-Key` it is true of all tries with that key: `"no"` only when the outcome is known.
+  `applied` whether anything took effect (`"no"` or `"unknown"`; absent if the request only reads).
+  With an `Idempotency-Key` it covers all tries with that key: `"no"` only if the outcome is known.
   The list is at [/problems]({root}/problems).
-* **422** is wrong whatever the state; **409** is well formed, but the state says no;
-  **503** is a database that is unavailable or an overload: wait `Retry-After` seconds.
+* **422**: the request is wrong whatever the state; **409**: it is well formed, but the state
+  refuses it; **503**: the database is unavailable, or the service overloaded: wait `Retry-After`
+  seconds.
 * `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
-* Send an `Idempotency-Key` with what you may have to repeat: it takes effect once, and the
-  answer is the same every time.
+* Send an `Idempotency-Key` with a change that you may have to repeat: it takes effect once, and
+  the answer is the same every time.
 
 In a terminal:
 
@@ -88,7 +89,7 @@ In a terminal:
 def problems(
     *kinds: type[Problem], always: tuple[type[Problem], ...] = (DatabaseUnavailable, Overloaded)
 ) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI responses for these problems and those of every use of the database."""
+    """Return the OpenAPI responses for these problems and `always`, those of the database."""
     by_status: dict[int, list[type[Problem]]] = {}
     for kind in (*kinds, *always):
         by_status.setdefault(kind.status, []).append(kind)
@@ -112,7 +113,7 @@ def headers(*names: str) -> dict[str, Any]:
 
 
 def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
-    """Return the OpenAPI description of a keyed request whose body `json_body.read_json` reads."""
+    """Return the OpenAPI description of a keyed request whose body `body.read_json` reads."""
     schema = model.model_json_schema()
     _describe_text(schema)
     example = {
@@ -130,7 +131,7 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
                 "name": "Idempotency-Key",
                 "in": "header",
                 "description": (
-                    "Makes the request safe to repeat; any name you have not used. It is taken "
+                    "Makes the request safe to repeat; any text not used before. It is taken "
                     'literally, quotes included: `"q-1"` and `q-1` are two keys.'
                 ),
                 "schema": {"type": "string", "pattern": key_pattern},
@@ -140,7 +141,7 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
 
 
 def _describe_text(schema: object) -> None:
-    """Document of every text that it has no NUL in it, as `body.parse_json` checks."""
+    """Document that no text contains NUL, as `body.parse_json` checks."""
     inside = schema if isinstance(schema, list) else []
     if isinstance(schema, dict):
         inside = list(schema.values())
@@ -199,7 +200,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def _describe_read(operation: dict[str, Any]) -> None:
-    """Show the problems of an operation as an operation that only reads has them."""
+    """Replace the examples of problems by those of a request that only reads."""
     kinds = {kind.code: kind for kind in all_problems()}
     for answer in operation["responses"].values():
         examples = answer.get("content", {}).get(PROBLEM_JSON, {}).get("examples", {})
@@ -208,7 +209,7 @@ def _describe_read(operation: dict[str, Any]) -> None:
 
 
 def _describe_headers(operation: dict[str, Any]) -> None:
-    """Add the headers that follow from what an answer is."""
+    """Add the headers that every answer with its status has."""
     is_keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", ()))
     for status, answer in operation["responses"].items():
         names = ["X-Server-Id", "X-Request-Id", "traceparent"]
@@ -235,7 +236,7 @@ def _problem_schema() -> dict[str, Any]:
             "applied": {
                 "type": "string",
                 "enum": ["no", "unknown"],
-                "description": "whether the request, with all tries under its key, may have "
+                "description": "whether the request, or another try under its key, may have "
                 "changed something; absent when it only reads",
             },
             "errors": {

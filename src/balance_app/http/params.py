@@ -1,4 +1,4 @@
-"""What the query and path parameters of every feature have in common."""
+"""Query and path parameters that the features share."""
 
 import re
 from typing import Annotated, Final
@@ -24,13 +24,13 @@ Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DE
 
 
 class QueryModel(BaseModel):
-    """The parameters of a query: no unknown ones. A route that takes one depends on `ONCE`."""
+    """Query parameters; unknown ones are refused. A route that takes a model depends on `ONCE`."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 async def _refuse_repeated(request: Request) -> None:
-    """Refuse a parameter that is sent twice: it requests two things."""
+    """Refuse a parameter that is sent twice."""
     if len(request.query_params) != len(request.query_params.multi_items()):
         raise InvalidRequest(("query:", "duplicate-parameter"))
 

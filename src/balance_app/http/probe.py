@@ -1,17 +1,17 @@
 """Check whether an instance is ready: `python -I -S probe.py`, as a container's health check does.
 
-It runs every few seconds, so nothing but the socket module is imported, not even typing: a
-Python that starts with all of this program in it costs ten times as much as the answer.
+It runs every few seconds, so it imports little, not even typing: to import the whole service costs
+ten times as much as the answer.
 """
 
 import os
 import socket
 import sys
 
-# Longer than an instance needs in the midst of a burst on a busy machine.
+# Longer than an instance needs for an answer during a burst on a busy machine.
 TIMEOUT_SECONDS = 20.0
 READY = 200
-# An instance that listens on all addresses is probed at its own.
+# An instance that listens on all addresses is probed at the loopback address.
 _OWN = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
 
 
@@ -19,8 +19,8 @@ def probe(host: str, port: int) -> tuple[int, str]:
     """Return the status and the body that `/readyz` answers.
 
     Raises:
-        OSError: nobody answers.
-        ValueError: what answers does not speak HTTP.
+        OSError: no server answers.
+        ValueError: the answer is not HTTP.
     """
     request = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with socket.create_connection((_OWN.get(host, host), port), TIMEOUT_SECONDS) as connection:
@@ -30,7 +30,7 @@ def probe(host: str, port: int) -> tuple[int, str]:
             answer += more
     head, _, body = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1."):
-        raise ValueError("what answers does not speak HTTP")
+        raise ValueError("the answer is not HTTP")
     return int(head.split()[1]), body.decode(errors="replace")
 
 

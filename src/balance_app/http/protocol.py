@@ -1,14 +1,14 @@
-"""HTTP/1.1 as the world speaks it: uvicorn's protocol with what it lacks, and with limits.
+"""HTTP/1.1 on uvicorn's protocol, with checks that it lacks, limits and deadlines.
 
-Whatever ends a connection early (a head that is late, or too large; what can't be read; a client
-that has sent its last byte) first asks whether a request is under way, and never speaks for it: the
-request has its own answer, and the connection ends behind that.
+What ends a connection early (a head that is late or too large, input that can't be parsed, a client
+that has sent its last byte) does not cut off the answer to a request under way: the application
+answers that request, and then the connection ends.
 
-A connection has one deadline at most: an idle one may stay for `timeout_keep_alive` seconds, a head
+A connection has at most one deadline: an idle one may stay for `timeout_keep_alive` seconds, a head
 has `HEAD_SECONDS` from its first byte, or from the answer before it, a body `body_seconds` from its
-head. An application that reads a late body gets `RequestTimeout`, raised by `receive`. How
-long the answer may take is the application's to say; but a client that takes nothing of it for
-`timeout_keep_alive` seconds, while more is to be sent, is not waited for.
+head. An application that reads a late body gets `RequestTimeout`, raised by `receive`. The
+application itself limits how long it takes to answer; but a connection whose client reads nothing
+for `timeout_keep_alive` seconds, while more is to be sent, is reset.
 """
 
 import asyncio
@@ -46,16 +46,16 @@ from balance_app.errors import (
 )
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with all that frames it
+MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with its framing
 HEAD_SECONDS: Final = 10.0
 LINGER_SECONDS: Final = 2.0
-# So many connections more than there is room for are held until their request can be refused.
+# Connections beyond the limit that are kept until their request can be refused.
 REFUSED_AT_ONCE: Final = 16
 REFUSAL_SECONDS: Final = 1.0
 LOG_EVERY_SECONDS: Final = 60.0
 _RESET: Final = struct.pack("ii", 1, 0)  # linger for no time
 
-_FULL: Final = Overloaded("This instance has as many connections as it may have files open.")
+_FULL: Final = Overloaded("This instance has no free file descriptor for more connections.")
 
 # A name, an address, or an address in brackets; perhaps a port (RFC 3986, 3.2).
 _HOST: Final = re.compile(
@@ -67,20 +67,20 @@ log = structlog.get_logger(__name__)
 
 
 class _RefusedError(Exception):
-    """Ends the parser's work within one of its callbacks."""
+    """Stops the parser from within one of its callbacks."""
 
 
 class _Cycle(RequestResponseCycle):
     """A request and its answer.
 
-    The application is asked for the whole of the answer even if the client has sent its last byte,
-    and if the rest of the body can't be read.
+    The application gives its whole answer even if the client has sent its last byte, and even if
+    the rest of the body can't be read.
     """
 
-    # the rest of the body will not come; why, if the client is there and can be answered
+    # the rest of the body will not come; `fault` is the reason, if the client can be answered
     broken = False
     fault: Problem | None = None
-    # what the client still sends is read and dropped, or it may lose the answer to a reset
+    # further input is read and dropped, or a reset may destroy the answer
     lingers = False
 
     def break_off(self, fault: Problem | None = None) -> None:
@@ -89,7 +89,7 @@ class _Cycle(RequestResponseCycle):
         self.fault = fault
         self.message_event.set()
 
-    # Neither is a coroutine of its own: each would be one more for every message.
+    # Neither is a coroutine function: that would add a coroutine to every message.
 
     @override
     def receive(self) -> Coroutine[Any, Any, ASGIReceiveEvent]:
@@ -106,7 +106,7 @@ class _Cycle(RequestResponseCycle):
         self.lingers = True
         self.keep_alive = False
         await super().send(message)
-        self.keep_alive = True  # or it is closed at once, and not by `on_response_complete`
+        self.keep_alive = True  # or uvicorn closes at once, before `on_response_complete` lingers
 
     async def _end_of_body(self) -> ASGIReceiveEvent:
         if self.fault is not None and not self.response_started:
@@ -127,27 +127,27 @@ class LimitedProtocol(HttpToolsProtocol):
     body_seconds: ClassVar[float | None] = None
     linger_seconds = LINGER_SECONDS
 
-    # the request that the application answers now; those behind it are in the pipeline
+    # the request that the application answers now; later ones are in the pipeline
     _running: _Cycle | None = None
     # a head has begun and not ended; how many have begun; bytes of it, or of the body after it
     _in_head = False
     _heads = 0
     _unfinished_bytes = 0
-    # the client offered another protocol with the head that was read last
-    _offered = False
-    # what comes is dropped; nothing more will come
-    _deaf = False
-    _ended = False
-    # the host that was checked last on this connection
-    _good_host: bytes | None = None
+    # the last head that was read offers another protocol
+    _upgrade_offered = False
+    # further input is dropped; the client has sent its last byte
+    _discards_input = False
+    _input_ended = False
+    # the last host that passed the check on this connection
+    _checked_host: bytes | None = None
     # why the parser was stopped
     _fault: Problem | None = None
-    # what is done at the deadline, if there is one (the loop's time), and when it is looked at
-    _then: Callable[[], None] | None = None
+    # what is called at the deadline (the loop's time), None without one; the timer that checks it
+    _on_deadline: Callable[[], None] | None = None
     _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
     _timer_at = 0.0
-    # when it is looked at whether the client reads, and how much it had not taken before
+    # the timer that checks whether the client reads; bytes that it had not taken at the last check
     _reader_timer: asyncio.TimerHandle | None = None
     _unsent_bytes = 0
 
@@ -156,7 +156,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self._set_deadline(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         limit = self.max_connections
         if limit is not None and len(self.connections) > limit:
             self._refuse_connection(len(self.connections) - limit)
@@ -167,11 +167,11 @@ class LimitedProtocol(HttpToolsProtocol):
             LimitedProtocol.logged_full_at = now
             log.warning("too many connections for the limit of open files", reason=_FULL.detail)
         if excess > REFUSED_AT_ONCE:
-            self._deaf = True
+            self._discards_input = True
             self.transport.write(self._last_answer(_FULL, log.debug))
             self.transport.close()
             return
-        # Its request is read before it is refused, so that the answer can't be lost to a reset.
+        # The request is read before it is refused, so that no reset loses the answer.
         self.app = self._answer_full
         self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
 
@@ -183,7 +183,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._clear_deadline()
         for timer in (self._timer, self._reader_timer):
             if timer is not None:
                 timer.cancel()
@@ -195,7 +195,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self._discards_input:
             return
         heads = self._heads
         try:
@@ -207,7 +207,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(self._fault or MalformedRequest("The request is not HTTP/1.1."))
             return
         if self._in_head:
-            # What came with the end of a request before it is not counted.
+            # A head that began in this data is counted from the next data on.
             self._unfinished_bytes = (
                 self._unfinished_bytes + len(data) if heads == self._heads else 0
             )
@@ -215,21 +215,21 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._refuse(
                     HeadTooLarge(f"The head may have at most {MAX_HEAD_BYTES // 1024} KiB.")
                 )
-            elif self._then is None and not self._is_under_way():
-                self._wait(self.head_seconds, self._give_up_head)
+            elif self._on_deadline is None and not self._is_under_way():
+                self._set_deadline(self.head_seconds, self._head_timed_out)
         elif self.cycle is not None and self.cycle.more_body:
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > MAX_FRAMED_BYTES:
                 self._refuse(MalformedRequest("The body's framing is too large."))
-            elif self._then is None and self._running is self.cycle:
-                self._wait_for_body()
+            elif self._on_deadline is None and self._running is self.cycle:
+                self._set_body_deadline()
 
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection open for the answers to what the client sent before its end."""
+        """Keep the connection open for the answers to requests that are under way."""
         if not self._is_under_way():
             return False
-        self._deaf = self._ended = True
+        self._discards_input = self._input_ended = True
         self.cycle.keep_alive = False
         if self.cycle.more_body:
             cast("_Cycle", self.cycle).break_off()
@@ -239,19 +239,19 @@ class LimitedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         if self._is_under_way():
             self.cycle.keep_alive = False
-        elif not self._deaf:  # else it ends by itself, in a moment
+        elif not self._discards_input:  # else it is lingering, and closes soon
             self.transport.close()
 
     # -- reading -----------------------------------------------------------------------------
 
     def _read_on(self, rest: memoryview) -> None:
-        """Read what is behind an offer to change the protocol, which is not taken (RFC 9110, 7.8).
+        """Parse on after an `Upgrade` offer, which is not accepted (RFC 9110, 7.8).
 
-        The parser takes each offer for a switch, and the body for another protocol. So the request
-        is read again, by a new parser, without its offer.
+        The parser takes each offer for a switch, and the body for another protocol. So a new parser
+        parses the request again, without the offer.
         """
-        while self._offered:
-            self._offered = False
+        while self._upgrade_offered:
+            self._upgrade_offered = False
             head = self._head_without_offer()
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -262,7 +262,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 rest = rest[switch.args[0] :]
             else:
                 return
-        self._deaf = True  # it was CONNECT: what follows is not HTTP
+        self._discards_input = True  # it was CONNECT: what follows is not HTTP
 
     def _head_without_offer(self) -> bytes:
         version = self.parser.get_http_version().encode()
@@ -278,25 +278,25 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_message_begin(self) -> None:
-        self._stop_waiting()
+        self._clear_deadline()
         self._in_head = True
         self._heads += 1
         super().on_message_begin()
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # a trailer is not to be taken for a header (RFC 9110, 6.5.1)
+        if self._in_head:  # trailers are no headers (RFC 9110, 6.5.1)
             self.headers.append((name.lower(), value))
 
     @override
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._unfinished_bytes = 0
-        self._stop_waiting()
+        self._clear_deadline()
         method = self.parser.get_method()
         is_connect = method == b"CONNECT"
         if self.parser.should_upgrade() and not is_connect:
-            self._offered = True
+            self._upgrade_offered = True
             return
         version = self.parser.get_http_version()
         self._check_head(version)
@@ -323,10 +323,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, self.app)
 
     def _check_head(self, version: str) -> None:
-        """Check the headers that say what and how long the request is (RFC 9112, 3.2 and 6.1).
+        """Check the headers that give the request's host and framing (RFC 9112, 3.2 and 6.1).
 
         Raises:
-            _RefusedError: with the reason in `_fault`.
+            _RefusedError: the reason is in `_fault`.
         """
         hosts, codings = [], []
         for name, value in self.headers:
@@ -338,10 +338,10 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.expect_100_continue = version != "1.0" and value.lower() == b"100-continue"
         if len(hosts) != 1 and (hosts or version != "1.0"):
             self._stop(MalformedRequest("Send one Host header."))
-        if hosts and hosts[0] != self._good_host:
+        if hosts and hosts[0] != self._checked_host:
             if not _HOST.fullmatch(hosts[0].strip(b" \t")):
                 self._stop(MalformedRequest("The Host header names no host."))
-            self._good_host = hosts[0]
+            self._checked_host = hosts[0]
         if codings and (codings != [b"chunked"] or version == "1.0"):
             self._check_codings(b",".join(codings).lower(), version)
 
@@ -353,9 +353,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if not names or not all(_TOKEN.fullmatch(each) for each in names):
             self._stop(MalformedRequest("The Transfer-Encoding can't be read."))
         if b"chunked" in names[:-1]:
-            self._stop(MalformedRequest("The chunked coding comes once, and last."))
+            self._stop(MalformedRequest("The chunked coding must come once, and last."))
         if names != [b"chunked"]:
-            self._stop(UnsupportedTransferCoding("Only the transfer coding chunked is known."))
+            self._stop(UnsupportedTransferCoding("Only the transfer coding chunked is supported."))
 
     def _read_target(self) -> None:
         """Take path and query from the request's target, whichever form it has (RFC 9112, 3.2)."""
@@ -378,15 +378,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_message_complete(self) -> None:
-        self._stop_waiting()
-        if not self._offered and not self.cycle.response_complete:
+        self._clear_deadline()
+        if not self._upgrade_offered and not self.cycle.response_complete:
             self.cycle.more_body = False
             self.cycle.message_event.set()
 
     # -- answering ---------------------------------------------------------------------------
 
     def _is_under_way(self) -> bool:
-        """Return whether there is a request that has not had all of its answer."""
+        """Return whether there is a request without a complete answer."""
         return self._running is not None and not self._running.response_complete
 
     @override
@@ -398,7 +398,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.transport.is_closing():
-            self._wait(self.timeout_keep_alive, self._watch_reader)
+            self._set_deadline(self.timeout_keep_alive, self._watch_reader)
             return
         self.flow.resume_reading()
         if self._running is not None and self._running.lingers:
@@ -406,20 +406,20 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
             if self._running is self.cycle and self.cycle.more_body:
-                self._wait_for_body()
+                self._set_body_deadline()
         elif self._in_head:
-            self._wait(self.head_seconds, self._give_up_head)
+            self._set_deadline(self.head_seconds, self._head_timed_out)
         else:
-            self._wait(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self._set_deadline(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
-    def _give_up_head(self) -> None:
+    def _head_timed_out(self) -> None:
         self._refuse(RequestTimeout(f"The head did not arrive within {self.head_seconds:g} s."))
 
-    def _wait_for_body(self) -> None:
+    def _set_body_deadline(self) -> None:
         if self.body_seconds is not None:
-            self._wait(self.body_seconds, self._give_up_body)
+            self._set_deadline(self.body_seconds, self._body_timed_out)
 
-    def _give_up_body(self) -> None:
+    def _body_timed_out(self) -> None:
         cycle = self._running
         assert cycle is not None  # noqa: S101 - whose body is waited for
         if cycle.more_body and not (cycle.response_started or cycle.broken):
@@ -427,9 +427,9 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.break_off(RequestTimeout(sentence, headers={"Connection": "close"}))
 
     def _refuse(self, problem: Problem) -> None:
-        """Read no further; earlier requests are answered, by the application alone."""
-        self._deaf = True
-        self._stop_waiting()
+        """Parse no more input; the application still answers earlier requests."""
+        self._discards_input = True
+        self._clear_deadline()
         if self._is_under_way():
             log.info("request refused", reason=problem.detail, client=self.client)
             cycle = cast("_Cycle", self.cycle)
@@ -441,16 +441,16 @@ class LimitedProtocol(HttpToolsProtocol):
             self._linger()
 
     def count_refusal(self, _status: int, _scope: Scope | None) -> bytes | None:
-        """Count an answer of the protocol's own, and return an id for its request, if it gets one.
+        """Count an answer of the protocol's own; return an id for its request, if it gets one.
 
-        Overridden where requests are counted; `scope` is None if the request can't be read.
+        Overridden in `server`; `scope` is None if the request can't be read.
         """
         return None
 
     def _note_refusal(
         self, problem: Problem, write_log: Callable[..., None], scope: Scope | None = None
     ) -> list[tuple[bytes, bytes]]:
-        """Count and log an answer that the application has no part in; return its headers."""
+        """Count and log an answer of the protocol's own; return its headers."""
         request_id = self.count_refusal(problem.status, scope)
         ids = {} if request_id is None else {"request_id": request_id.decode()}
         write_log("request refused", reason=problem.detail, client=self.client, **ids)
@@ -464,18 +464,18 @@ class LimitedProtocol(HttpToolsProtocol):
         return b"".join([*lines, b"connection: close\r\n\r\n", response.body])
 
     def _linger(self) -> None:
-        """Close the connection so that what was answered arrives.
+        """Close the connection so that the answer arrives.
 
-        What is still sent is read and dropped, for a moment: a socket that is closed with something
-        unread resets the connection, and the client may lose what it has not read yet.
+        For `linger_seconds` further input is read and dropped: closing a socket with unread input
+        resets the connection, and the client may lose what it has not read yet.
         """
-        if self._ended:
+        if self._input_ended:
             self._close()
             return
-        self._deaf = True
+        self._discards_input = True
         self.flow.resume_reading()
         self.transport.write_eof()
-        self._wait(self.linger_seconds, self._close)
+        self._set_deadline(self.linger_seconds, self._close)
 
     # -- a client that does not read ---------------------------------------------------------
 
@@ -497,9 +497,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def _close(self) -> None:
-        """Close the connection behind what is still to be sent, as long as the client takes it."""
+        """Close the connection after sending what is buffered, as long as the client reads it."""
         self.transport.close()
-        self._wait(self.timeout_keep_alive, self._watch_reader)
+        self._set_deadline(self.timeout_keep_alive, self._watch_reader)
 
     def _watch_reader(self) -> None:
         if self._reader_timer is None and self in self.connections:
@@ -509,7 +509,7 @@ class LimitedProtocol(HttpToolsProtocol):
             )
 
     def _check_reader(self) -> None:
-        """End the connection if the client has taken nothing since the last check."""
+        """Reset the connection if the client has read nothing since the last check."""
         self._reader_timer = None
         if self._count_unsent() < self._unsent_bytes:
             self._watch_reader()
@@ -519,7 +519,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 client=self.client,
                 unsent_bytes=self._unsent_bytes,
             )
-            # Reset, or the kernel would keep for minutes what was not taken.
+            # Without a reset the kernel would keep the unsent bytes for minutes.
             with suppress(OSError):
                 self.transport.get_extra_info("socket").setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, _RESET
@@ -527,9 +527,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _count_unsent(self) -> int:
-        """Return how many bytes the client's machine has not taken, of this process and the kernel.
+        """Return how many bytes the client has not acknowledged, in this process and the kernel.
 
-        What the kernel holds may be megabytes: of a slow client it alone shows that it reads.
+        The kernel may hold megabytes: with a slow client only its count changes.
         """
         unsent = self.transport.get_write_buffer_size()
         with suppress(OSError):
@@ -540,33 +540,33 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # -- time --------------------------------------------------------------------------------
 
-    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
-        """Call `then` in so many seconds, unless `_stop_waiting` is called before.
+    def _set_deadline(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` in so many seconds, unless `_clear_deadline` is called before.
 
-        A timer that was made for an earlier wait, and goes off before the end of this one, is left
-        to check again: most waits end at once, and a timer costs more than to read a head.
+        A timer of an earlier deadline that goes off before this one is kept, and then set anew:
+        most deadlines are cleared at once, and a timer costs more than parsing a head.
         """
-        self._then = then
+        self._on_deadline = callback
         self._deadline = deadline = self.loop.time() + seconds
         if self._timer is None or self._timer_at > deadline:
             self._set_timer(deadline)
 
-    def _stop_waiting(self) -> None:
-        self._then = None
+    def _clear_deadline(self) -> None:
+        self._on_deadline = None
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = at
-        # Of its own context: what it logs is not about the request that was answered before.
+        # In a context of its own: what it logs is not about the request that was answered before.
         self._timer = self.loop.call_at(at, self._check_deadline, context=Context())
 
     def _check_deadline(self) -> None:
         self._timer = None
-        if self._then is None:
+        if self._on_deadline is None:
             return
         if self.loop.time() < self._deadline:
             self._set_timer(self._deadline)
             return
-        then, self._then = self._then, None
-        then()
+        callback, self._on_deadline = self._on_deadline, None
+        callback()

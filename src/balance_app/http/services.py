@@ -1,4 +1,4 @@
-"""The parts of the running application, which routes find by their type."""
+"""The parts of the running application; routes find them by type."""
 
 from typing import TypeVar, cast
 
@@ -14,7 +14,7 @@ class Services:
         self._parts = {type(part): part for part in parts}
 
     def get(self, kind: type[Part]) -> Part | None:
-        """Return the part of a type, None if this application has none."""
+        """Return the part of a type, None if there is none."""
         return cast("Part | None", self._parts.get(kind))
 
     def __getitem__(self, kind: type[Part]) -> Part:
@@ -23,5 +23,5 @@ class Services:
 
 
 def services(request: Request) -> Services:
-    """Return the parts of the application that a request is for."""
+    """Return the parts of the application that serves the request."""
     return cast("Services", request.scope["app"].state.services)
