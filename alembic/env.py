@@ -13,20 +13,20 @@ from balance_app.settings import load_settings
 
 
 def write() -> None:
-    """Write the SQL of what is missing; the program sends it as one transaction."""
+    """Write the SQL of the missing migrations; the program sends it as one transaction."""
     context.configure(
         dialect_name="postgresql",
-        dialect_opts={"paramstyle": "named"},  # in others a % is doubled
+        dialect_opts={"paramstyle": "named"},  # other styles double a %
         version_table=VERSION_TABLE,
         literal_binds=True,
     )
-    # A statement that ends in a comment ends nevertheless.
+    # On a line of its own: a statement may end in a comment.
     context.get_context().impl.command_terminator = "\n;"
     context.run_migrations()
 
 
 def run(connection: Connection) -> None:
-    """Run what is missing, in one transaction."""
+    """Run the missing migrations, in one transaction."""
     context.configure(
         connection=connection,
         target_metadata=metadata,

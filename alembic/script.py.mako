@@ -7,10 +7,10 @@ down_revision = "${down_revision}"
 
 
 def upgrade() -> None:
-    """${message}; the release before works on."""
+    """${message}; the release before goes on working."""
     op.execute("ALTER TABLE ...")
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Undo it."""
     op.execute("ALTER TABLE ...")

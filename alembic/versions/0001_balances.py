@@ -14,10 +14,10 @@ CREATE TABLE users (
     version bigint NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT users_pkey PRIMARY KEY (id),
-    -- a net that is never fallen into: the conditional UPDATE refuses first
+    -- never fires: the conditional UPDATE refuses first
     CONSTRAINT users_balance_check CHECK (balance BETWEEN 0 AND 9007199254740991),
     CONSTRAINT users_version_check CHECK (version >= 1)
-) WITH (fillfactor = 70) -- room in the page, so that a change stays beside its row (HOT)
+) WITH (fillfactor = 70) -- room in the page for HOT updates
 """
 
 ENTRIES = """
@@ -26,7 +26,7 @@ CREATE TABLE entries (
     version bigint NOT NULL,
     amount bigint NOT NULL,
     balance bigint NOT NULL, -- after this entry
-    key text,                -- the Idempotency-Key that made it, if one was sent
+    key text,                -- the Idempotency-Key of its request, if one was sent
     -- the moment of the change, not of its transaction, which may have waited for the row
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT entries_pkey PRIMARY KEY (user_id, version),
@@ -55,10 +55,10 @@ KEYS = """
 CREATE TABLE idempotency_keys (
     key text NOT NULL,
     outcome text NOT NULL,
-    -- what was asked
+    -- the request
     user_id bigint NOT NULL,
     amount bigint NOT NULL,
-    -- what was answered: the state after an accepted change, or the state that refused
+    -- the answer, which is the state after an accepted change, or the state that refused it
     balance bigint NOT NULL,
     version bigint NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -68,7 +68,7 @@ CREATE TABLE idempotency_keys (
 )
 """
 
-# Refusals are kept for 7 days; this finds the old ones without reading the accepted.
+# Refusals are kept for 7 days; this finds old ones without reading the accepted changes.
 KEYS_INDEX = """
 CREATE INDEX idempotency_keys_refused_at_idx ON idempotency_keys (at) WHERE outcome = 'refused'
 """
@@ -82,7 +82,7 @@ INSERT INTO entries (user_id, version, amount, balance) SELECT id, 1, balance, b
 
 
 def upgrade() -> None:
-    """Make the tables and the first user, with 10000."""
+    """Create the tables and the first user, with 10000."""
     for statement in (TABLES, ENTRIES, *APPEND_ONLY, KEYS, KEYS_INDEX, SEED):
         op.execute(statement)
 

@@ -1,4 +1,4 @@
-"""Jobs, the history of their runs, and the copies that are seen."""
+"""Jobs, the history of their runs, and the instances (table `copies`, renamed by 0010)."""
 
 from alembic import op
 
@@ -8,9 +8,9 @@ down_revision = "0001"
 JOBS = """
 CREATE TABLE jobs (
     name text NOT NULL,
-    -- in the order of first declaration: a copy claims only numbers it knew when it started
+    -- in the order of first declaration; an instance claims only numbers that existed at its start
     number bigint GENERATED ALWAYS AS IDENTITY,
-    -- as declared by the copy that started last
+    -- as declared by the instance that started last
     schedule text NOT NULL,
     description text NOT NULL,
     -- the ticks of an interval are counted from here
@@ -20,10 +20,10 @@ CREATE TABLE jobs (
     due_at timestamptz NOT NULL,
     -- when it may start: due, or later after a failure, or now by request
     ready_at timestamptz NOT NULL,
-    -- how many runs this tick had before
+    -- the number of earlier runs of this tick
     attempt integer NOT NULL DEFAULT 0,
     requested_by text,
-    -- when a copy that had just come up first saw it ready: a start of all copies settles from here
+    -- when an instance in its warm-up first found it ready; the warm-up of all is counted from here
     seen_at timestamptz,
 
     paused_at timestamptz,
@@ -37,29 +37,29 @@ CREATE TABLE jobs (
     started_at timestamptz,
     lease_until timestamptz,
     cancel_by text,
-    -- its copy ends before the lease does, on purpose: then the run was handed back, not lost
+    -- its instance stops before the lease expires; the run then counts as released, not as lost
     parts boolean NOT NULL DEFAULT false,
     done bigint,
     total bigint,
     note text,
-    -- what the next owner goes on from after a loss or a hand-back
+    -- where the next run resumes after a loss or a release
     checkpoint jsonb,
 
-    -- the last sign of life of any run: the fleet is up if it is younger than a copy
+    -- the last heartbeat of any run; the fleet ran before instances that started later
     alive_at timestamptz,
     -- runs lost in a row; a job that kills its process must not take down the fleet
     lost_streak integer NOT NULL DEFAULT 0,
-    -- the round in which it was claimed last: who claimed in this round lets others go first
+    -- the round of its last claim; an instance that has claimed in this round lets others go first
     round bigint NOT NULL DEFAULT 0,
 
-    -- the last run that ended, so that the list needs no look into the history
+    -- the last run that ended, so that the list of jobs need not read the history
     last_outcome text,
     last_server text,
     last_started_at timestamptz,
     last_ended_at timestamptz,
     last_result text,
 
-    -- the one question of every claim: from when may somebody take it?
+    -- from when an instance may claim it
     claimable_at timestamptz GENERATED ALWAYS AS (
         CASE WHEN holder IS NOT NULL THEN lease_until
              WHEN paused_at IS NULL THEN ready_at END
@@ -74,24 +74,24 @@ CREATE TABLE jobs (
         AND (holder IS NOT NULL OR (cancel_by IS NULL AND NOT parts))
     ),
     CONSTRAINT jobs_pause_check CHECK ((paused_at IS NULL) = (paused_by IS NULL))
-) WITH (fillfactor = 70) -- a heartbeat writes the row anew every few seconds
+) WITH (fillfactor = 70) -- each heartbeat updates the row
 """
 
 JOBS_INDEXES = (
-    # every claim, and how long until the next
+    # for each claim, and for the time until the next
     "CREATE INDEX jobs_claimable_at_idx ON jobs (claimable_at)",
-    # the newest round
+    # for the latest round
     "CREATE INDEX jobs_round_idx ON jobs (round)",
 )
 
 RUNS = """
 CREATE TABLE job_runs (
-    -- in the order of starting: the cursor of the history
+    -- in the order of the starts; the cursor of the history
     id bigint GENERATED ALWAYS AS IDENTITY,
     job text NOT NULL,
-    -- of which claim; none for ticks that did not run
+    -- the fence of its claim; none for ticks that did not run
     fence bigint,
-    -- the tick; of a range that did not run, the first
+    -- the tick, or the first tick of a range that did not run
     due_at timestamptz NOT NULL,
     last_due_at timestamptz,
     ticks bigint NOT NULL DEFAULT 1,
@@ -102,7 +102,7 @@ CREATE TABLE job_runs (
     ended_at timestamptz,
     -- none while it runs
     outcome text,
-    -- what the run said at its end: its result, its error, or why it ended
+    -- its result, its error, or the reason why it ended
     result text,
     CONSTRAINT job_runs_pkey PRIMARY KEY (id),
     CONSTRAINT job_runs_job_fkey FOREIGN KEY (job) REFERENCES jobs (name),
@@ -124,14 +124,14 @@ RUNS_INDEXES = (
     "CREATE INDEX job_runs_outcome_id_idx ON job_runs (outcome, id)",
 )
 
-# For people alone: nothing is decided by who is listed here.
+# For people only: no statement that shares out jobs reads it.
 COPIES = """
 CREATE TABLE copies (
     id uuid NOT NULL,
     server text NOT NULL,
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- it can run the jobs up to this number, but for those it lacks
+    -- it can run the jobs up to this number, except those in lacks
     knows_to bigint NOT NULL,
     lacks text[] NOT NULL,
     CONSTRAINT copies_pkey PRIMARY KEY (id)
@@ -139,7 +139,7 @@ CREATE TABLE copies (
 """
 
 # Run before a commit, in the same message: the commit takes place only while the run holds its
-# lease, and the lock on the row keeps everybody from taking the job in between.
+# lease, and the row lock keeps other instances from claiming the job in between.
 HOLD_LEASE = """
 CREATE FUNCTION hold_lease() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -160,7 +160,7 @@ $$
 
 
 def upgrade() -> None:
-    """Make the tables; the copies fill them."""
+    """Create the tables; the instances fill them."""
     for statement in (JOBS, *JOBS_INDEXES, RUNS, *RUNS_INDEXES, COPIES, HOLD_LEASE):
         op.execute(statement)
 

@@ -1,18 +1,18 @@
-"""What the jobs write down: daily balances, totals of days, sizes of tables."""
+"""Tables that the jobs fill: daily balances, daily totals, sizes of tables."""
 
 from alembic import op
 
 revision = "0003"
 down_revision = "0002"
 
-# Not bound to users by a foreign key, which would lock their rows: none is ever deleted.
+# Without a foreign key to users, which would lock their rows: users are never deleted.
 DAILY_BALANCES = """
 CREATE TABLE daily_balances (
     user_id bigint NOT NULL,
-    day date NOT NULL, -- in UTC; a day without a row began and ended with the balance before it
+    day date NOT NULL, -- in UTC; on a day without a row the balance did not change
     version bigint NOT NULL,
     balance bigint NOT NULL,
-    at timestamptz NOT NULL, -- the day's last look that found something new
+    at timestamptz NOT NULL, -- the last read on this day that found a change
     CONSTRAINT daily_balances_pkey PRIMARY KEY (user_id, day)
 )
 """
@@ -26,12 +26,12 @@ CREATE TABLE daily_totals (
     changes bigint NOT NULL,
     deposited numeric NOT NULL,
     withdrawn numeric NOT NULL,
-    active_users bigint NOT NULL, -- who had a change or was opened
+    active_users bigint NOT NULL, -- users that had a change or were created
     CONSTRAINT daily_totals_pkey PRIMARY KEY (day)
 )
 """
 
-# Counting goes by versions, not by time: an entry that is committed late is not missed.
+# Entries are counted by version, not by time, so that one that is committed late is not missed.
 COUNTED_USERS = """
 CREATE TABLE counted_users (
     user_id bigint NOT NULL,
@@ -53,7 +53,7 @@ CREATE TABLE table_sizes (
 
 
 def upgrade() -> None:
-    """Make the tables; the jobs fill them."""
+    """Create the tables; the jobs fill them."""
     for statement in (DAILY_BALANCES, DAILY_TOTALS, COUNTED_USERS, TABLE_SIZES):
         op.execute(statement)
 

@@ -1,22 +1,22 @@
-"""What of a job's runs went wrong in a row, and no pause by the service that nobody ends."""
+"""Failures, retries and releases in a row; pauses because of lost runs end."""
 
 from alembic import op
 
 revision = "0006"
 down_revision = "0005"
 
-# A program that does not know them leaves them as they are.
+# An older program leaves them as they are.
 STREAKS = """
 ALTER TABLE jobs
-    -- of the tick that goes on: releases in a row that no instance's stop explains, and retries
+    -- of the current tick; releases in a row without a stop of the instance, and retries
     ADD COLUMN releases integer NOT NULL DEFAULT 0,
     ADD COLUMN retries integer NOT NULL DEFAULT 0,
     -- runs in a row that failed or timed out; a success ends it
     ADD COLUMN failure_streak integer NOT NULL DEFAULT 0
 """
 
-# Jobs that were paused because their runs were lost stayed paused until somebody resumed them;
-# now they would have been quarantined, which ends by itself.
+# Before, a job whose runs were lost was paused until a person resumed it; now it is quarantined,
+# which ends by itself.
 LOST = """
 UPDATE jobs
 SET paused_at = NULL, paused_by = NULL, pause_reason = NULL, ready_at = clock_timestamp()
@@ -25,13 +25,13 @@ WHERE paused_by = 'balance_app' AND pause_reason = 'its last 3 runs were lost'
 
 
 def upgrade() -> None:
-    """Add them."""
+    """Add the columns, and end the pauses."""
     op.execute(STREAKS)
     op.execute(LOST)
 
 
 def downgrade() -> None:
-    """Forget them."""
+    """Drop the columns."""
     op.execute(
         "ALTER TABLE jobs DROP COLUMN releases, DROP COLUMN retries, DROP COLUMN failure_streak"
     )

@@ -1,4 +1,4 @@
-"""Jobs that are forgotten, and runs whose work is done before their least duration is over."""
+"""Forgotten jobs, and runs whose function has returned before their shortest duration is over."""
 
 from alembic import op
 
@@ -7,18 +7,18 @@ down_revision = "0006"
 
 COLUMNS = """
 ALTER TABLE jobs
-    -- nobody has its code any more, and somebody had it taken off the lists; its history stays.
-    -- A run of a later moment (of an instance that does not know of this) takes it back.
+    -- a person took a job without code off the lists; its history stays. A later run, by an
+    -- instance that has the code, undoes it.
     ADD COLUMN forgotten_at timestamptz,
     ADD COLUMN forgotten_by text,
-    -- of the run that began before: its function returned, it only lasts on
+    -- when the function of the current run returned; the run lasts until its shortest duration
     ADD COLUMN work_ended_at timestamptz,
     ADD CONSTRAINT jobs_forgotten_check CHECK ((forgotten_at IS NULL) = (forgotten_by IS NULL))
 """
 
 
 def upgrade() -> None:
-    """Add the columns; an older program knows nothing of them."""
+    """Add the columns; an older program does not use them."""
     op.execute(COLUMNS)
 
 

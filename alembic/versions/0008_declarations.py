@@ -1,4 +1,4 @@
-"""What each version of the program declares of a job, so that the latest of those alive counts."""
+"""Each version's declaration of a job; of the live ones, the latest counts."""
 
 from alembic import op
 
@@ -11,16 +11,16 @@ CREATE TABLE job_declarations (
     digest text NOT NULL, -- of schedule and description
     schedule text NOT NULL,
     description text NOT NULL,
-    -- of those that are alive, the latest counts
+    -- of the live declarations, the latest counts
     first_declared_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- when an instance last made it: alive if that is not long ago
+    -- when an instance last made it; it is live if that is not long ago
     seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT job_declarations_pkey PRIMARY KEY (job, digest),
     CONSTRAINT job_declarations_job_fkey FOREIGN KEY (job) REFERENCES jobs (name) ON DELETE CASCADE
 )
 """
 
-# What instances of the version before have declared comes before all that is declared from now on.
+# The declarations of earlier versions come before all later ones.
 DECLARED_SO_FAR = """
 INSERT INTO job_declarations (job, digest, schedule, description)
 SELECT name, encode(sha256(convert_to(schedule || E'\\n' || description, 'UTF8')), 'hex'),
@@ -28,17 +28,17 @@ SELECT name, encode(sha256(convert_to(schedule || E'\\n' || description, 'UTF8')
 FROM jobs
 """
 
-# The schedules that are alive beside the one that counts.
+# The schedules of the other live declarations.
 OTHERS = "ALTER TABLE jobs ADD COLUMN other_schedules text[] NOT NULL DEFAULT '{}'"
 
 
 def upgrade() -> None:
-    """Begin to write down who declares what."""
+    """Add the table, with the declarations so far, and the column."""
     for statement in (DECLARATIONS, DECLARED_SO_FAR, OTHERS):
         op.execute(statement)
 
 
 def downgrade() -> None:
-    """Forget it."""
+    """Drop them."""
     op.execute("ALTER TABLE jobs DROP COLUMN other_schedules")
     op.execute("DROP TABLE job_declarations")

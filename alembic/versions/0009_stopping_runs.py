@@ -1,4 +1,4 @@
-"""Since when a run that goes on has been told to stop."""
+"""When a run that still goes on was requested to stop."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0008"
 
 
 def upgrade() -> None:
-    """Add the column; what an older program leaves in it is older than the run."""
+    """Add the column; an older program leaves values in it that are older than the run."""
     op.execute("ALTER TABLE jobs ADD COLUMN stopping_at timestamptz")
 
 

@@ -1,7 +1,7 @@
-"""The field's names for instances, heartbeats, leases and released runs.
+"""Standard names for instances, heartbeats, leases and released runs.
 
-A program of the release before can't work with them: it is not ready any more once this is made.
-It answers requests as before, but its runs end, and newer instances take its jobs over; see
+A program of the release before can't work with them: after this migration it is not ready. It
+answers requests as before, but its runs end, and newer instances take its jobs over; see
 docs/upgrading.md. Each table is locked for a moment; the check of the outcomes reads the history
 once (a second for three million runs).
 """
@@ -34,7 +34,7 @@ ALTER TABLE job_runs ADD CONSTRAINT job_runs_outcome_check CHECK (outcome IN (
 ))
 """
 
-# As before; only the column has another name.
+# As in 0002, with the new name of the column.
 HOLD_LEASE = """
 CREATE OR REPLACE FUNCTION hold_lease() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -53,7 +53,7 @@ END
 $$
 """
 
-# The first release looks for its revision in `alembic_version`, and is not ready without it.
+# The first release reads its revision in `alembic_version`, and is not ready without it.
 COMPATIBLE_FROM = """
 UPDATE balance_app_version SET compatible_from = '0010';
 DROP TABLE IF EXISTS alembic_version
@@ -61,7 +61,7 @@ DROP TABLE IF EXISTS alembic_version
 
 
 def upgrade() -> None:
-    """Rename them; no row is lost, and leases go on."""
+    """Rename them; no row is lost, and leases stay valid."""
     op.execute("ALTER TABLE copies RENAME TO instances")
     op.execute("ALTER INDEX copies_pkey RENAME TO instances_pkey")
     for table, old, new in COLUMNS:
