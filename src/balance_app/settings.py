@@ -339,7 +339,7 @@ def _require_readable(file: Path) -> None:
 
 
 def unknown_names() -> list[str]:
-    """Return a warning for each name that is probably meant for this program, but is no setting.
+    """Return a warning for each name that is probably meant as a setting, but is none.
 
     In `.env` that is any name but those of compose; in the environment, which other programs use
     too, a name that resembles a setting.
@@ -355,7 +355,7 @@ def unknown_names() -> list[str]:
                 continue
             near = get_close_matches(name.upper(), ours, 1, likeness)
             if near and ("_" in name or where == ".env"):
-                sentences.append(f"{name} in {where} is no setting: is {near[0]} meant?")
+                sentences.append(f"{name} in {where} is not a setting: did you mean {near[0]}?")
             elif where == ".env":
-                sentences.append(f"{name} in {where} is no setting of this program.")
+                sentences.append(f"{name} in {where} is not a setting of this program.")
     return sentences

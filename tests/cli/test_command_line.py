@@ -85,9 +85,9 @@ def test_names_that_nobody_reads_are_reported(
     monkeypatch.setenv("JOB_LEASE_SECOND", "6")
     monkeypatch.setenv("POST", "1")
     assert settings.unknown_names() == [
-        "DB_PASSWROD in .env is no setting: is DB_PASSWORD meant?",
-        "SOMETHING_ELSE in .env is no setting of this program.",
-        "JOB_LEASE_SECOND in the environment is no setting: is JOB_LEASE_SECONDS meant?",
+        "DB_PASSWROD in .env is not a setting: did you mean DB_PASSWORD?",
+        "SOMETHING_ELSE in .env is not a setting of this program.",
+        "JOB_LEASE_SECOND in the environment is not a setting: did you mean JOB_LEASE_SECONDS?",
     ]
 
 

@@ -314,7 +314,7 @@ async def _inspect(connection: "asyncpg.Connection[Any]", settings: Settings) ->
     elif clashes := sorted(relations.keys() & RIGHTS.keys()):
         raise UnusableDatabaseError(
             f"{place[0].upper()}{place[1:]} has {_enumerated(clashes)}, but no version of "
-            f"balance_app's: they are another program's, or not restored whole. {WHAT_TO_DO}"
+            f"balance_app's: they are another program's, or restored only in part. {WHAT_TO_DO}"
         )
     elif "db_schema" not in settings.model_fields_set:
         await _refuse_elsewhere(connection, schema, there["usual_schemas"])
@@ -368,7 +368,7 @@ async def _version(
             )
         says = _enumerated([str(row.get("version_num")) for row in found]) if found else "nothing"
         raise UnusableDatabaseError(
-            f"{place[0].upper()}{place[1:]} is another program's, or not restored whole: its "
+            f"{place[0].upper()}{place[1:]} is another program's, or restored only in part: its "
             f"{table} says {says}, which does not fit the tables. {WHAT_TO_DO}"
         )
     return None
@@ -400,7 +400,7 @@ async def _refuse_unusable(
     """Refuse a schema at the right revision whose tables are missing or may not be used."""
     if missing := sorted(RIGHTS.keys() - relations.keys()):
         raise UnusableDatabaseError(
-            f"{place[0].upper()}{place[1:]} is not whole: {_enumerated(missing)} "
+            f"{place[0].upper()}{place[1:]} is incomplete: {_enumerated(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing. Restore it from a backup."
         )
     pairs = [(name, right) for name, rights in RIGHTS.items() for right in rights]

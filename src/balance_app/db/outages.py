@@ -33,7 +33,7 @@ class Kind(Enum):
     STARTING = "The database is starting or shutting down."
     ENDED = "The database ended the session."
     STANDBY = "The database is a standby: it may lack changes that were acknowledged."
-    NO_FITTING_HOST = "No host of the database has the target_session_attrs that are required."
+    NO_FITTING_HOST = "No host of the database meets target_session_attrs."
     READ_ONLY = "The database is read-only at present: balances can be read, but not changed."
     FULL = "The database accepts no more connections: a limit is reached."
     FILES = "This instance has no free file descriptor for a connection: too many open files."
