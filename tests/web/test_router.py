@@ -41,10 +41,10 @@ async def test_every_state_has_a_symbol_and_a_word(site: Site) -> None:
 
 
 async def test_instances_are_shown_with_what_they_run(site: Site) -> None:
-    """A card per server: its running jobs, the age of its last sign of life."""
+    """A card per server: its running jobs, the age of its last heartbeat."""
     await add_example(site.connection)
     html = await site.page()
-    assert re.search(r"app1 .*last sign of life 0 s job-running 4\d s", text(html, "server-app1"))
+    assert re.search(r"app1 .*last heartbeat 0 s job-running 4\d s", text(html, "server-app1"))
     assert "job-cancelled" in text(html, "server-app2")
 
 
@@ -65,7 +65,7 @@ async def test_a_lost_instance_is_shown_with_what_became_of_its_jobs(site: Site)
     assert "1 / 2" in text(await site.page(), "strip")
     await add_instance(site.connection, "app3", up_seconds=4)
     card = text(await site.page(), "server-app3")
-    assert re.search(r"Before it came back \d s ago, it lost: job-", card)
+    assert re.search(r"Before it started again \d s ago, it lost: job-", card)
     assert "job-a runs on app1" in card
     assert "✕" not in card
 
@@ -309,7 +309,7 @@ async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
         r'<th scope="row"><a href="/jobs/([^"]+)', await site.page("/jobs?state=failed")
     )
     assert len(failed) == 10
-    assert "No job is like that." in text(await site.page("/jobs?name=none"))
+    assert "No job matches the filter." in text(await site.page("/jobs?name=none"))
 
 
 # -- forms -----------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
     answer = await site.send("/jobs/moon/forget", by="ada", back="job")
     assert answer.status_code == 303
     page = text(await site.page(answer.headers["location"]))
-    assert "ada had this job forgotten at" in page
+    assert "This job was forgotten by ada at" in page
     assert "ValueError: dark" in page
     assert "moon" not in text(await site.page("/jobs"))
     await add_job(site.connection, "sun")
@@ -489,8 +489,8 @@ TOO_MUCH: Final = (
     "Nothing was changed."
 )
 TOO_MANY: Final = (
-    "Not done: user 1 has 10 000, and 9 007 199 254 740 991 more would pass what a balance can "
-    "hold by 10 000. Nothing was changed."
+    "Not done: user 1 has 10 000, and 9 007 199 254 740 991 more would exceed the largest balance "
+    "by 10 000. Nothing was changed."
 )
 NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
 
@@ -561,13 +561,13 @@ async def until(
 
 
 async def test_without_its_database_the_page_still_comes() -> None:
-    """503 and a sentence; what was seen before is shown as such; it goes on by itself."""
+    """503 and a sentence; the last known state is shown as such; the page reconnects by itself."""
     async with own_postgres() as server, served(server.environment()) as client:
         await kill(server)
         answer = await until(lambda answer: answer.status_code == 503, client)
         assert answer.headers["retry-after"] == "1"
         assert 'data-stream="/live"' in answer.text
-        assert "goes on by itself" in text(answer.text)
+        assert "reconnects by itself" in text(answer.text)
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         form = {"user": "1", "what": "add", "amount": "1", "key": "k"}
         assert (await client.post("/change", data=form)).status_code == 503
@@ -577,7 +577,7 @@ async def test_without_its_database_the_page_still_comes() -> None:
         assert "There are no jobs." in text(seen.text)
         await kill(server)
         answer = await until(lambda answer: answer.status_code == 503, client)
-        assert "What is below was seen before that." in text(answer.text, "message")
+        assert "The last known state is below." in text(answer.text, "message")
         assert "There are no jobs." in text(answer.text)
         refused = await client.post("/change", data=form)
         assert refused.status_code == 503

@@ -1,9 +1,9 @@
-"""The operator's page: what runs where, what waits, who has how much, and buttons.
+"""The operator's page: what runs where, what waits, users' balances, and buttons.
 
-Everything is rendered on the server and works without scripts. Whoever has them gets what has
-changed over one event stream (`stream`), made once a second for all who watch this instance, and
-for nobody when nobody does. `view_models` has every word and number that is shown, `charts` the
-SVG, `queries` what is read beside the status of the jobs, `actions` the forms.
+Everything is rendered on the server and works without scripts. A browser with scripts gets changes
+over one event stream (`stream`), made once a second for all viewers of this instance, and not at
+all without viewers. `view_models` formats labels and numbers, `charts` makes the SVG, `queries`
+reads what the status of the jobs does not have, `actions` has the forms.
 
 On failure the last known state stays on the page, with the reason and its age.
 """

@@ -1,4 +1,4 @@
-"""What people can do on the page: steer jobs, change balances; with forms that need no scripts."""
+"""The page's actions: control jobs and change balances, by forms that need no scripts."""
 
 import re
 from collections.abc import Callable, Coroutine
@@ -48,7 +48,7 @@ _TYPE: Final = b"application/x-www-form-urlencoded"
 _NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
 _AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
 
-Steer = Callable[[Controls, Pause], Coroutine[Any, Any, object]]
+Action = Callable[[Controls, Pause], Coroutine[Any, Any, object]]
 
 router = APIRouter(
     route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
@@ -58,46 +58,48 @@ router = APIRouter(
 @router.post("/jobs/{name}/run")
 async def run_job(request: Request, name: str) -> Response:
     """Make a job ready now."""
-    return await _steer(request, name, "run", lambda to, who: to.run(name, who.by))
+    return await _control(request, name, "run", lambda on, form: on.run(name, form.by))
 
 
 @router.post("/jobs/{name}/pause")
 async def pause_job(request: Request, name: str) -> Response:
     """Keep a job from starting."""
-    return await _steer(request, name, "pause", lambda to, who: to.pause(name, who.by, who.reason))
+    return await _control(
+        request, name, "pause", lambda on, form: on.pause(name, form.by, form.reason)
+    )
 
 
 @router.post("/jobs/{name}/resume")
 async def resume_job(request: Request, name: str) -> Response:
-    """Let a paused job go on."""
-    return await _steer(request, name, "resume", lambda to, who: to.resume(name, who.by))
+    """Resume a paused job."""
+    return await _control(request, name, "resume", lambda on, form: on.resume(name, form.by))
 
 
 @router.post("/jobs/{name}/cancel")
 async def cancel_job(request: Request, name: str) -> Response:
     """End a job's run."""
-    return await _steer(request, name, "cancel", lambda to, who: to.cancel(name, who.by))
+    return await _control(request, name, "cancel", lambda on, form: on.cancel(name, form.by))
 
 
 @router.post("/jobs/{name}/forget")
 async def forget_job(request: Request, name: str) -> Response:
-    """Take a job off all lists, and go to what is left of it: its history."""
-    return await _steer(request, name, "forget", lambda to, who: to.forget(name, who.by))
+    """Take a job off all lists, and go to its page, which has its history."""
+    return await _control(request, name, "forget", lambda on, form: on.forget(name, form.by))
 
 
-async def _steer(request: Request, name: str, what: str, steer: Steer) -> Response:
+async def _control(request: Request, name: str, what: str, action: Action) -> Response:
     """Do something to a job, and go back to the page that has the button."""
     form = await _form(request)
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise JobNotFound(name)
     own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
     try:
-        who = Pause.model_validate({field: text for field, text in form.items() if text})
+        fields = Pause.model_validate({field: text for field, text in form.items() if text})
     except ValidationError as error:
         place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
         raise InvalidRequest((f"/{place}", "not-printable")) from None
     try:
-        done = await steer(services(request)[Controls], who)
+        done = await action(services(request)[Controls], fields)
     except (DatabaseUnavailable, Overloaded, JobNotFound):
         raise
     except Problem as problem:
@@ -126,7 +128,7 @@ async def change_balance(request: Request) -> Response:
     elif not is_number(amount) or form.get("what") not in {"withdraw", "add"}:
         attempt = ChangeAttempt(form, Message("bad", _NO_AMOUNT), 422)
     elif not re.fullmatch(KEY_PATTERN, key, re.ASCII):
-        raise MalformedRequest("The form is not whole. Load the page again.")
+        raise MalformedRequest("The form is incomplete. Load the page again.")
     else:
         change = int(amount) if form["what"] == "add" else -int(amount)
         try:
@@ -162,16 +164,16 @@ def _refused(problem: InsufficientFunds | BalanceLimitExceeded) -> str:
             f"{view_models.number(members['shortfall'])} more would be needed. Nothing was changed."
         )
     return (
-        f"Not done: user {user} has {has}, and {view_models.number(amount)} more would pass what a "
-        f"balance can hold by {view_models.number(members['excess'])}. Nothing was changed."
+        f"Not done: user {user} has {has}, and {view_models.number(amount)} more would exceed the "
+        f"largest balance by {view_models.number(members['excess'])}. Nothing was changed."
     )
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Read a form; its fields are text, whatever it says.
+    """Read the fields of a form; all are text.
 
     Raises:
-        UnsupportedMediaType: it is no form.
+        UnsupportedMediaType: it is not a form.
         MalformedRequest: it can't be read, or names a field twice.
         BodyTooLarge, RequestTimeout: as `read_body` says.
     """

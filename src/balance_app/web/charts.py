@@ -1,4 +1,4 @@
-"""Charts of runs, in SVG that needs no styles of its own."""
+"""Charts of runs, in SVG without inline styles."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,19 +20,19 @@ _LABEL_PERCENT: Final = 3.2  # what is shorter has no room for its server's name
 
 
 def spark(runs: Runs) -> Markup:
-    """Draw the last runs of a job as bars: their height is their duration, their cut the outcome.
+    """Draw the last runs of a job as bars: the height is the duration, the class the outcome.
 
-    `runs` are the oldest first; one that is under way has no bar.
+    `runs` are the oldest first; a run under way has no bar. Failures have the full height.
     """
     ended = [run for run in runs if run["outcome"] is not None][-SPARK_RUNS:]
     if not ended:
         return Markup('<span class="none">no runs yet</span>')
     longest = max(_seconds(run) for run in ended) or 1.0
-    lines: dict[str, list[str]] = {}
+    bars: dict[str, list[str]] = {}
     for place, run in enumerate(ended, start=SPARK_RUNS - len(ended)):
         tone = outcome_sign(run["outcome"]).tone
         height = _HEIGHT if tone == Tone.BAD else max(2, round(_HEIGHT * _seconds(run) / longest))
-        lines.setdefault(tone, []).append(f"M{place * _STEP + 2} {_HEIGHT}v-{height}")
+        bars.setdefault(tone, []).append(f"M{place * _STEP + 2} {_HEIGHT}v-{height}")
     counts = Counter(outcome_sign(run["outcome"]).label for run in ended)
     ends = ", ".join(f"{number} {word}" for word, number in counts.items())
     label = f"Last {len(ended)} runs: {ends}; the longest took {duration(longest)}."
@@ -44,22 +44,22 @@ def spark(runs: Runs) -> Markup:
         height=_HEIGHT,
         label=label,
         paths=_join(
-            Markup('<path class="{}" d="{}"/>').format(tone, "".join(parts))
-            for tone, parts in lines.items()
+            Markup('<path class="{}" d="{}"/>').format(tone, "".join(commands))
+            for tone, commands in bars.items()
         ),
     )
 
 
 def in_lane(run: dict[str, Any], now: float) -> bool:
-    """Say whether a run is to be seen in its lane."""
+    """Say whether a run is shown in its job's lane."""
     return run["ended"] is None or run["ended"] > now - LANE_SECONDS
 
 
 def lane(runs: Runs, origin: float) -> Markup:
-    """Draw the runs of a job that are to be seen in its lane.
+    """Draw the runs of a job in its lane.
 
-    Bars are placed from `origin`, in percent of a lane, which never changes: what moves is all of
-    them together (`data-shift`), and the end of one that is under way (`data-from`).
+    Bars have fixed places, in percent of a lane from `origin`. With time all of them move together
+    (`data-shift`), and the bar of a run under way grows (`data-from`).
     """
     return Markup(
         '<svg class="lane" width="100%" height="24"><svg data-shift="">{}</svg></svg>'
@@ -95,7 +95,7 @@ def _bar(run: dict[str, Any], origin: float) -> Markup:
 
 
 def percent(seconds: float) -> float:
-    """Return how much of a lane so many seconds are."""
+    """Return so many seconds in percent of a lane."""
     return round(100 * seconds / LANE_SECONDS, 2)
 
 
@@ -165,5 +165,5 @@ def _seconds(run: dict[str, Any], now: float | None = None) -> float:
     return max(0.0, ended - run["started"]) if ended is not None else 0.0
 
 
-def _join(parts: Iterable[Markup]) -> Markup:
-    return Markup().join(parts)
+def _join(elements: Iterable[Markup]) -> Markup:
+    return Markup().join(elements)

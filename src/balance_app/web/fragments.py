@@ -1,12 +1,12 @@
 """The page's fragments: HTML that all viewers share, rendered when its data changes.
 
-A fragment is an element that can change by itself: a tile, a server, a row of a job. Each has the
-version of the page with which it changed last. What a viewer is sent depends only on the version it
-has: fragments that changed after it come whole, all others as empty elements marked `data-same`,
-which its browser leaves as they are.
+A fragment is an element that changes separately: a tile, a server, a row of a job. Each has the
+version of the page with which it changed last. A viewer is sent the fragments that changed after
+the version it has, and for all others empty elements marked `data-same`, which its browser leaves
+as they are.
 
-No fragment has anything that changes with time alone. Clocks are written as the moment that they
-count from: a page is sent with the clocks filled in, and a browser lets them tick by itself.
+No fragment depends on the present time. A clock is written as the moment from which it counts: the
+server fills it in when it sends a page, and the browser keeps it up to date.
 """
 
 import re
@@ -35,7 +35,7 @@ _GROWING: Final = re.compile(r'data-from="([0-9.-]+)"')
 
 
 class Fragment(NamedTuple):
-    """An element: what it was made from, its HTML, the version that changed it."""
+    """An element: the data it was made from, its HTML, the version that changed it."""
 
     seed: object
     html: str
@@ -61,7 +61,7 @@ class Draft(NamedTuple):
 
 
 class Fragments:
-    """Everything that an instance shows; a new version for every change."""
+    """All fragments of an instance's page; every change makes a new version."""
 
     def __init__(self) -> None:
         self._macros: Any = templates().get_template("fragments.html").module
@@ -83,7 +83,7 @@ class Fragments:
         self.snapshot: StatusSnapshot | None = None
 
     def update(self, snapshot: StatusSnapshot, watched: Iterable[str]) -> None:
-        """Take over a snapshot: which jobs are shown, and what each of them does."""
+        """Set the snapshot, which jobs are shown, and what each of them does."""
         self.snapshot = snapshot
         self.shown = view_models.jobs_of(snapshot.jobs, JOBS_SHOWN)
         self.jobs = {
@@ -117,12 +117,12 @@ class Fragments:
         self.version += bool(changed)
 
     def _store(self, draft: Draft, version: int) -> bool:
-        known = self._rendered.get(draft.id)
-        if known is not None and known.seed == draft.seed:
+        current = self._rendered.get(draft.id)
+        if current is not None and current.seed == draft.seed:
             return False
         html = str(draft.render())
-        if known is not None and known.html == html:
-            self._rendered[draft.id] = known._replace(seed=draft.seed)
+        if current is not None and current.html == html:
+            self._rendered[draft.id] = current._replace(seed=draft.seed)
             return False
         self._rendered[draft.id] = Fragment(draft.seed, html, version)
         return True
@@ -210,7 +210,7 @@ class Fragments:
         return {name: self._fill(self._list(name, None), now) for name in self._sections}
 
     def row(self, name: str, now: float) -> Markup:
-        """Return the row of a job that is shown or watched, in the same way."""
+        """Return the row of a job that is shown or watched, with its clocks filled in."""
         return self._fill(self._rendered[f"job-{name}"].html, now)
 
     def changes(self, since: int | None, job: str | None) -> dict[str, str]:
@@ -255,7 +255,7 @@ class Fragments:
 
 
 def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
-    """Return a job without what changes with time alone."""
+    """Return a job without the member that changes with time alone."""
     job: view_models.Job = from_json(snapshot.jobs[name].text)
     del job["elapsedSeconds"]
     return job

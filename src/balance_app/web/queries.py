@@ -1,6 +1,6 @@
 """Queries of the page beside the status: recent runs, failures, totals; each is cheap.
 
-For people alone: nothing decides by what is read here.
+They are for people alone: no decision depends on their results.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from balance_app.jobs.api.history import read_in_order
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
-USERS_COUNTED: Final = 10_000  # summed up by each query; more are shown as a job last counted them
+USERS_COUNTED: Final = 10_000  # summed up by each query; above it, the job `total-days` did that
 RATE_SECONDS: Final = 10.0
 
 Runs = list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Activity(NamedTuple):
     """Recent runs, failures and totals at one moment; times are seconds since 1970."""
 
     now: float
-    # the last runs of each job that was asked for, the oldest first
+    # the last runs of each job that is shown, the oldest first
     runs: dict[str, Runs]
     failed: int
     failures: Runs
@@ -46,7 +46,7 @@ class Activity(NamedTuple):
 
 
 class PageQueries:
-    """What the page shows beside the status, one statement a query."""
+    """What the page shows beside the status, each by one statement."""
 
     def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
@@ -58,13 +58,13 @@ class PageQueries:
     async def activity(self, shown: Iterable[str], changed: Iterable[str]) -> Activity:
         """Return the recent activity; runs are read again only of the jobs in `changed`."""
         names = set(shown)
-        asked = sorted(names & set(changed) | (names - self._runs.keys()))
-        # As reading the status: one at a time, and ahead of ordinary requests.
+        stale = sorted(names & set(changed) | (names - self._runs.keys()))
+        # With priority, as the status: there is one such query at a time.
         (row,) = await self._database.run(
-            lambda con: read_in_order(con, ACTIVITY, asked, RUNS_KEPT), priority=True
+            lambda con: read_in_order(con, ACTIVITY, stale, RUNS_KEPT), priority=True
         )
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
-        self._runs.update((name, []) for name in asked)
+        self._runs.update((name, []) for name in stale)
         for run in from_json(row["runs"]):
             self._runs[run["job"]].append(run)
         exact = row["users"] <= USERS_COUNTED
@@ -85,7 +85,7 @@ class PageQueries:
         )
 
     async def checkpoint(self, job: str) -> str | None:
-        """Return what a run of a job would go on from, as JSON."""
+        """Return the checkpoint from which the next run of a job resumes, as JSON."""
         rows = await self._database.run(lambda con: read(con, CHECKPOINT, job))
         return rows[0]["checkpoint"] if rows else None
 
@@ -102,7 +102,7 @@ class PageQueries:
     def _rates(self, changes: int, refusals: int) -> tuple[float | None, float | None]:
         now = monotonic()
         self._counted.append((now, changes, refusals))
-        # Counts from before a pause without viewers give no rate of now.
+        # Counts from before a time without viewers do not give the present rate.
         while now - self._counted[0][0] > 2 * RATE_SECONDS or (
             len(self._counted) > 2 and now - self._counted[1][0] >= RATE_SECONDS  # noqa: PLR2004
         ):
@@ -110,27 +110,26 @@ class PageQueries:
         then, changes_then, refusals_then = self._counted[0]
         if now - then < 1:
             return None, None
-        # The statistics of a server that crashed begin anew.
+        # A crash of the server resets its statistics.
         return (
             max(0, changes - changes_then) / (now - then),
             (refusals - refusals_then) / (now - then),
         )
 
 
-# Each part reads a bounded number of rows by an index, however long the history is: a job's runs
-# begin in the order of their fences (ticks that did not run have none), the ranges of rows keep to
-# the index that has them in this order (see `jobs/api/history.py`), and of users no more are summed
-# up than is cheap. The number of changes is from PostgreSQL's statistics, some seconds
-# late.
+# Each CTE reads a bounded number of rows by an index, however long the history is: a job's runs
+# begin in the order of their fences (skipped ticks have none), the row comparisons keep the plan to
+# the index with this order (see `jobs/api/history.py`), and at most 10 001 users are summed up. The
+# number of changes is from PostgreSQL's statistics, some seconds late.
 #
-# $1 the jobs whose runs are asked for, $2 how many of each
+# $1 the jobs whose runs are read, $2 how many of each
 ACTIVITY: Final = """
 WITH moment AS (
     SELECT clock_timestamp() AS now
 ), runs AS (
-    SELECT run.* FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
+    SELECT run.* FROM unnest($1::text[]) AS shown(name) CROSS JOIN LATERAL (
         SELECT * FROM job_runs
-        WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+        WHERE (job, fence) < (shown.name, 9223372036854775807) AND (job, fence) > (shown.name, 0)
         ORDER BY job DESC, fence DESC LIMIT $2
     ) AS run
 ), failed AS MATERIALIZED (
@@ -184,9 +183,9 @@ SELECT coalesce(json_agg(json_build_object(
     'started', extract(epoch FROM started_at)::float8,
     'ended', extract(epoch FROM ended_at)::float8
 ) ORDER BY id), '[]')::text AS runs
-FROM unnest($1::text[]) AS asked(name) CROSS JOIN LATERAL (
+FROM unnest($1::text[]) AS shown(name) CROSS JOIN LATERAL (
     SELECT * FROM job_runs
-    WHERE (job, fence) < (asked.name, 9223372036854775807) AND (job, fence) > (asked.name, 0)
+    WHERE (job, fence) < (shown.name, 9223372036854775807) AND (job, fence) > (shown.name, 0)
     ORDER BY job DESC, fence DESC LIMIT $2
 ) AS run
 """

@@ -1,7 +1,7 @@
-"""Rendering of pages: templates, files whose address changes with them, headers, compression.
+"""Rendering of pages: templates, static files, headers, compression.
 
 Files are read and compressed once, and served from memory: Starlette's StaticFiles opens a file for
-each request, and answers 500 when clients hold every descriptor that they may have.
+each request, and answers 500 when clients hold all the file descriptors that they may have.
 """
 
 import re
@@ -21,7 +21,7 @@ from balance_app import states
 from balance_app.formatting import duration
 from balance_app.web import view_models
 
-# No scripts and no styles but the service's own files; no page of another site around it.
+# Scripts and styles come from the service's own files alone, and no other site may frame a page.
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -38,7 +38,7 @@ _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 
 class Asset(NamedTuple):
-    """A file of the page: as it is, compressed, and the hash of its content in its address."""
+    """A static file: its content, the same compressed, and its hash, which its URL has."""
 
     body: bytes
     compressed: bytes
@@ -48,7 +48,7 @@ class Asset(NamedTuple):
 
 @lru_cache(maxsize=1)
 def templates() -> Environment:
-    """Return the templates; everything that they are given is escaped."""
+    """Return the templates; they escape every value that they get."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -66,7 +66,7 @@ def templates() -> Environment:
         "stamp": lambda moment: view_models.tenth(view_models.seconds_of(moment)),
     }
     environment.globals |= {
-        "asset": _address,
+        "asset": _asset_url,
         "State": states.State,
         "Outcome": states.Outcome,
         "job_sign": states.job_sign,
@@ -104,15 +104,15 @@ def page(
 
 
 def add_root_path(root_path: str, html: str) -> str:
-    """Put the path that this program has behind a proxy before every address of its own.
+    """Put ROOT_PATH before every URL of this service in a page.
 
-    Nothing but a template can write such an attribute: all that it is given is escaped.
+    Only templates write such attributes, as they escape every value that they get.
     """
     return _OWN_URL.sub(rf"\g<0>{root_path}", html) if root_path else html
 
 
 def file(request: Request, name: str) -> Response | None:
-    """Return a file of the page, if there is one with this name."""
+    """Return a static file; None if there is none with this name."""
     found = _asset(name) if name in _names() else None
     if found is None:
         return None
@@ -136,7 +136,7 @@ def accepts_gzip(request: Request) -> bool:
 
 
 def gzip(body: bytes) -> bytes:
-    """Compress a whole answer."""
+    """Compress a whole body."""
     compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
     return compressor.compress(body) + compressor.flush()
 
@@ -152,6 +152,6 @@ def _asset(name: str) -> Asset:
     return Asset(body, gzip(body), sha256(body).hexdigest()[:12], guess_type(name)[0])
 
 
-def _address(name: str) -> str:
-    """Return where a file is; its address changes with its content."""
+def _asset_url(name: str) -> str:
+    """Return the URL of a file; it changes with the file's content."""
     return f"/static/{name}?v={_asset(name).digest}"

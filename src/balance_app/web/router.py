@@ -1,6 +1,6 @@
-"""The page for people, at `/`: what every instance and job does, and who has how much.
+"""The operator's page, at `/`: what every instance and job does, and users' balances.
 
-It wires the two features, which do not know of it, and is complete without scripts: each button is
+It uses both features, which do not import it, and is complete without scripts: each button is
 a form (`actions.py`), each answer a page.
 """
 
@@ -57,12 +57,12 @@ class ChangeAttempt(NamedTuple):
     form: Mapping[str, str]
     message: Message
     status: int
-    # its outcome is not known: the form keeps its key, so that to send it again is safe
+    # its outcome is unknown: the form keeps its key, so that it is safe to send it again
     keep_key: bool = False
 
 
 class PageRoute(APIRoute):
-    """A route whose problems are pages too."""
+    """A route that returns problems as pages too."""
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -94,12 +94,12 @@ def problem_page(request: Request, problem: Problem) -> Response:
 
 
 def sentence(problem: Problem, method: str) -> str:
-    """Return what a problem says of a request of this method, for people."""
+    """Return what a problem means for a request of this method, as a sentence."""
     body = problem.body(method)
     if body.get("applied") == "unknown":
         return f"It is not known whether it was done. {problem.detail}"
     if isinstance(problem, DatabaseUnavailable):
-        return f"{body['detail']} This page goes on by itself when it can."
+        return f"{body['detail']} This page reconnects by itself."
     return str(body["detail"])
 
 
@@ -166,8 +166,8 @@ async def show_job(request: Request, name: str) -> Response:
 
 
 @router.get("/jobs/{name}/cancel")
-async def ask_to_cancel(request: Request, name: str) -> Response:
-    """Ask whether a run is really to be cancelled: it destroys work."""
+async def confirm_cancel(request: Request, name: str) -> Response:
+    """Ask for confirmation before a run is cancelled: its work is lost."""
     job = _job(await stream_of(request).refresh(), name)
     view = {
         "job": job,
@@ -178,8 +178,8 @@ async def ask_to_cancel(request: Request, name: str) -> Response:
 
 
 @router.get("/jobs/{name}/forget")
-async def ask_to_forget(request: Request, name: str) -> Response:
-    """Ask whether a job is really to be forgotten."""
+async def confirm_forget(request: Request, name: str) -> Response:
+    """Ask for confirmation before a job is forgotten."""
     job = _job(await stream_of(request).refresh(), name)
     return _page(request, "forget.html", {"job": job})
 
@@ -203,7 +203,7 @@ async def overview_page(
         if stream.fragments.snapshot is None:
             raise
         status, headers = problem.status, problem.headers
-        message = Message("bad", f"{sentence(problem, 'GET')} What is below was seen before that.")
+        message = Message("bad", f"{sentence(problem, 'GET')} The last known state is below.")
     snapshot = stream.fragments.snapshot
     assert snapshot is not None  # noqa: S101 - else it was raised
     now = snapshot.now.timestamp()
@@ -273,10 +273,10 @@ async def _entry_message(request: Request, user: str) -> Message | None:
 
 
 _MESSAGES: Final = {
-    "run": "{} is to run now: an instance takes it within a second or two.",
+    "run": "{} is ready to run: an instance claims it within a second or two.",
     "pause": "{} is paused: nothing starts it until it is resumed.",
-    "resume": "{} goes on with its next tick.",
-    "cancel": "The run of {} is being cancelled: its instance learns of it by its next heartbeat.",
+    "resume": "{} is resumed: it runs at its next tick.",
+    "cancel": "The run of {} is being cancelled: its instance reads that at its next heartbeat.",
     "cancel-late": (
         "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
         "now."
@@ -302,7 +302,7 @@ async def job_page(
 
     Raises:
         JobNotFound: there is no such job.
-        InvalidRequest: no such part of its history can be asked for.
+        InvalidRequest: `outcome` or `before` in the query is invalid.
     """
     stream, queries = stream_of(request), _queries(request)
     history = services(request)[History]
@@ -352,7 +352,7 @@ def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
     return cast("view_models.Job", from_json(status.text))
 
 
-# -- of every request ------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------
 
 
 def is_number(text: str) -> bool:
@@ -361,12 +361,12 @@ def is_number(text: str) -> bool:
 
 
 def came_from(request: Request) -> str:
-    """Return the path of the page that a request was sent from, as far as its browser says."""
+    """Return the path of the page that a request was sent from, by its Referer."""
     return path_of(request, urlsplit(request.headers.get("referer", "")).path)
 
 
 def path_of(request: Request, path: str) -> str:
-    """Return a path without what a proxy puts before it."""
+    """Return a path without ROOT_PATH."""
     return path.removeprefix(request.scope["root_path"])
 
 

@@ -1,6 +1,6 @@
 """The page's event stream: one query a second for all viewers of this instance, sent as changes.
 
-A tick is one statement: it reads the status, or the recent activity, never both. Viewers who have
+A poll is one statement: it reads the status, or the recent activity, never both. Viewers who have
 the same version of the page are sent the same bytes, made and compressed once.
 """
 
@@ -27,12 +27,12 @@ from balance_app.web.queries import Activity, PageQueries
 from balance_app.web.rendering import add_root_path
 
 _VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
-ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read, besides when runs change
-UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # then it is too old for a new status
+ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read when no run changes
+UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match a new status
 
 
 class PageStream:
-    """Keeps the page's fragments up to date while somebody watches, or asks for a page."""
+    """Updates the page's fragments while there are viewers, and for each page requested."""
 
     def __init__(
         self,
@@ -49,25 +49,25 @@ class PageStream:
         # when the reading of the status that is shown began
         self._began = 0.0
         self._activity: Activity | None = None
-        # when its query began, and of each job what its runs were known by
+        # when its query began, and `_runs_of` each job then
         self._activity_began = 0.0
         self._runs_seen: dict[str, object] = {}
         self._status_is_next = True
         self._watched: Counter[str] = Counter()
-        # The versions of one boot say nothing to another.
+        # A version means nothing to another process, as after a restart.
         self._boot = token_hex(4)
         self._events: dict[tuple[int | None, str | None], bytes] = {}
         self._compressed: dict[bytes, bytes] = {}
-        self._broadcaster = EventBroadcaster(self._tick, stopping)
+        self._broadcaster = EventBroadcaster(self._poll, stopping)
         self.fragments = Fragments()
 
     @property
     def version(self) -> str:
-        """The version of the page, with which its browser comes back."""
+        """The version of the page, which its browser sends when it reconnects."""
         return f"{self._boot}.{self.fragments.version}"
 
     async def refresh(self) -> StatusSnapshot:
-        """Bring the fragments up to this moment.
+        """Update the fragments to the present state.
 
         Raises:
             DatabaseUnavailable: it can't be reached; the fragments stay as they were.
@@ -83,8 +83,8 @@ class PageStream:
             self._render()
         return snapshot
 
-    async def _tick(self) -> StatusSnapshot:
-        """Bring the fragments on by one statement; by both when nobody has watched for a while."""
+    async def _poll(self) -> StatusSnapshot:
+        """Update the fragments by one statement, or by both after a while without viewers."""
         async with self._lock:
             now = monotonic()
             unwatched = self._activity_began < now - UNWATCHED_SECONDS
@@ -139,16 +139,16 @@ class PageStream:
 
     @contextmanager
     def watching(self, job: str | None) -> Iterator[None]:
-        """Count somebody who watches everything, or one job.
+        """Count a viewer of everything, or of one job.
 
         Raises:
-            Overloaded: too many do already.
+            Overloaded: there are too many viewers.
         """
         with self._broadcaster.viewer(), self.keeping(job) if job else nullcontext():
             yield
 
     async def events(self, since: str | None, job: str | None) -> AsyncIterator[bytes]:
-        """Yield what has changed for a viewer who has the version `since`, at each tick."""
+        """Yield what has changed for a viewer who has the version `since`, at each poll."""
         boot, _, number = (since or "").partition(".")
         has = int(number) if boot == self._boot and _VERSION.fullmatch(number) else None
         async for event in self._broadcaster.events():
@@ -160,10 +160,10 @@ class PageStream:
 
     def _event(self, since: int | None, job: str | None) -> bytes:
         """Return the event for all who have the version `since`."""
-        known = self._events.get((since, job))
-        if known is None:
+        cached = self._events.get((since, job))
+        if cached is None:
             snapshot = self.fragments.snapshot
-            assert snapshot is not None  # noqa: S101 - a tick came before
+            assert snapshot is not None  # noqa: S101 - a poll came before
             changes = self.fragments.changes(since, job)
             data = {
                 "now": snapshot.now.timestamp(),
@@ -172,20 +172,20 @@ class PageStream:
                     id_: add_root_path(self._root_path, html) for id_, html in changes.items()
                 },
             }
-            known = format_sse_event(
+            cached = format_sse_event(
                 event="status", data_str=to_json(data).decode(), id=self.version
             )
-            self._events[since, job] = known
-        return known
+            self._events[since, job] = cached
+        return cached
 
     def compress(self, event: bytes) -> bytes:
-        """Compress an event into blocks that refer to nothing before them; the same one once."""
-        known = self._compressed.get(event)
-        if known is None:
+        """Compress an event, once, into blocks that refer to nothing before them."""
+        cached = self._compressed.get(event)
+        if cached is None:
             compressor = zlib.compressobj(6, zlib.DEFLATED, -15)
-            known = compressor.compress(event) + compressor.flush(zlib.Z_SYNC_FLUSH)
-            self._compressed[event] = known
-        return known
+            cached = compressor.compress(event) + compressor.flush(zlib.Z_SYNC_FLUSH)
+            self._compressed[event] = cached
+        return cached
 
 
 class PageStreamResponse(EventSourceResponse):
@@ -215,16 +215,16 @@ class PageStreamResponse(EventSourceResponse):
 async def _gzip(
     events: AsyncIterator[bytes], compress: Callable[[bytes], bytes]
 ) -> AsyncIterator[bytes]:
-    """Compress a stream as RFC 1952 says: a head, blocks, the last block, and what to check."""
-    check, size = 0, 0
+    """Compress a stream as RFC 1952 says: header, blocks, an empty last one, checksum and size."""
+    checksum, size = 0, 0
     yield b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
     async for event in events:
-        check, size = zlib.crc32(event, check), size + len(event)
+        checksum, size = zlib.crc32(event, checksum), size + len(event)
         yield compress(event)
-    yield b"\x03\x00" + check.to_bytes(4, "little") + (size & 0xFFFFFFFF).to_bytes(4, "little")
+    yield b"\x03\x00" + checksum.to_bytes(4, "little") + (size & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def _runs_of(job: view_models.Job) -> object:
-    """Return what changes whenever a job's runs do."""
+    """Return a value that changes whenever a job's runs do."""
     last = job["lastRun"]
     return job["fence"], job["state"], job["dueAt"], None if last is None else last["endedAt"]

@@ -1,4 +1,4 @@
-"""View models: numbers, moments, states, and what became of what was lost, in words."""
+"""View models: how numbers, moments, states and lost runs are shown."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +18,12 @@ Job = dict[str, Any]
 
 
 def due(seconds: float) -> str:
-    """Return when something is due: "in 41 s", or since when it was."""
+    """Return when something is due, "in 41 s", or how long it has been: "since 41 s"."""
     return f"in {duration(seconds)}" if seconds > 0 else f"since {duration(-seconds)}"
 
 
-# What a clock shows, so many seconds after its moment. `static/app.js` has the same words: a
-# clock goes on in the browser from what the server has written.
+# The text of a clock, by the seconds since its moment. `static/app.js` has the same texts: it
+# updates in the browser what the server has written.
 CLOCKS: Final[dict[str, Callable[[float], str]]] = {
     "for": duration,
     "ago": ago,
@@ -32,12 +32,12 @@ CLOCKS: Final[dict[str, Callable[[float], str]]] = {
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """Return a number with its thousands apart: "12 000"."""
+    """Return a number with its thousands separated: "12 000"."""
     return "…" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f")
 
 
 def rate(value: float | None) -> str:
-    """Return how many there are a second: "0.4", "1 312"."""
+    """Return a rate per second: "0.4", "1 312"."""
     return number(value, digits=1 if value and value < 10 else 0)  # noqa: PLR2004
 
 
@@ -49,7 +49,7 @@ def seconds_of(moment: float | str | datetime) -> float:
 
 
 def tenth(seconds: float) -> float:
-    """Return the last tenth of a second before a moment, or the moment itself."""
+    """Return a moment rounded down to a tenth of a second."""
     return math.floor(10 * seconds) / 10
 
 
@@ -64,7 +64,7 @@ def clock_time(moment: float | str | datetime) -> str:
 
 
 def iso(moment: float | str | datetime) -> str:
-    """Return a moment for machines."""
+    """Return a moment in ISO 8601."""
     return f"{datetime.fromtimestamp(seconds_of(moment), UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
@@ -77,7 +77,7 @@ def why(job: Job) -> str | None:
         if job["cancelRequestedBy"] is not None:
             return f"Cancellation requested by {job['cancelRequestedBy']}."
         if job["workEndedAt"] is not None:
-            return "Its work is done; it lasts to its least duration."
+            return "Its work is done; it lasts until its minimum duration."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
     if job["waiting"]["reason"] == Reason.NOT_DUE:
         failures = job["failuresInARow"]
@@ -86,7 +86,7 @@ def why(job: Job) -> str | None:
 
 
 def share(job: Job) -> float | None:
-    """Return how much of its run a job has done, in percent."""
+    """Return how much of its work a run has done, in percent."""
     progress = job["progress"]
     if progress is None or not progress["total"]:
         return None
@@ -94,7 +94,7 @@ def share(job: Job) -> float | None:
 
 
 class Tile(NamedTuple):
-    """A number of the strip."""
+    """A number at the top of the page."""
 
     id: str
     value: str
@@ -135,23 +135,23 @@ def strip(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None
 
 
 def title(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> str:
-    """Return the essence for the browser's tab, the bad news first."""
+    """Return the title of the browser's tab, the problems first."""
     cards = list(cards)
-    gone = sum(not card.live for card in cards)
-    news = [
-        f"{number} {word}"
-        for number, word in (
-            (gone, "lost" if gone == 1 else "instances lost"),
+    lost = sum(not card.live for card in cards)
+    problems = [
+        f"{number} {label}"
+        for number, label in (
+            (lost, "lost" if lost == 1 else "instances lost"),
             (counts["overdue"], "overdue"),
             (failed or 0, "failed"),
         )
         if number
     ]
-    return " · ".join([*news, f"{counts['running']} running", "balance_app"])
+    return " · ".join([*problems, f"{counts['running']} running", "balance_app"])
 
 
 class Loss(NamedTuple):
-    """A run that its instance took with it, and what became of the job."""
+    """A lost run, and what became of its job."""
 
     job: str
     at: float
@@ -159,14 +159,14 @@ class Loss(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A server by its name: its instances, what they run, and what was lost with them."""
+    """A server by its name: its instances, the jobs they run, and the runs lost with them."""
 
     server: str
     live: bool
-    # the last sign of life
+    # the last heartbeat
     seen: float | None
     up_since: float | None
-    boots: int
+    live_instances: int
     jobs: list[dict[str, Any]]
     more: int
     losses: list[Loss]
@@ -182,11 +182,11 @@ def cards_of(
     """Return a card for each server, by name.
 
     Args:
-        instances: a `InstanceAnswer` each; of one server there may be several.
+        instances: an `InstanceAnswer` each; one server may have several.
         lost: the runs that were lost lately.
         now: the moment of the snapshot.
         held: the names of the jobs that each instance runs, by its id.
-        job_of: gives a job by its name.
+        job_of: returns a job by its name.
     """
     by_server: dict[str, list[dict[str, Any]]] = {}
     for instance in instances:
@@ -196,10 +196,10 @@ def cards_of(
         losses.setdefault(run["server"], []).append(run)
     cards = []
     for server in sorted(by_server.keys() | losses.keys()):
-        boots = by_server.get(server, [])
-        live = [instance for instance in boots if instance["live"]]
-        newest = min(live or boots, key=lambda instance: instance["seenSecondsAgo"], default=None)
-        names = [name for instance in boots for name in held.get(instance["id"], ())]
+        seen = by_server.get(server, [])
+        live = [instance for instance in seen if instance["live"]]
+        newest = min(live or seen, key=lambda instance: instance["seenSecondsAgo"], default=None)
+        names = [name for instance in seen for name in held.get(instance["id"], ())]
         jobs = [job for name in names[:JOBS_OF_INSTANCE] if (job := job_of(name)) is not None]
         cards.append(
             Card(
@@ -208,11 +208,11 @@ def cards_of(
                 seen=(
                     max(run["ended"] for run in losses[server])
                     if newest is None
-                    # To a tenth: a sign of life is one moment, however often it is asked for.
+                    # Rounded, so that one heartbeat is the same moment in every snapshot.
                     else tenth(now - newest["seenSecondsAgo"])
                 ),
                 up_since=(None if newest is None else tenth(seconds_of(newest["startedAt"]))),
-                boots=len(live),
+                live_instances=len(live),
                 jobs=[
                     {"name": job["name"], "since": seconds_of(job["startedAt"])}
                     for job in jobs
@@ -231,7 +231,7 @@ def cards_of(
 def _became(run: dict[str, Any], job: Job | None) -> str:
     """Return what became of a job whose run was lost."""
     if job is None:
-        return "is no more"
+        return "does not exist any more"
     if job["state"] == State.RUNNING:
         return f"runs on {job['server']}"
     last = job["lastRun"]

@@ -1,7 +1,7 @@
-/* What the page does beyond what it shows without scripts: it stays up to date.
+/* Keeps the page up to date; without scripts it shows the moment when it was loaded.
 
 The server sends the elements that have changed (see stream.py); Idiomorph puts them in place, so that
-focus and selection stay. Clocks tick here, by the server's clock. */
+focus and selection stay. Clocks are updated here, by the server's clock. */
 "use strict";
 
 const RETRY = 1000, SILENCE = 5000;
@@ -11,9 +11,9 @@ const state = byId("state"), button = byId("pause");
 
 let stream = null, retry = 0, lastEventAt = 0, paused = false, busy = false;
 let ahead = -Infinity;                    // how far the server's clock is ahead of this one
-let version = null, still = false;
+let version = null, stale = false;
 
-/* -- clocks: in the same words as view_models.py ------------------------------------------- */
+/* -- clocks: the same texts as in view_models.py -------------------------------------------- */
 
 const now = () => Date.now() / 1000 + ahead;
 const whole = (seconds) => Math.max(0, Math.trunc(seconds));
@@ -36,7 +36,7 @@ function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-function tick(root) {
+function updateClocks(root) {
   for (const kind of Object.keys(clocks))
     for (const each of root.querySelectorAll(`[data-${kind}]`))
       write(each, clocks[kind](now() - each.getAttribute(`data-${kind}`)));
@@ -48,10 +48,10 @@ function tick(root) {
     each.setAttribute("width", `${Math.max(0.35, 100 + shift - each.dataset.from).toFixed(2)}%`);
 }
 
-/* The least delay tells the clock best; the guess is forgotten slowly, as clocks drift. */
+/* The event with the least delay gives the best estimate; it decays slowly, as clocks drift. */
 function setClock(seconds) {
-  const guess = seconds - Date.now() / 1000;
-  ahead = guess < ahead - 5 ? guess : Math.max(guess, ahead - 0.001);
+  const estimate = seconds - Date.now() / 1000;
+  ahead = estimate < ahead - 5 ? estimate : Math.max(estimate, ahead - 0.001);
 }
 
 /* -- fragments ----------------------------------------------------------------------------- */
@@ -59,49 +59,49 @@ function setClock(seconds) {
 function morph(old, html) {
   const box = document.createElement("template");
   box.innerHTML = html;
-  tick(box.content);
+  updateClocks(box.content);
   const focus = old.contains(document.activeElement) && document.activeElement.closest("[id^=job-]")?.id;
-  let whole = true;
+  let complete = true;
   Idiomorph.morph(old, box.content.firstElementChild, {
     callbacks: {
       beforeNodeMorphed: (_, fresh) => !(fresh.nodeType === 1 && fresh.hasAttribute("data-same")),
       beforeNodeAdded: (fresh) => {
         const unknown = fresh.nodeType === 1 && fresh.hasAttribute("data-same");
-        if (unknown) whole = false;
+        if (unknown) complete = false;
         return !unknown;
       },
     },
   });
-  // Where a button was that is no more, another one must not take what is typed next.
+  // When the focused button is removed, the next key must not press another one.
   if (focus && document.activeElement === document.body) byId(focus)?.querySelector("a").focus({ preventScroll: true });
-  return whole;
+  return complete;
 }
 
 function apply(event) {
   const update = JSON.parse(event.data);
   setClock(update.now);
-  let whole = true, ended = false;
+  let complete = true, ended = false;
   for (const [id, html] of Object.entries(update.html)) {
     const old = byId(id);
-    if (!old) { whole = false; continue; }
+    if (!old) { complete = false; continue; }
     const before = old.querySelector(".last time")?.dateTime;
-    whole = morph(old, html) && whole;
+    complete = morph(old, html) && complete;
     ended ||= document.body.dataset.stream.includes("job=") && before !== byId(id)?.querySelector(".last time")?.dateTime;
   }
   version = event.lastEventId;
   if (!document.body.dataset.stream.includes("job=")) document.title = update.title;
-  tick(document);
+  updateClocks(document);
   setState("good", "●", "live");
   if (ended) setTimeout(() => load(location.href), 1000 * Math.random());   // its history is longer now
-  if (!whole) byId("strip") || !document.body.dataset.stream.endsWith("/live") ? connect(null) : load(location.href);
+  if (!complete) byId("strip") || !document.body.dataset.stream.endsWith("/live") ? connect(null) : load(location.href);
 }
 
 function setState(tone, symbol, word) {
   state.className = `state ${tone}`;
   write(state.firstElementChild, symbol);
   write(state.lastChild.nodeType === 3 ? state.lastChild : state, ` ${word}`);
-  document.body.classList.toggle("stale", tone !== "good");
-  still = tone !== "good";
+  stale = tone !== "good";
+  document.body.classList.toggle("stale", stale);
 }
 
 /* -- the stream ---------------------------------------------------------------------------- */
@@ -139,7 +139,7 @@ function reconnect() {
 button.hidden = !document.body.dataset.stream;
 button.addEventListener("click", () => {
   paused = !paused;
-  button.textContent = paused ? "Go on" : "Pause";
+  button.textContent = paused ? "Resume" : "Pause";
   if (paused) {
     disconnect();
     setState("rest", "‖", `paused at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
@@ -148,7 +148,7 @@ button.addEventListener("click", () => {
 
 setInterval(() => {
   if (stream && Date.now() - lastEventAt > SILENCE) reconnect();
-  if (!still) tick(document);
+  if (!stale) updateClocks(document);
 }, 1000);
 
 /* -- forms and links within the page ------------------------------------------------------- */
@@ -168,7 +168,7 @@ async function load(address, options) {
     if (options && answer.redirected) history.replaceState(null, "", new URL(answer.url).pathname);
     connect(new URL(page.body.dataset.stream, location.href).searchParams.get("since"));
   } catch {
-    if (options) byId("message").innerHTML = '<p class="message bad">Nobody answers. It is not known whether it was done: look again before you repeat it.</p>';
+    if (options) byId("message").innerHTML = '<p class="message bad">Nobody answers. It is not known whether it was done: check before you repeat it.</p>';
   } finally {
     busy = false;
   }
@@ -192,7 +192,7 @@ document.addEventListener("submit", (event) => {
     if (/\/(cancel|forget)$/.test(address.pathname)) { event.preventDefault(); openConfirmation(address); }
     return;
   }
-  if (address.pathname.endsWith("/forget")) return;  // what is left is another page
+  if (address.pathname.endsWith("/forget")) return;  // it leads to another page
   event.preventDefault();
   const fields = new URLSearchParams(new FormData(form, by));
   const name = localStorage.getItem("by");
