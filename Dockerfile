@@ -13,8 +13,8 @@ COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
  && pip --python /opt/venv/bin/python install --no-deps -r requirements.lock
 
-# What builds the wheel is taken out of the developers' lock, hashes and all, and stays in this
-# stage. One that is missing in the list fails here: pip refuses what has no hash.
+# The packages that build the wheel come from the developers' lock, with their hashes, and stay in
+# this stage. If one is missing in the list, this step fails: pip refuses a package without a hash.
 COPY requirements-dev.lock ./
 RUN awk '/^[a-z]/ { wanted = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/ } \
          wanted' requirements-dev.lock > build.lock \
@@ -50,11 +50,11 @@ WORKDIR /app
 USER 10001
 EXPOSE 3000
 
-# The instance itself is asked, over HTTP, whether it is ready: database reachable, schema right. The
-# program that asks starts nothing but Python, and is patient: a burst is no reason to be unhealthy.
+# The probe requests /readyz over HTTP: database reachable, schema right. It imports almost nothing, as
+# it runs often, and its timeout is long: a burst must not make a container unhealthy.
 COPY src/balance_app/http/probe.py /opt/probe.py
 HEALTHCHECK --interval=10s --timeout=30s --start-period=60s --retries=3 \
     CMD ["python", "-I", "-S", "/opt/probe.py"]
 
-# For PID 1 the kernel ignores signals that nobody handles: run it with an init (`--init`).
+# For PID 1 the kernel ignores signals without a handler: run it with an init (`--init`).
 CMD ["balance-app", "serve"]

@@ -1,4 +1,4 @@
-# What one can do here; `make help` is made from the ## comments.
+# The commands of this project; `make help` is made from the ## comments.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-help: ## what one can do here
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): requirements-dev.lock pyproject.toml
@@ -41,9 +41,9 @@ test: $(READY) ## run all tests against a real PostgreSQL
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python $(MEASURED) -m pytest \
 		$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
-check: lint coverage ## linters, tests, and how much of the source these run
+check: lint coverage ## linters, tests, and which branches of the source they run
 
-coverage: $(READY) ## run all tests, and measure which branches of the source they take
+coverage: $(READY) ## run all tests, and measure which branches of the source they run
 	@rm -rf .coverage && mkdir .coverage
 	@$(MAKE) --no-print-directory test MEASURED="-m coverage run"
 	@$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report
@@ -54,11 +54,11 @@ lint: $(READY) ## ruff, mypy, the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY) ## let ruff put the code in order
+format: $(READY) ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure against the ceiling, and print ratios (some minutes)
+bench: $(READY) ## measure the service against what the machine allows, print ratios (some minutes)
 	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
 
 screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
@@ -80,7 +80,7 @@ release: $(READY) ## check everything, tag the version of pyproject.toml, build 
 		{ test -z "$$(git status --porcelain)" || { echo "There are changes that are not committed."; exit 1; }; } && \
 		{ grep -qE "^## \[$$version\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md || \
 			{ echo "CHANGELOG.md has no section \"## [$$version] - YYYY-MM-DD\"."; exit 1; }; } && \
-		{ ! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "v$$version is there already."; exit 1; }; } && \
+		{ ! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "v$$version exists already."; exit 1; }; } && \
 		$(MAKE) check && \
 		$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && \
 		git tag --annotate "v$$version" --message "balance_app $$version" && \
