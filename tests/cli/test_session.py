@@ -153,9 +153,9 @@ async def test_nobody_there_is_said_in_a_sentence(line: str) -> None:
     ("answer", "code", "sentence"),
     [
         (b"", 3, r"Nobody answers at http://\S+: "),
-        (http("200 OK", "OK"), 3, r"What answers at \S+ is not this service: status 200"),
-        (http("200 OK", "{}"), 3, r"What answers at \S+ is not this service: status 200"),
-        (http("404 No", "[]"), 3, r"What answers at \S+ is not this service: status 404"),
+        (http("200 OK", "OK"), 3, r"The server at \S+ is not this service: status 200"),
+        (http("200 OK", "{}"), 3, r"The server at \S+ is not this service: status 200"),
+        (http("404 No", "[]"), 3, r"The server at \S+ is not this service: status 404"),
         (http("404 No", '{"detail":5}'), 3, r"\S+ is not this service: status 404"),
         (UNAVAILABLE, 3, r"http://\S+ answers 503: It left\.$"),
         (http("500 No", '{"detail":"A mistake.","applied":"no"}'), 1, "^A mistake.$"),
@@ -271,7 +271,7 @@ async def test_past_balances_are_shown(
 ) -> None:
     """By pages, the latest day first; none is no failure."""
     environment = {"BALANCE_APP_URL": instance.url}
-    nothing = (0, "No balance of such a day is noted.\n", "")
+    nothing = (0, "There are no such daily balances.\n", "")
     assert await run("daily-balances", "1", **environment) == nothing
     connection = await connect(database)
     await connection.execute("""

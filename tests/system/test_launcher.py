@@ -1,4 +1,4 @@
-"""`balance-app up`: the whole thing on one machine, from the first start to the last stop."""
+"""`balance-app up`: instances and their database on one machine, from start to stop."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path
         assert await launched.withdraw(2) == 9_998
 
         psutil.Process(pids["app1"]).kill()
-        await launched.wait_for_output(r"app1 was ended by SIGKILL; again in [\d.]+ s")
+        await launched.wait_for_output(r"app1 was ended by SIGKILL; restart in [\d.]+ s")
         assert await launched.ready("app1", but_not=pids["app1"])
         assert await launched.withdraw(2, instance=1) == 9_996
 
@@ -67,7 +67,7 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
     assert not (tmp_path / "postgres").exists()
 
 
-async def test_a_first_start_that_was_cut_off_is_made_good(tmp_path: Path) -> None:
+async def test_an_interrupted_first_start_is_made_good(tmp_path: Path) -> None:
     """Killed while the data directory is made, it leaves nothing that the next start trips over."""
     place, new = tmp_path / "postgres", tmp_path / "postgres.new"
     async with _up(tmp_path) as launched:

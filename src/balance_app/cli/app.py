@@ -28,16 +28,16 @@ EXIT_CODES: Final = """
 Exit codes:
 
 - 0: done
-- 1: refused or failed, or what was looked at is not as it should be
+- 1: refused or failed, or a check found a fault
 - 2: wrong usage or settings
-- 3: nobody answers, or the service can't at this moment; nothing was changed
+- 3: nobody answers, or the service is unavailable; nothing was changed
 - 4: a change that the balance does not allow; nothing was changed
 - 5: it is not known whether it was done
 - 130: Ctrl-C
 """
 
 
-MAX_SHARED_PORT: Final = 32_000  # from 32768 up are the ports of the burst's clients
+MAX_SHARED_PORT: Final = 32_000  # from 32768 on, clients of the burst may have the ports
 
 
 class _Group(TyperGroup):
@@ -58,8 +58,8 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 service, database = typer.Typer(), typer.Typer()
-for part in (service, remote_commands, database):
-    cli.add_typer(part)
+for commands in (service, remote_commands, database):
+    cli.add_typer(commands)
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 - the library's call
@@ -78,7 +78,7 @@ Version = Annotated[
 def before_the_command(
     context: typer.Context, *, json: Json = False, url: Url = None, version: Version = False
 ) -> None:
-    """Take `--url` and `--json` before the command, too."""
+    """Accept `--url` and `--json` before the command, too."""
     del version
     accepting = {
         each.callback.__name__ for each in remote_commands.registered_commands if each.callback
@@ -104,18 +104,18 @@ def up(
         typer.Option(
             min=1,
             max=MAX_SHARED_PORT,
-            help="shared by all, by default PORT; the instances take those above",
+            help="shared by all, by default PORT; each instance also has one above it",
         ),
     ] = None,
 ) -> None:
-    """Run the whole thing on this machine: a database if none is configured, and the instances."""
+    """Run instances on this machine, and a database if none is configured."""
     from balance_app.local.launcher import LaunchError, launch
 
     settings = load_settings()
     port = port or settings.port
     if port > MAX_SHARED_PORT:
         fail(f"PORT is {port}: `up` needs one up to {MAX_SHARED_PORT}, and those above.", code=2)
-    for sentence in _notes(settings):
+    for sentence in _warnings(settings):
         typer.echo(sentence, err=True)
     try:
         code = asyncio.run(launch(settings, instances=instances, shared_port=port))
@@ -140,15 +140,15 @@ def serve(
     settings = load_settings()
     if settings.jobs_enabled and os.getpid() == 1:
         fail(
-            "As process 1 this instance could not be ended by the kernel when it stands still, and "
-            "a job might run twice: start the container with an init (`docker run --init`), or "
+            "As process 1 this instance could not be ended by the kernel when it is frozen, and a "
+            "job might run twice: start the container with an init (`docker run --init`), or "
             "without jobs (JOBS_ENABLED=false)."
         )
     _require_database(settings)
     configure_logs(settings)
-    notes = _notes(settings)
+    warnings = _warnings(settings)
     if not launched:
-        for sentence in notes:
+        for sentence in warnings:
             structlog.get_logger(__name__).warning("check the settings", reason=sentence)
     try:
         registry = Registry.load(
@@ -164,9 +164,9 @@ def serve(
 
 @_service()
 def healthcheck(
-    url: Annotated[str | None, typer.Option(metavar="URL", help="another one")] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="another instance")] = None,
 ) -> None:
-    """Ask the instance that runs here (HOST, PORT) whether it is ready.
+    """Check whether the instance that runs here (HOST, PORT) is ready.
 
     The exit code is 0 when it is, 1 when it is not, 3 when nobody answers.
     """
@@ -202,7 +202,7 @@ def _probe_url(url: str) -> tuple[int, str]:
 
 @_database()
 def migrate() -> None:
-    """Bring the database's schema to this program's version."""
+    """Migrate the database's schema to this program's version."""
     from balance_app.db.migrations import UnusableDatabaseError
     from balance_app.db.migrations import migrate as run
     from balance_app.db.outages import PERMANENT, classify
@@ -242,21 +242,21 @@ def psql() -> None:
         program = str(binaries() / "psql")
     except EmbeddedError as error:
         fail(str(error))
-    # By this path psql finds the libraries and files that it came with.
+    # psql finds its libraries and files by the path it is started with.
     os.execv(program, [program, f"--host={socket_directory}", "--username=postgres"])  # noqa: S606
 
 
 @_database()
 def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
-    """Delete the data of the embedded database, so that the next `up` starts over."""
+    """Delete the data of the embedded database; the next `up` starts with an empty one."""
     from balance_app.local.postgres import EmbeddedError, data_directory, describe, remove
 
     settings = load_settings()
     where = data_directory(settings)
     if settings.database_is_configured:
         typer.echo(
-            f"The configured database ({settings.database_address}) stays as it is: this is about "
-            "the embedded one.",
+            f"The configured database ({settings.database_address}) stays as it is: `reset` "
+            "deletes the embedded one.",
             err=True,
         )
     try:
@@ -270,7 +270,7 @@ def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = Fa
     typer.echo(f"Deleted {where}." if removed else f"There is nothing at {where}.")
 
 
-# -- parts -------------------------------------------------------------------------------------
+# -- shared ------------------------------------------------------------------------------------
 
 
 def _require_database(settings: Settings) -> None:
@@ -281,8 +281,8 @@ def _require_database(settings: Settings) -> None:
         )
 
 
-def _notes(settings: Settings) -> list[str]:
-    """Raise the limit of open files; return what should be known before it is too late."""
+def _warnings(settings: Settings) -> list[str]:
+    """Raise the limit of open files; return warnings about it and about unknown settings."""
     from balance_app import open_files
 
     shortage = open_files.shortage(settings, open_files.raise_limit())
@@ -291,7 +291,7 @@ def _notes(settings: Settings) -> list[str]:
 
 def main() -> None:
     """Run the command line; report wrong settings, and what the system refuses, in sentences."""
-    # What can't be encoded for this terminal is replaced, never raised.
+    # A character that this terminal's encoding does not have is replaced.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -314,4 +314,4 @@ def _sentence(error: OSError | UnicodeError) -> str:
     elif isinstance(error, OSError) and error.strerror:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name]
         reason = ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
-    return f"It ends here: {reason}. (BALANCE_APP_TRACEBACK=1 shows where in the program.)"
+    return f"balance-app failed: {reason}. (BALANCE_APP_TRACEBACK=1 shows where in the program.)"

@@ -1,6 +1,6 @@
-"""A client of a running service, over HTTP, and the errors of what it refuses.
+"""An HTTP client of a running service, and the errors for its refusals.
 
-This knows the service by its HTTP contract alone, as any client does.
+It knows the service by its HTTP contract alone, as any client does.
 """
 
 import time
@@ -19,13 +19,13 @@ from balance_app.formatting import visible
 TIMEOUT_SECONDS: Final = 10.0
 STREAM_SECONDS: Final = 5.0  # an event comes every second
 RETRY_SECONDS: Final = 1.0
-CHANGE_SECONDS: Final = 30.0  # what changes something may be queued before it is done
+CHANGE_SECONDS: Final = 30.0  # a change may wait in a queue before it is made
 
 _BY_THE_BALANCE: Final = {"insufficient-funds", "balance-limit-exceeded"}
 
 
 class Code(IntEnum):
-    """What the program's exit code says."""
+    """The program's exit codes."""
 
     DONE = 0
     FAILED = 1
@@ -51,7 +51,7 @@ class RemoteError(Exception):
 
 
 class Answer(NamedTuple):
-    """An answer of the service: `now` is its own time; `replayed`: it was given before."""
+    """An answer of the service; `now` is the service's time, `replayed`: it repeats the first."""
 
     body: dict[str, Any]
     text: str
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An event of the stream: `status`, or `unavailable` with a problem; or `broken`, our own."""
+    """An event: the service's `status`, `unavailable` with a problem, or the client's `broken`."""
 
     kind: str
     body: dict[str, Any]
@@ -167,7 +167,7 @@ class Service:
 
     @contextmanager
     def _reporting_failure(self, unclear: Code) -> Iterator[None]:
-        """Raise that nobody answers; `unclear`: the code when the request had been sent."""
+        """Raise RemoteError without an answer; `unclear`: its code if the request may be sent."""
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -190,14 +190,14 @@ class Service:
         return Answer(body, answer.text, _date(answer), replayed)
 
     def _refusal(self, answer: httpx.Response) -> RemoteError:
-        """Return the error that an answer that can't be used means."""
+        """Return the error for an answer that can't be used."""
         body, status = _object(answer.content), answer.status_code
         detail, code = body.get("detail"), body.get("code")
         if not isinstance(detail, str):
-            # What a proxy says when its service is gone says nothing of the request.
+            # A proxy that lost the service can't say whether a request was executed.
             broke = answer.is_server_error and answer.request.method == "POST"
             return RemoteError(
-                f"What answers at {self.url} is not this service: status {status}.",
+                f"The server at {self.url} is not this service: status {status}.",
                 Code.UNKNOWN if broke else Code.UNAVAILABLE,
             )
         if code in _BY_THE_BALANCE:
@@ -216,7 +216,7 @@ def _given(params: Mapping[str, str | int | None] | None) -> dict[str, str | int
 
 
 def _object(text: bytes | str) -> dict[str, Any]:
-    """Return a JSON object; what is none has no members either."""
+    """Return a JSON object, an empty one for anything else."""
     try:
         body = from_json(text)
     except ValueError:
@@ -229,7 +229,7 @@ def _is(answer: httpx.Response, media_type: str) -> bool:
 
 
 def _date(answer: httpx.Response) -> datetime:
-    """Return the service's time, whose clock may not be this machine's."""
+    """Return the service's time; its clock may differ from this machine's."""
     try:
         return parsedate_to_datetime(answer.headers["date"]).astimezone(UTC)
     except (KeyError, ValueError):

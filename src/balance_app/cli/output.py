@@ -1,6 +1,6 @@
 """Formats the service's answers: tables that fit a terminal's width, and plain lines elsewhere.
 
-Colour only repeats a symbol or a label. Control characters from outside are shown, never obeyed.
+Colour only repeats a symbol or a label. Control characters from outside become spaces.
 """
 
 from datetime import datetime
@@ -13,8 +13,8 @@ from rich.text import Text
 from balance_app.formatting import ago, brief, duration, exact, rough, visible
 from balance_app.states import Outcome, Reason, State, Tone, job_sign, outcome_sign
 
-PLAIN_WIDTH: Final = 1000  # what is not read on a terminal is not cut to its width
-ROOMY: Final = 100  # columns from which on there is room for bars and results
+PLAIN_WIDTH: Final = 1000  # columns where the output is not a terminal
+ROOMY: Final = 100  # from so many columns on, bars and exact durations are shown
 BAR: Final = 10
 
 Json = dict[str, Any]
@@ -37,7 +37,7 @@ _ASCII: Final = str.maketrans(
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return the console for output: colours and cut lines on a terminal alone."""
+    """Return the console for output; only on a terminal it has colours and cuts lines."""
     made = Console(highlight=False, stderr=stderr)
     if not made.is_terminal:
         made.width = max(made.width, PLAIN_WIDTH)
@@ -45,9 +45,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def text(content: str, on: Console, style: str = "") -> Text:
-    """Return one line without markup, with nothing that a terminal would obey, and in its letters.
+    """Return one line without markup or control characters, in the encoding of the console.
 
-    It is cut where there is no room for it.
+    It is cut to the width that it gets.
     """
     shown = visible(content)
     if not on.encoding.lower().startswith("utf"):
@@ -83,7 +83,7 @@ def status_table(status: Json, on: Console) -> RenderableType:
 
 
 def job_line(job: Json, now: str, on: Console) -> Text:
-    """Return what one job is doing at a moment of the service, in a line."""
+    """Return one line about what a job does at the service's time `now`."""
     sign = job_sign(job)
     where = f" on {job['server']}" if job["server"] else ""
     line = f"{sign.symbol} {job['name']} {sign.label}{where}, {_activity(job, _moment(now), on)}"
@@ -165,7 +165,7 @@ def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableTyp
     )
     for run in runs:
         sign = outcome_sign(run["outcome"])
-        # A tick that did not run has no start; it was due.
+        # A skipped tick has no start, only a due time.
         started = _moment(run["startedAt"] if run["server"] else run["dueAt"])
         lasted = duration(run["seconds"]) if run["server"] and run["seconds"] is not None else ""
         result = run["result"] or ""
@@ -243,7 +243,7 @@ def daily_balances_table(days: list[Json], on: Console) -> RenderableType:
     return table
 
 
-# -- parts -------------------------------------------------------------------------------------
+# -- shared ------------------------------------------------------------------------------------
 
 
 def _table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: int = 0) -> Table:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def without_types(params: list[Any]) -> list[Any]:
-    """Return parameters whose flags are shown without the type that they all have."""
+    """Return parameters; the help shows flags without a type."""
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -27,7 +27,7 @@ def without_types(params: list[Any]) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command whose flags are shown as flags."""
+    """A command whose help shows flags without a type."""
 
     @override
     def get_params(self, ctx: Any) -> list[Any]:
@@ -45,7 +45,7 @@ _balances = partial(
 
 def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Return the jobs of the service; none when it is unavailable."""
-    from balance_app.cli.session import job_names  # noqa: PLC0415 - nothing else waits for it
+    from balance_app.cli.session import job_names  # noqa: PLC0415 - slow, and only needed here
 
     with suppress(Exception):
         names = job_names(_service_url(ctx.params.get("url") or ctx.find_root().params.get("url")))
@@ -69,7 +69,7 @@ By = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="who requests it, for people to read; by default your login"),
 ]
-Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="so many at most")]
+Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="at most so many")]
 
 
 # -- jobs --------------------------------------------------------------------------------------
@@ -94,11 +94,12 @@ def history(  # noqa: PLR0913 - each is an option
     *,
     job: Annotated[
         str | None,
-        typer.Argument(metavar="JOB", help="of this job alone", autocompletion=_complete_job),
+        typer.Argument(metavar="JOB", help="only of this job", autocompletion=_complete_job),
     ] = None,
-    outcome: Annotated[Outcome | None, typer.Option(help="with this outcome alone")] = None,
+    outcome: Annotated[Outcome | None, typer.Option(help="only with this outcome")] = None,
     before: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="as the page before says")
+        int | None,
+        typer.Option(min=1, metavar="N", help="only runs before N, as the last page prints it"),
     ] = None,
     limit: Limit = 20,
     json: Json = False,
@@ -114,7 +115,7 @@ def run(
     job: JobName,
     *,
     wait: Annotated[
-        bool, typer.Option("--wait", help="wait for its end; 1 unless it succeeds")
+        bool, typer.Option("--wait", help="wait for its end; exit code 1 unless it succeeds")
     ] = False,
     by: By = None,
     json: Json = False,
@@ -145,7 +146,7 @@ def pause(
 
 @_jobs()
 def resume(job: JobName, *, by: By = None, json: Json = False, url: Url = None) -> None:
-    """Let a paused job go on with its next tick."""
+    """Resume a paused job: it runs at its next tick."""
     with _open_terminal(url, as_json=json) as terminal:
         terminal.control("resume", job, by=by or _login_name())
 
@@ -161,12 +162,12 @@ def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) 
 def forget(
     job: JobName,
     *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="don't ask whether to")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask for confirmation")] = False,
     by: By = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Take a job off all lists whose code no live instance has; its history stays."""
+    """Take a job whose code no live instance has off all lists; its history stays."""
     if not yes and not typer.confirm(
         f"Forget {job}? It is taken off all lists, its history stays.", err=True
     ):
@@ -188,7 +189,7 @@ def balance(
             min=1,
             max=1000,
             metavar="N",
-            help="how many entries, if not 5; as JSON they are all that is printed",
+            help="how many entries (default: 5); with --json, print only these",
         ),
     ] = None,
     json: Json = False,
@@ -215,7 +216,7 @@ def daily_balances(
         terminal.daily_balances(user, before, limit)
 
 
-@_balances(context_settings={"ignore_unknown_options": True})  # or -2 would be one
+@_balances(context_settings={"ignore_unknown_options": True})  # -2 is an amount, not an option
 def change(  # noqa: PLR0913 - the same
     user: UserId,
     amount: Annotated[
@@ -225,21 +226,23 @@ def change(  # noqa: PLR0913 - the same
     key: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="of this change: however often it is sent, it is made once"
+            metavar="KEY", help="idempotency key: a change sent again with it is made once"
         ),
     ] = None,
     patience: Annotated[
         float,
-        typer.Option(min=0, metavar="SECONDS", help="how long to try again while nothing is known"),
+        typer.Option(
+            min=0, metavar="SECONDS", help="how long to retry while the outcome is unknown"
+        ),
     ] = 15,
     json: Json = False,
     url: Url = None,
 ) -> None:
     """Change a user's balance, once: `balance-app change 1 -2`.
 
-    It is sent with an idempotency key, and again with the same one while it is not known whether
-    it was made. When patience ends before that is known, the exit code is 5, and the message has
-    the key to send it again with. The exit code is 4 when the balance does not allow the change.
+    It is sent with an idempotency key, and again with the same key while its outcome is unknown.
+    If it is still unknown when --patience ends, the exit code is 5, and the message has the command
+    that sends it again. The exit code is 4 when the balance does not allow the change.
     """
     with _open_terminal(url, as_json=json) as terminal:
         terminal.change(user, amount, key, patience)
@@ -248,7 +251,7 @@ def change(  # noqa: PLR0913 - the same
 @_balances()
 def users(
     *,
-    after: Annotated[int, typer.Option(min=0, metavar="ID", help="behind this user")] = 0,
+    after: Annotated[int, typer.Option(min=0, metavar="ID", help="only ids above this one")] = 0,
     limit: Limit = 20,
     json: Json = False,
     url: Url = None,
@@ -262,7 +265,7 @@ def users(
 def audit(
     *,
     now: Annotated[
-        bool, typer.Option("--now", help="request an audit and wait for what it finds")
+        bool, typer.Option("--now", help="request an audit and wait for its result")
     ] = False,
     by: By = None,
     json: Json = False,
@@ -270,13 +273,13 @@ def audit(
 ) -> None:
     """Show what the last audit of the ledger found.
 
-    The exit code is 1 unless all of it is right.
+    The exit code is 0 only if it found no fault.
     """
     with _open_terminal(url, as_json=json) as terminal:
         raise typer.Exit(terminal.audit_now(by=by or _login_name()) if now else terminal.audit())
 
 
-# -- parts -------------------------------------------------------------------------------------
+# -- shared ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -309,7 +312,7 @@ def own_url(settings: Settings) -> str:
 
 
 def _service_url(given: str | None) -> str:
-    """Return the service's URL: an option's, BALANCE_APP_URL, or that of the one that is here."""
+    """Return the service's URL: an option's, BALANCE_APP_URL, or this machine's instance."""
     if given:
         return given
     settings = load_settings()

