@@ -229,8 +229,8 @@ def test_a_name_is_declared_once() -> None:
 @pytest.mark.parametrize(
     ("timeout", "least", "default", "said"),
     [
-        (120, None, 120, "its timeout (120 s) must be above its least duration (120 s"),
-        (5, None, 120, "its timeout (5 s) must be above its least duration (120 s"),
+        (120, None, 120, "its timeout (120 s) must be above its minimum duration (120 s"),
+        (5, None, 120, "its timeout (5 s) must be above its minimum duration (120 s"),
         (121, None, 120, None),
         (5, 4, 120, None),  # its own minimum wins
         (None, None, 3600, None),

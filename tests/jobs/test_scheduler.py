@@ -395,7 +395,7 @@ async def _waits(jobs_db: JobsDatabase) -> None:
     await until(look)
 
 
-# -- the least duration ----------------------------------------------------------------------------
+# -- the minimum duration -------------------------------------------------------------------------
 
 
 async def test_a_run_lasts_for_its_least_duration(jobs_db: JobsDatabase) -> None:
@@ -420,7 +420,7 @@ async def test_a_run_lasts_for_its_least_duration(jobs_db: JobsDatabase) -> None
 
 @pytest.mark.parametrize("how", ["stop", "cancel"])
 async def test_work_that_is_done_is_not_undone(jobs_db: JobsDatabase, how: str) -> None:
-    """A run that is stopped while it only waits for its least duration has succeeded."""
+    """A run that is stopped while it only waits for its minimum duration has succeeded."""
     async with jobs_db.scheduler([declare(returns("done"), min_duration=HOUR)]):
         await _run_all(jobs_db, 1)
         if how == "cancel":
@@ -912,7 +912,7 @@ async def test_a_run_that_loses_its_lease_is_stopped(jobs_db: JobsDatabase) -> N
 
 
 async def test_that_the_work_of_a_run_is_done_is_noted(jobs_db: JobsDatabase) -> None:
-    """While it lasts on to its least duration; cancelled then, it has succeeded all the same."""
+    """While it lasts on to its minimum duration; cancelled then, it has succeeded all the same."""
 
     async def quick(_run: Run) -> str:
         return "all is done"

@@ -261,7 +261,7 @@ class Registry(Mapping[str, Job]):
             if each.timeout_seconds is not None and each.timeout_seconds <= least:
                 raise DeclarationError(
                     f"Job {each.name}: its timeout ({each.timeout_seconds:g} s) must be above its "
-                    f"least duration ({least:g} s, by JOB_MIN_SECONDS), or no run can succeed."
+                    f"minimum duration ({least:g} s, by JOB_MIN_SECONDS), or no run can succeed."
                 )
 
     @override

@@ -204,7 +204,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     """End a job's run on whichever instance it is, within one heartbeat.
 
     If the answer has a `workEndedAt`, the run's work was done already: it has succeeded, and only
-    ends now, before its least duration is over.
+    ends now, before its minimum duration is over.
     """
     return _steered(request, await _controls(request).cancel(name, who.by))
 

@@ -204,7 +204,7 @@ class JobAnswer(_Answer):
     work_ended_at: Annotated[
         Instant | None,
         Field(
-            description="when its function returned: it only lasts to its least duration",
+            description="when its function returned: it only lasts until its minimum duration",
             examples=[None],
         ),
     ]
