@@ -108,10 +108,10 @@ async def test_why_a_job_waits_is_reported(instance: Instance, connection: Conne
     code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert code == 0
     for pattern in (
-        r"asked +◔ requested +Requested by ada: an instance takes it\.",
-        r"back +◔ released +app1 released it: another instance goes on with it\. +↷ \d+ s ago",
+        r"asked +◔ requested +Requested by ada: an instance will claim it\.",
+        r"back +◔ released +app1 released it: another instance will continue it\. +↷ \d+ s ago",
         r"gone +✕ lost +app1 sent no heartbeat",
-        r"once-more +↻ retry +The last run failed; it is tried again now\. +✕ \d+ s ago",
+        r"once-more +↻ retry +The last run failed; it is retried now\. +✕ \d+ s ago",
         r"strange +\? no code +No live instance has its code\.",
     ):
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
@@ -296,7 +296,7 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
     code, out, err = await run("run", "busy", **environment)
     assert (code, out) == (1, "")
     assert re.fullmatch(
-        r"Job busy was not started: it runs already on app1, since [0-9: -]+ UTC\.\n", err
+        r"Job busy was not started: it has been running on app1 since [0-9: -]+ UTC\.\n", err
     )
     for line, answer in {
         "pause idle --by ada --reason so": (0, "idle is paused by ada.\n", ""),
@@ -305,7 +305,7 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
         "run idle --wait": (1, "", "Job idle was paused by ada.\n"),
         "resume idle": (0, "idle is not paused any more.\n", ""),
         "run idle --by ada": (0, "idle is ready to run: an instance claims it.\n", ""),
-        "cancel idle": (1, "", "Job idle does not run: it is waiting.\n"),
+        "cancel idle": (1, "", "Job idle is not running: it is waiting.\n"),
         "cancel busy --by ada": (
             *(
                 0,
@@ -332,7 +332,7 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
     assert (code, err) == (0, "")
     assert json.loads(out)["paused"]["by"] == "mrs-x"
     code, out, err = await run("cancel", "idle", "--json", **environment)
-    assert (code, err) == (1, "Job idle does not run: it is paused.\n")
+    assert (code, err) == (1, "Job idle is not running: it is paused.\n")
     assert json.loads(out)["code"] == "job-not-running"
 
 
@@ -417,7 +417,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
         return (await stderr.readline()).decode()
 
     try:
-        joined = r"Job one was not started: .* on app1, since .* UTC\. Waiting for that run, .*\n"
+        joined = r"Job one was not started: .* on app1 since .* UTC\. Waiting for that run, .*\n"
         await _until(line, lambda shown: re.fullmatch(joined, shown) is not None)
         await _until(line, lambda shown: shown.startswith("▶ one running on app1, 4"))
         await instance.stop()

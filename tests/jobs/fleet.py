@@ -288,7 +288,7 @@ def losses_stand() -> None:
         await asyncio.sleep(0)
 
     until = datetime(3000, 1, 1, tzinfo=UTC)
-    vars(scheduler)["Scheduler"]._clear_up = leave
+    vars(scheduler)["Scheduler"]._reconcile = leave
     vars(scheduler)["Scheduler"]._takes_over_until = lambda *_: until
 
 
@@ -298,7 +298,7 @@ def go_on_anew() -> None:
     def go_on(self: scheduler.Scheduler) -> None:
         self._capabilities = None
 
-    vars(scheduler)["Scheduler"]._begin_anew = go_on
+    vars(scheduler)["Scheduler"]._reset = go_on
 
 
 def own_clock() -> None:

@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 
 from balance_app.jobs import children
-from balance_app.jobs.scope import Scope, count_what_runs_start
+from balance_app.jobs.scope import Scope, track_runs
 from tests.jobs.fleet import overlaps
 from tests.jobs.jobs_db import Database, JobsDatabase, end, jobs_db
 from tests.jobs.kinds import EventLog, functions
@@ -125,7 +125,7 @@ async def test_children_end_with_the_process_of_their_instance(
 @pytest.fixture
 async def scope() -> AsyncIterator[Scope]:
     """What a run that does nothing by itself has."""
-    count_what_runs_start(asyncio.get_running_loop())
+    track_runs(asyncio.get_running_loop())
     scope = Scope("a")
     scope.start(asyncio.sleep(3600))
     yield scope
@@ -211,7 +211,7 @@ async def test_who_swallows_its_cancellation_is_cancelled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever still executes is requested to end again and again, until it has."""
-    monkeypatch.setattr("balance_app.jobs.scope.AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("balance_app.jobs.scope.REPEAT_SECONDS", 0.1)
     swallowed = []
 
     async def swallows() -> None:

@@ -74,8 +74,8 @@ async def test_where_the_last_to_start_decides_the_old_schedule_stays(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without the order of first declarations an old instance that starts wins."""
-    last_seen = replaced(declarations.COUNTS, "first_declared_at DESC", "last_declared_at DESC")
-    monkeypatch.setattr(declarations, "COUNTS", last_seen)
+    last_seen = replaced(declarations.IN_EFFECT, "first_declared_at DESC", "last_declared_at DESC")
+    monkeypatch.setattr(declarations, "IN_EFFECT", last_seen)
     old, new = jobs_db.instance("old"), jobs_db.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)

@@ -99,9 +99,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seconds to try again": ({"every": MINUTE, "retry_after": 1.5}, "retry_after is 1.5;"),
     "seconds of a run": ({"every": MINUTE, "min_duration": 0}, "min_duration is 0;"),
     "no jitter": ({"every": MINUTE, "jitter": None}, "jitter is None;"),
-    "a number for a zone": ({"cron": "* * * * *", "tz": 5}, "tz is 5, which is no text"),
-    "a number for cron": ({"cron": 5}, "cron is 5, which is no text"),
-    "bytes for cron": ({"cron": b"* * * * *"}, "cron is b'* * * * *', which is no text"),
+    "a number for a zone": ({"cron": "* * * * *", "tz": 5}, "tz is 5, which is not a string"),
+    "a number for cron": ({"cron": 5}, "cron is 5, which is not a string"),
+    "bytes for cron": ({"cron": b"* * * * *"}, "cron is b'* * * * *', which is not a string"),
     "a long value": ({"every": "9" * 5000}, "every is ..."),
     "no zone": ({"cron": "* * * * *", "tz": ""}, "There is no time zone ''"),
     "a retry beyond all calendars": (

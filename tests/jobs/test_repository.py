@@ -225,7 +225,7 @@ async def lost_too_often(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         assert (await instance.claim_next()).freed == "moon"
 
 
-async def refuted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
+async def retracted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     """An instance that lives takes back the losses recorded against it, each once, and no other."""
     owner, other, dead = (
         jobs_db.instance("owner"),
@@ -240,10 +240,10 @@ async def refuted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         await instance.claim_next()
     row = await jobs_db.row("moon")
     assert (row["lost_streak"], row["holder"]) == (3, None)
-    if await other.jobs.refute_losses() != []:
+    if await other.jobs.retract_losses() != []:
         yield "it took back what was not its own"
     for _ in range(2):
-        await owner.jobs.refute_losses()
+        await owner.jobs.retract_losses()
         row = await jobs_db.row("moon")
         if row["lost_streak"] != 1:
             yield f"{row['lost_streak']} losses are left of one dead instance"
@@ -699,10 +699,10 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("CLAIM", "lost_streak = lost_streak + lost::integer", "lost_streak = 0")],
         [Guard("CLAIM", "$13::interval * power(2,", "$13::interval * power(1,")],
     ],
-    refuted: [
-        [Guard("REFUTE", "        WHERE holder = $1\n", "        WHERE $1::uuid IS NOT NULL\n")],
-        [Guard("REFUTE", "greatest(lost_streak - losses, 0)", "lost_streak")],
-        [Guard("REFUTE", "least(ready_at, clock_timestamp())", "ready_at")],
+    retracted: [
+        [Guard("RETRACT", "        WHERE holder = $1\n", "        WHERE $1::uuid IS NOT NULL\n")],
+        [Guard("RETRACT", "greatest(lost_streak - losses, 0)", "lost_streak")],
+        [Guard("RETRACT", "least(ready_at, clock_timestamp())", "ready_at")],
     ],
     abandoned: [
         [Guard("ABANDONED", "WHERE holder = $1\n", "WHERE $1::uuid IS NOT NULL\n")],

@@ -420,11 +420,11 @@ def test_an_interval_does_not_drift() -> None:
         (Cron("@annually"), "cron 0 0 1 1 * UTC", "at 00:00 on January 1, UTC"),
     ],
 )
-def test_a_schedule_is_told_in_text_and_in_words(schedule: Schedule, text: str, words: str) -> None:
+def test_a_schedule_has_a_text_and_a_description(schedule: Schedule, text: str, words: str) -> None:
     """The text gives the schedule back; the words are for people."""
     assert str(schedule) == text
     assert parse(text) == schedule
-    assert schedule.in_words() == words
+    assert schedule.describe() == words
 
 
 @given(interval=INTERVALS)
@@ -456,7 +456,7 @@ def test_an_interval_has_bounds(interval: timedelta) -> None:
         ("", "has 0 fields"),
         ("daily", "has 1 field;"),
         ("@reboot", "belongs to no machine"),
-        ("@fortnightly", "known are @hourly, @daily,"),
+        ("@fortnightly", "the aliases are @hourly, @daily,"),
         ("@daily *", "has 2 fields"),
         ("0 3 * *", "has 4 fields"),
         ("0 0 3 * * *", "has 6 fields"),  # seconds

@@ -720,7 +720,7 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
 ) -> None:
     """The control: whoever records fewer ranges is found out."""
     guarded = completion.complete
-    reasons = ["no instance was free to run it", "the run before was still under way"]
+    reasons = ["no instance was free to run it", "the previous run was still executing"]
 
     def forgetful(*arguments: Any, seconds_ago: float) -> Completion:  # noqa: ANN401 - as they are
         whole = guarded(*arguments, seconds_ago=seconds_ago)
@@ -964,7 +964,7 @@ async def test_nothing_is_claimed_without_heartbeats(
         # It ends by an error that nobody expects.
         thread = scheduler._heartbeat._thread
         assert thread is not None
-        monkeypatch.setattr("balance_app.jobs.heartbeat.AGAIN_SECONDS", "not a number")
+        monkeypatch.setattr("balance_app.jobs.heartbeat.RETRY_SECONDS", "not a number")
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
         monkeypatch.undo()

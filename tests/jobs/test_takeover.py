@@ -364,7 +364,7 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
     await connection.close()
     report_figures(f"{len(late)} claims were answered too late, then: {last['outcome']}")
     assert too_early == []
-    assert {tuple(run) for run in late} == {("released", "the answer to its claim came too late")}
+    assert {tuple(run) for run in late} == {("released", "the response to its claim was too late")}
 
 
 @pytest.mark.parametrize("half_way", [False, True], ids=["idle", "half-way"])

@@ -392,9 +392,12 @@ async def test_what_can_not_be_done_is_reported_on_the_page(site: Site) -> None:
     """A refusal has its status, and the page is all there."""
     await add_example(site.connection)
     for call, sentence in (
-        ("job-running/run", "Not done. Job job-running was not started: it runs already on app1"),
+        (
+            "job-running/run",
+            "Not done. Job job-running was not started: it has been running on app1",
+        ),
         ("job-paused/run", "Not done. Job job-paused was paused by ada."),
-        ("job-waiting/cancel", "Not done. Job job-waiting does not run: it is waiting."),
+        ("job-waiting/cancel", "Not done. Job job-waiting is not running: it is waiting."),
     ):
         answer = await site.send(f"/jobs/{call}", by="ada")
         assert answer.status_code == 409

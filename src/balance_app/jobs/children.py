@@ -13,25 +13,26 @@ from typing import Any, Final
 
 from balance_app.jobs.scope import Scope
 
-# between the polite signal and the end by force
+# between SIGTERM and SIGKILL
 GRACE_SECONDS: Final = 0.5
 
 _SUPERVISE: Final = str(Path(__file__).with_name("supervise.py"))
 
 
 class Child:
-    """A child process, known by a socket whose other end only its supervisor holds.
+    """A child process, with a socket whose other end only its supervisor holds.
 
-    Made in the event loop, before the process is; informed of the process in any thread.
+    Created in the event loop, before the process; `started` and `failed` may be called in any
+    thread.
     """
 
     def __init__(
         self, scope: Scope, command: tuple[str, ...], env: Mapping[str, str] | None
     ) -> None:
-        """Prepare for a command.
+        """Prepare to start a command.
 
         Raises:
-            FileNotFoundError: it is not to be found.
+            FileNotFoundError: there is no such program.
         """
         path = (os.environ if env is None else env).get("PATH")
         if not command or (
@@ -40,38 +41,38 @@ class Child:
             raise FileNotFoundError(f"There is no program {' '.join(command[:1])!r}.")
         self._scope = scope
         self._loop = asyncio.get_running_loop()
-        self._line, self._theirs = socket.socketpair()
+        self._socket, self._supervisor_socket = socket.socketpair()
         self._send: Callable[[int], object] | None = None
         self._stopped = False
-        # what to execute, and with what
+        # the arguments that start its supervisor
         self.command: Final = (
             sys.executable,
             "-I",
             "-S",
             _SUPERVISE,
-            str(self._theirs.fileno()),
+            str(self._supervisor_socket.fileno()),
             *command,
         )
         self.options: Final[dict[str, Any]] = {
             "env": env,
-            "pass_fds": (self._theirs.fileno(),),
+            "pass_fds": (self._supervisor_socket.fileno(),),
             "start_new_session": True,
         }
         scope.add_child(self)
 
     def started(self, send: Callable[[int], object]) -> None:
-        """Note that the process has started, and how a signal is sent to it."""
-        self._theirs.close()
+        """Record that the process has started, and the function that sends it a signal."""
+        self._supervisor_socket.close()
         self._send = send
         self._loop.call_soon_threadsafe(self._listen)
 
     def failed(self) -> None:
-        """Note that the process could not be started."""
-        self._theirs.close()
+        """Record that the process could not be started."""
+        self._supervisor_socket.close()
         self._loop.call_soon_threadsafe(self._listen)
 
     def stop(self) -> None:
-        """Ask it to end (SIGTERM); after the grace it is killed, with all of its descendants."""
+        """Send SIGTERM; after the grace it is killed with all its descendants."""
         if not self._stopped:
             self._stopped = True
             self._loop.call_later(GRACE_SECONDS, self._kill)
@@ -80,19 +81,19 @@ class Child:
                 self._send(signal.SIGTERM)
 
     def _listen(self) -> None:
-        # The supervisor sends nothing: the end of its socket is its own, and that of all below it.
-        self._line.setblocking(False)  # noqa: FBT003 - it has no name
-        self._loop.add_reader(self._line, self._end)
+        # The supervisor sends nothing. Its socket closes when it and all descendants have ended.
+        self._socket.setblocking(False)  # noqa: FBT003 - positional only
+        self._loop.add_reader(self._socket, self._end)
         if self._stopped:
             self.stop()
 
     def _kill(self) -> None:
         with suppress(OSError):  # it has ended already
-            self._line.shutdown(socket.SHUT_WR)
+            self._socket.shutdown(socket.SHUT_WR)
 
     def _end(self) -> None:
-        self._loop.remove_reader(self._line)
-        self._line.close()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
         self._scope.forget_child(self)
 
 
@@ -116,5 +117,5 @@ async def start(
         child.started(process.send_signal)
         return process
 
-    # A run that is stopped meanwhile must not lose sight of it.
+    # A run that is stopped meanwhile must still stop the process.
     return await asyncio.shield(scope.outlive(create()))

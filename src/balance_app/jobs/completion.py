@@ -1,4 +1,4 @@
-"""What becomes of a job whose run has ended: its next tick, the same one again, or a pause."""
+"""The next state of a job whose run has ended: its next tick, a retry, or a pause."""
 
 import random
 from datetime import datetime, timedelta
@@ -10,8 +10,9 @@ from balance_app.jobs.repository import STOPPED, Claimed, Completion, Skipped
 from balance_app.jobs.runner import RunResult
 from balance_app.jobs.schedule import ScheduleError, parse
 
-# What was released for any reason but an instance's stop waits: a second, then twice as long each
-# time, up to five minutes; released so many times in a row, or lasting so long, it counts anew.
+# A tick released for any reason but the stop of its instance waits a second, and after each further
+# release twice as long, up to five minutes. After MOST_RELEASES in a row it has failed. A run that
+# lasted longer than the longest pause resets the count.
 RELEASE_SECONDS: Final = 1.0
 LONGEST_RELEASE_SECONDS: Final = LONGEST_RELEASE.total_seconds()
 MOST_RELEASES: Final = 10
@@ -21,12 +22,12 @@ LONGEST_RETRY_SECONDS: Final = 3600.0
 def complete(
     job: Job, claimed: Claimed, run_result: RunResult, now: datetime, *, seconds_ago: float
 ) -> Completion:
-    """Return what becomes of a job whose run has ended `seconds_ago`, at the server's time `now`.
+    """Return the completion of a run that ended `seconds_ago`; `now` is the server's time.
 
-    A run that was released because its instance stops leaves its tick to another at once; released
-    for any other reason it waits, longer each time, and has failed after some. Otherwise the next
-    tick in the future is waited for, or the same tick again if it failed and may be tried again
-    sooner. Ticks that passed meanwhile are not made up for: they are recorded, as ranges.
+    A run that was released because its instance stops frees its tick for another at once. Released
+    for any other reason, the tick waits longer each time, and has failed after `MOST_RELEASES`.
+    Otherwise the job waits for its next tick in the future, or for an earlier retry of the same
+    tick if it failed. Ticks that passed meanwhile are not made up for: they are recorded as ranges.
     """
     outcome, result = run_result
     if outcome == "released":
@@ -46,9 +47,9 @@ def complete(
         outcome, result = "failed", f"released {releases + 1} times in a row, the last: {result}"
     try:
         schedule = parse(claimed.schedule)
-    except ScheduleError:  # of a newer program
+    except ScheduleError:  # a newer version wrote it
         schedule = job.schedule
-    # As long as an answer was under way, our idea of the server's time may be behind.
+    # The estimate of the server's time may be behind by a response's time on the network.
     now = max(now, claimed.started_at)
     due_at = schedule.next_after(now, claimed.anchor_at)
     pause_reason = None
@@ -56,19 +57,19 @@ def complete(
         failures = claimed.failure_streak + 1
         if job.pause_after_failures and failures % job.pause_after_failures == 0:
             pause_reason = f"its last {failures} runs failed"
-        again_at = _again_at(job, claimed.retries, now)
-        if again_at is not None and again_at < due_at:
+        retry_at = _retry_at(job, claimed.retries, now)
+        if retry_at is not None and retry_at < due_at:
             return Completion(
                 outcome=outcome,
                 result=result,
                 seconds_ago=seconds_ago,
-                ready_at=again_at,
+                ready_at=retry_at,
                 retries=claimed.retries + 1,
                 pause_reason=pause_reason,
             )
     spans = (
         (claimed.due_at, max(claimed.started_at, claimed.due_at), "no instance was free to run it"),
-        (max(claimed.started_at, claimed.due_at), now, "the run before was still under way"),
+        (max(claimed.started_at, claimed.due_at), now, "the previous run was still executing"),
     )
     skipped = [
         Skipped(range_, reason)
@@ -89,13 +90,13 @@ def complete(
 
 
 def release_pause(releases: int) -> timedelta:
-    """Return how long a tick waits that was released so many times before."""
+    """Return how long a tick waits that was released `releases` times before."""
     seconds = min(RELEASE_SECONDS * 2**releases, LONGEST_RELEASE_SECONDS)
     return timedelta(seconds=seconds * random.uniform(1, 1.25))
 
 
-def _again_at(job: Job, retries: int, now: datetime) -> datetime | None:
-    """Return when a tick that failed after so many retries is tried again; None: not any more."""
+def _retry_at(job: Job, retries: int, now: datetime) -> datetime | None:
+    """Return when a tick that failed after `retries` retries is retried; None: never."""
     if job.retry_after_seconds is None:
         return None
     if job.max_retries is not None and retries >= job.max_retries:

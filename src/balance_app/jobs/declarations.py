@@ -1,13 +1,13 @@
-"""Which declaration of a job counts, and how its row is brought up to it.
+"""Which declaration of a job is in effect, and how the job's row is updated to it.
 
-Instances of different versions may declare a job differently. What each version declares is a row
-of `job_declarations` that its instances keep alive. Of the declarations that are alive, the one
-that was first made last counts: a newer version wins when it comes, an older one that starts once
-more changes nothing, and when the last instance of a version has gone, its declaration is no longer
-alive, and the one before counts again: going back works as going forward does. As long as versions
-disagree about a schedule, the job's row names the others.
+Instances of different versions may declare a job differently. Each version's declaration is a row
+of `job_declarations`, which its instances keep live by declaring again. Of the live declarations of
+a job, the one whose first declaration is latest is in effect. So a new version takes effect when it
+starts, and an old version that restarts changes nothing. When the last instance of a version has
+stopped, its declaration expires and the previous one is in effect again: a rollback works as an
+upgrade does. While live declarations disagree about a schedule, the job's row names the others.
 
-Nobody is asked which instances there are: a declaration is alive by its own row's time.
+No instance has to know which others exist: a declaration is live by the time in its own row.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,42 +21,43 @@ from balance_app.db.outages import applied_if_unavailable
 from balance_app.db.pool import Connection, read
 from balance_app.jobs.schedule import Every, ScheduleError, parse
 
-DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; any number no other program here uses
-# A declaration that was not made again for so long is not alive; instances make it more often.
+DECLARE_LOCK: Final = 0x6A6F6273  # "jobs"; no other lock of this database may use the number
+# A declaration not repeated for this long is no longer live; instances repeat it more often.
 LIVE: Final = timedelta(seconds=60)
-# So many runs lost in a row quarantine a job, for this long after the first time too many, and
-# twice as long after each loss that follows: a job that kills its process must not take down the
-# fleet, and one that was lost with its process tries again by itself.
+# This many losses in a row quarantine a job, and each further loss doubles the time. A job that
+# kills its process must not take down all instances, and a job lost by accident must run again
+# without an operator.
 LOST_LIMIT: Final = 3
 QUARANTINE: Final = timedelta(minutes=10)
 LONGEST_QUARANTINE: Final = timedelta(hours=2)
-# What was released waits at most so long.
+# The longest wait after a release.
 LONGEST_RELEASE: Final = timedelta(minutes=5)
-# ... by a clock that may have been read a little earlier, and lengthened at random
+# the factor by which a stored wait may exceed it: random growth and a clock read earlier
 SLACK: Final = 1.5
 
 
 class Capabilities(NamedTuple):
-    """Which jobs an instance can run, as of its start by PostgreSQL's clock; it claims no other."""
+    """The jobs that an instance can run, as of its start; it claims no others."""
 
+    # by PostgreSQL's clock
     booted_at: datetime
-    # jobs are numbered in the order of first declaration: it has those up to this one, but for
+    # jobs are numbered in the order of first declaration: it has all up to this number except
     # the missing ones
     highest_number: int
     missing: list[str]
-    # the same as ranges of numbers: found in one of them by bisection, however many are missing
+    # the same as ranges of numbers, which PostgreSQL searches by bisection
     numbers: list["asyncpg.Range[int]"]
 
 
-# Services in two schemas of one database don't wait for each other.
-DECLARE_IN_TURN: Final = """
+# Services in two schemas of one database don't block each other.
+LOCK_DECLARATIONS: Final = """
 SELECT pg_advisory_xact_lock(
     $1::bigint # CASE current_schema() WHEN 'public' THEN 0 ELSE hashtext(current_schema()) END
 )
 """
 
-# A new row comes with the tick of its declaration (an interval) or its first tick (cron). Instances
-# that start together take turns, so that a number below the highest can't appear later.
+# A new row is due at its declaration (an interval) or at its first tick (cron). Declarations hold a
+# lock, so that a number below the highest can't appear later.
 ROWS: Final = """
 SELECT name, schedule, description, other_schedules, anchor_at, due_at, ready_at, lost_streak,
        holder IS NULL AS free, forgotten_at IS NOT NULL AS forgotten
@@ -68,8 +69,8 @@ INSERT INTO jobs (name, schedule, description, anchor_at, due_at, ready_at)
 VALUES ($1, $2, $3, $4, $5, $5)
 """
 
-# A job that was forgotten begins anew: nothing of what waited then is made up for. Its fence goes
-# on, as the history has its runs.
+# A forgotten job that is declared again starts fresh: no missed tick is made up for. Its fence is
+# kept, as the history still has its runs.
 REVIVE: Final = """
 UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, ready_at = $5,
     forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
@@ -78,8 +79,8 @@ UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, re
 WHERE name = $1 AND holder IS NULL
 """
 
-# Made for the first time, or kept alive.
-MAKE: Final = """
+# Inserts a declaration, or keeps it live.
+UPSERT_DECLARATIONS: Final = """
 INSERT INTO job_declarations (job, digest, schedule, description)
 SELECT job, encode(sha256(convert_to(schedule || E'\\n' || description, 'UTF8')), 'hex'),
        schedule, description
@@ -87,25 +88,25 @@ FROM unnest($1::text[], $2::text[], $3::text[]) AS declared (job, schedule, desc
 ON CONFLICT (job, digest) DO UPDATE SET last_declared_at = clock_timestamp()
 """
 
-# The one that counts for each job, and the other schedules that are alive. What was seen in the
-# future was seen before the clock was set back.
-COUNTS: Final = """
-WITH alive AS (
+# For each job the declaration in effect, and the other live schedules. A declaration dated further
+# ahead than a live one may be old was written before the clock was set back.
+IN_EFFECT: Final = """
+WITH live AS (
     SELECT * FROM job_declarations
     WHERE job = ANY ($1)
       AND last_declared_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + $2
 ), latest AS (
-    SELECT DISTINCT ON (job) job, schedule, description FROM alive
+    SELECT DISTINCT ON (job) job, schedule, description FROM live
     ORDER BY job, first_declared_at DESC, digest
 )
 SELECT job, latest.schedule, latest.description,
-       array(SELECT DISTINCT schedule FROM alive
-             WHERE alive.job = latest.job AND schedule <> latest.schedule ORDER BY 1) AS others
+       array(SELECT DISTINCT schedule FROM live
+             WHERE live.job = latest.job AND schedule <> latest.schedule ORDER BY 1) AS others
 FROM latest
 """
 
-# A changed schedule takes effect at its next tick; a tick that is due already stays, and so does
-# what a run holds. Only the row as it was looked at is changed.
+# A changed schedule takes effect at its next tick. A tick that is due already stays, and so do the
+# times of a job that is running. Times that changed since the row was read are left alone.
 REDECLARE: Final = """
 UPDATE jobs SET schedule = $2, description = $3, other_schedules = $4,
     forgotten_at = NULL, forgotten_by = NULL,
@@ -116,8 +117,8 @@ UPDATE jobs SET schedule = $2, description = $3, other_schedules = $4,
 WHERE name = $1
 """
 
-# A startup mark, or a sign of life, in the future was written before the clock was set back.
-FORGET_FUTURE: Final = """
+# A startup mark or a heartbeat in the future was written before the clock was set back.
+RESET_FUTURE: Final = """
 UPDATE jobs SET startup_marked_at = NULL,
                 last_heartbeat_at = least(last_heartbeat_at, clock_timestamp())
 WHERE name = ANY ($1) AND holder IS NULL
@@ -140,35 +141,35 @@ async def declare(
     jitters: Mapping[str, timedelta],
     live: timedelta,
 ) -> tuple[Capabilities, dict[str, str]]:
-    """Declare jobs (name: schedule, description), and bring their rows up to what counts.
+    """Declare jobs (name: schedule, description), and update their rows to what is in effect.
 
-    What makes no declaration for as long as `live` counts no more.
+    A declaration that was not repeated for `live` is not in effect.
 
     Returns:
-        The capabilities by it, and which jobs could not be declared, with the reasons.
+        The capabilities, and the jobs that could not be declared, each with the reason.
     """
     undeclared: dict[str, str] = {}
     async with connection.transaction(isolation="read_committed"):
-        # Who stands still in here must not keep others from coming up.
+        # An instance that freezes while it holds the lock must not block the start of others.
         await connection.execute("SET LOCAL idle_in_transaction_session_timeout = '5s'")
-        await read(connection, DECLARE_IN_TURN, DECLARE_LOCK)
+        await read(connection, LOCK_DECLARATIONS, DECLARE_LOCK)
         now = (await read(connection, "SELECT clock_timestamp()"))[0][0]
         found = await read(connection, ROWS, list(jobs))
         rows = {row["name"]: row for row in found}
         for name, row in list(rows.items()):
             if row["forgotten"] and row["free"]:
                 del rows[name]
-                await _begin(connection, REVIVE, name, jobs[name], now, undeclared)
+                await _create_row(connection, REVIVE, name, jobs[name], now, undeclared)
         for name in sorted(jobs.keys() - {each["name"] for each in found}):
-            await _begin(connection, ADD, name, jobs[name], now, undeclared)
-        await _make(connection, jobs, undeclared)
-        await connection.execute(FORGET_FUTURE, list(rows))
-        for counts in await read(connection, COUNTS, list(rows), live):
-            name = counts["job"]
+            await _create_row(connection, ADD, name, jobs[name], now, undeclared)
+        await _upsert(connection, jobs, undeclared)
+        await connection.execute(RESET_FUTURE, list(rows))
+        for in_effect in await read(connection, IN_EFFECT, list(rows), live):
+            name = in_effect["job"]
             row = rows[name]
-            change = _change(row, counts, now, jitters.get(name, timedelta(0)))
+            change = _change(row, in_effect, now, jitters.get(name, timedelta(0)))
             if change is not None:
-                with _alone(undeclared, name):
+                with _isolated(undeclared, name):
                     async with connection.transaction():
                         arguments = (name, *change, row["due_at"], row["ready_at"])
                         await connection.execute(REDECLARE, *arguments)
@@ -177,8 +178,8 @@ async def declare(
 
 
 @contextmanager
-def _alone(undeclared: dict[str, str], name: str) -> Iterator[None]:
-    """Let what fails harm its own job alone."""
+def _isolated(undeclared: dict[str, str], name: str) -> Iterator[None]:
+    """Let a failure concern this job only, unless the database is unavailable."""
     try:
         yield
     except (asyncpg.PostgresError, ValueError) as error:
@@ -187,21 +188,21 @@ def _alone(undeclared: dict[str, str], name: str) -> Iterator[None]:
         undeclared[name] = f"{type(error).__name__}: {error}"
 
 
-async def _make(
+async def _upsert(
     connection: Connection, jobs: Mapping[str, tuple[str, str]], undeclared: dict[str, str]
 ) -> None:
-    made = [(name, *jobs[name]) for name in jobs if name not in undeclared]
-    together: dict[str, str] = {}
-    with _alone(together, ""):
+    declared = [(name, *jobs[name]) for name in jobs if name not in undeclared]
+    failure: dict[str, str] = {}
+    with _isolated(failure, ""):
         async with connection.transaction():
-            await connection.execute(MAKE, *_columns(made))
-    for each in made if together else ():  # which of them it is
-        with _alone(undeclared, each[0]):
+            await connection.execute(UPSERT_DECLARATIONS, *_columns(declared))
+    for each in declared if failure else ():  # one by one, to find those that fail
+        with _isolated(undeclared, each[0]):
             async with connection.transaction():
-                await connection.execute(MAKE, *_columns([each]))
+                await connection.execute(UPSERT_DECLARATIONS, *_columns([each]))
 
 
-async def _begin(  # noqa: PLR0913, PLR0917 - a job and what is declared
+async def _create_row(  # noqa: PLR0913, PLR0917 - a job and its declaration
     connection: Connection,
     sql: str,
     name: str,
@@ -209,42 +210,42 @@ async def _begin(  # noqa: PLR0913, PLR0917 - a job and what is declared
     now: datetime,
     undeclared: dict[str, str],
 ) -> None:
-    with _alone(undeclared, name):
+    with _isolated(undeclared, name):
         ticks = parse(declared[0])
         first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
         async with connection.transaction():
             await connection.execute(sql, name, *declared, now, first)
 
 
-def _columns(made: list[tuple[str, str, str]]) -> list[list[str]]:
-    return [list(column) for column in zip(*made, strict=True)] or [[], [], []]
+def _columns(rows: list[tuple[str, str, str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
 
 
 def _change(
-    row: asyncpg.Record, counts: asyncpg.Record, now: datetime, jitter: timedelta
+    row: asyncpg.Record, in_effect: asyncpg.Record, now: datetime, jitter: timedelta
 ) -> tuple[Any, ...] | None:
-    """Return what REDECLARE makes of a row, $2 to $7; None: it is as it should be.
+    """Return the parameters $2 to $7 of REDECLARE for a row; None: it is up to date.
 
-    No tick is further ahead than the next one, and no start further than the longest wait after
-    it: otherwise PostgreSQL's clock was set back, and both are computed anew.
+    A row's tick is at most one tick ahead, and its start at most the longest wait after that.
+    If either is later, PostgreSQL's clock was set back, and they are computed again.
     """
     anchor_at, due_at, ready_at = row["anchor_at"], row["due_at"], row["ready_at"]
     try:
-        ticks = parse(counts["schedule"])
-    except ScheduleError:  # of a newer program, whose instances see to it
+        ticks = parse(in_effect["schedule"])
+    except ScheduleError:  # of a newer version, whose instances update the row
         return None
     if isinstance(ticks, Every) and anchor_at > now:
         anchor_at -= -((now - anchor_at) // ticks.interval) * ticks.interval
     if row["free"]:
         next_at = ticks.next_after(now, anchor_at)
         longest = LONGEST_QUARANTINE if row["lost_streak"] >= LOST_LIMIT else LONGEST_RELEASE
-        changed = counts["schedule"] != row["schedule"]
+        changed = in_effect["schedule"] != row["schedule"]
         if due_at > next_at or (changed and due_at > now):
             due_at = ready_at = next_at
         elif ready_at > max(next_at + jitter, now + longest * SLACK):
             ready_at = max(due_at, now)
     change = (
-        *(counts["schedule"], counts["description"], counts["others"]),
+        *(in_effect["schedule"], in_effect["description"], in_effect["others"]),
         *(anchor_at, due_at, ready_at),
     )
     columns = ("schedule", "description", "other_schedules", "anchor_at", "due_at", "ready_at")

@@ -1,7 +1,7 @@
 """The heartbeat thread of an instance: it renews the leases of the runs.
 
 It has an event loop and a connection of its own, so that a job that blocks the service's event loop
-loses no lease. What is trusted by a renewal, and for how long, stands in `leases`.
+loses no lease. How long an instance trusts a renewal is in `leases`.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from balance_app.settings import Settings
 log = structlog.get_logger(__name__)
 
 HANG_SECONDS: Final = 60.0
-AGAIN_SECONDS: Final = 0.2
+RETRY_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 0.5
 
 
 class HeartbeatThread:
-    """Renews leases until it is stopped; its methods but `start` may be called from any thread."""
+    """Renews leases until it is stopped; all methods but `start` may be called from any thread."""
 
     def __init__(self, settings: Settings, me: Me, leases: HeldLeases, metrics: Metrics) -> None:
         self._settings = settings
@@ -46,16 +46,16 @@ class HeartbeatThread:
         self._stopped = False
         self._answered_at = monotonic()
         self._thread: threading.Thread | None = None
-        # why there is none
-        self._no_thread: str | None = None
-        # when the last heartbeat was sent that was answered (monotonic)
+        # why the thread could not be started
+        self._start_error: str | None = None
+        # when the last successful heartbeat was sent (monotonic)
         self._renewed_at = -math.inf
         self._capabilities: Capabilities | None = None
 
     def start(self, capabilities: Capabilities) -> None:
-        """Begin to renew; called in the event loop of the service, in the main thread.
+        """Start to renew; called in the service's event loop, in the main thread.
 
-        Where no thread can be started, `fault` tries again.
+        If the thread can't be started, `fault` tries again.
         """
         self._leases.start()
         self._capabilities = capabilities
@@ -64,14 +64,14 @@ class HeartbeatThread:
             self._start_thread()
 
     def fault(self) -> str | None:
-        """Say why leases can't be renewed, so that none may be claimed; None: they are renewed.
+        """Return why leases can't be renewed, so that none may be claimed; None: they can.
 
-        A thread that could not be started, or has ended, is started again.
+        Starts the thread if it is not running.
         """
         if self._thread is None or not self._thread.is_alive():
             self._start_thread()
-        if self._no_thread is not None:
-            return f"The heartbeat thread can't be started: {self._no_thread}."
+        if self._start_error is not None:
+            return f"The heartbeat thread can't be started: {self._start_error}."
         silent_seconds = monotonic() - self._renewed_at
         if silent_seconds <= self._leases.trust_seconds - self._leases.margin_seconds:
             return None
@@ -83,15 +83,15 @@ class HeartbeatThread:
         try:
             thread.start()
         except RuntimeError as error:
-            if self._no_thread is None:
+            if self._start_error is None:
                 log.error("the heartbeat thread can't be started", error=str(error))  # noqa: TRY400
-            self._no_thread = str(error)
+            self._start_error = str(error)
         else:
-            self._thread, self._no_thread = thread, None
-            self._renewed_at = monotonic()  # as good as: the first is on its way
+            self._thread, self._start_error = thread, None
+            self._renewed_at = monotonic()  # until the first heartbeat has had its time
 
     async def stop(self) -> None:
-        """End the thread; leases that are still held stay armed, and run out."""
+        """End the thread; leases still held expire, and the watchdog timer stays armed for them."""
         self._stopped = True
         self.renew_soon()
         if self._thread is not None:
@@ -104,11 +104,11 @@ class HeartbeatThread:
                 self._loop.call_soon_threadsafe(self._soon.set)
 
     def set_clock(self, now: datetime, at: float) -> None:
-        """Note that the server's clock showed `now` at `at` (monotonic)."""
+        """Record that the server's clock showed `now` at `at` (monotonic)."""
         self._clock = (now, at)
 
     def server_time(self) -> datetime:
-        """Return what the server's clock says now, to some milliseconds."""
+        """Return the server's time now, within some milliseconds."""
         assert self._clock is not None  # noqa: S101 - nothing runs before the first claim
         now, at = self._clock
         return now + timedelta(seconds=monotonic() - at)
@@ -118,8 +118,8 @@ class HeartbeatThread:
     def _run(self) -> None:
         try:
             asyncio.run(self._renew_until_stopped())
-        except Exception:
-            log.exception("the heartbeat thread has stopped")  # the watchdog timer does the rest
+        except Exception:  # the watchdog timer stays armed
+            log.exception("the heartbeat thread has stopped")
 
     async def _renew_until_stopped(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -135,25 +135,24 @@ class HeartbeatThread:
                     if connection is None or connection.is_closed():
                         connection = await self._connect()
                     if self._service_answers() and not await self._renew(connection):
-                        pause = AGAIN_SECONDS
+                        pause = RETRY_SECONDS
                     logged = None
-                except Exception as error:  # noqa: BLE001 - whatever it is, it tries again
+                except Exception as error:  # noqa: BLE001 - the next try may succeed
                     cause = classify(error)
                     found = repr(error) if cause is None else cause.kind
-                    if found != logged:  # and not with each of its tries
+                    if found != logged:  # once for each cause
                         logged = found
                         state = None if cause is None else cause.sqlstate
-                        log.warning("no heartbeat", error=repr(error), sqlstate=state)
-                    # Nothing is lost by a pause while there is nothing to renew.
-                    pause = AGAIN_SECONDS if self._leases.all() else pause
+                        log.warning("heartbeat failed", error=repr(error), sqlstate=state)
+                    pause = RETRY_SECONDS if self._leases.all() else pause
                     if connection is not None:
                         connection.terminate()
-                rest = max(AGAIN_SECONDS, started + pause - monotonic())
+                rest = max(RETRY_SECONDS, started + pause - monotonic())
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._soon.wait(), rest)
                 self._soon.clear()
             if connection is not None and not connection.is_closed():
-                with suppress(Exception):  # it would be taken for lost, by people alone
+                with suppress(Exception):  # else it stays listed until its lease would have expired
                     await connection.execute(LEAVE, self._me.id, timeout=0.5)
         finally:
             watch.cancel()
@@ -166,7 +165,7 @@ class HeartbeatThread:
         return await open_session(arguments)
 
     async def _renew(self, connection: "asyncpg.Connection[asyncpg.Record]") -> bool:
-        """Renew all leases; False: a row was locked, try again soon."""
+        """Renew all leases; False: a row was locked and must be tried again soon."""
         leases = {(lease.name, lease.fence): lease for lease in self._leases.all()}
         capabilities = self._capabilities
         assert capabilities is not None  # noqa: S101 - started with it
@@ -195,7 +194,7 @@ class HeartbeatThread:
                     lease, "cancelled", f"cancelled by {result.cancel_requested_by}"
                 )
             elif not result.renewed and not result.still_held:
-                self._leases.stop_run(lease, "released", "its lease was over")
+                self._leases.stop_run(lease, "released", "its lease expired")
         return all(result.renewed or not result.still_held for result in results)
 
     async def _stop_before_expiry(self) -> None:
@@ -204,7 +203,7 @@ class HeartbeatThread:
             await asyncio.sleep(seconds)
 
     def _service_answers(self) -> bool:
-        """Ask the service's event loop for an answer; one that hangs loses its leases."""
+        """Return whether the service's event loop responds; if it hangs, no lease is renewed."""
         assert self._service is not None  # noqa: S101 - started in it
         self._service.call_soon_threadsafe(self._note_answer)
         silent_seconds = monotonic() - self._answered_at

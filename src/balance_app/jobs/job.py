@@ -1,4 +1,4 @@
-"""Jobs as code declares them; what can't work is refused before anything runs."""
+"""Jobs as code declares them; a declaration that can't work is refused before any job runs."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ _UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
 
 
 class DeclarationError(ValueError):
-    """A job is declared in a way that can't work; the message names it and the wrong value."""
+    """A declaration that can't work; the message names the job and the wrong value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +34,19 @@ class Job:
     schedule: Schedule
     timeout_seconds: float | None
     retry_after_seconds: float | None
-    # by how much each retry of a tick waits longer than the one before; None: any number of them
+    # the factor by which each further retry of a tick waits longer
     retry_backoff: float
     max_retries: int | None
-    # so many failures in a row pause the job; None: none do
+    # how many failures in a row pause the job; None: no number does
     pause_after_failures: int | None
-    # None: as the settings say
+    # None: JOB_MIN_SECONDS
     min_seconds: float | None
     jitter_seconds: float
 
     @property
     def is_async(self) -> bool:
         """Whether the function is a coroutine function; any other runs in a thread."""
-        call = getattr(self.function, "__call__", None)  # noqa: B004 - of an object that is called
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - it may be a callable object
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     @property
@@ -55,7 +55,7 @@ class Job:
         return inspect.getdoc(self.function) or ""
 
 
-def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
+def job(  # noqa: PLR0913 - each is an option of a job
     *,
     name: str,
     every: timedelta | None = None,
@@ -72,20 +72,19 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
     """Declare a function as a job.
 
     Args:
-        name: lower-case letters, digits and hyphens; unique in the whole fleet.
+        name: lower-case letters, digits and hyphens; unique among all jobs.
         every: the interval between ticks, at least a second.
-        cron: instead, five fields as in crontab(5), or `@daily` and its like.
-        tz: the zone in which they are read (default UTC).
-        timeout: a run that lasts longer is stopped, and `timed_out`.
-        retry_after: a run that failed or timed out is tried again after this (and up to a tenth
-            more, at random), unless its next tick comes first.
+        cron: instead of `every`: five fields as in crontab(5), or `@daily` and the like.
+        tz: the time zone of `cron` (default UTC).
+        timeout: a run that lasts longer is stopped; its outcome is `timed_out`.
+        retry_after: the tick of a run that failed or timed out is retried after this (and up to a
+            tenth more, at random), unless the next tick is due first.
         retry_backoff: each further retry of a tick waits this many times as long as the one
             before, up to an hour, or `retry_after` if that is longer; 1 to 10.
-        max_retries: how often a tick is tried again at most (default: until its next tick).
-        pause_after_failures: so many runs in a row that failed or timed out pause the job, until
-            somebody resumes it.
-        min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
-        jitter: each tick starts up to this much later, at random.
+        max_retries: the most retries of a tick (default: any number, until the next tick).
+        pause_after_failures: the job is paused when this many runs in a row failed or timed out.
+        min_duration: the least duration of a run (default: JOB_MIN_SECONDS).
+        jitter: each tick starts later by a random time up to this.
 
     Raises:
         DeclarationError: one sentence that names the job and the value.
@@ -102,7 +101,7 @@ def job(  # noqa: PLR0913 - each is a thing that one may want to say of a job
         if (every is None) == (cron is None):
             raise DeclarationError(f"Job {name}: give either every= or cron=.")
         if every is not None and tz is not None:
-            raise DeclarationError(f"Job {name}: tz={tz!r} has a meaning only with cron=.")
+            raise DeclarationError(f"Job {name}: tz={tz!r} is allowed only with cron=.")
         try:
             schedule = (
                 Every(every) if every is not None else Cron(cron or "", "UTC" if tz is None else tz)
@@ -181,11 +180,13 @@ def _check_durations(name: str, *, optional: bool = True, **durations: object) -
 def _check_texts(name: str, **texts: object) -> None:
     for label, value in texts.items():
         if not isinstance(value, str | None):
-            raise DeclarationError(f"Job {name}: {label} is {_shown(value)}, which is no text.")
+            raise DeclarationError(
+                f"Job {name}: {label} is {_shown(value)}, which is not a string."
+            )
 
 
 def _shown(value: object) -> str:
-    """Return a value in one short line."""
+    """Return the `repr` of a value, shortened."""
     return shorten(repr(value), 100, placeholder=" ...")
 
 
@@ -211,7 +212,7 @@ def _check_retries(
             )
     if max_retries is not None and retry_after is None:
         raise DeclarationError(
-            f"Job {name}: max_retries={max_retries} has a meaning only with retry_after=."
+            f"Job {name}: max_retries={max_retries} is allowed only with retry_after=."
         )
 
 
@@ -220,7 +221,7 @@ def _yields(function: Function) -> bool:
 
 
 class Registry(Mapping[str, Job]):
-    """The jobs that an instance has the code of, by name."""
+    """The jobs whose code an instance has, by name."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._jobs: dict[str, Job] = {}
@@ -231,12 +232,12 @@ class Registry(Mapping[str, Job]):
 
     @classmethod
     def load(cls, modules: Iterable[str]) -> Self:
-        """Return the jobs that modules have among their names.
+        """Return the jobs that are attributes of modules.
 
         Raises:
-            DeclarationError: a module can't be imported, or has no job; or two have one name.
+            DeclarationError: a module can't be imported or has no job, or two jobs have one name.
         """
-        jobs: dict[int, Job] = {}  # one that several modules import is one job
+        jobs: dict[int, Job] = {}  # by id: several modules may import the same job
         for name in modules:
             try:
                 module = import_module(name)
@@ -251,10 +252,10 @@ class Registry(Mapping[str, Job]):
         return cls(jobs.values())
 
     def check(self, *, min_seconds: float) -> None:
-        """Refuse jobs that can't work when a run lasts at least that long by default.
+        """Refuse jobs whose timeout is not above the least duration of a run.
 
         Raises:
-            DeclarationError: naming the job and the values.
+            DeclarationError: it names the job and the values.
         """
         for each in self._jobs.values():
             least = min_seconds if each.min_seconds is None else each.min_seconds

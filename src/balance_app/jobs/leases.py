@@ -1,11 +1,11 @@
-"""The leases that an instance holds: what it can't renew in time is stopped, or ended.
+"""The leases that an instance holds: a run whose lease can't be renewed in time is stopped.
 
-A renewal is trusted for as long as a lease less a reserve, counted from the moment it was sent: the
-server granted the lease later than that, so trust ends before the lease, also when PostgreSQL's
-clock steps ahead meanwhile, by the reserve at most. Shortly before trust ends the runs are asked to
-stop. What can't stop (frozen, blocked) is ended by the kernel: each good heartbeat sets the
-watchdog timer anew (see `watchdog`), which ends the process before it executes one more
-instruction, also when it is frozen.
+An instance trusts a lease for its length less a reserve, counted from when the claim or renewal was
+sent. The server granted the lease later than that, so trust ends before the lease does, even if
+PostgreSQL's clock steps ahead meanwhile by as much as the reserve. Shortly before trust ends the
+runs are requested to stop. If the process can't stop one (it is frozen or blocked), the watchdog
+timer, which each renewal sets again, kills the process before it executes one more instruction (see
+`watchdog`).
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from balance_app.jobs.repository import Me
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.settings import Settings
 
-# The watchdog timer may be set this much late.
+# How late the watchdog timer may be set.
 ARM_SECONDS: Final = 0.005
 
 
 class Progress(NamedTuple):
-    """How far a run says it is."""
+    """The progress that a run reports."""
 
     done: int | None
     total: int | None
@@ -41,17 +41,17 @@ NO_PROGRESS: Final = Progress(None, None, None)
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A lease on one job, as far as this instance trusts it (monotonic seconds)."""
+    """A lease on one job, trusted by this instance until a monotonic time in seconds."""
 
     name: str
     fence: int
     trusted_until: float
-    # called in the event loop, with outcome and reason: stop now
+    # requests the run to stop, with outcome and reason; called in the event loop
     stop: Callable[[str, str], None]
-    # is code of the run still executing?
+    # whether code of the run still executes
     executing: bool = True
     stop_sent: bool = False
-    # the run was requested to stop, by whomever; the next heartbeat writes down since when
+    # whether the run was requested to stop; the next heartbeat records the time
     stopping: bool = False
     progress: Progress = NO_PROGRESS
 
@@ -65,7 +65,7 @@ class HeldLeases:
         # how long before the end of trust runs are requested to stop
         self.margin_seconds: Final = min(1.0, lease_seconds / 6)
         self._heartbeat_seconds = settings.job_heartbeat_seconds
-        # between two checks of what expires
+        # between two calls of `stop_before_expiry`
         self._longest_sleep = min(settings.job_heartbeat_seconds, lease_seconds / 12)
         self._has_watchdog = watchdog
         self._watchdog: WatchdogTimer | None = None
@@ -74,7 +74,7 @@ class HeldLeases:
         self._leases: set[Lease] = set()
 
     def start(self) -> None:
-        """Make the watchdog timer; called in the event loop of the runs, in the main thread."""
+        """Create the watchdog timer; called in the runs' event loop, in the main thread."""
         if self._has_watchdog and self._watchdog is None:
             self._watchdog = watchdog_timer()
         self._service = asyncio.get_running_loop()
@@ -82,10 +82,10 @@ class HeldLeases:
     def hold(
         self, name: str, fence: int, sent_at: float, stop: Callable[[str, str], None]
     ) -> Lease:
-        """Take charge of a lease that was asked for at `sent_at` (monotonic).
+        """Hold a lease whose claim was sent at `sent_at` (monotonic).
 
-        It is not `executing` when the answer took so long that too little trust is left: then no
-        code of the run may begin.
+        It is not `executing` if the response took so long that too little trust is left; then no
+        code of the run may start.
         """
         until = sent_at + self.trust_seconds
         least_seconds = self.margin_seconds + self._longest_sleep
@@ -97,25 +97,25 @@ class HeldLeases:
         return lease
 
     def is_late(self, lease: Lease) -> bool:
-        """Say whether a run has a lease that is to be renewed at once, as its claim took long."""
+        """Return whether a lease must be renewed at once, as its claim took long."""
         left = lease.trusted_until - monotonic()
         return lease.executing and left < self.trust_seconds - self._heartbeat_seconds
 
     def ended(self, lease: Lease) -> None:
-        """Note that the run's code has ended: nothing needs to be killed for it any more."""
+        """Record that the run's code has ended: the watchdog no longer guards this lease."""
         with self._lock:
             lease.executing = False
             self._arm()
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease: the job is free, or no longer this instance's."""
+        """Stop holding a lease: the job is free, or another instance may take it."""
         with self._lock:
             lease.executing = False
             self._leases.discard(lease)
             self._arm()
 
     def end_within(self, seconds: float) -> None:
-        """End this process within that time, or when trust ends, unless it ends by itself."""
+        """Set the watchdog to kill this process after `seconds`, or earlier if trust ends."""
         with self._lock:
             watchdog, self._watchdog = self._watchdog, None
             ends = [lease.trusted_until for lease in self._leases if lease.executing]
@@ -124,15 +124,15 @@ class HeldLeases:
                 watchdog.set(min(left))
 
     def all(self) -> list[Lease]:
-        """Return the leases that are held now."""
+        """Return the leases held now."""
         with self._lock:
             return list(self._leases)
 
     def renew(self, leases: Iterable[Lease], sent_at: float) -> float | None:
-        """Trust leases anew, by a renewal that was sent at `sent_at` (monotonic).
+        """Extend the trust in leases by a renewal that was sent at `sent_at` (monotonic).
 
         Returns:
-            Until when the first of them was trusted before; None if there are none.
+            The earliest end of their trust before this renewal; None if there are no leases.
         """
         with self._lock:
             ends = []
@@ -146,13 +146,14 @@ class HeldLeases:
         """Request the run of a lease to stop, once."""
         if not lease.stop_sent and self._service is not None:
             lease.stop_sent = True
-            with suppress(RuntimeError):  # the loop has ended, and its runs with it
+            with suppress(RuntimeError):  # the event loop is closed, and its runs have ended
                 self._service.call_soon_threadsafe(lease.stop, outcome, reason)
 
     def stop_before_expiry(self) -> float:
-        """Request runs to stop whose lease can't be trusted soon; return when to do so again.
+        """Request runs to stop whose trust is about to end.
 
-        A lease that is taken meanwhile lasts longer than these seconds.
+        Returns:
+            The seconds until the next call. Any lease claimed meanwhile is trusted for longer.
         """
         with self._lock:
             executing = [lease for lease in self._leases if lease.executing]
@@ -165,15 +166,15 @@ class HeldLeases:
         return min([self._longest_sleep, *ahead])
 
     def _arm(self) -> None:
-        """Set the watchdog timer to the earliest end of trust in what still executes."""
+        """Set the watchdog timer to the earliest end of trust of the executing runs."""
         if self._watchdog is None:
             return
         ends = [lease.trusted_until for lease in self._leases if lease.executing]
         if not ends:
             self._watchdog.set(0)
             return
-        # The timer counts from the moment at which it is set: if the process stood still since its
-        # time was computed, it is set again.
+        # The timer counts from when it is set: if the process was suspended after `left` was
+        # computed, it is set again.
         late = True
         while late:
             now = monotonic()
@@ -185,7 +186,7 @@ class HeldLeases:
 
 
 class Renewal(NamedTuple):
-    """The renewal of one run's lease, and what is written down with it."""
+    """The renewal of one run's lease, and what it writes to the job's row."""
 
     name: str
     fence: int
@@ -194,31 +195,31 @@ class Renewal(NamedTuple):
 
 
 class RenewalResult(NamedTuple):
-    """What became of one renewal."""
+    """The result of one renewal."""
 
     name: str
     fence: int
     renewed: bool
-    # not renewed, but not lost either: somebody held the row locked
+    # not renewed, but not lost either: another session had the row locked
     still_held: bool
     cancel_requested_by: str | None
 
 
-# Renews what this instance holds, and only that: the fence and the holder must still stand, and a
-# lease that is over stays over. A row that somebody holds locked is left out this time: waiting for
-# it would let all the other leases run out.
+# Renews only leases that this instance holds: fence and holder must still match, and an expired
+# lease stays expired. A row that another session has locked is skipped this time: waiting for it
+# would let all other leases expire.
 #
 # $1 id, $2 server, $3 lease, $4 highest_number, $5 missing, $6 to $11 the renewals
 HEARTBEAT: Final = """
-WITH renewal AS (  -- one row for each lease that is to be renewed
+WITH renewal AS (  -- one row for each lease to renew
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
                          $9::bigint[], $10::bigint[], $11::text[])
                   AS renewal (name, fence, stopping, done, total, note)
-), held AS MATERIALIZED (  -- those that stand, locked: nobody can take them meanwhile
+), held AS MATERIALIZED (  -- the live ones, locked against other instances' claims
     SELECT name, fence FROM jobs JOIN renewal USING (name, fence)
     WHERE holder = $1 AND lease_expires_at > clock_timestamp()
     FOR NO KEY UPDATE OF jobs SKIP LOCKED
-), renewed AS (  -- ... with what the runs say of themselves
+), renewed AS (  -- extended, with the runs' progress and requests to stop
     UPDATE jobs SET lease_expires_at = clock_timestamp() + $3::interval,
                     last_heartbeat_at = clock_timestamp(),
                     done = renewal.done, total = renewal.total, note = renewal.note,
@@ -228,7 +229,7 @@ WITH renewal AS (  -- one row for each lease that is to be renewed
     FROM held JOIN renewal USING (name, fence)
     WHERE jobs.name = held.name
     RETURNING jobs.name, jobs.fence, cancel_requested_by
-), seen AS (  -- for people alone
+), seen AS (  -- for display only
     INSERT INTO instances (id, server, highest_number, missing) VALUES ($1, $2, $4, $5)
     ON CONFLICT (id) DO UPDATE SET last_heartbeat_at = clock_timestamp()
 )
@@ -239,7 +240,7 @@ FROM (SELECT) AS always LEFT JOIN renewal ON true
 LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = renewal.name
 """
 
-# An instance that has ended its runs is no longer seen.
+# A stopped instance is no longer listed.
 LEAVE: Final = "DELETE FROM instances WHERE id = $1"
 
 
@@ -250,7 +251,7 @@ async def renew_leases(
     capabilities: Capabilities,
     renewals: Iterable[Renewal],
 ) -> tuple[datetime, list[RenewalResult]]:
-    """Renew leases on the heartbeat's own connection; return the server's time and the results."""
+    """Renew leases on the heartbeat's connection; return the server's time and the results."""
     sent = list(renewals)
     rows = await connection.fetch(
         HEARTBEAT,

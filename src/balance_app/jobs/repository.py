@@ -1,6 +1,6 @@
-"""What one instance asks of the jobs' rows: claims, completions, checkpoints, losses.
+"""The claims, completions, checkpoints and retracted losses of one instance.
 
-Each method is one of the `statements`, with its parameters and columns named.
+Each method runs one of the `statements` and names its parameters and columns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,38 +25,38 @@ from balance_app.jobs.declarations import (
 )
 from balance_app.jobs.schedule import TickRange
 
-# What the history says of runs that ended without a word of their own.
+# The results in the history of runs that reported none.
 STOPPED: Final = "its instance was stopped"
-GONE: Final = "its instance sent no heartbeat until its lease was over"
-UNREACHABLE: Final = "its instance could not reach the database until its lease was over"
-NOT_BEGUN: Final = "its instance could not reach the database, and never began it"
+GONE: Final = "its instance sent no heartbeat until its lease expired"
+UNREACHABLE: Final = "its instance could not reach the database until its lease expired"
+NOT_BEGUN: Final = "its instance could not reach the database and never started it"
 STARTUP_BATCH: Final = 500
 
 
 class Me(NamedTuple):
-    """This instance, as it signs its leases: an id of this boot, and a name for people."""
+    """This instance as the holder of leases: an id for this process, and a name for people."""
 
     id: UUID
     server: str
 
 
 class ClaimPolicy(NamedTuple):
-    """What decides when an instance may claim a job; all of it is about this instance alone."""
+    """When this instance may claim a job. It depends on no other instance."""
 
-    # how long it waits because of what it runs already
+    # how much later than ready it may claim a job, for the runs that it has
     backoff: timedelta
-    # the round it is in, and how long it waits for those who are in an earlier one
+    # its current round, and how much later it claims for each round it is ahead
     round: int
     tie_break: timedelta
-    # up for longer than the warm-up (JOB_WARM_UP_SECONDS)?
+    # whether it has run for longer than the warm-up (JOB_WARM_UP_SECONDS)
     warmed_up: bool
     warm_up: timedelta
-    # until when, by PostgreSQL's clock, it may take a job whose lease is over; None: not now
+    # until when, by PostgreSQL's clock, it may claim a job whose lease has expired; None: not now
     takes_over_until: datetime | None
 
 
 class Claimed(NamedTuple):
-    """A run that this instance now holds the lease of."""
+    """A run whose lease this instance now holds."""
 
     name: str
     fence: int
@@ -68,28 +68,28 @@ class Claimed(NamedTuple):
     anchor_at: datetime
     started_at: datetime
     round: int
-    # of this tick: releases in a row that were not this or another instance's stop, and how often
-    # it was tried again after a failure
+    # of this tick: releases in a row for other reasons than the stop of an instance, and retries
+    # after a failure
     releases: int = 0
     retries: int = 0
-    # the job's runs in a row that failed or timed out
+    # how many of the job's latest runs in a row failed or timed out
     failure_streak: int = 0
 
 
 class ClaimResult(NamedTuple):
-    """What a claim got: a run, or when to try again."""
+    """The result of a claim: a run, or when to try again."""
 
-    # this instance's own clock (monotonic) when it asked, and the server's when it answered
+    # when the claim was sent (monotonic), and the server's time when it was executed
     sent_at: float
     now: datetime
     claimed: Claimed | None
-    # a job that was lost once too often (quarantined) or while it was paused: freed, not started
+    # a job that was freed, not started: quarantined after losses, or lost while paused
     freed: str | None
-    # until the next job could be this instance's, if one is known
+    # until this instance could claim the next job, if there is one
     wait_seconds: float | None
-    # something runs somewhere: it may be released at any moment
+    # whether one of the next jobs is running: it may be released at any moment
     busy: bool
-    # how the job's run before ended, if this claim is what ended it
+    # the outcome of the job's previous run, if this claim ended it
     ended: str | None
 
 
@@ -102,26 +102,26 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How a run ended, and what becomes of its job."""
+    """How a run ended, and the next state of its job."""
 
     outcome: str
     result: str | None
     seconds_ago: float
-    # of its next tick; without one the same tick goes on
+    # the next tick; None: the same tick runs again
     due_at: datetime | None = None
-    # when it may start; without one at once
+    # when it may start; None: at once
     ready_at: datetime | None = None
     keeps_checkpoint: bool = False
     skipped: Sequence[Skipped] = ()
-    # of the tick that goes on
+    # of the tick that runs again
     releases: int = 0
     retries: int = 0
-    # the job is paused, and why
+    # why the job is paused; None: it is not
     pause_reason: str | None = None
 
 
 class Ahead(NamedTuple):
-    """A lease whose last renewal lies in the future, by PostgreSQL's clock, and how long it is."""
+    """A lease whose last heartbeat is in the future by PostgreSQL's clock, and its length."""
 
     name: str
     fence: int
@@ -130,7 +130,7 @@ class Ahead(NamedTuple):
 
 
 class Abandoned(NamedTuple):
-    """A claim of this instance whose answer it never took: the run did not begin."""
+    """A claim of this instance whose response it did not receive: the run was never started."""
 
     name: str
     fence: int
@@ -139,7 +139,7 @@ class Abandoned(NamedTuple):
 
 
 class JobRepository:
-    """Claims, completions and checkpoints of one instance's runs; each is one statement."""
+    """The jobs' rows as one instance reads and writes them; each change is one statement."""
 
     def __init__(self, database: Database, me: Me, lease: timedelta) -> None:
         self._database = database
@@ -155,10 +155,10 @@ class JobRepository:
         *,
         live: timedelta = LIVE,
     ) -> Capabilities:
-        """Bring the rows up to the jobs (name: schedule, description) that the code declares.
+        """Declare the code's jobs (name: schedule, description) and update their rows.
 
-        Repeated, it keeps the declarations alive; see `declarations`. A job that can't
-        be declared keeps the row that it has, if any; see `undeclared`.
+        Repeated calls keep the declarations live; see `declarations`. A job that can't be declared
+        keeps its row, if it has one; see `undeclared`.
         """
         capabilities, self.undeclared = await self._database.run(
             lambda con: declare(con, jobs, jitters or {}, live), priority=True
@@ -166,12 +166,12 @@ class JobRepository:
         return capabilities
 
     async def ahead(self) -> list[Ahead]:
-        """Return the leases that were renewed in the future: PostgreSQL's clock was set back."""
+        """Return leases with a heartbeat in the future: PostgreSQL's clock was set back."""
         rows = await self._database.run(lambda con: read(con, statements.AHEAD), priority=True)
         return [Ahead(**row) for row in rows]
 
     async def expire(self, lease: Ahead) -> bool:
-        """End a lease that was not renewed for longer than it lasts; False: it was meanwhile."""
+        """Expire a lease unrenewed for longer than its length; False: it was renewed meanwhile."""
         row = await self._database.run(
             lambda con: write(
                 con, statements.EXPIRE, lease.name, lease.fence, lease.last_heartbeat_at
@@ -181,7 +181,7 @@ class JobRepository:
         return row is not None
 
     async def mark_startup(self, capabilities: Capabilities, warm_up: timedelta) -> None:
-        """Write down when this instance, which has just started, saw which jobs are soon ready."""
+        """Mark the jobs that are ready, or will be within the warm-up, at this instance's start."""
         await self._database.run(
             lambda con: write(
                 con,
@@ -197,12 +197,12 @@ class JobRepository:
     async def claim_next(self, capabilities: Capabilities, policy: ClaimPolicy) -> ClaimResult:
         """Claim the job that has been ready for longest, if the policy lets this instance."""
 
-        async def ask(connection: Connection) -> tuple[float, asyncpg.Record | None]:
-            sent_at = monotonic()  # what waited in line, or behind a run that blocks, was not sent
+        async def send(connection: Connection) -> tuple[float, asyncpg.Record | None]:
+            sent_at = monotonic()  # not before: time in the pool's wait queue is no lease time
             arguments = claim_arguments(self.me, self.lease, capabilities, policy)
             return sent_at, await write(connection, statements.CLAIM, *arguments)
 
-        sent_at, row = await self._database.run(ask, priority=True)
+        sent_at, row = await self._database.run(send, priority=True)
         assert row is not None  # noqa: S101 - the statement always has one
         claimed = None
         if row["claimable"]:
@@ -222,10 +222,10 @@ class JobRepository:
     async def finish(
         self, name: str, fence: int, completion: Completion, schedule: str | None = None
     ) -> str | bool:
-        """Record how a run ended and free its job; False: the job was no longer this run's.
+        """Record how a run ended and free its job; False: the run had lost its lease.
 
-        Its next tick is one of `schedule`: if that has changed, nothing is recorded, and the new
-        one is returned.
+        The completion was computed by `schedule`. If the job's schedule has changed since, nothing
+        is recorded, and the new schedule is returned.
         """
         row = await self._database.run(
             lambda con: write(
@@ -254,9 +254,9 @@ class JobRepository:
         return row is not None and (row["freed"] or row["schedule"])
 
     async def abandoned(self, runs: Iterable[tuple[str, int]]) -> list[Abandoned]:
-        """Return what this instance holds, but for its `runs` (name, fence).
+        """Return the leases that this instance holds for no run of `runs` (name, fence).
 
-        Only to be asked while no claim is under way: its answer may still be taken.
+        Not to be called while a claim is in flight, whose response may still arrive.
         """
         pairs = list(runs)
         names, fences = [name for name, _ in pairs], [fence for _, fence in pairs]
@@ -265,23 +265,27 @@ class JobRepository:
         )
         return [Abandoned(**row) for row in rows]
 
-    async def refute_losses(self) -> list[str]:
-        """Take back the losses recorded against this instance, which lives; return their jobs."""
+    async def retract_losses(self) -> list[str]:
+        """Turn the losses that others recorded for this live instance into releases.
+
+        Returns:
+            The names of their jobs.
+        """
         row = await self._database.run(
-            lambda con: write(con, statements.REFUTE, self.me.id, UNREACHABLE, LOST_LIMIT),
+            lambda con: write(con, statements.RETRACT, self.me.id, UNREACHABLE, LOST_LIMIT),
             priority=True,
         )
         return [] if row is None else row["jobs"]
 
     async def mark_releasing(self, name: str, fence: int, lease: timedelta) -> None:
-        """Shorten a lease: this process ends before it does, and its run is released with it."""
+        """Shorten a lease that the process won't outlive; the run then counts as released."""
         await self._database.run(
             lambda con: write(con, statements.MARK_RELEASING, name, fence, self.me.id, lease),
             priority=True,
         )
 
     async def end_work(self, name: str, fence: int) -> None:
-        """Note that the function of a run has returned, and its run only lasts on."""
+        """Record that a run's function has returned and the run waits out its minimum duration."""
         await self._database.run(
             lambda con: write(con, statements.END_WORK, name, fence, self.me.id), priority=True
         )
@@ -297,7 +301,7 @@ class JobRepository:
 def claim_arguments(
     me: Me, lease: timedelta, capabilities: Capabilities, policy: ClaimPolicy
 ) -> tuple[object, ...]:
-    """Return the parameters of CLAIM, in its order."""
+    """Return the parameters of CLAIM, in order."""
     return (
         me.id,
         me.server,

@@ -1,4 +1,4 @@
-"""What a job gets: its progress, its checkpoint, and writes that count only under its lease."""
+"""What a job's function gets: progress, checkpoints, and transactions under the run's lease."""
 
 import asyncio
 import re
@@ -28,12 +28,13 @@ from balance_app.jobs.transaction import (
 )
 
 CHECKPOINT_BYTES: Final = 8192
-# How much of an error is kept in a run's result.
+# How much of an error a run's result keeps.
 MESSAGE_CHARACTERS: Final = 1900
 MOST_CAUSES: Final = 10
 DEEPEST_CAUSE: Final = 5
-_NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # in JSON; a backslash may be a character itself
-# What a run that was requested to stop has come to.
+# in JSON, where an even number of backslashes is no escape
+_NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")
+# The outcomes of a run that was requested to stop.
 Stopped = Literal["cancelled", "released", "timed_out"]
 
 
@@ -50,11 +51,11 @@ class Run:
 
     Attributes:
         name: the job's.
-        fence: higher in each run of the job; who gets writes from outside can refuse lower ones.
-        due_at: the tick; the same when it is tried again or taken over: an idempotency key for
-            effects outside of the database.
+        fence: higher in each run of the job; another system can refuse writes with a lower one.
+        due_at: the tick. Retries and takeovers of a tick have the same one, so it can be an
+            idempotency key for effects outside of the database.
         attempt: how many runs this tick had before.
-        resumed: the last checkpoint of a run that was lost or released, or None.
+        resumed: the last checkpoint of this tick's lost or released runs, or None.
         log: a logger that names job and fence.
     """
 
@@ -73,22 +74,22 @@ class Run:
         self._jobs = jobs
         self._min_seconds = min_seconds
         self._started = monotonic()
-        # what was done already when a resumed run first reported how far it is
+        # the `done` of the first progress report, if the run was resumed
         self._begun_at: int | None = None
-        # the one that is open
+        # the open one
         self._transaction: RunTransaction | None = None
         self.lease: Lease | None = None
-        # set when it is requested to stop: what it is to end as, and why
+        # set by a request to stop: the outcome to end with, and the reason
         self.stopped: tuple[Stopped, str] | None = None
-        # does its task go on, as it does when its function is async, or returned an awaitable?
+        # whether its function is async or has returned an awaitable
         self.awaited = True
-        # what executes for it, once it does
+        # all that executes for it; None before it starts
         self.scope: Scope | None = None
 
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Say how far the run is; the next heartbeat writes it down.
+        """Report how far the run is; the next heartbeat writes it to the job's row.
 
-        It is only for show and never raises: where `done` is no number, the last report stays.
+        For display only. It never raises: if `done` is no number, the report is ignored.
         """
         counted = _count(done)
         if counted is None:
@@ -96,12 +97,12 @@ class Run:
         if self._begun_at is None:
             self._begun_at = 0 if self.resumed is None else counted
         if self.lease is not None:
-            self.lease.progress = Progress(counted, _count(total), plain(in_words(note)))
+            self.lease.progress = Progress(counted, _count(total), storable(safe_str(note)))
 
     async def pace(self) -> None:
-        """Sleep until as much of the job's minimum duration is over as is done of its total.
+        """Sleep until the elapsed share of the minimum duration is the share that is done.
 
-        A run that was resumed spreads what it found left.
+        A resumed run spreads the work that was left over the whole duration.
         """
         done, total, _ = self.lease.progress if self.lease is not None else (None, None, None)
         if done is None or not total or self._begun_at is None:
@@ -111,21 +112,21 @@ class Run:
         await asyncio.sleep(self._started + self._min_seconds * share - monotonic())
 
     async def end_work(self) -> None:
-        """Note, for people, that the function has returned and the run only lasts on."""
+        """Record, for display, that the function has returned and the run waits."""
         try:
             await self._jobs.end_work(self.name, self.fence)
         except (DatabaseUnavailable, Overloaded) as problem:
-            self.log.debug("the end of the work is not noted", reason=problem.detail)
+            self.log.debug("the end of the work is not recorded", reason=problem.detail)
 
     async def checkpoint(self, state: object) -> None:
-        """Write down what the next owner goes on from after a loss; None forgets it.
+        """Store the state from which the next run continues after a loss or a release.
 
-        Inside `transaction` it is written with it, and only if it commits.
+        None clears it. Inside `transaction` it is written by that transaction's commit.
 
         Raises:
-            CheckpointError: not JSON, or more than 8 KiB of it.
+            CheckpointError: it is not JSON, has more than 8 KiB, or contains a NUL.
             LeaseLostError: the run has lost its lease.
-            DatabaseUnavailable: it can't be reached.
+            DatabaseUnavailable: the database can't be reached.
         """
         try:
             text = encode(state)
@@ -143,7 +144,7 @@ class Run:
 
     @property
     def executor(self) -> Executor:
-        """An executor whose threads belong to the run, for libraries that want one."""
+        """An executor whose threads belong to the run, for libraries that take one."""
         assert self.scope is not None  # noqa: S101 - it executes
         return self.scope
 
@@ -156,10 +157,9 @@ class Run:
         """Start a child process that ends with the run, and however the instance's process ends.
 
         Takes what `asyncio.create_subprocess_exec` takes: stdin, stdout, stderr, cwd, limit. When
-        the run is requested to stop the child gets SIGTERM,
-            and half a second later it is killed. Its
-        descendants are killed with it, also those in sessions of their own, as soon as the
-        command ends. Not covered are processes that it asks another daemon to start.
+        the run is requested to stop, the child gets SIGTERM, and half a second later it is killed.
+        As soon as the command ends, its descendants are killed, also those in other sessions.
+        Processes that another daemon starts at its request are not covered.
 
         Raises:
             FileNotFoundError: there is no such program.
@@ -171,16 +171,17 @@ class Run:
     async def transaction(self) -> AsyncIterator[Connection]:
         """Open a transaction that commits only while this run holds its lease (READ COMMITTED).
 
-        The check and the commit are one message, and the job's row is locked from one to the other:
-        nobody can take the job over in between. Keep transactions short: few run at once, and the
-        server ends one that lasts for three leases. A run has one at a time.
+        The lease is checked and the transaction committed in one message, with the job's row locked
+        in between, so no other instance can claim the job before the commit. Keep transactions
+        short: the pool allows few at once, and the server ends one that lasts for three leases. A
+        run has at most one open.
 
         Raises:
-            LeaseLostError: at either end; nothing was written.
-            TransactionLimitError: the server ended it, as it was idle for a lease's time or lasted
-                for three; the job has failed.
-            DatabaseUnavailable: the connection was lost; `applied` says what is known of the
-                commit.
+            LeaseLostError: when it begins or commits; nothing was written.
+            TransactionLimitError: the server ended it, as it was idle for a lease's length or
+                lasted for three; the run has failed.
+            DatabaseUnavailable: the connection was lost; `applied` says whether the commit may have
+                taken effect.
         """
         if self._transaction is not None:
             raise RuntimeError(f"{self.name} has a transaction open already.")
@@ -198,7 +199,7 @@ class Run:
             problem = transaction.classify(error)
             if problem is None:
                 raise
-            # A limit says it all; the driver's error adds nothing.
+            # The driver's error would add nothing to a limit.
             raise problem from None if isinstance(problem, TransactionLimitError) else error
         finally:
             self._transaction = None
@@ -208,31 +209,31 @@ def encode(state: object) -> str:
     """Return a checkpoint as JSON that can be read back.
 
     Raises:
-        ValueError: there is none: not JSON, too deep, or a number that JSON or Python can't read.
+        ValueError: it is not JSON, is too deep, or has a number that can't be read back.
     """
     encoded = to_json(state)
-    from_json(encoded, allow_inf_nan=False)  # what can't be read would be the end of each owner
+    from_json(encoded, allow_inf_nan=False)  # unreadable, it would fail every later run
     return encoded.decode()
 
 
 def _count(number: object) -> int | None:
-    """Return a number that PostgreSQL can hold: what one run says may not spoil a heartbeat."""
+    """Return a number that PostgreSQL can store, so that no report can fail a heartbeat."""
     try:
         if not -inf < number < inf:  # type: ignore[operator]
             return None
         return int(max(0, min(number, 2**53)))  # type: ignore[call-overload]
-    except Exception:  # noqa: BLE001 - whatever it is, it is no number
+    except Exception:  # noqa: BLE001 - an object that is no number
         return None
 
 
-def plain(text: str, limit: int = 500) -> str:
-    """Return text that PostgreSQL can hold."""
+def storable(text: str, limit: int = 500) -> str:
+    """Return text that PostgreSQL can store, in at most `limit` characters."""
     return text[:limit].replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def describe(error: BaseException, depth: int = 0) -> str:
-    """Return an error in a sentence, with what is in it when it is a group, and what it is from."""
-    text = f"{type(error).__name__}: {in_words(error)[:MESSAGE_CHARACTERS]}"
+    """Return the text of an error, with the errors of a group and the causes."""
+    text = f"{type(error).__name__}: {safe_str(error)[:MESSAGE_CHARACTERS]}"
     if depth == DEEPEST_CAUSE:
         return text
     if isinstance(error, BaseExceptionGroup):
@@ -243,9 +244,9 @@ def describe(error: BaseException, depth: int = 0) -> str:
     return text
 
 
-def in_words(value: object) -> str:
-    """Return what a value says of itself, whatever it is."""
+def safe_str(value: object) -> str:
+    """Return `str(value)`, or a substitute if that fails."""
     try:
         return str.__str__(str(value))
-    except Exception as error:  # noqa: BLE001 - a text that can't be had must not lose the run
+    except Exception as error:  # noqa: BLE001 - a value without a text must not fail the run
         return f"a {type(value).__name__} without a text ({type(error).__name__})"

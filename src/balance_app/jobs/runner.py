@@ -1,4 +1,4 @@
-"""How one run is executed: its function is called, and how it ended is classified."""
+"""How one run is executed: its function is called and its end classified."""
 
 import asyncio
 import inspect
@@ -12,8 +12,8 @@ from balance_app.jobs.run import (
     RunStoppedError,
     Stopped,
     describe,
-    in_words,
-    plain,
+    safe_str,
+    storable,
 )
 from balance_app.jobs.scope import Scope
 from balance_app.jobs.threads import ThreadRun
@@ -21,14 +21,14 @@ from balance_app.jobs.transaction import LeaseLostError
 
 
 class RunResult(NamedTuple):
-    """How a run ended, and what it returned or why it failed."""
+    """How a run ended, and what it returned or why it did not succeed."""
 
     outcome: str
     result: str | None
 
 
 async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
-    """Execute the function, to its end: there is no result while any of it still executes."""
+    """Execute the function; returns when all code that executes for the run has ended."""
     if run.stopped is not None:
         return RunResult(*run.stopped)
     started = monotonic()
@@ -42,19 +42,19 @@ async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
     if run_result.outcome == "succeeded":
         rest = min_seconds - (monotonic() - started)
         if rest > 0 and run.stopped is None:
-            # The work is done: a run that is stopped now has succeeded all the same.
-            await asyncio.wait({scope.start(_last_on(run, rest))})
+            # The work is done, so a run that is stopped while it waits has still succeeded.
+            await asyncio.wait({scope.start(_wait_out(run, rest))})
     return run_result
 
 
-async def _last_on(run: Run, seconds: float) -> None:
+async def _wait_out(run: Run, seconds: float) -> None:
     until = monotonic() + seconds
     await run.end_work()
     await asyncio.sleep(until - monotonic())
 
 
 def stop(run: Run, outcome: Stopped, reason: str) -> None:
-    """Request a run to stop; the first reason counts."""
+    """Request a run to stop; the first reason is kept."""
     if run.stopped is None:
         run.stopped = (outcome, reason)
     if run.lease is not None:
@@ -64,7 +64,7 @@ def stop(run: Run, outcome: Stopped, reason: str) -> None:
 
 
 async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
-    """Call the function, and await what it returns if that is to be awaited."""
+    """Call the function and await its value while that is awaitable."""
     try:
         run.awaited = job.is_async
         value = await (job.function(run) if job.is_async else _in_thread(run, job, scope))
@@ -79,19 +79,19 @@ async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what
         # A task that ended with one of these would end the event loop.
         raise RuntimeError(f"it tried to end its instance: {error!r}") from error
     if inspect.isgenerator(value) or inspect.isasyncgen(value):
-        raise TypeError("it returned a generator, which nobody iterates over: its body never ran")
+        raise TypeError("it returned a generator, which is never iterated over: its body never ran")
     return value
 
 
 async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
-    """Call a function in a thread of its own, and wait until it has ended, come what may."""
+    """Call a function in a thread of its own and wait until it has ended, even if cancelled."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Any] = loop.create_future()
     facade = ThreadRun(run)
 
     def report(value: object, error: BaseException | None) -> None:
         if inspect.isawaitable(value):
-            facade.go_on_in_event_loop()
+            facade.continue_in_event_loop()
         if error is None:
             ended.set_result(value)
         else:
@@ -101,7 +101,7 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
         value, error = None, None
         try:
             value = job.function(facade)
-        except BaseException as caught:  # noqa: BLE001 - it counts where the run is classified
+        except BaseException as caught:  # noqa: BLE001 - `classify` gets it
             error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
         loop.call_soon_threadsafe(report, value, error)
 
@@ -110,21 +110,23 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
         try:
             return await asyncio.shield(ended)
         except asyncio.CancelledError:
-            # A thread can't be cancelled: `facade` raises in its call, now or at the next.
+            # A thread can't be cancelled: its current or next call of `facade` raises.
             if ended.done():
                 return ended.result()
             facade.interrupt()
 
 
 def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
-    """Say how a run's code ended."""
+    """Return how a run's code ended."""
     stopped = run.stopped if task.cancelled() or task.cancelling() else None
     error = None if task.cancelled() else task.exception()
     finished = error is None and not task.cancelled()
     if finished and (stopped is None or not run.awaited):
         returned = task.result()
-        return RunResult("succeeded", None if returned is None else plain(in_words(returned), 2000))
-    if stopped is not None:  # whatever it made of it
+        return RunResult(
+            "succeeded", None if returned is None else storable(safe_str(returned), 2000)
+        )
+    if stopped is not None:  # however the function handled it
         if error is not None and not isinstance(error, RunStoppedError):
             run.log.warning("run failed when it was stopped", exc_info=error)
         return RunResult(*stopped)
@@ -132,15 +134,15 @@ def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
         case LeaseLostError():
             return RunResult("released", "it had lost its lease")
         case DatabaseUnavailable() as outage:
-            return RunResult("released", plain(outage.detail))
+            return RunResult("released", storable(outage.detail))
     if error is None:
         return RunResult("failed", "it cancelled itself")
     run.log.error("run failed", exc_info=error)
-    return RunResult("failed", plain(describe(error), 2000))
+    return RunResult("failed", storable(describe(error), 2000))
 
 
 def _outage(error: BaseException | None) -> BaseException | None:
-    """Return what no function is to blame for, if an error is nothing else; it may be a group."""
+    """Return the outage or lost lease that an error, or all of a group, consists of; else None."""
     if isinstance(error, BaseExceptionGroup):
         inside = [_outage(each) for each in error.exceptions]
         return inside[0] if all(inside) else None

@@ -1,7 +1,7 @@
-"""When a job's ticks are: at an interval from an anchor, or as a cron expression says.
+"""When a job's ticks are: at an interval from an anchor, or at the times of a cron expression.
 
-Pure functions of time: whoever asks brings the moment, as an aware datetime in UTC, and gets such
-moments back. No question takes time in proportion to the number of ticks.
+Pure functions of time: they take and return aware datetimes in UTC. No call takes time in
+proportion to the number of ticks.
 """
 
 import re
@@ -21,14 +21,14 @@ _RESOLUTION: Final = timedelta.resolution
 _SECOND: Final = timedelta(seconds=1)
 _DAY: Final = timedelta(days=1)
 _WEEK: Final = timedelta(weeks=1)
-_SOME_DAY: Final = datetime(2026, 1, 1, tzinfo=UTC)
+_EXAMPLE: Final = datetime(2026, 1, 1, tzinfo=UTC)
 # Any date falls on any weekday within 28 years, or 40 around 2100, which is no leap year.
 _HORIZON: Final = timedelta(days=41 * 366)
 _UNITS: Final = {"day": _DAY, "hour": timedelta(hours=1), "minute": timedelta(minutes=1)}
 _EVERY: Final = re.compile(r"every ([0-9]{1,8}(?:\.[0-9]{1,6})?) s")
 _CRON: Final = re.compile(r"cron (.+) (\S+)")
 
-_SHORT: Final = {
+_ALIASES: Final = {
     "@HOURLY": "0 * * * *",
     "@DAILY": "0 0 * * *",
     "@MIDNIGHT": "0 0 * * *",
@@ -41,17 +41,17 @@ _DAYS: Final = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 
 
 class _Field(NamedTuple):
-    """A field of a cron expression: its values, and the names that they have."""
+    """A field of a cron expression: the range of its values, and their names."""
 
     name: str
     lowest: int
     highest: int
     names: tuple[str, ...] = ()
-    # of a timedelta
+    # the argument of timedelta
     unit: str | None = None
 
     def value(self, text: str) -> int | None:
-        """Return the value of a number or name; None: it is none of this field."""
+        """Return the value of a number or name; None: it is not one of this field's."""
         if text in self.names:
             return self.lowest + self.names.index(text)
         value = int(text) if re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) else None
@@ -79,7 +79,7 @@ _FIELDS: Final = (
 
 
 class ScheduleError(ValueError):
-    """A schedule that can't be; the message is a sentence that names the wrong value."""
+    """An impossible schedule; the message is a sentence that names the wrong value."""
 
 
 class TickRange(NamedTuple):
@@ -92,7 +92,7 @@ class TickRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """Ticks at `anchor` and each whole number of intervals after it, exact to the microsecond.
+    """Ticks at `anchor` and every interval after it, exact to the microsecond.
 
     Raises:
         ScheduleError: the interval is below a second or above 366 days.
@@ -124,7 +124,7 @@ class Every:
     def _number_after(self, moment: datetime, anchor: datetime) -> int:
         return max(0, (moment - anchor) // self.interval + 1)
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return the schedule for people: "every 5 minutes"."""
         for unit, length in _UNITS.items():
             if not self.interval % length:
@@ -141,20 +141,20 @@ class Cron:
     """Ticks at the local times that a cron expression of five fields names.
 
     When clocks change it ticks as Debian's cron does. If neither the minute nor the hour field
-    begins with `*`, local times that a jump forward leaves out have one tick together, at the
-    jump, and local times that come twice tick the first time only; here the jump may have any
-    length (Debian: below three hours). Other expressions go by what the local clock shows: a time
-    left out has no tick, a time that comes twice has two.
+    begins with `*`, all local times that a jump forward skips have one tick together, at the jump,
+    and repeated local times tick only the first time; the jump may have any length (Debian: below
+    three hours). Other expressions follow the local clock: a skipped time has no tick, and a
+    repeated time has two.
 
-    cronsim reads the expression, but does not say when it ticks: around a change of half an hour
-    or at midnight it misses ticks, and in a repeated hour its next tick may be in the past.
+    cronsim parses the expression but does not compute the ticks: around a change of half an hour
+    or at midnight it misses some, and in a repeated hour its next tick may be in the past.
 
     The expression may be one of `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly`, `@yearly`
-    and `@annually`, which are kept as the five fields that they stand for.
+    and `@annually`, which are stored as five fields.
 
     Raises:
-        ScheduleError: no such expression, no such zone, a time that never comes, or a step or a
-            range that does not say what it seems to say.
+        ScheduleError: the expression or the zone does not exist, no time ever matches, or a step or
+            range does not match what it suggests.
     """
 
     expression: str
@@ -167,8 +167,8 @@ class Cron:
     def __post_init__(self) -> None:
         fields = self.expression.upper().split()
         if len(fields) == 1 and fields[0].startswith("@"):
-            fields = self._spelt_out(fields[0]).split()
-        if len(fields) != 5:  # noqa: PLR2004 - as said in the sentence
+            fields = self._expand(fields[0]).split()
+        if len(fields) != 5:  # noqa: PLR2004 - as in the message
             raise ScheduleError(
                 f"The cron expression {self.expression!r} has {len(fields)} "
                 f"field{'s' * (len(fields) != 1)}; it must have 5 "
@@ -179,7 +179,7 @@ class Cron:
             if (fault := _fault(text, _FIELDS[number])) is not None:
                 raise self._unusable(fault)
         try:
-            parsed = CronSim(expression, _SOME_DAY)
+            parsed = CronSim(expression, _EXAMPLE)
         except (CronSimError, ValueError) as error:
             raise self._unusable(f"{str(error).lower()}.") from None
         try:
@@ -195,17 +195,17 @@ class Cron:
             "_zone": zone,
         }.items():
             object.__setattr__(self, name, value)
-        self.next_after(_SOME_DAY, _SOME_DAY)
+        self.next_after(_EXAMPLE, _EXAMPLE)
 
-    def _spelt_out(self, short: str) -> str:
-        if short == "@REBOOT":
+    def _expand(self, alias: str) -> str:
+        if alias == "@REBOOT":
             raise self._unusable(
-                "a job belongs to no machine or instance whose start it could wait for: give an "
+                "a job belongs to no machine or instance, so it can't run at a start: give an "
                 "interval or a time."
             )
-        if short not in _SHORT:
-            raise self._unusable(f"known are {', '.join(_SHORT).lower()}.")
-        return _SHORT[short]
+        if alias not in _ALIASES:
+            raise self._unusable(f"the aliases are {', '.join(_ALIASES).lower()}.")
+        return _ALIASES[alias]
 
     def _unusable(self, why: str) -> ScheduleError:
         return ScheduleError(f"The cron expression {self.expression!r} can't be used: {why}")
@@ -235,12 +235,12 @@ class Cron:
     ) -> TickRange | None:
         """Return the ticks after `after` and not after `until`; None if there are none.
 
-        It takes time in proportion to the days in between, a few microseconds for each.
+        It takes a few microseconds for each day in between.
         """
         ticks = 0
         ticking: list[_Stretch] = []
         for stretch in self._stretches(after, until):
-            # What was left out, and the reading that the clock jumped to, are one tick.
+            # The skipped readings and the reading at which the jump ends are one tick together.
             landed = max(stretch.start, stretch.jump + _RESOLUTION)
             number = min(1, self._count(stretch.start, landed)) + self._count(landed, stretch.end)
             if number:
@@ -255,17 +255,17 @@ class Cron:
             ticks,
         )
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return the schedule for people: "at 03:00 every day, Europe/Berlin"."""
-        words = self._fields.explain()
-        if not self._fields.day_and:  # as in crontab(5): one of the two days is enough
+        text = self._fields.explain()
+        if not self._fields.day_and:  # as in crontab(5): either of the two days matches
             if self._every_day():
                 minute, hour, _, month, _ = self.expression.split()
-                words = CronSim(f"{minute} {hour} * {month} *", _SOME_DAY).explain()
-            words = _EITHER_DAY.sub(r"\1\4 \2 or \3", words)
-        for digit, ending in {1: "st", 2: "nd", 3: "rd"}.items():  # cronsim says 21th
-            words = re.sub(rf"\b([2-5]{digit})th\b", rf"\1{ending}", words)
-        return f"{words[0].lower()}{words[1:]}, {self.tz}"
+                text = CronSim(f"{minute} {hour} * {month} *", _EXAMPLE).explain()
+            text = _EITHER_DAY.sub(r"\1\4 \2 or \3", text)
+        for digit, ending in {1: "st", 2: "nd", 3: "rd"}.items():  # cronsim writes 21th
+            text = re.sub(rf"\b([2-5]{digit})th\b", rf"\1{ending}", text)
+        return f"{text[0].lower()}{text[1:]}, {self.tz}"
 
     def _every_day(self) -> bool:
         weekdays = {day % 7 for day in self._fields.weekdays if isinstance(day, int)}
@@ -276,9 +276,9 @@ class Cron:
         return f"cron {self.expression} {self.tz}"
 
     def _stretches(self, after: datetime, until: datetime) -> "Iterator[_Stretch]":
-        """Yield what the clock shows after `after` and not after `until`."""
+        """Yield the stretches of the local clock after `after` and not after `until`."""
         start, end = after + _RESOLUTION, until + _RESOLUTION
-        # A day before is early enough to see which readings come for the second time.
+        # From a day earlier, so that it is known which readings are repeated.
         for begin, finish, before, offset in _steady(self._zone, start - _DAY, end):
             since = max(begin, start)
             if since < finish:
@@ -296,7 +296,7 @@ class Cron:
     ) -> Iterator[datetime]:
         """Yield the matching readings from `start` to before `end`, or from the last to the first.
 
-        Like those of `_Stretch`, they are readings of the local clock that are labelled as UTC.
+        They are readings of the local clock labelled as UTC, as in `_Stretch`.
         """
         step = -1 if backwards else 1
         for day in _days(start, end)[::step]:
@@ -311,14 +311,14 @@ class Cron:
         return range(first, last)
 
 
-# what cronsim says of a day of the month "and" of one of the week, and in which months
+# cronsim's text for a day of the month "and" a day of the week, and the months
 _EITHER_DAY: Final = re.compile(r"^(.*?) (on .*) and (on .*?)( in .*)?$")
 
 
 def _fault(text: str, field: _Field) -> str | None:
-    """Return what a field of a cron expression seems to say and does not, and what to write.
+    """Return how a field of a cron expression misleads, and what to write; None: it does not.
 
-    A step beyond what it steps through leaves only the first value: minute */90 ticks each hour.
+    A step beyond its range leaves only the first value: minute */90 ticks each hour.
     """
     for term in text.split(","):
         span, slash, step = term.partition("/")
@@ -333,8 +333,8 @@ def _fault(text: str, field: _Field) -> str | None:
                         f"{span} takes no step: write {span} for {term} in the {field.name} field."
                     )
                 if span == "?":
-                    return f"? in the {field.name} field is not known here: write *."
-                continue  # cronsim says so, or knows what it means
+                    return f"? in the {field.name} field is not supported: write *."
+                continue  # cronsim refuses it, or has a meaning for it
             low, high = start, end
         if low > high:
             ends = (
@@ -384,10 +384,10 @@ def parse(text: str) -> Schedule:
 
 
 class _Stretch(NamedTuple):
-    """What a local clock shows while its offset stays the same.
+    """The readings of a local clock while its offset from UTC stays the same.
 
-    The clock's readings are datetimes labelled as UTC, though they are local. Those from `start`
-    to before `end` count, and those before `jump`, which the clock leaves out, count at `jump`.
+    Readings are local datetimes labelled as UTC. Those from `start` to before `end` belong to the
+    stretch. Those before `jump` are skipped by the clock, and tick at `jump`.
     """
 
     start: datetime
@@ -396,7 +396,7 @@ class _Stretch(NamedTuple):
     offset: timedelta
 
     def moment(self, reading: datetime) -> datetime:
-        """Return when `reading` counts, in UTC."""
+        """Return when `reading` ticks, in UTC."""
         return max(reading, self.jump) - self.offset
 
 
@@ -405,8 +405,8 @@ def _steady(
 ) -> Iterator[tuple[datetime, datetime, timedelta, timedelta]]:
     """Yield begin, finish, the offset before and the offset during each stretch of one offset.
 
-    A stretch is at most about a week long, so that whoever needs only the first ones gets them
-    soon. The last may finish after `end`.
+    A stretch is at most about a week long, so that the first ones cost little. The last may finish
+    after `end`.
     """
     begin = start.replace(microsecond=0)
     before = _offset(zone, begin)
@@ -423,7 +423,7 @@ def _steady(
 
 
 def _change(zone: ZoneInfo, moment: datetime) -> datetime:
-    """Return when the offset changes, knowing that a day after `moment` it is another one.
+    """Return when the offset changes, within the day after `moment`.
 
     Since 1970 no zone has changed its offset twice within three days.
     """

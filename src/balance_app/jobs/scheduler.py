@@ -1,4 +1,4 @@
-"""The scheduler of one instance: it claims due jobs by its claim policy, and runs them."""
+"""The scheduler of one instance: it claims ready jobs by its claim policy and runs them."""
 
 import asyncio
 import math
@@ -29,39 +29,41 @@ from balance_app.jobs.repository import (
     JobRepository,
     Me,
 )
-from balance_app.jobs.run import Run, plain
+from balance_app.jobs.run import Run, storable
 from balance_app.jobs.runner import RunResult, execute, stop
-from balance_app.jobs.scope import count_what_runs_start
+from balance_app.jobs.scope import track_runs
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-# Something runs somewhere and may be released at any moment, or nothing does.
+# How often to try a claim while a job runs on any instance, as it may end at any moment, and while
+# none does.
 BUSY_POLL_SECONDS: Final = 0.25
 IDLE_POLL_SECONDS: Final = 2.5
-# A claim that lost a race is tried again.
+# The wait before a claim that lost a race is tried again.
 RACE_SECONDS: Final = 0.05
-AWAY_SECONDS: Final = 0.25
-# After an outage the owners of leases that ran out meanwhile come first, to say what happened.
+OUTAGE_POLL_SECONDS: Final = 0.25
+# For this long after an outage an instance takes over no expired lease: the holder may still record
+# how its run ended.
 OWNERS_FIRST_SECONDS: Final = 2.0
-CLEAR_UP_SECONDS: Final = 0.5
+RECONCILE_SECONDS: Final = 0.5
 # How often an instance declares its jobs again.
 DECLARE_SECONDS: Final = 15.0
-# How much later an instance takes a job that has claimed one in this round already.
+# How much later an instance that has already claimed a job in this round may claim the next.
 TIE_BREAK: Final = timedelta(milliseconds=10)
-# The backoff grows with what runs here, ever more slowly: at most ten steps.
+# The backoff grows with the number of runs here, ever more slowly, towards this many steps.
 MOST_BACKOFF_STEPS: Final = 10
 DRAIN_SECONDS: Final = 0.8
-NAMED: Final = 5  # so many undeclared jobs are reported with their reasons
-# What can't be stopped ends with the process within this; its lease later, by as much as
-# PostgreSQL's clock may step, and by this at least.
+MOST_REASONS: Final = 5  # undeclared jobs that are reported with their reasons
+# A process with runs that can't be stopped ends within this. Their leases end later, by as much as
+# PostgreSQL's clock may step, or at least this.
 EXIT_SECONDS: Final = 2.0
 LEAST_RESERVE_SECONDS: Final = 0.5
 
 
 class Scheduler:
-    """Runs jobs on this instance, sharing them with instances that it knows nothing of."""
+    """Runs jobs on this instance and shares them with other instances, without knowing of any."""
 
     def __init__(
         self,
@@ -81,21 +83,23 @@ class Scheduler:
         self._leases = HeldLeases(settings, watchdog=watchdog)
         self._heartbeat = HeartbeatThread(settings, self.me, self._leases, self._metrics)
         self._capabilities: Capabilities | None = None
-        # in which tables the jobs are declared, and from when on they may be (monotonic)
+        # the installed tables in which the jobs are declared, and the earliest time (monotonic) to
+        # declare them
         self._installation: Installation | None = None
         self._declare_at = 0.0
-        # jobs of this program that do not run as it declares them, with the reason
+        # jobs that do not run as this program declares them, with the reason
         self.undeclared: dict[str, str] = {}
-        # why no jobs are claimed here, if none can be
+        # why this instance can claim no jobs; None: it can
         self.fault: str | None = None
         self._runs: dict[Run, asyncio.Task[None]] = {}
         self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
         self._booted = 0.0
-        # when the database was last known to be unavailable, or a lease or an answer was late
-        self._away_at = -math.inf
-        self._cleared_at = -math.inf
-        # when the jobs were last declared, and leases from before PostgreSQL's clock was set back
+        # when the database was last unavailable, or a claim's response or a renewal was late
+        self._outage_at = -math.inf
+        self._reconciled_at = -math.inf
+        # when the jobs were last declared, and when each lease with a heartbeat in the future was
+        # first seen
         self._declared_at = math.inf
         self._ahead: dict[Ahead, float] = {}
         self._soon = asyncio.Event()
@@ -103,15 +107,14 @@ class Scheduler:
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to take jobs, in a task of its own."""
-        count_what_runs_start(asyncio.get_running_loop())
+        """Start to claim jobs, in a task of its own."""
+        track_runs(asyncio.get_running_loop())
         self._loop = asyncio.create_task(self.run(), context=Context())
 
     async def stop(self) -> None:
-        """Take no more jobs, request all runs to stop, and release them as they end.
+        """Claim no more jobs, request all runs to stop, and release them as they end.
 
-        Returns after a second at the latest. What has not ended by then keeps its lease; see
-        `close`.
+        Returns within a second. A run that has not ended by then keeps its lease; see `close`.
         """
         self._draining = True
         self.wake()
@@ -127,12 +130,12 @@ class Scheduler:
     async def close(self) -> None:
         """Stop the heartbeat; the process is about to end.
 
-        A run that could not be stopped keeps its lease until a moment at which this process has
-        ended for certain: the kernel sees to that.
+        A run that could not be stopped keeps a shortened lease. Before that expires the watchdog
+        timer has killed this process.
         """
         uncancellable = list(self._runs)
         if uncancellable:
-            log.warning("runs that can't be stopped", jobs=[run.name for run in uncancellable])
+            log.warning("runs could not be stopped", jobs=[run.name for run in uncancellable])
             self._leases.end_within(EXIT_SECONDS)
         await self._heartbeat.stop()
         reserve = max(LEAST_RESERVE_SECONDS, self._settings.clock_reserve_seconds)
@@ -141,39 +144,39 @@ class Scheduler:
             try:
                 await self._jobs.mark_releasing(run.name, run.fence, last_lease)
             except DatabaseUnavailable:
-                log.warning("not released: its lease runs out", job=run.name)
+                log.warning("run not released: its lease will expire", job=run.name)
         if self._loop is not None:
             self._loop.cancel()
 
     def wake(self) -> None:
-        """Try to claim now: something has changed."""
+        """Try a claim and send a heartbeat now: a job's row has changed."""
         self._soon.set()
         self._heartbeat.renew_soon()
 
     async def run(self) -> None:
-        """Take jobs until requested to stop."""
+        """Claim jobs until requested to stop."""
         while not self._draining:
             try:
                 wait_seconds = await self.run_once()
             except DatabaseUnavailable as problem:
-                log.debug("no claim was tried", reason=problem.detail)
-                self._away_at = monotonic()
-                wait_seconds = AWAY_SECONDS
+                log.debug("claim not possible", reason=problem.detail)
+                self._outage_at = monotonic()
+                wait_seconds = OUTAGE_POLL_SECONDS
             except Exception:
-                log.exception("a claim failed")
+                log.exception("claim failed")
                 wait_seconds = IDLE_POLL_SECONDS
             if wait_seconds > 0:
                 await self._sleep(wait_seconds)
             else:
-                # A run that blocks the event loop from its first step does so before the next
-                # claim is sent, whose answer would come too late.
+                # Let the run take its first step: if it blocks the event loop, the response to a
+                # claim sent before would be received too late.
                 await asyncio.sleep(0)
 
     async def run_once(self) -> float:
         """Try to claim a job once, and start it.
 
         Returns:
-            How many seconds to wait before the next claim; 0 after a job was taken.
+            The seconds to wait before the next claim; 0 after a job was claimed or freed.
         """
         wait_seconds = await self._prepare()
         capabilities = self._capabilities
@@ -197,10 +200,10 @@ class Scheduler:
             ),
         )
         self._heartbeat.set_clock(found.now, monotonic())
-        if monotonic() - found.sent_at > self._patience_seconds:
-            self._away_at = monotonic()
+        if monotonic() - found.sent_at > self._late_seconds:
+            self._outage_at = monotonic()
         if found.freed is not None:
-            log.warning("job quarantined, or lost while paused", job=found.freed)
+            log.warning("job quarantined or lost while paused", job=found.freed)
             self._metrics.run_ended(found.freed, found.ended)
             return 0
         if found.claimed is not None:
@@ -215,9 +218,9 @@ class Scheduler:
         return min(found.wait_seconds, longest)
 
     async def _prepare(self) -> float:
-        """Declare the jobs and see that leases are renewed; return how long to wait for that."""
+        """Declare the jobs, check the heartbeat, and return the seconds to wait before a claim."""
         if self._capabilities is not None and self._database.installation != self._installation:
-            self._begin_anew()
+            self._reset()
         if self._capabilities is None and (rest := self._declare_at - monotonic()) > 0:
             return rest
         if self._capabilities is None:
@@ -228,35 +231,36 @@ class Scheduler:
     async def _maintain(self, now: float) -> None:
         if now - self._declared_at >= DECLARE_SECONDS:
             await self._declare_again(now)
-        if now - self._away_at < 2 * self._settings.job_lease_seconds:
-            await self._clear_up(now)
+        if now - self._outage_at < 2 * self._settings.job_lease_seconds:
+            await self._reconcile(now)
 
     # -- after an outage ----------------------------------------------------------------------
 
     @property
-    def _patience_seconds(self) -> float:
-        """How late an answer may be before it is as good as an outage.
+    def _late_seconds(self) -> float:
+        """How late a response may be before it is treated as an outage.
 
-        An outage in which leases run out lasts longer: each was renewed a heartbeat ago at most.
+        An outage in which leases expire lasts longer: each was renewed within a heartbeat before.
         """
         return (self._settings.job_lease_seconds - self._settings.job_heartbeat_seconds) / 2
 
     def _takes_over_until(self, now: float) -> datetime | None:
-        """Return until when, by PostgreSQL's clock, a claim may take what another has lost.
+        """Return until when, by PostgreSQL's clock, a claim may take over an expired lease.
 
-        A claim that is carried out later was held up by an outage, and so were the heartbeats of
-        those whose leases it finds expired.
+        A claim that is executed later was delayed by an outage, which may have delayed the
+        heartbeats of the holders too.
         """
-        if now - self._away_at < OWNERS_FIRST_SECONDS:
+        if now - self._outage_at < OWNERS_FIRST_SECONDS:
             return None
-        return self._heartbeat.server_time() + timedelta(seconds=self._patience_seconds)
+        return self._heartbeat.server_time() + timedelta(seconds=self._late_seconds)
 
-    async def _clear_up(self, now: float) -> None:
-        """Release claims whose answer was never taken, and take losses back; no claim is under way.
+    async def _reconcile(self, now: float) -> None:
+        """Release claims whose response was not received, and retract losses.
 
-        What was sent before an outage may be carried out long after it: this goes on for a while.
+        Called while no claim is in flight, and repeated for a while after an outage: PostgreSQL may
+        execute a claim long after it was sent.
         """
-        if now - self._cleared_at < CLEAR_UP_SECONDS:
+        if now - self._reconciled_at < RECONCILE_SECONDS:
             return
         for each in await self._jobs.abandoned((run.name, run.fence) for run in self._runs):
             ready_at = self._heartbeat.server_time() + release_pause(each.releases)
@@ -272,31 +276,31 @@ class Scheduler:
             if await self._jobs.finish(each.name, each.fence, completion):
                 log.info("claim released", job=each.name, fence=each.fence)
                 self._metrics.run_ended(each.name, completion.outcome)
-        refuted = await self._jobs.refute_losses()
-        if refuted:
-            log.info("losses taken back: this instance lives", jobs=refuted)
-        self._cleared_at = now
+        retracted = await self._jobs.retract_losses()
+        if retracted:
+            log.info("losses retracted: this instance is alive", jobs=retracted)
+        self._reconciled_at = now
 
     # -- declarations -------------------------------------------------------------------------
 
-    def _begin_anew(self) -> None:
-        """Stop all runs: the tables that hold their leases are gone, and others in their place.
+    def _reset(self) -> None:
+        """Stop all runs: the tables that held their leases were replaced by others.
 
-        What is known of the jobs is void, and their fences begin again. No job is taken before
-        every run that began on the tables of before has ended, here and elsewhere.
+        The capabilities are void and fences may repeat. No job is claimed for a lease's length, so
+        that every run which started on the old tables has ended, here and on other instances.
         """
-        log.warning("the tables are other ones than before", stopping=len(self._runs))
+        log.warning("the tables were replaced", stopping=len(self._runs))
         self._capabilities = None
         self._declare_at = monotonic() + self._settings.job_lease_seconds
         for run in list(self._runs):
-            stop(run, "released", "its database was made anew, or restored")
+            stop(run, "released", "its database was recreated or restored")
 
     async def _declare(self) -> Capabilities:
         self._installation = self._database.installation
         try:
             capabilities = await self._jobs.declare(*self._declared())
         except Exception as error:
-            if not isinstance(error, DatabaseUnavailable):  # which concerns more than the jobs
+            if not isinstance(error, DatabaseUnavailable):  # an outage is reported elsewhere
                 self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
             raise
         self._set_undeclared(self._jobs.undeclared)
@@ -316,9 +320,10 @@ class Scheduler:
         )
 
     async def _declare_again(self, now: float) -> None:
-        """Keep the declarations alive, and mend what a clock that was set back has left.
+        """Keep the declarations live, and expire leases from before the clock was set back.
 
-        Others may have been as long without the database as this instance: theirs count as long.
+        Other instances may have been without the database for as long as this one, so their
+        declarations stay live for that much longer.
         """
         live = LIVE + timedelta(seconds=now - self._declared_at - DECLARE_SECONDS)
         await self._jobs.declare(*self._declared(), live=live)
@@ -331,22 +336,22 @@ class Scheduler:
             if seen_at - first_seen_at > lease.length.total_seconds() and (
                 await self._jobs.expire(lease)
             ):
-                log.warning("a lease from before the clock was set back is over", job=lease.name)
+                log.warning("lease from before the clock was set back expired", job=lease.name)
 
     def condition(self) -> str:
-        """Return what keeps jobs from running here as they are declared; "ok" if nothing does."""
+        """Return why jobs do not run here as they are declared; "ok" if they do."""
         if self.fault is not None:
             return f"No jobs are claimed here. {self.fault}"
         if not self.undeclared:
             return "ok"
-        few = islice(self.undeclared.items(), NAMED)
-        named = "; ".join(f"{name}: {reason}" for name, reason in few)
-        rest = len(self.undeclared) - NAMED
+        first = islice(self.undeclared.items(), MOST_REASONS)
+        named = "; ".join(f"{name}: {reason}" for name, reason in first)
+        rest = len(self.undeclared) - MOST_REASONS
         more = f"; and {rest} more" if rest > 0 else ""
-        return f"Not declared, so not run as this program says: {named}{more}."
+        return f"Not run as this program declares them: {named}{more}."
 
     def _set_undeclared(self, undeclared: dict[str, str]) -> None:
-        found = {name: plain(reason, 500) for name, reason in undeclared.items()}
+        found = {name: storable(reason, 500) for name, reason in undeclared.items()}
         for name, reason in found.items():
             if self.undeclared.get(name) != reason:
                 log.error("job not declared", job=name, reason=reason)
@@ -377,15 +382,13 @@ class Scheduler:
         if self._leases.is_late(run.lease):
             self._heartbeat.renew_soon()
         if not run.lease.executing:
-            self._away_at = monotonic()  # as good as: it is released before it looks lost
-            run.stopped = ("released", "the answer to its claim came too late")
-        elif (
-            claimed.cancel_requested_by is not None
-        ):  # its last owner was lost before it could obey
+            self._outage_at = monotonic()  # so that others' losses are retracted too
+            run.stopped = ("released", "the response to its claim was too late")
+        elif claimed.cancel_requested_by is not None:  # the previous run was lost before it stopped
             run.stopped = ("cancelled", f"cancelled by {claimed.cancel_requested_by}")
         elif self._draining:
             run.stopped = ("released", STOPPED)
-        # Of its own context: the run belongs to no request.
+        # An empty context: the run belongs to no request.
         self._runs[run] = asyncio.create_task(
             self._execute(run, job, claimed), name=run.name, context=Context()
         )
@@ -413,7 +416,7 @@ class Scheduler:
             run.log.info("run ended", **run_result._asdict(), seconds=seconds)
             await self._record(run, job, claimed, run_result, ended)
         except Exception:
-            run.log.exception("the end of a run can't be recorded: its lease runs out")
+            run.log.exception("the end of a run can't be recorded: its lease will expire")
         finally:
             self._leases.release(run.lease)
             del self._runs[run]
@@ -427,7 +430,7 @@ class Scheduler:
         run_result: RunResult,
         ended: float,
     ) -> None:
-        """Record the end of a run; however long the database is unavailable, unless all stops."""
+        """Record the end of a run, with retries during an outage until the instance stops."""
         while True:
             now = self._heartbeat.server_time()
             completion = complete(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
@@ -436,10 +439,10 @@ class Scheduler:
             except DatabaseUnavailable as problem:
                 if self._draining:
                     raise
-                run.log.debug("the end of a run waits for the database", reason=problem.detail)
-                await asyncio.sleep(AWAY_SECONDS / 2)
+                run.log.debug("the end of a run is not recorded yet", reason=problem.detail)
+                await asyncio.sleep(OUTAGE_POLL_SECONDS / 2)
                 continue
-            if isinstance(done, str):  # declared anew meanwhile
+            if isinstance(done, str):  # its schedule has changed meanwhile
                 claimed = claimed._replace(schedule=done)
                 continue
             if done:
@@ -447,16 +450,16 @@ class Scheduler:
                 skipped = sum(each.range.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
             else:
-                run.log.warning("the run had lost its job before it ended")
-                self._away_at = monotonic()
+                run.log.warning("the run had lost its lease before it ended")
+                self._outage_at = monotonic()
                 self._soon.set()
             return
 
 
 def backoff(runs: int, step_seconds: float) -> timedelta:
-    """Return how long after a job is ready an instance with so many runs may take it.
+    """Return how long after a job is ready an instance that has `runs` runs may claim it.
 
-    Of instances that could claim the same job the one with the fewest runs comes first, and none
-    has to know of another.
+    The instance with the fewest runs is the first that may claim a job, and none has to know of
+    another.
     """
     return timedelta(seconds=step_seconds * runs / (1 + runs / MOST_BACKOFF_STEPS))

@@ -1,9 +1,9 @@
 """Everything that executes for a run belongs to it, and a run has ended when all of it has.
 
-A context variable names the run that the code of this moment executes for. What is started under it
-is counted: tasks (a task factory), work in threads (an executor that is the event loop's default),
+A context variable names the run for which the current code executes. All that is started under it
+is counted: tasks (by a task factory), work in threads (by the event loop's default executor),
 timers, and child processes. Tasks and threads inherit the variable, so what they start is counted
-too. Not seen are threads that a job starts by `threading` and children that it starts by
+too. Not counted are threads that a job starts by `threading` and processes that it starts by
 `subprocess`: see `Run.executor` and `Run.subprocess`.
 """
 
@@ -23,8 +23,8 @@ from typing_extensions import override
 
 log = structlog.get_logger(__name__)
 
-# What was requested to stop and still executes is requested again after each of these.
-AGAIN_SECONDS: Final = 5.0
+# How often a run that still executes is requested again to stop.
+REPEAT_SECONDS: Final = 5.0
 MAX_THREADS: Final = 32
 
 CURRENT: Final[ContextVar["Scope | None"]] = ContextVar("balance_app_run", default=None)
@@ -34,14 +34,14 @@ class Stoppable(Protocol):
     """A child process of a run."""
 
     def stop(self) -> None:
-        """Ask it to end; it is ended by force soon after."""
+        """Request it to end; it is killed soon after."""
 
 
 class Scope(Executor):
-    """What executes for one run; as an executor it takes work for threads that are counted.
+    """All that executes for one run; as an executor it runs work in threads that are counted.
 
-    Its own methods are called in the event loop that it was made in, those of an executor in any
-    thread.
+    Its own methods are called in the event loop in which it was created, those of an executor in
+    any thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -55,46 +55,47 @@ class Scope(Executor):
         self._children: set[Stoppable] = set()
         self._again: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
-        # used by threads: what is under way there, what has not begun, and how many take it
+        # shared with threads: work that has not ended, work that has not started, and their number
         self._lock = threading.Lock()
         self._work: set[Future[Any]] = set()
         self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads = 0
 
     def start(self, main: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        """Start the main task of the run, under the variable that counts what it starts."""
+        """Start the main task of the run, with the context variable set to this scope."""
         context = Context()
         context.run(CURRENT.set, self)
         self._main = self._loop.create_task(main, context=context)
         return self._main
 
     def stop(self) -> None:
-        """Request the run to stop, and all that belongs to it again every few seconds.
+        """Request the run to stop: cancel its main task and stop its child processes.
 
-        Its main task is cancelled first: most that it has started ends with it, in its own way.
+        Other tasks are cancelled when the main task has ended, as they usually end with it. Every
+        few seconds the request is repeated for all that still executes.
         """
         if self.stop_requested_at is None:
             self.stop_requested_at = monotonic()
         if self._main is not None:
             self._main.cancel()
         self._stop_children()
-        self._ask_again_later()
+        self._schedule_repeat()
 
     async def ended(self) -> None:
-        """Wait for the main task, end what it has left behind, and return when all has ended."""
+        """Wait for the main task, stop what it has left, and return when all has ended."""
         assert self._main is not None  # noqa: S101 - started before
         await asyncio.wait({self._main})
-        # What its last step has set off (an asynchronous generator's end) is counted after this.
+        # The main task's last step may have started tasks (to close an asynchronous generator).
         await asyncio.sleep(0)
         if self._left():
             if self.stop_requested_at is None:
-                log.warning("a run has left something behind", job=self.name, **self._left())
+                log.warning("run left work behind", job=self.name, **self._left())
             for task in list(self._tasks):
                 if not task.cancelling():
                     task.cancel()
             self._stop_children()
-            self._drop_queue()
-            self._ask_again_later()
+            self._cancel_queued()
+            self._schedule_repeat()
         while self._left():
             self._changed.clear()
             await self._changed.wait()
@@ -109,21 +110,19 @@ class Scope(Executor):
         counts["processes"] = len(self._children)
         return {what: count for what, count in counts.items() if count}
 
-    def _ask_again_later(self) -> None:
+    def _schedule_repeat(self) -> None:
         if self._again is None:
-            self._again = self._loop.call_later(AGAIN_SECONDS, self._ask_again)
+            self._again = self._loop.call_later(REPEAT_SECONDS, self._repeat)
 
-    def _ask_again(self) -> None:
+    def _repeat(self) -> None:
         self._again = None
         if left := self._left():
-            log.warning(
-                "a run was requested to stop and goes on: requested again", job=self.name, **left
-            )
+            log.warning("run has not stopped: requested again", job=self.name, **left)
             for task in list(self._tasks):
                 task.cancel()
             self._stop_children()
-            self._drop_queue()
-            self._ask_again_later()
+            self._cancel_queued()
+            self._schedule_repeat()
 
     def _stop_children(self) -> None:
         for child in list(self._children):
@@ -141,22 +140,22 @@ class Scope(Executor):
         return self._loop.create_task(coroutine, context=Context())
 
     def add_timer(self, timer: asyncio.TimerHandle) -> None:
-        """Count a timer: it does not go off after the run's end."""
+        """Count a timer: it is cancelled when the run ends."""
         self._timers.add(timer)
 
     def add_child(self, child: Stoppable) -> None:
-        """Count a child process until `forget_child`; one that comes late is requested to stop."""
+        """Count a child process until `forget_child`; if the run is stopping, stop it at once."""
         self._children.add(child)
         if self.stop_requested_at is not None:
             child.stop()
 
     def forget_child(self, child: Stoppable) -> None:
-        """Note that a child process has ended."""
+        """Record that a child process has ended."""
         self._children.discard(child)
         self._changed.set()
 
     def add_work(self, work: "Future[Any]") -> None:
-        """Count what executes in another thread until it has ended; called in any thread."""
+        """Count work in another thread until it has ended; called in any thread."""
         with self._lock:
             self._work.add(work)
         work.add_done_callback(self._forget_work)
@@ -168,7 +167,7 @@ class Scope(Executor):
     def _forget_work(self, work: "Future[Any]") -> None:
         with self._lock:
             self._work.discard(work)
-        with suppress(RuntimeError):  # the event loop has ended before its threads
+        with suppress(RuntimeError):  # the event loop was closed before its threads ended
             self._loop.call_soon_threadsafe(self._changed.set)
 
     # -- threads ------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ class Scope(Executor):
             if self._threads == MAX_THREADS:
                 return work
             self._threads += 1
-        # A daemon: what can't be stopped must not keep the process alive.
+        # A daemon thread: work that can't be stopped must not keep the process alive.
         threading.Thread(target=self._take_work, name=self.name, daemon=True).start()
         return work
 
@@ -199,13 +198,13 @@ class Scope(Executor):
             if work.set_running_or_notify_cancel():
                 try:
                     result = call()
-                except BaseException as error:  # noqa: BLE001 - it belongs to who asked
+                except BaseException as error:  # noqa: BLE001 - the submitter gets it
                     work.set_exception(error)
                 else:
                     work.set_result(result)
 
-    def _drop_queue(self) -> None:
-        """Cancel what waits for a thread; what is under way there can't be."""
+    def _cancel_queued(self) -> None:
+        """Cancel the work that has not started; work in a thread can't be cancelled."""
         with self._lock:
             all_work = list(self._work)
         for work in all_work:
@@ -213,7 +212,7 @@ class Scope(Executor):
 
 
 class _DefaultExecutor(ThreadPoolExecutor):
-    """The event loop's default executor: what a run gives it is the run's."""
+    """The event loop's default executor: work that a run submits belongs to the run."""
 
     @override
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
@@ -224,9 +223,9 @@ class _DefaultExecutor(ThreadPoolExecutor):
 
 
 class CountedCalls:
-    """What counts the timers and executors of runs; mixed in before `uvloop.Loop`."""
+    """Counts the timers and executor calls of runs; a mixin before `uvloop.Loop`."""
 
-    # `call_at` of uvloop calls it.
+    # uvloop's `call_at` calls it.
     def call_later(self, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # noqa: ANN401
         """See `asyncio.loop.call_later`."""
         timer: asyncio.TimerHandle = super().call_later(*args, context=context)  # type: ignore[misc]
@@ -250,8 +249,8 @@ class CountedCalls:
         return asyncio.wrap_future(work)
 
 
-def count_what_runs_start(loop: asyncio.AbstractEventLoop) -> None:
-    """Let an event loop count the tasks and the work in threads that runs start in it."""
+def track_runs(loop: asyncio.AbstractEventLoop) -> None:
+    """Make an event loop count the tasks and the work in threads that runs start in it."""
     if loop.get_task_factory() is not _create_task:
         loop.set_task_factory(_create_task)  # type: ignore[arg-type]
         loop.set_default_executor(_DefaultExecutor())
@@ -259,7 +258,7 @@ def count_what_runs_start(loop: asyncio.AbstractEventLoop) -> None:
 
 @contextmanager
 def under(scope: Scope | None) -> Iterator[None]:
-    """Count what is started meanwhile for another run; for none: a shared pool's timers, say."""
+    """Count what the block starts for this scope; for None it belongs to no run."""
     before = CURRENT.get()
     CURRENT.set(scope)
     try:
@@ -273,7 +272,7 @@ def _create_task(
     coroutine: Coroutine[Any, Any, Any],
     *,
     context: Context | None = None,
-    **more: Any,  # noqa: ANN401 - what newer versions of Python give
+    **more: Any,  # noqa: ANN401 - arguments of newer versions of Python
 ) -> "asyncio.Task[Any]":
     task = asyncio.Task(coroutine, loop=loop, context=context, **more)
     scope = CURRENT.get() if context is None else context.get(CURRENT)

@@ -1,18 +1,18 @@
 """The statements that move a job from one state to another, each with the invariant it keeps.
 
-PostgreSQL's clock decides, read where it counts (`clock_timestamp()`): `now()` is the time at which
-a transaction began, and one that was delayed could take or revive a lease by it.
+Only PostgreSQL's clock decides, read when the statement runs (`clock_timestamp()`). `now()` is the
+start of the transaction: a delayed transaction could take or revive a lease by it.
 """
 
 from typing import Final
 
-# The startup mark: written once for each time that a job is ready, by the first of the instances
-# that come up: the next can't push it on. Instances that come up at least a warm-up after a mark
-# have no use for it, so one that is twice as old concerns nobody any more, and is replaced; so is
-# one that a run has outlived. Nothing is written about a run that gave a sign of life after this
-# instance's boot: the mark would outlive the fleet, and the next fleet would take it for its own.
-# Of many, the longest ready come first, a batch at each try; nobody takes a job before it is
-# marked, or all are warmed up.
+# The startup mark is written once each time a job becomes ready, by the first instance that starts;
+# later instances can't move it. An instance that starts a warm-up or more after a mark ignores it,
+# so a mark twice as old is obsolete and is replaced; so is a mark older than the job's last
+# heartbeat. A job with a heartbeat after this instance's start gets no mark: the mark would remain
+# when all instances have stopped, and those that start next would take it for their own. The jobs
+# that have been ready longest are marked first, one batch per attempt. While instances warm up, no
+# job is claimed before it is marked.
 MARK_STARTUP: Final = """
 WITH ready AS (
     SELECT name FROM jobs
@@ -27,29 +27,30 @@ WITH ready AS (
 UPDATE jobs SET startup_marked_at = clock_timestamp() FROM ready WHERE jobs.name = ready.name
 """
 
-# One job at most, and only one that nobody runs: it waits, or its lease is over by the server's
-# clock. The row is locked, and taken only if it is still eligible: who claims, renews, pauses or
-# ends it meanwhile leaves it claimable later, or not at all. A row that is locked belongs to
-# somebody. The fence rises with the claim, so whatever the run before still sends is refused.
+# Claims at most one job, and only one without a live lease: it waits, or its lease has expired by
+# the server's clock. The row is locked and checked again: a concurrent claim, renewal, pause or
+# finish makes it claimable later, or not at all. A locked row is being changed by another session
+# and is skipped. Each claim raises the fence, so writes that the previous run still sends are
+# refused.
 #
-# The claim policy: a job may be taken at `claimable_at` plus this instance's own backoff. What was
-# marked at startup waits until `startup_marked_at` plus the warm-up, so that those that come up
-# together share it: all go by what the first of them wrote, and none by its own boot, as they
-# differ. Not so for an instance that was warmed up before (`startup_marked_at` is not about it),
-# nor when a run gave a sign of life after the instance's boot: the fleet is up already. The tie
-# break: among equals, an instance that has claimed in this round lets the others go first. Rounds
-# are the virtual time of start-time fair queueing (Goyal, Vin, Cheng 1996), so that light load
-# goes round without anybody being counted.
+# The claim policy: an instance may claim a job at `claimable_at` plus its own backoff. A job that
+# was marked at startup waits until `startup_marked_at` plus the warm-up, so that instances that
+# start together share it: all use the time that the first of them wrote, not their own start. The
+# mark does not delay an instance that was warmed up before it, nor a job with a heartbeat after
+# this instance's start: other instances are running already. The tie break: of equally loaded
+# instances, one that has claimed in this round waits a little longer. Rounds are the virtual time
+# of start-time fair queueing (Goyal, Vin, Cheng 1996): under light load the instances alternate,
+# and no instance has to count the others.
 #
 # $1 id, $2 server, $3 lease, $4 booted_at, $5 numbers, $6 the limit of losses,
 # $7 backoff, $8 round, $9 tie break, $10 warmed up, $11 warm-up, $12 takes_over_until,
-# $13 quarantine, $14 the longest, $15 and $16 the result of a run whose instance stopped, is gone
+# $13 quarantine, $14 the longest, $15 and $16 the results of a released and of a lost run
 CLAIM: Final = """
 WITH own AS (  -- this instance's backoff, with the tie break if it has claimed in this round
     SELECT $7::interval
          + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
            AS backoff
-), eligible AS NOT MATERIALIZED (  -- the policy: from when on each job may be taken here, if known
+), eligible AS NOT MATERIALIZED (  -- the policy: when this instance may claim each job, if known
     SELECT name, claimable_at, startup_marked_at, holder,
            (SELECT backoff FROM own)
            + CASE WHEN last_heartbeat_at > $4 THEN claimable_at
@@ -58,7 +59,7 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
                   WHEN $10 THEN claimable_at END AS eligible_at
     FROM jobs
     WHERE claimable_at IS NOT NULL AND number <@ $5::int8multirange
-), candidate AS MATERIALIZED (  -- the one to take, and how the run before ended, if it was held
+), candidate AS MATERIALIZED (  -- the job to claim, and how its previous run ended, if it was held
     SELECT jobs.name, fence, server, started_at, lease_expires_at,
            jobs.holder IS NOT NULL AS held,
            jobs.holder IS NOT NULL AND NOT releasing AS lost,
@@ -76,7 +77,7 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
     ORDER BY eligible.claimable_at
     LIMIT 1
     FOR UPDATE OF jobs SKIP LOCKED
-), taken AS (  -- claimed by this instance; or, lost once too often or while paused, freed
+), taken AS (  -- claimed by this instance, or freed if lost too often or while paused
     UPDATE jobs SET
         holder = CASE WHEN claimable THEN $1::uuid END,
         server = CASE WHEN claimable THEN $2::text END,
@@ -102,18 +103,18 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
     RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint AS resumed,
               cancel_requested_by, schedule, anchor_at, jobs.started_at, round, releases, retries,
               failure_streak, CASE WHEN held THEN outcome END AS ended
-), ended AS (  -- in the history, the run before
+), ended AS (  -- end the previous run in the history
     UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_expires_at,
                         result = candidate.result
     FROM candidate
     WHERE held AND job = candidate.name AND job_runs.fence = candidate.fence
       AND job_runs.outcome IS NULL
-), begun AS (  -- ... and this one
+), begun AS (  -- and insert the new one
     INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
     SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE claimable
-), head AS (  -- what comes next: of the first few, the claimable and those whose lease ends
+), head AS (  -- the first few jobs by the time at which they are ready or their lease expires
     SELECT * FROM eligible ORDER BY claimable_at LIMIT 20
-), next AS (  -- when the next could be eligible here; where that is not known, when to look again
+), next AS (  -- when the next could be eligible here, or, if unknown, when to try again
     SELECT min(coalesce(eligible_at, claimable_at)) AS at, bool_or(holder IS NOT NULL) AS busy
     FROM head
 )
@@ -122,10 +123,10 @@ SELECT clock_timestamp() AS now,
 FROM next LEFT JOIN taken ON true
 """
 
-# Nothing but the run's own lease is freed: its fence and its holder must still stand. Once freed,
-# a job is ready for its next tick, for the same tick later, or for the same tick at once.
+# A run frees only its own lease: fence and holder must still match. The freed job is then ready for
+# its next tick, or for the same tick later or at once.
 FINISH: Final = """
-WITH freed AS (  -- ready for its next tick, or for the same again
+WITH freed AS (  -- ready for its next tick, or for the same tick again
     UPDATE jobs SET
         holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
         cancel_requested_by = NULL,
@@ -149,10 +150,10 @@ WITH freed AS (  -- ready for its next tick, or for the same again
         last_ended_at = clock_timestamp() - $6::interval, last_result = $5
     WHERE name = $1 AND fence = $2 AND holder = $3 AND schedule = coalesce($14, schedule)
     RETURNING last_ended_at
-), ended AS (  -- in the history
+), ended AS (  -- end the run in the history
     UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
     FROM freed WHERE job = $1 AND fence = $2
-), skipped AS (  -- ... with the ticks that did not run, as ranges
+), skipped AS (  -- and insert the skipped ticks, as ranges
     INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)
     SELECT $1, first, last, ticks, clock_timestamp(), clock_timestamp(), 'skipped', reason
     FROM freed, unnest($10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::text[])
@@ -163,9 +164,9 @@ FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
-# A renewal can't be later than now, unless the clock was set back since. Such a lease would stand
-# for as long as that. Its holder, if it lives, renews it by the new time; so it is only ended when
-# somebody has seen it not renewed for longer than it lasts, by a clock that is not set.
+# A heartbeat in the future was written before the clock was set back. Its lease would last longer
+# by that step. A live holder renews it by the new time, so an instance ends such a lease only after
+# it has seen it unrenewed for longer than the lease's length, by its own monotonic clock.
 AHEAD: Final = """
 SELECT name, fence, last_heartbeat_at, lease_expires_at - last_heartbeat_at AS length FROM jobs
 WHERE holder IS NOT NULL AND last_heartbeat_at > clock_timestamp() + interval '1 s'
@@ -177,20 +178,20 @@ WHERE name = $1 AND fence = $2 AND last_heartbeat_at = $3 AND holder IS NOT NULL
 RETURNING name
 """
 
-# A claim may be carried out for an instance that has stopped waiting for it. It names itself as the
-# holder, so it can release what it never began.
+# PostgreSQL may execute a claim after its instance has stopped waiting for the response. The
+# instance is the row's holder, so it can release the run that it never started.
 ABANDONED: Final = """
 SELECT name, fence, releases, retries FROM jobs
 WHERE holder = $1
   AND (name, fence) NOT IN (SELECT * FROM unnest($2::text[], $3::bigint[]) AS run (name, fence))
 """
 
-# Who takes over an expired lease can't know whether its instance stopped, or could not reach the
-# database: it records a loss, and the instance, if it lives, takes it back. The row of the history
-# is what it is taken back by, so that it is taken back once. A quarantine that is no longer
-# deserved ends at once. Losses further back than the last thousand are nobody's concern any more.
-REFUTE: Final = """
-WITH refuted AS (  -- of the latest losses in the history, those of this instance
+# An instance that takes over an expired lease can't know whether the holder died or could not reach
+# the database: it records a loss, and a live holder retracts it. The update of the history row
+# ensures that a loss is retracted once. A quarantine that retracted losses had caused ends at once.
+# Only the latest thousand losses are searched.
+RETRACT: Final = """
+WITH retracted AS (  -- of the latest losses in the history, those of this instance
     UPDATE job_runs SET outcome = 'released', result = $2
     WHERE outcome = 'lost' AND id IN (
         SELECT id FROM (
@@ -201,38 +202,38 @@ WITH refuted AS (  -- of the latest losses in the history, those of this instanc
         WHERE holder = $1
     )
     RETURNING job, started_at
-), blamed AS (  -- how many each job had
+), counted AS (  -- the retracted losses of each job
     SELECT job, count(*)::integer AS losses, max(started_at) AS started_at
-    FROM refuted GROUP BY job
-), acquitted AS (  -- the jobs, without them
+    FROM retracted GROUP BY job
+), corrected AS (  -- subtract them from the jobs' losses in a row
     UPDATE jobs SET
         lost_streak = greatest(lost_streak - losses, 0),
         ready_at = CASE WHEN holder IS NULL AND lost_streak >= $3 AND lost_streak - losses < $3
                    THEN least(ready_at, clock_timestamp()) ELSE ready_at END,
-        last_outcome = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+        last_outcome = CASE WHEN last_outcome = 'lost' AND last_started_at = counted.started_at
                        THEN 'released' ELSE last_outcome END,
-        last_result = CASE WHEN last_outcome = 'lost' AND last_started_at = blamed.started_at
+        last_result = CASE WHEN last_outcome = 'lost' AND last_started_at = counted.started_at
                       THEN $2 ELSE last_result END
-    FROM blamed WHERE name = job
+    FROM counted WHERE name = job
     RETURNING name
 )
-SELECT array_agg(name) AS jobs FROM acquitted HAVING count(*) > 0
+SELECT array_agg(name) AS jobs FROM corrected HAVING count(*) > 0
 """
 
-# The run may still execute, so its job is not freed; only its lease gets shorter, never longer.
+# The run may still execute, so its job is not freed. Its lease is shortened, never extended.
 MARK_RELEASING: Final = """
 UPDATE jobs SET releasing = true,
                 lease_expires_at = least(lease_expires_at, clock_timestamp() + $4::interval)
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
-# For people alone: who cancels such a run is answered that there is nothing left to cancel. It
-# belongs to the run that began before it, so no claim has to take it back.
+# For display only: a request to cancel such a run gets the response that nothing is left to cancel.
+# The time counts only if it is after the run's start, so a claim need not reset it.
 END_WORK: Final = """
 UPDATE jobs SET work_ended_at = clock_timestamp() WHERE name = $1 AND fence = $2 AND holder = $3
 """
 
-# A run that has lost its lease writes nothing more.
+# A run that has lost its lease writes no checkpoint.
 CHECKPOINT: Final = """
 UPDATE jobs SET checkpoint = $4
 WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_expires_at > clock_timestamp()

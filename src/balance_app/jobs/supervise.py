@@ -1,9 +1,9 @@
 """Executes a command for `Run.subprocess`, and ends it with the run and the instance's process.
 
-A small program of its own: `python supervise.py FD COMMAND...`. It is the command's parent and
-adopts what the command leaves behind. When the other end of the socket FD is closed, which the
-kernel does however the instance ends, or when the command has ended, it kills all its descendants.
-Only then does it end, in the way the command did. Signals are passed on to the command's group.
+A program of its own: `python supervise.py FD COMMAND...`. It is the parent of the command and
+adopts the processes that the command leaves behind. It kills all its descendants when the command
+has ended or the other end of the socket FD is closed, which the kernel does however the instance
+ends. Then it ends with the command's status. It forwards signals to the command's process group.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ FORWARDED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2), as the next
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2), as is the next
 SET_CHILD_SUBREAPER = 36
-NOT_FOUND = 127  # as a shell says it
+NOT_FOUND = 127  # as in a shell
 
 
-def main(line: int, command: list[str]) -> None:
-    """Execute the command, and end as it does."""
-    os.set_inheritable(line, False)  # noqa: FBT003 - it has no name
+def main(control: int, command: list[str]) -> None:
+    """Execute the command and end with its status."""
+    os.set_inheritable(control, False)  # noqa: FBT003 - positional only
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
@@ -40,12 +40,12 @@ def main(line: int, command: list[str]) -> None:
     if pid == 0:
         prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         execute(command)
-    with contextlib.suppress(OSError):  # the child does the same: whoever comes first
+    with contextlib.suppress(OSError):  # the child does the same, perhaps first
         os.setpgid(pid, pid)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):  # a pipe of the command's is closed when the command closes it
-        os.dup2(nowhere, descriptor)
-    watch(pid, line, woken)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):  # keep none of the command's pipes open
+        os.dup2(null, descriptor)
+    watch(pid, control, woken)
     code = os.waitstatus_to_exitcode(kill_all(pid))
     if code < 0:
         if -code not in {signal.SIGKILL, signal.SIGSTOP}:
@@ -54,17 +54,17 @@ def main(line: int, command: list[str]) -> None:
     os._exit(code)
 
 
-def watch(pid: int, line: int, woken: int) -> None:
-    """Pass signals on until the command or the other end of the line is gone."""
+def watch(pid: int, control: int, woken: int) -> None:
+    """Forward signals until the command has ended or the control socket is closed."""
     while True:
-        ready, _, _ = select.select([line, woken], [], [])
-        if line in ready:
+        ready, _, _ = select.select([control, woken], [], [])
+        if control in ready:
             return
         for number in os.read(woken, 100):
             if number != signal.SIGCHLD:
                 with contextlib.suppress(OSError):
                     os.killpg(pid, number)
-        # Its number is not free for others before all that it left behind has been killed.
+        # WNOWAIT keeps its pid, and so its group's id, reserved until `kill_all`.
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         for orphan in children() - {pid}:
@@ -72,7 +72,7 @@ def watch(pid: int, line: int, woken: int) -> None:
 
 
 def execute(command: list[str]) -> None:
-    """Become the command, with a process group of its own and Python's signals undone."""
+    """Become the command, in a new process group and with default signal dispositions."""
     try:
         os.setpgid(0, 0)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
@@ -85,7 +85,7 @@ def execute(command: list[str]) -> None:
 
 
 def kill_all(pid: int) -> int:
-    """Kill every descendant, also those that left the group; return how the command ended."""
+    """Kill every descendant, also those outside the group; return the command's wait status."""
     status = 0
     with contextlib.suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
@@ -94,15 +94,15 @@ def kill_all(pid: int) -> int:
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGKILL)
         try:
-            ended, how = os.waitpid(-1, 0)
+            ended, ended_status = os.waitpid(-1, 0)
         except ChildProcessError:
             return status
         if ended == pid:
-            status = how
+            status = ended_status
 
 
 def children() -> set[int]:
-    """Return who this process is the parent of, as far as the system says so."""
+    """Return the pids of this process's children; empty where /proc does not list them."""
     try:
         with open("/proc/thread-self/children", encoding="ascii") as file:  # noqa: PTH123
             return {int(pid) for pid in file.read().split()}

@@ -1,4 +1,4 @@
-"""What a job's function gets when it is not async: its run, called from the run's own thread."""
+"""What a function that is not async gets: its run, with calls from the run's thread."""
 
 import asyncio
 import subprocess
@@ -18,16 +18,16 @@ Result = TypeVar("Result")
 
 
 class ThreadRun:
-    """A run for a function that is not async: the same, to be called from its thread.
+    """A `Run` for a function that is not async, called from its thread.
 
-    Each call raises `RunStoppedError` when the run was requested to stop, also while it waits for
-    PostgreSQL; a function that never calls can't be stopped but with its process.
+    Each call raises `RunStoppedError` once the run was requested to stop, also while it waits for
+    PostgreSQL. A function that makes no call can be stopped only by killing its process.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._loop = asyncio.get_running_loop()
-        # in which the thread's call is carried out, and may be broken off
+        # the task that executes the thread's current call, and may be cancelled
         self._task: asyncio.Task[Any] | None = None
         self.name: Final = run.name
         self.fence: Final = run.fence
@@ -42,16 +42,16 @@ class ThreadRun:
         return self._run.executor
 
     def progress(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Say how far the run is."""
-        self._go_on()
+        """Report how far the run is, as `Run.progress`."""
+        self._check_stopped()
         self._run.progress(done, total, note)
 
     def pace(self) -> None:
-        """Sleep as `Run.pace`; ends early when the run is requested to stop."""
+        """Sleep as `Run.pace`, until the run is requested to stop."""
         self._wait(self._run.pace())
 
     def checkpoint(self, state: object) -> None:
-        """Write a checkpoint as `Run.checkpoint`, outside of transactions."""
+        """Store a checkpoint as `Run.checkpoint`."""
         self._wait(self._run.checkpoint(state))
 
     def subprocess(
@@ -90,35 +90,35 @@ class ThreadRun:
             yield ThreadConnection(connection, self._wait)
             self._wait(commit())
         except BaseException as error:
-            if not exiting:  # it is to be rolled back even when the run was requested to stop
+            if not exiting:  # roll back, even if the run was requested to stop
                 end = manager.__aexit__(type(error), error, error.__traceback__)
                 asyncio.run_coroutine_threadsafe(end, self._loop).result()
             raise
 
-    def go_on_in_event_loop(self) -> None:
-        """Be as a `Run`: the function has returned an awaitable, which goes on with this object."""
+    def continue_in_event_loop(self) -> None:
+        """Act as the `Run`: the function has returned an awaitable that uses this object."""
         names = ("progress", "pace", "checkpoint", "transaction", "subprocess")
         vars(self).update({name: getattr(self._run, name) for name in names})
 
     def interrupt(self) -> None:
-        """Break off what the thread waits for; called in the event loop, after the request."""
+        """Cancel the thread's current call; called in the event loop, once a stop was requested."""
         if self._task is not None:
             self._task.cancel()
 
-    def _go_on(self) -> None:
+    def _check_stopped(self) -> None:
         if self._run.stopped is not None:
             raise RunStoppedError(self._run.stopped[1])
 
     def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
         try:
-            return asyncio.run_coroutine_threadsafe(self._carry_out(call), self._loop).result()
+            return asyncio.run_coroutine_threadsafe(self._await(call), self._loop).result()
         except futures.CancelledError:
-            self._go_on()
+            self._check_stopped()
             raise
 
-    async def _carry_out(self, call: Coroutine[Any, Any, Result]) -> Result:
+    async def _await(self, call: Coroutine[Any, Any, Result]) -> Result:
         try:
-            self._go_on()
+            self._check_stopped()
             self._task = asyncio.current_task()
             return await call
         finally:

@@ -1,4 +1,4 @@
-"""The transactions of a run: entered and committed only while it holds its lease."""
+"""The transactions of a run: they begin and commit only while it holds its lease."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from balance_app.db.pool import Connection
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.repository import JobRepository
 
-# of a limit: the clocks of the server and of this process, and the way between them
-ALMOST: Final = 0.95
+# The share of a limit from which it counts as reached: this process and the server measure apart.
+LIMIT_SHARE: Final = 0.95
 NO_ANSWER: Final = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
-# A transaction whose instance has fallen silent is ended by the server: see
-# `Settings.job_arguments`. Half-way through a statement (asyncpg sends a new one in two parts) it
-# is not idle to the server; since version 17 this limit ends it there too.
+# The server ends a transaction that is idle for too long, as its instance may be frozen: see
+# `Settings.job_arguments`. Between the two messages in which asyncpg sends a new statement the
+# transaction is not idle; there `transaction_timeout` ends it, from version 17 on.
 BEGIN: Final = """
 BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
 SELECT set_config('transaction_timeout', '{milliseconds}ms', true)
@@ -26,7 +26,7 @@ WHERE current_setting('server_version_num')::integer >= 170000
 """
 LONGEST_LEASES: Final = 3
 
-# The run is named inside the transaction; nothing is locked before its last message.
+# Names the run to `hold_lease()` by settings of the transaction; only the commit locks its row.
 ENTER: Final = """
 SELECT set_config('balance_app.job', name, true),
        set_config('balance_app.fence', fence::text, true),
@@ -35,11 +35,11 @@ FROM jobs
 WHERE name = $1 AND fence = $2 AND holder = $3 AND lease_expires_at > clock_timestamp()
 """
 
-REMEMBER: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"
+SET_CHECKPOINT: Final = "SELECT set_config('balance_app.checkpoint', $1, true)"
 
-# Checked and committed in one message: an instance that is frozen in between holds no lock, and
-# nobody can take the job between the check and the commit. What the job has set meanwhile (its
-# search path, its role) must not hide the function, nor put other tables in the place of ours.
+# Checked and committed in one message: an instance can't freeze in between with the row locked, and
+# no other instance can claim the job between the check and the commit. A search path or role that
+# the job has set must not replace the function or the tables that it uses.
 COMMIT: Final = """
 SET LOCAL search_path TO DEFAULT; SET LOCAL ROLE NONE; SELECT hold_lease(); COMMIT
 """
@@ -47,7 +47,7 @@ LEASE_LOST: Final = "BL001"  # what hold_lease() raises
 
 
 class LeaseLostError(Exception):
-    """The run has lost its lease: what it wanted to write was not written."""
+    """The run has lost its lease: nothing was written."""
 
 
 class TransactionLimitError(Exception):
@@ -55,7 +55,7 @@ class TransactionLimitError(Exception):
 
 
 class RunTransaction:
-    """A transaction of a run: entered and committed under its lease, its errors classified."""
+    """A transaction of a run: begun and committed under its lease, its errors classified."""
 
     def __init__(self, name: str, fence: int, jobs: JobRepository) -> None:
         self.name: Final = name
@@ -63,14 +63,14 @@ class RunTransaction:
         self._holder = jobs.me.id
         self._idle_seconds = jobs.lease.total_seconds()
         self._longest_seconds = jobs.lease.total_seconds() * LONGEST_LEASES
-        # what it writes as the checkpoint
+        # the checkpoint to commit with it
         self.checkpoint: str | None = None
         self._activity = _Activity()
-        # of something else in the body: the connection is well
-        self._own: Exception | None = None
+        # an error of the job's own, while the connection was open
+        self._job_error: Exception | None = None
 
     async def enter(self, connection: Connection) -> None:
-        """Begin, if the run holds its lease."""
+        """Begin, while the run holds its lease."""
         milliseconds = round(self._longest_seconds * 1000)
         await connection.execute(BEGIN.format(milliseconds=milliseconds))
         if await connection.fetchrow(ENTER, self.name, self.fence, self._holder) is None:
@@ -78,23 +78,23 @@ class RunTransaction:
 
     @contextmanager
     def watch(self, connection: Connection) -> Iterator[None]:
-        """Note what happens to the connection while the job has it."""
+        """Record the connection's activity while the job uses it."""
         try:
             with self._activity.of(connection):
                 yield
         except NO_ANSWER as error:
-            self._own = None if self._activity.ended_at is not None else error
+            self._job_error = None if self._activity.ended_at is not None else error
             raise
 
     async def commit(self, connection: Connection) -> None:
         """Check the lease and commit, in one message."""
         if self.checkpoint is not None:
-            await connection.execute(REMEMBER, self.checkpoint)
+            await connection.execute(SET_CHECKPOINT, self.checkpoint)
         await connection.execute(COMMIT)
 
     def classify(self, error: Exception) -> Exception | None:
-        """Return what an error of the driver means to the run, if it is not the statement's."""
-        if error is self._own:
+        """Return the error of the run that a driver's error means; None: it is the statement's."""
+        if error is self._job_error:
             return None
         state = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
         if state == LEASE_LOST:
@@ -103,7 +103,7 @@ class RunTransaction:
         if limit is not None:
             return TransactionLimitError(limit)
         applied = applied_if_unavailable(error)
-        # A statement that was rolled back is the job's affair; a refused connection is an outage.
+        # A statement's error that was rolled back is the job's; a fatal one is an outage.
         if applied is None or (state is not None and applied == "no" and not is_fatal(error)):
             return None
         return DatabaseUnavailable(
@@ -111,7 +111,7 @@ class RunTransaction:
         )
 
     def _limit(self, error: Exception) -> str | None:
-        """Say which limit of the server a transaction has met, if one ended it."""
+        """Return which limit of the server ended the transaction, if one did."""
         idle = f"it was idle for longer than {self._idle_seconds:g} s"
         long = f"it lasted for longer than {self._longest_seconds:g} s"
         for each in (error, error.__cause__):
@@ -120,21 +120,21 @@ class RunTransaction:
                     return f"The server ended a transaction: {idle} (SQLSTATE 25P03)."
                 case "25P04":
                     return f"The server ended a transaction: {long} (SQLSTATE 25P04)."
-        # The driver does not pass on what the server says while nothing is under way.
+        # The driver drops an error that the server sends while no statement is executing.
         ended_at = self._activity.ended_at
         if ended_at is None and isinstance(error, NO_ANSWER):
-            ended_at = monotonic()  # it has ended, but its end has not been seen yet
+            ended_at = monotonic()  # the listener has not been called yet
         if ended_at is None:
             return None
-        if ended_at - self._activity.begun_at > self._longest_seconds * ALMOST:
+        if ended_at - self._activity.begun_at > self._longest_seconds * LIMIT_SHARE:
             return f"The server ended a transaction: {long}."
-        if ended_at - self._activity.last_at > self._idle_seconds * ALMOST:
+        if ended_at - self._activity.last_at > self._idle_seconds * LIMIT_SHARE:
             return f"The server ended a transaction: {idle}."
         return None
 
 
 class _Activity:
-    """When a transaction began, when its last statement ended, and when its connection did."""
+    """The times of a transaction's begin, of its last statement, and of its connection's end."""
 
     def __init__(self) -> None:
         self.begun_at = self.last_at = monotonic()
@@ -154,7 +154,7 @@ class _Activity:
                     self._note_end()
                 connection.remove_query_logger(self._note_statement)
                 connection.remove_termination_listener(self._note_end)
-            except asyncpg.InterfaceError:  # it was closed, and the pool has taken it back already
+            except asyncpg.InterfaceError:  # closed, and already released to the pool
                 self._note_end()
 
     def _note_statement(self, _statement: object) -> None:

@@ -1,10 +1,10 @@
-"""The watchdog timer: the kernel ends this process by SIGKILL, whatever the process does by then.
+"""The watchdog timer: the kernel kills this process when the timer expires.
 
 A POSIX timer (`timer_create`) that sends SIGKILL depends on nothing that a job can change by
-accident: no handler, no mask, no `alarm(0)`. It strikes a process that is frozen by SIGSTOP at
-once, not when it goes on, and counts the time in which the machine was suspended. Where there is
-none (macOS), the interval timer's SIGALRM has to do, whose default action ends a process as well,
-but not while it is frozen, and not when a job has installed a handler of its own.
+accident: no handler, no mask, no `alarm(0)`. It kills a process at once even while SIGSTOP has
+frozen it, and counts the time for which the machine was suspended. A system without it (macOS) uses
+the interval timer's SIGALRM. Its default action ends a process too, but not while it is frozen, and
+not if a job has installed a handler for the signal.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ SIGEV_SIGNAL: Final = 0
 
 
 class WatchdogTimer(Protocol):
-    """What ends this process unless it is set anew; used by one thread at a time."""
+    """A timer that kills this process unless it is set again; used by one thread at a time."""
 
     def set(self, seconds: float) -> None:
         """End this process after that time; 0 disarms."""
@@ -34,7 +34,7 @@ class WatchdogTimer(Protocol):
 
 
 def watchdog_timer() -> WatchdogTimer:
-    """Return the best timer that this system has; called in the main thread."""
+    """Return the best timer of this system; called in the main thread."""
     try:
         return KillTimer()
     except (OSError, AttributeError) as error:
@@ -72,8 +72,8 @@ class KillTimer:
         """Create it, disarmed.
 
         Raises:
-            OSError: the system has none, or too many signals are pending already.
-            AttributeError: its C library has none.
+            OSError: the system has no such timer, or too many signals are pending.
+            AttributeError: its C library has no such function.
         """
         if sys.platform != "linux" or ctypes.sizeof(ctypes.c_void_p) != 8:  # noqa: PLR2004
             raise OSError("not a 64-bit Linux")
@@ -90,7 +90,7 @@ class KillTimer:
         whole, part = divmod(round(seconds * 1e9), 10**9)
         spec = _TimerSpec(seconds=whole, nanoseconds=part)
         if self._libc.timer_settime(self._id, 0, ctypes.byref(spec), None) != 0:
-            # Deleted by a job, say: without it nothing may execute here.
+            # A job may have deleted it. Without a timer no run may execute here.
             log.error("the watchdog timer is gone", error=os.strerror(ctypes.get_errno()))
             self.expire()
 
@@ -100,7 +100,7 @@ class KillTimer:
 
 
 class AlarmTimer:
-    """The interval timer, whose signal's default action ends the process."""
+    """The interval timer; the default action of its signal ends the process."""
 
     def __init__(self) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -116,5 +116,5 @@ class AlarmTimer:
 
 def _library_of(function: str) -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
-    # Before 2.34 the GNU C library had the timers in a library of their own.
+    # Before 2.34 the GNU C library had the timers in librt.
     return libc if hasattr(libc, function) else ctypes.CDLL("librt.so.1", use_errno=True)

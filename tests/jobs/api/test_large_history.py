@@ -303,7 +303,7 @@ async def test_runs_begin_and_end_by_an_index(
                 ready_at=claimed.started_at + timedelta(hours=1),
             )
             assert await jobs.finish(claimed.name, claimed.fence, completion) is True
-        assert sorted(await jobs.refute_losses()) == [FAILING, RARE]
+        assert sorted(await jobs.retract_losses()) == [FAILING, RARE]
         controls = Controls(database, StatusReader(database, load_settings(db_host="localhost")))
         await controls.pause(MANY, "ada", None)
         await controls.resume(MANY, "ada")

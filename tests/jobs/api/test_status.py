@@ -55,7 +55,7 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
             "last_outcome": "failed",
         },
         "readyAt",
-        "The last run failed; it is tried again at ",
+        "The last run failed; it is retried at ",
     ),
     "released": (
         {
@@ -76,7 +76,7 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
         {"due_at": -60 * SECOND, "ready_at": 600 * SECOND, "attempt": 3, "lost_streak": 3}
         | {"last_outcome": "lost"},
         "readyAt",
-        "Its last 3 runs were lost with their processes: it is tried again at",
+        "Its last 3 runs were lost with their processes: it is retried at",
     ),
     "lost": (
         {**running(uuid4(), "app7"), "lease_expires_at": -1 * SECOND},

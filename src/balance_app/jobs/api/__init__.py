@@ -1,9 +1,9 @@
-"""What people and programs see of the jobs, and do to them.
+"""The HTTP API of jobs: their status and history, and the controls.
 
 `status` is one snapshot of every job and instance by the database's clock, `events` sends it once a
-second to all who watch, `history` reads the runs page by page, `stats` gives the metrics, and
-`controls` runs, pauses, resumes, cancels and forgets. Each control is one statement that decides by
-the job's row as it then is; what the state does not allow is a problem that says why.
+second to every viewer, `history` returns the runs page by page, `stats` returns the statistics for
+the metrics, and `controls` runs, pauses, resumes, cancels and forgets jobs. Each control is one
+conditional statement on the job's row; a refusal is a problem that names the state.
 
-The engine knows nothing of this package: an instance without jobs has the routes all the same.
+The engine imports nothing of this package. An instance that runs no jobs has the routes too.
 """

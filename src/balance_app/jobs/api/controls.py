@@ -1,7 +1,7 @@
-"""What people can do to a job: run it now, pause it, resume it, cancel its run, forget it.
+"""The controls of a job: run it now, pause it, resume it, cancel its run, forget it.
 
-Each is one conditional statement, so any number of people may press any button at once. An instance
-that runs the job learns of it with its next heartbeat, all others with their next claim.
+Each is one conditional statement, so concurrent requests are safe. The instance that runs the job
+receives a request with its next heartbeat, all others with their next claim.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from balance_app.jobs.schedule import ScheduleError, TickRange, parse
 log = structlog.get_logger(__name__)
 
 MAX_RACES: Final = 100
-# What the history says of a run whose job was forgotten.
-NOBODY_LEFT: Final = "its instance is gone, and no other has its code"
+# The result in the history of a run whose job was forgotten.
+NO_INSTANCE: Final = "its instance has stopped, and no other has its code"
 
 
 class Controls:
-    """Steers jobs; each call returns the job as it is afterwards, a `JobAnswer` as JSON.
+    """Controls jobs; each call but `forget` returns the job afterwards, a `JobAnswer` as JSON.
 
-    Raises (all of them):
+    Raises (each call):
         JobNotFound: there is no such job.
         DatabaseUnavailable: see `balance_app.db.pool`.
     """
@@ -48,44 +48,44 @@ class Controls:
         """Make a job ready now.
 
         Raises:
-            JobRunning: it runs.
+            JobRunning: the job is running.
             JobPaused: it is paused.
-            JobWithoutCode: no live instance could run it.
+            JobWithoutCode: no live instance has its code.
         """
-        return await self._steer(
+        return await self._apply(
             "run", RUN, name, by, self._status_reader.lease, refusal=_refuses_run
         )
 
     async def pause(self, name: str, by: str, reason: str | None) -> bytes:
-        """Keep a job from starting; a run under way goes on. Who paused it first stays."""
-        return await self._steer("pause", PAUSE, name, by, reason)
+        """Keep a job from starting; a run in progress continues. The first pause is kept."""
+        return await self._apply("pause", PAUSE, name, by, reason)
 
     async def cancel(self, name: str, by: str) -> bytes:
-        """Ask the instance that runs a job to end the run. Who asked first stays.
+        """Request a job's run to stop. The first request is kept.
 
-        A run whose work is done (`workEndedAt` in the answer) has succeeded, and only ends now.
+        A run whose work is done (`workEndedAt` in the answer) still succeeds, and ends now.
 
         Raises:
             JobNotRunning: there is no run.
         """
-        return await self._steer("cancel", CANCEL, name, by, refusal=_refuses_cancel)
+        return await self._apply("cancel", CANCEL, name, by, refusal=_refuses_cancel)
 
     async def forget(self, name: str, by: str) -> Forgotten:
-        """Take a job off all lists that nobody has the code of; its history stays.
+        """Stop listing a job whose code no live instance has; its history stays.
 
-        Who forgot it first stays. When code declares it again, it begins anew.
+        The first request is kept. When code declares the job again, it starts fresh.
 
         Raises:
-            JobRunning: it runs.
+            JobRunning: the job is running.
             JobHasCode: a live instance has its code.
         """
         for _ in range(MAX_RACES):
             row = await self._database.run(
-                lambda con: write(con, FORGET, name, by, self._status_reader.lease, NOBODY_LEFT),
+                lambda con: write(con, FORGET, name, by, self._status_reader.lease, NO_INSTANCE),
                 lane=_lane(name),
             )
             if row is not None:
-                log.info("job steered", what="forget", job=name, by=by)
+                log.info("job control", action="forget", job=name, by=by)
                 return Forgotten(row["forgotten_at"], row["forgotten_by"])
             await self._status_reader.read()
             forgotten = self._status_reader.forgotten(name)
@@ -94,10 +94,10 @@ class Controls:
             problem = _refuses_forget(from_json(await self._job(name)))
             if problem is not None:
                 raise problem
-        raise _lost_every_race(name)
+        raise _overloaded(name)
 
     async def resume(self, name: str, by: str) -> bytes:
-        """Let a job go on with its next tick; ticks that were missed are recorded as skipped."""
+        """Let a job run again from its next tick; missed ticks are recorded as skipped."""
         for _ in range(MAX_RACES):
             rows = await self._database.run(lambda con: read(con, PAUSED, name))
             if not rows:
@@ -126,13 +126,13 @@ class Controls:
                 lane=_lane(name),
             )
             if done is not None:
-                log.info("job steered", what="resume", job=name, by=by)
+                log.info("job control", action="resume", job=name, by=by)
                 return await self._report(name)
-        raise _lost_every_race(name)
+        raise _overloaded(name)
 
-    async def _steer(
+    async def _apply(
         self,
-        what: str,
+        action: str,
         sql: str,
         name: str,
         *arguments: object,
@@ -143,22 +143,22 @@ class Controls:
                 lambda con: write(con, sql, name, *arguments), lane=_lane(name)
             )
             if row is not None:
-                log.info("job steered", what=what, job=name, by=arguments[0])
+                log.info("job control", action=action, job=name, by=arguments[0])
                 return await self._report(name)
-            # The cause of the refusal is read afresh; if there is none any more, it raced.
+            # The state is read again; if it does not refuse the request, the statement lost a race.
             job = from_json(await self._job(name))
             problem = refusal(job) if refusal else None
             if problem is not None:
                 raise problem
-        raise _lost_every_race(name)
+        raise _overloaded(name)
 
     async def _report(self, name: str) -> bytes:
-        """Return a job that was just changed."""
+        """Return a job after its change."""
         try:
             return await self._job(name)
         except (DatabaseUnavailable, Overloaded) as problem:
             raise DatabaseUnavailable(
-                "The job can't be read, to report its state.", applied="unknown"
+                "The changed job can't be read.", applied="unknown"
             ) from problem
 
     async def _job(self, name: str) -> bytes:
@@ -170,7 +170,7 @@ class Controls:
 
 
 def _lane(name: str) -> Lane:
-    """Return the lane of those who steer a job: of all that wait for its row, one is connected."""
+    """Return the lane of a job's controls: of those that wait for its row one has a connection."""
     return Lane(("job", name))
 
 
@@ -196,9 +196,9 @@ def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
     return None
 
 
-# A tick that is due already is what runs; one in the future gives way to a new one, of this
-# moment, so that its key for effects outside is new. Nothing is taken from a run under way, and
-# nobody is left to wait for a run that can't come: some live instance ($3: a lease) has the code.
+# A tick that is due already runs. One in the future is replaced by a new tick at this moment, so
+# its idempotency key for effects outside is new. A running job is left alone, and so is one whose
+# code no live instance has ($3: the lease), as its run would never start.
 RUN: Final = """
 UPDATE jobs
 SET due_at = least(due_at, moment), ready_at = least(ready_at, moment),
@@ -211,8 +211,9 @@ WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_expires_at <=
 RETURNING name
 """
 
-# Only what nobody runs or could run. A run whose instance is gone will be taken over by nobody: it
-# is lost. The row stays, with its fence: a later run of this name must have a higher one.
+# Only a job that no instance runs or could run. A run whose lease has expired is recorded as lost,
+# as none will take it over. The row stays, with its fence: later runs of this name must have higher
+# ones.
 FORGET: Final = """
 WITH candidate AS MATERIALIZED (
     SELECT name, fence, holder, server, started_at, lease_expires_at FROM jobs
@@ -238,7 +239,7 @@ FROM candidate WHERE jobs.name = candidate.name
 RETURNING forgotten_at, forgotten_by
 """
 
-# A run under way keeps its lease. Who paused the job first stays.
+# A run in progress keeps its lease. The first pause is kept.
 PAUSE: Final = """
 UPDATE jobs
 SET paused_at = coalesce(paused_at, clock_timestamp()), paused_by = coalesce(paused_by, $2),
@@ -247,7 +248,7 @@ WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
 RETURNING name
 """
 
-# Only a run that holds its lease can obey.
+# Only a run that holds its lease can be cancelled.
 CANCEL: Final = """
 UPDATE jobs SET cancel_requested_by = coalesce(cancel_requested_by, $2)
 WHERE name = $1 AND holder IS NOT NULL AND lease_expires_at > clock_timestamp()
@@ -260,11 +261,11 @@ SELECT schedule, anchor_at, due_at, attempt, holder IS NOT NULL AS held, fence,
 FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
 """
 
-# Only the row that was read is resumed: ticks are counted from the row as it was. Who runs or was
-# lost settles the tick by itself; otherwise the next tick is a new one, and what an unfinished run
-# of the old one left behind is forgotten.
+# Only the row that was read is resumed, as the missed ticks were counted from it. A run or its
+# takeover completes the current tick. Without one the next tick is new, and the checkpoint of the
+# old one is cleared.
 #
-# $2 to $5 the row as it was, $6 the next tick, $7 to $9 the ticks that were missed, $10 why
+# $2 to $5 the row as it was read, $6 the next tick, $7 to $9 the missed ticks, $10 the reason
 RESUME: Final = """
 WITH resumed AS (
     UPDATE jobs
@@ -288,17 +289,17 @@ SELECT name FROM resumed
 
 
 def _next_tick(row: Any) -> tuple[Any, TickRange | None]:  # noqa: ANN401 - a row of PAUSED
-    """Return a paused job's next tick and those that were missed; None: it stays as it is."""
+    """Return a paused job's next tick and the missed ticks; None: the tick stays."""
     try:
         schedule = parse(row["schedule"])
-    except ScheduleError:  # of a newer program: who has its code runs the tick that it has
+    except ScheduleError:  # a newer version wrote it, whose instances run the current tick
         return None, None
-    # A tick that had a run is in the history; one that had none is missed itself.
+    # A tick that had a run is in the history; a tick without one counts as missed.
     after = row["due_at"] - timedelta(microseconds=0 if row["attempt"] else 1)
     now, anchor_at = row["now"], row["anchor_at"]
     skipped = schedule.count_between(after, now, anchor_at) if after < now else None
     return schedule.next_after(now, anchor_at), skipped
 
 
-def _lost_every_race(name: str) -> Overloaded:
-    return Overloaded(f"Job {name} changed under each of {MAX_RACES} tries.")
+def _overloaded(name: str) -> Overloaded:
+    return Overloaded(f"Job {name} was changed by others during each of {MAX_RACES} tries.")

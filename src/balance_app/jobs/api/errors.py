@@ -1,4 +1,4 @@
-"""What the state of a job can say against a request."""
+"""The problems with which a job's state refuses a request."""
 
 from datetime import datetime
 from typing import ClassVar
@@ -10,7 +10,7 @@ from balance_app.formatting import exact
 class JobNotFound(Problem):
     """There is no job with this name.
 
-    Nothing was changed. `GET /api/cron/status` lists them.
+    Nothing was changed. `GET /api/cron/status` lists all jobs.
     """
 
     status, code, title = 404, "job-not-found", "Job not found"
@@ -21,9 +21,9 @@ class JobNotFound(Problem):
 
 
 class JobRunning(Problem):
-    """The job runs already, and no job runs twice at once.
+    """The job is running, and two runs of a job never overlap.
 
-    Nothing was changed. Wait for its end, or cancel it.
+    Nothing was changed. Wait for the end of the run, or cancel it.
     """
 
     status, code, title = 409, "job-running", "Job running"
@@ -38,7 +38,7 @@ class JobRunning(Problem):
     ) -> None:
         at = datetime.fromisoformat(started_at) if isinstance(started_at, str) else started_at
         super().__init__(
-            f"Job {name} was not {what}: it runs already on {server}, since {exact(at)} UTC.",
+            f"Job {name} was not {what}: it has been running on {server} since {exact(at)} UTC.",
             job=name,
             server=server,
             startedAt=started_at,
@@ -59,20 +59,20 @@ class JobPaused(Problem):
 
 
 class JobNotRunning(Problem):
-    """The job does not run, so there is nothing to cancel.
+    """The job is not running, so there is nothing to cancel.
 
-    Nothing was changed. Pause it if it is not to start.
+    Nothing was changed. To keep the job from starting, pause it.
     """
 
     status, code, title = 409, "job-not-running", "Job not running"
     sample: ClassVar = {"name": "audit-ledger", "state": "waiting"}
 
     def __init__(self, name: str, *, state: str) -> None:
-        super().__init__(f"Job {name} does not run: it is {state}.", job=name, state=state)
+        super().__init__(f"Job {name} is not running: it is {state}.", job=name, state=state)
 
 
 class JobWithoutCode(Problem):
-    """No live instance has the code of the job, so nobody could run it.
+    """No live instance has the code of the job, so none could run it.
 
     Nothing was changed. Start an instance that has the code, or forget the job.
     """
@@ -105,13 +105,13 @@ class JobHasCode(Problem):
 
 
 class CrossSiteRequest(Problem):
-    """A page of another site sent this request through somebody's browser.
+    """A page of another site sent this request through a user's browser.
 
-    Nothing was changed. Send it from this service's own pages, or from a program.
+    Nothing was changed. Send the request from this service's own pages, or from a program.
     """
 
     status, code, title = 403, "cross-site-request", "Cross-site request"
     sample: ClassVar = {}
 
     def __init__(self) -> None:
-        super().__init__("Pages of other sites can't steer jobs.")
+        super().__init__("Pages of other sites can't control jobs.")

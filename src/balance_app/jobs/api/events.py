@@ -1,7 +1,6 @@
-"""Broadcast of the status: one read a second for all viewers of an instance, none without them.
+"""Broadcast of the status: one read a second for all viewers of an instance, none without viewers.
 
-A viewer is always sent the newest event. A slow one misses those in between; nothing is buffered
-for anybody.
+A viewer is always sent the newest event. A slow viewer misses events; none are buffered.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 MAX_VIEWERS: Final = 1000
 TICK_SECONDS: Final = 1.0
-RETRY_MILLISECONDS: Final = 1000  # how soon a viewer whose instance has stopped asks the next one
+RETRY_MILLISECONDS: Final = 1000  # how soon a disconnected viewer connects again
 
 
 class EventBroadcaster:
@@ -36,23 +35,23 @@ class EventBroadcaster:
         self._stopping = stopping
         self._viewers = 0
         self._ticker: asyncio.Task[None] | None = None
-        # the newest event, how many there were, and what is set when the next one is there
+        # the newest event, the number of events so far, and set when the next is published
         self._event: bytes | None = None
         self._events = 0
         self._published = asyncio.Event()
 
     @contextmanager
     def viewer(self) -> Iterator[None]:
-        """Count somebody who watches.
+        """Count a viewer within the block.
 
         Raises:
-            Overloaded: `MAX_VIEWERS` watch already.
+            Overloaded: there are `MAX_VIEWERS` already.
         """
         if self._viewers >= MAX_VIEWERS:
-            raise Overloaded(f"{self._viewers} watch this instance already.")
+            raise Overloaded(f"This instance has {self._viewers} viewers already.")
         self._viewers += 1
         if self._ticker is None:
-            # Of its own context: it reads for all of them.
+            # An empty context: it reads for all viewers.
             self._ticker = asyncio.create_task(self._tick(), context=Context())
         try:
             yield
@@ -60,7 +59,7 @@ class EventBroadcaster:
             self._viewers -= 1
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the newest event whenever there is one that was not yielded before."""
+        """Yield each new event; events that were replaced meanwhile are left out."""
         yield format_sse_event(retry=RETRY_MILLISECONDS)
         seen = 0
         while not self._stopping.is_set():
@@ -108,10 +107,10 @@ class EventBroadcaster:
 
 
 class EventStreamResponse(EventSourceResponse):
-    """The answer to one viewer.
+    """The response to one viewer.
 
-    FastAPI would format each event anew for each viewer, and keep some that a slow one has not
-    read yet; here all are sent the same bytes.
+    FastAPI would format each event for each viewer and buffer events for slow ones; here all are
+    sent the same bytes.
     """
 
     def __init__(self, broadcaster: EventBroadcaster) -> None:

@@ -8,9 +8,8 @@ from balance_app.db.pool import Connection, Database, read
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.schemas import HistoryAnswer, RunAnswer
 
-# The planner may read and sort all of a job's runs to find the last few: of a table that it knows
-# little about, or where it does not know how few. In a transaction that may not sort, it takes
-# them from an index that has them in order.
+# Without good statistics the planner may read and sort all of a job's runs to find the last few.
+# With sorting off it reads them from an index in order.
 KEEP_TO_INDEX: Final = """
 SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
 """
@@ -19,7 +18,7 @@ SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_so
 async def read_in_order(
     connection: Connection, sql: str, *arguments: object
 ) -> list[asyncpg.Record]:
-    """Run a statement that reads the history, by indexes that have its order; return its rows.
+    """Run a statement that reads the history in an index's order; return its rows.
 
     Raises:
         DatabaseUnavailable: as `read` does.
@@ -30,7 +29,7 @@ async def read_in_order(
 
 
 class History:
-    """Reads what became of every run."""
+    """Reads the history of runs."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -50,8 +49,8 @@ class History:
             lambda con: read_in_order(con, sql, before, limit + 1, *given)
         )
         if job is not None and not rows:
-            known = await self._database.run(lambda con: read(con, JOB, job))
-            if not known:
+            found = await self._database.run(lambda con: read(con, JOB, job))
+            if not found:
                 raise JobNotFound(job)
         shown = rows[:limit]
         return HistoryAnswer(
@@ -60,10 +59,10 @@ class History:
         )
 
 
-# Each reads no more rows than it returns, whatever the planner believes of the table. With
-# `job = $3 ORDER BY id` it may walk the primary key backwards through millions of other jobs' runs
-# (`ORDER BY job, id` is the same to it: an equality takes its column out of the order). A range
-# of rows does not: only the index that begins with these columns has that order.
+# Each reads no more rows than it returns, whatever the planner's statistics. With
+# `job = $3 ORDER BY id` the planner may walk the primary key backwards through millions of other
+# jobs' runs; so it may with `ORDER BY job, id`, as it drops a column with an equality from the
+# order. With a row comparison only the index that begins with these columns has the order.
 RUNS: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs WHERE id < $1 ORDER BY id DESC LIMIT $2
 """

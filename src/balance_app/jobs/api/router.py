@@ -1,4 +1,4 @@
-"""The routes of jobs; an instance that runs none itself has them all the same."""
+"""The routes of jobs; an instance that runs no jobs has them too."""
 
 from typing import Any, Final
 
@@ -80,9 +80,9 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     responses=problems(),
 )
 async def read_status(request: Request) -> Response:
-    """Show what every job is doing, where, for how long, and why it waits if it does.
+    """Show the state of every job: where it runs and for how long, or why it waits.
 
-    All of it is one snapshot; durations are by the database's clock.
+    The answer is one snapshot; durations are by the database's clock.
     """
     status_reader = services(request)[StatusReader]
     return _json((await status_reader.read()).text)
@@ -91,15 +91,15 @@ async def read_status(request: Request) -> Response:
 @router.get(
     "/events",
     summary="Watch every job",
-    response_description="Events (Server-Sent Events), until the client has seen enough.",
+    response_description="Events (Server-Sent Events), until the client disconnects.",
     response_class=StreamingResponse,
     responses={**problems(), **_EVENTS},
 )
 async def watch_status(request: Request) -> Response:
     """Send the status now and every second, as events.
 
-    `status` carries what `/api/cron/status` answers. `unavailable` carries a problem while the
-    database can't be asked; the stream goes on by itself.
+    `status` carries the answer of `/api/cron/status`. `unavailable` carries a problem while the
+    database can't be queried; the stream stays open and recovers by itself.
     """
     return EventStreamResponse(services(request)[EventBroadcaster])
 
@@ -122,10 +122,10 @@ async def read_history(request: Request, page: PageQuery) -> Response:
 
 
 async def refuse_other_sites(request: Request) -> None:
-    """Refuse what a page of another site sends: a request without a body needs no leave to go."""
+    """Refuse requests from pages of other sites: CORS does not stop one without a body."""
     site = request.headers.get("sec-fetch-site")
     origin = request.headers.get("origin")
-    # Browsers say nothing of the site where there is no TLS, but of the origin.
+    # Without TLS browsers send no Sec-Fetch-Site, only Origin.
     own = f"://{request.headers.get('host')}"
     if (
         site not in {"same-origin", "none"}
@@ -141,7 +141,7 @@ _own_site = Depends(refuse_other_sites)
 @router.post(
     "/jobs/{name}/run",
     summary="Run a job now",
-    response_description="The job is ready; an instance takes it.",
+    response_description="The job is ready; an instance will claim it.",
     status_code=202,
     response_model=JobAnswer,
     responses=problems(
@@ -150,9 +150,9 @@ _own_site = Depends(refuse_other_sites)
     dependencies=[_own_site, ONCE],
 )
 async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """Make a job ready now; its schedule goes on with the next tick after the run.
+    """Make a job ready now; after the run its schedule continues with the next tick.
 
-    A tick that is due already is what runs then, also if it was to be tried again later.
+    If a tick is due already, or waits for a retry, the run is of that tick.
     """
     return _steered(request, await _controls(request).run(name, who.by))
 
@@ -167,7 +167,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     dependencies=[_own_site, ONCE],
 )
 async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Response:
-    """Keep a job from starting; a run under way goes on to its end.
+    """Keep a job from starting; a run in progress continues to its end.
 
     Pausing a paused job changes nothing.
     """
@@ -184,7 +184,7 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
     dependencies=[_own_site, ONCE],
 )
 async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """Let a paused job go on with its next tick; those that it missed are in the history.
+    """Let a paused job run again from its next tick; missed ticks are in the history.
 
     Resuming a job that is not paused changes nothing.
     """
@@ -201,10 +201,10 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     dependencies=[_own_site, ONCE],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """End a job's run on whichever instance it is, within one heartbeat.
+    """Request a job's run to stop; its instance receives the request within one heartbeat.
 
-    If the answer has a `workEndedAt`, the run's work was done already: it has succeeded, and only
-    ends now, before its minimum duration is over.
+    If the answer has a `workEndedAt`, the run's work is done: the run still succeeds, and ends now
+    instead of after its minimum duration.
     """
     return _steered(request, await _controls(request).cancel(name, who.by))
 
@@ -212,15 +212,15 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 @router.post(
     "/jobs/{name}/forget",
     summary="Forget a job",
-    response_description="The job is off all lists.",
+    response_description="The job is no longer listed.",
     response_model=ForgottenAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobHasCode, InvalidRequest),
     dependencies=[_own_site, ONCE],
 )
 async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """Take a job off all lists whose code no live instance has; its history can still be read.
+    """Stop listing a job whose code no live instance has; its history can still be read.
 
-    Forgetting a forgotten job changes nothing. Code that declares it again begins it anew.
+    Forgetting a forgotten job changes nothing. If code declares it again, it starts fresh.
     """
     forgotten = await _controls(request).forget(name, who.by)
     answer = {"name": name, "forgottenAt": forgotten.at, "forgottenBy": forgotten.by}
@@ -238,7 +238,7 @@ def _controls(request: Request) -> Controls:
 
 
 def _steered(request: Request, job: bytes) -> Response:
-    """Answer with the job; this instance tries to claim at once, others soon."""
+    """Respond with the job; this instance tries a claim at once, others by polling."""
     wake(request)
     return _json(job, status=202)
 

@@ -1,4 +1,4 @@
-"""What is asked about jobs and what is answered, in JSON."""
+"""The JSON of requests about jobs and of their answers."""
 
 import re
 from datetime import datetime
@@ -16,7 +16,7 @@ from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
-# No controls, and nothing that hides or turns the letters beside it.
+# No control characters, and none that are invisible or change the direction of text.
 PRINTABLE_PATTERN: Final = (
     r"^[^\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
@@ -58,12 +58,12 @@ PathName = Annotated[
 
 
 class Who(QueryModel):
-    """Who steers a job."""
+    """Who controls a job."""
 
     by: Annotated[
         str,
         Field(
-            description="who asks for it, for people to read",
+            description="who requests it, for display",
             json_schema_extra=_printable_schema(100),
             examples=["ada"],
         ),
@@ -77,7 +77,7 @@ class Pause(Who):
     reason: Annotated[
         str | None,
         Field(
-            description="why, for people to read",
+            description="why, for display",
             json_schema_extra=_printable_schema(200),
             examples=["the disk is full"],
         ),
@@ -86,12 +86,12 @@ class Pause(Who):
 
 
 class Page(QueryModel):
-    """Which part of the history: the runs that began before a cursor."""
+    """Which part of the history: runs with ids below a cursor."""
 
     job: Annotated[
         str | None,
         Field(
-            description="of this job alone",
+            description="only runs of this job",
             json_schema_extra={"pattern": NAME_PATTERN},
             examples=["audit-ledger"],
         ),
@@ -99,12 +99,12 @@ class Page(QueryModel):
     ] = None
     outcome: Annotated[
         Outcome | None,
-        Field(description="with this outcome alone", examples=["failed"]),
+        Field(description="only runs with this outcome", examples=["failed"]),
         BeforeValidator(_is_outcome),
     ] = None
     before: Annotated[
         int,
-        Field(ge=1, le=MAX_INTEGER, description="the `next` of the page before"),
+        Field(ge=1, le=MAX_INTEGER, description="the `next` of the previous page"),
         DECIMAL,
     ] = MAX_INTEGER
     limit: Limit = 100
@@ -120,7 +120,7 @@ Seconds = Annotated[float, Field(examples=[41.2])]
 InstanceId = Annotated[
     str,
     Field(
-        description="of one boot of one instance; the servers' names are for people",
+        description="of one process of one instance; the servers' names are for display",
         examples=["5f0c3b1e-62d5-4a43-9d0a-1f6a2f6f8a11"],
     ),
 ]
@@ -134,7 +134,7 @@ class _Answer(BaseModel):
 
 
 class ScheduleAnswer(_Answer):
-    """When a job is due: as it is stored, and for people."""
+    """When a job is due: as stored, and for display."""
 
     text: Annotated[str, Field(examples=["every 300 s"])]
     words: Annotated[str, Field(examples=["every 5 minutes"])]
@@ -159,7 +159,8 @@ class PausedAnswer(_Answer):
 class WaitingAnswer(_Answer):
     """Why a job does not run.
 
-    `until` is set when a moment ends it, `overdue` when nobody has come for the job in time.
+    `until` is set if the reason ends at a known time, `overdue` if no instance has claimed the job
+    in time.
     """
 
     reason: Annotated[Reason, Field(examples=["not-due"])]
@@ -180,10 +181,10 @@ class LastRunAnswer(_Answer):
 
 
 class JobAnswer(_Answer):
-    """A job as it is now.
+    """The current state of a job.
 
-    `paused` may be set while it runs: then that run is its last for now. `dueAt` is the tick that
-    waits or runs, `readyAt` when it may start; `attempt` counts the runs that the tick had before.
+    `paused` may be set while it runs; then no other run follows. `dueAt` is the tick that waits or
+    runs, `readyAt` the time at which it may start, and `attempt` the number of its previous runs.
     """
 
     name: Name
@@ -192,9 +193,7 @@ class JobAnswer(_Answer):
     schedule: ScheduleAnswer
     other_schedules: Annotated[
         list[ScheduleAnswer],
-        Field(
-            description="declared by live instances of other versions; the latest declared counts"
-        ),
+        Field(description="declared by live instances of other versions; the latest is in effect"),
     ]
     server: Annotated[Server | None, Field(description="which instance runs it")]
     instance_id: InstanceId | None
@@ -204,7 +203,7 @@ class JobAnswer(_Answer):
     work_ended_at: Annotated[
         Instant | None,
         Field(
-            description="when its function returned: it only lasts until its minimum duration",
+            description="when its function returned; the run waits out its minimum duration",
             examples=[None],
         ),
     ]
@@ -228,7 +227,7 @@ class JobAnswer(_Answer):
     losses_in_a_row: Annotated[
         int,
         Field(
-            description=f"runs that ended with their process; {LOST_LIMIT} quarantine it",
+            description=f"runs in a row that were lost; {LOST_LIMIT} quarantine the job",
             examples=[0],
         ),
     ]
@@ -243,7 +242,7 @@ class JobAnswer(_Answer):
 
 
 class ForgottenAnswer(_Answer):
-    """A job that is off the lists; its history stays."""
+    """A job that is no longer listed; its history stays."""
 
     name: Name
     forgotten_at: Instant
@@ -251,7 +250,7 @@ class ForgottenAnswer(_Answer):
 
 
 class CountsAnswer(_Answer):
-    """How many jobs are in each state, and how many of those that wait nobody has come for."""
+    """The number of jobs in each state, and of waiting jobs that are overdue."""
 
     running: Annotated[int, Field(examples=[4])]
     waiting: Annotated[int, Field(examples=[5])]
@@ -260,7 +259,7 @@ class CountsAnswer(_Answer):
 
 
 class InstanceAnswer(_Answer):
-    """An instance that was seen in the last minute; `live`: within the time that a lease lasts."""
+    """An instance with a heartbeat in the last minute; `live`: in the last lease's length."""
 
     id: InstanceId
     server: Server
@@ -293,7 +292,7 @@ class RunAnswer(_Answer):
     last_due_at: Annotated[Instant | None, Field(examples=[None])]
     ticks: Annotated[int, Field(examples=[1])]
     attempt: Annotated[int, Field(description="how many runs the tick had before", examples=[0])]
-    started_at: Annotated[Instant | None, Field(description="null: it did not run")]
+    started_at: Annotated[Instant | None, Field(description="null if it did not run")]
     ended_at: Annotated[Instant | None, Field(description="null while it runs")]
     seconds: Annotated[Seconds | None, Field(description="up to now while it runs")]
     result: Annotated[Sentence | None, Field(description="its result, its error, or why it ended")]

@@ -25,7 +25,10 @@ class StatsReader:
         mismatch: type[Exception],
         read_table_bytes: Callable[[Connection], Awaitable[Mapping[str, int]]],
     ) -> None:
-        """Take also which of the jobs are audits, the error that one fails with, and a query."""
+        """Read statistics of the jobs of `registry`.
+
+        `audits` are those of them whose failures with `mismatch` count as mismatches.
+        """
         self._database = database
         self._names = list(registry)
         self._audits = [each.name for each in audits]
@@ -38,8 +41,8 @@ class StatsReader:
             return await self._database.run(self._read, priority=True)
         except Problem:
             return None
-        except Exception as error:  # noqa: BLE001 - the other metrics are answered all the same
-            log.warning("no statistics of the fleet for the metrics", error=repr(error))
+        except Exception as error:  # noqa: BLE001 - the other metrics are still served
+            log.warning("the statistics for the metrics can't be read", error=repr(error))
             return None
 
     async def _read(self, connection: Connection) -> FleetStats:
@@ -48,9 +51,9 @@ class StatsReader:
         return FleetStats(jobs, await self._read_table_bytes(connection))
 
 
-# A job's runs begin one after the other, so the latest of a kind is the last in an index. The
-# ranges of rows keep to that index, as in `history.py`. An audit that could not be carried through
-# has no result: the one before stands, through up to 1000 failures.
+# A job's runs never overlap, so the latest with an outcome has the highest id. Row comparisons make
+# the planner use the index in that order, as in `history.py`. An audit that failed otherwise has no
+# result: the result before it counts, searched through up to 1000 failures.
 #
 # $1 the jobs, $2 those of them that are audits, $3 the error that an audit fails with
 STATS: Final = """

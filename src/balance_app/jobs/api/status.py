@@ -1,8 +1,8 @@
-"""The status snapshot: what every job and every instance is doing at one moment, for people.
+"""The status snapshot: the state of every job and every instance at one moment, for display.
 
-An instance keeps each job's status as it was rendered last, and asks PostgreSQL only for the rows
-that have changed since its last read: ten thousand jobs cost little more than ten. Each read is one
-statement, so one snapshot; all times are differences to that statement's own clock.
+An instance caches each job's rendered status and reads from PostgreSQL only the rows that have
+changed since its last read, so ten thousand jobs cost little more than ten. Each read is one
+statement and so one snapshot; all durations are up to that statement's time.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from balance_app.settings import Settings
 from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
 
 _LOST: Final = (
-    "{} sent no heartbeat: it has stopped, or can't reach the database; another instance "
-    "takes over."
+    "{} sent no heartbeat: it has stopped, or can't reach the database. Another instance will "
+    "take over."
 )
 _QUARANTINED: Final = (
-    "Its last {} runs were lost with their processes: it is tried again at {}, or when it is run."
+    "Its last {} runs were lost with their processes: it is retried at {}, or on request."
 )
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _YIELD_EVERY: Final = 200  # jobs rendered before the event loop's other tasks run
@@ -39,19 +39,19 @@ class Limits(NamedTuple):
     """The durations that a reason to wait depends on."""
 
     warm_up: timedelta
-    # ready for longer than this, and not running: no instance claims it
+    # how long a job may be ready before it is overdue
     overdue: timedelta
 
 
 class Fleet(NamedTuple):
-    """What the live instances can run, and since when the eldest of them is up."""
+    """The jobs that the live instances can run, and the start of the eldest of them."""
 
-    # jobs up to a number, but for those
+    # the highest number of a job, and the names that are missing below it
     capabilities: frozenset[tuple[int, frozenset[str]]]
     since: datetime | None
 
     def can_run(self, number: int, name: str) -> bool:
-        """Say whether some live instance has the code of a job."""
+        """Return whether a live instance has the code of a job."""
         return any(
             number <= highest_number and name not in missing
             for highest_number, missing in self.capabilities
@@ -59,25 +59,25 @@ class Fleet(NamedTuple):
 
 
 class Forgotten(NamedTuple):
-    """When a job was taken off the lists, and by whom."""
+    """When a job was forgotten, and by whom."""
 
     at: datetime
     by: str
 
 
 class JobSummary(NamedTuple):
-    """What a job adds to the counts."""
+    """What a job contributes to the counts."""
 
     state: State
     overdue: bool
-    # its last run was no success
+    # whether its last run failed, timed out or was lost
     failed: bool
     # the instance that runs it
     holder: str | None
 
 
 class JobStatus(NamedTuple):
-    """One job as JSON (a `JobAnswer`), and until when that is true if its row does not change."""
+    """One job as JSON (a `JobAnswer`), and until when it is valid if the row does not change."""
 
     text: bytes
     valid_until: datetime
@@ -85,7 +85,7 @@ class JobStatus(NamedTuple):
 
 
 class StatusSnapshot(NamedTuple):
-    """Everything at one moment, as JSON (a `StatusAnswer`), and in parts for who shows few."""
+    """The whole status as JSON (a `StatusAnswer`), and its members for callers that need few."""
 
     now: datetime
     text: bytes
@@ -96,7 +96,7 @@ class StatusSnapshot(NamedTuple):
 
 
 class StatusReader:
-    """The jobs and instances as they are now, seen from one instance."""
+    """Reads the current status of jobs and instances."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
@@ -107,11 +107,11 @@ class StatusReader:
         self._lock = asyncio.Lock()
         self._reads = 0
         self._last: StatusSnapshot | Problem | None = None
-        # what is known from the last read: since which transaction, of which server
+        # of the last read: its oldest running transaction, and the start of the server
         self._horizon: str | None = None
         self._booted_at: datetime | None = None
         self._rows: dict[str, asyncpg.Record] = {}
-        # what was rendered of the rows, what of it has to be rendered again, and its summaries
+        # the rendered jobs, the names to render again, and the summaries
         self._jobs: dict[str, JobStatus] = {}
         self._in_order = True
         self._stale: set[str] = set()
@@ -120,15 +120,15 @@ class StatusReader:
         self._fleet: Fleet | None = None
 
     async def read(self) -> StatusSnapshot:
-        """Return everything as it is now; concurrent callers share one read.
+        """Return the current status; concurrent callers share one read.
 
         Raises:
-            DatabaseUnavailable: it can't be reached.
+            DatabaseUnavailable: the database can't be reached.
         """
-        seen = self._reads
+        reads = self._reads
         async with self._lock:
-            # A read that began before this call may be older than what the caller has just changed.
-            if self._reads == seen or self._last is None:
+            # A read that started before this call may not see the caller's own change.
+            if self._reads == reads or self._last is None:
                 self._reads += 1
                 self._last = None
                 try:
@@ -140,12 +140,12 @@ class StatusReader:
             return self._last
 
     def job(self, name: str) -> bytes | None:
-        """Return one job's part of the newest read, if there is such a job."""
+        """Return one job of the newest read as JSON; None: there is no such job."""
         status = self._jobs.get(name)
         return None if status is None else status.text
 
     def forgotten(self, name: str) -> Forgotten | None:
-        """Return when a job was forgotten, if it was, by the newest read."""
+        """Return when a job was forgotten, by the newest read; None: it was not."""
         row = self._rows.get(name)
         if row is None or not _is_forgotten(row):
             return None
@@ -174,24 +174,24 @@ class StatusReader:
         head = to_json({"now": now, "counts": counts, "instances": instances})[:-1]
         await asyncio.sleep(0)
         jobs = [status.text for status in self._jobs.values()] or [b""]
-        # The parts may be many megabytes: they are joined once.
+        # The whole may be many megabytes, so it is joined only once.
         jobs[0] = head + b',"jobs":[' + jobs[0]
         jobs[-1] += b"]}"
         return StatusSnapshot(now, b",".join(jobs), counts, instances, dict(self._jobs))
 
     async def _fetch(self) -> asyncpg.Record:
-        """Bring the rows up to now; return the statement's header row."""
+        """Update the rows to the current ones; return the statement's header row."""
         rows = await self._database.run(
             lambda con: read(
                 con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._missing)
             ),
-            # There is one at a time; a viewer during a burst should not wait behind its requests.
+            # There is one at a time, and a burst's requests must not delay it.
             priority=True,
         )
         (header,) = (row for row in rows if row["now"] is not None)
         if self._horizon is None or header["booted_at"] != self._booted_at:
-            for known in (self._rows, self._jobs, self._stale, self._summaries):
-                known.clear()
+            for cache in (self._rows, self._jobs, self._stale, self._summaries):
+                cache.clear()
         for row in rows:
             if row["name"] is not None:
                 self._rows[row["name"]] = row
@@ -201,17 +201,17 @@ class StatusReader:
         return header
 
     def _live_fleet(self, instances: Iterable[dict[str, Any]]) -> Fleet:
-        """Return what live instances can do, and take from `instances` what is not for people."""
+        """Return the live instances' capabilities, and remove them from `instances`."""
         missing: dict[str, frozenset[str]] = {}
         capabilities = set()
         since = []
         for instance in instances:
             sent, highest_number = instance.pop("missing"), instance.pop("highestNumber")
             instance["startedAt"] = datetime.fromisoformat(instance["startedAt"]).astimezone(UTC)
-            known = self._missing[instance["id"]] if sent is None else frozenset(sent)
-            missing[instance["id"]] = known
+            names = self._missing[instance["id"]] if sent is None else frozenset(sent)
+            missing[instance["id"]] = names
             if instance["live"]:
-                capabilities.add((highest_number, known))
+                capabilities.add((highest_number, names))
                 since.append(instance["startedAt"])
         self._missing = missing
         return Fleet(frozenset(capabilities), min(since, default=None))
@@ -221,14 +221,14 @@ class StatusReader:
         self._stale.update(name for name, status in self._jobs.items() if status.valid_until <= now)
         for number, name in enumerate(list(self._stale), start=1):
             self._stale.discard(name)
-            known = self._jobs.get(name)
-            if known is not None:
-                self._summaries[known.summary] -= 1
+            previous = self._jobs.get(name)
+            if previous is not None:
+                self._summaries[previous.summary] -= 1
             if _is_forgotten(self._rows[name]):
                 self._jobs.pop(name, None)
                 continue
             status = _job_status(self._rows[name], now, fleet, self._limits)
-            self._in_order = self._in_order and known is not None
+            self._in_order = self._in_order and previous is not None
             self._jobs[name] = status
             self._summaries[status.summary] += 1
             if number % _YIELD_EVERY == 0:
@@ -239,12 +239,12 @@ class StatusReader:
         self._summaries = +self._summaries
 
 
-# A row that was written by a transaction older than any that ran during the last read was seen
-# by it, or is older still; all others are asked for. The rows and the header are one snapshot.
-# What an instance is missing never changes: it is asked for once.
+# The last read has seen each row that was written by a transaction older than all that ran during
+# it; this reads all others. The rows and the header are one snapshot. The missing jobs of an
+# instance never change, so they are read once.
 #
-# $1 the last read's oldest transaction (none: all rows), $2 the server that was asked,
-# $3 the lease, $4 the instances whose missing jobs are known
+# $1 the last read's oldest transaction (null: read all rows), $2 the start of its server,
+# $3 the lease, $4 the instances whose missing jobs were read
 CHANGED: Final = """
 WITH header AS (
     SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
@@ -283,14 +283,14 @@ FULL JOIN changed ON false
 
 
 def _is_forgotten(row: asyncpg.Record) -> bool:
-    """Say whether a job is off the lists; an older program that runs it takes it back."""
+    """Return whether a job is forgotten; a heartbeat of an older version's run lists it again."""
     return row["forgotten_at"] is not None and (
         row["last_heartbeat_at"] is None or row["last_heartbeat_at"] <= row["forgotten_at"]
     )
 
 
 def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
-    """Return a job's status; what it says is true from `now` on, until something changes."""
+    """Return a job's status as of `now`."""
     state = State.WAITING
     if row["holder"] is not None and row["lease_expires_at"] > now:
         state = State.RUNNING
@@ -308,9 +308,9 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
         "name": row["name"],
         "state": state,
         "description": row["description"],
-        "schedule": {"text": row["schedule"], "words": _in_words(row["schedule"])},
+        "schedule": {"text": row["schedule"], "words": _describe(row["schedule"])},
         "otherSchedules": [
-            {"text": text, "words": _in_words(text)} for text in row["other_schedules"]
+            {"text": text, "words": _describe(text)} for text in row["other_schedules"]
         ],
         "server": row["server"] if running else None,
         "instanceId": holder,
@@ -359,7 +359,7 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
 def _waiting_reason(
     row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
 ) -> tuple[dict[str, Any], datetime]:
-    """Return why a job waits, and until when that may be so."""
+    """Return why a job waits, and until when that answer is valid."""
     lost = row["holder"] is not None
     ready_at: datetime = row["lease_expires_at"] if lost else row["ready_at"]
     overdue_at = ready_at + limits.overdue
@@ -384,7 +384,7 @@ def _waiting_reason(
     elif ready_at > now:
         until = ready_at
         reason, sentence = (
-            (Reason.RETRY, f"The last run {ended}; it is tried again at {_utc(ready_at)}.{many}")
+            (Reason.RETRY, f"The last run {ended}; it is retried at {_utc(ready_at)}.{many}")
             if row["attempt"]
             else (Reason.NOT_DUE, f"Not due before {_utc(ready_at)}.{many}")
         )
@@ -392,33 +392,33 @@ def _waiting_reason(
         until = warm_up_ends_at
         reason, sentence = (
             Reason.WARM_UP,
-            f"Due, but instances are coming up: they share what is due at {_utc(warm_up_ends_at)}.",
+            f"Due, but instances are starting: they share the due jobs at {_utc(warm_up_ends_at)}.",
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
             Reason.REQUESTED,
-            f"Requested by {row['requested_by']}: an instance takes it.",
+            f"Requested by {row['requested_by']}: an instance will claim it.",
         )
     elif row["attempt"] and outcome == Outcome.RELEASED:
         reason, sentence = (
             Reason.RELEASED,
-            f"{row['last_server']} released it: another instance goes on with it.",
+            f"{row['last_server']} released it: another instance will continue it.",
         )
     elif row["attempt"]:
-        reason, sentence = Reason.RETRY, f"The last run {ended}; it is tried again now.{many}"
+        reason, sentence = Reason.RETRY, f"The last run {ended}; it is retried now.{many}"
     else:
-        reason, sentence = Reason.DUE, f"Due since {_utc(ready_at)}: an instance takes it."
+        reason, sentence = Reason.DUE, f"Due since {_utc(ready_at)}: an instance will claim it."
     return _waiting(reason, sentence, until, overdue=overdue_at <= now), valid_until
 
 
 def _of_this_run(row: asyncpg.Record, column: str) -> datetime | None:
-    """Return a moment of the run under way; what a run before left in the row is older."""
+    """Return a time of the current run; a time before its start is of a previous run."""
     moment: datetime | None = row[column]
     return moment if moment is not None and moment >= row["started_at"] else None
 
 
 def _warm_up_ends_at(row: asyncpg.Record, fleet: Fleet, limits: Limits) -> datetime | None:
-    """Return until when a ready job is left alone because all instances have just come up."""
+    """Return when the warm-up that delays a ready job ends; None: it is not delayed."""
     if row["startup_marked_at"] is None or fleet.since is None:
         return None
     if row["last_heartbeat_at"] is not None and row["last_heartbeat_at"] > fleet.since:
@@ -446,8 +446,8 @@ def _seconds(start: datetime, end: datetime) -> float:
 
 
 @lru_cache(maxsize=1000)
-def _in_words(schedule: str) -> str:
+def _describe(schedule: str) -> str:
     try:
-        return parse(schedule).in_words()
-    except ScheduleError:  # of a newer program
+        return parse(schedule).describe()
+    except ScheduleError:  # a newer version wrote it
         return schedule
