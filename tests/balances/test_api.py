@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from balance_app.maintenance.summaries import NOTE
+from balance_app.maintenance.summaries import RECORD_BALANCES
 from tests.processes import connect
 
 LIMIT = 2**53 - 1
@@ -137,7 +137,7 @@ async def test_past_balances_are_read_by_day(
     seen = page["dailyBalances"]
     while page["next"] is not None:
         change = await client.post("/api/balance", json={"userId": 1, "amount": -2})
-        await connection.fetchrow(NOTE, 0, 1000)
+        await connection.fetchrow(RECORD_BALANCES, 0, 1000)
         page = (await client.get(address, params={"before": page["next"], "limit": 2})).json()
         assert len(page["dailyBalances"]) == 2
         seen += page["dailyBalances"]

@@ -191,8 +191,8 @@ FRESH = {
     "audit-ledger": r"checked 1 entry of 1 user: all balances match",
     "prune-refused-keys": r"removed 0 refusals older than 7 days",
     "audit-keys": r"checked 0 idempotency keys: all agree with the ledger",
-    "note-daily-balances": r"looked at 1 user: noted 1 new balance",
-    "total-days": r"looked at 1 user: counted 1 new entry",
+    "note-daily-balances": r"read 1 user: recorded 1 new balance",
+    "total-days": r"read 1 user: counted 1 new entry",
     "prune-history": r"removed 0 runs older than 30 days and 0 instances not seen for a day",
     "audit-daily-balances": r"checked 1 daily balance: all agree with the ledger",
     "refresh-statistics": rf"refreshed the statistics of {len(ANALYZE)} of {len(ANALYZE)} tables.*",
@@ -229,8 +229,8 @@ BUSY = {
     "audit-ledger": (25, r"checked 120 entries of 30 users: all balances match"),
     "prune-refused-keys": (21, r"removed 60 refusals older than 7 days"),
     "audit-keys": (25, r"checked 120 idempotency keys: all agree with the ledger"),
-    "note-daily-balances": (16, r"looked at 30 users: noted 30 new balances"),
-    "total-days": (16, r"looked at 30 users: counted 120 new entries"),
+    "note-daily-balances": (16, r"read 30 users: recorded 30 new balances"),
+    "total-days": (16, r"read 30 users: counted 120 new entries"),
     "prune-history": (
         1 + 2 * len(JOBS),
         rf"removed {5 * len(JOBS)} runs older than 30 days and 0 instances not seen for a day",
@@ -490,7 +490,7 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
     [
         (
             "UPDATE idempotency_keys SET balance = 5 WHERE key = 'key-3-2'",
-            "key key-3-2: it says 5, but entry 2 of user 3 left 999",
+            "key key-3-2: it has the balance 5, but entry 2 of user 3 left 999",
         ),
         (
             "UPDATE idempotency_keys SET version = 9 WHERE key = 'key-3-2'",
@@ -498,15 +498,15 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
         ),
         (
             "UPDATE idempotency_keys SET amount = -2 WHERE key = 'key-3-2'",
-            "key key-3-2: it is not what made entry 2 of user 3",
+            "key key-3-2: entry 2 of user 3 is not its change",
         ),
         (
             "UPDATE idempotency_keys SET at = at + interval '1 s' WHERE key = 'key-3-2'",
-            "key key-3-2: it is not what made entry 2 of user 3",
+            "key key-3-2: entry 2 of user 3 is not its change",
         ),
         (
             "INSERT INTO idempotency_keys VALUES ('again', 'accepted', 3, -1, 999, 2)",
-            "key again: it is not what made entry 2 of user 3",
+            "key again: entry 2 of user 3 is not its change",
         ),
         (
             "INSERT INTO idempotency_keys VALUES ('a-no', 'refused', 3, -999, 999, 2)",
@@ -514,7 +514,7 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
         ),
         (
             "INSERT INTO idempotency_keys VALUES ('a-no', 'refused', 3, -999, 998, 2)",
-            "key a-no: it says 998, but entry 2 of user 3 left 999",
+            "key a-no: it has the balance 998, but entry 2 of user 3 left 999",
         ),
     ],
 )
@@ -532,7 +532,7 @@ async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, me
     [
         (
             "UPDATE daily_balances SET balance = 5 WHERE user_id = 3",
-            "it says 5, but entry 4 left 997",
+            "the balance is 5, but entry 4 left 997",
         ),
         ("UPDATE daily_balances SET version = 7 WHERE user_id = 3", "there is no entry 7"),
     ],
@@ -618,15 +618,15 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
 async def test_a_daily_balance_is_the_last_of_its_day(house: House) -> None:
     """One row per user and day, and only when something has changed since the last one."""
     await house.populate(3, 1)
-    assert await house.run("note-daily-balances") == "looked at 3 users: noted 3 new balances"
-    assert await house.run("note-daily-balances") == "looked at 3 users: noted 0 new balances"
+    assert await house.run("note-daily-balances") == "read 3 users: recorded 3 new balances"
+    assert await house.run("note-daily-balances") == "read 3 users: recorded 0 new balances"
     await house.connection.fetchrow(CHANGE, 2, -100, MAX_INTEGER)
-    assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
+    assert await house.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
     noted = "SELECT user_id, version, balance FROM daily_balances ORDER BY day, user_id"
     assert await house.rows(noted) == [(1, 1, 10_000), (2, 2, 900), (3, 1, 1000)]
     await house.connection.execute("UPDATE daily_balances SET day = day - 1")
     await house.connection.fetchrow(CHANGE, 3, -1, MAX_INTEGER)
-    assert await house.run("note-daily-balances") == "looked at 3 users: noted 1 new balance"
+    assert await house.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
     assert (await house.rows(noted))[3:] == [(3, 2, 999)]
 
 
@@ -636,8 +636,8 @@ async def test_days_are_totalled_once(house: House, monkeypatch: pytest.MonkeyPa
     await house.populate(10, 9)
     spread = "UPDATE entries SET at = timestamptz '2026-03-01 20:00Z' + version * interval '1 h'"
     await house.rewrite(spread)
-    assert await house.run("total-days") == "looked at 10 users: counted 90 new entries"
-    assert await house.run("total-days") == "looked at 10 users: counted 0 new entries"
+    assert await house.run("total-days") == "read 10 users: counted 90 new entries"
+    assert await house.run("total-days") == "read 10 users: counted 0 new entries"
     assert await days_as_counted(house) == await days_as_they_were(house)
     assert [tuple(map(int, day[1:])) for day in await days_as_counted(house)] == [
         (10, 19_000, 20, 0, 20, 10),
@@ -646,7 +646,7 @@ async def test_days_are_totalled_once(house: House, monkeypatch: pytest.MonkeyPa
     await house.connection.fetchrow(CHANGE, 2, 500, MAX_INTEGER)
     await house.rewrite("UPDATE entries SET at = '2026-03-02 07:00Z' WHERE version = 10")
     await house.connection.fetchrow(CHANGE, 2, -1, MAX_INTEGER)
-    assert await house.run("total-days") == "looked at 10 users: counted 2 new entries"
+    assert await house.run("total-days") == "read 10 users: counted 2 new entries"
     assert await days_as_counted(house) == await days_as_they_were(house)
 
 
@@ -776,24 +776,24 @@ async def test_no_statement_reads_more_than_its_share(house: House) -> None:
         for sql, *arguments in (
             (audits.LEDGER, 1, 20_000, 29_991, 2000),
             (audits.LEDGER, 5000, 0, 0, 2000),
-            (audits.RECORDED, "key-5", 1000, MAX_INTEGER),
-            (audits.NOTED, 5000, "2026-01-01", 1000),
-            (summaries.NOTE, 5000, 1000),
+            (audits.RECORDED_KEYS, "key-5", 1000, MAX_INTEGER),
+            (audits.RECORDED_BALANCES, 5000, "2026-01-01", 1000),
+            (summaries.RECORD_BALANCES, 5000, 1000),
             (summaries.COUNT, 1, 1000, 2000),
             (summaries.COUNT, 5000, 1000, 2000),
-            (limits.RICH, 5000, 2000, 0.8, MAX_INTEGER),
-            (housekeeping.FORGET_REFUSALS, 500, REFUSALS_KEPT),
+            (limits.NEAR_LARGEST, 5000, 2000, 0.8, MAX_INTEGER),
+            (housekeeping.DELETE_REFUSALS, 500, REFUSALS_KEPT),
             (housekeeping.PRUNE_RUNS, "audit-kex", 1000),
         ):
             async with house.connection.transaction():
-                if sql in {housekeeping.FORGET_REFUSALS, housekeeping.PRUNE_RUNS}:
+                if sql in {housekeeping.DELETE_REFUSALS, housekeeping.PRUNE_RUNS}:
                     await house.connection.execute(KEEP_TO_INDEX)
                 read = await rows_read(house.connection, sql, *arguments)
             assert read <= 8000, sql
     assert await house.run("audit-ledger") == (
         "checked 100 000 entries of 10 000 users: all balances match"
     )
-    assert await house.run("total-days") == "looked at 10 000 users: counted 100 000 new entries"
+    assert await house.run("total-days") == "read 10 000 users: counted 100 000 new entries"
     assert await days_as_counted(house) == await days_as_they_were(house)
 
 

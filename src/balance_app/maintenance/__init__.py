@@ -1,15 +1,13 @@
-"""The ten jobs of this service, on its own data: also the worked example of how jobs are written.
+"""The ten jobs of this service, on its own data. They are also the worked example of writing jobs.
 
-Three audit (the ledger against the balances, keys against entries, the daily balances against the
-ledger): one that finds a mismatch fails, and its metric stands until an audit succeeds. Three write
-summaries that could not be computed later, or only at a cost. One watches numbers that can't grow
-for ever. Three forget what is older than it was promised to be kept, and keep the planner's
-statistics fresh.
+Three audit: the ledger against the balances, keys against entries, the daily balances against the
+ledger. An audit that finds a mismatch fails, and its metric stays set until an audit succeeds.
+Three write summaries that could not be computed later, or only at a cost. One watches values that
+have a limit. Two delete data whose retention is over, and one refreshes the planner's statistics.
 
-All of them go through their tables in batches, one short transaction each, written through
-`Run.transaction`, which checks the fence: so they never hold anybody up, and a run that was taken
-over writes nothing more. Each batch ends with a checkpoint, from which the next run goes on when
-this one is released or lost.
+All process their tables in batches, each a short transaction by `Run.transaction`, which checks the
+fence. So they hold no lock for long, and a run that has lost its lease writes nothing more. Each
+batch ends with a checkpoint, from which the next run continues if this one is released or lost.
 """
 
 from balance_app.maintenance.audits import audit_daily_balances, audit_keys, audit_ledger

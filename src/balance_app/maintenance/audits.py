@@ -1,4 +1,4 @@
-"""Jobs that check: what the database holds agrees with itself, or the difference is reported."""
+"""Jobs that check the consistency of the stored data, and fail with the differences."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -10,16 +10,17 @@ from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches, number
 
-NAMED: Final = 5  # so many faults are reported in full
+MOST_FAULTS: Final = 5  # that are reported in full
 
 
 class LedgerMismatchError(Exception):
-    """The ledger contradicts itself, or something that was derived from it."""
+    """The ledger contradicts itself or data derived from it."""
 
 
 def _differ(state: State, checked: str) -> LedgerMismatchError:
     named = "; ".join(state["named"])
-    more = f"; and {number(state['wrong'] - NAMED)} more" if state["wrong"] > NAMED else ""
+    rest = state["wrong"] - MOST_FAULTS
+    more = f"; and {number(rest)} more" if rest > 0 else ""
     differ = "differs" if state["wrong"] == 1 else "differ"
     return LedgerMismatchError(f"{number(state['wrong'])} of {checked} {differ}: {named}{more}")
 
@@ -28,7 +29,7 @@ def _add(state: State, faults: Iterable[str]) -> State:
     found = list(faults)
     return {
         "wrong": state["wrong"] + len(found),
-        "named": [*state["named"], *found][:NAMED],
+        "named": [*state["named"], *found][:MOST_FAULTS],
     }
 
 
@@ -39,11 +40,10 @@ SELECT greatest(
 )::bigint
 """
 
-# A change writes the user and the entry together, and both are read by one statement, in one
-# snapshot: however many changes there are meanwhile, each is seen whole or not at all.
-# From the entry ($1 user, $2 version, which left $3) on, up to $4 entries: each must follow the
-# one before it, and be recorded under its key. A user whose entries end here must stand where
-# the last of them left it.
+# A change writes the user and the entry in one transaction, and this reads both in one snapshot, so
+# it sees each concurrent change whole or not at all. It reads up to $4 entries after the entry of
+# user $1 and version $2, which left the balance $3. Each must follow the previous one and be
+# recorded under its key. A user whose entries end in the batch must have the last one's balance.
 LEDGER: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, version, balance FROM users WHERE id >= $1 ORDER BY id LIMIT $4
@@ -104,7 +104,7 @@ LEFT JOIN (SELECT * FROM batch ORDER BY user_id DESC, version DESC LIMIT 1) AS t
 
 @job(name="audit-ledger", every=timedelta(minutes=5))
 async def audit_ledger(run: Run) -> str:
-    """Check that every entry follows the one before it, and every balance is the last one's."""
+    """Check that each entry follows the previous one, and each balance is the last entry's."""
     state = await in_batches(
         run,
         _audit_ledger,
@@ -129,7 +129,7 @@ async def audit_ledger(run: Run) -> str:
 async def _audit_ledger(connection: Connection, state: State, size: int) -> State:
     row = await connection.fetchrow(LEDGER, state["user"], state["version"], state["balance"], size)
     assert row is not None  # noqa: S101 - the statement always has one
-    # A user whose entries are read in two batches may differ in both; the first fault counts.
+    # A user whose entries are read in two batches may have faults in both; only the first counts.
     faults = {
         user: fault
         for user, fault in zip(row["wrong"], row["faults"], strict=True)
@@ -154,9 +154,9 @@ SELECT greatest(
 )::bigint
 """
 
-# A key is written together with its entry, and one snapshot sees both. An acceptance is replayed as
-# the entry has it; what was refused quotes a state that there was, and that refuses it.
-RECORDED: Final = """
+# A key is written in one transaction with its entry, and one snapshot sees both. An accepted key
+# must match its entry. A refused key must have a balance that existed and refuses the amount.
+RECORDED_KEYS: Final = """
 WITH batch AS MATERIALIZED (
     SELECT * FROM idempotency_keys WHERE key > $1 ORDER BY key LIMIT $2
 ), checked AS (
@@ -164,7 +164,7 @@ WITH batch AS MATERIALIZED (
         WHEN entry.balance IS NULL THEN
             format('user %s has no entry %s', batch.user_id, batch.version)
         WHEN entry.balance <> batch.balance THEN
-            format('it says %s, but entry %s of user %s left %s',
+            format('it has the balance %s, but entry %s of user %s left %s',
                    batch.balance, batch.version, batch.user_id, entry.balance)
         WHEN outcome = 'refused'
              AND batch.balance::numeric + batch.amount BETWEEN 0 AND $3::bigint THEN
@@ -172,7 +172,7 @@ WITH batch AS MATERIALIZED (
                    batch.amount, batch.user_id, batch.balance)
         WHEN outcome <> 'refused' AND (entry.key, entry.amount, entry.at)
              IS DISTINCT FROM (batch.key, batch.amount, batch.at) THEN
-            format('it is not what made entry %s of user %s', batch.version, batch.user_id)
+            format('entry %s of user %s is not its change', batch.version, batch.user_id)
         END AS fault
     FROM batch LEFT JOIN LATERAL (
         SELECT balance, amount, key, at FROM entries
@@ -187,7 +187,7 @@ SELECT (SELECT count(*) FROM batch) AS keys, (SELECT max(key) FROM batch) AS key
 
 @job(name="audit-keys", every=timedelta(minutes=8))
 async def audit_keys(run: Run) -> str:
-    """Check that what is replayed under each idempotency key is what the ledger has."""
+    """Check that each idempotency key's recorded answer agrees with the ledger."""
     start = {"key": "", "wrong": 0, "named": []}
     state = await in_batches(run, _audit_keys, start, Rows("keys", KEYS, most=1000))
     keys = count(state["done"], "idempotency key")
@@ -197,7 +197,7 @@ async def audit_keys(run: Run) -> str:
 
 
 async def _audit_keys(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(RECORDED, state["key"], size, MAX_INTEGER)
+    row = await connection.fetchrow(RECORDED_KEYS, state["key"], size, MAX_INTEGER)
     assert row is not None  # noqa: S101 - the statement always has one
     return {
         **_add(state, row["faults"]),
@@ -214,8 +214,8 @@ SELECT greatest(
 )::bigint
 """
 
-# A daily balance is the entry of its version, which no later change can alter.
-NOTED: Final = """
+# A daily balance equals the entry of its version, which no later change can alter.
+RECORDED_BALANCES: Final = """
 WITH batch AS MATERIALIZED (
     SELECT user_id, day, version, balance FROM daily_balances
     WHERE (user_id, day) > ($1, $2::text::date) ORDER BY user_id, day LIMIT $3
@@ -225,7 +225,8 @@ WITH batch AS MATERIALIZED (
     SELECT batch.user_id, day, CASE
         WHEN entry.balance IS NULL THEN format('there is no entry %s', batch.version)
         WHEN entry.balance <> batch.balance THEN
-            format('it says %s, but entry %s left %s', batch.balance, batch.version, entry.balance)
+            format('the balance is %s, but entry %s left %s',
+                   batch.balance, batch.version, entry.balance)
         END AS fault
     FROM batch LEFT JOIN LATERAL (
         SELECT balance FROM entries
@@ -241,7 +242,7 @@ FROM (SELECT) AS always LEFT JOIN tail ON true
 
 @job(name="audit-daily-balances", every=timedelta(minutes=20))
 async def audit_daily_balances(run: Run) -> str:
-    """Check that the daily balances are what the ledger says."""
+    """Check that the daily balances agree with the ledger."""
     start = {"user": FIRST_ID, "day": "-infinity", "wrong": 0, "named": []}
     state = await in_batches(
         run, _audit_daily_balances, start, Rows("daily balances", DAILY_BALANCES, most=1000)
@@ -253,7 +254,7 @@ async def audit_daily_balances(run: Run) -> str:
 
 
 async def _audit_daily_balances(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(NOTED, state["user"], state["day"], size)
+    row = await connection.fetchrow(RECORDED_BALANCES, state["user"], state["day"], size)
     assert row is not None  # noqa: S101 - the statement always has one
     return {
         **_add(state, row["faults"]),

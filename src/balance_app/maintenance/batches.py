@@ -1,7 +1,7 @@
-"""How a job works through many rows: in batches, each one bounded transaction.
+"""How a job processes many rows: in batches, each one bounded transaction.
 
-A batch's statement must stay as small as its number of rows, however large the tables are and
-whatever the planner knows of them. So rows are looked up by LATERAL with a LIMIT, or by an array of
+The cost of a batch's statement must depend only on its number of rows, however large the tables are
+and whatever the planner's statistics. So rows are found by LATERAL with a LIMIT or by an array of
 keys: neither can become a scan of a whole table.
 """
 
@@ -14,10 +14,10 @@ from balance_app.jobs.run import Run
 State = dict[str, Any]
 Batch = Callable[[Connection, State, int], Awaitable[State]]
 
-BATCHES: Final = 24  # at least, where there are as many rows: so that progress is visible
+BATCHES: Final = 24  # at least, if there are as many rows, so that progress is visible
 FIRST_ID: Final = -(2**63)
 
-# How many rows there are, roughly: counted as far as that is cheap, then as ANALYZE estimated.
+# The approximate number of rows: counted up to 10000, above that as ANALYZE estimated.
 USERS: Final = """
 SELECT greatest(
     (SELECT count(*) FROM (SELECT FROM users LIMIT 10000) AS first_ones),
@@ -27,12 +27,12 @@ SELECT greatest(
 
 
 class Rows(NamedTuple):
-    """What a job goes through."""
+    """The rows that a job processes."""
 
     unit: str
-    # a statement that returns how many there are, roughly
+    # a statement that returns their approximate number
     total: str
-    # no batch takes more
+    # the most rows of a batch
     most: int
     # of `total`
     arguments: tuple[object, ...] = ()
@@ -41,17 +41,18 @@ class Rows(NamedTuple):
 async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
     """Process batches until the state that `batch` returns has `ended`; return that state.
 
-    Each batch and the state that it leaves are one transaction: a run that is cut goes on behind
-    the last batch that took place. `batch` gets the number of rows to take.
+    Each batch and its state are one transaction, so a run that is interrupted continues after the
+    last batch that was committed.
 
     Args:
-        run: what the job was given.
-        batch: returns the members of the state that it changes; `done` is what it adds.
+        run: the run of the job.
+        batch: gets the number of rows to process, and returns the members of the state that it
+            changes; `done` is the number that it adds.
         start: the state before the first batch, as JSON.
-        rows: what the batches go through.
+        rows: the rows to process.
     """
     state: State = {**start, "done": 0, "total": None, "ended": False}
-    # Another version of the program may have left another state: then from the start.
+    # Another version may have stored a different state; then the run starts from the beginning.
     if isinstance(run.resumed, dict) and run.resumed.keys() == state.keys():
         state = run.resumed
     while not state["ended"]:
@@ -69,7 +70,7 @@ async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
 
 
 def number(value: int) -> str:
-    """Return a number with its thousands apart: 12 000."""
+    """Return a number with its thousands separated: 12 000."""
     return f"{value:,}".replace(",", " ")
 
 

@@ -1,4 +1,4 @@
-"""Jobs that keep the database small and its planner informed."""
+"""Jobs that delete old rows and refresh the planner's statistics."""
 
 from datetime import timedelta
 from typing import Final
@@ -21,10 +21,10 @@ SELECT count(*) FROM (
 ) AS old
 """
 
-# Only refusals are ever forgotten, and only after the time that they are promised for: an
-# accepted change must have one effect for ever. The oldest go first.
-FORGET_REFUSALS: Final = """
-WITH forgotten AS (
+# Only refusals are deleted, and only after the promised time: the key of an accepted change is kept
+# for ever. The oldest are deleted first.
+DELETE_REFUSALS: Final = """
+WITH deleted AS (
     DELETE FROM idempotency_keys WHERE key = ANY (ARRAY(
         SELECT key FROM idempotency_keys
         WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $2::interval)
@@ -32,13 +32,13 @@ WITH forgotten AS (
     ))
     RETURNING 1
 )
-SELECT count(*) FROM forgotten
+SELECT count(*) FROM deleted
 """
 
 
 @job(name="prune-refused-keys", every=timedelta(minutes=6))
 async def prune_refused_keys(run: Run) -> str:
-    """Forget the refusals that are older than 7 days; what was accepted is kept for ever."""
+    """Delete the keys of refusals older than 7 days; keys of accepted changes stay for ever."""
     rows = Rows("refusals", OLD_REFUSALS, most=500, arguments=(REFUSALS_KEPT,))
     state = await in_batches(run, _prune_refused_keys, {}, rows)
     return f"removed {count(state['done'], 'refusal')} older than {REFUSALS_KEPT.days} days"
@@ -46,15 +46,15 @@ async def prune_refused_keys(run: Run) -> str:
 
 async def _prune_refused_keys(connection: Connection, _state: State, size: int) -> State:
     await connection.fetchval(KEEP_TO_INDEX)
-    forgotten = await connection.fetchval(FORGET_REFUSALS, size, REFUSALS_KEPT)
-    return {"done": forgotten, "ended": forgotten < size}
+    deleted = await connection.fetchval(DELETE_REFUSALS, size, REFUSALS_KEPT)
+    return {"done": deleted, "ended": deleted < size}
 
 
 JOB_ROWS: Final = "SELECT count(*) FROM jobs"
 
-# Of the first job behind $1: the oldest runs, but neither its last 20 nor one under way (it has
-# no end). Runs start in the order of their numbers, so the oldest are found without a search; the
-# ranges of rows keep to the index that has them in this order (see `jobs/api/history.py`).
+# Deletes the oldest runs of the first job after $1, except its last 20 and one in progress (it has
+# no end). Ids rise with the start, and the row comparisons use the index in this order (see
+# `jobs/api/history.py`), so the oldest are found without a scan.
 PRUNE_RUNS: Final = """
 WITH next AS MATERIALIZED (
     SELECT name FROM jobs WHERE name > $1 ORDER BY name LIMIT 1
@@ -76,7 +76,7 @@ WITH next AS MATERIALIZED (
 SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
 """
 
-# Instances are listed for people; who comes back is listed again.
+# Instances are listed for display only; one that sends a heartbeat again is listed again.
 PRUNE_INSTANCES: Final = """
 WITH removed AS (
     DELETE FROM instances
@@ -92,7 +92,7 @@ SELECT count(*) FROM removed
 
 @job(name="prune-history", every=timedelta(minutes=15))
 async def prune_history(run: Run) -> str:
-    """Remove runs older than 30 days, but the last 20 of each job, and instances gone for a day."""
+    """Remove runs older than 30 days, except each job's last 20, and instances unseen for a day."""
     start = {"job": "", "runs": 0, "instances": 0}
     state = await in_batches(run, _prune_history, start, Rows("jobs", JOB_ROWS, most=1))
     runs, instances = count(state["runs"], "run"), count(state["instances"], "instance")
@@ -115,8 +115,8 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
     }
 
 
-# Rows that come and go decide which plan is good. A table that somebody holds is left for the
-# next time; nobody who reads or writes rows is kept waiting.
+# Plans depend on how many rows there are. A locked table is skipped until the next run; ANALYZE
+# blocks no reads or writes.
 ANALYZE: Final = {
     "instances": "ANALYZE (SKIP_LOCKED) instances",
     "counted_users": "ANALYZE (SKIP_LOCKED) counted_users",
@@ -131,9 +131,9 @@ ANALYZE: Final = {
     "users": "ANALYZE (SKIP_LOCKED) users",
 }
 
-# A sample of a large table that is not in memory takes longer than statements usually may; and
-# the counters are to be read as they are, before and after.
-TAKE_TIME: Final = """
+# Sampling a large table from disk takes longer than the usual timeout. The counters must be read
+# anew before and after, not from the transaction's cache.
+SETTINGS: Final = """
 SELECT set_config('statement_timeout', $1, true),
        set_config('stats_fetch_consistency', 'none', true)
 """
@@ -146,7 +146,7 @@ WHERE relid = to_regclass($1)
 
 @job(name="refresh-statistics", every=timedelta(minutes=25))
 async def refresh_statistics(run: Run) -> str:
-    """Let PostgreSQL's planner know what the tables hold now, wherever rows have changed."""
+    """Refresh the planner's statistics of each table whose rows have changed."""
     state = await in_batches(
         run,
         _refresh_statistics,
@@ -163,16 +163,16 @@ async def refresh_statistics(run: Run) -> str:
 
 async def _refresh_statistics(connection: Connection, state: State, _size: int) -> State:
     table = min(name for name in ANALYZE if name > state["table"])
-    looked = {"done": 1, "table": table, "ended": table == max(ANALYZE)}
-    await connection.fetchrow(TAKE_TIME, f"{ANALYZE_SECONDS}s")
+    progress = {"done": 1, "table": table, "ended": table == max(ANALYZE)}
+    await connection.fetchrow(SETTINGS, f"{ANALYZE_SECONDS}s")
     before = await connection.fetchrow(CHANGED, table)
     if before is None or (before["last_analyze"] is not None and before["rows"] == 0):
-        return looked
+        return progress
     await connection.execute(ANALYZE[table], timeout=ANALYZE_SECONDS)
     after = await connection.fetchrow(CHANGED, table)
     if after is None or after["last_analyze"] == before["last_analyze"]:
-        return looked
-    looked["refreshed"] = state["refreshed"] + 1
+        return progress
+    progress["refreshed"] = state["refreshed"] + 1
     if before["rows"] > state["most"]:
-        looked |= {"most": before["rows"], "most_in": table}
-    return looked
+        progress |= {"most": before["rows"], "most_in": table}
+    return progress

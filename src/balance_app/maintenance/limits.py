@@ -1,4 +1,4 @@
-"""A job that watches what can't grow for ever."""
+"""A job that watches values that have a limit."""
 
 from datetime import timedelta
 from typing import Final
@@ -13,11 +13,11 @@ NEAR: Final = 0.8  # of a limit
 
 
 class LimitNearError(Exception):
-    """Something that can't grow for ever is near its end."""
+    """A value is near its limit."""
 
 
-# Who is so near the largest balance that larger deposits will be refused soon.
-RICH: Final = """
+# The users so near the largest balance that larger deposits will soon be refused.
+NEAR_LARGEST: Final = """
 WITH few AS (SELECT id, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2)
 SELECT count(*) AS users, max(id) AS user_id,
        count(*) FILTER (WHERE balance > $3::float8 * $4::bigint) AS rich,
@@ -25,9 +25,9 @@ SELECT count(*) AS users, max(id) AS user_id,
 FROM few
 """
 
-# How much of each limit is used up. Ids must stay exact in JSON. Autovacuum begins to freeze at
-# `autovacuum_freeze_max_age`; what is half as old again is not being frozen. A transaction of
-# an hour keeps every row version since it began.
+# The used share of each limit. Ids must stay exact in JSON. Autovacuum starts to freeze at
+# `autovacuum_freeze_max_age`; at half as much again, freezing is not keeping up. A transaction that
+# lasts an hour keeps vacuum from removing any row version deleted since.
 LIMITS: Final = """
 SELECT format('numbers of %s', sequencename) AS what,
        coalesce(last_value, 0) / least(max_value, $1::bigint)::float8 AS used
@@ -58,7 +58,7 @@ ORDER BY used DESC
 
 @job(name="watch-limits", every=timedelta(minutes=3))
 async def watch_limits(run: Run) -> str:
-    """Watch what can't grow for ever: balances, ids, connections, the age of transactions."""
+    """Watch values that have a limit: balances, ids, connections, the age of transactions."""
     state = await in_batches(
         run,
         _watch_limits,
@@ -77,7 +77,7 @@ async def watch_limits(run: Run) -> str:
 
 
 async def _watch_limits(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(RICH, state["user"], size, NEAR, MAX_INTEGER)
+    row = await connection.fetchrow(NEAR_LARGEST, state["user"], size, NEAR, MAX_INTEGER)
     assert row is not None  # noqa: S101 - an aggregate always has one
     ended = row["users"] < size
     return {

@@ -1,4 +1,4 @@
-"""Jobs that write down what can't be computed later, or only at a cost."""
+"""Jobs that record summaries which can't be computed later, or only at a cost."""
 
 from datetime import datetime, timedelta
 from typing import Final
@@ -11,15 +11,15 @@ from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count,
 ENTRIES_AT_ONCE: Final = 2000
 LISTS_AT_ONCE: Final = 50
 
-# At most one row per user and UTC day, of the day's latest snapshot, and only when something had
-# changed: never more rows than entries. The time is read after the snapshot was taken, so a
-# balance is never noted for a day that it was not seen on.
-NOTE: Final = """
+# Writes at most one row per user and UTC day, from the day's latest snapshot, and only if there is
+# a new version: there are never more rows than entries. The time is read after the snapshot was
+# taken, so a balance is never recorded for a day before it existed.
+RECORD_BALANCES: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, version, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2
 ), snapshot AS MATERIALIZED (
     SELECT clock_timestamp() AS at
-), noted AS (
+), recorded AS (
     INSERT INTO daily_balances (user_id, day, version, balance, at)
     SELECT id, (snapshot.at AT TIME ZONE 'UTC')::date, few.version, few.balance, snapshot.at
     FROM few CROSS JOIN snapshot LEFT JOIN LATERAL (
@@ -30,34 +30,33 @@ WITH few AS MATERIALIZED (
     SET version = excluded.version, balance = excluded.balance, at = excluded.at
     RETURNING user_id
 )
-SELECT count(*) AS users, max(id) AS user_id, (SELECT count(*) FROM noted) AS noted FROM few
+SELECT count(*) AS users, max(id) AS user_id, (SELECT count(*) FROM recorded) AS recorded FROM few
 """
 
 
 @job(name="note-daily-balances", every=timedelta(minutes=10))
 async def note_daily_balances(run: Run) -> str:
-    """Note the balance that each user has at the end of each day."""
-    start = {"user": FIRST_ID, "noted": 0}
+    """Record each user's balance at the end of each day."""
+    start = {"user": FIRST_ID, "recorded": 0}
     state = await in_batches(run, _note_daily_balances, start, Rows("users", USERS, most=1000))
-    users, noted = count(state["done"], "user"), count(state["noted"], "new balance")
-    return f"looked at {users}: noted {noted}"
+    users, recorded = count(state["done"], "user"), count(state["recorded"], "new balance")
+    return f"read {users}: recorded {recorded}"
 
 
 async def _note_daily_balances(connection: Connection, state: State, size: int) -> State:
-    row = await connection.fetchrow(NOTE, state["user"], size)
+    row = await connection.fetchrow(RECORD_BALANCES, state["user"], size)
     assert row is not None  # noqa: S101 - an aggregate always has one
     return {
         "done": row["users"],
         "user": row["user_id"],
-        "noted": state["noted"] + row["noted"],
+        "recorded": state["recorded"] + row["recorded"],
         "ended": row["users"] < size,
     }
 
 
-# Every entry is counted once: what is added to the days and up to which version a user is
-# counted are written together. Versions are dense, so how many entries are new is known without
-# reading them, and no more than $3 are read. A user is active on a day once, in however many
-# runs its entries of that day are met.
+# Each entry is counted once: the totals and each user's last counted version are written by one
+# statement. Versions are dense, so the number of new entries is known without reading them, and at
+# most $3 are read. A user counts as active once a day, however many runs read the day's entries.
 COUNT: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, users.version, coalesce(counted.version, 0) AS counted, counted.day AS counted_day,
@@ -66,11 +65,11 @@ WITH few AS MATERIALIZED (
     LEFT JOIN LATERAL (
         SELECT version, day FROM counted_users WHERE user_id = id LIMIT 1
     ) AS counted ON true
-), line AS (
+), queue AS (
     SELECT *, sum(new) OVER (ORDER BY id) - new AS ahead FROM few
 ), share AS MATERIALIZED (
     SELECT id, counted, counted_day, least(version, counted + $3::bigint - ahead)::bigint AS upto
-    FROM line WHERE new > 0 AND ahead < $3
+    FROM queue WHERE new > 0 AND ahead < $3
 ), fresh AS MATERIALIZED (
     SELECT id AS user_id, entry.version, amount, (at AT TIME ZONE 'UTC')::date AS day, counted_day
     FROM share CROSS JOIN LATERAL (
@@ -117,11 +116,11 @@ FROM reach
 
 @job(name="total-days", every=timedelta(minutes=12))
 async def total_days(run: Run) -> str:
-    """Add up what each day brought: changes, deposits, withdrawals, and how many users had any."""
+    """Add up each day's changes, deposits and withdrawals, and count its active users."""
     start = {"user": FIRST_ID, "entries": 0}
     state = await in_batches(run, _total_days, start, Rows("users", USERS, most=1000))
     entries = count(state["entries"], "new entry", "new entries")
-    return f"looked at {count(state['done'], 'user')}: counted {entries}"
+    return f"read {count(state['done'], 'user')}: counted {entries}"
 
 
 async def _total_days(connection: Connection, state: State, size: int) -> State:
@@ -141,8 +140,8 @@ WHERE relkind = 'r'
   AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
 """
 
-# The next table, noted with all of its indexes. The moment is the run's, so that a run that is
-# taken over completes one list, and noting a table twice changes nothing.
+# Records the size of the next table with its indexes. All rows of a list have one time, kept in the
+# checkpoint, so a run that is taken over completes the list, and a table is recorded once.
 MEASURE: Final = """
 WITH next AS (
     SELECT relname::text AS name, pg_total_relation_size(oid) AS bytes,
@@ -151,7 +150,7 @@ WITH next AS (
     WHERE relkind = 'r' AND relname > $2::name
       AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
     ORDER BY relname LIMIT 1
-), noted AS (
+), recorded AS (
     INSERT INTO table_sizes (at, name, bytes, estimated_rows)
     SELECT $1, name, bytes, estimated_rows FROM next
     ON CONFLICT (at, name) DO NOTHING
@@ -159,18 +158,18 @@ WITH next AS (
 SELECT name, bytes FROM next
 """
 
-FORGET_SIZES: Final = """
-WITH forgotten AS (
+DELETE_SIZES: Final = """
+WITH deleted AS (
     DELETE FROM table_sizes WHERE at = ANY (ARRAY(
         SELECT DISTINCT at FROM table_sizes
         WHERE at < (SELECT clock_timestamp() - interval '90 days') ORDER BY at LIMIT $1
     ))
     RETURNING 1
 )
-SELECT count(*) FROM forgotten
+SELECT count(*) FROM deleted
 """
 
-# All of the list at $1, and of the last one that is a day older.
+# The totals of the list at $1, and of the latest list at least a day older.
 GROWTH: Final = """
 SELECT (SELECT sum(bytes) FROM table_sizes WHERE at = $1)::bigint AS bytes,
        (SELECT name FROM table_sizes WHERE at = $1 ORDER BY bytes DESC LIMIT 1) AS largest,
@@ -183,7 +182,7 @@ SELECT (SELECT sum(bytes) FROM table_sizes WHERE at = $1)::bigint AS bytes,
 
 @job(name="record-sizes", every=timedelta(minutes=30))
 async def record_sizes(run: Run) -> str:
-    """Record how large each table is; what is older than 90 days is forgotten."""
+    """Record the size of each table; delete records older than 90 days."""
     state = await in_batches(
         run,
         _record_sizes,
@@ -202,7 +201,7 @@ async def _record_sizes(connection: Connection, state: State, _size: int) -> Sta
     if row is not None:
         table, tables = row["name"], state["tables"] + 1
         return {"done": 1, "at": at.isoformat(), "table": table, "tables": tables}
-    if await connection.fetchval(FORGET_SIZES, LISTS_AT_ONCE):
+    if await connection.fetchval(DELETE_SIZES, LISTS_AT_ONCE):
         return {"done": 0}
     growth = await connection.fetchrow(GROWTH, at)
     assert growth is not None  # noqa: S101 - the statement always has one
@@ -217,8 +216,8 @@ async def _record_sizes(connection: Connection, state: State, _size: int) -> Sta
     return {"done": 0, "sentence": sentence, "ended": True}
 
 
-# Of each table the last measurement; it is gone when it was in no list for a day. The last list
-# alone may be one that is still being made.
+# The latest size of each table that was in a list within a day of the latest. The latest list alone
+# may be incomplete.
 SIZES: Final = """
 SELECT DISTINCT ON (name) name, bytes FROM table_sizes
 WHERE at > (SELECT max(at) FROM table_sizes) - interval '1 day'
@@ -227,7 +226,7 @@ ORDER BY name, at DESC
 
 
 async def read_table_bytes(connection: Connection) -> dict[str, int]:
-    """Return the bytes of each table, with its indexes, when it was last measured.
+    """Return the bytes of each table with its indexes, as last recorded.
 
     Raises:
         DatabaseUnavailable: as `read` does.

@@ -1,4 +1,4 @@
-"""The tables that are the jobs' alone, declared for alembic as those of the features."""
+"""The tables that only the jobs write, declared for alembic like those of the features."""
 
 from sqlalchemy import (
     BigInteger,
