@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +16,15 @@ from starlette.responses import Response
 from balance_app.errors import InternalError
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
-from tests.balances.hostile import exchange
+from tests.balances.hostile import exchange, one_instance
 from tests.processes import Instance, http_client, query
+
+
+@pytest.fixture(scope="module")
+async def reader(postgres: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of one instance, for the tests that change nothing."""
+    async with one_instance(postgres) as (instance, _), http_client(instance.url) as client:
+        yield client
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
@@ -150,12 +158,12 @@ READABLE: Final = (
 
 @pytest.mark.parametrize("path", READABLE)
 async def test_head_answers_as_get_does_without_a_body(
-    client: httpx.AsyncClient, path: str
+    reader: httpx.AsyncClient, path: str
 ) -> None:
     """The same status and headers, also for what is refused."""
     varying = {"date", "x-request-id"}
-    got = await client.get(path)
-    head = await client.head(path)
+    got = await reader.get(path)
+    head = await reader.head(path)
     assert (head.status_code, head.content) == (got.status_code, b"")
     headers = [{**answer.headers} for answer in (got, head)]
     assert headers[0].keys() == headers[1].keys()
@@ -168,13 +176,13 @@ async def test_head_answers_as_get_does_without_a_body(
 
 
 @pytest.mark.parametrize("path", ["/live", "/api/cron/events"])
-async def test_the_head_of_a_stream_has_an_end(client: httpx.AsyncClient, path: str) -> None:
+async def test_the_head_of_a_stream_has_an_end(reader: httpx.AsyncClient, path: str) -> None:
     """It is what the stream begins with, and counts as no viewer."""
     for _ in range(3):
-        head = await client.head(path, timeout=5)
+        head = await reader.head(path, timeout=5)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-type"].startswith("text/event-stream")
-    assert (await client.get("/livez")).status_code == 200
+    assert (await reader.get("/livez")).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -189,9 +197,9 @@ async def test_the_head_of_a_stream_has_an_end(client: httpx.AsyncClient, path: 
         ("/openapi.json", "GET, HEAD"),
     ],
 )
-async def test_allow_names_every_method(client: httpx.AsyncClient, path: str, methods: str) -> None:
+async def test_allow_names_every_method(reader: httpx.AsyncClient, path: str, methods: str) -> None:
     """Those of all routes of an address, and HEAD wherever there is GET."""
-    answer = await client.delete(path)
+    answer = await reader.delete(path)
     assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
