@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import AsyncIterator
+from typing import Final
 
 import httpx
 import pytest
 
+from balance_app.db.migrations import migrate
+from balance_app.settings import load_settings
 from tests import fork_server
 from tests.jobs.support import JobsDatabase
 from tests.processes import DATABASE_VARIABLES, Instance, empty_database, http_client
@@ -35,10 +38,25 @@ async def postgres(_fork_server: None) -> AsyncIterator[dict[str, str]]:
         yield server.environment()
 
 
-@pytest.fixture
-async def database(postgres: dict[str, str]) -> AsyncIterator[dict[str, str]]:
-    """The DB_* variables of an empty database."""
+# Each migrates its database before the test begins.
+MIGRATING: Final = {"instance", "house", "rows"}
+
+
+@pytest.fixture(scope="session")
+async def _migrated(postgres: dict[str, str]) -> AsyncIterator[str]:
+    """The name of a migrated database that nobody uses."""
     async with empty_database(postgres) as variables:
+        await migrate(load_settings(**{key.lower(): value for key, value in variables.items()}))
+        yield variables["DB_NAME"]
+
+
+@pytest.fixture
+async def database(
+    request: pytest.FixtureRequest, postgres: dict[str, str], _migrated: str
+) -> AsyncIterator[dict[str, str]]:
+    """The DB_* variables of an empty database; for what migrates it at once, a migrated one's."""
+    template = _migrated if MIGRATING & set(request.fixturenames) else "template1"
+    async with empty_database(postgres, template) as variables:
         yield variables
 
 

@@ -216,11 +216,13 @@ async def query(database: dict[str, str], sql: str, *arguments: object) -> list[
 
 
 @asynccontextmanager
-async def empty_database(server: Mapping[str, str]) -> AsyncIterator[dict[str, str]]:
-    """Make an empty database on a server; yield its DB_* variables, and drop it at the end."""
+async def empty_database(
+    server: Mapping[str, str], template: str = "template1"
+) -> AsyncIterator[dict[str, str]]:
+    """Make a database, empty or a copy of one; yield its DB_* variables, drop it at the end."""
     name = f"test_{uuid4().hex}"  # other tests may use the same server at the same time
     admin = await connect(dict(server))
-    await admin.execute(f"CREATE DATABASE {name}")
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     try:
         yield {**server, "DB_NAME": name}
     finally:
