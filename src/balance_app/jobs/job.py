@@ -83,7 +83,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
             before, up to an hour, or `retry_after` if that is longer; 1 to 10.
         max_retries: the most retries of a tick (default: any number, until the next tick).
         pause_after_failures: the job is paused when this many runs in a row failed or timed out.
-        min_duration: the least duration of a run (default: JOB_MIN_SECONDS).
+        min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
         jitter: each tick starts later by a random time up to this.
 
     Raises:
@@ -252,7 +252,7 @@ class Registry(Mapping[str, Job]):
         return cls(jobs.values())
 
     def check(self, *, min_seconds: float) -> None:
-        """Refuse jobs whose timeout is not above the least duration of a run.
+        """Refuse jobs whose timeout is not above the minimum duration of a run.
 
         Raises:
             DeclarationError: it names the job and the values.
