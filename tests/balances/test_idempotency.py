@@ -10,7 +10,7 @@ from balance_app.balances.schemas import ChangeRequest
 from tests.processes import Instance, query, running
 from tests.system.sizes import size
 
-KEYS = size(small=40, full=200)
+KEYS = size(small=10, full=200)
 TRIES = 100
 
 
