@@ -9,7 +9,7 @@ from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import own_postgres
 from tests.system.sizes import size
 
-CHANGES = size(small=4_000, full=100_000)
+CHANGES = size(small=3_000, full=100_000)
 CONNECTIONS = 32
 OPENING_BALANCE = 21
 
@@ -62,5 +62,5 @@ async def test_every_answer_fits_into_one_history() -> None:
 
 async def test_a_refusal_from_the_updates_own_snapshot_is_caught() -> None:
     """The control: without the second look some refusals contradict themselves."""
-    violations, _, _ = await run_mixed_load(6_000, "-m", "tests.mutants", "fresh-snapshot")
+    violations, _, _ = await run_mixed_load(3_000, "-m", "tests.mutants", "fresh-snapshot")
     assert {Kind.GROUNDLESS_REFUSAL, Kind.STALE_REFUSAL} & {each.kind for each in violations}
