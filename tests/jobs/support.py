@@ -182,7 +182,7 @@ class JobsDatabase:
     async def forget(self) -> None:
         """Begin anew with no job at all."""
         await self.admin.execute(
-            "TRUNCATE jobs, job_declarations, job_runs, instances RESTART IDENTITY"
+            "TRUNCATE jobs, instances RESTART IDENTITY CASCADE"
         )
 
     async def shift(self, seconds: float) -> None:

@@ -39,6 +39,8 @@ RIGHTS: Final = {
     "idempotency_keys": ("SELECT", "INSERT", "DELETE"),
     "jobs": ("SELECT", "INSERT", "UPDATE"),
     "job_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "job_run_lines": ("SELECT", "INSERT", "DELETE"),
+    "job_run_tracebacks": ("SELECT", "INSERT"),
     "job_declarations": ("SELECT", "INSERT", "UPDATE"),
     "instances": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "daily_balances": ("SELECT", "INSERT", "UPDATE"),

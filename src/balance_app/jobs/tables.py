@@ -8,9 +8,11 @@ from sqlalchemy import (
     Computed,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     Integer,
+    Interval,
     Table,
     Text,
     UniqueConstraint,
@@ -73,6 +75,12 @@ jobs = Table(
     Column("forgotten_by", Text),
     Column("work_ended_at", DateTime(timezone=True)),
     Column("stop_requested_at", DateTime(timezone=True)),
+    Column("args", JSONB, nullable=False, server_default="{}"),
+    Column("start_within", Interval),
+    Column("requested_args", JSONB),
+    Column("schedule_override", Text),
+    Column("overridden_by", Text),
+    Column("overridden_at", DateTime(timezone=True)),
     Column(
         "claimable_at",
         DateTime(timezone=True),
@@ -92,6 +100,11 @@ jobs = Table(
     ),
     CheckConstraint("(paused_at IS NULL) = (paused_by IS NULL)", name="pause"),
     CheckConstraint("(forgotten_at IS NULL) = (forgotten_by IS NULL)", name="forgotten"),
+    CheckConstraint(
+        "(schedule_override IS NULL) = (overridden_by IS NULL)"
+        " AND (schedule_override IS NULL) = (overridden_at IS NULL)",
+        name="override",
+    ),
     Index(None, "claimable_at"),
     Index(None, "round"),
     postgresql_with={"fillfactor": 70},
@@ -113,6 +126,7 @@ job_runs = Table(
     Column("ended_at", DateTime(timezone=True)),
     Column("outcome", Text),
     Column("result", Text),
+    Column("args", JSONB),
     UniqueConstraint("job", "fence", name="job_runs_job_fence_key"),
     CheckConstraint(
         "outcome IN ('succeeded', 'failed', 'timed_out', 'cancelled', 'released', 'lost',"
@@ -128,6 +142,37 @@ job_runs = Table(
     Index("job_runs_job_id_idx", "job", "id"),
     Index("job_runs_outcome_id_idx", "outcome", "id"),
     Index("job_runs_job_outcome_id_idx", "job", "outcome", "id"),
+)
+
+job_run_lines = Table(
+    "job_run_lines",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("fence", BigInteger, primary_key=True),
+    Column("number", BigInteger, primary_key=True),
+    Column("logged_at", DateTime(timezone=True), nullable=False),
+    Column("level", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    ForeignKeyConstraint(
+        ["job", "fence"],
+        ["job_runs.job", "job_runs.fence"],
+        ondelete="CASCADE",
+        name="job_run_lines_job_fence_fkey",
+    ),
+)
+
+job_run_tracebacks = Table(
+    "job_run_tracebacks",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("fence", BigInteger, primary_key=True),
+    Column("text", Text, nullable=False),
+    ForeignKeyConstraint(
+        ["job", "fence"],
+        ["job_runs.job", "job_runs.fence"],
+        ondelete="CASCADE",
+        name="job_run_tracebacks_job_fence_fkey",
+    ),
 )
 
 job_declarations = Table(
@@ -149,6 +194,8 @@ job_declarations = Table(
         nullable=False,
         server_default=func.clock_timestamp(),
     ),
+    Column("args", JSONB, nullable=False, server_default="{}"),
+    Column("start_within", Interval),
 )
 
 instances = Table(
@@ -170,4 +217,5 @@ instances = Table(
     ),
     Column("highest_number", BigInteger, nullable=False),
     Column("missing", ARRAY(Text), nullable=False),
+    Column("max_running", Integer),
 )

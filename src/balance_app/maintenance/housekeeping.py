@@ -125,6 +125,8 @@ ANALYZE: Final = {
     "entries": "ANALYZE (SKIP_LOCKED) entries",
     "idempotency_keys": "ANALYZE (SKIP_LOCKED) idempotency_keys",
     "job_declarations": "ANALYZE (SKIP_LOCKED) job_declarations",
+    "job_run_lines": "ANALYZE (SKIP_LOCKED) job_run_lines",
+    "job_run_tracebacks": "ANALYZE (SKIP_LOCKED) job_run_tracebacks",
     "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
     "jobs": "ANALYZE (SKIP_LOCKED) jobs",
     "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",
