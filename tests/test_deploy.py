@@ -18,7 +18,7 @@ from balance_app.jobs import Registry
 from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.settings import load_settings
 
-JOBS: Final = Registry.load(["balance_app.maintenance"])
+JOBS: Final = Registry.load("balance_app.maintenance")
 DEPLOY: Final = Path(__file__).parents[1] / "deploy"
 ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
 README: Final = (DEPLOY / "README.md").read_text(encoding="utf-8")

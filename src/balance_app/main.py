@@ -60,12 +60,8 @@ def create_app(
     """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
     `stopping` is set by the server when the instance is to stop.
-
-    Raises:
-        DeclarationError: a job can't work with these settings.
     """
     Problem.root_path = settings.root_path
-    registry.check(min_seconds=settings.job_min_seconds)
     metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
     app = FastAPI(
         title="balance_app",

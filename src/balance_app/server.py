@@ -64,7 +64,6 @@ def serve(settings: Settings, registry: Registry) -> None:
     """Run one instance, with the jobs of `registry`, until SIGINT or SIGTERM.
 
     Raises:
-        DeclarationError: a job can't work with these settings.
         ListenError: naming the address.
         SystemExit: the start failed; the log has the reason.
     """

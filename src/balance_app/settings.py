@@ -111,6 +111,10 @@ class Settings(BaseSettings):
     jobs_modules: str = Field(
         "balance_app.maintenance", description="Python modules whose jobs run here, comma-separated"
     )
+    jobs_entry_points: bool = Field(
+        default=True,
+        description="run the jobs of installed packages, too (entry points `balance_app.jobs`)",
+    )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
         2, description="connections that the transactions of this instance's jobs may use"
     )

@@ -115,7 +115,7 @@ async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_pat
     nothing = f"There is nothing at {tmp_path}/d/postgres.\n"
     assert (await balance_app(tmp_path, "reset", "--yes"))[1] == nothing
     code, output = await balance_app(tmp_path, "--url=http://127.0.0.1:5", "migrate", **NOWHERE)
-    assert (code, output) == (2, "`migrate` takes neither --url nor --json.\n")
+    assert (code, output) == (2, "`migrate` takes no --url.\n")
 
 
 async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:

@@ -181,9 +181,7 @@ class JobsDatabase:
 
     async def forget(self) -> None:
         """Begin anew with no job at all."""
-        await self.admin.execute(
-            "TRUNCATE jobs, instances RESTART IDENTITY CASCADE"
-        )
+        await self.admin.execute("TRUNCATE jobs, instances RESTART IDENTITY CASCADE")
 
     async def shift(self, seconds: float) -> None:
         """Let time pass: all that was lies further back. Leases stay as they are."""

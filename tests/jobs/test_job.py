@@ -261,10 +261,16 @@ def test_a_run_must_be_able_to_succeed(
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("import nowhere", "acme_a can't be imported: ModuleNotFoundError: No module named 'now"),
-        ("1 +", "acme_a can't be imported: SyntaxError: "),
-        ("raise SystemExit(3)", "acme_a can't be imported: SystemExit: 3"),
-        ("jobs = []", "there is no job in acme_a."),
+        (
+            "\nimport nowhere",
+            "acme_a can't be imported: ModuleNotFoundError: No module named 'nowhere' "
+            "({file}, line 2)",
+        ),
+        ("1 +", "acme_a can't be imported: SyntaxError: invalid syntax (acme_a.py, line 1)"),
+        ("raise SystemExit(3)", "acme_a can't be imported: SystemExit: 3 ({file}, line 1)"),
+        ("raise GeneratorExit", "acme_a can't be imported: GeneratorExit: ({file}, line 1)"),
+        ("raise ValueError('a\\nb')", "acme_a can't be imported: ValueError: a b ({file}, line 1)"),
+        ("jobs = []", "acme_a has no job: nothing in it was declared with @job."),
         (
             """
 from datetime import timedelta
@@ -272,32 +278,111 @@ from balance_app.jobs import job
 a = job(name="x", every=timedelta(minutes=1))(lambda run: None)
 b = job(name="x", every=timedelta(minutes=2))(lambda run: None)
 """,
-            "Two jobs are named x.",
+            "Two jobs are named x: acme_a.<lambda> and acme_a.<lambda>.",
         ),
     ],
 )
 def test_a_module_that_has_no_usable_jobs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
 ) -> None:
-    """The start ends with a sentence that names the module and the reason."""
+    """The sentence names the module, the reason and the line."""
     (tmp_path / "acme_a.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "acme_a", raising=False)
     with pytest.raises(DeclarationError) as refusal:
-        Registry.load(["balance_app.maintenance", "acme_a"])
-    assert reason in str(refusal.value)
+        Registry.load("balance_app.maintenance, acme_a")
+    expected = reason.format(file=tmp_path / "acme_a.py")
+    assert str(refusal.value).removeprefix("JOBS_MODULES: ") == expected
     monkeypatch.delitem(sys.modules, "acme_a", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("modules", "sentence"),
+    [
+        ("acme.py/jobs", "'acme.py/jobs' is not the name of a module: write it as after `import`"),
+        (".jobs", "'.jobs' is not the name of a module"),
+        ("acme jobs", "'acme jobs' is not the name of a module"),
+        ("acme_nowhere.jobs", "acme_nowhere.jobs can't be imported: there is no module acme_nowhe"),
+        ("json.nowhere", "json.nowhere can't be imported: there is no module json.nowhere."),
+    ],
+)
+def test_a_module_that_there_is_not_is_named(modules: str, sentence: str) -> None:
+    """Whether the name is no name, or nothing has it."""
+    with pytest.raises(DeclarationError) as refusal:
+        Registry.load(f"balance_app.maintenance,{modules}")
+    assert str(refusal.value).startswith(f"JOBS_MODULES: {sentence}")
+
+
+ACME = """
+from datetime import timedelta
+from balance_app.jobs import job
+nothing = "no job"
+one = job(name="acme-one", every=timedelta(minutes=1))(lambda run: None)
+two = job(name="acme-two", every=timedelta(minutes=1))(lambda run: None)
+"""
+
+
+def install(directory: Path, monkeypatch: pytest.MonkeyPatch, *points: str) -> None:
+    """Install a package that has the module acme_installed, as pip would."""
+    metadata = directory / "acme_jobs-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: acme-jobs\nVersion: 1.2\n")
+    (metadata / "entry_points.txt").write_text("\n".join(["[balance_app.jobs]", *points]))
+    (directory / "acme_installed.py").write_text(ACME)
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.delitem(sys.modules, "acme_installed", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("point", "names"),
+    [
+        ("acme = acme_installed", {"acme-one", "acme-two"}),
+        ("acme = acme_installed:two", {"acme-two"}),
+    ],
+)
+def test_installed_packages_bring_their_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, names: set[str]
+) -> None:
+    """An entry point names a module or a job; without `installed` it is not looked at."""
+    install(tmp_path, monkeypatch, point)
+    registry = Registry.load("balance_app.maintenance", installed=True)
+    own = Registry.load("balance_app.maintenance")
+    assert registry.keys() - own.keys() == names
+    where = f"{point.removeprefix('acme = ')} (entry point acme of acme-jobs 1.2)"
+    assert {registry.origins[name] for name in names} == {where}
+    # What is named in JOBS_MODULES as well is the same job.
+    assert set(Registry.load("acme_installed", installed=True)) == {"acme-one", "acme-two"}
+
+
+@pytest.mark.parametrize(
+    ("point", "sentence"),
+    [
+        ("acme = acme_nowhere", "can't be imported: there is no module acme_nowhere. Install"),
+        ("acme = acme_installed:three", "can't be imported: AttributeError: module 'acme_inst"),
+        ("acme = acme_installed:nothing", "is 'no job': neither a module nor a job."),
+        ("acme = json", "has no job: nothing in it was declared with @job."),
+    ],
+)
+def test_an_entry_point_without_usable_jobs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, sentence: str
+) -> None:
+    """With its package and version."""
+    install(tmp_path, monkeypatch, point)
+    where = f"{point.removeprefix('acme = ')} (entry point acme of acme-jobs 1.2)"
+    with pytest.raises(DeclarationError) as refusal:
+        Registry.load("", installed=True)
+    assert str(refusal.value).startswith(f"{where} {sentence}")
 
 
 def test_a_job_that_two_modules_have_is_one() -> None:
     """A module that imports another's job declares it no second time."""
-    twice = Registry.load(["balance_app.maintenance", "balance_app.maintenance.audits"])
-    assert set(twice) == set(Registry.load(["balance_app.maintenance"]))
+    twice = Registry.load("balance_app.maintenance,,balance_app.maintenance.audits,")
+    assert set(twice) == set(Registry.load("balance_app.maintenance"))
 
 
 def test_the_ten_jobs_stand_with_the_defaults() -> None:
     """What is shipped is not refused."""
-    registry = Registry.load(["balance_app.maintenance"])
+    registry = Registry.load("balance_app.maintenance")
     registry.check(min_seconds=load_settings().job_min_seconds)
     assert registry["audit-ledger"].name == "audit-ledger"
     assert "moon" not in registry

@@ -34,7 +34,7 @@ from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-REGISTRY = Registry.load(["balance_app.maintenance"])
+REGISTRY = Registry.load("balance_app.maintenance")
 JOBS = tuple(REGISTRY.values())
 # beside those that are analyzed: two that say what the schema is at
 TABLES = len(ANALYZE) + 1

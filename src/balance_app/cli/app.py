@@ -5,7 +5,7 @@ import os
 import sys
 from functools import partial
 from io import TextIOWrapper
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +23,9 @@ from balance_app.cli.remote import (
     without_types,
 )
 from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
+
+if TYPE_CHECKING:
+    from balance_app.jobs.job import Registry
 
 EXIT_CODES: Final = """
 Exit codes:
@@ -83,9 +86,12 @@ def before_the_command(
     accepting = {
         each.callback.__name__ for each in remote_commands.registered_commands if each.callback
     }
-    accepting |= {"healthcheck"} if not json else set()
+    if url is None:
+        accepting.add("jobs")
+    if not json:
+        accepting.add("healthcheck")
     if (json or url is not None) and context.invoked_subcommand not in accepting:
-        fail(f"`{context.invoked_subcommand}` takes neither --url nor --json.", code=2)
+        fail(f"`{context.invoked_subcommand}` takes no {'--json' if json else '--url'}.", code=2)
     global_options.update(json=json, url=url)
 
 
@@ -112,6 +118,7 @@ def up(
     from balance_app.local.launcher import LaunchError, launch
 
     settings = load_settings()
+    _load_jobs(settings)
     port = port or settings.port
     if port > MAX_SHARED_PORT:
         fail(f"PORT is {port}: `up` needs one up to {MAX_SHARED_PORT}, and those above.", code=2)
@@ -132,7 +139,6 @@ def serve(
     """Run one instance of the service; it is configured by the environment (see .env.example)."""
     import structlog
 
-    from balance_app.jobs.job import DeclarationError, Registry
     from balance_app.logs import configure_logs
     from balance_app.server import ListenError
     from balance_app.server import serve as run
@@ -150,16 +156,36 @@ def serve(
     if not launched:
         for sentence in warnings:
             structlog.get_logger(__name__).warning("check the settings", reason=sentence)
-    try:
-        registry = Registry.load(
-            each.strip() for each in settings.jobs_modules.split(",") if each.strip()
-        )
-    except DeclarationError as error:
-        fail(str(error), code=2)
+    registry = _load_jobs(settings)
     try:
         run(settings, registry)
-    except (ListenError, DeclarationError) as error:
+    except ListenError as error:
         fail(str(error))
+
+
+@_service()
+def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """List the jobs that an instance started here would run, and where each comes from.
+
+    It reads JOBS_MODULES and the entry points of installed packages; no database is needed.
+    """
+    from balance_app.cli import output
+
+    registry = _load_jobs(load_settings())
+    found = [
+        {
+            "name": name,
+            "schedule": {"text": str(job.schedule), "words": job.schedule.in_words()},
+            "description": job.description,
+            "origin": registry.origins[name],
+        }
+        for name, job in sorted(registry.items())
+    ]
+    on = output.console()
+    if json or global_options["json"]:
+        on.print_json(data=found)
+    else:
+        on.print(output.jobs_table(found, on))
 
 
 @_service()
@@ -271,6 +297,18 @@ def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = Fa
 
 
 # -- shared ------------------------------------------------------------------------------------
+
+
+def _load_jobs(settings: Settings) -> "Registry":
+    """Return the jobs that an instance with these settings runs; end where one can't work."""
+    from balance_app.jobs.job import DeclarationError, Registry
+
+    try:
+        registry = Registry.load(settings.jobs_modules, installed=settings.jobs_entry_points)
+        registry.check(min_seconds=settings.job_min_seconds)
+    except DeclarationError as error:
+        fail(str(error), code=2)
+    return registry
 
 
 def _require_database(settings: Settings) -> None:

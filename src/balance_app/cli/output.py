@@ -82,6 +82,18 @@ def status_table(status: Json, on: Console) -> RenderableType:
     return Group(text(line, on, "bold"), Text(), table, Text(), *_instances(status, now, on))
 
 
+def jobs_table(jobs: list[Json], on: Console) -> RenderableType:
+    """Return a line per job that an instance would run."""
+    table = _table(("JOB", "SCHEDULE", "FROM"), cut=("SCHEDULE", "FROM"))
+    for job in jobs:
+        table.add_row(
+            text(job["name"], on),
+            text(job["schedule"]["words"], on),
+            text(job["origin"], on),
+        )
+    return table
+
+
 def job_line(job: Json, now: str, on: Console) -> Text:
     """Return one line about what a job does at the service's time `now`."""
     sign = job_sign(job)

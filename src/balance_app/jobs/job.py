@@ -3,10 +3,14 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from importlib.metadata import entry_points
 from textwrap import shorten
+from traceback import extract_tb
+from types import ModuleType
 from typing import Any, Final, Self
 
 from typing_extensions import override
@@ -16,7 +20,10 @@ from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
 Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
 
 MOST_BACKOFF: Final = 10
+# Installed packages name their modules of jobs, or single jobs, under this group of entry points.
+ENTRY_POINTS: Final = "balance_app.jobs"
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_MODULE: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 # text is UTF-8 without NUL
 _UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
 
@@ -186,8 +193,12 @@ def _check_texts(name: str, **texts: object) -> None:
 
 
 def _shown(value: object) -> str:
-    """Return the `repr` of a value, shortened."""
-    return shorten(repr(value), 100, placeholder=" ...")
+    """Return a value in one short line."""
+    return _in_one_line(repr(value), 100)
+
+
+def _in_one_line(text: str, limit: int = 300) -> str:
+    return shorten(text, limit, placeholder=" ...")
 
 
 def _check_retries(
@@ -220,36 +231,109 @@ def _yields(function: Function) -> bool:
     return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
-class Registry(Mapping[str, Job]):
-    """The jobs whose code an instance has, by name."""
+def _sources(modules: str, *, installed: bool) -> Iterator[tuple[str, list[Job]]]:
+    """Yield where jobs come from, and the jobs found there."""
+    for name in filter(None, map(str.strip, modules.split(","))):
+        if not _MODULE.fullmatch(name):
+            raise DeclarationError(
+                f"JOBS_MODULES: {_shown(name)} is not the name of a module: write it as after "
+                "`import`, like acme.jobs."
+            )
+        where = f"JOBS_MODULES: {name}"
+        with _import_errors(where, name):
+            module = import_module(name)
+        yield name, _jobs_of(module, where)
+    for point in sorted(entry_points(group=ENTRY_POINTS)) if installed else ():
+        package = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+        where = f"{point.value} (entry point {point.name}{package})"
+        with _import_errors(where, point.module):
+            loaded = point.load()
+        yield where, [loaded] if isinstance(loaded, Job) else _jobs_of(loaded, where)
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
+
+def _jobs_of(module: object, where: str) -> list[Job]:
+    """Return the jobs that a module has among its names; the same one under two names once."""
+    if not isinstance(module, ModuleType):
+        raise DeclarationError(f"{where} is {_shown(module)}: neither a module nor a job.")
+    jobs = {id(each): each for each in vars(module).values() if isinstance(each, Job)}
+    if not jobs:
+        raise DeclarationError(f"{where} has no job: nothing in it was declared with @job.")
+    return list(jobs.values())
+
+
+@contextmanager
+def _import_errors(where: str, module: str) -> Iterator[None]:
+    """Report whatever an import raises in one sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise DeclarationError(f"{where} can't be imported: {_reason(error, module)}") from error
+
+
+def _reason(error: BaseException, module: str) -> str:
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+        return (
+            f"there is no module {error.name}. Install its package, or name the folder that it is "
+            "in in PYTHONPATH."
+        )
+    text = _in_one_line(f"{type(error).__name__}: {error}")
+    frames = [each for each in extract_tb(error.__traceback__) if "importlib" not in each.filename]
+    last = frames[-1]
+    # A syntax error says itself where it is; an attribute that is missing is missed here.
+    if isinstance(error, SyntaxError) or last.filename == __file__:
+        return text
+    return f"{text} ({last.filename}, line {last.lineno})"
+
+
+def _place(job: Job) -> str:
+    """Return where a job's function is defined."""
+    function = job.function
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{function.__module__}.{name}"
+
+
+class Registry(Mapping[str, Job]):
+    """The jobs that an instance has the code of, by name.
+
+    Attributes:
+        origins: by name, where each was loaded from: a module, or an entry point of a package.
+
+    Raises:
+        DeclarationError: two jobs have one name.
+    """
+
+    def __init__(self, jobs: Iterable[Job], origins: Mapping[str, str] | None = None) -> None:
+        self.origins: Final = dict(origins or {})
         self._jobs: dict[str, Job] = {}
         for each in jobs:
             if each.name in self._jobs:
-                raise DeclarationError(f"Two jobs are named {each.name}.")
+                both = f"{_place(self._jobs[each.name])} and {_place(each)}"
+                raise DeclarationError(f"Two jobs are named {each.name}: {both}.")
             self._jobs[each.name] = each
 
     @classmethod
-    def load(cls, modules: Iterable[str]) -> Self:
-        """Return the jobs that are attributes of modules.
+    def load(cls, modules: str, *, installed: bool = False) -> Self:
+        """Return the jobs of modules, and with `installed` those of entry points as well.
+
+        A job that several of them have is one job.
+
+        Args:
+            modules: their names, with commas between them, as in JOBS_MODULES.
+            installed: load what installed packages name as entry points `balance_app.jobs`, too.
 
         Raises:
-            DeclarationError: a module can't be imported or has no job, or two jobs have one name.
+            DeclarationError: one sentence that names the module or entry point, and the reason: it
+                can't be imported, or has no job; or two jobs have one name.
         """
-        jobs: dict[int, Job] = {}  # by id: several modules may import the same job
-        for name in modules:
-            try:
-                module = import_module(name)
-            except (Exception, SystemExit) as error:
-                raise DeclarationError(
-                    f"JOBS_MODULES: {name} can't be imported: {type(error).__name__}: {error}"
-                ) from error
-            found = {id(each): each for each in vars(module).values() if isinstance(each, Job)}
-            if not found:
-                raise DeclarationError(f"JOBS_MODULES: there is no job in {name}.")
-            jobs |= found
-        return cls(jobs.values())
+        jobs: dict[int, Job] = {}
+        origins: dict[str, str] = {}
+        for origin, found in _sources(modules, installed=installed):
+            for each in found:
+                jobs[id(each)] = each
+                origins.setdefault(each.name, origin)
+        return cls(jobs.values(), origins)
 
     def check(self, *, min_seconds: float) -> None:
         """Refuse jobs whose timeout is not above the minimum duration of a run.

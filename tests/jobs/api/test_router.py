@@ -26,7 +26,7 @@ from tests.processes import FLEET, Instance, connect, http_client
 from tests.system.databases import freeze, own_postgres, thaw
 
 SECOND: Final = timedelta(seconds=1)
-JOBS: Final = set(Registry.load(["balance_app.maintenance"]))
+JOBS: Final = set(Registry.load("balance_app.maintenance"))
 Answers = list[httpx.Response]
 
 
