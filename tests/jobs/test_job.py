@@ -83,8 +83,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"every": MINUTE, "pause_after_failures": True},
         "pause_after_failures is True",
     ),
-    "no duration": ({"every": MINUTE, "min_duration": timedelta(0)}, "min_duration is 0:00:00"),
-    "a negative duration": ({"every": MINUTE, "min_duration": -SECOND}, "min_duration is -1 day"),
+    "a negative duration": (
+        {"every": MINUTE, "min_duration": -SECOND},
+        "min_duration is -1 day",
+    ),
     "a negative jitter": ({"every": MINUTE, "jitter": -SECOND}, "jitter is -1 day, 23:59:59"),
     "jitter as long as the interval": ({"every": MINUTE, "jitter": MINUTE}, "jitter is 0:01:00"),
     "jitter over the interval": ({"every": MINUTE, "jitter": 2 * MINUTE}, "jitter is 0:02:00"),
@@ -262,9 +264,8 @@ def test_a_run_must_be_able_to_succeed(
     ("source", "reason"),
     [
         (
-            "\nimport nowhere",
-            "acme_a can't be imported: ModuleNotFoundError: No module named 'nowhere' "
-            "({file}, line 2)",
+            "\nraise ImportError('no way')",
+            "acme_a can't be imported: ImportError: no way ({file}, line 2)",
         ),
         ("1 +", "acme_a can't be imported: SyntaxError: invalid syntax (acme_a.py, line 1)"),
         ("raise SystemExit(3)", "acme_a can't be imported: SystemExit: 3 ({file}, line 1)"),

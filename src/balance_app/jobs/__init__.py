@@ -23,5 +23,6 @@ load.
 
 from balance_app.jobs.job import Job, Registry, job
 from balance_app.jobs.run import Run
+from balance_app.jobs.threads import ThreadRun
 
-__all__ = ["Job", "Registry", "Run", "job"]
+__all__ = ["Job", "Registry", "Run", "ThreadRun", "job"]

@@ -115,13 +115,11 @@ def job(  # noqa: PLR0913 - each is an option of a job
             )
         except ValueError as error:
             raise DeclarationError(f"Job {name}: {error}") from None
-        for label, value in {
-            "timeout": timeout,
-            "retry_after": retry_after,
-            "min_duration": min_duration,
-        }.items():
+        for label, value in {"timeout": timeout, "retry_after": retry_after}.items():
             if value is not None and value <= timedelta(0):
                 raise DeclarationError(f"Job {name}: {label} is {value}; it must be above zero.")
+        if min_duration is not None and min_duration < timedelta(0):
+            raise DeclarationError(f"Job {name}: min_duration is {min_duration}: below zero.")
         _check_retries(name, retry_after, retry_backoff, max_retries, pause_after_failures)
         if jitter < timedelta(0) or (every is not None and jitter >= every):
             raise DeclarationError(
@@ -141,7 +139,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
             retry_backoff=retry_backoff,
             max_retries=max_retries,
             pause_after_failures=pause_after_failures,
-            min_seconds=min_duration.total_seconds() if min_duration else None,
+            min_seconds=None if min_duration is None else min_duration.total_seconds(),
             jitter_seconds=jitter.total_seconds(),
         )
 

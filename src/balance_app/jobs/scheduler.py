@@ -217,6 +217,11 @@ class Scheduler:
             return RACE_SECONDS
         return min(found.wait_seconds, longest)
 
+    async def runs_ended(self) -> None:
+        """Wait until every run of this instance has ended, and is recorded."""
+        if self._runs:
+            await asyncio.wait(set(self._runs.values()))
+
     async def _prepare(self) -> float:
         """Declare the jobs, check the heartbeat, and return the seconds to wait before a claim."""
         if self._capabilities is not None and self._database.installation != self._installation:
@@ -224,7 +229,7 @@ class Scheduler:
         if self._capabilities is None and (rest := self._declare_at - monotonic()) > 0:
             return rest
         if self._capabilities is None:
-            await self._declare()
+            await self.declare()
         self.fault = self._heartbeat.fault()
         return 0 if self.fault is None else RACE_SECONDS
 
@@ -295,7 +300,8 @@ class Scheduler:
         for run in list(self._runs):
             stop(run, "released", "its database was recreated or restored")
 
-    async def _declare(self) -> Capabilities:
+    async def declare(self) -> Capabilities:
+        """Declare the jobs of this program, and begin to renew leases; see `undeclared`."""
         self._installation = self._database.installation
         try:
             capabilities = await self._jobs.declare(*self._declared())

@@ -1,0 +1,108 @@
+"""For tests of one's own jobs: a job run once on a real database, with no service around it."""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from pydantic_core import to_json
+
+from balance_app.db.pool import Database, read, write
+from balance_app.jobs.job import Job, Registry
+from balance_app.jobs.scheduler import Scheduler
+from balance_app.settings import load_settings
+
+CLAIM_SECONDS: Final = 10.0
+
+# Ready now, whatever its schedule says, and as if it had never run.
+READY: Final = """
+UPDATE jobs SET
+    due_at = coalesce($2, clock_timestamp()), ready_at = clock_timestamp(), attempt = 0,
+    checkpoint = $3, requested_by = 'run_once', requested_args = $4, startup_marked_at = NULL,
+    paused_at = NULL, paused_by = NULL, pause_reason = NULL, lost_streak = 0, releases = 0,
+    retries = 0, failure_streak = 0
+WHERE name = $1 AND holder IS NULL
+RETURNING fence
+"""
+
+LIVE_INSTANCES: Final = """
+SELECT server FROM instances WHERE last_heartbeat_at + $1::interval > clock_timestamp() LIMIT 1
+"""
+
+RECORD: Final = "SELECT outcome, result FROM job_runs WHERE job = $1 AND fence = $2"
+
+
+class RunRecord(NamedTuple):
+    """What the history has of a run."""
+
+    # succeeded, failed, timed_out, cancelled, released
+    outcome: str
+    # what the function returned, or the error
+    result: str | None
+
+
+async def run_once(
+    job: Job,
+    *,
+    database_url: str | None = None,
+    args: Mapping[str, object] | None = None,
+    resumed: Any = None,  # noqa: ANN401 - any JSON
+    due_at: datetime | None = None,
+) -> RunRecord:
+    """Run a job once, now, with all that a service gives it but its least duration.
+
+    The run holds a lease that is renewed, and its transactions are fenced. The database is migrated
+    first if it is empty. The rows of the job and its history stay.
+
+    Args:
+        job: as `@job` returns it.
+        database_url: `postgresql://...`, a database for tests alone; by default DATABASE_URL, or
+            DB_HOST and the like.
+        args: what a request to run it would pass.
+        resumed: the checkpoint that it goes on from.
+        due_at: its tick; by default now.
+
+    Raises:
+        RuntimeError: live instances use this database, or the job can't be declared or claimed.
+        UnusableDatabaseError: the database has tables that are not this service's.
+    """
+    settings = load_settings(
+        database_url=database_url,
+        server_id="run_once",
+        job_min_seconds=0,
+        job_warm_up_seconds=0,
+        job_step_seconds=0,
+    )
+    if not settings.database_is_configured:
+        raise RuntimeError("No database is configured: give database_url, or set DATABASE_URL.")
+    database = Database(settings)
+    scheduler = Scheduler(settings, database, Registry([job]), watchdog=False)
+    await database.start()
+    try:
+        lease = timedelta(seconds=settings.job_lease_seconds)
+        live = await database.run(lambda con: read(con, LIVE_INSTANCES, lease))
+        if live:
+            raise RuntimeError(
+                f"The instance {live[0]['server']} uses this database: run_once needs one of its "
+                "own."
+            )
+        await scheduler.declare()
+        if job.name in scheduler.undeclared:
+            raise RuntimeError(f"Not declared: {scheduler.undeclared[job.name]}.")
+        checkpoint = None if resumed is None else to_json(resumed).decode()
+        passed = None if args is None else to_json(args).decode()
+        row = await database.run(
+            lambda con: write(con, READY, job.name, due_at, checkpoint, passed)
+        )
+        if row is None:
+            raise RuntimeError(f"{job.name} runs already.")
+        async with asyncio.timeout(CLAIM_SECONDS):
+            while (wait_seconds := await scheduler.run_once()) > 0:  # noqa: ASYNC110 - it says how long
+                await asyncio.sleep(wait_seconds)
+        await scheduler.runs_ended()
+        (found,) = await database.run(lambda con: read(con, RECORD, job.name, row["fence"] + 1))
+        return RunRecord(**found)
+    finally:
+        await scheduler.stop()
+        await scheduler.close()
+        await database.stop()
