@@ -115,6 +115,9 @@ class Settings(BaseSettings):
         default=True,
         description="run the jobs of installed packages, too (entry points `balance_app.jobs`)",
     )
+    job_max_running: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="how many runs this instance takes at once at most; by default any number"
+    )
     job_connections: Annotated[int, Field(ge=1, le=100)] = Field(
         2, description="connections that the transactions of this instance's jobs may use"
     )

@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 
 from balance_app.db.pool import Database
-from balance_app.jobs.declarations import Capabilities
+from balance_app.jobs.declarations import Capabilities, Declared
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.leases import Lease, Progress, Renewal, RenewalResult, renew_leases
 from balance_app.jobs.repository import Claimed, ClaimPolicy, ClaimResult, JobRepository, Me
@@ -63,7 +63,7 @@ class Instance:
         self.capabilities: Capabilities | None = None
 
     async def declare(self, *names: str, schedule: str = "every 3600 s") -> Capabilities:
-        self.capabilities = await self.jobs.declare(dict.fromkeys(names, (schedule, "")))
+        self.capabilities = await self.jobs.declare(dict.fromkeys(names, Declared(schedule)))
         return self.capabilities
 
     async def claim_next(self, **policy: object) -> ClaimResult:

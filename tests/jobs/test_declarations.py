@@ -9,7 +9,7 @@ import pytest
 
 from balance_app.jobs import declarations
 from balance_app.jobs import scheduler as scheduling
-from balance_app.jobs.declarations import LIVE, Capabilities
+from balance_app.jobs.declarations import LIVE, Capabilities, Declared
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import STARTUP_BATCH, Completion
 from balance_app.jobs.run import Run
@@ -100,7 +100,7 @@ async def test_who_was_cut_off_takes_nobody_for_gone(jobs_db: JobsDatabase) -> N
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
     await ages(jobs_db, NEW, 10 * MINUTE)
-    await old.jobs.declare({"moon": (OLD, "")}, live=11 * MINUTE)
+    await old.jobs.declare({"moon": Declared(OLD)}, live=11 * MINUTE)
     assert (await shows(jobs_db))[0] == NEW
 
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from balance_app.jobs import declarations, leases, repository, statements, transaction
-from balance_app.jobs.declarations import LONGEST_QUARANTINE, LOST_LIMIT, QUARANTINE
+from balance_app.jobs.declarations import LONGEST_QUARANTINE, LOST_LIMIT, QUARANTINE, Declared
 from balance_app.jobs.leases import Progress, Renewal, renew_leases
 from balance_app.jobs.repository import Completion, Skipped, claim_arguments
 from balance_app.jobs.schedule import TickRange
@@ -607,7 +607,7 @@ async def declared_in_between(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     await other.execute("BEGIN")
     await other.fetch("SELECT pg_advisory_xact_lock($1)", DECLARE_LOCK)
     now = datetime.now(UTC)
-    await other.execute(declarations.ADD, "sun", "every 60 s", "", now, now)
+    await other.execute(declarations.ADD, "sun", "every 60 s", "", "{}", None, now, now)
     declaring = asyncio.create_task(instance.declare("moon"))
     if declarations.DECLARE_LOCK == DECLARE_LOCK:
         await somebody_waits(jobs_db.variables)
@@ -1279,7 +1279,7 @@ async def test_a_changed_schedule_takes_effect(jobs_db: JobsDatabase) -> None:
     row = await jobs_db.row("moon")
     assert row["due_at"] == row["ready_at"] == claimed.anchor_at + timedelta(seconds=60)
     assert (row["schedule"], row["anchor_at"]) == ("every 60 s", claimed.anchor_at)
-    await instance.jobs.declare({"moon": ("every 60 s", "Now with words.")})
+    await instance.jobs.declare({"moon": Declared("every 60 s", "Now with words.")})
     changed = await jobs_db.row("moon")
     assert (changed["description"], changed["due_at"]) == ("Now with words.", row["due_at"])
 

@@ -18,7 +18,7 @@ import pytest
 
 from balance_app.db.migrations import migrate
 from balance_app.db.pool import Database
-from balance_app.jobs.declarations import QUARANTINE
+from balance_app.jobs.declarations import QUARANTINE, Declared
 from balance_app.jobs.leases import HeldLeases
 from balance_app.jobs.repository import JobRepository, Me
 from balance_app.jobs.run import Run
@@ -383,7 +383,7 @@ async def test_what_a_silent_transaction_holds_is_free_again(
     service = Database(settings)
     await service.start()
     jobs = JobRepository(service, Me(uuid4(), "app1"), timedelta(seconds=0.5))
-    capabilities = await jobs.declare({"a": ("every 60 s", "")})
+    capabilities = await jobs.declare({"a": Declared("every 60 s")})
     found = await jobs.claim_next(capabilities, AT_ONCE)
     assert found.claimed is not None
     run = Run(found.claimed, service, jobs, min_seconds=0)

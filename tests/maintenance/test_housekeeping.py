@@ -19,6 +19,7 @@ from balance_app.balances.repository import CHANGE, CHANGE_ONCE, OPEN, REFUSALS_
 from balance_app.db.pool import Database
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.api.history import KEEP_TO_INDEX
+from balance_app.jobs.declarations import Declared
 from balance_app.jobs.job import Registry
 from balance_app.jobs.repository import Claimed, JobRepository, Me
 from balance_app.jobs.run import Run
@@ -91,7 +92,7 @@ class House:
         self.last: TracedRun | None = None
 
     async def declare(self) -> None:
-        await self._jobs.declare({each.name: (str(each.schedule), "") for each in JOBS})
+        await self._jobs.declare({each.name: Declared(str(each.schedule)) for each in JOBS})
 
     async def run(
         self, name: str, *, cut_after: int | None = None, loses_lease: bool = False

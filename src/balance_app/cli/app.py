@@ -175,7 +175,7 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
     found = [
         {
             "name": name,
-            "schedule": {"text": str(job.schedule), "words": job.schedule.in_words()},
+            "schedule": {"text": str(job.schedule), "words": job.schedule.describe()},
             "description": job.description,
             "origin": registry.origins[name],
         }

@@ -6,9 +6,9 @@ from typing import Final
 
 from balance_app.jobs.declarations import LONGEST_RELEASE
 from balance_app.jobs.job import Job
-from balance_app.jobs.repository import STOPPED, Claimed, Completion, Skipped
+from balance_app.jobs.repository import STOPPED, Claimed, Completion, LateTick, Skip, Skipped
 from balance_app.jobs.runner import RunResult
-from balance_app.jobs.schedule import ScheduleError, parse
+from balance_app.jobs.schedule import RESOLUTION, Schedule, ScheduleError, TickRange, parse
 
 # A tick released for any reason but the stop of its instance waits a second, and after each further
 # release twice as long, up to five minutes. After MOST_RELEASES in a row it has failed. A run that
@@ -45,10 +45,7 @@ def complete(
                 retries=claimed.retries,
             )
         outcome, result = "failed", f"released {releases + 1} times in a row, the last: {result}"
-    try:
-        schedule = parse(claimed.schedule)
-    except ScheduleError:  # a newer version wrote it
-        schedule = job.schedule
+    schedule = _schedule(job, claimed.schedule)
     # The estimate of the server's time may be behind by a response's time on the network.
     now = max(now, claimed.started_at)
     due_at = schedule.next_after(now, claimed.anchor_at)
@@ -77,16 +74,43 @@ def complete(
         if until > after
         and (range_ := schedule.count_between(after, until, claimed.anchor_at)) is not None
     ]
-    jitter = timedelta(seconds=random.uniform(0, job.jitter_seconds))
     return Completion(
         outcome=outcome,
         result=result,
         seconds_ago=seconds_ago,
         due_at=due_at,
-        ready_at=due_at + jitter,
+        ready_at=due_at + _jitter(job),
         skipped=skipped,
         pause_reason=pause_reason,
     )
+
+
+def skip_late(job: Job, tick: LateTick) -> Skip:
+    """Return what becomes of a job whose tick nobody started in time."""
+    schedule = _schedule(job, tick.schedule)
+    due_at = schedule.next_after(tick.now, tick.anchor_at)
+    missed = schedule.count_between(tick.due_at - RESOLUTION, tick.now, tick.anchor_at)
+    seconds = tick.start_within.total_seconds()
+    return Skip(
+        due_at,
+        due_at + _jitter(job),
+        Skipped(
+            # of another schedule than the row's: the tick itself, at least
+            missed or TickRange(tick.due_at, tick.due_at, 1),
+            f"no instance started it within {seconds:g} s",
+        ),
+    )
+
+
+def _schedule(job: Job, text: str) -> Schedule:
+    try:
+        return parse(text)
+    except ScheduleError:  # a newer version wrote it
+        return job.schedule
+
+
+def _jitter(job: Job) -> timedelta:
+    return timedelta(seconds=random.uniform(0, job.jitter_seconds))
 
 
 def release_pause(releases: int) -> timedelta:

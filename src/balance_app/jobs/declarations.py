@@ -47,6 +47,18 @@ class Capabilities(NamedTuple):
     missing: list[str]
     # the same as ranges of numbers, which PostgreSQL searches by bisection
     numbers: list["asyncpg.Range[int]"]
+    # how many runs it takes at once at most; None: any number
+    max_running: int | None = None
+
+
+class Declared(NamedTuple):
+    """What a version of the code declares of a job, as its row holds it."""
+
+    schedule: str
+    description: str = ""
+    # JSON
+    args: str = "{}"
+    start_within: timedelta | None = None
 
 
 # Services in two schemas of one database don't block each other.
@@ -59,32 +71,37 @@ SELECT pg_advisory_xact_lock(
 # A new row is due at its declaration (an interval) or at its first tick (cron). Declarations hold a
 # lock, so that a number below the highest can't appear later.
 ROWS: Final = """
-SELECT name, schedule, description, other_schedules, anchor_at, due_at, ready_at, lost_streak,
-       holder IS NULL AS free, forgotten_at IS NOT NULL AS forgotten
+SELECT name, schedule, description, args, start_within, other_schedules, anchor_at, due_at,
+       ready_at, lost_streak, holder IS NULL AS free, forgotten_at IS NOT NULL AS forgotten
 FROM jobs WHERE name = ANY($1)
 """
 
 ADD: Final = """
-INSERT INTO jobs (name, schedule, description, anchor_at, due_at, ready_at)
-VALUES ($1, $2, $3, $4, $5, $5)
+INSERT INTO jobs (name, schedule, description, args, start_within, anchor_at, due_at, ready_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $7)
 """
 
 # A forgotten job that is declared again starts fresh: no missed tick is made up for. Its fence is
 # kept, as the history still has its runs.
 REVIVE: Final = """
-UPDATE jobs SET schedule = $2, description = $3, anchor_at = $4, due_at = $5, ready_at = $5,
+UPDATE jobs SET schedule = $2, description = $3, args = $4, start_within = $5,
+    anchor_at = $6, due_at = $7, ready_at = $7,
     forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
-    pause_reason = NULL, attempt = 0, requested_by = NULL, checkpoint = NULL, lost_streak = 0,
+    pause_reason = NULL, attempt = 0, requested_by = NULL, requested_args = NULL,
+    checkpoint = NULL, lost_streak = 0,
     releases = 0, retries = 0, failure_streak = 0, other_schedules = '{}', startup_marked_at = NULL
 WHERE name = $1 AND holder IS NULL
 """
 
-# Inserts a declaration, or keeps it live.
+# Inserts a declaration, or keeps it live. The digest leaves out what a job does not declare: a
+# release which adds an option has the same declarations of the jobs that do not use it.
 UPSERT_DECLARATIONS: Final = """
-INSERT INTO job_declarations (job, digest, schedule, description)
-SELECT job, encode(sha256(convert_to(schedule || E'\\n' || description, 'UTF8')), 'hex'),
-       schedule, description
-FROM unnest($1::text[], $2::text[], $3::text[]) AS declared (job, schedule, description)
+INSERT INTO job_declarations (job, digest, schedule, description, args, start_within)
+SELECT job, encode(sha256(convert_to(
+           concat_ws(E'\\n', schedule, description, nullif(args, '{}'), start_within), 'UTF8'
+       )), 'hex'), schedule, description, args, start_within
+FROM unnest($1::text[], $2::text[], $3::text[], $4::jsonb[], $5::interval[])
+     AS declared (job, schedule, description, args, start_within)
 ON CONFLICT (job, digest) DO UPDATE SET last_declared_at = clock_timestamp()
 """
 
@@ -96,10 +113,10 @@ WITH live AS (
     WHERE job = ANY ($1)
       AND last_declared_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + $2
 ), latest AS (
-    SELECT DISTINCT ON (job) job, schedule, description FROM live
+    SELECT DISTINCT ON (job) job, schedule, description, args, start_within FROM live
     ORDER BY job, first_declared_at DESC, digest
 )
-SELECT job, latest.schedule, latest.description,
+SELECT job, latest.schedule, latest.description, latest.args, latest.start_within,
        array(SELECT DISTINCT schedule FROM live
              WHERE live.job = latest.job AND schedule <> latest.schedule ORDER BY 1) AS others
 FROM latest
@@ -108,11 +125,11 @@ FROM latest
 # A changed schedule takes effect at its next tick. A tick that is due already stays, and so do the
 # times of a job that is running. Times that changed since the row was read are left alone.
 REDECLARE: Final = """
-UPDATE jobs SET schedule = $2, description = $3, other_schedules = $4,
-    forgotten_at = NULL, forgotten_by = NULL,
-    anchor_at = CASE WHEN holder IS NULL THEN $5 ELSE anchor_at END,
-    due_at = CASE WHEN holder IS NULL AND due_at = $8 AND ready_at = $9 THEN $6 ELSE due_at END,
-    ready_at = CASE WHEN holder IS NULL AND due_at = $8 AND ready_at = $9 THEN $7
+UPDATE jobs SET schedule = $2, description = $3, args = $4, start_within = $5,
+    other_schedules = $6, forgotten_at = NULL, forgotten_by = NULL,
+    anchor_at = CASE WHEN holder IS NULL THEN $7 ELSE anchor_at END,
+    due_at = CASE WHEN holder IS NULL AND due_at = $10 AND ready_at = $11 THEN $8 ELSE due_at END,
+    ready_at = CASE WHEN holder IS NULL AND due_at = $10 AND ready_at = $11 THEN $9
                ELSE ready_at END
 WHERE name = $1
 """
@@ -137,11 +154,11 @@ FROM jobs
 
 async def declare(
     connection: Connection,
-    jobs: Mapping[str, tuple[str, str]],
+    jobs: Mapping[str, Declared],
     jitters: Mapping[str, timedelta],
     live: timedelta,
 ) -> tuple[Capabilities, dict[str, str]]:
-    """Declare jobs (name: schedule, description), and update their rows to what is in effect.
+    """Declare jobs, by name, and update their rows to what is in effect.
 
     A declaration that was not repeated for `live` is not in effect.
 
@@ -189,9 +206,9 @@ def _isolated(undeclared: dict[str, str], name: str) -> Iterator[None]:
 
 
 async def _upsert(
-    connection: Connection, jobs: Mapping[str, tuple[str, str]], undeclared: dict[str, str]
+    connection: Connection, jobs: Mapping[str, Declared], undeclared: dict[str, str]
 ) -> None:
-    declared = [(name, *jobs[name]) for name in jobs if name not in undeclared]
+    declared = [(name, jobs[name]) for name in jobs if name not in undeclared]
     failure: dict[str, str] = {}
     with _isolated(failure, ""):
         async with connection.transaction():
@@ -206,25 +223,40 @@ async def _create_row(  # noqa: PLR0913, PLR0917 - a job and its declaration
     connection: Connection,
     sql: str,
     name: str,
-    declared: tuple[str, str],
+    declared: Declared,
     now: datetime,
     undeclared: dict[str, str],
 ) -> None:
     with _isolated(undeclared, name):
-        ticks = parse(declared[0])
+        ticks = parse(declared.schedule)
         first = now if isinstance(ticks, Every) else ticks.next_after(now, now)
         async with connection.transaction():
-            await connection.execute(sql, name, *declared, now, first)
+            await connection.execute(
+                sql,
+                name,
+                declared.schedule,
+                declared.description,
+                declared.args,
+                declared.start_within,
+                now,
+                first,
+            )
 
 
-def _columns(rows: list[tuple[str, str, str]]) -> list[list[str]]:
-    return [list(column) for column in zip(*rows, strict=True)] or [[], [], []]
+def _columns(rows: list[tuple[str, Declared]]) -> list[list[Any]]:
+    return [
+        [name for name, _ in rows],
+        [each.schedule for _, each in rows],
+        [each.description for _, each in rows],
+        [each.args for _, each in rows],
+        [each.start_within for _, each in rows],
+    ]
 
 
 def _change(
     row: asyncpg.Record, in_effect: asyncpg.Record, now: datetime, jitter: timedelta
 ) -> tuple[Any, ...] | None:
-    """Return the parameters $2 to $7 of REDECLARE for a row; None: it is up to date.
+    """Return the parameters $2 to $9 of REDECLARE for a row; None: it is up to date.
 
     A row's tick is at most one tick ahead, and its start at most the longest wait after that.
     If either is later, PostgreSQL's clock was set back, and they are computed again.
@@ -244,10 +276,15 @@ def _change(
             due_at = ready_at = next_at
         elif ready_at > max(next_at + jitter, now + longest * SLACK):
             ready_at = max(due_at, now)
-    change = (
-        *(in_effect["schedule"], in_effect["description"], in_effect["others"]),
-        *(anchor_at, due_at, ready_at),
-    )
-    columns = ("schedule", "description", "other_schedules", "anchor_at", "due_at", "ready_at")
-    same = change == tuple(row[column] for column in columns)
-    return None if same and not row["forgotten"] else change
+    change = {
+        "schedule": in_effect["schedule"],
+        "description": in_effect["description"],
+        "args": in_effect["args"],
+        "start_within": in_effect["start_within"],
+        "other_schedules": in_effect["others"],
+        "anchor_at": anchor_at,
+        "due_at": due_at,
+        "ready_at": ready_at,
+    }
+    same = all(row[column] == value for column, value in change.items())
+    return None if same and not row["forgotten"] else tuple(change.values())

@@ -11,15 +11,19 @@ from importlib.metadata import entry_points
 from textwrap import shorten
 from traceback import extract_tb
 from types import ModuleType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from typing_extensions import override
 
+from balance_app.jobs.arguments import ArgumentsError, Parameters
 from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
 
-Function = Callable[[Any], Any]  # async def f(run: Run) -> str | None, or def f(run: ThreadRun)
+# async def f(run: Run, *, ...) -> str | None, or def f(run: ThreadRun, *, ...) -> str | None
+Function = Callable[..., Any]
 
 MOST_BACKOFF: Final = 10
+# An instance that has nothing to run looks for ready jobs every 2.5 s.
+SHORTEST_START: Final = timedelta(seconds=5)
 # Installed packages name their modules of jobs, or single jobs, under this group of entry points.
 ENTRY_POINTS: Final = "balance_app.jobs"
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
@@ -49,6 +53,15 @@ class Job:
     # None: JOB_MIN_SECONDS
     min_seconds: float | None
     jitter_seconds: float
+    # what the function is called with, beside its run
+    args: Mapping[str, Any]
+    parameters: Parameters
+    # a tick that no instance started so long after it was ready is skipped; None: it runs, late
+    start_within_seconds: float | None
+
+    def args_with(self, requested: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the declared arguments, replaced by those that a run is requested with."""
+        return {**self.args, **(requested or {})}
 
     @property
     def is_async(self) -> bool:
@@ -75,6 +88,9 @@ def job(  # noqa: PLR0913 - each is an option of a job
     pause_after_failures: int | None = None,
     min_duration: timedelta | None = None,
     jitter: timedelta = timedelta(0),
+    args: Mapping[str, object] | None = None,
+    late: Literal["run", "skip"] = "run",
+    start_within: timedelta | None = None,
 ) -> Callable[[Function], Job]:
     """Declare a function as a job.
 
@@ -92,6 +108,11 @@ def job(  # noqa: PLR0913 - each is an option of a job
         pause_after_failures: the job is paused when this many runs in a row failed or timed out.
         min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
         jitter: each tick starts later by a random time up to this.
+        args: what the function is called with, by the names of its parameters behind the first;
+            JSON that its type hints allow. Who requests a run may give others.
+        late: a tick that no instance has started in time runs late (`run`), or is recorded as
+            skipped (`skip`). A run that was lost, and a tick that is tried again, are never late.
+        start_within: with `skip`, what is in time: so long after the tick, and its jitter.
 
     Raises:
         DeclarationError: one sentence that names the job and the value.
@@ -101,7 +122,12 @@ def job(  # noqa: PLR0913 - each is an option of a job
         _check_name(name)
         _check_function(name, function)
         _check_durations(
-            name, every=every, timeout=timeout, retry_after=retry_after, min_duration=min_duration
+            name,
+            every=every,
+            timeout=timeout,
+            retry_after=retry_after,
+            min_duration=min_duration,
+            start_within=start_within,
         )
         _check_durations(name, jitter=jitter, optional=False)
         _check_texts(name, cron=cron, tz=tz)
@@ -121,6 +147,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
         if min_duration is not None and min_duration < timedelta(0):
             raise DeclarationError(f"Job {name}: min_duration is {min_duration}: below zero.")
         _check_retries(name, retry_after, retry_backoff, max_retries, pause_after_failures)
+        _check_late(name, late, start_within)
         if jitter < timedelta(0) or (every is not None and jitter >= every):
             raise DeclarationError(
                 f"Job {name}: jitter is {jitter}; it must be between zero and the interval."
@@ -141,6 +168,9 @@ def job(  # noqa: PLR0913 - each is an option of a job
             pause_after_failures=pause_after_failures,
             min_seconds=None if min_duration is None else min_duration.total_seconds(),
             jitter_seconds=jitter.total_seconds(),
+            args=dict(args or {}),
+            parameters=_parameters(name, function, args or {}),
+            start_within_seconds=start_within.total_seconds() if start_within else None,
         )
 
     return declare
@@ -223,6 +253,33 @@ def _check_retries(
         raise DeclarationError(
             f"Job {name}: max_retries={max_retries} is allowed only with retry_after=."
         )
+
+
+def _check_late(name: str, late: object, start_within: timedelta | None) -> None:
+    if late not in {"run", "skip"}:
+        raise DeclarationError(f"Job {name}: late is {_shown(late)}; it must be 'run' or 'skip'.")
+    if (late == "skip") != (start_within is not None):
+        raise DeclarationError(
+            f"Job {name}: late='skip' and start_within= have a meaning only together."
+        )
+    if start_within is not None and start_within < SHORTEST_START:
+        raise DeclarationError(
+            f"Job {name}: start_within is {start_within}; it must be at least {SHORTEST_START}: an "
+            "instance may come for a tick that much later."
+        )
+
+
+def _parameters(name: str, function: Function, args: object) -> Parameters:
+    if not isinstance(args, Mapping) or not all(isinstance(key, str) for key in args):
+        raise DeclarationError(f"Job {name}: args is {_shown(args)}; write a dict of names.")
+    try:
+        parameters = Parameters(function)
+        parameters.check(args)
+    except TypeError as error:
+        raise DeclarationError(f"Job {name}: its parameters can't be used: {error}.") from None
+    except ArgumentsError as error:
+        raise DeclarationError(f"Job {name}: args: {error}.") from None
+    return parameters
 
 
 def _yields(function: Function) -> bool:

@@ -209,7 +209,8 @@ class RenewalResult(NamedTuple):
 # lease stays expired. A row that another session has locked is skipped this time: waiting for it
 # would let all other leases expire.
 #
-# $1 id, $2 server, $3 lease, $4 highest_number, $5 missing, $6 to $11 the renewals
+# $1 id, $2 server, $3 lease, $4 highest_number, $5 missing, $6 to $11 the renewals,
+# $12 max_running
 HEARTBEAT: Final = """
 WITH renewal AS (  -- one row for each lease to renew
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
@@ -230,7 +231,8 @@ WITH renewal AS (  -- one row for each lease to renew
     WHERE jobs.name = held.name
     RETURNING jobs.name, jobs.fence, cancel_requested_by
 ), seen AS (  -- for display only
-    INSERT INTO instances (id, server, highest_number, missing) VALUES ($1, $2, $4, $5)
+    INSERT INTO instances (id, server, highest_number, missing, max_running)
+    VALUES ($1, $2, $4, $5, $12)
     ON CONFLICT (id) DO UPDATE SET last_heartbeat_at = clock_timestamp()
 )
 SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
@@ -266,6 +268,7 @@ async def renew_leases(
         [each.progress.done for each in sent],
         [each.progress.total for each in sent],
         [each.progress.note for each in sent],
+        capabilities.max_running,
     )
     results = [
         RenewalResult(

@@ -21,6 +21,7 @@ from balance_app.jobs.declarations import (
     LOST_LIMIT,
     QUARANTINE,
     Capabilities,
+    Declared,
     declare,
 )
 from balance_app.jobs.schedule import TickRange
@@ -74,6 +75,8 @@ class Claimed(NamedTuple):
     retries: int = 0
     # how many of the job's latest runs in a row failed or timed out
     failure_streak: int = 0
+    # what it was requested with, to replace declared arguments
+    requested_args: dict[str, Any] | None = None
 
 
 class ClaimResult(NamedTuple):
@@ -91,6 +94,8 @@ class ClaimResult(NamedTuple):
     busy: bool
     # the outcome of the job's previous run, if this claim ended it
     ended: str | None
+    # jobs whose tick nobody started in time: to be skipped
+    late: Sequence[str] = ()
 
 
 class Skipped(NamedTuple):
@@ -118,6 +123,26 @@ class Completion:
     retries: int = 0
     # why the job is paused; None: it is not
     pause_reason: str | None = None
+
+
+class LateTick(NamedTuple):
+    """A tick that nobody started in time, and its job's row as it was read."""
+
+    name: str
+    schedule: str
+    anchor_at: datetime
+    due_at: datetime
+    fence: int
+    start_within: timedelta
+    now: datetime
+
+
+class Skip(NamedTuple):
+    """What becomes of a job whose tick is late: its next tick, and those that it missed."""
+
+    due_at: datetime
+    ready_at: datetime
+    skipped: Skipped
 
 
 class Ahead(NamedTuple):
@@ -150,12 +175,12 @@ class JobRepository:
 
     async def declare(
         self,
-        jobs: Mapping[str, tuple[str, str]],
+        jobs: Mapping[str, Declared],
         jitters: Mapping[str, timedelta] | None = None,
         *,
         live: timedelta = LIVE,
     ) -> Capabilities:
-        """Declare the code's jobs (name: schedule, description) and update their rows.
+        """Declare the code's jobs, by name, and update their rows.
 
         Repeated calls keep the declarations live; see `declarations`. A job that can't be declared
         keeps its row, if it has one; see `undeclared`.
@@ -206,9 +231,10 @@ class JobRepository:
         assert row is not None  # noqa: S101 - the statement always has one
         claimed = None
         if row["claimable"]:
-            claimed = Claimed(**{field: row[field] for field in Claimed._fields})
-            if claimed.resumed is not None:
-                claimed = claimed._replace(resumed=from_json(claimed.resumed))
+            fields = {field: row[field] for field in Claimed._fields}
+            for field in ("resumed", "requested_args"):
+                fields[field] = fields[field] and from_json(fields[field])
+            claimed = Claimed(**fields)
         return ClaimResult(
             sent_at=sent_at,
             now=row["now"],
@@ -217,7 +243,35 @@ class JobRepository:
             wait_seconds=row["wait_seconds"],
             busy=bool(row["busy"]),
             ended=row["ended"],
+            late=row["late"] or (),
         )
+
+    async def late(self, names: Sequence[str]) -> list[LateTick]:
+        """Return which of these jobs have a tick that nobody started in time."""
+        rows = await self._database.run(
+            lambda con: read(con, statements.LATE, names), priority=True
+        )
+        return [LateTick(**row) for row in rows]
+
+    async def skip(self, tick: LateTick, skip: Skip) -> bool:
+        """Move a job from a late tick on to its next; False: somebody else has, or started it."""
+        row = await self._database.run(
+            lambda con: write(
+                con,
+                statements.SKIP_LATE,
+                tick.name,
+                tick.due_at,
+                tick.fence,
+                skip.due_at,
+                skip.ready_at,
+                skip.skipped.range.first,
+                skip.skipped.range.last,
+                skip.skipped.range.ticks,
+                skip.skipped.reason,
+            ),
+            priority=True,
+        )
+        return row is not None
 
     async def finish(
         self, name: str, fence: int, completion: Completion, schedule: str | None = None

@@ -56,17 +56,25 @@ class Run:
             idempotency key for effects outside of the database.
         attempt: how many runs this tick had before.
         resumed: the last checkpoint of this tick's lost or released runs, or None.
+        args: what its function is called with, as JSON: declared, or given with the request to run.
         log: a logger that names job and fence.
     """
 
     def __init__(
-        self, claimed: Claimed, database: Database, jobs: JobRepository, *, min_seconds: float
+        self,
+        claimed: Claimed,
+        database: Database,
+        jobs: JobRepository,
+        *,
+        min_seconds: float,
+        args: Mapping[str, Any] | None = None,
     ) -> None:
         self.name: Final = claimed.name
         self.fence: Final = claimed.fence
         self.due_at: Final[datetime] = claimed.due_at
         self.attempt: Final = claimed.attempt
         self.resumed: Final[Any] = claimed.resumed
+        self.args: Final[Mapping[str, Any]] = args or {}
         self.log: Final = structlog.get_logger("balance_app.jobs.run").bind(
             job=claimed.name, fence=claimed.fence
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -67,7 +68,10 @@ async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what
     """Call the function and await its value while that is awaitable."""
     try:
         run.awaited = job.is_async
-        value = await (job.function(run) if job.is_async else _in_thread(run, job, scope))
+        args = job.parameters.check(run.args)
+        value = await (
+            job.function(run, **args) if job.is_async else _in_thread(run, job, scope, args)
+        )
         while inspect.isawaitable(value):
             if run.stopped is not None:
                 if inspect.iscoroutine(value):
@@ -83,7 +87,7 @@ async def _call(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what
     return value
 
 
-async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 - what the function returns
+async def _in_thread(run: Run, job: Job, scope: Scope, args: Mapping[str, Any]) -> Any:  # noqa: ANN401 - what the function returns
     """Call a function in a thread of its own and wait until it has ended, even if cancelled."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Any] = loop.create_future()
@@ -100,7 +104,7 @@ async def _in_thread(run: Run, job: Job, scope: Scope) -> Any:  # noqa: ANN401 -
     def call() -> None:
         value, error = None, None
         try:
-            value = job.function(facade)
+            value = job.function(facade, **args)
         except BaseException as caught:  # noqa: BLE001 - `classify` gets it
             error = RuntimeError(repr(caught)) if isinstance(caught, StopIteration) else caught
         loop.call_soon_threadsafe(report, value, error)

@@ -17,7 +17,7 @@ from cronsim import CronSim, CronSimError
 from typing_extensions import override
 
 LONGEST: Final = timedelta(days=366)
-_RESOLUTION: Final = timedelta.resolution
+RESOLUTION: Final = timedelta.resolution
 _SECOND: Final = timedelta(seconds=1)
 _DAY: Final = timedelta(days=1)
 _WEEK: Final = timedelta(weeks=1)
@@ -241,7 +241,7 @@ class Cron:
         ticking: list[_Stretch] = []
         for stretch in self._stretches(after, until):
             # The skipped readings and the reading at which the jump ends are one tick together.
-            landed = max(stretch.start, stretch.jump + _RESOLUTION)
+            landed = max(stretch.start, stretch.jump + RESOLUTION)
             number = min(1, self._count(stretch.start, landed)) + self._count(landed, stretch.end)
             if number:
                 ticks += number
@@ -277,7 +277,7 @@ class Cron:
 
     def _stretches(self, after: datetime, until: datetime) -> "Iterator[_Stretch]":
         """Yield the stretches of the local clock after `after` and not after `until`."""
-        start, end = after + _RESOLUTION, until + _RESOLUTION
+        start, end = after + RESOLUTION, until + RESOLUTION
         # From a day earlier, so that it is known which readings are repeated.
         for begin, finish, before, offset in _steady(self._zone, start - _DAY, end):
             since = max(begin, start)
@@ -445,7 +445,7 @@ def _days(start: datetime, end: datetime) -> list[date]:
 
 
 def _seconds(interval: timedelta) -> str:
-    return f"{Decimal(interval // _RESOLUTION).scaleb(-6).normalize():f}"
+    return f"{Decimal(interval // RESOLUTION).scaleb(-6).normalize():f}"
 
 
 def _every(number: str, unit: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 from contextvars import Context
 from datetime import datetime, timedelta
 from itertools import islice
@@ -14,8 +15,9 @@ import structlog
 from balance_app.db.migrations import Installation
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs.completion import complete, release_pause
-from balance_app.jobs.declarations import LIVE, Capabilities
+from balance_app.jobs.arguments import encode
+from balance_app.jobs.completion import complete, release_pause, skip_late
+from balance_app.jobs.declarations import LIVE, Capabilities, Declared
 from balance_app.jobs.heartbeat import HeartbeatThread
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.leases import HeldLeases
@@ -186,6 +188,8 @@ class Scheduler:
         warmed_up = now - self._booted >= self._settings.job_warm_up_seconds
         warm_up = timedelta(seconds=self._settings.job_warm_up_seconds)
         await self._maintain(now)
+        if len(self._runs) >= (capabilities.max_running or math.inf):
+            return IDLE_POLL_SECONDS
         if not warmed_up:
             await self._jobs.mark_startup(capabilities, warm_up)
         found = await self._jobs.claim_next(
@@ -210,12 +214,12 @@ class Scheduler:
             self._start(found.claimed, found.sent_at)
             self._count(found.claimed, found.ended)
             return 0
+        if found.late:
+            await self._skip_late(found.late)
         longest = BUSY_POLL_SECONDS if found.busy or not warmed_up else IDLE_POLL_SECONDS
         if found.wait_seconds is None:
             return longest
-        if found.wait_seconds <= 0:
-            return RACE_SECONDS
-        return min(found.wait_seconds, longest)
+        return min(found.wait_seconds, longest) if found.wait_seconds > 0 else RACE_SECONDS
 
     async def runs_ended(self) -> None:
         """Wait until every run of this instance has ended, and is recorded."""
@@ -305,6 +309,7 @@ class Scheduler:
         self._installation = self._database.installation
         try:
             capabilities = await self._jobs.declare(*self._declared())
+            capabilities = capabilities._replace(max_running=self._settings.job_max_running)
         except Exception as error:
             if not isinstance(error, DatabaseUnavailable):  # an outage is reported elsewhere
                 self._set_undeclared(dict.fromkeys(self._registry, repr(error)))
@@ -318,10 +323,10 @@ class Scheduler:
         log.info("scheduler started", instance=str(self.me.id), jobs=len(self._registry))
         return capabilities
 
-    def _declared(self) -> tuple[dict[str, tuple[str, str]], dict[str, timedelta]]:
+    def _declared(self) -> tuple[dict[str, Declared], dict[str, timedelta]]:
         jobs = self._registry.values()
         return (
-            {job.name: (str(job.schedule), job.description) for job in jobs},
+            {job.name: _declaration(job) for job in jobs},
             {job.name: timedelta(seconds=job.jitter_seconds) for job in jobs},
         )
 
@@ -379,7 +384,13 @@ class Scheduler:
     def _start(self, claimed: Claimed, sent_at: float) -> None:
         self._round = claimed.round + 1
         job = self._registry[claimed.name]
-        run = Run(claimed, self._database, self._jobs, min_seconds=self._minimum(job))
+        run = Run(
+            claimed,
+            self._database,
+            self._jobs,
+            min_seconds=self._minimum(job),
+            args=job.args_with(claimed.requested_args),
+        )
 
         def stop_run(outcome: str, reason: str) -> None:
             stop(run, "cancelled" if outcome == "cancelled" else "released", reason)
@@ -398,6 +409,17 @@ class Scheduler:
         self._runs[run] = asyncio.create_task(
             self._execute(run, job, claimed), name=run.name, context=Context()
         )
+
+    async def _skip_late(self, names: Sequence[str]) -> None:
+        for tick in await self._jobs.late(names):
+            skip = skip_late(self._registry[tick.name], tick)
+            if await self._jobs.skip(tick, skip):
+                log.warning(
+                    "late ticks skipped",
+                    job=tick.name,
+                    due_at=tick.due_at.isoformat(),
+                    ticks=skip.skipped.range.ticks,
+                )
 
     def _count(self, claimed: Claimed, run_before: str | None) -> None:
         if claimed.attempt == 0:
@@ -469,3 +491,13 @@ def backoff(runs: int, step_seconds: float) -> timedelta:
     another.
     """
     return timedelta(seconds=step_seconds * runs / (1 + runs / MOST_BACKOFF_STEPS))
+
+
+def _declaration(job: Job) -> Declared:
+    within = job.start_within_seconds
+    return Declared(
+        str(job.schedule),
+        job.description,
+        encode(job.args),
+        None if within is None else timedelta(seconds=within),
+    )

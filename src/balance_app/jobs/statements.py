@@ -52,6 +52,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
            AS backoff
 ), eligible AS NOT MATERIALIZED (  -- the policy: when this instance may claim each job, if known
     SELECT name, claimable_at, startup_marked_at, holder,
+           (holder IS NULL AND attempt = 0 AND requested_by IS NULL
+            AND claimable_at + start_within < clock_timestamp()) IS TRUE AS late,
            (SELECT backoff FROM own)
            + CASE WHEN last_heartbeat_at > $4 THEN claimable_at
                   WHEN startup_marked_at <= $4 + $11::interval
@@ -69,7 +71,7 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
            jobs.holder IS NULL
            OR (paused_at IS NULL AND (releasing OR lost_streak + 1 < $6)) AS claimable
     FROM eligible JOIN jobs USING (name)
-    WHERE eligible.claimable_at <= (SELECT clock_timestamp())
+    WHERE eligible.claimable_at <= (SELECT clock_timestamp()) AND NOT late
       AND eligible_at <= (SELECT clock_timestamp())
       AND (eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)
       AND jobs.claimable_at <= eligible.claimable_at
@@ -101,8 +103,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint AS resumed,
-              cancel_requested_by, schedule, anchor_at, jobs.started_at, round, releases, retries,
-              failure_streak, CASE WHEN held THEN outcome END AS ended
+              cancel_requested_by, requested_args, schedule, anchor_at, jobs.started_at, round,
+              releases, retries, failure_streak, CASE WHEN held THEN outcome END AS ended
 ), ended AS (  -- end the previous run in the history
     UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_expires_at,
                         result = candidate.result
@@ -110,16 +112,19 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
     WHERE held AND job = candidate.name AND job_runs.fence = candidate.fence
       AND job_runs.outcome IS NULL
 ), begun AS (  -- and insert the new one
-    INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at)
-    SELECT name, fence, due_at, attempt, $1, $2, started_at FROM taken WHERE claimable
+    INSERT INTO job_runs (job, fence, due_at, attempt, holder, server, started_at, args)
+    SELECT name, fence, due_at, attempt, $1, $2, started_at, requested_args
+    FROM taken WHERE claimable
 ), head AS (  -- the first few jobs by the time at which they are ready or their lease expires
     SELECT * FROM eligible ORDER BY claimable_at LIMIT 20
 ), next AS (  -- when the next could be eligible here, or, if unknown, when to try again
-    SELECT min(coalesce(eligible_at, claimable_at)) AS at, bool_or(holder IS NOT NULL) AS busy
+    SELECT min(coalesce(eligible_at, claimable_at)) AS at, bool_or(holder IS NOT NULL) AS busy,
+           coalesce(array_agg(name) FILTER (WHERE late), '{}') AS late
     FROM head
 )
 SELECT clock_timestamp() AS now,
-       extract(epoch FROM next.at - clock_timestamp())::float8 AS wait_seconds, next.busy, taken.*
+       extract(epoch FROM next.at - clock_timestamp())::float8 AS wait_seconds, next.busy,
+       next.late, taken.*
 FROM next LEFT JOIN taken ON true
 """
 
@@ -135,6 +140,7 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
         ready_at = coalesce($8, clock_timestamp()),
         attempt = CASE WHEN $7::timestamptz IS NULL THEN attempt + 1 ELSE 0 END,
         requested_by = CASE WHEN $7::timestamptz IS NULL THEN requested_by END,
+        requested_args = CASE WHEN $7::timestamptz IS NULL THEN requested_args END,
         checkpoint = CASE WHEN $9 THEN checkpoint END,
         last_heartbeat_at = clock_timestamp(),
         lost_streak = 0, releases = $15, retries = $16,
@@ -162,6 +168,33 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
 SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
 FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
+"""
+
+# A tick that nobody started in time, by its job's `start_within`: not one that had a run, and not
+# what somebody has requested.
+LATE: Final = """
+SELECT name, schedule, anchor_at, due_at, fence, start_within, clock_timestamp() AS now
+FROM jobs
+WHERE name = ANY ($1) AND holder IS NULL AND paused_at IS NULL AND attempt = 0
+  AND requested_by IS NULL AND ready_at + start_within < clock_timestamp()
+"""
+
+# Only the tick that was found late is skipped, and only once: whoever has skipped, claimed, paused
+# or requested it meanwhile has changed the row.
+#
+# $1 name, $2 and $3 the row as it was, $4 and $5 its next tick, $6 to $8 the ticks that were
+# missed, $9 why
+SKIP_LATE: Final = """
+WITH moved AS (
+    UPDATE jobs SET due_at = $4, ready_at = $5, startup_marked_at = NULL, checkpoint = NULL
+    WHERE name = $1 AND due_at = $2 AND fence = $3 AND holder IS NULL AND paused_at IS NULL
+      AND attempt = 0 AND requested_by IS NULL
+    RETURNING name
+), skipped AS (
+    INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)
+    SELECT name, $6, $7, $8, clock_timestamp(), clock_timestamp(), 'skipped', $9 FROM moved
+)
+SELECT name FROM moved
 """
 
 # A heartbeat in the future was written before the clock was set back. Its lease would last longer

@@ -34,6 +34,7 @@ class ThreadRun:
         self.due_at: Final = run.due_at
         self.attempt: Final = run.attempt
         self.resumed: Final = run.resumed
+        self.args: Final = run.args
         self.log: Final = run.log
 
     @property

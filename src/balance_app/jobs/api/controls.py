@@ -234,7 +234,7 @@ UPDATE jobs SET
     forgotten_at = clock_timestamp(), forgotten_by = $2,
     holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
     cancel_requested_by = NULL, releasing = false, done = NULL, total = NULL, note = NULL,
-    requested_by = NULL
+    requested_by = NULL, requested_args = NULL
 FROM candidate WHERE jobs.name = candidate.name
 RETURNING forgotten_at, forgotten_by
 """
@@ -274,6 +274,7 @@ WITH resumed AS (
         attempt = CASE WHEN $6::timestamptz IS NULL THEN attempt ELSE 0 END,
         checkpoint = CASE WHEN $6::timestamptz IS NULL THEN checkpoint END,
         requested_by = CASE WHEN $6::timestamptz IS NULL THEN requested_by END,
+        requested_args = CASE WHEN $6::timestamptz IS NULL THEN requested_args END,
         startup_marked_at = NULL
     WHERE name = $1 AND paused_at = $2 AND due_at = $3 AND fence = $4
       AND (holder IS NOT NULL) = $5
