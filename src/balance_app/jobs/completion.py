@@ -79,7 +79,7 @@ def complete(
         result=result,
         seconds_ago=seconds_ago,
         due_at=due_at,
-        ready_at=due_at + _jitter(job),
+        ready_at=due_at + _jitter(job, schedule, due_at, claimed.anchor_at),
         skipped=skipped,
         pause_reason=pause_reason,
     )
@@ -93,7 +93,7 @@ def skip_late(job: Job, tick: LateTick) -> Skip:
     seconds = tick.start_within.total_seconds()
     return Skip(
         due_at,
-        due_at + _jitter(job),
+        due_at + _jitter(job, schedule, due_at, tick.anchor_at),
         Skipped(
             # of another schedule than the row's: the tick itself, at least
             missed or TickRange(tick.due_at, tick.due_at, 1),
@@ -109,8 +109,12 @@ def _schedule(job: Job, text: str) -> Schedule:
         return job.schedule
 
 
-def _jitter(job: Job) -> timedelta:
-    return timedelta(seconds=random.uniform(0, job.jitter_seconds))
+def _jitter(job: Job, schedule: Schedule, due_at: datetime, anchor_at: datetime) -> timedelta:
+    if not job.jitter_seconds:
+        return timedelta(0)
+    # An override may leave less time between two ticks than the code expects.
+    seconds_to_next = (schedule.next_after(due_at, anchor_at) - due_at).total_seconds()
+    return timedelta(seconds=random.uniform(0, min(job.jitter_seconds, seconds_to_next)))
 
 
 def release_pause(releases: int) -> timedelta:

@@ -71,8 +71,9 @@ SELECT pg_advisory_xact_lock(
 # A new row is due at its declaration (an interval) or at its first tick (cron). Declarations hold a
 # lock, so that a number below the highest can't appear later.
 ROWS: Final = """
-SELECT name, schedule, description, args, start_within, other_schedules, anchor_at, due_at,
-       ready_at, lost_streak, holder IS NULL AS free, forgotten_at IS NOT NULL AS forgotten
+SELECT name, schedule, schedule_override, description, args, start_within, other_schedules,
+       anchor_at, due_at, ready_at, lost_streak, holder IS NULL AS free,
+       forgotten_at IS NOT NULL AS forgotten
 FROM jobs WHERE name = ANY($1)
 """
 
@@ -89,7 +90,8 @@ UPDATE jobs SET schedule = $2, description = $3, args = $4, start_within = $5,
     forgotten_at = NULL, forgotten_by = NULL, paused_at = NULL, paused_by = NULL,
     pause_reason = NULL, attempt = 0, requested_by = NULL, requested_args = NULL,
     checkpoint = NULL, lost_streak = 0,
-    releases = 0, retries = 0, failure_streak = 0, other_schedules = '{}', startup_marked_at = NULL
+    releases = 0, retries = 0, failure_streak = 0, other_schedules = '{}', startup_marked_at = NULL,
+    schedule_override = NULL, overridden_by = NULL, overridden_at = NULL
 WHERE name = $1 AND holder IS NULL
 """
 
@@ -123,7 +125,8 @@ FROM latest
 """
 
 # A changed schedule takes effect at its next tick. A tick that is due already stays, and so do the
-# times of a job that is running. Times that changed since the row was read are left alone.
+# times of a job that is running. Times that changed since the row was read are left alone; a row
+# whose override did is left to the next declaration.
 REDECLARE: Final = """
 UPDATE jobs SET schedule = $2, description = $3, args = $4, start_within = $5,
     other_schedules = $6, forgotten_at = NULL, forgotten_by = NULL,
@@ -131,7 +134,7 @@ UPDATE jobs SET schedule = $2, description = $3, args = $4, start_within = $5,
     due_at = CASE WHEN holder IS NULL AND due_at = $10 AND ready_at = $11 THEN $8 ELSE due_at END,
     ready_at = CASE WHEN holder IS NULL AND due_at = $10 AND ready_at = $11 THEN $9
                ELSE ready_at END
-WHERE name = $1
+WHERE name = $1 AND schedule_override IS NOT DISTINCT FROM $12
 """
 
 # A startup mark or a heartbeat in the future was written before the clock was set back.
@@ -188,8 +191,8 @@ async def declare(
             if change is not None:
                 with _isolated(undeclared, name):
                     async with connection.transaction():
-                        arguments = (name, *change, row["due_at"], row["ready_at"])
-                        await connection.execute(REDECLARE, *arguments)
+                        seen = (row["due_at"], row["ready_at"], row["schedule_override"])
+                        await connection.execute(REDECLARE, name, *change, *seen)
         (row,) = await read(connection, CAPABILITIES, list(jobs))
         return Capabilities(**row), undeclared
 
@@ -259,11 +262,13 @@ def _change(
     """Return the parameters $2 to $9 of REDECLARE for a row; None: it is up to date.
 
     A row's tick is at most one tick ahead, and its start at most the longest wait after that.
-    If either is later, PostgreSQL's clock was set back, and they are computed again.
+    If either is later, PostgreSQL's clock was set back, and they are computed again. An override
+    determines the ticks, if there is one.
     """
+    override = row["schedule_override"]
     anchor_at, due_at, ready_at = row["anchor_at"], row["due_at"], row["ready_at"]
     try:
-        ticks = parse(in_effect["schedule"])
+        ticks = parse(in_effect["schedule"] if override is None else override)
     except ScheduleError:  # of a newer version, whose instances update the row
         return None
     if isinstance(ticks, Every) and anchor_at > now:
@@ -271,7 +276,7 @@ def _change(
     if row["free"]:
         next_at = ticks.next_after(now, anchor_at)
         longest = LONGEST_QUARANTINE if row["lost_streak"] >= LOST_LIMIT else LONGEST_RELEASE
-        changed = in_effect["schedule"] != row["schedule"]
+        changed = override is None and in_effect["schedule"] != row["schedule"]
         if due_at > next_at or (changed and due_at > now):
             due_at = ready_at = next_at
         elif ready_at > max(next_at + jitter, now + longest * SLACK):

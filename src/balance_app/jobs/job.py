@@ -107,7 +107,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
         max_retries: the most retries of a tick (default: any number, until the next tick).
         pause_after_failures: the job is paused when this many runs in a row failed or timed out.
         min_duration: a run lasts at least this long (default: JOB_MIN_SECONDS).
-        jitter: each tick starts later by a random time up to this.
+        jitter: each tick starts later by a random time up to this, and never after the next tick.
         args: what the function is called with, by the names of its parameters behind the first;
             JSON that its type hints allow. Who requests a run may give others.
         late: a tick that no instance has started in time runs late (`run`), or is recorded as

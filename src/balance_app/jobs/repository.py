@@ -268,6 +268,7 @@ class JobRepository:
                 skip.skipped.range.last,
                 skip.skipped.range.ticks,
                 skip.skipped.reason,
+                tick.schedule,
             ),
             priority=True,
         )

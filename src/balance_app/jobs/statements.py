@@ -103,7 +103,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
         last_result = CASE WHEN held THEN candidate.result ELSE last_result END
     FROM candidate WHERE jobs.name = candidate.name
     RETURNING jobs.name, claimable, jobs.fence, due_at, attempt, checkpoint AS resumed,
-              cancel_requested_by, requested_args, schedule, anchor_at, jobs.started_at, round,
+              cancel_requested_by, requested_args,
+              coalesce(schedule_override, schedule) AS schedule, anchor_at, jobs.started_at, round,
               releases, retries, failure_streak, CASE WHEN held THEN outcome END AS ended
 ), ended AS (  -- end the previous run in the history
     UPDATE job_runs SET outcome = candidate.outcome, ended_at = candidate.lease_expires_at,
@@ -154,7 +155,8 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
                        ELSE pause_reason END,
         last_outcome = $4, last_server = server, last_started_at = started_at,
         last_ended_at = clock_timestamp() - $6::interval, last_result = $5
-    WHERE name = $1 AND fence = $2 AND holder = $3 AND schedule = coalesce($14, schedule)
+    WHERE name = $1 AND fence = $2 AND holder = $3
+      AND (coalesce(schedule_override, schedule) <> $14) IS NOT TRUE
     RETURNING last_ended_at
 ), ended AS (  -- end the run in the history
     UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
@@ -165,7 +167,8 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
     FROM freed, unnest($10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::text[])
          AS range (first, last, ticks, reason)
 )
-SELECT freed.last_ended_at IS NOT NULL AS freed, schedule
+SELECT freed.last_ended_at IS NOT NULL AS freed,
+       coalesce(schedule_override, schedule) AS schedule
 FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
@@ -173,7 +176,8 @@ WHERE name = $1 AND fence = $2 AND holder = $3
 # A tick that nobody started in time, by its job's `start_within`: not one that had a run, and not
 # what somebody has requested.
 LATE: Final = """
-SELECT name, schedule, anchor_at, due_at, fence, start_within, clock_timestamp() AS now
+SELECT name, coalesce(schedule_override, schedule) AS schedule, anchor_at, due_at, fence,
+       start_within, clock_timestamp() AS now
 FROM jobs
 WHERE name = ANY ($1) AND holder IS NULL AND paused_at IS NULL AND attempt = 0
   AND requested_by IS NULL AND ready_at + start_within < clock_timestamp()
@@ -182,13 +186,13 @@ WHERE name = ANY ($1) AND holder IS NULL AND paused_at IS NULL AND attempt = 0
 # Only the tick that was found late is skipped, and only once: whoever has skipped, claimed, paused
 # or requested it meanwhile has changed the row.
 #
-# $1 name, $2 and $3 the row as it was, $4 and $5 its next tick, $6 to $8 the ticks that were
+# $1 name, $2, $3 and $10 the row as it was, $4 and $5 its next tick, $6 to $8 the ticks that were
 # missed, $9 why
 SKIP_LATE: Final = """
 WITH moved AS (
     UPDATE jobs SET due_at = $4, ready_at = $5, startup_marked_at = NULL, checkpoint = NULL
     WHERE name = $1 AND due_at = $2 AND fence = $3 AND holder IS NULL AND paused_at IS NULL
-      AND attempt = 0 AND requested_by IS NULL
+      AND attempt = 0 AND requested_by IS NULL AND coalesce(schedule_override, schedule) = $10
     RETURNING name
 ), skipped AS (
     INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)

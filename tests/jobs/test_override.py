@@ -1,0 +1,166 @@
+"""A schedule that is set at run time counts instead of the declared one, until it is reset."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from balance_app.jobs import completion, declarations, statements
+from balance_app.jobs.job import job
+from balance_app.jobs.repository import Claimed, Completion
+from balance_app.jobs.runner import RunResult
+from tests.jobs.support import JobsDatabase, on
+from tests.mutants import replaced
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+MINUTE = timedelta(minutes=1)
+DECLARED, LATER, OVERRIDE = "every 3600 s", "every 7200 s", "every 60 s"
+
+SET = """
+UPDATE jobs SET schedule_override = $2, overridden_by = 'ada', overridden_at = clock_timestamp()
+WHERE name = $1
+"""
+
+
+@pytest.fixture(scope="module")
+async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    async with on(postgres) as jobs_db:
+        yield jobs_db
+
+
+def ended(at: datetime) -> Completion:
+    return Completion(outcome="succeeded", result="", seconds_ago=0, due_at=at, ready_at=at)
+
+
+async def run_until_override(jobs_db: JobsDatabase) -> tuple[Claimed, str | bool]:
+    """Run a job whose schedule is set while it runs; return the claim, and its completion."""
+    instance = jobs_db.instance()
+    await instance.declare("moon", schedule=DECLARED)
+    claimed = await instance.claim()
+    await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+    done = await instance.jobs.finish(
+        "moon", claimed.fence, ended(claimed.due_at + HOUR), claimed.schedule
+    )
+    return claimed, done
+
+
+async def test_a_run_ends_by_the_schedule_that_was_set_meanwhile(jobs_db: JobsDatabase) -> None:
+    """Its completion is refused with the new schedule; the next claim begins with it."""
+    claimed, done = await run_until_override(jobs_db)
+    assert (claimed.schedule, done) == (DECLARED, OVERRIDE)
+    instance = jobs_db.instance()
+    await jobs_db.expire("moon")
+    await instance.declare("moon", schedule=DECLARED)
+    claimed = await instance.claim()
+    assert claimed.schedule == OVERRIDE
+    next_at = claimed.due_at + MINUTE
+    assert await instance.jobs.finish("moon", claimed.fence, ended(next_at), OVERRIDE) is True
+    assert (await jobs_db.row("moon"))["due_at"] == next_at
+
+
+async def test_where_the_schedule_is_not_compared_the_run_ends_by_the_old_one(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: the next tick is an hour later, whatever was set."""
+    guard = "AND (coalesce(schedule_override, schedule) <> $14) IS NOT TRUE"
+    unguarded = replaced(statements.FINISH, guard, "AND $14::text IS NOT NULL")
+    monkeypatch.setattr(statements, "FINISH", unguarded)
+    claimed, done = await run_until_override(jobs_db)
+    assert done is True
+    assert (await jobs_db.row("moon"))["due_at"] == claimed.due_at + HOUR
+
+
+async def override_then_deploy(jobs_db: JobsDatabase) -> tuple[str, str | None, timedelta]:
+    """Return what a job has after its schedule was set, and a program declared another one."""
+    old, new = jobs_db.instance("old"), jobs_db.instance("new")
+    await old.declare("moon", schedule=DECLARED)
+    claimed = await old.claim()
+    await old.jobs.finish("moon", claimed.fence, ended(claimed.due_at + MINUTE))
+    await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+    for instance, schedule in ((old, DECLARED), (new, LATER), (new, LATER)):
+        await instance.declare("moon", schedule=schedule)
+    row = await jobs_db.row("moon")
+    return row["schedule"], row["schedule_override"], row["due_at"] - claimed.due_at
+
+
+async def test_it_outlasts_restarts_and_another_declared_schedule(jobs_db: JobsDatabase) -> None:
+    """The row names what code declares beside it; the tick is that of what was set."""
+    assert await override_then_deploy(jobs_db) == (LATER, OVERRIDE, MINUTE)
+
+
+async def test_a_declaration_that_ignores_it_moves_the_tick(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    seen = "SELECT name, schedule, NULL AS schedule_override, description"
+    guard = "AND schedule_override IS NOT DISTINCT FROM $12"
+    monkeypatch.setattr(
+        declarations,
+        "ROWS",
+        replaced(declarations.ROWS, "SELECT name, schedule, schedule_override, description", seen),
+    )
+    unguarded = replaced(declarations.REDECLARE, guard, "AND $12::text IS NULL")
+    monkeypatch.setattr(declarations, "REDECLARE", unguarded)
+    assert await override_then_deploy(jobs_db) == (LATER, OVERRIDE, 2 * HOUR)
+
+
+async def declare_meanwhile(jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Set a schedule while another is declared; say whether the declaration moved the tick."""
+    instance = jobs_db.instance()
+    await instance.declare("moon", schedule=DECLARED)
+    claimed = await instance.claim()
+    next_at = claimed.due_at + MINUTE
+    await instance.jobs.finish("moon", claimed.fence, ended(next_at))
+    meanwhile = SET.replace("$2", f"'{OVERRIDE}'").replace("name = $1", "name = ANY ($1)")
+    monkeypatch.setattr(declarations, "RESET_FUTURE", meanwhile)  # between look and change
+    await instance.declare("moon", schedule=LATER)
+    return bool((await jobs_db.row("moon"))["due_at"] != next_at)
+
+
+async def test_a_declaration_changes_only_what_it_saw(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that is set between its look and its change keeps its tick."""
+    assert not await declare_meanwhile(jobs_db, monkeypatch)
+
+
+async def test_a_declaration_that_changes_what_it_did_not_see_moves_the_tick(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    guard = "AND schedule_override IS NOT DISTINCT FROM $12"
+    unguarded = replaced(declarations.REDECLARE, guard, "AND $12::text IS NULL")
+    monkeypatch.setattr(declarations, "REDECLARE", unguarded)
+    assert await declare_meanwhile(jobs_db, monkeypatch)
+
+
+async def test_a_job_that_begins_anew_has_its_declared_schedule(jobs_db: JobsDatabase) -> None:
+    """What was set before it was forgotten is forgotten too."""
+    instance = jobs_db.instance()
+    await instance.declare("moon", schedule=DECLARED)
+    await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET forgotten_at = clock_timestamp(), forgotten_by = 'ada'"
+    )
+    await instance.declare("moon", schedule=DECLARED)
+    row = await jobs_db.row("moon")
+    assert (row["schedule"], row["schedule_override"], row["overridden_by"]) == (
+        DECLARED,
+        None,
+        None,
+    )
+
+
+def test_jitter_ends_before_the_next_tick() -> None:
+    """A schedule of a minute has at most a minute of jitter, whatever the code declares."""
+    moon = job(name="moon", every=HOUR, jitter=30 * MINUTE)(print)
+    for schedule, longest in ((DECLARED, 30 * MINUTE), (OVERRIDE, MINUTE)):
+        run = Claimed("moon", 1, NOW, 0, None, None, schedule, NOW, NOW, 0)
+        waits = []
+        for _ in range(200):
+            done = completion.complete(moon, run, RunResult("succeeded", ""), NOW, seconds_ago=0)
+            assert done.due_at is not None
+            assert done.ready_at is not None
+            waits.append(done.ready_at - done.due_at)
+        assert longest / 2 < max(waits) <= longest
