@@ -113,11 +113,12 @@ class InvalidRequest(Problem):
 
     status, code, title = 422, "invalid-request", "Invalid request"
 
-    def __init__(self, *errors: tuple[str, str]) -> None:
+    def __init__(self, *errors: tuple[str, str], sentence: str | None = None) -> None:
+        """`sentence` says more than the faults; it may repeat printable text of the request."""
         faults = [{"pointer": pointer, "code": code} for pointer, code in errors]
         first = f"{errors[0][0] or 'the body'}: {errors[0][1]}" if errors else "unknown"
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        super().__init__(f"Wrong in {first}{more}.", errors=faults)
+        super().__init__(sentence or f"Wrong in {first}{more}.", errors=faults)
 
     @classmethod
     @override

@@ -1,20 +1,28 @@
 """A schedule that is set at run time counts instead of the declared one, until it is reset."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 import pytest
 
+from balance_app.db import pool
+from balance_app.db.pool import Connection
 from balance_app.jobs import completion, declarations, statements
+from balance_app.jobs.api import controls
+from balance_app.jobs.api.controls import Controls
+from balance_app.jobs.api.schemas import ScheduleRequest
+from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import job
 from balance_app.jobs.repository import Claimed, Completion
 from balance_app.jobs.runner import RunResult
-from tests.jobs.support import JobsDatabase, on
+from tests.jobs.support import JobsDatabase, on, until
 from tests.mutants import replaced
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
+EVERY_MINUTE = ScheduleRequest.model_validate({"everySeconds": 60})
 DECLARED, LATER, OVERRIDE = "every 3600 s", "every 7200 s", "every 60 s"
 
 SET = """
@@ -150,6 +158,97 @@ async def test_a_job_that_begins_anew_has_its_declared_schedule(jobs_db: JobsDat
         None,
         None,
     )
+
+
+# -- two who change a row at once ----------------------------------------------------------------
+
+
+def steered(
+    jobs_db: JobsDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    meanwhile: Callable[[], Awaitable[object]],
+) -> Controls:
+    """Return controls where something happens between their first look and their change."""
+    todo = [meanwhile]
+
+    async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg.Record | None:
+        while todo:
+            await todo.pop()()
+        return await pool.write(connection, sql, *arguments)
+
+    monkeypatch.setattr(controls, "write", write)
+    return Controls(jobs_db.database, StatusReader(jobs_db.database, jobs_db.settings))
+
+
+async def set_while_claimed(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> tuple[datetime, datetime]:
+    """Set a schedule just as the tick comes; return the tick of the run, and that of the row."""
+    instance = jobs_db.instance()
+    await instance.declare("moon", schedule=DECLARED)
+    await jobs_db.admin.execute("UPDATE jobs SET due_at = clock_timestamp() + interval '0.3 s'")
+    await jobs_db.admin.execute("UPDATE jobs SET ready_at = due_at")
+    claims: list[Claimed] = []
+
+    async def take() -> Claimed | None:
+        return (await instance.claim_next()).claimed
+
+    async def claim() -> None:
+        claims.append(await until(take))
+
+    await steered(jobs_db, monkeypatch, claim).set_schedule("moon", "ada", EVERY_MINUTE)
+    row = await jobs_db.row("moon")
+    assert (row["schedule_override"], row["fence"]) == (OVERRIDE, 1)
+    return claims[0].due_at, row["due_at"]
+
+
+async def test_a_run_that_begins_meanwhile_keeps_its_tick(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tick is moved only as long as nobody runs it."""
+    of_run, of_row = await set_while_claimed(jobs_db, monkeypatch)
+    assert of_row == of_run
+
+
+async def test_who_does_not_look_moves_the_tick_of_a_run(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    unguarded = replaced(controls.OVERRIDE, "(holder IS NOT NULL) = $6", "$6::boolean IS NOT NULL")
+    unguarded = replaced(unguarded, "OR due_at > clock_timestamp()", "OR true")
+    monkeypatch.setattr(controls, "OVERRIDE", unguarded)
+    of_run, of_row = await set_while_claimed(jobs_db, monkeypatch)
+    assert of_row > of_run
+
+
+async def resume_while_set(jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch) -> timedelta:
+    """Resume a job while its schedule is set; return how far the next tick is from the anchor."""
+    await jobs_db.instance().declare("moon", schedule=DECLARED)
+    await jobs_db.admin.execute("UPDATE jobs SET paused_at = clock_timestamp(), paused_by = 'ada'")
+
+    async def set_schedule() -> None:
+        await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+
+    await steered(jobs_db, monkeypatch, set_schedule).resume("moon", "eve")
+    row = await jobs_db.row("moon")
+    assert row["paused_at"] is None
+    return timedelta(seconds=(row["due_at"] - row["anchor_at"]).total_seconds())
+
+
+async def test_a_job_resumes_by_the_schedule_that_was_set_meanwhile(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next tick is computed again."""
+    assert await resume_while_set(jobs_db, monkeypatch) == MINUTE
+
+
+async def test_who_does_not_compare_resumes_by_the_old_one(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    guard = "coalesce(schedule_override, schedule) = $11"
+    monkeypatch.setattr(controls, "RESUME", replaced(controls.RESUME, guard, "$11::text <> ''"))
+    assert await resume_while_set(jobs_db, monkeypatch) == HOUR
 
 
 def test_jitter_ends_before_the_next_tick() -> None:

@@ -1,7 +1,5 @@
 """The routes of balances, and the one of them that must be fast."""
 
-from typing import Final
-
 from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
@@ -34,26 +32,11 @@ from balance_app.balances.schemas import (
     outcome_body,
     outcome_status,
 )
-from balance_app.errors import (
-    PROBLEM_JSON,
-    BodyTooLarge,
-    InvalidRequest,
-    MalformedRequest,
-    RequestTimeout,
-    UnsupportedMediaType,
-)
-from balance_app.http.body import read_json
+from balance_app.errors import PROBLEM_JSON, InvalidRequest
+from balance_app.http.body import BODY_PROBLEMS, read_json
 from balance_app.http.openapi import headers, json_request, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
-
-BODY_PROBLEMS: Final = (
-    MalformedRequest,
-    RequestTimeout,
-    BodyTooLarge,
-    UnsupportedMediaType,
-    InvalidRequest,
-)
 
 router = APIRouter(prefix="/api", tags=["balances"])
 

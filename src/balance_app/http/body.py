@@ -16,6 +16,14 @@ from balance_app.errors import (
     UnsupportedMediaType,
 )
 
+# what `read_json` raises, for the documentation of a route
+BODY_PROBLEMS: Final = (
+    MalformedRequest,
+    RequestTimeout,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    InvalidRequest,
+)
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_BRACKETS: Final = 64
 MAX_INTEGER: Final = 2**53 - 1  # the largest that every JSON reader keeps exact (RFC 8259, 6)

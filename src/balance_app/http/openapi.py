@@ -112,8 +112,11 @@ def headers(*names: str) -> dict[str, Any]:
     return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
 
 
-def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
-    """Return the OpenAPI description of a keyed request whose body `body.read_json` reads."""
+def json_request(model: type[BaseModel], *, key_pattern: str | None = None) -> dict[str, Any]:
+    """Return the OpenAPI description of a request whose body `body.read_json` reads.
+
+    With `key_pattern` the request may have an `Idempotency-Key` of that pattern.
+    """
     schema = model.model_json_schema()
     _describe_text(schema)
     example = {
@@ -121,22 +124,21 @@ def json_request(model: type[BaseModel], *, key_pattern: str) -> dict[str, Any]:
         for name, field in schema["properties"].items()
         if "examples" in field
     }
+    key = {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": (
+            "Makes the request safe to repeat; any text not used before. It is taken "
+            'literally, quotes included: `"q-1"` and `q-1` are two keys.'
+        ),
+        "schema": {"type": "string", "pattern": key_pattern},
+    }
     return {
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": schema, "example": example}},
         },
-        "parameters": [
-            {
-                "name": "Idempotency-Key",
-                "in": "header",
-                "description": (
-                    "Makes the request safe to repeat; any text not used before. It is taken "
-                    'literally, quotes included: `"q-1"` and `q-1` are two keys.'
-                ),
-                "schema": {"type": "string", "pattern": key_pattern},
-            }
-        ],
+        "parameters": [] if key_pattern is None else [key],
     }
 
 

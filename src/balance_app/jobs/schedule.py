@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, Self, TypeAlias
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -102,10 +102,15 @@ class Every:
 
     def __post_init__(self) -> None:
         if not _SECOND <= self.interval <= LONGEST:
-            raise ScheduleError(
-                f"The interval ({_seconds(self.interval)} s) must be between 1 s and "
-                f"{LONGEST.days} days."
-            )
+            raise _out_of_range(_seconds(self.interval))
+
+    @classmethod
+    def of_seconds(cls, seconds: int) -> Self:
+        """Return the schedule of an interval; it may be any number."""
+        try:
+            return cls(timedelta(seconds=seconds))
+        except OverflowError:
+            raise _out_of_range(str(seconds)) from None
 
     def next_after(self, moment: datetime, anchor: datetime) -> datetime:
         """Return the first tick after `moment`; a tick at `moment` itself is not after it."""
@@ -442,6 +447,10 @@ def _offset(zone: ZoneInfo, moment: datetime) -> timedelta:
 def _days(start: datetime, end: datetime) -> list[date]:
     first = start.date()
     return [first + timedelta(days=number) for number in range((end.date() - first).days + 1)]
+
+
+def _out_of_range(seconds: str) -> ScheduleError:
+    return ScheduleError(f"The interval ({seconds} s) must be between 1 s and {LONGEST.days} days.")
 
 
 def _seconds(interval: timedelta) -> str:

@@ -44,6 +44,13 @@ class Quiet:
     async def post(self, call: str, **query: str) -> httpx.Response:
         return await self.client.post(f"/api/cron/jobs/{call}", params=query)
 
+    async def schedule(self, name: str, body: object, **query: str) -> httpx.Response:
+        """Set a schedule; without a body reset it."""
+        address = f"/api/cron/jobs/{name}/schedule"
+        if body is None:
+            return await self.client.delete(address, params=query)
+        return await self.client.put(address, params=query, json=body)
+
 
 @pytest.fixture(scope="module")
 async def shared(postgres: dict[str, str]) -> AsyncIterator[Quiet]:
@@ -281,6 +288,10 @@ async def test_the_history_is_read_by_pages(quiet: Quiet) -> None:
         ("POST jobs/a/resume?reason=x", "query:", "unknown-field"),
         (f"POST jobs/a/pause?reason={'x' * 201}", "query:reason", "not-printable"),
         ("POST jobs/a/pause?reason=a%0Ab", "query:reason", "not-printable"),
+        ("PUT jobs/No/schedule", "path:name", "not-a-name"),
+        ("PUT jobs/a/schedule?by=", "query:by", "not-printable"),
+        ("DELETE jobs/a/schedule?by=a&by=b", "query:", "duplicate-parameter"),
+        ("DELETE jobs/a/schedule?every=60", "query:", "unknown-field"),
     ],
 )
 async def test_wrong_questions_are_refused(
@@ -346,6 +357,14 @@ async def test_pages_of_other_sites_steer_nothing(
         answer = await quiet.client.post(f"/api/cron/jobs/a-job/{call}", headers=sent)
         refused = (answer.status_code, answer.json().get("code")) == (403, "cross-site-request")
         assert refused is not taken, answer.text
+    for method in ("PUT", "DELETE"):
+        answer = await quiet.client.request(
+            method,
+            "/api/cron/jobs/a-job/schedule",
+            headers=sent,
+            json={"everySeconds": 60} if method == "PUT" else None,
+        )
+        assert (answer.status_code == 403) is not taken, answer.text
     assert ((await quiet.job("a-job"))["requestedBy"] == "api") is taken
 
 
@@ -608,6 +627,145 @@ async def test_a_schedule_of_a_newer_program_is_left_alone(quiet: Quiet) -> None
     before = await quiet.job("a-job")
     after = (await quiet.post("a-job/resume")).json()
     assert (after["state"], after["dueAt"]) == ("waiting", before["dueAt"])
+
+
+async def test_a_schedule_is_set_and_reset(quiet: Quiet) -> None:
+    """The next tick is one of it at once; the answer says who set it, and what code declares."""
+    await add_job(quiet.connection, "a-job", anchor_at=-30 * SECOND)
+    before = await quiet.job("a-job")
+    assert (before["scheduleOverride"], before["declaredSchedule"]) == (None, before["schedule"])
+    answer = await quiet.schedule("a-job", {"everySeconds": 60}, by="ada")
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    await conforms(quiet.client, "JobAnswer", found)
+    assert found["schedule"] == {"text": "every 60 s", "words": "every minute"}
+    assert found["declaredSchedule"] == before["schedule"]
+    assert found["scheduleOverride"]["by"] == "ada"
+    assert found["dueAt"] == found["readyAt"] < before["dueAt"]
+    again = (await quiet.schedule("a-job", {"everySeconds": 60}, by="eve")).json()
+    assert again["scheduleOverride"] == found["scheduleOverride"]
+    cron = {"cron": "@daily", "tz": "Europe/Berlin"}
+    other = (await quiet.schedule("a-job", cron, by="eve")).json()
+    assert other["schedule"]["text"] == "cron 0 0 * * * Europe/Berlin"
+    assert (other["scheduleOverride"]["by"], other["dueAt"] > before["dueAt"]) == ("eve", True)
+    for _ in range(2):
+        answer = await quiet.schedule("a-job", None)
+        assert answer.status_code == 200, answer.text
+        assert (answer.json()["schedule"], answer.json()["scheduleOverride"]) == (
+            before["schedule"],
+            None,
+        )
+    due_at = datetime.fromisoformat(answer.json()["dueAt"])
+    assert due_at - datetime.fromisoformat(before["dueAt"]) == pytest.approx(
+        170 * SECOND, abs=SECOND
+    )
+
+
+STAYS: Final[dict[str, dict[str, object]]] = {
+    "a tick that is due": {"due_at": -SECOND},
+    "a retry": {"due_at": -60 * SECOND, "ready_at": 60 * SECOND, "attempt": 1},
+    "a run": running(uuid4(), "app7"),
+    "a lost run": {**running(uuid4(), "app7"), "lease_expires_at": -SECOND},
+}
+
+
+@pytest.mark.parametrize("what", STAYS)
+async def test_a_set_schedule_leaves_what_has_begun(quiet: Quiet, what: str) -> None:
+    """Who runs it, or was lost with it, computes the next tick by the new schedule."""
+    await add_job(quiet.connection, "a-job", **STAYS[what])
+    before = await quiet.connection.fetchrow("SELECT * FROM jobs")
+    assert (await quiet.schedule("a-job", {"everySeconds": 10})).status_code == 200
+    after = await quiet.connection.fetchrow("SELECT * FROM jobs")
+    assert before is not None
+    assert after is not None
+    changed = {key for key in before.keys() if before[key] != after[key]}  # noqa: SIM118
+    assert changed == {"schedule_override", "overridden_by", "overridden_at"}
+
+
+async def test_a_paused_job_is_resumed_by_the_schedule_that_was_set(quiet: Quiet) -> None:
+    """Its next tick, and those that it missed, are of it."""
+    await add_job(
+        quiet.connection,
+        "a-job",
+        anchor_at=-905 * SECOND,
+        due_at=-905 * SECOND,
+        paused_at=-900 * SECOND,
+        paused_by="ada",
+    )
+    await quiet.schedule("a-job", {"everySeconds": 60})
+    answer = (await quiet.post("a-job/resume")).json()
+    (skipped,) = (await quiet.client.get("/api/cron/history")).json()["runs"]
+    assert skipped["ticks"] == 16
+    last, due_at = (
+        datetime.fromisoformat(moment) for moment in (skipped["lastDueAt"], answer["dueAt"])
+    )
+    assert due_at - last == 60 * SECOND
+
+
+async def test_of_many_who_set_a_schedule_the_last_one_counts(quiet: Quiet) -> None:
+    """The tick is always one of the schedule that the row has."""
+    await add_job(quiet.connection, "a-job", anchor_at=-SECOND)
+    lengths = [10, 7200, 100]
+    bodies = [{"everySeconds": seconds} for seconds in lengths * 7] + [None] * 3
+    answers = await asyncio.gather(*(quiet.schedule("a-job", body) for body in bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    row = await quiet.connection.fetchrow(
+        """SELECT coalesce(schedule_override, schedule) AS schedule,
+                  extract(epoch FROM due_at - anchor_at)::float8 AS since FROM jobs"""
+    )
+    assert row is not None
+    seconds = float(row["schedule"].split()[1])
+    assert row["since"] == seconds
+
+
+NO_SCHEDULES: Final[list[tuple[dict[str, object], str, str, str]]] = [
+    ({}, "", "not-one-schedule", "Wrong in the body"),
+    ({"everySeconds": 60, "cron": "* * * * *"}, "", "not-one-schedule", "Wrong in the body"),
+    ({"everySeconds": 60, "tz": "UTC"}, "", "not-one-schedule", "Wrong in the body"),
+    ({"tz": "UTC"}, "", "not-one-schedule", "Wrong in the body"),
+    ({"everySeconds": None}, "/everySeconds", "not-an-integer", "Wrong in /everySeconds"),
+    ({"everySeconds": 60.0}, "/everySeconds", "not-an-integer", "Wrong in /everySeconds"),
+    ({"cron": "\u200b"}, "/cron", "not-printable", "Wrong in /cron"),
+    ({"cron": "* " * 101}, "/cron", "not-printable", "Wrong in /cron"),
+    ({"everySeconds": 0}, "/everySeconds", "not-a-schedule", "The interval (0 s) must be"),
+    ({"everySeconds": -(10**19)}, "/everySeconds", "not-a-schedule", "The interval (-1000000"),
+    ({"everySeconds": 31622401}, "/everySeconds", "not-a-schedule", "The interval (31622401 s)"),
+    ({"cron": "* * * *"}, "/cron", "not-a-schedule", "The cron expression '* * * *' has 4 fields"),
+    ({"cron": "*/90 * * * *"}, "/cron", "not-a-schedule", "The cron expression '*/90 * * * *' can"),
+    ({"cron": "@daily", "tz": "Moon"}, "/cron", "not-a-schedule", "There is no time zone 'Moon'."),
+    ({"cron": "0 0 30 2 *"}, "/cron", "not-a-schedule", "The cron expression '0 0 30 2 *' "),
+]
+
+
+@pytest.mark.parametrize(("body", "pointer", "code", "sentence"), NO_SCHEDULES)
+async def test_what_is_no_schedule_is_refused(
+    quiet: Quiet, body: dict[str, object], pointer: str, code: str, sentence: str
+) -> None:
+    """422 says why, in the words that a declaration would get; nothing is changed."""
+    await add_job(quiet.connection, "a-job")
+    before = await quiet.connection.fetchrow("SELECT * FROM jobs")
+    answer = await quiet.schedule("a-job", body)
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"] == [{"pointer": pointer, "code": code}]
+    assert answer.json()["detail"].startswith(sentence)
+    assert await quiet.connection.fetchrow("SELECT * FROM jobs") == before
+
+
+async def test_a_schedule_of_no_job_is_refused(quiet: Quiet) -> None:
+    """404, to set it and to reset it; one that was forgotten is none."""
+    await add_job(quiet.connection, "a-job", forgotten_at=-SECOND, forgotten_by="ada")
+    for name in ("a-job", "none"):
+        for body in ({"everySeconds": 60}, None):
+            answer = await quiet.schedule(name, body)
+            assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found")
+
+
+async def test_resetting_to_a_schedule_of_a_newer_program_keeps_the_tick(quiet: Quiet) -> None:
+    """An instance that can't read what is declared leaves the tick to those that can."""
+    await add_job(quiet.connection, "a-job", schedule="every other Tuesday")
+    before = (await quiet.schedule("a-job", {"everySeconds": 60})).json()
+    after = (await quiet.schedule("a-job", None)).json()
+    assert (after["schedule"]["text"], after["dueAt"]) == ("every other Tuesday", before["dueAt"])
 
 
 async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:

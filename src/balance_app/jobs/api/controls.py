@@ -1,4 +1,4 @@
-"""The controls of a job: run it now, pause it, resume it, cancel its run, forget it.
+"""The controls of a job: run, pause, resume, cancel and forget it, and override its schedule.
 
 Each is one conditional statement, so concurrent requests are safe. The instance that runs the job
 receives a request with its next heartbeat, all others with their next claim.
@@ -22,6 +22,7 @@ from balance_app.jobs.api.errors import (
     JobRunning,
     JobWithoutCode,
 )
+from balance_app.jobs.api.schemas import ScheduleRequest
 from balance_app.jobs.api.status import Forgotten, StatusReader
 from balance_app.jobs.schedule import ScheduleError, TickRange, parse
 
@@ -120,6 +121,7 @@ class Controls:
                 skipped and skipped.last,
                 skipped and skipped.ticks,
                 f"paused by {row['paused_by']}{because}",
+                row["schedule"],
             )
             done = await self._database.run(
                 lambda con, arguments=arguments: write(con, RESUME, *arguments),  # type: ignore[misc]
@@ -127,6 +129,44 @@ class Controls:
             )
             if done is not None:
                 log.info("job control", action="resume", job=name, by=by)
+                return await self._report(name)
+        raise _overloaded(name)
+
+    async def set_schedule(self, name: str, by: str, request: ScheduleRequest | None) -> bytes:
+        """Override the schedule that code declares; None: reset it to that.
+
+        The next tick in the future becomes one of the new schedule; a tick that is due, or runs,
+        stays. The override persists whatever code declares later. The same one again changes
+        nothing.
+
+        Raises:
+            InvalidRequest: there is no such schedule.
+        """
+        for _ in range(MAX_RACES):
+            rows = await self._database.run(lambda con: read(con, SCHEDULE, name))
+            if not rows:
+                raise JobNotFound(name)
+            (row,) = rows
+            schedule = None if request is None else str(request.schedule())
+            if schedule == row["schedule_override"]:
+                return await self._report(name)
+            arguments = (
+                name,
+                row["schedule"],
+                row["schedule_override"],
+                row["due_at"],
+                row["ready_at"],
+                row["held"],
+                _tick_ahead(row, schedule or row["schedule"]),
+                schedule,
+                None if schedule is None else by,
+            )
+            done = await self._database.run(
+                lambda con, arguments=arguments: write(con, OVERRIDE, *arguments),  # type: ignore[misc]
+                lane=_lane(name),
+            )
+            if done is not None:
+                log.info("job control", action="schedule", job=name, by=by, schedule=schedule)
                 return await self._report(name)
         raise _overloaded(name)
 
@@ -256,8 +296,9 @@ RETURNING name
 """
 
 PAUSED: Final = """
-SELECT schedule, anchor_at, due_at, attempt, holder IS NOT NULL AS held, fence,
-       paused_at, paused_by, pause_reason, clock_timestamp() AS now
+SELECT coalesce(schedule_override, schedule) AS schedule, anchor_at, due_at, attempt,
+       holder IS NOT NULL AS held, fence, paused_at, paused_by, pause_reason,
+       clock_timestamp() AS now
 FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
 """
 
@@ -265,7 +306,8 @@ FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgo
 # takeover completes the current tick. Without one the next tick is new, and the checkpoint of the
 # old one is cleared.
 #
-# $2 to $5 the row as it was read, $6 the next tick, $7 to $9 the missed ticks, $10 the reason
+# $2 to $5 and $11 the row as it was read, $6 the next tick, $7 to $9 the missed ticks, $10 the
+# reason
 RESUME: Final = """
 WITH resumed AS (
     UPDATE jobs
@@ -277,7 +319,7 @@ WITH resumed AS (
         requested_args = CASE WHEN $6::timestamptz IS NULL THEN requested_args END,
         startup_marked_at = NULL
     WHERE name = $1 AND paused_at = $2 AND due_at = $3 AND fence = $4
-      AND (holder IS NOT NULL) = $5
+      AND (holder IS NOT NULL) = $5 AND coalesce(schedule_override, schedule) = $11
     RETURNING name
 ), skipped AS (
     INSERT INTO job_runs (job, due_at, last_due_at, ticks, started_at, ended_at, outcome, result)
@@ -287,6 +329,41 @@ WITH resumed AS (
 )
 SELECT name FROM resumed
 """
+
+
+SCHEDULE: Final = """
+SELECT schedule, schedule_override, anchor_at, due_at, ready_at, holder IS NOT NULL AS held,
+       clock_timestamp() AS now
+FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
+"""
+
+# Only the row that was read is changed, as its next tick was computed from it: a tick in the future
+# is moved while it is in the future and the job does not run. The completion of a run computes the
+# next tick by the schedule of that time.
+#
+# $2 to $6 the row as it was read, $7 the next tick (null: the tick stays), $8 the override (null:
+# none), $9 who requested it
+OVERRIDE: Final = """
+UPDATE jobs
+SET schedule_override = $8, overridden_by = $9,
+    overridden_at = CASE WHEN $8::text IS NOT NULL THEN clock_timestamp() END,
+    due_at = coalesce($7, due_at), ready_at = coalesce($7, ready_at),
+    startup_marked_at = CASE WHEN $7::timestamptz IS NULL THEN startup_marked_at END
+WHERE name = $1 AND schedule = $2 AND schedule_override IS NOT DISTINCT FROM $3
+  AND due_at = $4 AND ready_at = $5 AND (holder IS NOT NULL) = $6
+  AND ($7::timestamptz IS NULL OR due_at > clock_timestamp())
+RETURNING name
+"""
+
+
+def _tick_ahead(row: Any, schedule: str) -> Any:  # noqa: ANN401 - a row of SCHEDULE, a moment
+    """Return the next tick by a schedule; None: the job's tick stays."""
+    if row["held"] or row["due_at"] <= row["now"]:
+        return None
+    try:
+        return parse(schedule).next_after(row["now"], row["anchor_at"])
+    except ScheduleError:  # a newer version declares it
+        return None
 
 
 def _next_tick(row: Any) -> tuple[Any, TickRange | None]:  # noqa: ANN401 - a row of PAUSED

@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from balance_app.errors import InvalidRequest
-from balance_app.http.openapi import problems
+from balance_app.http.body import BODY_PROBLEMS, read_json
+from balance_app.http.openapi import json_request, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
@@ -30,6 +31,7 @@ from balance_app.jobs.api.schemas import (
     PageQuery,
     PathName,
     PauseQuery,
+    ScheduleRequest,
     StatusAnswer,
     WhoQuery,
 )
@@ -209,6 +211,42 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     return _steered(request, await _controls(request).cancel(name, who.by))
 
 
+@router.put(
+    "/jobs/{name}/schedule",
+    summary="Set a job's schedule",
+    response_description="The job has this schedule.",
+    response_model=JobAnswer,
+    responses=problems(CrossSiteRequest, JobNotFound, *BODY_PROBLEMS),
+    openapi_extra=json_request(ScheduleRequest),
+    dependencies=[_own_site, ONCE],
+)
+async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Response:
+    """Let a job have another schedule than its code declares: an interval, or a cron expression.
+
+    It takes effect at once, on all instances, and stays through restarts and deploys. A tick ahead
+    gives way to the first one of the new schedule; a tick that is due already, or runs, stays.
+    Setting the schedule that was set already changes nothing.
+    """
+    body = await read_json(request, ScheduleRequest, key=None)
+    return _steered(request, await _controls(request).set_schedule(name, who.by, body), status=200)
+
+
+@router.delete(
+    "/jobs/{name}/schedule",
+    summary="Reset a job's schedule",
+    response_description="The job has the schedule that its code declares.",
+    response_model=JobAnswer,
+    responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
+    dependencies=[_own_site, ONCE],
+)
+async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Response:
+    """Let a job have the schedule again that its code declares, in the same way.
+
+    Resetting a schedule that was not set changes nothing.
+    """
+    return _steered(request, await _controls(request).set_schedule(name, who.by, None), status=200)
+
+
 @router.post(
     "/jobs/{name}/forget",
     summary="Forget a job",
@@ -237,10 +275,10 @@ def _controls(request: Request) -> Controls:
     return services(request)[Controls]
 
 
-def _steered(request: Request, job: bytes) -> Response:
+def _steered(request: Request, job: bytes, *, status: int = 202) -> Response:
     """Respond with the job; this instance tries a claim at once, others by polling."""
     wake(request)
-    return _json(job, status=202)
+    return _json(job, status=status)
 
 
 def _json(text: bytes, *, status: int = 200) -> Response:

@@ -1,17 +1,26 @@
 """The JSON of requests about jobs and of their answers."""
 
 import re
-from datetime import datetime
-from typing import Annotated, Any, Final
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Final, Self
 
 from fastapi import Path, Query
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-from balance_app.http.body import MAX_INTEGER
+from balance_app.errors import InvalidRequest
+from balance_app.http.body import MAX_INTEGER, StrictModel
 from balance_app.http.params import DECIMAL, Limit, QueryModel
 from balance_app.jobs.declarations import LOST_LIMIT
+from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule, ScheduleError
 from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
@@ -110,6 +119,63 @@ class Page(QueryModel):
     limit: Limit = 100
 
 
+class ScheduleRequest(StrictModel):
+    """When a job is due: at an interval, or as a cron expression says in a time zone."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": ["everySeconds"]}, {"required": ["cron"]}],
+            "dependentRequired": {"tz": ["cron"]},
+        }
+    )
+
+    every_seconds: Annotated[
+        int,
+        Field(
+            description="the interval between ticks",
+            json_schema_extra={"minimum": 1, "maximum": LONGEST // timedelta(seconds=1)},
+            examples=[300],
+        ),
+    ] = 0
+    cron: Annotated[
+        str,
+        Field(
+            description="instead, five fields as in crontab(5), or `@daily` and its like: "
+            "`30 2 * * 1-5`",
+            json_schema_extra=_printable_schema(200),
+        ),
+        _printable(200),
+    ] = ""
+    tz: Annotated[
+        str,
+        Field(
+            description="the zone in which `cron` is read: `Europe/Berlin`",
+            json_schema_extra=_printable_schema(100),
+        ),
+        _printable(100),
+    ] = "UTC"
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = self.model_fields_set
+        if ("every_seconds" in given) == ("cron" in given) or given == {"every_seconds", "tz"}:
+            raise PydanticCustomError("not-one-schedule", "neither an interval nor an expression")
+        return self
+
+    def schedule(self) -> Schedule:
+        """Return what is asked for.
+
+        Raises:
+            InvalidRequest: there is no such schedule; it says why.
+        """
+        by_interval = "every_seconds" in self.model_fields_set
+        try:
+            return Every.of_seconds(self.every_seconds) if by_interval else Cron(self.cron, self.tz)
+        except ScheduleError as error:
+            place = "/everySeconds" if by_interval else "/cron"
+            raise InvalidRequest((place, "not-a-schedule"), sentence=str(error)) from None
+
+
 WhoQuery = Annotated[Who, Query()]
 PauseQuery = Annotated[Pause, Query()]
 PageQuery = Annotated[Page, Query()]
@@ -138,6 +204,13 @@ class ScheduleAnswer(_Answer):
 
     text: Annotated[str, Field(examples=["every 300 s"])]
     words: Annotated[str, Field(examples=["every 5 minutes"])]
+
+
+class OverrideAnswer(_Answer):
+    """By whom a schedule was set at run time, and when."""
+
+    by: Annotated[str, Field(examples=["ada"])]
+    at: Instant
 
 
 class ProgressAnswer(_Answer):
@@ -190,7 +263,12 @@ class JobAnswer(_Answer):
     name: Name
     state: Annotated[State, Field(examples=["running"])]
     description: Annotated[str, Field(examples=["Check every entry against the one before it."])]
-    schedule: ScheduleAnswer
+    schedule: Annotated[ScheduleAnswer, Field(description="by which it is due")]
+    declared_schedule: Annotated[ScheduleAnswer, Field(description="as code declares it")]
+    schedule_override: Annotated[
+        OverrideAnswer | None,
+        Field(description="set when `schedule` was set at run time, whatever code declares"),
+    ]
     other_schedules: Annotated[
         list[ScheduleAnswer],
         Field(description="declared by live instances of other versions; the latest is in effect"),

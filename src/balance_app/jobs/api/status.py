@@ -250,7 +250,9 @@ WITH header AS (
     SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
            pg_snapshot_xmin(pg_current_snapshot())::text AS horizon
 ), changed AS (
-    SELECT name, number, schedule, description, due_at, ready_at, attempt, requested_by,
+    SELECT name, number, coalesce(schedule_override, schedule) AS schedule,
+           schedule AS declared_schedule, overridden_by, overridden_at,
+           description, due_at, ready_at, attempt, requested_by,
            startup_marked_at, paused_at, paused_by, pause_reason, fence, holder, server, started_at,
            lease_expires_at, cancel_requested_by, done, total, note, last_heartbeat_at,
            lost_streak, failure_streak, other_schedules,
@@ -308,10 +310,14 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
         "name": row["name"],
         "state": state,
         "description": row["description"],
-        "schedule": {"text": row["schedule"], "words": _describe(row["schedule"])},
-        "otherSchedules": [
-            {"text": text, "words": _describe(text)} for text in row["other_schedules"]
-        ],
+        "schedule": _schedule(row["schedule"]),
+        "declaredSchedule": _schedule(row["declared_schedule"]),
+        "scheduleOverride": (
+            {"by": row["overridden_by"], "at": row["overridden_at"]}
+            if row["overridden_at"] is not None
+            else None
+        ),
+        "otherSchedules": [_schedule(text) for text in row["other_schedules"]],
         "server": row["server"] if running else None,
         "instanceId": holder,
         "startedAt": row["started_at"] if running else None,
@@ -443,6 +449,10 @@ def _utc(moment: datetime) -> str:
 
 def _seconds(start: datetime, end: datetime) -> float:
     return round(max((end - start).total_seconds(), 0.0), 3)
+
+
+def _schedule(text: str) -> dict[str, str]:
+    return {"text": text, "words": _describe(text)}
 
 
 @lru_cache(maxsize=1000)
