@@ -389,6 +389,46 @@ def wrong_objects() -> Iterator[Case]:
     yield _body("/api/users", "fields id", b'{"id":1,"balance":7}', ("", "unknown-field"))
 
 
+def schedules() -> Iterator[Case]:
+    """Odd schedules of a job; well-formed ones are refused because there is no such job."""
+    path = "/api/cron/jobs/a/schedule"
+    not_one = ("", "not-one-schedule")
+    bodies: dict[str, tuple[str, tuple[str, str] | None]] = {
+        "nothing": ("{}", not_one),
+        "null": ("null", ("", "not-an-object")),
+        "array": ('[{"everySeconds":60}]', ("", "not-an-object")),
+        "zone alone": ('{"tz":"poison"}', not_one),
+        "interval and cron": ('{"everySeconds":60,"cron":"poison"}', not_one),
+        "interval and zone": ('{"everySeconds":60,"tz":"poison"}', not_one),
+        "unknown": ('{"everySeconds":60,"poison":1}', ("", "unknown-field")),
+        "snake case": ('{"every_seconds":60}', ("", "unknown-field")),
+        "twice": ('{"everySeconds":60,"everySeconds":61}', ("", "duplicate-key")),
+        "no text": ('{"cron":60}', ("/cron", "not-a-string")),
+        "empty": ('{"cron":""}', ("/cron", "not-printable")),
+        "long": (f'{{"cron":"{"poison " * 30}"}}', ("/cron", "not-printable")),
+        "control": ('{"cron":"poison\\u001b[31m"}', ("/cron", "not-printable")),
+        "NUL": ('{"cron":"poison\\u0000"}', ("/cron", "not-printable")),
+        "surrogate": ('{"cron":"poison\\ud800"}', ("/cron", "not-text")),
+        "zone of a surrogate": ('{"cron":"* * * * *","tz":"\\udfff"}', ("/tz", "not-text")),
+        "directory": ('{"cron":"* * * * *","tz":"../poison"}', None),
+        "interval beyond all": ('{"everySeconds":1' + "0" * 400 + "}", None),
+    }
+    for kind, (body, fault) in bodies.items():
+        refusal = (404, "job-not-found") if fault is None else INVALID
+        sent = request("PUT", path, body.encode(), content_type="application/json")
+        yield Case(f"schedule {kind}", sent, *refusal, fault, b"poison")
+    for literal in NOT_INTEGERS:
+        sent = request("PUT", path, b'{"everySeconds":%b}' % literal.encode())
+        yield Case(
+            f"schedule every {literal[:20]}", sent, *INVALID, ("/everySeconds", "not-an-integer")
+        )
+    good = b'{"everySeconds":60}'
+    yield Case("schedule as text", request("PUT", path, good, content_type="text/plain"), *MEDIA)
+    yield Case("schedule of 16 KiB", request("PUT", path, good.ljust(16 * 1024 + 1)), *LARGE)
+    yield Case("schedule of nobody", request("DELETE", path), 404, "job-not-found")
+    yield Case("schedule without a body", request("PUT", path, b" "), *MALFORMED)
+
+
 def _body(
     path: str, name: str, body: bytes, fault: tuple[str, str] | None, poison: bytes = b""
 ) -> Case:
@@ -448,6 +488,7 @@ def methods() -> Iterator[Case]:
         "/api/users/1/entries": {"GET"},
         "/api/users/1/daily-balances": {"GET"},
         "/api/changes/k": {"GET"},
+        "/api/cron/jobs/a/schedule": {"PUT", "DELETE"},
         "/problems": {"GET"},
         "/livez": {"GET"},
         "/docs": {"GET"},
@@ -844,6 +885,6 @@ def headers() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     """Return the whole table."""
-    groups = (numbers, malformed_bodies, wrong_objects, media_types, sizes, methods, keys)
-    more = (addresses, queries, days, framing, headers)
+    groups = (numbers, malformed_bodies, wrong_objects, schedules, media_types, sizes, methods)
+    more = (keys, addresses, queries, days, framing, headers)
     return [case for group in (*groups, *more) for case in group()]

@@ -211,6 +211,8 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
         ("GET", "/api/changes/{key}", "/api/changes/headers-1", {}),
         ("GET", "/api/cron/status", "/api/cron/status", {}),
         ("POST", "/api/cron/jobs/{name}/run", "/api/cron/jobs/none/run", {}),
+        ("PUT", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {"json": {}}),
+        ("DELETE", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {}),
         ("GET", "/problems", "/problems", {}),
         ("GET", "/readyz", "/readyz", {}),
     ]

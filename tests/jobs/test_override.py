@@ -13,6 +13,7 @@ from balance_app.jobs.api import controls
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.schemas import ScheduleRequest
 from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.declarations import Declared
 from balance_app.jobs.job import job
 from balance_app.jobs.repository import Claimed, Completion
 from balance_app.jobs.runner import RunResult
@@ -141,6 +142,36 @@ async def test_a_declaration_that_changes_what_it_did_not_see_moves_the_tick(
     unguarded = replaced(declarations.REDECLARE, guard, "AND $12::text IS NULL")
     monkeypatch.setattr(declarations, "REDECLARE", unguarded)
     assert await declare_meanwhile(jobs_db, monkeypatch)
+
+
+async def skip_while_set(jobs_db: JobsDatabase) -> bool:
+    """Skip a late tick whose schedule was set since it was found; say whether it was skipped."""
+    moon = job(name="moon", every=HOUR, late="skip", start_within=MINUTE)(print)
+    instance = jobs_db.instance()
+    await instance.jobs.declare({"moon": Declared(DECLARED, start_within=MINUTE)})
+    await jobs_db.shift(120)
+    (tick,) = await instance.jobs.late(["moon"])
+    await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+    return await instance.jobs.skip(tick, completion.skip_late(moon, tick))
+
+
+async def test_a_late_tick_is_skipped_by_the_schedule_that_was_set_meanwhile(
+    jobs_db: JobsDatabase,
+) -> None:
+    """What was computed by the old one is not written; the next look finds the new one."""
+    assert not await skip_while_set(jobs_db)
+    (tick,) = await jobs_db.instance().jobs.late(["moon"])
+    assert tick.schedule == OVERRIDE
+
+
+async def test_who_does_not_compare_skips_to_a_tick_of_the_old_one(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    guard = "coalesce(schedule_override, schedule) = $10"
+    unguarded = replaced(statements.SKIP_LATE, guard, "$10::text <> ''")
+    monkeypatch.setattr(statements, "SKIP_LATE", unguarded)
+    assert await skip_while_set(jobs_db)
 
 
 async def test_a_job_that_begins_anew_has_its_declared_schedule(jobs_db: JobsDatabase) -> None:

@@ -176,6 +176,7 @@ FAULT_CODES: Final = {
     "model_type": "not-an-object",
     "model_attributes_type": "not-an-object",
     "date_parsing": "not-a-date",
+    "string_type": "not-a-string",
     "zero": "zero",
 }
 
