@@ -60,6 +60,15 @@ def parse(url: str) -> Target:
     return _apply(arguments, parameters)
 
 
+def passwords(url: str) -> set[str]:
+    """Return the passwords in a URL that `parse` has read, as they are written and decoded."""
+    userinfo, _, _, query = _split(url.strip().partition("://")[2])
+    parameters = (each.partition("=") for each in query.split("&"))
+    written = [userinfo.partition(":")[2]]
+    written += [value for key, _, value in parameters if key in {"password", "sslpassword"}]
+    return {form for each in written for form in (each, unquote(each))}
+
+
 def _split(rest: str) -> tuple[str, str, str, str]:
     """Return user and password, hosts and ports, the database's name, and the parameters."""
     before, at, after = rest.partition("@")

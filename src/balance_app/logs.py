@@ -3,7 +3,7 @@
 import logging
 import sys
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TextIO
 
@@ -64,7 +64,7 @@ def configure_logs(settings: Settings) -> None:
         [structlog.dev.ConsoleRenderer(exception_formatter=_write_traceback)]
         if console
         else [
-            structlog.processors.ExceptionRenderer(_format_traceback),
+            structlog.processors.ExceptionRenderer(format_traceback),
             structlog.processors.JSONRenderer(),
         ]
     )
@@ -96,8 +96,9 @@ MAX_TRACEBACK_LINE = 2000
 MAX_TRACEBACK = 50_000
 
 
-def _format_traceback(exc_info: structlog.typing.ExcInfo) -> str:
-    lines = "".join(traceback.format_exception(*exc_info)).rstrip().split("\n")
+def format_traceback(exc_info: structlog.typing.ExcInfo, mask: Callable[[str], str] = str) -> str:
+    """Return a traceback, less what `mask` replaces, and cut where an error quotes its input."""
+    lines = mask("".join(traceback.format_exception(*exc_info))).rstrip().split("\n")
     text = "\n".join(_cut(line, MAX_TRACEBACK_LINE) for line in lines)
     return _cut(text, MAX_TRACEBACK)
 
@@ -110,4 +111,4 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _write_traceback(file: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
-    file.write("\n" + _format_traceback(exc_info))
+    file.write("\n" + format_traceback(exc_info))

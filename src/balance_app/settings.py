@@ -12,7 +12,7 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from balance_app.connection_url import Target, host_name, parse
+from balance_app.connection_url import Target, host_name, parse, passwords
 from balance_app.sessions import PINNED, SEARCH_PATH
 
 # The first segments of this service's own paths.
@@ -211,6 +211,15 @@ class Settings(BaseSettings):
     def database_is_configured(self) -> bool:
         """Whether a database was named, by URL or by host."""
         return self.database_url is not None or self.db_host is not None
+
+    @cached_property
+    def secrets(self) -> frozenset[str]:
+        """What nobody may read: every secret setting, and the passwords in DATABASE_URL."""
+        fields = (getattr(self, name) for name in type(self).model_fields)
+        found = {each.get_secret_value() for each in fields if isinstance(each, SecretStr)}
+        if self.database_url is not None:
+            found |= passwords(self.database_url.get_secret_value())
+        return frozenset(found - {""})
 
     @property
     def connections_needed(self) -> int:

@@ -11,7 +11,8 @@ FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or 
                   event loop), uncancellable (a thread that can't be stopped), thread (one that
                   can), thread-writes (one with transactions), writes (through its transaction),
                   held (the same, and each transaction is held open), poison (kills its process),
-                  clings (writes until its time is over, whatever it is told);
+                  clings (writes until its time is over, whatever it is told), talks (says a line
+                  per tick, for ever);
                   one of those that leave the run's own task (tests/jobs/kinds.py);
                   several, separated by commas, are taken in turn
 FLEET_ALARM       taken: jobs that write take SIGALRM and its timer for themselves
@@ -37,6 +38,7 @@ from typing import Any
 
 from balance_app import server
 from balance_app.jobs import (
+    heartbeat,
     leases,
     repository,
     runner,
@@ -158,6 +160,15 @@ class Script:
                 await asyncio.sleep(TICK_SECONDS)
         self.event_log.write("end", run)
 
+    async def talks(self, run: Run) -> None:
+        self.event_log.write("start", run)
+        step = 0
+        while True:
+            step += 1
+            run.log.info("said", step=step)
+            self.event_log.write("said", run, step=step)
+            await asyncio.sleep(TICK_SECONDS)
+
     async def poison(self, run: Run) -> None:
         self.event_log.write("start", run)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -178,6 +189,7 @@ def declare(number: int, event_log: EventLog) -> Job:
         "held": script.writes,
         "poison": script.poison,
         "clings": script.clings,
+        "talks": script.talks,
         **kinds.functions(event_log, script.seconds),
     }
     limit = os.environ.get("FLEET_TIMEOUT")
@@ -307,7 +319,17 @@ def own_clock() -> None:
     put(statements, "CLAIM", replaced(statements.CLAIM, "clock_timestamp()", shifted))
 
 
+def log_at_the_end() -> None:
+    """Write what a run says before its completion alone."""
+
+    async def write_nothing(_self: object, _connection: object, _leases: object) -> None:
+        await asyncio.sleep(0)
+
+    vars(heartbeat)["HeartbeatThread"]._write_logs = write_nothing
+
+
 GUARDS: dict[str, Callable[[], None]] = {
+    "log": log_at_the_end,
     "watchdog": no_watchdog,
     "kill-timer": alarm_timer,
     "expiry": no_expiry,

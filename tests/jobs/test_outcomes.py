@@ -16,7 +16,8 @@ import pytest
 
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.run import Run, describe
+from balance_app.jobs.run import Run
+from balance_app.jobs.run_log import describe
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
 from balance_app.logs import configure_logs

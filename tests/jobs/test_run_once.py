@@ -41,13 +41,14 @@ async def add_up(run: Run) -> str:
 
 @job(name="fail", cron="0 3 * * *", tz="Europe/Berlin")
 def fail(run: ThreadRun) -> None:
+    run.log.warning("odd", attempt=run.attempt)
     raise ValueError(f"attempt {run.attempt}")
 
 
 async def test_a_job_runs_to_its_end(database: dict[str, str]) -> None:
     """On an empty database, which is migrated; with its transactions, at the tick that is given."""
     record = await run_once(add_up, due_at=DUE_AT)
-    assert record == ("succeeded", "10 at 2026-01-01")
+    assert record == ("succeeded", "10 at 2026-01-01", [], None)
     assert await value(database, "SELECT count(*) FROM sums") == 4
     assert await value(database, "SELECT count(*) FROM instances") == 0
 
@@ -55,7 +56,7 @@ async def test_a_job_runs_to_its_end(database: dict[str, str]) -> None:
 async def test_a_run_goes_on_from_a_checkpoint(database: dict[str, str]) -> None:
     """As after a loss; and again from the start without one."""
     record = await run_once(add_up, resumed={"sum": 6, "next": 4}, due_at=DUE_AT)
-    assert record == ("succeeded", "10 at 2026-01-01")
+    assert record[:2] == ("succeeded", "10 at 2026-01-01")
     assert (await run_once(add_up, due_at=DUE_AT)).result == "10 at 2026-01-01"
     assert await value(database, "SELECT count(*) FROM sums") == 5
 
@@ -63,7 +64,11 @@ async def test_a_run_goes_on_from_a_checkpoint(database: dict[str, str]) -> None
 async def test_a_failure_is_reported(database: dict[str, str]) -> None:
     """Each time, whatever the schedule says of when it would be tried again."""
     for _ in range(2):
-        assert await run_once(fail) == ("failed", "ValueError: attempt 0")
+        record = await run_once(fail)
+        assert record[:2] == ("failed", "ValueError: attempt 0")
+        assert [(line.level, line.text) for line in record.lines] == [("warning", "odd attempt=0")]
+        assert record.traceback is not None
+        assert record.traceback.endswith("ValueError: attempt 0")
     assert await value(database, "SELECT count(*) FROM job_runs") == 2
 
 

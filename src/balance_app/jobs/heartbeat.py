@@ -1,12 +1,14 @@
 """The heartbeat thread of an instance: it renews the leases of the runs.
 
 It has an event loop and a connection of its own, so that a job that blocks the service's event loop
-loses no lease. How long an instance trusts a renewal is in `leases`.
+loses no lease. How long an instance trusts a renewal is in `leases`. After each
+renewal the thread writes what the runs have logged meanwhile.
 """
 
 import asyncio
 import math
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from time import monotonic
@@ -17,8 +19,9 @@ import structlog
 
 from balance_app.db.outages import Kind, classify
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.leases import LEAVE, HeldLeases, Renewal, renew_leases
+from balance_app.jobs.leases import LEAVE, HeldLeases, Lease, Renewal, renew_leases
 from balance_app.jobs.repository import Me
+from balance_app.jobs.run_log import WRITE_LOGS, log_arguments
 from balance_app.metrics import Metrics
 from balance_app.sessions import open_session
 from balance_app.settings import Settings
@@ -28,6 +31,8 @@ log = structlog.get_logger(__name__)
 HANG_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 0.2
 STOP_SECONDS: Final = 0.5
+# After a write of logs that failed, until the next.
+LOGS_PAUSE_SECONDS: Final = 5.0
 
 
 class HeartbeatThread:
@@ -51,6 +56,8 @@ class HeartbeatThread:
         # when the last successful heartbeat was sent (monotonic)
         self._renewed_at = -math.inf
         self._capabilities: Capabilities | None = None
+        # when logs of runs may be written again (monotonic)
+        self._logs_at = -math.inf
 
     def start(self, capabilities: Capabilities) -> None:
         """Start to renew; called in the service's event loop, in the main thread.
@@ -195,7 +202,32 @@ class HeartbeatThread:
                 )
             elif not result.renewed and not result.still_held:
                 self._leases.stop_run(lease, "released", "its lease expired")
+        await self._write_logs(connection, leases.values())
         return all(result.renewed or not result.still_held for result in results)
+
+    async def _write_logs(
+        self, connection: "asyncpg.Connection[asyncpg.Record]", leases: Iterable[Lease]
+    ) -> None:
+        """Write what runs have said since the last time; it ends before the next renewal is due.
+
+        A log is worth no lease: after a failure the connection is asked for renewals alone for a
+        while.
+        """
+        logs = {(each.name, each.fence): each.log for each in leases if each.log is not None}
+        said = {run: what for run, log_ in logs.items() if (what := log_.unwritten()) is not None}
+        if not said or monotonic() < self._logs_at:
+            return
+        seconds = self._settings.job_heartbeat_seconds / 2
+        try:
+            await connection.fetch(WRITE_LOGS, *log_arguments(self._me.id, said), timeout=seconds)
+        except Exception as error:  # noqa: BLE001 - whatever it is, leases go on being renewed
+            self._logs_at = monotonic() + LOGS_PAUSE_SECONDS
+            log.warning(
+                "logs of runs not written", jobs=[name for name, _ in said], error=repr(error)
+            )
+            return
+        for run, what in said.items():
+            logs[run].written(what)
 
     async def _stop_before_expiry(self) -> None:
         while True:

@@ -21,6 +21,7 @@ import asyncpg
 
 from balance_app.jobs.declarations import Capabilities
 from balance_app.jobs.repository import Me
+from balance_app.jobs.run_log import RunLog
 from balance_app.jobs.watchdog import WatchdogTimer, watchdog_timer
 from balance_app.settings import Settings
 
@@ -54,6 +55,8 @@ class Lease:
     # whether the run was requested to stop; the next heartbeat records the time
     stopping: bool = False
     progress: Progress = NO_PROGRESS
+    # what the run says
+    log: RunLog | None = None
 
 
 class HeldLeases:

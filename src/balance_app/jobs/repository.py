@@ -24,6 +24,7 @@ from balance_app.jobs.declarations import (
     Declared,
     declare,
 )
+from balance_app.jobs.run_log import WRITE_LOGS, Unwritten, log_arguments
 from balance_app.jobs.schedule import TickRange
 
 # The results in the history of runs that reported none.
@@ -344,6 +345,11 @@ class JobRepository:
         await self._database.run(
             lambda con: write(con, statements.END_WORK, name, fence, self.me.id), priority=True
         )
+
+    async def write_log(self, name: str, fence: int, what: Unwritten) -> None:
+        """Write what a run has said; nothing is written if the job is no longer this run's."""
+        arguments = log_arguments(self.me.id, {(name, fence): what})
+        await self._database.run(lambda con: write(con, WRITE_LOGS, *arguments), priority=True)
 
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:
         """Write a run's checkpoint; False: the run has lost its lease."""

@@ -11,7 +11,6 @@ from time import monotonic
 from typing import Any, Final, Literal
 
 import asyncpg
-import structlog
 from pydantic_core import from_json, to_json
 
 from balance_app.db.pool import Connection, Database
@@ -19,6 +18,7 @@ from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs import children
 from balance_app.jobs.leases import Lease, Progress
 from balance_app.jobs.repository import Claimed, JobRepository
+from balance_app.jobs.run_log import RunLog, safe_str, storable
 from balance_app.jobs.scope import CURRENT, Scope, under
 from balance_app.jobs.transaction import (
     NO_ANSWER,
@@ -28,10 +28,6 @@ from balance_app.jobs.transaction import (
 )
 
 CHECKPOINT_BYTES: Final = 8192
-# How much of an error a run's result keeps.
-MESSAGE_CHARACTERS: Final = 1900
-MOST_CAUSES: Final = 10
-DEEPEST_CAUSE: Final = 5
 # in JSON, where an even number of backslashes is no escape
 _NUL: Final = re.compile(r"(?<!\\)(\\\\)*\\u0000")
 # The outcomes of a run that was requested to stop.
@@ -57,10 +53,11 @@ class Run:
         attempt: how many runs this tick had before.
         resumed: the last checkpoint of this tick's lost or released runs, or None.
         args: what its function is called with, as JSON: declared, or given with the request to run.
-        log: a logger that names job and fence.
+        log: a logger of structlog: `run.log.info("sent", mails=3)`. Its last 200 lines (64 KiB) are
+            kept with the run, and go to the instance's log with job and fence.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is made of
         self,
         claimed: Claimed,
         database: Database,
@@ -68,6 +65,7 @@ class Run:
         *,
         min_seconds: float,
         args: Mapping[str, Any] | None = None,
+        kept_log: RunLog | None = None,
     ) -> None:
         self.name: Final = claimed.name
         self.fence: Final = claimed.fence
@@ -75,9 +73,8 @@ class Run:
         self.attempt: Final = claimed.attempt
         self.resumed: Final[Any] = claimed.resumed
         self.args: Final[Mapping[str, Any]] = args or {}
-        self.log: Final = structlog.get_logger("balance_app.jobs.run").bind(
-            job=claimed.name, fence=claimed.fence
-        )
+        self.kept_log: Final = kept_log or RunLog(claimed.name, claimed.fence)
+        self.log: Final = self.kept_log.log
         self._database = database
         self._jobs = jobs
         self._min_seconds = min_seconds
@@ -105,7 +102,8 @@ class Run:
         if self._begun_at is None:
             self._begun_at = 0 if self.resumed is None else counted
         if self.lease is not None:
-            self.lease.progress = Progress(counted, _count(total), storable(safe_str(note)))
+            text = storable(self.kept_log.mask(safe_str(note)))
+            self.lease.progress = Progress(counted, _count(total), text)
 
     async def pace(self) -> None:
         """Sleep until the elapsed share of the minimum duration is the share that is done.
@@ -124,7 +122,9 @@ class Run:
         try:
             await self._jobs.end_work(self.name, self.fence)
         except (DatabaseUnavailable, Overloaded) as problem:
-            self.log.debug("the end of the work is not recorded", reason=problem.detail)
+            self.kept_log.instance_logger.debug(
+                "the end of the work is not recorded", reason=problem.detail
+            )
 
     async def checkpoint(self, state: object) -> None:
         """Store the state from which the next run continues after a loss or a release.
@@ -232,29 +232,3 @@ def _count(number: object) -> int | None:
         return int(max(0, min(number, 2**53)))  # type: ignore[call-overload]
     except Exception:  # noqa: BLE001 - an object that is no number
         return None
-
-
-def storable(text: str, limit: int = 500) -> str:
-    """Return text that PostgreSQL can store, in at most `limit` characters."""
-    return text[:limit].replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def describe(error: BaseException, depth: int = 0) -> str:
-    """Return the text of an error, with the errors of a group and the causes."""
-    text = f"{type(error).__name__}: {safe_str(error)[:MESSAGE_CHARACTERS]}"
-    if depth == DEEPEST_CAUSE:
-        return text
-    if isinstance(error, BaseExceptionGroup):
-        inside = [describe(each, depth + 1) for each in error.exceptions[:MOST_CAUSES]]
-        text = f"{text}: {'; '.join(inside)}"
-    if error.__cause__ is not None:
-        text = f"{text} (from {describe(error.__cause__, depth + 1)})"
-    return text
-
-
-def safe_str(value: object) -> str:
-    """Return `str(value)`, or a substitute if that fails."""
-    try:
-        return str.__str__(str(value))
-    except Exception as error:  # noqa: BLE001 - a value without a text must not fail the run
-        return f"a {type(value).__name__} without a text ({type(error).__name__})"

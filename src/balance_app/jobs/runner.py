@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.job import Job
-from balance_app.jobs.run import (
-    Run,
-    RunStoppedError,
-    Stopped,
-    describe,
-    safe_str,
-    storable,
-)
+from balance_app.jobs.run import Run, RunStoppedError, Stopped
+from balance_app.jobs.run_log import describe, safe_str, storable
 from balance_app.jobs.scope import Scope
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
@@ -125,24 +119,26 @@ def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
     stopped = run.stopped if task.cancelled() or task.cancelling() else None
     error = None if task.cancelled() else task.exception()
     finished = error is None and not task.cancelled()
+    mask, instance_logger = run.kept_log.mask, run.kept_log.instance_logger
     if finished and (stopped is None or not run.awaited):
         returned = task.result()
-        return RunResult(
-            "succeeded", None if returned is None else storable(safe_str(returned), 2000)
-        )
+        text = None if returned is None else storable(mask(safe_str(returned)), 2000)
+        return RunResult("succeeded", text)
     if stopped is not None:  # however the function handled it
         if error is not None and not isinstance(error, RunStoppedError):
-            run.log.warning("run failed when it was stopped", exc_info=error)
+            run.kept_log.fail(error)
+            instance_logger.warning("run failed when it was stopped", exc_info=error)
         return RunResult(*stopped)
     match _outage(error):
         case LeaseLostError():
             return RunResult("released", "it had lost its lease")
         case DatabaseUnavailable() as outage:
-            return RunResult("released", storable(outage.detail))
+            return RunResult("released", storable(mask(outage.detail)))
     if error is None:
         return RunResult("failed", "it cancelled itself")
-    run.log.error("run failed", exc_info=error)
-    return RunResult("failed", storable(describe(error), 2000))
+    run.kept_log.fail(error)
+    instance_logger.error("run failed", exc_info=error)
+    return RunResult("failed", storable(describe(error, mask), 2000))
 
 
 def _outage(error: BaseException | None) -> BaseException | None:

@@ -31,7 +31,8 @@ from balance_app.jobs.repository import (
     JobRepository,
     Me,
 )
-from balance_app.jobs.run import Run, storable
+from balance_app.jobs.run import Run
+from balance_app.jobs.run_log import RunLog, mask_of, storable
 from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.scope import track_runs
 from balance_app.metrics import Metrics
@@ -57,6 +58,9 @@ TIE_BREAK: Final = timedelta(milliseconds=10)
 # The backoff grows with the number of runs here, ever more slowly, towards this many steps.
 MOST_BACKOFF_STEPS: Final = 10
 DRAIN_SECONDS: Final = 0.8
+# How long a completion waits for the last log lines of its run, and while the instance stops.
+LOG_SECONDS: Final = 2.0
+LOG_SECONDS_AT_STOP: Final = 0.3
 MOST_REASONS: Final = 5  # undeclared jobs that are reported with their reasons
 # A process with runs that can't be stopped ends within this. Their leases end later, by as much as
 # PostgreSQL's clock may step, or at least this.
@@ -79,6 +83,7 @@ class Scheduler:
         self._settings = settings
         self._database = database
         self._registry = registry
+        self._mask = mask_of(settings)
         self.me: Final = Me(uuid4(), settings.server_id)
         self._jobs = JobRepository(database, self.me, timedelta(seconds=settings.job_lease_seconds))
         self._metrics = metrics or Metrics()
@@ -384,18 +389,27 @@ class Scheduler:
     def _start(self, claimed: Claimed, sent_at: float) -> None:
         self._round = claimed.round + 1
         job = self._registry[claimed.name]
+        kept_log = RunLog(
+            claimed.name,
+            claimed.fence,
+            clock=self._heartbeat.server_time,
+            mask=self._mask,
+            debug=self._settings.log_level == "debug",
+        )
         run = Run(
             claimed,
             self._database,
             self._jobs,
             min_seconds=self._minimum(job),
             args=job.args_with(claimed.requested_args),
+            kept_log=kept_log,
         )
 
         def stop_run(outcome: str, reason: str) -> None:
             stop(run, "cancelled" if outcome == "cancelled" else "released", reason)
 
         run.lease = self._leases.hold(run.name, run.fence, sent_at, stop_run)
+        run.lease.log = kept_log
         if self._leases.is_late(run.lease):
             self._heartbeat.renew_soon()
         if not run.lease.executing:
@@ -432,19 +446,22 @@ class Scheduler:
     async def _execute(self, run: Run, job: Job, claimed: Claimed) -> None:
         """Execute a run, record its completion, and release its lease."""
         started = monotonic()
+        instance_logger = run.kept_log.instance_logger
         assert run.lease is not None  # noqa: S101 - held since the claim
         try:
             try:
-                run.log.info("run started", attempt=run.attempt, resumed=run.resumed is not None)
+                instance_logger.info(
+                    "run started", attempt=run.attempt, resumed=run.resumed is not None
+                )
                 run_result = await execute(run, job, min_seconds=self._minimum(job))
             finally:
                 self._leases.ended(run.lease)
             ended = monotonic()
             seconds = round(ended - started, 1)
-            run.log.info("run ended", **run_result._asdict(), seconds=seconds)
+            instance_logger.info("run ended", **run_result._asdict(), seconds=seconds)
             await self._record(run, job, claimed, run_result, ended)
         except Exception:
-            run.log.exception("the end of a run can't be recorded: its lease will expire")
+            instance_logger.exception("the end of a run can't be recorded: its lease will expire")
         finally:
             self._leases.release(run.lease)
             del self._runs[run]
@@ -459,7 +476,9 @@ class Scheduler:
         ended: float,
     ) -> None:
         """Record the end of a run, with retries during an outage until the instance stops."""
+        instance_logger = run.kept_log.instance_logger
         while True:
+            await self._write_log(run)
             now = self._heartbeat.server_time()
             completion = complete(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
@@ -467,7 +486,7 @@ class Scheduler:
             except DatabaseUnavailable as problem:
                 if self._draining:
                     raise
-                run.log.debug("the end of a run is not recorded yet", reason=problem.detail)
+                instance_logger.debug("the end of a run is not recorded yet", reason=problem.detail)
                 await asyncio.sleep(OUTAGE_POLL_SECONDS / 2)
                 continue
             if isinstance(done, str):  # its schedule has changed meanwhile
@@ -478,10 +497,24 @@ class Scheduler:
                 skipped = sum(each.range.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
             else:
-                run.log.warning("the run had lost its lease before it ended")
+                instance_logger.warning("the run had lost its lease before it ended")
                 self._outage_at = monotonic()
                 self._soon.set()
             return
+
+    async def _write_log(self, run: Run) -> None:
+        """Write the last lines of a run; its completion waits for that, but not for long."""
+        what = run.kept_log.unwritten()
+        if what is None:
+            return
+        try:
+            seconds = LOG_SECONDS_AT_STOP if self._draining else LOG_SECONDS
+            async with asyncio.timeout(seconds):
+                await self._jobs.write_log(run.name, run.fence, what)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the completion goes on
+            run.kept_log.instance_logger.warning("the log is not written", error=repr(error))
+        else:
+            run.kept_log.written(what)
 
 
 def backoff(runs: int, step_seconds: float) -> timedelta:

@@ -9,6 +9,7 @@ from pydantic_core import to_json
 
 from balance_app.db.pool import Database, read, write
 from balance_app.jobs.job import Job, Registry
+from balance_app.jobs.run_log import LINES, TRACEBACK, Line
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.settings import load_settings
 
@@ -39,6 +40,10 @@ class RunRecord(NamedTuple):
     outcome: str
     # what the function returned, or the error
     result: str | None
+    # the last 200 lines of `run.log`: `Line(number, at, level, text)`
+    lines: list[Line]
+    # of the error, if it failed
+    traceback: str | None
 
 
 async def run_once(
@@ -100,8 +105,15 @@ async def run_once(
             while (wait_seconds := await scheduler.run_once()) > 0:  # noqa: ASYNC110 - it says how long
                 await asyncio.sleep(wait_seconds)
         await scheduler.runs_ended()
-        (found,) = await database.run(lambda con: read(con, RECORD, job.name, row["fence"] + 1))
-        return RunRecord(**found)
+        of_run = (job.name, row["fence"] + 1)
+        (found,) = await database.run(lambda con: read(con, RECORD, *of_run))
+        lines = await database.run(lambda con: read(con, LINES, *of_run))
+        traceback = await database.run(lambda con: read(con, TRACEBACK, *of_run))
+        return RunRecord(
+            **found,
+            lines=[Line(**line) for line in lines],
+            traceback=traceback[0]["text"] if traceback else None,
+        )
     finally:
         await scheduler.stop()
         await scheduler.close()
