@@ -489,6 +489,7 @@ def methods() -> Iterator[Case]:
         "/api/users/1/daily-balances": {"GET"},
         "/api/changes/k": {"GET"},
         "/api/cron/jobs/a/schedule": {"PUT", "DELETE"},
+        "/api/cron/runs/1/log": {"GET"},
         "/problems": {"GET"},
         "/livez": {"GET"},
         "/docs": {"GET"},
@@ -620,9 +621,18 @@ def addresses() -> Iterator[Case]:
                 ("path:userId", "out-of-range" if _is_decimal(user) else "not-an-integer"),
                 user.encode() if len(user) > 5 else b"",
             )
+        yield Case(
+            f"GET run {user[:20]} ({len(user)})",
+            request("GET", f"/api/cron/runs/{user}/log"),
+            *INVALID,
+            ("path:run", "out-of-range" if _is_decimal(user) else "not-an-integer"),
+            user.encode() if len(user) > 5 else b"",
+        )
     for missing in (404_404, MAX):
         for path in (f"/api/users/{missing}{place}" for place in places):
             yield Case(f"GET {path}", request("GET", path), 404, "user-not-found")
+        path = f"/api/cron/runs/{missing}/log"
+        yield Case(f"GET {path}", request("GET", path), 404, "run-not-found")
     nowhere = (
         *("/api", "/api/", "//", "//api/users", "/api//users", "/API/users", "/api/Users"),
         *("/api/users/1/", "/api/users/", "/api/balance/", "/api/users//entries", "/api/user"),
@@ -632,6 +642,8 @@ def addresses() -> Iterator[Case]:
             "/api/users/1/daily-balances/2026-11-21",
             "/api/users/1/daily_balances",
             "/api/users/1%2Fbalance",
+            "/api/cron/runs/1",
+            "/api/cron/runs/1/log/",
             "/api/poison",
         ),
         *("/api/balance%00", "/api/balance%20", "/api/balance;a=1", "/%61pi/poison", "/.env"),

@@ -210,6 +210,7 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
         ("GET", "/api/users/{userId}/daily-balances", "/api/users/1/daily-balances", {}),
         ("GET", "/api/changes/{key}", "/api/changes/headers-1", {}),
         ("GET", "/api/cron/status", "/api/cron/status", {}),
+        ("GET", "/api/cron/runs/{run}/log", "/api/cron/runs/404404/log", {}),
         ("POST", "/api/cron/jobs/{name}/run", "/api/cron/jobs/none/run", {}),
         ("PUT", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {"json": {}}),
         ("DELETE", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {}),

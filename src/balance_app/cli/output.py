@@ -28,6 +28,7 @@ _STYLES: Final = {
     Tone.BAD: "red",
     Tone.REST: "",
 }
+_LEVELS: Final = {"warning": "yellow", "error": "red", "critical": "red"}
 _ASCII: Final = str.maketrans(
     {
         "▶": "*", "○": "-", "◔": "+", "↻": "~", "✕": "x", "‖": "=", "✓": "ok", "■": "#",
@@ -206,6 +207,40 @@ def run_line(run: Json, now: datetime) -> Text:
         f"on {run['server']} in {duration(run['seconds'])}."
     )
     return Text(visible(line), style=_STYLES[sign.tone])
+
+
+def run_log(log: Json, now: datetime) -> Text:
+    """Return what a run said, a line each; what has several lines goes on below its first."""
+    run = log["run"]
+    parts = [_run_begun(run, now)]
+    if run["result"]:
+        parts.append(Text(visible(run["result"])))
+    dropped = log["dropped"]
+    if dropped:
+        earlier = "1 earlier line is" if dropped == 1 else f"{dropped} earlier lines are"
+        parts.append(Text(f"({earlier} not kept.)", style="dim"))
+    for line in log["lines"]:
+        style = _LEVELS.get(line["level"], "")
+        first, *rest = line["text"].split("\n")
+        begin = f"{_moment(line['at']):%H:%M:%S} {line['level']:<8} "
+        parts.append(Text(visible(begin + first), style=style))
+        parts += [Text(visible(f"    {each}"), style=style) for each in rest]
+    if not log["lines"]:
+        parts.append(Text("It said nothing." if run["outcome"] else "It has said nothing yet."))
+    if log["traceback"] is not None:
+        parts += [Text(visible(each)) for each in log["traceback"].split("\n")]
+    return Text("\n").join(parts)
+
+
+def _run_begun(run: Json, now: datetime) -> Text:
+    """Return what became of a run, or since when it goes on, or that it did not run."""
+    if run["outcome"] == Outcome.SKIPPED:
+        return Text(visible(f"{run['job']} did not run ({exact(_moment(run['dueAt']))} UTC)."))
+    if run["outcome"] is not None:
+        return run_line(run, now)
+    started = exact(_moment(run["startedAt"]))
+    line = f"{run['job']} runs on {run['server']} since {started} UTC."
+    return Text(visible(line), style=_STYLES[Tone.RUN])
 
 
 # -- balances ----------------------------------------------------------------------------------

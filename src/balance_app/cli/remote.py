@@ -102,12 +102,23 @@ def history(  # noqa: PLR0913 - each is an option
         typer.Option(min=1, metavar="N", help="only runs before N, as the last page prints it"),
     ] = None,
     limit: Limit = 20,
+    log: Annotated[
+        bool, typer.Option("--log", help="show what the last of them said instead, and its error")
+    ] = False,
+    run: Annotated[
+        int | None, typer.Option("--run", min=1, metavar="ID", help="with --log: of this run")
+    ] = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Show every run and its outcome, the latest first."""
+    """Show every run and its outcome, the latest first; or the log of one."""
+    if run is not None and not log:
+        raise typer.BadParameter("it needs --log.", param_hint="--run")
     with _open_terminal(url, as_json=json) as terminal:
-        terminal.history(job, outcome, before, limit)
+        if log:
+            terminal.log(job, outcome, before, run)
+        else:
+            terminal.history(job, outcome, before, limit)
 
 
 @_jobs()

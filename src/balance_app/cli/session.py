@@ -106,6 +106,28 @@ class Terminal:
             options = {"outcome": outcome, "before": answer.body["next"], "limit": limit}
             self._next_page("Earlier ones", "history", *named, **options)
 
+    def log(
+        self, job: str | None, outcome: str | None, before: int | None, run: int | None
+    ) -> None:
+        """Show what a run said: this one, or the last of those that the history would show."""
+        if run is None:
+            run = self._last_run(job, outcome, before)
+        answer = self._service.get(f"/api/cron/runs/{run}/log", "lines")
+        if job is not None and answer.body["run"]["job"] != job:
+            raise RemoteError(
+                f"Run {run} is one of {answer.body['run']['job']}, not of {job}.", Code.FAILED
+            )
+        self._report(answer.text, lambda: output.run_log(answer.body, answer.now))
+
+    def _last_run(self, job: str | None, outcome: str | None, before: int | None) -> int:
+        query = {"job": job, "outcome": outcome, "before": before, "limit": 100}
+        runs = self._service.get("/api/cron/history", "runs", query).body["runs"]
+        ran = (int(run["id"]) for run in runs if run["outcome"] != Outcome.SKIPPED)
+        last = next(ran, None)
+        if last is None:
+            raise RemoteError("There is no such run.", Code.FAILED)
+        return last
+
     def control(self, verb: str, job: str, *, by: str, reason: str | None = None) -> None:
         """Run, pause, resume or cancel a job."""
         answer = self._control(verb, job, by, reason)

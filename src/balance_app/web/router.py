@@ -22,7 +22,7 @@ from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
-from balance_app.jobs.api.errors import JobNotFound
+from balance_app.jobs.api.errors import JobNotFound, RunNotFound
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.settings import Settings
@@ -182,6 +182,17 @@ async def confirm_forget(request: Request, name: str) -> Response:
     """Ask for confirmation before a job is forgotten."""
     job = _job(await stream_of(request).refresh(), name)
     return _page(request, "forget.html", {"job": job})
+
+
+@router.get("/jobs/{name}/runs/{run}")
+async def show_run(request: Request, name: str, run: str) -> Response:
+    """Show what a run of a job said, and why it failed."""
+    if not is_number(run):
+        raise InvalidRequest(("path:run", "not-an-integer"))
+    found = await services(request)[History].log(int(run))
+    if found.run.job != name:
+        raise RunNotFound(int(run))
+    return _page(request, "run.html", dict(found))
 
 
 # -- the overview ----------------------------------------------------------------------------

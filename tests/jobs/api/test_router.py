@@ -265,6 +265,39 @@ async def test_the_history_is_read_by_pages(quiet: Quiet) -> None:
     assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found")
 
 
+async def test_what_a_run_said_is_read(quiet: Quiet) -> None:
+    """Its lines in their order, what went before them as a number, its traceback."""
+    await add_job(quiet.connection, "one")
+    run = {"job": "one", "due_at": -60 * SECOND, "started_at": -60 * SECOND, "server": "app1"}
+    await insert(quiet.connection, "job_runs", **run, fence=7, outcome="failed", ended_at=-SECOND)
+    await insert(quiet.connection, "job_runs", **run, fence=8)
+    skipped = {**run, "server": None, "last_due_at": -60 * SECOND, "outcome": "skipped"}
+    await insert(quiet.connection, "job_runs", **skipped, fence=None, ended_at=-SECOND)
+    for number in (30, 9, 10):
+        line = {"logged_at": -SECOND, "level": "info", "text": f"line\nn={number}"}
+        await insert(quiet.connection, "job_run_lines", job="one", fence=7, number=number, **line)
+    await insert(quiet.connection, "job_run_tracebacks", job="one", fence=7, text="ValueError: x")
+    found = (await quiet.client.get("/api/cron/runs/1/log")).json()
+    await conforms(quiet.client, "RunLogAnswer", found)
+    assert (found["dropped"], found["traceback"]) == (8, "ValueError: x")
+    assert [(line["number"], line["level"], line["text"]) for line in found["lines"]] == [
+        (number, "info", f"line\nn={number}") for number in (9, 10, 30)
+    ]
+    (listed,) = (
+        run
+        for run in (await quiet.client.get("/api/cron/history")).json()["runs"]
+        if run["id"] == 1
+    )
+    assert found["run"] == listed
+    for silent in (2, 3):
+        found = (await quiet.client.get(f"/api/cron/runs/{silent}/log")).json()
+        assert (found["lines"], found["dropped"], found["traceback"]) == ([], 0, None)
+        assert found["run"]["id"] == silent
+    answer = await quiet.client.get("/api/cron/runs/4/log")
+    assert (answer.status_code, answer.json()["code"]) == (404, "run-not-found")
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
 @pytest.mark.parametrize(
     ("address", "pointer", "code"),
     [
@@ -278,6 +311,8 @@ async def test_the_history_is_read_by_pages(quiet: Quiet) -> None:
         ("GET history?limit=1001", "query:limit", "out-of-range"),
         ("GET history?limit=1&limit=2", "query:", "duplicate-parameter"),
         ("GET history?page=2", "query:", "unknown-field"),
+        ("GET runs/0/log", "path:run", "out-of-range"),
+        ("GET runs/1e3/log", "path:run", "not-an-integer"),
         ("POST jobs/No/run", "path:name", "not-a-name"),
         ("POST jobs/a%00b/pause", "path:name", "not-a-name"),
         ("POST jobs/a/run?by=", "query:by", "not-printable"),

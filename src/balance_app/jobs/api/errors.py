@@ -20,6 +20,19 @@ class JobNotFound(Problem):
         super().__init__(f"There is no job {name}.", job=name)
 
 
+class RunNotFound(Problem):
+    """There is no run with this id: it never was, or it is older than the history.
+
+    Nothing was changed. `GET /api/cron/history` lists them.
+    """
+
+    status, code, title = 404, "run-not-found", "Run not found"
+    sample: ClassVar = {"run": 4711}
+
+    def __init__(self, run: int) -> None:
+        super().__init__(f"There is no run {run}.", run=run)
+
+
 class JobRunning(Problem):
     """The job is running, and two runs of a job never overlap.
 

@@ -5,8 +5,9 @@ from typing import Final
 import asyncpg
 
 from balance_app.db.pool import Connection, Database, read
-from balance_app.jobs.api.errors import JobNotFound
-from balance_app.jobs.api.schemas import HistoryAnswer, RunAnswer
+from balance_app.jobs.api.errors import JobNotFound, RunNotFound
+from balance_app.jobs.api.schemas import HistoryAnswer, LogLineAnswer, RunAnswer, RunLogAnswer
+from balance_app.jobs.run_log import LINES, TRACEBACK
 
 # Without good statistics the planner may read and sort all of a job's runs to find the last few.
 # With sorting off it reads them from an index in order.
@@ -58,6 +59,29 @@ class History:
             next=shown[-1]["id"] if len(rows) > limit else None,
         )
 
+    async def log(self, run_id: int) -> RunLogAnswer:
+        """Return what a run has said so far; ticks that did not run have said nothing.
+
+        Raises:
+            RunNotFound: there is no such run.
+        """
+
+        async def ask(connection: Connection) -> RunLogAnswer:
+            found = await read(connection, RUN, run_id)
+            if not found:
+                raise RunNotFound(run_id)
+            of_run = (found[0]["job"], found[0]["fence"])
+            lines = await read_in_order(connection, LINES, *of_run)
+            traceback = await read(connection, TRACEBACK, *of_run)
+            return RunLogAnswer(
+                run=_run(found[0]),
+                lines=[LogLineAnswer(**line) for line in lines],
+                dropped=lines[0]["number"] - 1 if lines else 0,
+                traceback=traceback[0]["text"] if traceback else None,
+            )
+
+        return await self._database.run(ask)
+
 
 # Each reads no more rows than it returns, whatever the planner's statistics. With
 # `job = $3 ORDER BY id` the planner may walk the primary key backwards through millions of other
@@ -91,6 +115,8 @@ PAGES: Final = {
     (False, True): RUNS_BY_OUTCOME,
     (True, True): RUNS_OF_JOB_BY_OUTCOME,
 }
+
+RUN: Final = "SELECT *, clock_timestamp() AS now FROM job_runs WHERE id = $1"
 
 JOB: Final = "SELECT FROM jobs WHERE name = $1"
 

@@ -21,6 +21,7 @@ from balance_app.jobs.api.errors import (
     JobPaused,
     JobRunning,
     JobWithoutCode,
+    RunNotFound,
 )
 from balance_app.jobs.api.events import EventBroadcaster, EventStreamResponse
 from balance_app.jobs.api.history import History
@@ -31,6 +32,8 @@ from balance_app.jobs.api.schemas import (
     PageQuery,
     PathName,
     PauseQuery,
+    RunId,
+    RunLogAnswer,
     ScheduleRequest,
     StatusAnswer,
     WhoQuery,
@@ -120,6 +123,23 @@ async def read_history(request: Request, page: PageQuery) -> Response:
     found = await history.page(
         job=page.job, outcome=page.outcome, before=page.before, limit=page.limit
     )
+    return _json(found.model_dump_json(by_alias=True).encode())
+
+
+@router.get(
+    "/runs/{run}/log",
+    summary="Read what a run said",
+    response_description="Its lines, and the traceback of its failure.",
+    response_model=RunLogAnswer,
+    responses=problems(RunNotFound, InvalidRequest),
+)
+async def read_log(request: Request, run: RunId) -> Response:
+    """Show the last lines of a run's log, and the traceback if it failed.
+
+    They are written with each heartbeat: of a run that goes on there are those up to the last one,
+    and of one whose process was killed as well. Ticks that did not run have no lines.
+    """
+    found = await services(request)[History].log(run)
     return _json(found.model_dump_json(by_alias=True).encode())
 
 

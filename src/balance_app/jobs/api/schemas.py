@@ -176,6 +176,11 @@ class ScheduleRequest(StrictModel):
             raise InvalidRequest((place, "not-a-schedule"), sentence=str(error)) from None
 
 
+RunId = Annotated[
+    int,
+    Path(ge=1, le=MAX_INTEGER, description="its id in the history", examples=[4711]),
+    DECIMAL,
+]
 WhoQuery = Annotated[Who, Query()]
 PauseQuery = Annotated[Pause, Query()]
 PageQuery = Annotated[Page, Query()]
@@ -374,6 +379,34 @@ class RunAnswer(_Answer):
     ended_at: Annotated[Instant | None, Field(description="null while it runs")]
     seconds: Annotated[Seconds | None, Field(description="up to now while it runs")]
     result: Annotated[Sentence | None, Field(description="its result, its error, or why it ended")]
+
+
+class LogLineAnswer(_Answer):
+    """A line that a run said; `number` counts all of its lines from 1."""
+
+    number: Annotated[int, Field(examples=[9801])]
+    at: Annotated[Instant, Field(description="by the database's clock, to some milliseconds")]
+    level: Annotated[str, Field(examples=["info"])]
+    text: Annotated[
+        str, Field(description="what it says, then its values", examples=["sent mails=3"])
+    ]
+
+
+class RunLogAnswer(_Answer):
+    """What a run said: its last 200 lines, or the last 64 KiB of them, and why it failed."""
+
+    run: RunAnswer
+    lines: list[LogLineAnswer]
+    dropped: Annotated[
+        int, Field(description="how many lines before these are not kept", examples=[9800])
+    ]
+    traceback: Annotated[
+        str | None,
+        Field(
+            description="of the error that ended it",
+            examples=["Traceback (most recent call last):\n  ...\nValueError: no such mailbox"],
+        ),
+    ]
 
 
 class HistoryAnswer(_Answer):
