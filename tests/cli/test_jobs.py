@@ -336,6 +336,56 @@ async def test_jobs_are_steered(instance: Instance, connection: Connection) -> N
     assert json.loads(out)["code"] == "job-not-running"
 
 
+async def test_a_schedule_is_shown_set_and_reset(
+    instance: Instance, connection: Connection
+) -> None:
+    """The message says when it is due, who set that, and what its code declares."""
+    await add_job(connection, "audit")
+    moment = r"\d+ s ago \((\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d\)"
+    declared = "audit is due every 5 minutes, as its code declares."
+    set_by = rf"set by WHO {moment}. Its code declares: every 5 minutes."
+    berlin = "at 03:30 every day, Europe/Berlin"
+    cron = ("--cron", "30 3 * * *", "--tz", "Europe/Berlin", "--by", "eve")
+    for arguments, pattern in (
+        ((), declared),
+        (
+            ("--every", "60", "--by", "ada"),
+            f"audit is due every minute: {set_by.replace('WHO', 'ada')}",
+        ),
+        ((), f"audit is due every minute: {set_by.replace('WHO', 'ada')}"),
+        (cron, f"audit is due {berlin}: {set_by.replace('WHO', 'eve')}"),
+        (("--reset",), declared),
+    ):
+        code, out, err = await run("schedule", "audit", *arguments, BALANCE_APP_URL=instance.url)
+        assert (code, err) == (0, "")
+        assert re.fullmatch(f"{pattern}\n", out), out
+    code, out, err = await run(
+        "schedule", "audit", "--cron", "* * * *", BALANCE_APP_URL=instance.url
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("The cron expression '* * * *' has 4 fields; it must have 5 ")
+    code, out, _ = await run(
+        "schedule", "audit", "--every", "90", "--json", BALANCE_APP_URL=instance.url
+    )
+    assert (code, json.loads(out)["schedule"]["text"]) == (0, "every 90 s")
+
+
+async def test_the_table_marks_schedules_that_were_set(
+    instance: Instance, connection: Connection
+) -> None:
+    """A line each, with what the code declares; and none where there are none."""
+    await add_job(connection, "audit", other_schedules=["every 7200 s"])
+    _, before, _ = await run("status", BALANCE_APP_URL=instance.url)
+    assert "is due" not in before
+    await run("schedule", "audit", "--every", "60", "--by", "ada", BALANCE_APP_URL=instance.url)
+    _, after, _ = await run("status", BALANCE_APP_URL=instance.url)
+    (line,) = (line for line in after.splitlines() if "is due" in line)
+    assert line.startswith("audit is due every minute: set by ada ")
+    assert line.endswith(
+        "Its code declares: every 5 minutes. Other versions that are live declare: every 2 hours."
+    )
+
+
 async def test_a_job_is_forgotten_after_a_question(
     instance: Instance, connection: Connection
 ) -> None:

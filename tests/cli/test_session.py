@@ -43,8 +43,8 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     ]
     commands = re.findall(r"^│ ([a-z][a-z-]+) +\S", out, re.MULTILINE)
     assert set(commands) == {
-        *("up", "serve", "healthcheck", "migrate", "psql", "reset"),
-        *("status", "history", "run", "pause", "resume", "cancel", "forget"),
+        *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
+        *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
         *("balance", "daily-balances", "change", "users", "audit"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
@@ -108,6 +108,12 @@ REFUSED: Final = [
     ("run nothing", 1, "There is no job nothing.\n"),
     ("run nothing --wait", 1, "There is no job nothing.\n"),
     ("run ..", 1, "There is no"),
+    ("schedule nothing", 1, "There is no job nothing.\n"),
+    ("schedule nothing --every 60", 1, "There is no job nothing.\n"),
+    ("schedule nothing --reset", 1, "There is no job nothing.\n"),
+    ("schedule x --every 60 --reset", 2, "give only one of --every, --cron and"),
+    ("schedule x --every 60 --tz UTC", 2, "--tz has a meaning only with --cron"),
+    ("schedule x --every 1.5", 2, "Invalid value for '--every'"),
     ("history --outcome x", 2, "Invalid value for '--outcome'"),
     ("history NO", 2, "Wrong in query:job: not-a-name.\n"),
     ("audit", 1, "There is no job audit-ledger.\n"),

@@ -106,8 +106,9 @@ class Service:
             )
         return self._read(answer, has)
 
-    def post(
+    def send(  # noqa: PLR0913 - the parts of a request
         self,
+        method: str,
         path: str,
         has: str,
         *,
@@ -117,7 +118,8 @@ class Service:
     ) -> Answer:
         """Change something; the answer is a JSON object that has this member."""
         with self._reporting_failure(Code.UNKNOWN):
-            answer = httpx.post(
+            answer = httpx.request(
+                method,
                 self.url + path,
                 params=_given(params),
                 json=json,
@@ -195,7 +197,7 @@ class Service:
         detail, code = body.get("detail"), body.get("code")
         if not isinstance(detail, str):
             # A proxy that lost the service can't say whether a request was executed.
-            broke = answer.is_server_error and answer.request.method == "POST"
+            broke = answer.is_server_error and answer.request.method != "GET"
             return RemoteError(
                 f"The server at {self.url} is not this service: status {status}.",
                 Code.UNKNOWN if broke else Code.UNAVAILABLE,

@@ -80,7 +80,19 @@ def status_table(status: Json, on: Console) -> RenderableType:
             text(_activity(job, now, on), on),
             _last(job["lastRun"], now, on),
         )
-    return Group(text(line, on, "bold"), Text(), table, Text(), *_instances(status, now, on))
+    overrides = [
+        text(schedule(job, now), on, "yellow")
+        for job in status["jobs"]
+        if job.get("scheduleOverride") is not None  # the release before has none
+    ]
+    return Group(
+        text(line, on, "bold"),
+        Text(),
+        table,
+        Text(),
+        *(([*overrides, Text()]) if overrides else []),
+        *_instances(status, now, on),
+    )
 
 
 def jobs_table(jobs: list[Json], on: Console) -> RenderableType:
@@ -93,6 +105,19 @@ def jobs_table(jobs: list[Json], on: Console) -> RenderableType:
             text(job["origin"], on),
         )
     return table
+
+
+def schedule(job: Json, now: datetime) -> str:
+    """Return when a job is due, whether that was set at run time, and what else is declared."""
+    override, declared = job["scheduleOverride"], job["declaredSchedule"]["words"]
+    line = f"{job['name']} is due {job['schedule']['words']}"
+    if override is None:
+        line += ", as its code declares."
+    else:
+        line += f": set by {override['by']} {_since(_moment(override['at']), now)}."
+        line += f" Its code declares: {declared}."
+    others = ", ".join(other["words"] for other in job["otherSchedules"])
+    return line + (f" Other versions that are live declare: {others}." if others else "")
 
 
 def job_line(job: Json, now: str, on: Console) -> Text:

@@ -170,6 +170,41 @@ def cancel(job: JobName, *, by: By = None, json: Json = False, url: Url = None) 
 
 
 @_jobs()
+def schedule(  # noqa: PLR0913 - each is an option
+    job: JobName,
+    *,
+    every: Annotated[
+        int | None, typer.Option(metavar="SECONDS", help="set it to this interval")
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option(metavar="EXPRESSION", help="set it to five fields as in crontab(5)"),
+    ] = None,
+    tz: Annotated[
+        str | None, typer.Option(metavar="ZONE", help="of --cron, if not UTC: Europe/Berlin")
+    ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="set it back to what its code declares")
+    ] = False,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show when a job is due, or set it: at once, on all instances, until it is reset."""
+    if sum((every is not None, cron is not None, reset)) > 1:
+        raise typer.BadParameter("give only one of --every, --cron and --reset")
+    if tz is not None and cron is None:
+        raise typer.BadParameter("--tz has a meaning only with --cron")
+    request: dict[str, object] = {"everySeconds": every, "cron": cron, "tz": tz}
+    given = {name: value for name, value in request.items() if value is not None}
+    with _open_terminal(url, as_json=json) as terminal:
+        if given or reset:
+            terminal.set_schedule(job, None if reset else given, by=by or _login_name())
+        else:
+            terminal.show_schedule(job)
+
+
+@_jobs()
 def forget(
     job: JobName,
     *,

@@ -138,6 +138,28 @@ class Terminal:
         sentence = _CONTROL_MESSAGES["cancel late" if late else verb]
         self._report(answer.text, lambda: Text(visible(sentence.format(**fields))))
 
+    def show_schedule(self, name: str) -> None:
+        """Show when a job is due, and whether that was set at run time."""
+        status = self._status()
+        job = next((job for job in status.body["jobs"] if job["name"] == name), None)
+        if job is None:
+            raise RemoteError(f"There is no job {name}.", Code.FAILED)
+        self._report_schedule(to_json(job).decode(), job, status.now)
+
+    def set_schedule(self, job: str, schedule: dict[str, object] | None, *, by: str) -> None:
+        """Set a job's schedule (`ScheduleRequest`); None: reset it to what its code declares."""
+        answer = self._service.send(
+            "DELETE" if schedule is None else "PUT",
+            f"/api/cron/jobs/{quote(job, safe='')}/schedule",
+            "schedule",
+            params={"by": by},
+            json=schedule,
+        )
+        self._report_schedule(answer.text, answer.body, answer.now)
+
+    def _report_schedule(self, json: str, job: dict[str, Any], now: datetime) -> None:
+        self._report(json, lambda: Text(visible(output.schedule(job, now))))
+
     def forget(self, job: str, *, by: str) -> None:
         """Take a job off all lists; its history stays."""
         answer = self._control("forget", job, by, has="forgottenAt")
@@ -168,7 +190,8 @@ class Terminal:
     def _control(
         self, verb: str, job: str, by: str, reason: str | None = None, *, has: str = "fence"
     ) -> Answer:
-        return self._service.post(
+        return self._service.send(
+            "POST",
             f"/api/cron/jobs/{quote(job, safe='')}/{verb}",
             has,
             params={"by": by, "reason": reason},
@@ -319,7 +342,8 @@ class Terminal:
         unknown = reported = False
         while True:
             try:
-                return self._service.post(
+                return self._service.send(
+                    "POST",
                     "/api/balance",
                     "change",
                     json={"userId": user, "amount": amount},
