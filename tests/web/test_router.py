@@ -363,6 +363,62 @@ async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
     assert "a live instance has its code" in answer.text
 
 
+async def test_a_schedule_is_set_and_reset_by_forms(site: Site) -> None:
+    """The row and the job's own page mark that it differs from the code; who and when are there."""
+    await add_job(site.connection, "moon", other_schedules=["every 7200 s"])
+    assert "set by" not in text(await site.page())
+    assert "another version that is live declares: every 2 hours" in text(
+        await site.page("/jobs/moon")
+    )
+    answer = await site.send("/jobs/moon/schedule", by=HOSTILE, back="job", every="1 000")
+    assert (answer.status_code, answer.headers["location"]) == (
+        303,
+        "/jobs/moon?did=schedule&job=moon#job-moon",
+    )
+    page = await site.page(answer.headers["location"])
+    assert "moon has the schedule that was set" in text(page, "message")
+    assert "<script>alert(1)" not in page
+    answer = await site.send(
+        "/jobs/moon/schedule", by="ada", back="job", every="", cron="@daily", tz="Europe/Berlin"
+    )
+    page = text(await site.page(answer.headers["location"]))
+    assert re.search(r"set by ada at [-\d: ]+ UTC; its code declares: every 5 minutes", page)
+    assert "Reset to: every 5 minutes" in page
+    for row in (text(await site.page(), "job-moon"), text(await site.page("/jobs"))):
+        assert "at midnight every day, Europe/Berlin" in row or "at 00:00 every day" in row, row
+        assert "set by ada; code: every 5 minutes" in row
+    answer = await site.send("/jobs/moon/schedule/reset", by="ada")
+    assert answer.headers["location"] == "/?did=reset&job=moon#job-moon"
+    assert "set by" not in text(await site.page())
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, "Give either an interval, or a cron expression"),
+        ({"every": "60", "cron": "* * * * *"}, "Give either an interval, or a cron expression"),
+        ({"every": "60", "tz": "UTC"}, "Give either an interval, or a cron expression"),
+        ({"every": "0"}, "An interval is a whole number of seconds, at least 1."),
+        ({"every": "1.5"}, "An interval is a whole number of seconds, at least 1."),
+        ({"every": "31622401"}, "The interval (31622401 s) must be between 1 s and 366 days."),
+        ({"cron": "* * * *"}, "The cron expression '* * * *' has 4 fields"),
+        ({"cron": "a\0b"}, "Wrong in /cron: not-printable."),
+        ({"cron": "@daily", "tz": HOSTILE}, "There is no time zone"),
+    ],
+)
+async def test_what_is_no_schedule_is_reported_on_the_page(
+    site: Site, fields: dict[str, str], sentence: str
+) -> None:
+    """In the words of the API; the page is all there, and the job as it was."""
+    await add_job(site.connection, "moon")
+    answer = await site.send("/jobs/moon/schedule", by="ada", back="job", **fields)
+    assert answer.status_code == 422
+    assert f"Not done. {sentence}" in text(answer.text, "message")
+    assert "<script>alert(1)" not in answer.text
+    assert "Durations" in answer.text
+    assert await site.value("SELECT schedule_override IS NULL FROM jobs")
+
+
 async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     """On the question, on the row, and in the answer."""
     instance = await add_instance(site.connection)

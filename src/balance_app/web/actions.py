@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends
 from pydantic import ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -22,12 +22,12 @@ from balance_app.errors import (
     Problem,
     UnsupportedMediaType,
 )
-from balance_app.http.body import header_values, read_body
+from balance_app.http.body import header_values, parse_json, read_body
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import refuse_other_sites, wake
-from balance_app.jobs.api.schemas import NAME_PATTERN, Pause
+from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, ScheduleRequest
 from balance_app.web import view_models
 from balance_app.web.router import (
     NO_USER,
@@ -46,9 +46,37 @@ FIELDS: Final = 20
 
 _TYPE: Final = b"application/x-www-form-urlencoded"
 _NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
+_NO_SCHEDULE: Final = "Give either an interval, or a cron expression with or without a zone."
+_NO_INTERVAL: Final = "An interval is a whole number of seconds, at least 1."
 _AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
 
-Action = Callable[[Controls, Pause], Coroutine[Any, Any, object]]
+
+class JobForm(Pause):
+    """The fields of the forms that control a job."""
+
+    every: str | None = None
+    cron: str | None = None
+    tz: str | None = None
+
+    def schedule(self) -> ScheduleRequest:
+        """Return the schedule to set.
+
+        Raises:
+            InvalidRequest: there is none, or two, or the interval is no number.
+        """
+        given = {"cron": self.cron, "tz": self.tz}
+        fields: dict[str, object] = {name: text for name, text in given.items() if text}
+        if (self.every is None) == (self.cron is None) or (self.tz and not self.cron):
+            raise InvalidRequest(("", "not-one-schedule"), sentence=_NO_SCHEDULE)
+        if self.every is not None:
+            seconds = re.sub(r"\s", "", self.every)
+            if not is_number(seconds):
+                raise InvalidRequest(("/every", "not-an-integer"), sentence=_NO_INTERVAL)
+            fields["everySeconds"] = int(seconds)
+        return parse_json(to_json(fields), ScheduleRequest)
+
+
+Action = Callable[[Controls, JobForm], Coroutine[Any, Any, object]]
 
 router = APIRouter(
     route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
@@ -81,6 +109,22 @@ async def cancel_job(request: Request, name: str) -> Response:
     return await _control(request, name, "cancel", lambda on, form: on.cancel(name, form.by))
 
 
+@router.post("/jobs/{name}/schedule")
+async def set_schedule(request: Request, name: str) -> Response:
+    """Override a job's schedule."""
+    return await _control(
+        request, name, "schedule", lambda on, form: on.set_schedule(name, form.by, form.schedule())
+    )
+
+
+@router.post("/jobs/{name}/schedule/reset")
+async def reset_schedule(request: Request, name: str) -> Response:
+    """Reset a job's schedule to what its code declares."""
+    return await _control(
+        request, name, "reset", lambda on, form: on.set_schedule(name, form.by, None)
+    )
+
+
 @router.post("/jobs/{name}/forget")
 async def forget_job(request: Request, name: str) -> Response:
     """Take a job off all lists, and go to its page, which has its history."""
@@ -94,7 +138,7 @@ async def _control(request: Request, name: str, what: str, action: Action) -> Re
         raise JobNotFound(name)
     own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
     try:
-        fields = Pause.model_validate({field: text for field, text in form.items() if text})
+        fields = JobForm.model_validate({field: text for field, text in form.items() if text})
     except ValidationError as error:
         place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
         raise InvalidRequest((f"/{place}", "not-printable")) from None

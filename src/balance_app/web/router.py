@@ -287,6 +287,8 @@ _MESSAGES: Final = {
     "run": "{} is ready to run: an instance claims it within a second or two.",
     "pause": "{} is paused: nothing starts it until it is resumed.",
     "resume": "{} is resumed: it runs at its next tick.",
+    "schedule": "{} has the schedule that was set, on all instances.",
+    "reset": "{} has the schedule that its code declares.",
     "cancel": "The run of {} is being cancelled: its instance reads that at its next heartbeat.",
     "cancel-late": (
         "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
