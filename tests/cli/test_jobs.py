@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import Instance, connect, query
+from tests.processes import Instance, connect, http_client, query
 from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
@@ -186,6 +186,68 @@ async def test_the_history_says_what_became_of_every_run(
     assert (code, len(out.splitlines()), err) == (0, 2, "")
     code, out, err = await run("history", "one", "--outcome", "lost", **environment)
     assert (code, out, err) == (0, "There is no such run.\n", "")
+
+
+async def test_what_a_run_said_is_shown(instance: Instance, connection: Connection) -> None:
+    """Of the last run, or of one by its id; nothing that a terminal obeys; the same as JSON."""
+    await add_job(connection, "one")
+    await add_job(connection, "two")
+    await add_run(connection, "one", 1, outcome="failed", result="ValueError: no such mailbox")
+    await add_run(connection, "one", 2)
+    skipped = {"server": None, "last_due_at": -10 * SECOND, "ticks": 3, "result": "paused by ada"}
+    await add_run(connection, "one", None, outcome="skipped", **skipped)
+    await add_run(connection, "two", None, outcome="skipped", **skipped)
+    for fence, number, level, said in (
+        (1, 5, "info", f"sent {HOSTILE}"),
+        (1, 6, "error", "not stored\nOSError: no disk"),
+        (2, 1, "info", "begun"),
+    ):
+        line = {"number": number, "logged_at": -SECOND, "level": level, "text": said}
+        await insert(connection, "job_run_lines", job="one", fence=fence, **line)
+    await insert(connection, "job_run_tracebacks", job="one", fence=1, text="Traceback:\n  x\ny")
+    environment = {"BALANCE_APP_URL": instance.url}
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    code, out, err = await run("history", "one", "--log", **environment)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"one runs on app1 since {moment}\.\n[\d:]{{8}} info     begun\n", out)
+    failed = (await query_ids(connection))[0]
+    code, out, err = await run("history", "--log", f"--run={failed}", **environment)
+    assert (code, err) == (0, "")
+    assert_lines(
+        out,
+        [
+            rf"one failed \d+ s ago \({moment}\) on app1 in 15 s\.",
+            r"ValueError: no such mailbox",
+            r"\(4 earlier lines are not kept\.\)",
+            rf"[\d:]{{8}} info \| sent {SHOWN}",
+            r"[\d:]{8} error \| not stored",
+            r" \| OSError: no disk",
+            r"Traceback:",
+            r" \| x",
+            r"y",
+        ],
+    )
+    assert out == (await run("history", "one", "--log", "--outcome=failed", **environment))[1]
+    async with http_client(instance.url) as client:
+        body = (await client.get(f"/api/cron/runs/{failed}/log")).text
+    assert (await run("history", "--json", "--log", f"--run={failed}", **environment))[1] == (
+        f"{body}\n"
+    )
+    code, out, _ = await run("history", "--log", f"--run={failed + 2}", **environment)
+    assert re.fullmatch(rf"one did not run \({moment}\)\.\npaused by ada\nIt said nothing\.\n", out)
+    for arguments, code, sentence in (
+        (("two", "--log"), 1, "There is no such run.\n"),
+        (("two", "--log", f"--run={failed}"), 1, f"Run {failed} is one of one, not of two.\n"),
+        (("--log", "--run=404404"), 1, "There is no run 404404.\n"),
+    ):
+        assert await run("history", *arguments, **environment) == (code, "", sentence)
+    code, _, err = await run("history", "--run=1", **environment)
+    assert code == 2
+    assert "it needs --log" in err
+
+
+async def query_ids(connection: Connection) -> list[int]:
+    return [row["id"] for row in await connection.fetch("SELECT id FROM job_runs ORDER BY id")]
 
 
 # -- watching ----------------------------------------------------------------------------------

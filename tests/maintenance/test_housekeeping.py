@@ -600,9 +600,21 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
         SELECT gen_random_uuid(), age, clock_timestamp() - age::interval, 1, '{}'
         FROM unnest(ARRAY['1 s', '23:59', '24:01', '9 days']) AS age
     """)
+    await house.connection.execute("""
+        INSERT INTO job_run_lines (job, fence, number, logged_at, level, text)
+        SELECT job, fence, number, started_at, 'info', 'said'
+        FROM job_runs, generate_series(1, 3) AS number;
+        INSERT INTO job_run_tracebacks (job, fence, text) SELECT job, fence, 'failed' FROM job_runs
+    """)
     assert await house.run("prune-history") == (
         "removed 2 481 runs older than 30 days and 2 instances not seen for a day"
     )
+    # what a run said goes with it, and only then
+    (kept,) = await house.rows("""
+        SELECT (SELECT count(*) FROM job_run_lines), (SELECT count(*) FROM job_run_tracebacks),
+               3 * count(*), count(*) FROM job_runs WHERE outcome IS DISTINCT FROM 'skipped'
+    """)
+    assert kept[:2] == kept[2:]
     left = {row[0] for row in await house.rows("SELECT server FROM job_runs")}
     assert left == {
         *(f"old-{n}" for n in range(2481, 2501)),
@@ -784,7 +796,7 @@ async def test_no_statement_reads_more_than_its_share(house: House) -> None:
             (summaries.COUNT, 5000, 1000, 2000),
             (limits.NEAR_LARGEST, 5000, 2000, 0.8, MAX_INTEGER),
             (housekeeping.DELETE_REFUSALS, 500, REFUSALS_KEPT),
-            (housekeeping.PRUNE_RUNS, "audit-kex", 1000),
+            (housekeeping.PRUNE_RUNS, "audit-kex", housekeeping.RUNS_AT_ONCE),
         ):
             async with house.connection.transaction():
                 if sql in {housekeeping.DELETE_REFUSALS, housekeeping.PRUNE_RUNS}:

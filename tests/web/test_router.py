@@ -247,6 +247,36 @@ async def test_a_jobs_page_tells_its_history_page_by_page(site: Site) -> None:
     assert "There is no run of job-a that failed." in none
 
 
+async def test_a_runs_page_tells_what_it_said(site: Site) -> None:
+    """Its lines and its traceback, and nothing that a browser obeys; the history links to it."""
+    await add_job(site.connection, "job-a")
+    await add_job(site.connection, "job-b")
+    failed = await add_run(site.connection, "job-a", "failed", fence=1, result="ValueError: x")
+    runs = await add_run(site.connection, "job-a", None, fence=2)
+    for number in (4, 5):
+        line = {"logged_at": -SECOND, "level": "info", "text": f"line {number}\n<b>of two</b>"}
+        await insert(site.connection, "job_run_lines", job="job-a", fence=1, number=number, **line)
+    await insert(site.connection, "job_run_tracebacks", job="job-a", fence=1, text="File <x>")
+    history = await site.page("/jobs/job-a")
+    assert f'href="/jobs/job-a/runs/{failed}"' in history
+    html = await site.page(f"/jobs/job-a/runs/{failed}")
+    assert f"job-a, run {failed}" in text(html)
+    assert "3 earlier lines are not kept." in text(html)
+    assert "info line 4 <b>of two</b>" in text(html)
+    assert "Traceback File <x>" in text(html)
+    assert "<b>of" not in html
+    html = text(await site.page(f"/jobs/job-a/runs/{runs}"))
+    assert "It has said nothing yet." in html
+    assert "Traceback" not in html
+    for path, status in (
+        (f"/jobs/job-b/runs/{failed}", 404),
+        ("/jobs/job-a/runs/404404", 404),
+        ("/jobs/job-a/runs/x", 422),
+        ("/jobs/job-a/runs/0", 422),
+    ):
+        assert 'href="/"' in await site.page(path, status)
+
+
 async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -> None:
     """It has its number and its end, and is no run in any chart."""
     await add_job(site.connection, "job-a")

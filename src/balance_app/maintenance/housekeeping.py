@@ -11,7 +11,8 @@ from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import Rows, State, count, in_batches
 from balance_app.maintenance.summaries import TABLES
 
-RUNS_AT_ONCE: Final = 1000
+# The lines and the traceback of a run are deleted with it: up to 200 rows each.
+RUNS_AT_ONCE: Final = 200
 ANALYZE_SECONDS: Final = 60
 
 OLD_REFUSALS: Final = """
