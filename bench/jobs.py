@@ -6,9 +6,12 @@
 (e) 100 000 jobs and 50 instances, each with a connection of its own, that claim and finish as fast
     as they can: runs per second, and the time of a claim.
 (f) `GET /api/cron/status` with 10 000 jobs.
+(g) What the logs of runs cost a heartbeat: the renewal of ten leases, and the write after it when
+    each run has said nothing, one line, 20, or 200 lines since the last one.
 """
 
 import asyncio
+import logging
 import os
 import sys
 import tempfile
@@ -23,10 +26,13 @@ from uuid import uuid4
 
 import asyncpg
 import httpx
+import structlog
 
 from balance_app.db.migrations import migrate
 from balance_app.jobs.declarations import Capabilities
+from balance_app.jobs.leases import NO_PROGRESS, Renewal, renew_leases
 from balance_app.jobs.repository import ClaimPolicy, Me, claim_arguments
+from balance_app.jobs.run_log import WRITE_LOGS, RunLog, log_arguments
 from balance_app.jobs.statements import CLAIM, FINISH
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.settings import Settings, load_settings
@@ -40,6 +46,8 @@ MANY_JOBS = 100_000
 CLAIM_SECONDS = 10
 LISTED_JOBS = 10_000
 STATUS_CALLS = 200
+RUNS = 10
+HEARTBEATS = 200
 
 # Ten jobs with an interval of two seconds, of which one falls due every 0.2 s.
 STAGGER = """
@@ -59,6 +67,15 @@ INSERT INTO jobs (name, schedule, description, due_at, ready_at)
 SELECT 'job-' || n, 'every 3600 s', 'a job', at, at
 FROM generate_series(1, $1::integer) AS n,
      LATERAL (SELECT clock_timestamp() + ($2 + n * 0.001) * interval '1 s') AS due (at)
+"""
+
+HELD = """
+WITH held AS (
+    UPDATE jobs SET fence = 1, holder = $1, server = 'bench', started_at = clock_timestamp(),
+                    lease_expires_at = clock_timestamp() + interval '10 min'
+    RETURNING name
+)
+INSERT INTO job_runs (job, fence, due_at, started_at) SELECT name, 1, now(), now() FROM held
 """
 
 
@@ -200,6 +217,41 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
     print(f"(f) the status of {LISTED_JOBS} jobs ({size:.1f} MB), ms: {milliseconds(took)}")
 
 
+async def logs(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+    """Measure (g)."""
+    settings = load_settings(**{name.lower(): value for name, value in variables.items()})
+    await migrate(settings)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    connection = await connect(variables)
+    me, lease = Me(uuid4(), "bench"), timedelta(minutes=10)
+    await connection.execute(FILL, RUNS, -1)
+    await connection.execute(HELD, me.id)
+    capabilities = Capabilities(datetime.now(UTC), RUNS, [], [asyncpg.Range(1, RUNS + 1)])
+    kept = {(f"job-{n}", 1): RunLog(f"job-{n}", 1) for n in range(1, RUNS + 1)}
+    renewals = [Renewal(name, fence, NO_PROGRESS) for name, fence in kept]
+    print(f"(g) a heartbeat of {RUNS} runs, ms")
+    for lines in (0, 1, 20, 200):
+        renewing, writing = [], []
+        for _ in range(HEARTBEATS):
+            for log in kept.values():
+                for number in range(lines):
+                    log.log.info("sent", number=number, to="somebody@mail.example", attempt=1)
+            said = {run: what for run, log in kept.items() if (what := log.unwritten())}
+            sent_at = monotonic()
+            await renew_leases(connection, me, lease, capabilities, renewals)
+            renewed_at = monotonic()
+            if said:
+                await connection.fetch(WRITE_LOGS, *log_arguments(me.id, said))
+            written_at = monotonic()
+            for run, what in said.items():
+                kept[run].written(what)
+            renewing.append(renewed_at - sent_at)
+            writing.append(written_at - renewed_at)
+        print(f"    {lines:>3} lines of each: renewal {milliseconds(renewing)}")
+        print(f"                       write   {milliseconds(writing)}")
+    await connection.close()
+
+
 @asynccontextmanager
 async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncIterator[None]:
     """Run instances whose ten jobs do almost nothing."""
@@ -233,7 +285,7 @@ def milliseconds(seconds: list[float]) -> str:
     return f"p50 {cuts[49] * 1e3:.1f}, p99 {cuts[98] * 1e3:.1f}, highest {max(seconds) * 1e3:.1f}"
 
 
-PARTS = {"starts": starts, "idle": idling, "many": many, "listing": listing}
+PARTS = {"starts": starts, "idle": idling, "many": many, "listing": listing, "logs": logs}
 
 if __name__ == "__main__":
     asyncio.run(main())

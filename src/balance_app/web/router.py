@@ -192,6 +192,7 @@ async def show_run(request: Request, name: str, run: str) -> Response:
     found = await services(request)[History].log(int(run))
     if found.run.job != name:
         raise RunNotFound(int(run))
+    await stream_of(request).refresh()
     return _page(request, "run.html", dict(found))
 
 
