@@ -116,7 +116,7 @@ async def _lifespan(
         *([] if scheduler is None else [scheduler]),
         status_reader,
         EventBroadcaster(status_reader.read, stopping),
-        Controls(database, status_reader),
+        Controls(database, status_reader, registry),
         History(database),
         queries,
         PageStream(status_reader, queries, stopping, root_path=settings.root_path),

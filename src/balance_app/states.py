@@ -60,6 +60,7 @@ class Reason(StrEnum):
     QUARANTINED = "quarantined"
     LOST = "lost"
     NO_CODE = "no-code"
+    NO_CAPACITY = "no-capacity"
     PAUSED = "paused"
 
 
@@ -84,6 +85,7 @@ _REASONS: Final[dict[str, Sign]] = {
     Reason.QUARANTINED: Sign("✕", "quarantined", Tone.BAD),
     Reason.LOST: Sign("✕", "lost", Tone.BAD),
     Reason.NO_CODE: Sign("?", "no code", Tone.WARN),
+    Reason.NO_CAPACITY: Sign("◔", "no capacity", Tone.WARN),
 }
 _ACTIVE: Final = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT)
 

@@ -389,6 +389,35 @@ def wrong_objects() -> Iterator[Case]:
     yield _body("/api/users", "fields id", b'{"id":1,"balance":7}', ("", "unknown-field"))
 
 
+def arguments() -> Iterator[Case]:
+    """Odd arguments of a run; well-formed ones are refused: no such job, or no such parameter."""
+    path = "/api/cron/jobs/a/run"
+    bodies: dict[str, tuple[str, tuple[str, str] | None]] = {
+        "nothing": ("{}", ("/args", "required")),
+        "null": ('{"args":null}', ("/args", "not-an-object")),
+        "array": ('{"args":["poison"]}', ("/args", "not-an-object")),
+        "unknown": ('{"args":{},"poison":1}', ("", "unknown-field")),
+        "twice": ('{"args":{"a":1,"a":2}}', ("", "duplicate-key")),
+        "surrogate": ('{"args":{"a":"poison\\ud800"}}', ("/args/a", "not-text")),
+        "NUL": ('{"args":{"a":"poison\\u0000"}}', ("/args/a", "not-text")),
+        "good": ('{"args":{"poison":1}}', None),
+        "none": ('{"args":{}}', None),
+    }
+    for kind, (body, fault) in bodies.items():
+        refusal = (404, "job-not-found") if fault is None else INVALID
+        sent = request("POST", path, body.encode(), content_type="application/json")
+        yield Case(f"arguments {kind}", sent, *refusal, fault, b"poison")
+    yield Case("arguments as text", request("POST", path, b"{}", content_type="text/plain"), *MEDIA)
+    yield Case("arguments of 16 KiB", request("POST", path, b"{}".ljust(16 * 1024 + 1)), *LARGE)
+    yield Case("arguments that are no JSON", request("POST", path, b"{"), *MALFORMED)
+    for kind, args in {"long": f'"{"x" * 9000}"', "unknown": "1"}.items():
+        sent = request(
+            "POST", "/api/cron/jobs/audit-ledger/run", b'{"args":{"b":%b}}' % args.encode()
+        )
+        fault = ("/args/b", "wrong-argument")
+        yield Case(f"arguments {kind} of a job", sent, 422, "invalid-arguments", fault)
+
+
 def schedules() -> Iterator[Case]:
     """Odd schedules of a job; well-formed ones are refused because there is no such job."""
     path = "/api/cron/jobs/a/schedule"
@@ -897,6 +926,9 @@ def headers() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     """Return the whole table."""
-    groups = (numbers, malformed_bodies, wrong_objects, schedules, media_types, sizes, methods)
+    groups = (
+        *(numbers, malformed_bodies, wrong_objects, arguments, schedules),
+        *(media_types, sizes, methods),
+    )
     more = (keys, addresses, queries, days, framing, headers)
     return [case for group in (*groups, *more) for case in group()]

@@ -208,7 +208,7 @@ def steered(
         return await pool.write(connection, sql, *arguments)
 
     monkeypatch.setattr(controls, "write", write)
-    return Controls(jobs_db.database, StatusReader(jobs_db.database, jobs_db.settings))
+    return Controls(jobs_db.database, StatusReader(jobs_db.database, jobs_db.settings), {})
 
 
 async def set_while_claimed(

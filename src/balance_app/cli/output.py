@@ -186,7 +186,9 @@ def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
     for instance in status["instances"]:
         names = [job["name"] for job in status["jobs"] if job["instanceId"] == instance["id"]]
         up = duration((now - _moment(instance["startedAt"])).total_seconds())
-        line = f"{instance['server']}: {instance['running']} running"
+        limit = instance.get("maxRunning")
+        of = "" if limit is None else f" of at most {limit}"
+        line = f"{instance['server']}: {instance['running']}{of} running"
         line += f" ({', '.join(names)})" if names else ""
         if instance["live"]:
             lines.append(text(f"{line}, up {up}", on))

@@ -122,21 +122,29 @@ def history(  # noqa: PLR0913 - each is an option
 
 
 @_jobs()
-def run(
+def run(  # noqa: PLR0913 - each is an option
     job: JobName,
     *,
     wait: Annotated[
         bool, typer.Option("--wait", help="wait for its end; exit code 1 unless it succeeds")
     ] = False,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="replace a declared argument for this run; JSON, or text that is none; repeatable",
+        ),
+    ] = None,
     by: By = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
     """Run a job now."""
+    args = dict(_argument(each) for each in arg or ())
     with _open_terminal(url, as_json=json) as terminal:
         if wait:
-            raise typer.Exit(terminal.run_and_wait(job, by=by or _login_name()))
-        terminal.control("run", job, by=by or _login_name())
+            raise typer.Exit(terminal.run_and_wait(job, by=by or _login_name(), args=args))
+        terminal.control("run", job, by=by or _login_name(), args=args)
 
 
 @_jobs()
@@ -363,6 +371,18 @@ def _service_url(given: str | None) -> str:
         return given
     settings = load_settings()
     return settings.balance_app_url or own_url(settings)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    from pydantic_core import from_json  # noqa: PLC0415 - nothing else waits for it
+
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        fail(f"--arg {text}: write NAME=VALUE.", code=2)
+    try:
+        return name, from_json(value, allow_inf_nan=False)
+    except ValueError:
+        return name, value
 
 
 def _login_name() -> str:

@@ -128,9 +128,17 @@ class Terminal:
             raise RemoteError("There is no such run.", Code.FAILED)
         return last
 
-    def control(self, verb: str, job: str, *, by: str, reason: str | None = None) -> None:
+    def control(
+        self,
+        verb: str,
+        job: str,
+        *,
+        by: str,
+        reason: str | None = None,
+        args: dict[str, Any] | None = None,
+    ) -> None:
         """Run, pause, resume or cancel a job."""
-        answer = self._control(verb, job, by, reason)
+        answer = self._control(verb, job, by, reason, args)
         fields = {"server": answer.body["server"], "by": by, "name": job}
         if answer.body["paused"] is not None:
             fields["by"] = answer.body["paused"]["by"]
@@ -167,9 +175,9 @@ class Terminal:
         message = f"{job} is forgotten, by {who} at {exact(at)} UTC. Its runs: "
         self._report(answer.text, lambda: Text(visible(message) + self._command("history", job)))
 
-    def run_and_wait(self, job: str, *, by: str) -> Code:
+    def run_and_wait(self, job: str, *, by: str, args: dict[str, Any] | None = None) -> Code:
         """Run a job now, or join its run under way; show its end, return the exit code."""
-        return self._report_run(*self._wait(job, self._request_run(job, by)))
+        return self._report_run(*self._wait(job, self._request_run(job, by, args)))
 
     def audit_now(self, *, by: str) -> Code:
         """Request an audit of the ledger, show what it finds, return the exit code."""
@@ -187,24 +195,33 @@ class Terminal:
     def _status(self) -> Answer:
         return self._service.get("/api/cron/status", "jobs")
 
-    def _control(
-        self, verb: str, job: str, by: str, reason: str | None = None, *, has: str = "fence"
+    def _control(  # noqa: PLR0913 - the parts of a request
+        self,
+        verb: str,
+        job: str,
+        by: str,
+        reason: str | None = None,
+        args: dict[str, Any] | None = None,
+        *,
+        has: str = "fence",
     ) -> Answer:
         return self._service.send(
             "POST",
             f"/api/cron/jobs/{quote(job, safe='')}/{verb}",
             has,
             params={"by": by, "reason": reason},
+            json={"args": args} if args else None,
         )
 
-    def _request_run(self, name: str, by: str) -> int:
+    def _request_run(self, name: str, by: str, args: dict[str, Any] | None) -> int:
         """Request a run; return its fence, or that of the run that is already under way."""
         before = next((job for job in self._status().body["jobs"] if job["name"] == name), None)
         fence = 0 if before is None else int(before["fence"])
         try:
-            self._control("run", name, by)
+            self._control("run", name, by, args=args)
         except RemoteError as error:
-            if error.problem != "job-running" or before is None:
+            # With other arguments the run under way is another one.
+            if error.problem != "job-running" or before is None or args:
                 raise
             self._message(f"{error} Waiting for that run{_expected_duration(before)}.")
             return fence + int(before["state"] != State.RUNNING)

@@ -114,6 +114,12 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
+def has_body(request: Request) -> bool:
+    """Return whether the request has a body, for routes where it is optional."""
+    lengths = header_values(request, b"content-length")
+    return lengths not in ([], [b"0"]) or bool(header_values(request, b"transfer-encoding"))
+
+
 def header_values(request: Request, name: bytes) -> list[bytes]:
     """Return each value of a header (`name` in lower case) as it was sent."""
     return [value for key, value in request.scope["headers"] if key == name]
@@ -174,6 +180,7 @@ FAULT_CODES: Final = {
     "less_than": "out-of-range",
     "less_than_equal": "out-of-range",
     "model_type": "not-an-object",
+    "dict_type": "not-an-object",
     "model_attributes_type": "not-an-object",
     "date_parsing": "not-a-date",
     "string_type": "not-a-string",

@@ -112,7 +112,9 @@ def headers(*names: str) -> dict[str, Any]:
     return {"headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names}}
 
 
-def json_request(model: type[BaseModel], *, key_pattern: str | None = None) -> dict[str, Any]:
+def json_request(
+    model: type[BaseModel], *, key_pattern: str | None = None, required: bool = True
+) -> dict[str, Any]:
     """Return the OpenAPI description of a request whose body `body.read_json` reads.
 
     With `key_pattern` the request may have an `Idempotency-Key` of that pattern.
@@ -135,7 +137,7 @@ def json_request(model: type[BaseModel], *, key_pattern: str | None = None) -> d
     }
     return {
         "requestBody": {
-            "required": True,
+            "required": required,
             "content": {"application/json": {"schema": schema, "example": example}},
         },
         "parameters": [] if key_pattern is None else [key],

@@ -148,6 +148,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
             raise DeclarationError(f"Job {name}: min_duration is {min_duration}: below zero.")
         _check_retries(name, retry_after, retry_backoff, max_retries, pause_after_failures)
         _check_late(name, late, start_within)
+        parameters = _parameters(name, function, args or {})
         if jitter < timedelta(0) or (every is not None and jitter >= every):
             raise DeclarationError(
                 f"Job {name}: jitter is {jitter}; it must be between zero and the interval."
@@ -169,7 +170,7 @@ def job(  # noqa: PLR0913 - each is an option of a job
             min_seconds=None if min_duration is None else min_duration.total_seconds(),
             jitter_seconds=jitter.total_seconds(),
             args=dict(args or {}),
-            parameters=_parameters(name, function, args or {}),
+            parameters=parameters,
             start_within_seconds=start_within.total_seconds() if start_within else None,
         )
 

@@ -27,7 +27,7 @@ from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import refuse_other_sites, wake
-from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, ScheduleRequest
+from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, RunRequest, ScheduleRequest
 from balance_app.web import view_models
 from balance_app.web.router import (
     NO_USER,
@@ -54,9 +54,21 @@ _AGAIN: Final = " Press the button again: it takes effect once, however often it
 class JobForm(Pause):
     """The fields of the forms that control a job."""
 
+    args: str | None = None
     every: str | None = None
     cron: str | None = None
     tz: str | None = None
+
+    def arguments(self) -> dict[str, Any] | None:
+        """Return what to run the job with.
+
+        Raises:
+            MalformedRequest: it is not JSON.
+            InvalidRequest: it is not a JSON object.
+        """
+        if self.args is None:
+            return None
+        return parse_json(b'{"args":%b}' % self.args.encode(), RunRequest).args
 
     def schedule(self) -> ScheduleRequest:
         """Return the schedule to set.
@@ -86,7 +98,9 @@ router = APIRouter(
 @router.post("/jobs/{name}/run")
 async def run_job(request: Request, name: str) -> Response:
     """Make a job ready now."""
-    return await _control(request, name, "run", lambda on, form: on.run(name, form.by))
+    return await _control(
+        request, name, "run", lambda on, form: on.run(name, form.by, form.arguments())
+    )
 
 
 @router.post("/jobs/{name}/pause")

@@ -304,7 +304,9 @@ async def test_runs_begin_and_end_by_an_index(
             )
             assert await jobs.finish(claimed.name, claimed.fence, completion) is True
         assert sorted(await jobs.retract_losses()) == [FAILING, RARE]
-        controls = Controls(database, StatusReader(database, load_settings(db_host="localhost")))
+        controls = Controls(
+            database, StatusReader(database, load_settings(db_host="localhost")), {}
+        )
         await controls.pause(MANY, "ada", None)
         await controls.resume(MANY, "ada")
     bounded(connection.touched, 200)

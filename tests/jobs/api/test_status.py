@@ -251,7 +251,9 @@ async def test_instances_are_listed_while_they_are_seen(
     await add_instance(connection, "gone", seen_seconds_ago=70)
     for _ in range(2):
         live, silent = (await read_status(reader))["instances"]
-        assert live.keys() == {"id", "server", "startedAt", "seenSecondsAgo", "live", "running"}
+        assert live.keys() == {
+            *("id", "server", "startedAt", "seenSecondsAgo", "live", "running", "maxRunning")
+        }
         assert (live["server"], live["live"]) == ("live", True)
         assert (silent["server"], silent["live"]) == ("silent", False)
         assert 20 <= silent["seenSecondsAgo"] < 50

@@ -4,8 +4,9 @@ Each is one conditional statement, so concurrent requests are safe. The instance
 receives a request with its next heartbeat, all others with their next claim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -15,15 +16,19 @@ from balance_app.db.pool import Database, read, write
 from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.jobs.api.errors import (
+    InvalidArguments,
     JobHasCode,
     JobNotFound,
     JobNotRunning,
     JobPaused,
+    JobRequested,
     JobRunning,
     JobWithoutCode,
 )
 from balance_app.jobs.api.schemas import ScheduleRequest
 from balance_app.jobs.api.status import Forgotten, StatusReader
+from balance_app.jobs.arguments import ArgumentsError, encode
+from balance_app.jobs.job import Job
 from balance_app.jobs.schedule import ScheduleError, TickRange, parse
 
 log = structlog.get_logger(__name__)
@@ -41,20 +46,41 @@ class Controls:
         DatabaseUnavailable: see `balance_app.db.pool`.
     """
 
-    def __init__(self, database: Database, status_reader: StatusReader) -> None:
+    def __init__(
+        self, database: Database, status_reader: StatusReader, registry: Mapping[str, Job]
+    ) -> None:
         self._database = database
         self._status_reader = status_reader
+        self._registry = registry
 
-    async def run(self, name: str, by: str) -> bytes:
-        """Make a job ready now.
+    async def run(self, name: str, by: str, args: Mapping[str, object] | None = None) -> bytes:
+        """Make a job ready now, to run with its declared arguments or with some replaced by `args`.
+
+        They are checked here if this instance has the job's code, and by the instance that runs it.
 
         Raises:
+            InvalidArguments: its function can't be called with these.
             JobRunning: the job is running.
             JobPaused: it is paused.
+            JobRequested: it is to run with other arguments.
             JobWithoutCode: no live instance has its code.
         """
+        encoded = None
+        if args:
+            try:
+                encoded = encode(args)
+                if (job := self._registry.get(name)) is not None:
+                    job.parameters.check(job.args_with(args))
+            except ArgumentsError as error:
+                raise InvalidArguments(name, str(error), error.names) from None
         return await self._apply(
-            "run", RUN, name, by, self._status_reader.lease, refusal=_refuses_run
+            "run",
+            RUN,
+            name,
+            by,
+            self._status_reader.lease,
+            encoded,
+            refusal=partial(_refuses_run, args=args),
         )
 
     async def pause(self, name: str, by: str, reason: str | None) -> bytes:
@@ -214,11 +240,13 @@ def _lane(name: str) -> Lane:
     return Lane(("job", name))
 
 
-def _refuses_run(job: dict[str, Any]) -> Problem | None:
+def _refuses_run(job: dict[str, Any], args: Mapping[str, object] | None) -> Problem | None:
     if job["paused"] is not None and job["state"] != "running":
         return JobPaused(job["name"], by=job["paused"]["by"], at=job["paused"]["at"])
     if job["state"] == "running":
         return JobRunning(job["name"], server=job["server"], started_at=job["startedAt"])
+    if args and job["requestedBy"] is not None and job["requestedArgs"] != args:
+        return JobRequested(job["name"], by=job["requestedBy"])
     return None if job["hasCode"] else JobWithoutCode(job["name"])
 
 
@@ -238,16 +266,19 @@ def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
 
 # A tick that is due already runs. One in the future is replaced by a new tick at this moment, so
 # its idempotency key for effects outside is new. A running job is left alone, and so is one whose
-# code no live instance has ($3: the lease), as its run would never start.
+# code no live instance has ($3: the lease), as its run would never start. Of two requests with
+# different arguments ($4) for one run the first is kept. A checkpoint belongs to other arguments.
 RUN: Final = """
 UPDATE jobs
 SET due_at = least(due_at, moment), ready_at = least(ready_at, moment),
-    requested_by = coalesce(requested_by, $2)
+    requested_by = coalesce(requested_by, $2), requested_args = coalesce(requested_args, $4),
+    checkpoint = CASE WHEN $4::jsonb IS NULL THEN checkpoint END
 FROM (SELECT clock_timestamp() AS moment) AS request
 WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
   AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
   AND EXISTS (SELECT FROM instances WHERE last_heartbeat_at + $3::interval > clock_timestamp()
               AND number <= highest_number AND name <> ALL (missing))
+  AND (requested_by IS NULL OR $4::jsonb IS NULL OR requested_args = $4)
 RETURNING name
 """
 

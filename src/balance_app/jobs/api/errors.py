@@ -1,5 +1,6 @@
 """The problems with which a job's state refuses a request."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import ClassVar
 
@@ -82,6 +83,42 @@ class JobNotRunning(Problem):
 
     def __init__(self, name: str, *, state: str) -> None:
         super().__init__(f"Job {name} is not running: it is {state}.", job=name, state=state)
+
+
+class JobRequested(Problem):
+    """A run of the job has been requested with other arguments, and has not started yet.
+
+    Nothing was changed. Wait for the run, then request yours.
+    """
+
+    status, code, title = 409, "job-requested", "Job requested"
+    sample: ClassVar = {"name": "audit-ledger", "by": "ada"}
+
+    def __init__(self, name: str, *, by: str) -> None:
+        super().__init__(
+            f"{by} has requested a run of {name} with other arguments, which has not started yet.",
+            job=name,
+            requestedBy=by,
+        )
+
+
+class InvalidArguments(Problem):
+    """The function of the job can't be called with these arguments.
+
+    Nothing was changed. `errors` names each argument that is wrong; the sentence says what it must
+    be.
+    """
+
+    status, code, title = 422, "invalid-arguments", "Invalid arguments"
+    sample: ClassVar = {
+        "name": "report",
+        "sentence": "days: input should be a valid integer",
+        "arguments": ["days"],
+    }
+
+    def __init__(self, name: str, sentence: str, arguments: Iterable[str]) -> None:
+        faults = [{"pointer": f"/args/{each}", "code": "wrong-argument"} for each in arguments]
+        super().__init__(f"Job {name} can't run with these: {sentence}.", job=name, errors=faults)
 
 
 class JobWithoutCode(Problem):

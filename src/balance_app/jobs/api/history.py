@@ -3,6 +3,7 @@
 from typing import Final
 
 import asyncpg
+from pydantic_core import from_json
 
 from balance_app.db.pool import Connection, Database, read
 from balance_app.jobs.api.errors import JobNotFound, RunNotFound
@@ -128,4 +129,5 @@ def _run(row: asyncpg.Record) -> RunAnswer:
     else:
         seconds = ((row["ended_at"] or row["now"]) - row["started_at"]).total_seconds()
         run["seconds"] = round(max(seconds, 0.0), 3)
+    run["args"] = row["args"] and from_json(row["args"])
     return RunAnswer.model_validate(run)

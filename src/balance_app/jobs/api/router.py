@@ -8,17 +8,19 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from balance_app.errors import InvalidRequest
-from balance_app.http.body import BODY_PROBLEMS, read_json
+from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
     CrossSiteRequest,
+    InvalidArguments,
     JobHasCode,
     JobNotFound,
     JobNotRunning,
     JobPaused,
+    JobRequested,
     JobRunning,
     JobWithoutCode,
     RunNotFound,
@@ -34,6 +36,7 @@ from balance_app.jobs.api.schemas import (
     PauseQuery,
     RunId,
     RunLogAnswer,
+    RunRequest,
     ScheduleRequest,
     StatusAnswer,
     WhoQuery,
@@ -167,16 +170,20 @@ _own_site = Depends(refuse_other_sites)
     status_code=202,
     response_model=JobAnswer,
     responses=problems(
-        CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobWithoutCode, InvalidRequest
+        *(CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobRequested, JobWithoutCode),
+        *(InvalidArguments, *BODY_PROBLEMS),
     ),
     dependencies=[_own_site, ONCE],
+    openapi_extra=json_request(RunRequest, required=False),
 )
 async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Make a job ready now; after the run its schedule continues with the next tick.
 
-    If a tick is due already, or waits for a retry, the run is of that tick.
+    If a tick is due already, or waits for a retry, the run is of that tick. A body with `args`
+    replaces declared arguments for this run.
     """
-    return _steered(request, await _controls(request).run(name, who.by))
+    args = (await read_json(request, RunRequest, key=None)).args if has_body(request) else None
+    return _steered(request, await _controls(request).run(name, who.by, args))
 
 
 @router.post(

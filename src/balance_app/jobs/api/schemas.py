@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
@@ -92,6 +93,18 @@ class Pause(Who):
         ),
         _printable(200),
     ] = None
+
+
+class RunRequest(StrictModel):
+    """How a job is to run."""
+
+    args: Annotated[
+        dict[str, JsonValue],
+        Field(
+            description="what to call its function with, in place of declared arguments",
+            examples=[{"days": 30}],
+        ),
+    ]
 
 
 class Page(QueryModel):
@@ -316,6 +329,14 @@ class JobAnswer(_Answer):
     ]
     fence: Annotated[int, Field(description="rises with each run", examples=[12])]
     requested_by: Annotated[str | None, Field(description="who requested the run", examples=[None])]
+    args: Annotated[
+        dict[str, Any],
+        Field(description="what its function is called with, as declared", examples=[{"days": 30}]),
+    ]
+    requested_args: Annotated[
+        dict[str, Any] | None,
+        Field(description="what the requested run replaces of them", examples=[None]),
+    ]
     has_code: Annotated[
         bool, Field(description="whether a live instance could run it", examples=[True])
     ]
@@ -350,6 +371,10 @@ class InstanceAnswer(_Answer):
     seen_seconds_ago: Annotated[float, Field(examples=[0.731])]
     live: Annotated[bool, Field(examples=[True])]
     running: Annotated[int, Field(description="how many jobs it runs", examples=[2])]
+    max_running: Annotated[
+        int | None,
+        Field(description="how many it runs at most (JOB_MAX_RUNNING); null: any number"),
+    ]
 
 
 class StatusAnswer(_Answer):
@@ -379,6 +404,10 @@ class RunAnswer(_Answer):
     ended_at: Annotated[Instant | None, Field(description="null while it runs")]
     seconds: Annotated[Seconds | None, Field(description="up to now while it runs")]
     result: Annotated[Sentence | None, Field(description="its result, its error, or why it ended")]
+    args: Annotated[
+        dict[str, Any] | None,
+        Field(description="what it was requested with; null: as declared", examples=[None]),
+    ]
 
 
 class LogLineAnswer(_Answer):

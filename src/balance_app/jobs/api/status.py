@@ -46,15 +46,23 @@ class Limits(NamedTuple):
 class Fleet(NamedTuple):
     """The jobs that the live instances can run, and the start of the eldest of them."""
 
-    # the highest number of a job, and the names that are missing below it
-    capabilities: frozenset[tuple[int, frozenset[str]]]
+    # the highest number of a job, the names that are missing below it, and whether the instance
+    # runs as many jobs as it may
+    capabilities: frozenset[tuple[int, frozenset[str], bool]]
     since: datetime | None
 
     def can_run(self, number: int, name: str) -> bool:
         """Return whether a live instance has the code of a job."""
         return any(
             number <= highest_number and name not in missing
-            for highest_number, missing in self.capabilities
+            for highest_number, missing, _ in self.capabilities
+        )
+
+    def has_capacity(self, number: int, name: str) -> bool:
+        """Return whether a live instance that has the code of a job may run one more."""
+        return any(
+            number <= highest_number and name not in missing and not full
+            for highest_number, missing, full in self.capabilities
         )
 
 
@@ -207,11 +215,12 @@ class StatusReader:
         since = []
         for instance in instances:
             sent, highest_number = instance.pop("missing"), instance.pop("highestNumber")
+            full = instance.pop("full")
             instance["startedAt"] = datetime.fromisoformat(instance["startedAt"]).astimezone(UTC)
             names = self._missing[instance["id"]] if sent is None else frozenset(sent)
             missing[instance["id"]] = names
             if instance["live"]:
-                capabilities.add((highest_number, names))
+                capabilities.add((highest_number, names, full))
                 since.append(instance["startedAt"])
         self._missing = missing
         return Fleet(frozenset(capabilities), min(since, default=None))
@@ -252,7 +261,7 @@ WITH header AS (
 ), changed AS (
     SELECT name, number, coalesce(schedule_override, schedule) AS schedule,
            schedule AS declared_schedule, overridden_by, overridden_at,
-           description, due_at, ready_at, attempt, requested_by,
+           description, args, due_at, ready_at, attempt, requested_by, requested_args,
            startup_marked_at, paused_at, paused_by, pause_reason, fence, holder, server, started_at,
            lease_expires_at, cancel_requested_by, done, total, note, last_heartbeat_at,
            lost_streak, failure_streak, other_schedules,
@@ -273,6 +282,10 @@ FROM (
                 greatest(round(extract(epoch FROM now - last_heartbeat_at), 3), 0)::float8,
                 'live', last_heartbeat_at + $3::interval > now,
                 'running', 0,
+                'maxRunning', max_running,
+                'full', max_running IS NOT NULL AND max_running <= (
+                    SELECT count(*) FROM jobs WHERE holder = id AND lease_expires_at > now
+                ),
                 'highestNumber', highest_number,
                 'missing', CASE WHEN id <> ALL ($4::uuid[]) THEN missing END
             ) ORDER BY server, started_at), '[]')::text
@@ -337,6 +350,8 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
         "lossesInARow": row["lost_streak"],
         "fence": row["fence"],
         "requestedBy": row["requested_by"],
+        "args": from_json(row["args"]),
+        "requestedArgs": row["requested_args"] and from_json(row["requested_args"]),
         "hasCode": running or fleet.can_run(row["number"], row["name"]),
         "paused": (
             {"by": row["paused_by"], "at": row["paused_at"], "reason": row["pause_reason"]}
@@ -399,6 +414,11 @@ def _waiting_reason(
         reason, sentence = (
             Reason.WARM_UP,
             f"Due, but instances are starting: they share the due jobs at {_utc(warm_up_ends_at)}.",
+        )
+    elif not fleet.has_capacity(row["number"], row["name"]):
+        reason = Reason.NO_CAPACITY
+        sentence = (
+            f"Due since {_utc(ready_at)}, but the instances with its code are at their limit."
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
