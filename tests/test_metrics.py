@@ -443,6 +443,10 @@ async def test_the_fleet_is_what_the_rows_say(jobs_db: JobsDatabase) -> None:
         "UPDATE jobs SET holder = gen_random_uuid(), server = 'x', started_at = clock_timestamp(),"
         " lease_expires_at = clock_timestamp() - interval '20 s' WHERE name = 'lost'"
     )
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET schedule_override = 'every 60 s', overridden_by = 'x',"
+        " overridden_at = clock_timestamp() WHERE name = 'ready'"
+    )
     now = float(await jobs_db.admin.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
     found = await stats(jobs_db, *(name for name in names if name != "other"))
     assert sorted(found) == ["failing", "fresh", "lost", "paused", "ready"]
@@ -456,6 +460,8 @@ async def test_the_fleet_is_what_the_rows_say(jobs_db: JobsDatabase) -> None:
     assert found["paused"].paused
     assert found["paused"].overdue_seconds == 0
     assert not found["ready"].paused
+    assert found["ready"].schedule_overridden
+    assert not found["paused"].schedule_overridden
 
 
 async def test_an_audit_s_result_stands_until_the_next(jobs_db: JobsDatabase) -> None:

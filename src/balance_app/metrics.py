@@ -72,6 +72,7 @@ class JobStats(NamedTuple):
     mismatch: bool | None
     failures_in_a_row: int = 0
     losses_in_a_row: int = 0
+    schedule_overridden: bool = False
 
 
 class FleetStats(NamedTuple):
@@ -305,6 +306,11 @@ class _Fleet(Collector):
                 lambda job: job.overdue_seconds,
             ),
             ("paused", "1 while the job is paused.", lambda job: job.paused),
+            (
+                "schedule_overridden",
+                "1 while the job's schedule is one that was set at run time.",
+                lambda job: job.schedule_overridden,
+            ),
             (
                 "last_run_failed",
                 "1 if the job's last run failed, timed out or was lost.",

@@ -144,6 +144,17 @@ async def test_a_declaration_that_changes_what_it_did_not_see_moves_the_tick(
     assert await declare_meanwhile(jobs_db, monkeypatch)
 
 
+async def test_no_job_waits_for_a_clock_that_was_set_back(jobs_db: JobsDatabase) -> None:
+    """A tick further ahead than the next one of what was set is computed again, by that."""
+    instance = jobs_db.instance()
+    await instance.declare("moon", schedule=DECLARED)
+    await jobs_db.admin.execute(SET, "moon", OVERRIDE)
+    await jobs_db.shift(-3 * HOUR.total_seconds())
+    await instance.declare("moon", schedule=DECLARED)
+    left = await jobs_db.admin.fetchval("SELECT due_at - clock_timestamp() FROM jobs")
+    assert timedelta(0) < left <= MINUTE
+
+
 async def skip_while_set(jobs_db: JobsDatabase) -> bool:
     """Skip a late tick whose schedule was set since it was found; say whether it was skipped."""
     moon = job(name="moon", every=HOUR, late="skip", start_within=MINUTE)(print)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
@@ -850,6 +850,27 @@ async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: P
     spans = read_event_logs(tmp_path)
     assert [span.fence for span in spans] == [1, 2, 3]
     assert all(one.end < other.begin for one, other in pairwise(spans))
+
+
+async def test_a_set_schedule_is_that_of_all_instances(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    """Set on one instance and reset on the other, without a restart; runs follow each at once."""
+    async with fleet(database, tmp_path, seconds=0.2) as (one, other):
+
+        async def ask() -> dict[str, Any]:
+            return await job(other, "job-01")
+
+        address = "/api/cron/jobs/job-01/schedule"
+        await until(lambda found: found["lastRun"] is not None, ask)
+        assert (await one.put(address, json={"everySeconds": 1})).status_code == 200
+        found = await until(lambda found: found["fence"] >= 4, ask)
+        assert found["schedule"]["text"] == "every 1 s"
+        assert (await other.delete(address)).status_code == 200
+        found = await until(lambda found: found["state"] == "waiting", ask)
+        left = datetime.fromisoformat(found["dueAt"]) - datetime.now(UTC)
+        assert left > 3000 * SECOND
+        assert (await job(one, "job-01"))["scheduleOverride"] is None
 
 
 async def test_a_cancelled_run_ends_wherever_it_is(

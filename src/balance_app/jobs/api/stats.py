@@ -65,7 +65,8 @@ SELECT name,
        coalesce(last_outcome IN ('failed', 'timed_out', 'lost'), false) AS last_run_failed,
        CASE WHEN since.mismatch THEN true WHEN name = ANY ($2) AND success.id > 0 THEN false END
        AS mismatch,
-       failure_streak AS failures_in_a_row, lost_streak AS losses_in_a_row
+       failure_streak AS failures_in_a_row, lost_streak AS losses_in_a_row,
+       schedule_override IS NOT NULL AS schedule_overridden
 FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN jobs
 LEFT JOIN LATERAL (
     SELECT id, ended_at FROM job_runs
