@@ -263,7 +263,11 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
         await live(page, "/jobs/job-a")
-        await page.get_by_label("Your name").fill("ada")
+        await (
+            page.get_by_role("form", name="Pause with a reason")
+            .get_by_label("Your name")
+            .fill("ada")
+        )
         await page.get_by_label("Why").fill("a full disk")
         await page.get_by_role("button", name="Pause with a reason").click()
         await says(page, "#job-job-a", "a full disk")

@@ -25,6 +25,7 @@ from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry, job
 from balance_app.jobs.repository import Completion, JobRepository, Me
+from balance_app.jobs.run_log import Line, Unwritten
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.maintenance.summaries import read_table_bytes
@@ -57,6 +58,17 @@ FROM (
                 THEN 'succeeded' WHEN n % 10 < 8 THEN 'failed' ELSE 'skipped' END AS outcome
     FROM generate_series(1, $1::integer) AS n
 ) AS runs
+"""
+# 200 lines of each of a thousand runs of one job.
+LINES: Final = """
+INSERT INTO job_run_lines (job, fence, number, logged_at, level, text)
+SELECT job, fence, number, started_at, 'info', 'said'
+FROM (SELECT * FROM job_runs WHERE job = 'many' ORDER BY id LIMIT 1000) AS run,
+     generate_series(1, 200) AS number
+"""
+KEYS: Final = """
+SELECT conrelid::regclass::text AS table, conname, pg_get_constraintdef(oid) AS constraint
+FROM pg_constraint WHERE confrelid = 'job_runs'::regclass
 """
 # Filling a table first and indexing it then takes a third of the time.
 INDEXES: Final = """
@@ -95,7 +107,7 @@ class Explaining:
         return self._connection.transaction()
 
     async def _explain(self, sql: str, arguments: tuple[object, ...]) -> None:
-        if "job_runs" not in sql:
+        if "job_run" not in sql:
             return
         given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
         await self._connection.execute(
@@ -155,6 +167,11 @@ async def large(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
         await jobs_db.admin.execute("SET session_replication_role = replica")  # no foreign keys
         await jobs_db.admin.execute(BULK.replace("$1::integer", "1000").replace("$1", "1000"))
         await jobs_db.admin.execute("ANALYZE job_runs; DELETE FROM job_runs")
+        keys = await jobs_db.admin.fetch(KEYS)
+        for key in keys:
+            await jobs_db.admin.execute(
+                f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['conname']}"
+            )
         indexes = await jobs_db.admin.fetch(INDEXES)
         for index in indexes:
             await jobs_db.admin.execute(
@@ -169,6 +186,12 @@ async def large(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
                 if index["conname"]
                 else index["sql"],
                 timeout=120,
+            )
+        await jobs_db.admin.execute("ALTER TABLE job_run_lines SET (autovacuum_enabled = false)")
+        await jobs_db.admin.execute(LINES)
+        for key in keys:
+            await jobs_db.admin.execute(
+                f"ALTER TABLE {key['table']} ADD CONSTRAINT {key['conname']} {key['constraint']}"
             )
         await jobs_db.admin.execute("RESET session_replication_role")
         yield jobs_db
@@ -225,6 +248,21 @@ async def test_the_history_is_read_by_pages(
 
 
 @both_plans
+async def test_a_log_is_read_by_its_run(
+    large: JobsDatabase,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """Of many runs with many lines, one's; of a run that said nothing as well."""
+    first = await large.admin.fetchval("SELECT min(id) FROM job_runs WHERE job = 'many'")
+    async with explaining(large, mode) as connection:
+        runs = History(cast("Database", OneConnection(connection)))
+        assert len((await runs.log(first)).lines) == 200
+        assert (await runs.log(RUNS // 2)).lines == []
+    bounded(connection.touched, 250)
+
+
+@both_plans
 async def test_the_metrics_read_few_runs(
     large: JobsDatabase,
     statistics: Statistics,  # noqa: ARG001 - the same
@@ -276,7 +314,7 @@ async def test_runs_begin_and_end_by_an_index(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """A claim, a claim of what was lost, a loss that is taken back, an end, a resumption."""
+    """A claim, a claim of what was lost, a loss that is taken back, a log, an end, a resumption."""
     async with explaining(large, mode) as connection:
         database = cast("Database", OneConnection(connection))
         me = Me(uuid4(), "app1")
@@ -295,6 +333,9 @@ async def test_runs_begin_and_end_by_an_index(
                 claimed = (await jobs.claim_next(capabilities, AT_ONCE)).claimed
                 assert claimed is not None
                 assert claimed.attempt == 1
+            line = Line(1, claimed.started_at, "info", "said")
+            said = Unwritten(1, [line], "Traceback")
+            await jobs.write_log(claimed.name, claimed.fence, said)
             completion = Completion(
                 outcome="succeeded",
                 result=None,
@@ -318,7 +359,7 @@ async def test_old_runs_are_pruned_by_an_index(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """Of each job a thousand at a time, of few as well as of many."""
+    """Of each job so many at a time, of few as well as of many."""
     await large.admin.execute(
         "UPDATE job_runs SET ended_at = ended_at - interval '30 days' WHERE id <= 1000"
     )
@@ -326,7 +367,7 @@ async def test_old_runs_are_pruned_by_an_index(
         await large.admin.fetchval(KEEP_TO_INDEX)
         for name in ("", *sorted(NAMES)):
             await connection.fetchrow(PRUNE_RUNS, name, RUNS_AT_ONCE)
-    # Each of a thousand rows is looked up by its key.
+    # Each of these rows is looked up by its key.
     bounded(connection.touched, 8 * RUNS_AT_ONCE)
 
 
