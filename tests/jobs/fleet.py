@@ -29,7 +29,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -252,13 +252,13 @@ def seen_again() -> None:
 def no_wait_for_threads() -> None:
     """Take a run for ended when it is requested to stop, even if its thread goes on."""
 
-    async def leave_thread(run: Run, job: Job, _scope: object) -> object:
+    async def leave_thread(run: Run, job: Job, _scope: object, args: Mapping[str, Any]) -> object:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[object] = loop.create_future()
         facade = ThreadRun(run)
 
         def call() -> None:
-            loop.call_soon_threadsafe(ended.set_result, job.function(facade))
+            loop.call_soon_threadsafe(ended.set_result, job.function(facade, **args))
 
         threading.Thread(target=call, daemon=True).start()
         return await ended
