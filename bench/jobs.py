@@ -256,7 +256,12 @@ async def logs(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
 async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncIterator[None]:
     """Run instances whose ten jobs do almost nothing."""
     program = ("-m", "tests.jobs.fleet")
-    environment: dict[str, Any] = {"FLEET_EVENT_LOGS": event_log, "LOG_LEVEL": "warning", **env}
+    environment: dict[str, Any] = {
+        "FLEET_EVENT_LOGS": event_log,
+        "FLEET_KIND": "quiet",
+        "LOG_LEVEL": "warning",
+        **env,
+    }
     instances = [
         Instance(variables, f"app{number}", program=program, **environment)
         for number in range(1, INSTANCES + 1)

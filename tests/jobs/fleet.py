@@ -11,8 +11,7 @@ FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or 
                   event loop), uncancellable (a thread that can't be stopped), thread (one that
                   can), thread-writes (one with transactions), writes (through its transaction),
                   held (the same, and each transaction is held open), poison (kills its process),
-                  clings (writes until its time is over, whatever it is told), talks (says a line
-                  per tick, for ever);
+                  clings (writes until its time is over, whatever it is told);
                   one of those that leave the run's own task (tests/jobs/kinds.py);
                   several, separated by commas, are taken in turn
 FLEET_ALARM       taken: jobs that write take SIGALRM and its timer for themselves
@@ -76,6 +75,7 @@ class Script:
         try:
             for step in range(start, self.steps):
                 self.event_log.write("tick", run, step=step)
+                run.log.info("ticks", step=step)
                 run.progress(step, self.steps, "ticking")
                 if step % 10 == 9:
                     await run.checkpoint({"step": step + 1})
@@ -111,6 +111,7 @@ class Script:
         try:
             for step in range(self.steps):
                 self.event_log.write("tick", run, step=step)
+                run.log.info("ticks", step=step)
                 if self.kind == "thread":
                     run.progress(step, self.steps)
                     if step % 10 == 9:
@@ -160,15 +161,6 @@ class Script:
                 await asyncio.sleep(TICK_SECONDS)
         self.event_log.write("end", run)
 
-    async def talks(self, run: Run) -> None:
-        self.event_log.write("start", run)
-        step = 0
-        while True:
-            step += 1
-            run.log.info("said", step=step)
-            self.event_log.write("said", run, step=step)
-            await asyncio.sleep(TICK_SECONDS)
-
     async def poison(self, run: Run) -> None:
         self.event_log.write("start", run)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -189,7 +181,6 @@ def declare(number: int, event_log: EventLog) -> Job:
         "held": script.writes,
         "poison": script.poison,
         "clings": script.clings,
-        "talks": script.talks,
         **kinds.functions(event_log, script.seconds),
     }
     limit = os.environ.get("FLEET_TIMEOUT")

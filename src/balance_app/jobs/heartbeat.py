@@ -56,8 +56,9 @@ class HeartbeatThread:
         # when the last successful heartbeat was sent (monotonic)
         self._renewed_at = -math.inf
         self._capabilities: Capabilities | None = None
-        # when logs of runs may be written again (monotonic)
+        # when logs of runs may be written again (monotonic), and why they were not, the last time
         self._logs_at = -math.inf
+        self._logs_error: str | None = None
 
     def start(self, capabilities: Capabilities) -> None:
         """Start to renew; called in the service's event loop, in the main thread.
@@ -222,10 +223,11 @@ class HeartbeatThread:
             await connection.fetch(WRITE_LOGS, *log_arguments(self._me.id, said), timeout=seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, leases go on being renewed
             self._logs_at = monotonic() + LOGS_PAUSE_SECONDS
-            log.warning(
-                "logs of runs not written", jobs=[name for name, _ in said], error=repr(error)
-            )
+            if repr(error) != self._logs_error:  # and not with each of its tries
+                self._logs_error = repr(error)
+                log.warning("logs of runs are not written", error=repr(error))
             return
+        self._logs_error = None
         for run, what in said.items():
             logs[run].written(what)
 

@@ -3,6 +3,7 @@
 Each method runs one of the `statements` and names its parameters and columns.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -346,10 +347,21 @@ class JobRepository:
             lambda con: write(con, statements.END_WORK, name, fence, self.me.id), priority=True
         )
 
-    async def write_log(self, name: str, fence: int, what: Unwritten) -> None:
-        """Write what a run has said; nothing is written if the job is no longer this run's."""
+    async def write_log(self, name: str, fence: int, what: Unwritten, *, seconds: float) -> None:
+        """Write what a run has said; nothing is written if the job is no longer this run's.
+
+        Raises:
+            TimeoutError: it waited, or was under way, for so many seconds.
+        """
         arguments = log_arguments(self.me.id, {(name, fence): what})
-        await self._database.run(lambda con: write(con, WRITE_LOGS, *arguments), priority=True)
+
+        async def ask(connection: Connection) -> None:
+            # The connection is needed for the completions that come after it.
+            async with asyncio.timeout(seconds):
+                await write(connection, WRITE_LOGS, *arguments)
+
+        async with asyncio.timeout(seconds):
+            await self._database.run(ask, priority=True)
 
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:
         """Write a run's checkpoint; False: the run has lost its lease."""

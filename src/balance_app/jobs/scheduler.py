@@ -478,7 +478,7 @@ class Scheduler:
         """Record the end of a run, with retries during an outage until the instance stops."""
         instance_logger = run.kept_log.instance_logger
         while True:
-            await self._write_log(run)
+            not_written = await self._write_log(run)
             now = self._heartbeat.server_time()
             completion = complete(job, claimed, run_result, now, seconds_ago=monotonic() - ended)
             try:
@@ -496,25 +496,30 @@ class Scheduler:
                 self._metrics.run_ended(run.name, completion.outcome)
                 skipped = sum(each.range.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
+                if not_written is not None:
+                    instance_logger.warning("its last log lines are not kept", reason=not_written)
             else:
                 instance_logger.warning("the run had lost its lease before it ended")
                 self._outage_at = monotonic()
                 self._soon.set()
             return
 
-    async def _write_log(self, run: Run) -> None:
-        """Write the last lines of a run; its completion waits for that, but not for long."""
+    async def _write_log(self, run: Run) -> str | None:
+        """Write the last lines of a run, in a time that its completion can wait.
+
+        Returns:
+            Why they are not written; None: they are.
+        """
         what = run.kept_log.unwritten()
         if what is None:
-            return
+            return None
+        seconds = LOG_SECONDS_AT_STOP if self._draining else LOG_SECONDS
         try:
-            seconds = LOG_SECONDS_AT_STOP if self._draining else LOG_SECONDS
-            async with asyncio.timeout(seconds):
-                await self._jobs.write_log(run.name, run.fence, what)
+            await self._jobs.write_log(run.name, run.fence, what, seconds=seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, the completion goes on
-            run.kept_log.instance_logger.warning("the log is not written", error=repr(error))
-        else:
-            run.kept_log.written(what)
+            return repr(error)
+        run.kept_log.written(what)
+        return None
 
 
 def backoff(runs: int, step_seconds: float) -> timedelta:

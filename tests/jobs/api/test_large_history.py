@@ -335,7 +335,7 @@ async def test_runs_begin_and_end_by_an_index(
                 assert claimed.attempt == 1
             line = Line(1, claimed.started_at, "info", "said")
             said = Unwritten(1, [line], "Traceback")
-            await jobs.write_log(claimed.name, claimed.fence, said)
+            await jobs.write_log(claimed.name, claimed.fence, said, seconds=9)
             completion = Completion(
                 outcome="succeeded",
                 result=None,
