@@ -263,12 +263,9 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
         await live(page, "/jobs/job-a")
-        await (
-            page.get_by_role("form", name="Pause with a reason")
-            .get_by_label("Your name")
-            .fill("ada")
-        )
-        await page.get_by_label("Why").fill("a full disk")
+        form = page.get_by_role("form", name="Pause with a reason")
+        await form.get_by_label("Your name").fill("ada")
+        await form.get_by_label("Why").fill("a full disk")
         await page.get_by_role("button", name="Pause with a reason").click()
         await says(page, "#job-job-a", "a full disk")
         assert page.url == f"{site.instance.url}/jobs/job-a"
@@ -276,6 +273,11 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
         await says(page, "#job-job-a", "waiting")
         await page.get_by_role("button", name="Pause job-a").click()
         await says(page, "#job-job-a", "Paused by ada")  # the name is remembered
+        await page.get_by_label("Every, seconds").fill("60")
+        await page.get_by_role("button", name="Set the schedule").click()
+        await says(page, "#job-job-a", "set by ada; code: every 5 minutes")
+        await page.get_by_role("button", name="Reset to: every 5 minutes").click()
+        await says(page, "#message", "job-a has the schedule that its code declares.")
         await add_run(site.connection, "job-a", result="it is done")
         await site.connection.execute(
             "UPDATE jobs SET fence = 1, last_outcome = 'succeeded', last_server = 'app1', "

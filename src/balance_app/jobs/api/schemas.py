@@ -132,15 +132,18 @@ class Page(QueryModel):
     limit: Limit = 100
 
 
+def _describe_one_of_two(schema: dict[str, Any]) -> None:
+    """Document that an interval or a cron expression is given, and neither has a default."""
+    schema["oneOf"] = [{"required": ["everySeconds"]}, {"required": ["cron"]}]
+    schema["dependentRequired"] = {"tz": ["cron"]}
+    for name in ("everySeconds", "cron"):
+        del schema["properties"][name]["default"]
+
+
 class ScheduleRequest(StrictModel):
     """When a job is due: at an interval, or as a cron expression says in a time zone."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [{"required": ["everySeconds"]}, {"required": ["cron"]}],
-            "dependentRequired": {"tz": ["cron"]},
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=_describe_one_of_two)
 
     every_seconds: Annotated[
         int,

@@ -195,9 +195,9 @@ document.addEventListener("submit", (event) => {
   if (address.pathname.endsWith("/forget")) return;  // it leads to another page
   event.preventDefault();
   const fields = new URLSearchParams(new FormData(form, by));
-  const name = localStorage.getItem("by");
-  if (by?.name === "by" && name) fields.set("by", name);
-  else if (form.elements.by?.value) localStorage.setItem("by", form.elements.by.value);
+  const name = localStorage.getItem("by"), given = form.elements.by?.value;
+  if (name && (by?.name === "by" || given === "page")) fields.set("by", name);
+  else if (given) localStorage.setItem("by", given);
   byId("confirm").close();
   load(address, { method: "POST", body: fields });
 });
