@@ -183,7 +183,7 @@ async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("DROP TABLE job_runs", "not whole: job_runs is missing"),
+        ("DROP TABLE job_runs", "is incomplete: job_runs is missing"),
         ("TRUNCATE balance_app_version", "balance_app_version says nothing"),
         ("UPDATE balance_app_version SET version_num = '0099'", None),
         (
