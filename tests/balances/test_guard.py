@@ -160,11 +160,18 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
     await connection.close()
 
 
+async def first_job(client: httpx.AsyncClient) -> str:
+    """Return the name of a job, once the instance has declared its jobs."""
+    async with asyncio.timeout(30):
+        while not (jobs := (await client.get("/api/cron/status")).json()["jobs"]):  # noqa: ASYNC110 - HTTP has no event
+            await asyncio.sleep(0.02)
+    return str(jobs[0]["name"])
+
+
 async def test_a_locked_job_delays_no_account(database: dict[str, str]) -> None:
     """Of the controls that wait for a job's row, only one uses a connection."""
     async with served(database, JOBS_ENABLED="true") as client:
-        status = (await client.get("/api/cron/status")).json()
-        name = status["jobs"][0]["name"]
+        name = await first_job(client)
         async with locked(database, "SELECT FROM jobs FOR UPDATE"):
             path = f"/api/cron/jobs/{name}/pause"
             pressed = [asyncio.create_task(client.post(path, json={})) for _ in range(5)]

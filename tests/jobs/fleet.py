@@ -342,7 +342,8 @@ def read_event_logs(directory: Path) -> list[Span]:
     """Return all runs, by the time of their first line."""
     runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for path in directory.iterdir():
-        for line in path.read_text().splitlines():
+        # A line without its end is being written by an instance that still runs.
+        for line in path.read_text().split("\n")[:-1]:
             entry = json.loads(line)
             runs.setdefault((entry["job"], entry["fence"], entry["pid"]), []).append(entry)
     spans = [
