@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
+import asyncpg
 import pytest
 
 from tests.jobs.fleet import Span, each_job_runs, overlaps, read_event_logs
@@ -36,6 +37,18 @@ def _fleet(
     ]
 
 
+async def drop(connection: "asyncpg.Connection[asyncpg.Record]", sql: str) -> None:
+    """Drop tables that the service uses: it takes their locks in another order than a drop does."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await connection.execute(sql)
+            except asyncpg.DeadlockDetectedError:
+                await connection.execute("ROLLBACK")
+            else:
+                return
+
+
 async def _drop_database(database: dict[str, str]) -> None:
     admin = await connect({**database, "DB_NAME": "postgres"})
     await admin.execute(f'DROP DATABASE "{database["DB_NAME"]}" WITH (FORCE)')
@@ -46,21 +59,21 @@ async def _drop_database(database: dict[str, str]) -> None:
 
 async def _drop_schema(database: dict[str, str]) -> None:
     connection = await connect(database)
-    await connection.execute("DROP SCHEMA public CASCADE")  # the service makes it again
+    await drop(connection, "DROP SCHEMA public CASCADE")  # the service makes it again
     await connection.close()
 
 
 async def _drop_a_table(database: dict[str, str]) -> None:
     connection = await connect(database)
-    await connection.execute("DROP TABLE entries CASCADE")
+    await drop(connection, "DROP TABLE entries CASCADE")
     await asyncio.sleep(1)  # an incomplete schema: the service creates nothing in it
-    await connection.execute("DROP SCHEMA public CASCADE")
+    await drop(connection, "DROP SCHEMA public CASCADE")
     await connection.close()
 
 
 async def _drop_and_make_schema(database: dict[str, str]) -> None:
     connection = await connect(database)
-    await connection.execute("BEGIN; DROP SCHEMA public CASCADE; CREATE SCHEMA public; COMMIT")
+    await drop(connection, "BEGIN; DROP SCHEMA public CASCADE; CREATE SCHEMA public; COMMIT")
     await connection.close()
 
 
@@ -137,7 +150,7 @@ async def _writes_anew(postgres: dict[str, str], event_logs: Path, mutant: str) 
             while await connection.fetchval(began) < JOBS:  # noqa: ASYNC110 - of a database
                 await asyncio.sleep(0.05)
             assert await connection.fetchval("SELECT max(fence) FROM fenced") == 1
-            await connection.execute(ANEW)
+            await drop(connection, ANEW)
             anew_at = monotonic()
             began += " WHERE begun > $1"
             while await connection.fetchval(began, anew_at) < JOBS:  # noqa: ASYNC110
