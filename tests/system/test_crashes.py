@@ -38,7 +38,7 @@ async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert load.answers["cut"], "no kill met a request under way"
-    assert load.slowest_seconds < 5
+    assert load.slowest_seconds < 15  # none hangs; a busy machine needs seconds
 
 
 async def test_a_killed_database_loses_nothing() -> None:
@@ -59,7 +59,7 @@ async def test_a_killed_database_loses_nothing() -> None:
     assert check(ledger, load.operations) == []
     assert load.answers["503 unknown"], "no kill met a request under way"
     assert load.answers["cut"] == load.answers["no connection"] == 0
-    assert load.slowest_seconds < 5
+    assert load.slowest_seconds < 15  # none hangs; a busy machine needs seconds
     assert max(seconds) < 3  # 1 s is promised; the rest is slack for a busy machine
 
 
