@@ -1,4 +1,4 @@
-"""What the tests run on: one real PostgreSQL, an empty database for each test that asks."""
+"""Shared fixtures: one real PostgreSQL, an empty database per test, instances and clients."""
 
 import os
 from collections.abc import AsyncIterator
@@ -16,20 +16,20 @@ from tests.system.databases import own_postgres
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest: side by side, none of it is left to the end."""
+    """Run the longest tests first, so that parallel workers finish together."""
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/system/", "tests/jobs/")))
 
 
 @pytest.fixture(scope="session")
 async def _fork_server() -> AsyncIterator[None]:
-    """What forks the instances of tests that say nothing of how they start."""
+    """The fork server for the instances of tests, unless a test starts them otherwise."""
     async with fork_server.run():
         yield
 
 
 @pytest.fixture(scope="session")
 async def postgres(_fork_server: None) -> AsyncIterator[dict[str, str]]:
-    """The DB_* variables of a PostgreSQL: the configured one, or an embedded one of our own."""
+    """The DB_* variables of a PostgreSQL: the configured one, or an embedded one."""
     configured = {name: os.environ[name] for name in DATABASE_VARIABLES if os.environ.get(name)}
     if "DB_HOST" in configured:
         yield configured
@@ -69,14 +69,14 @@ async def instance(database: dict[str, str]) -> AsyncIterator[Instance]:
 
 @pytest.fixture
 async def client(instance: Instance) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client of that instance."""
+    """An HTTP client of `instance`."""
     async with http_client(instance.url) as client:
         yield client
 
 
 @pytest.fixture
-async def jobs_db(land: JobsDatabase) -> AsyncIterator[JobsDatabase]:
-    """The database that a file's `land` keeps for its tests, without what the one before left."""
-    await land.forget()
-    yield land
-    await land.close()
+async def jobs_db(shared_jobs_db: JobsDatabase) -> AsyncIterator[JobsDatabase]:
+    """The database of a file's `shared_jobs_db`, without the rows of earlier tests."""
+    await shared_jobs_db.forget()
+    yield shared_jobs_db
+    await shared_jobs_db.close()

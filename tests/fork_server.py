@@ -23,12 +23,12 @@ from balance_app.db.migrations import alembic_head
 from balance_app.web.rendering import templates
 
 ROOT: Final = Path(__file__).parents[1]
-# What `python -m` may be given, and the module whose `main()` that is.
+# Arguments of `python -m`, and the module whose `main()` they run.
 FORKABLE: Final = {"balance_app": "balance_app.__main__", "tests.jobs.fleet": "tests.jobs.fleet"}
 
 
 class Child:
-    """A forked process, to be used like those of asyncio."""
+    """A forked process with the interface of asyncio's."""
 
     stdout: asyncio.StreamReader
     stderr: asyncio.StreamReader
@@ -46,7 +46,7 @@ class Child:
         return self.ended.result() if self.ended.done() else None
 
     def send_signal(self, number: int) -> None:
-        # Its end may not have been told yet; until it is, its number is not used again.
+        # Its end may not be reported yet; until then its pid is not reused.
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -62,7 +62,7 @@ class Child:
 
 
 class ForkServer:
-    """The parent, as its user sees it."""
+    """The parent, as the tests see it."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -114,13 +114,13 @@ async def _reader(read: int, write: int) -> asyncio.StreamReader:
     return reader
 
 
-# The one that runs, if one does.
+# The running fork server, if any.
 running: list[ForkServer] = []
 
 
 @asynccontextmanager
 async def run() -> AsyncIterator[None]:
-    """Run the parent; what it has forked ends with it."""
+    """Run the parent; all forked processes end with it."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.fork_server"),
         stdin=asyncio.subprocess.PIPE,
@@ -141,25 +141,25 @@ async def run() -> AsyncIterator[None]:
 
 
 def main() -> None:
-    """Fork whatever is asked for, until nobody can ask any more."""
+    """Fork on request, until stdin is closed."""
     _prepare()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, int] = {}
-    asked = b""
+    partial = b""
     while True:
         readable, _, _ = select.select([0, woken], [], [])
         if woken in readable:
             os.read(woken, 1024)
             while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
-                _say("ended", children.pop(pid), os.waitstatus_to_exitcode(status))
+                _report("ended", children.pop(pid), os.waitstatus_to_exitcode(status))
         if 0 in readable:
             if not (read := os.read(0, 65536)):
                 break
-            *orders, asked = (asked + read).split(b"\n")
+            *orders, partial = (partial + read).split(b"\n")
             for order in orders:
                 number, *what = json.loads(order)
                 if (pid := os.fork()) == 0:
@@ -167,7 +167,7 @@ def main() -> None:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.close(woken)
                     os.close(wake)
-                    _live(number, *what)
+                    _run_program(number, *what)
                 children[pid] = number
     for pid in children:
         os.kill(pid, signal.SIGKILL)
@@ -186,11 +186,11 @@ def _prepare() -> None:
     gc.freeze()
 
 
-def _say(what: str, number: int, value: int) -> None:
+def _report(what: str, number: int, value: int) -> None:
     os.write(1, json.dumps([what, number, value]).encode() + b"\n")
 
 
-def _live(
+def _run_program(
     number: int, command: list[str], files: list[str], cwd: str, environment: dict[str, str]
 ) -> None:
     """Be the process, and end with it."""
@@ -201,7 +201,7 @@ def _live(
             opened = [os.open(null, os.O_RDONLY)]
             opened += [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in outputs]
         finally:
-            _say("forked", number, os.getpid())
+            _report("forked", number, os.getpid())
         for standard, file in enumerate(opened):
             os.dup2(file, standard)
             os.close(file)

@@ -1,17 +1,16 @@
-"""An exact check of what the clients of one account saw against the ledger it left behind.
+"""An exact check of the answers that an account's clients got against its ledger.
 
-Every answer names the version it made or saw, so the versions put all changes in one total order,
-with the reads and refusals of a state between the change that made it and the next. A history is
-linearizable (Herlihy and Wing, 1990) when that order contradicts no answer and turns no real-time
-pair around: nothing answered before something else was sent may stand after it. In general, when
-the order has to be guessed, deciding this is NP-complete (Gibbons and Korach, 1997). Here the order
-is given: each operation only has to be held against the highest version known before it was sent,
-and a sort with bisection does that in O(n log n).
+Every answer has the version that it made or saw, so the versions order all changes, and each read
+or refusal comes between the change that made its state and the next. A history is linearizable
+(Herlihy and Wing, 1990) if this order contradicts no answer and keeps the real-time order: an
+operation answered before another was sent comes before it. If the order has to be guessed, the
+decision is NP-complete (Gibbons and Korach, 1997). Here it is given: each operation only has to be
+compared with the highest version known before it was sent, by sorting and bisection in O(n log n).
 
-The rules on time are complete: of a pair that is turned around, the one sent later is a read or a
-refusal (`STALE_READ`, `STALE_REFUSAL`) or a change; then the one answered earlier is a change too
-(`ORDER_BROKEN`) or saw a state (`FUTURE_READ`). An answer that contradicts the ledger is reported
-for that, and then bounds nothing else.
+The rules on time are complete: of two operations in the wrong order, the one sent later is a read
+or a refusal (`STALE_READ`, `STALE_REFUSAL`) or a change; in that case the one answered earlier is
+a change too (`ORDER_BROKEN`) or saw a state (`FUTURE_READ`). An answer that contradicts the ledger
+is reported for that only, and is ignored by all other rules.
 
 Times are monotonic seconds of one clock; equal times count as simultaneous.
 """
@@ -28,7 +27,7 @@ from math import inf
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A change that was acknowledged; `replayed` when the answer repeats that of an earlier try."""
+    """An acknowledged change; `replayed` if the answer repeats that of an earlier try."""
 
     key: str
     amount: int
@@ -64,7 +63,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class NotApplied:
-    """A try to which the service said that its key has no effect; one sent later may still have."""
+    """A try answered with "no effect of this key"; a later try may still have one."""
 
     key: str
     amount: int
@@ -97,7 +96,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the account itself says."""
+    """The account's row."""
 
     version: int
     balance: int
@@ -105,9 +104,9 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The whole ledger and the account's state, read together when all operations were over.
+    """The whole ledger and the account's state, read together after all operations.
 
-    Entries up to `opening_version` were there before the first operation was sent.
+    Entries up to `opening_version` existed before the first operation was sent.
     """
 
     entries: tuple[Entry, ...]
@@ -117,7 +116,7 @@ class Ledger:
 
 @unique
 class Kind(StrEnum):
-    """What is wrong."""
+    """The kind of a violation."""
 
     VERSION_GAP = "version gap"
     VERSION_DUPLICATE = "version duplicate"
@@ -142,14 +141,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing that is wrong, told in one sentence."""
+    """One violation, described in one sentence."""
 
     kind: Kind
     text: str
 
 
 def check(ledger: Ledger, operations: Iterable[Operation]) -> list[Violation]:
-    """Return all that is wrong with the operations of one account; nothing when all is right.
+    """Return the violations in the operations of one account.
 
     `operations` must hold every try that was sent to the account between the opening version and
     the reading of the ledger, in any order.
@@ -168,7 +167,7 @@ class _Effect:
 
 
 class _Highest:
-    """The highest value among the marks before a position."""
+    """The highest value of the marks before a position."""
 
     def __init__(self, marks: Iterable[tuple[float, float]]) -> None:
         ordered = sorted(marks)
@@ -182,7 +181,7 @@ class _Highest:
 
 
 class _History:
-    """The ledger and the operations, sorted out for the rules."""
+    """The ledger and the operations, indexed for the rules."""
 
     def __init__(self, ledger: Ledger, operations: tuple[Operation, ...]) -> None:
         self.final = ledger.final
@@ -207,7 +206,7 @@ class _History:
 
     @cached_property
     def true_accepted(self) -> list[Accepted]:
-        """The acknowledged changes that stand in the ledger as they were acknowledged."""
+        """The acknowledged changes that the ledger contains as acknowledged."""
         return [op for op in self.accepted if _entry_of(op) in self.rows]
 
     @cached_property
@@ -219,9 +218,9 @@ class _History:
     def effects(self) -> list[_Effect]:
         """The changes of this run, each with its bounds in time.
 
-        An answer that is no replay means that this very try took effect. With replays only, any
-        try of the key may have been the one: one whose answer was lost, but also the replayed one
-        (a service that lost its database in the middle tries again and finds its own change).
+        An answer that is no replay means that this try took effect. With replays only, it may have
+        been any try of the key: one whose answer was lost, but also a replayed one (a service that
+        lost its database during the change retries and finds its own change).
         """
         first = [op for op in self.true_accepted if not op.replayed]
         known = {op.key for op in first}
@@ -238,10 +237,10 @@ class _History:
         return effects
 
     def could_have_made(self, entry: Entry) -> list[float]:
-        """Return when each try that may have made an entry of a key was sent.
+        """Return the sending times of all tries that may have made an entry of a key.
 
-        An answer that is no replay means that this very try took effect, a replay that another one
-        did. A try that was sent when the entry was known already did not make it.
+        An answer that is no replay means that this try took effect, a replay that another one did.
+        A try that was sent when the entry was already known did not make it.
         """
         if entry.version <= self.opening_version:
             return []
@@ -258,7 +257,7 @@ class _History:
 
     @cached_property
     def known(self) -> _Highest:
-        """The highest version that anybody knew of before a time."""
+        """The highest version that any client knew before a time."""
         answers = [*self.true_accepted, *self.true_sightings]
         marks = [(op.answered, op.version) for op in answers]
         return _Highest([(-inf, self.opening_version), *marks])
@@ -300,7 +299,7 @@ def _final_state_is_the_sum(history: _History) -> Iterator[Violation]:
     expected = State(version, sum(entry.amount for entry in history.entries))
     if history.final != expected:
         yield Violation(
-            Kind.FINAL_STATE, f"The account says {history.final}, its ledger {expected}."
+            Kind.FINAL_STATE, f"The account has {history.final}, its ledger {expected}."
         )
 
 
@@ -313,17 +312,17 @@ def _keys_have_one_effect(history: _History) -> Iterator[Violation]:
 
 
 def _entries_have_a_source(history: _History) -> Iterator[Violation]:
-    """Each entry of the run was asked for by a try that may have taken effect."""
+    """Each entry of the run has a try that may have made it."""
     denied = {op.key for op in history.refused} | {op.key for op in history.not_applied}
     for entry in history.entries:
         if entry.version <= history.opening_version:
             continue
         sources = history.sources.get(entry.key, []) if entry.key is not None else []
         if not sources and entry.key in denied:
-            continue  # the rules on refused and not applied keys tell it better
-        # An acknowledged source with another amount is an altered change, told by its own rule.
+            continue  # reported by the rules on refused and not applied keys
+        # An acknowledged source with another amount is reported as an altered change.
         if not any(isinstance(op, Accepted) or op.amount == entry.amount for op in sources):
-            yield Violation(Kind.PHANTOM, f"Nobody asked for {entry}.")
+            yield Violation(Kind.PHANTOM, f"No try can have made {entry}.")
 
 
 def _accepted_are_in_the_ledger(history: _History) -> Iterator[Violation]:
@@ -348,7 +347,7 @@ def _accepted_versions_differ(history: _History) -> Iterator[Violation]:
 
 
 def _keys_have_one_answer(history: _History) -> Iterator[Violation]:
-    """All decisions on one key say the same."""
+    """All answers to one key have the same outcome."""
     answers: defaultdict[str, set[tuple[str, int, int, int]]] = defaultdict(set)
     for op in history.decided:
         answers[op.key].add((type(op).__name__, op.amount, op.version, op.balance))
@@ -367,10 +366,10 @@ def _refused_left_no_trace(history: _History) -> Iterator[Violation]:
 
 
 def _not_applied_left_no_trace(history: _History) -> Iterator[Violation]:
-    """No key is in the ledger when a try was said not to be applied, unless by a later try.
+    """No key that was answered "not applied" is in the ledger, unless by a later try.
 
-    "No" is said of the key, not of one try: one that took effect before, or that was under way and
-    took effect afterwards, makes it a lie. A try sent after the "no" was answered does not.
+    "No" holds for the key, not for one try: a try that took effect before, or that was under way
+    and took effect afterwards, contradicts it. A try sent after the "no" was answered does not.
     """
     for op in history.not_applied:
         for entry in history.by_key.get(op.key, ()):
@@ -379,24 +378,24 @@ def _not_applied_left_no_trace(history: _History) -> Iterator[Violation]:
 
 
 def _sightings_are_real(history: _History) -> Iterator[Violation]:
-    """Each state that was named existed."""
+    """Each state in an answer existed."""
     for op in history.sightings:
         if _state_of(op) not in history.states:
-            yield Violation(Kind.NO_SUCH_STATE, f"{op} names a state that never was.")
+            yield Violation(Kind.NO_SUCH_STATE, f"{op} has a state that never existed.")
 
 
 def _refusals_have_grounds(history: _History) -> Iterator[Violation]:
-    """Each refusal names a balance that is too small."""
+    """Each refusal has a balance that is too small."""
     for op in history.refused:
         if op.balance + op.amount >= 0:
             yield Violation(Kind.GROUNDLESS_REFUSAL, f"{op} had enough funds.")
 
 
 def _sightings_are_fresh(history: _History) -> Iterator[Violation]:
-    """Nobody is shown a state older than one known before the question was sent."""
+    """No answer has a state older than one known before the request was sent."""
     for op in history.true_sightings:
         if isinstance(op, Refused) and op.replayed:
-            continue  # it repeats what was true for the first try
+            continue  # it repeats the state of the first try
         known = history.known.before(op.sent)
         if op.version < known:
             kind = Kind.STALE_READ if isinstance(op, Read) else Kind.STALE_REFUSAL
@@ -404,7 +403,7 @@ def _sightings_are_fresh(history: _History) -> Iterator[Violation]:
 
 
 def _sightings_are_not_ahead(history: _History) -> Iterator[Violation]:
-    """Nobody is shown a state before all the changes that led to it were sent."""
+    """No answer has a state before all changes up to it were sent."""
     sent = _Highest((effect.version, effect.sent) for effect in history.effects)
     for op in history.true_sightings:
         latest = sent.before(op.version + 1)

@@ -1,7 +1,7 @@
-"""Mutants of the service, each with one guard taken out: `python -m tests.mutants GUARD`.
+"""Mutants of the service, each with one guard removed: `python -m tests.mutants GUARD`.
 
-A test of safety that passes without the guard is no test. Each guard here is the difference to an
-implementation that looks right.
+A safety test that passes without the guard proves nothing. Each mutant is an implementation that
+looks right.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from balance_app.settings import Settings, load_settings
 
 
 def put(module: ModuleType, name: str, instead: object) -> None:
-    """Put something else in the place of what a module has by that name, which it must have."""
+    """Replace an existing attribute of a module."""
     assert name in vars(module), f"{module.__name__} has no {name}"
     vars(module)[name] = instead
 
 
 def replaced(text: str, guard: str, instead: str) -> str:
-    """Return a statement with one of its guards replaced, which must be in it."""
+    """Return a statement with one of its guards replaced; it must contain the guard."""
     assert guard in text, f"{guard!r} is not in {text}"
     return text.replace(guard, instead)
 
@@ -85,7 +85,7 @@ async def read_then_write(connection: Connection, user_id: int, amount: int) -> 
 
 
 async def own_snapshot(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
-    """Quote the state that the statement itself saw when it refuses."""
+    """Refuse with the state of the statement's own snapshot."""
     row = await write(connection, OWN_SNAPSHOT, user_id, amount, MAX_INTEGER)
     assert row is not None
     balance, version, at, seen_balance, seen_version = row
@@ -105,7 +105,7 @@ def fresh_snapshot() -> None:
 
 
 def key() -> None:
-    """Accept without remembering keys."""
+    """Accept without storing keys."""
     put(repository, "CHANGE_ONCE", NO_KEYS)
 
 
@@ -116,33 +116,33 @@ def recall() -> None:
 
 
 def migration_lock() -> None:
-    """Migrate without taking turns, all at the moment that MIGRATE_AT names (epoch seconds)."""
+    """Migrate without the lock, all instances at the time MIGRATE_AT (epoch seconds)."""
     guarded = migrations.migrate
     moment = float(os.environ["MIGRATE_AT"])
     time.sleep(max(0.0, moment - 2 - time.time()))
 
     async def migrate(settings: Settings) -> None:
         await asyncio.sleep(max(0.0, moment - time.time()))
-        put(migrations, "MIGRATION_LOCK", os.getpid())  # a lock that nobody else takes
+        put(migrations, "MIGRATION_LOCK", os.getpid())  # a lock that no other instance takes
         await guarded(settings)
 
     put(database, "migrate", migrate)
 
 
 def reserve() -> None:
-    """Let clients take every descriptor."""
+    """Let clients use every file descriptor."""
     put(open_files, "for_clients", lambda _settings, limit: limit * 2)
 
 
 def durability() -> None:
-    """Leave synchronous_commit as the defaults have it."""
+    """Leave synchronous_commit at the server's default."""
     default = "current_setting('synchronous_commit')"
     raised = f"nullif({default}, 'off')"
     put(sessions, "AFTER_CONNECTING", replaced(sessions.AFTER_CONNECTING, raised, default))
 
 
 def open_connections() -> None:
-    """Give the database up when one more connection can't be made."""
+    """Mark the database unavailable when one more connection can't be made."""
     database.Database._handle_refusal = database.Database._mark_unavailable  # type: ignore[method-assign]
 
 

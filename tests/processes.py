@@ -1,4 +1,4 @@
-"""Real servers for the tests: PostgreSQL and instances of the service, as processes."""
+"""Instances of the service as processes, and databases, for the tests."""
 
 import asyncio
 import os
@@ -20,19 +20,19 @@ import httpx
 from tests import fork_server
 
 START_SECONDS = 60
-# Programs that the fork server has; any other is the arguments of a Python that starts anew.
+# Programs that the fork server has imported; any other one is run by a new Python process.
 SERVE = ("balance_app", "serve")
 FLEET = ("tests.jobs.fleet",)
 DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DATABASE_URL")
 
 
 def free_port() -> int:
-    """Return a port of the kernel's choice that nobody else gets as long as these tests run."""
+    """Return a free port, reserved until these tests end."""
     return _reserve(0)
 
 
 def free_ports(number: int, below: int) -> int:
-    """Return the first of several such ports in a row, all `below` a limit."""
+    """Return the first of several consecutive free ports, all below a limit, reserved likewise."""
     while True:
         first = random.randrange(1024, below - number)
         try:
@@ -44,9 +44,9 @@ def free_ports(number: int, below: int) -> int:
 def _reserve(port: int) -> int:
     holder = socket.socket()
     _holders.append(holder)
-    # Exclusive until it has the port, then open to one who listens: Linux lets sockets that all
-    # set SO_REUSEADDR (as the instances do) have one port as long as none but the last listens.
-    # The kernel gives a port that is bound to no client, and to nobody who asks for any.
+    # Bound exclusively, then shared: Linux lets sockets that all set SO_REUSEADDR (as the instances
+    # do) bind one port as long as only the last one listens. The kernel assigns a bound port
+    # neither to a client nor to a bind of port 0.
     holder.bind(("127.0.0.1", port))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return int(holder.getsockname()[1])
@@ -89,7 +89,7 @@ class Instance:
         return self.process.pid
 
     async def launch(self) -> None:
-        """Start the process; do not wait for it."""
+        """Start the process, without waiting until it is ready."""
         path = self._log or Path(os.devnull)
         module, *arguments = self._program
         if fork_server.running and module in fork_server.FORKABLE:
@@ -113,7 +113,7 @@ class Instance:
             )
 
     async def ready(self, within_seconds: float = START_SECONDS) -> None:
-        """Wait until `/readyz` says so."""
+        """Wait until `/readyz` succeeds."""
         deadline = monotonic() + within_seconds
         async with http_client(timeout=5) as client:
             while monotonic() < deadline:
@@ -127,7 +127,7 @@ class Instance:
         raise AssertionError(f"{self.name} is not ready within {within_seconds} s")
 
     async def stop(self, number: int = signal.SIGTERM, within_seconds: float = 10) -> int:
-        """Signal the process, wait for its end (by force if need be), return the exit code."""
+        """Signal the process, wait for its end (at last by SIGKILL), return the exit code."""
         assert self.process is not None
         if self.process.returncode is None:
             self.process.send_signal(number)
@@ -179,7 +179,7 @@ async def running(instances: list[Instance]) -> AsyncIterator[list[Instance]]:
 async def served(
     database: dict[str, str], *, log: Path | None = None, program: Sequence[str] = SERVE, **env: str
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run one instance, without jobs if nothing else is said; yield an HTTP client of it."""
+    """Run one instance, by default without jobs; yield an HTTP client of it."""
     env = {"JOBS_ENABLED": "false", **env}
     async with (
         Instance(database, log=log, program=program, **env) as instance,

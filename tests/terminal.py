@@ -18,14 +18,14 @@ ROOT: Final = Path(__file__).parents[1]
 
 
 def command(*arguments: str, cwd: str = str(ROOT), **env: str) -> Awaitable[fork_server.Child]:
-    """Start `balance-app`, its output in pipes."""
+    """Start `balance-app` with its output in pipes."""
     return fork_server.running[0].fork_with_pipes(
         "balance_app", *arguments, environment=environment(**env), cwd=cwd
     )
 
 
 def environment(**env: str) -> dict[str, str]:
-    """What it is started with; of what is set here, nothing that changes what it does or shows."""
+    """Return its environment, without inherited variables that change its behaviour or output."""
     of_its_own = {"BALANCE_APP_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PORT", "HOST"}
     of_its_own |= set(DATABASE_VARIABLES)
     return {
@@ -37,7 +37,7 @@ def environment(**env: str) -> dict[str, str]:
 
 
 async def run(*arguments: str, cwd: str = str(ROOT), **env: str) -> tuple[int | None, str, str]:
-    """Run `balance-app` to its end; return its exit code, its output, and what it says besides."""
+    """Run `balance-app` to its end; return its exit code, stdout and stderr."""
     process = await command(*arguments, cwd=cwd, **env)
     try:
         out, err = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
@@ -49,7 +49,7 @@ async def run(*arguments: str, cwd: str = str(ROOT), **env: str) -> tuple[int | 
 
 
 class Screen:
-    """`balance-app` on a terminal of its own."""
+    """`balance-app` on a pseudo-terminal."""
 
     def __init__(self, *arguments: str, **env: str) -> None:
         self.shown = ""
@@ -75,7 +75,7 @@ class Screen:
         os.close(self._leader)
 
     async def until(self, text: str) -> None:
-        """Wait until this has been shown."""
+        """Wait until a text has been shown."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while text not in self.shown:
                 more = await asyncio.to_thread(self._read)
@@ -98,7 +98,7 @@ class Screen:
 
 @dataclass
 class StandIn:
-    """Something that is asked instead of the service: where it is, and what was asked."""
+    """A stand-in for the service: its URL and the requests it got."""
 
     url: str = ""
     requests: list[str] = field(default_factory=list)
@@ -123,7 +123,7 @@ async def answering(*answers: bytes) -> AsyncIterator[StandIn]:
 
 @asynccontextmanager
 async def losing(answers: int, port: int) -> AsyncIterator[StandIn]:
-    """Pass requests on to an instance, and lose the first answers on the way back."""
+    """Forward requests to an instance, and drop the first answers."""
 
     async def pass_on(request: bytes, number: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -162,5 +162,5 @@ async def _message(reader: asyncio.StreamReader) -> bytes:
 
 
 def http(status: str, body: str) -> bytes:
-    """Return an answer as it is sent."""
+    """Return the bytes of an answer."""
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()

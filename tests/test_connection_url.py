@@ -1,4 +1,4 @@
-"""DATABASE_URL is read as libpq reads it, or refused in a sentence that shows nothing of it."""
+"""DATABASE_URL is read as libpq reads it, or refused in a sentence without its content."""
 
 import os
 import subprocess
@@ -23,8 +23,8 @@ def arguments(url: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("character", SPECIAL)
-def test_a_password_that_is_written_right_arrives(character: str) -> None:
-    """Percent-encoded, every character of a password comes through."""
+def test_a_percent_encoded_password_is_decoded(character: str) -> None:
+    """Every character can be used in a password."""
     password = f"{character}a{character}b{character}"
     found = arguments(f"postgresql://u:{quote(password, safe='')}@h/d")
     assert found["password"] == password
@@ -33,13 +33,13 @@ def test_a_password_that_is_written_right_arrives(character: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_no_part_of_a_password_is_ever_shown(length: int) -> None:
-    """Raw special characters, in every order: it is taken as meant, or refused without a quote."""
+    """With raw special characters in any order, it is read as intended, or refused unquoted."""
     for characters in permutations(SPECIAL, length):
         password = SECRET + "".join(f"{each}{SECRET}" for each in characters)
         for tail in ("@h:5432/d", "@h", "@h/d?sslmode=disable", "/d", ""):
             found, message = _read(f"postgresql://u:{password}{tail}")
             assert SECRET not in message
-            # Without a host the text behind an @ looks like one, and nothing can tell.
+            # Without a host the text after an @ can't be distinguished from one.
             if found is not None and tail.startswith("@"):
                 assert (found["password"], found["host"]) == (password, ["h"])
 
@@ -59,7 +59,7 @@ def _read(url: str) -> tuple[dict[str, Any] | None, str]:
     ],
 )
 def test_no_command_prints_it(command: str, character: str, tmp_path: Path) -> None:
-    """Neither a sentence nor a traceback holds the password; the exit code says wrong settings."""
+    """No message or traceback contains the password; the exit code is that of invalid settings."""
     url = f"postgresql://u:{SECRET}{character}{SECRET}x{character}@127.0.0.1:1/d"
     environment = {k: v for k, v in os.environ.items() if k not in DATABASE_VARIABLES}
     ran = subprocess.run(
@@ -107,14 +107,14 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("url", ACCEPTED)
-def test_what_libpq_knows_is_honoured(url: str) -> None:
-    """As libpq reads it."""
+def test_urls_that_libpq_accepts_are_read(url: str) -> None:
+    """With the same meaning as in libpq."""
     found = arguments(url)
     assert {key: found[key] for key in ACCEPTED[url]} == ACCEPTED[url]
 
 
-def test_the_rest_of_a_url_is_honoured() -> None:
-    """The time to connect, and what the server is sent."""
+def test_parameters_of_a_url_are_used() -> None:
+    """The connect timeout, and the settings for the server."""
     target = parse(
         "postgresql://h/d?connect_timeout=10&application_name=me&options=-c%20geqo%3Doff"
     )
@@ -155,10 +155,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_an_unsupported_url_is_refused(
     monkeypatch: pytest.MonkeyPatch, url: str, tmp_path: Path
 ) -> None:
-    """One sentence that begins with the setting's name; nothing is waited for."""
+    """At once, in one sentence that begins with the setting's name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATABASE_URL", url)
     with pytest.raises(BadSettingsError, match=f"^DATABASE_URL: .*{REFUSED[url]}") as refusal:
@@ -169,10 +169,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 @pytest.mark.parametrize(
     ("host", "message"), [("db:5433", "DB_PORT=5433"), ("a b", "host"), ("a..b", "host")]
 )
-def test_a_host_that_is_none_is_named(
+def test_an_invalid_host_is_refused(
     monkeypatch: pytest.MonkeyPatch, host: str, message: str
 ) -> None:
-    """DB_HOST holds a host and nothing else."""
+    """DB_HOST contains a host and nothing else."""
     monkeypatch.setenv("DB_HOST", host)
     with pytest.raises(BadSettingsError, match=f"^DB_HOST: .*{message}"):
         load_settings()

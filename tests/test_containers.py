@@ -1,4 +1,4 @@
-"""What the containers and `.env` set must keep pace with the settings."""
+"""The compose file and `.env.example` match the settings."""
 
 import re
 from pathlib import Path
@@ -25,12 +25,12 @@ def variables() -> dict[str, str]:
 
 
 def test_every_setting_is_in_the_example_and_nothing_else() -> None:
-    """Who adds, renames or removes a setting says so in .env.example."""
+    """A setting that is added, renamed or removed must be so in .env.example too."""
     assert sorted(variables()) == sorted(name.upper() for name in Settings.model_fields)
 
 
 def test_the_example_shows_the_defaults() -> None:
-    """A value in .env.example is the one that holds when the line stays a comment."""
+    """The value in a commented line of .env.example is the setting's default."""
     for name, shown in variables().items():
         if name not in DEPENDS_ON_THE_PLACE:
             default = Settings.model_fields[name.lower()].default
@@ -38,10 +38,10 @@ def test_the_example_shows_the_defaults() -> None:
             assert shown_as_setting == default, name
 
 
-def test_the_example_can_be_read_with_all_its_comments_taken_off(
+def test_the_example_is_valid_with_all_its_lines_uncommented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each line is one that the program accepts."""
+    """The program accepts each of them."""
     for name in variables():
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(
@@ -55,7 +55,7 @@ def test_the_example_can_be_read_with_all_its_comments_taken_off(
 
 
 def test_the_instances_differ_in_name_and_port_only() -> None:
-    """Equal instances: what one is configured with, all are."""
+    """All other configuration is the same for all."""
     blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
     assert [number for number, _ in blocks] == ["1", "2", "3", "4", "5"]
     configured = {

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules speak of numbers that there are."""
+"""The dashboard and the alert rules use existing metrics, and each metric is used."""
 
 import json
 import re
@@ -31,14 +31,14 @@ RULES: Final[list[dict[str, Any]]] = [
     for rule in group["rules"]
 ]
 
-# What Prometheus adds to every series, and what it says of a scrape itself.
+# Labels that Prometheus adds to every series, and its own series about a scrape.
 TARGET: Final = {"job": "balance_app", "instance": "app1:3000"}
 OF_PROMETHEUS: Final = {"up"}
 VARIABLES: Final = {"$__rate_interval": "5m", "$instance": "app1:3000"}
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Yield every query, with where it stands."""
+    """Yield every query, with its place."""
     for rule in RULES:
         yield rule["alert"], rule["expr"]
     for panel in DASHBOARD["panels"]:
@@ -69,7 +69,7 @@ async def series() -> dict[str, list[dict[str, str]]]:
 
 
 def parse(query: str) -> list[promql_parser.Expr]:
-    """Return all parts of a query; one that Prometheus would refuse raises."""
+    """Return all parts of a query; an invalid query raises."""
     for name, value in VARIABLES.items():
         query = query.replace(name, value)
     assert "$" not in query
@@ -82,7 +82,7 @@ def parse(query: str) -> list[promql_parser.Expr]:
 def test_every_selector_finds_something(
     where: str, series: dict[str, list[dict[str, str]]]
 ) -> None:
-    """The name exists, and each label and value that is asked for."""
+    """Each selected name, label and value exists."""
     selectors = [
         part for part in parse(QUERIES[where]) if isinstance(part, promql_parser.VectorSelector)
     ]
@@ -106,7 +106,7 @@ def test_every_selector_finds_something(
 def test_every_grouping_is_by_a_label_that_there_is(
     where: str, series: dict[str, list[dict[str, str]]]
 ) -> None:
-    """Each label that is summed by, joined on or taken over is one of the series beside it."""
+    """Each label that is grouped by, joined on or copied exists on the series."""
     parts = parse(QUERIES[where])
     known = {
         label
@@ -126,8 +126,8 @@ def test_every_grouping_is_by_a_label_that_there_is(
 
 
 @pytest.mark.parametrize("where", QUERIES)
-def test_counters_are_asked_for_their_increase(where: str) -> None:
-    """A counter's value says when its instance started, and no more; a gauge has no rate."""
+def test_counters_are_used_by_their_increase(where: str) -> None:
+    """A counter's value depends on its instance's start; a gauge has no rate."""
     parts = parse(QUERIES[where])
     ranged = {
         part.vector_selector.name
@@ -149,17 +149,19 @@ def test_counters_are_asked_for_their_increase(where: str) -> None:
         'balance_app_database_unavailable{pool="requests"}',
     ],
 )
-def test_what_does_not_exist_is_noticed(
+def test_a_selector_that_finds_nothing_fails(
     wrong: str, series: dict[str, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control of the first test: a wrong name, value or label fails it."""
+    """The control of the first test: with a wrong name, value or label."""
     monkeypatch.setitem(QUERIES, "wrong", wrong)
     with pytest.raises(AssertionError):
         test_every_selector_finds_something("wrong", series)
 
 
-def test_every_number_is_shown_or_watched(series: dict[str, list[dict[str, str]]]) -> None:
-    """What nobody looks at is not worth its place."""
+def test_every_metric_is_on_the_dashboard_or_in_an_alert(
+    series: dict[str, list[dict[str, str]]],
+) -> None:
+    """A metric without a use should not exist."""
     used = {
         part.name
         for query in QUERIES.values()
@@ -170,8 +172,8 @@ def test_every_number_is_shown_or_watched(series: dict[str, list[dict[str, str]]
     assert ours == {_family(name) for name in used if name and name.startswith("balance_app_")}
 
 
-def test_the_table_names_every_number(series: dict[str, list[dict[str, str]]]) -> None:
-    """deploy/README.md has each of them, with its labels, and no other."""
+def test_the_table_has_every_metric(series: dict[str, list[dict[str, str]]]) -> None:
+    """deploy/README.md lists each metric with its labels, and no others."""
     rows = re.findall(r"^\| `(balance_app_\w+)` \| (.*?) \|", README, re.MULTILINE)
     expected = {
         _family(name): sorted({label for each in found for label in each} - {*TARGET, "le"})
@@ -186,7 +188,7 @@ def _family(name: str) -> str:
 
 
 def test_alerts_are_complete() -> None:
-    """Each has a severity, a sentence and advice; names are not used twice."""
+    """Each has a severity, a summary and advice; names are unique."""
     assert len({rule["alert"] for rule in RULES}) == len(RULES) >= 10
     for rule in RULES:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
@@ -198,8 +200,8 @@ def test_alerts_are_complete() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
-def test_alerts_tell_labels_that_they_have(rule: dict[str, Any]) -> None:
-    """What a sentence fills in is what the expression groups by."""
+def test_alerts_use_labels_that_they_have(rule: dict[str, Any]) -> None:
+    """The placeholders of the texts are labels of the expression's result."""
     sentences = " ".join(rule["annotations"].values())
     used = set(re.findall(r"\$labels\.(\w+)", sentences))
     kept = _kept(promql_parser.parse(rule["expr"]))
@@ -220,7 +222,7 @@ def _kept(part: promql_parser.Expr) -> set[str]:
 
 
 def test_the_dashboard_can_be_imported_anywhere() -> None:
-    """Its data source is chosen by who looks; panels have their own ids and places."""
+    """Its data source is a variable; panels have unique ids and do not overlap."""
     variables = {each["name"]: each for each in DASHBOARD["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
     assert set(variables) == {"datasource", "instance"}

@@ -50,7 +50,7 @@ def operations(*changed: Changed, more: tuple[Operation, ...] = ()) -> list[Oper
 
 
 def ledger(changed: Entry, final: State = LEDGER.final) -> Ledger:
-    """Return the example's ledger with the entry of the same place changed."""
+    """Return the example's ledger with the entry of the same version replaced."""
     place = min(changed.version, len(ENTRIES))
     return Ledger((*ENTRIES[: place - 1], changed, *ENTRIES[place:]), final)
 
@@ -106,12 +106,12 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
         operations(),
         {Kind.FINAL_STATE},
     ),
-    "two changes were told the same version": (
+    "two changes were answered with the same version": (
         LEDGER,
         operations(more=(Accepted("d", 5, 2, 70, 1, 2),)),
         {Kind.VERSION_SHARED, Kind.LOST_CHANGE},
     ),
-    "nobody asked for an entry": (LEDGER, operations((C, None)), {Kind.PHANTOM}),
+    "no try can have made an entry": (LEDGER, operations((C, None)), {Kind.PHANTOM}),
     "an entry has no key": (ledger(Entry(4, 5, 25, None)), operations(), {Kind.PHANTOM}),
     "an unknown change took effect with another amount": (
         LEDGER,
@@ -138,7 +138,7 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
         operations(more=(NotApplied("b", -50, 3, 3.5),)),
         {Kind.NOT_APPLIED_IN_LEDGER},
     ),
-    "a key was denied after an unknown try, and a replay tells that this took effect": (
+    "a key was denied after an unknown try, and a replay shows that this took effect": (
         LEDGER,
         operations(more=(NotApplied("c", 5, 8, 9), Accepted("c", 5, 4, 25, 11, 12, replayed=True))),
         {Kind.NOT_APPLIED_IN_LEDGER},
@@ -292,15 +292,15 @@ RIGHT: dict[str, tuple[Ledger, list[Operation]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_history_is_told_by_its_kind(name: str) -> None:
-    """Each way to be wrong is found, and nothing else is found beside it."""
+def test_a_wrong_history_has_one_kind_of_violation(name: str) -> None:
+    """Each fault is found, and no other kind is reported with it."""
     ledger, operations, expected = WRONG[name]
     assert kinds(ledger, operations) == expected
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_history_passes(name: str) -> None:
-    """What may happen to an honest service is not held against it."""
+    """A correct history of any shape has no violation."""
     assert check(*RIGHT[name]) == []
 
 
@@ -347,7 +347,7 @@ class Simulation:
         return self
 
     def step(self, again: float) -> Operation:
-        """Do one thing now; its client sent it earlier and has the answer later."""
+        """Do one operation now; its client sent it earlier and gets the answer later."""
         sent = self.clock - self.random.randint(0, 9)
         answered = self.clock + self.random.randint(0, 9)
         doing = self.random.choices(["change", "read", "lose", "deny"], [6, 2, 1, 1])[0]
@@ -355,7 +355,7 @@ class Simulation:
             return Read(self.state.version, self.state.balance, sent, answered)
         key = self.key(0 if doing == "deny" else again)
         amount = self.amounts[key]
-        if doing == "deny":  # nobody has sent the key before, nor does before this is answered
+        if doing == "deny":  # no client has sent the key before, nor does before this is answered
             self.denied[key] = answered
             return NotApplied(key, amount, sent, answered)
         sent = max(sent, self.denied.get(key, sent))
@@ -389,21 +389,21 @@ class Simulation:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(min_value=0), st.integers(0, 1000))
 def test_honest_account_passes(seed: int, steps: int) -> None:
-    """Whatever an honest account does to its clients is right."""
+    """A simulated correct account has no violation."""
     simulation = Simulation(seed).run(steps)
     assert check(simulation.ledger, simulation.operations) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_one_fault_among_a_thousand_operations_is_found(seed: int) -> None:
-    """A single fault is found wherever it is."""
+    """A single fault is found at any place."""
     simulation = Simulation(seed).run(1000)
     for ledger, operations, kind in faults(simulation):
         assert kind in kinds(ledger, operations)
 
 
 def faults(simulation: Simulation) -> Iterator[tuple[Ledger, list[Operation], Kind]]:
-    """Make one fault after the other, each in the honest history."""
+    """Make one fault after another, each in the correct history."""
     choice, operations = simulation.random.choice, simulation.operations
     late = simulation.clock + 100
 
@@ -429,7 +429,7 @@ def faults(simulation: Simulation) -> Iterator[tuple[Ledger, list[Operation], Ki
 
 
 def without(entries: list[Entry], key: str) -> Ledger:
-    """Return the ledger as if the key had never been there."""
+    """Return the ledger without the key's entry, as if it had never existed."""
     kept: list[Entry] = []
     for entry in entries:
         if entry.key != key:
@@ -438,8 +438,8 @@ def without(entries: list[Entry], key: str) -> Ledger:
     return Ledger(tuple(kept), State(kept[-1].version, kept[-1].balance))
 
 
-def test_verdict_is_that_of_trying_every_order() -> None:
-    """On small histories, right or disturbed, the verdict equals an exhaustive search."""
+def test_the_check_agrees_with_an_exhaustive_search() -> None:
+    """On small histories, correct or disturbed."""
     verdicts = {True: 0, False: 0}
     for seed in range(4000):
         simulation = Simulation(seed).run(2 + seed % 7, again=0)
@@ -451,7 +451,7 @@ def test_verdict_is_that_of_trying_every_order() -> None:
 
 
 def disturbed(simulation: Simulation) -> list[Operation]:
-    """Move some operations in time, and let some name another state."""
+    """Move some operations in time, and give some another state."""
     random = simulation.random
     operations: list[Operation] = []
     for honest in simulation.operations:
@@ -467,7 +467,7 @@ def disturbed(simulation: Simulation) -> list[Operation]:
 
 
 def explainable(operations: list[Operation], entries: tuple[Entry, ...]) -> bool:
-    """Search for an order in which one client at a time would have seen the same."""
+    """Search for a sequential order with the same answers."""
     answers = [op for op in operations if not isinstance(op, NotApplied)]
     return _explainable(answers, entries[0], entries[1:])
 

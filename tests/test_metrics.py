@@ -1,4 +1,4 @@
-"""The numbers at `/metrics`: each counts what it says, and they are there whatever happens."""
+"""The metrics at `/metrics`: each measures what it says, and all are always available."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -28,14 +28,14 @@ from balance_app.states import Outcome
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import JobsDatabase, on, until
 from tests.processes import Instance, connect, http_client, running
-from tests.system.databases import somebody_waits
+from tests.system.databases import session_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
 Samples = dict[str, float]
 
 
 def read(text: str) -> Samples:
-    """Read what Prometheus would."""
+    """Parse the samples as Prometheus does."""
     return {
         sample.name + _labels(sample.labels): sample.value
         for family in text_string_to_metric_families(text)
@@ -59,7 +59,7 @@ async def of(metrics: Metrics) -> Samples:
 
 
 def changes(numbers: Samples) -> dict[str, float]:
-    """Return the changes by result, but for the results that there were none of."""
+    """Return the changes by result, without results that did not occur."""
     return {
         name.split('"')[1]: value
         for name, value in numbers.items()
@@ -70,8 +70,8 @@ def changes(numbers: Samples) -> dict[str, float]:
 # -- changes and connections -----------------------------------------------------------------------
 
 
-async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncClient) -> None:
-    """Each result once; what was no change at all is a request, and no change."""
+async def test_changes_are_counted_by_result(client: httpx.AsyncClient) -> None:
+    """Each result once; an invalid request is counted as a request, not as a change."""
 
     async def change(user: int, amount: object, key: str | None = None) -> int:
         headers = {"Idempotency-Key": key} if key else {}
@@ -102,21 +102,21 @@ async def test_changes_are_counted_by_what_became_of_them(client: httpx.AsyncCli
         status: found.get(f'balance_app_requests_total{{status="{status}"}}')
         for status in (200, 404, 409, 422, 500)
     }
-    # The first look at the numbers, and readiness, were requests too.
+    # The first scrape, and the readiness probes, were requests too.
     ready = statuses.pop(200)
     assert ready is not None
     assert ready >= 5
     assert statuses == {404: 1, 409: 2, 422: 2, 500: 0}
 
 
-async def test_the_wait_queue_is_seen(database: dict[str, str]) -> None:
-    """What is queued and in use is reported while no connection is free, without what needs one."""
+async def test_the_wait_queue_is_measured(database: dict[str, str]) -> None:
+    """Queued operations and used connections are reported while no connection is free."""
     async with (
         Instance(
             database,
             JOBS_ENABLED="false",
             DB_POOL_SIZE="1",
-            MAX_WAITING="2",  # one more request, and the question for the fleet's numbers
+            MAX_WAITING="2",  # one more request, and the query of the fleet's metrics
             DB_LOCK_SECONDS="20",
             DB_STATEMENT_SECONDS="25",
         ) as instance,
@@ -127,7 +127,7 @@ async def test_the_wait_queue_is_seen(database: dict[str, str]) -> None:
         async with holder.transaction():
             await holder.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
             asked = [asyncio.create_task(client.post("/api/balance", json=body))]
-            await somebody_waits(database)
+            await session_waits(database)
             asked.append(asyncio.create_task(client.post("/api/balance", json=body)))
             await until_waiting(client, 1)
             assert (await client.post("/api/balance", json=body)).status_code == 503
@@ -151,7 +151,7 @@ async def until_waiting(client: httpx.AsyncClient, number: int) -> None:
 
 
 async def test_an_outage_is_reported(database: dict[str, str]) -> None:
-    """While the database is unavailable the instance reports that, and all it knows by itself."""
+    """During an outage the instance reports it, and all its own metrics."""
     async with (
         Instance(database, JOBS_ENABLED="false") as instance,
         http_client(instance.url) as client,
@@ -163,7 +163,7 @@ async def test_an_outage_is_reported(database: dict[str, str]) -> None:
             asked = asyncio.create_task(
                 client.post("/api/balance", json={"userId": 1, "amount": -1})
             )
-            await somebody_waits(database)
+            await session_waits(database)
             await _admin(database, "ALLOW_CONNECTIONS false", ends=True)
         assert (await asked).json()["applied"] == "unknown"
         refused = await client.post("/api/balance", json={"userId": 1, "amount": -1})
@@ -191,7 +191,7 @@ async def _admin(database: dict[str, str], setting: str, *, ends: bool = False) 
     admin = await connect({**database, "DB_NAME": "postgres"})
     await admin.execute(f'ALTER DATABASE "{name}" {setting}')
     if ends:
-        # Who holds a row ends last: who waits for it must not get it first.
+        # The session that holds the row ends last: a waiting one must not get it before.
         await admin.execute(
             """
             SELECT pg_terminate_backend(pid, 5000) FROM (
@@ -210,7 +210,7 @@ HOUR: Final = timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 
@@ -248,7 +248,7 @@ async def sleeps(_run: Run) -> None:
 
 
 def runs(numbers: Samples) -> dict[tuple[str, str], float]:
-    """Return the runs by job and outcome, but for those that there were none of."""
+    """Return the runs by job and outcome, without those that did not occur."""
     return {
         (name.split('"')[1], name.split('"')[3]): value
         for name, value in numbers.items()
@@ -257,7 +257,7 @@ def runs(numbers: Samples) -> dict[tuple[str, str], float]:
 
 
 async def test_runs_are_counted_by_outcome(jobs_db: JobsDatabase) -> None:
-    """One count per run, as the history has it; all outcomes are there from the start."""
+    """One count per run, as in the history; all outcomes exist from the start."""
     jobs = [
         declare("good", returns),
         declare("bad", fails),
@@ -288,8 +288,8 @@ async def _holds(metrics: Metrics, name: str, value: float) -> bool:
     return (await of(metrics))[name] == value
 
 
-async def test_how_late_a_run_starts_is_measured_once_a_tick(jobs_db: JobsDatabase) -> None:
-    """From its tick, by the server's clock; a run that is tried again is not late."""
+async def test_the_start_delay_is_measured_once_a_tick(jobs_db: JobsDatabase) -> None:
+    """From the tick, by the server's clock; a retry does not count."""
     instance = jobs_db.instance()
     await instance.declare("bad")
     await jobs_db.ready("bad", seconds_ago=100)
@@ -303,7 +303,7 @@ async def test_how_late_a_run_starts_is_measured_once_a_tick(jobs_db: JobsDataba
 
 
 async def test_a_takeover_counts_the_lost_run(jobs_db: JobsDatabase) -> None:
-    """Who takes a job over counts both: the loss, and that it took over."""
+    """The instance that takes over counts the loss and the takeover."""
     other = jobs_db.instance("other")
     await other.declare("good")
     await other.claim()
@@ -317,8 +317,8 @@ async def test_a_takeover_counts_the_lost_run(jobs_db: JobsDatabase) -> None:
     assert found["balance_app_job_start_delay_seconds_count"] == 0
 
 
-async def test_what_is_handed_back_by_its_lease_is_no_takeover(jobs_db: JobsDatabase) -> None:
-    """An instance that ends leaves a run that can not be stopped: interrupted, not lost."""
+async def test_the_claim_of_a_releasing_job_is_no_takeover(jobs_db: JobsDatabase) -> None:
+    """A stopping instance leaves an uncancellable run: it is released, not lost."""
     other = jobs_db.instance("other")
     await other.declare("good")
     claimed = await other.claim()
@@ -331,8 +331,8 @@ async def test_what_is_handed_back_by_its_lease_is_no_takeover(jobs_db: JobsData
     assert found['balance_app_job_takeovers_total{job_name="good"}'] == 0
 
 
-async def test_a_quarantined_job_was_lost(jobs_db: JobsDatabase) -> None:
-    """The loss counts, although nobody takes the job over."""
+async def test_a_quarantined_job_counts_as_lost(jobs_db: JobsDatabase) -> None:
+    """Although no instance takes the job over."""
     other = jobs_db.instance("other")
     await other.declare("good")
     await other.claim()
@@ -354,7 +354,7 @@ async def _quarantined(jobs_db: JobsDatabase) -> bool:
 
 
 async def test_ticks_that_did_not_run_are_counted(jobs_db: JobsDatabase) -> None:
-    """As many as the history has in its ranges."""
+    """As many as in the ranges of the history."""
     instance = jobs_db.instance()
     await instance.declare("good", schedule="every 60 s")
     await jobs_db.shift(600)
@@ -376,14 +376,14 @@ def _stats_reader(jobs_db: JobsDatabase, registry: Registry) -> StatsReader:
     return StatsReader(jobs_db.database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
 
 
-async def test_each_heartbeat_tells_what_was_left(jobs_db: JobsDatabase) -> None:
-    """A share of the lease: half when heartbeats come at a sixth and a third is the reserve."""
+async def test_each_heartbeat_measures_the_remaining_lease(jobs_db: JobsDatabase) -> None:
+    """As a share: half, with heartbeats every sixth of the lease and a reserve of a third."""
     async with scheduler(jobs_db, [declare("long", sleeps)]) as (_, metrics):
         await until(lambda: _renewed(metrics, 3))
         found = await of(metrics)
     count = found["balance_app_lease_margin_ratio_count"]
     assert found['balance_app_lease_margin_ratio_bucket{le="0.9"}'] >= count - 1  # but the first
-    # Answers take a while; the first comes at once, with two thirds left.
+    # Answers take a while; the first heartbeat is sent at once, with two thirds left.
     assert 0.3 * count < found["balance_app_lease_margin_ratio_sum"] < 2 / 3 * count
     async with scheduler(jobs_db, [declare("none", sleeps, every=None, cron="0 0 29 2 *")]) as (
         _,
@@ -407,7 +407,7 @@ async def stats(jobs_db: JobsDatabase, *names: str) -> dict[str, JobStats]:
 
 
 async def ran(jobs_db: JobsDatabase, name: str, outcome: str, result: str, ago: float = 0) -> None:
-    """Add a run to the history, as the job's last."""
+    """Add a run to the history as the job's last one."""
     fence = await jobs_db.admin.fetchval("SELECT count(*) + 1 FROM job_runs WHERE job = $1", name)
     await insert(
         jobs_db.admin,
@@ -425,8 +425,8 @@ async def ran(jobs_db: JobsDatabase, name: str, outcome: str, result: str, ago: 
     )
 
 
-async def test_the_fleet_is_what_the_rows_say(jobs_db: JobsDatabase) -> None:
-    """Last success, overdue, paused, failed: of the jobs that this instance has the code of."""
+async def test_the_fleets_metrics_are_those_of_the_rows(jobs_db: JobsDatabase) -> None:
+    """Last success, overdue, paused, failed: of the jobs whose code this instance has."""
     names = ("fresh", "failing", "lost", "paused", "ready", "other")
     for name in names:
         await add_job(jobs_db.admin, name)
@@ -486,8 +486,8 @@ async def test_an_audit_s_result_stands_until_the_next(jobs_db: JobsDatabase) ->
     assert await mismatch("good") is None
 
 
-async def test_the_audits_fail_with_what_is_looked_for(jobs_db: JobsDatabase) -> None:
-    """A ledger that was tampered with is a mismatch at `/metrics`, by the job's own verdict."""
+async def test_a_failed_audit_is_recognized_as_a_mismatch(jobs_db: JobsDatabase) -> None:
+    """A manipulated ledger is a mismatch at `/metrics`, by the audit's own result."""
     await jobs_db.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(jobs_db, [audit_ledger]) as (_, metrics):
@@ -503,8 +503,8 @@ async def test_the_audits_fail_with_what_is_looked_for(jobs_db: JobsDatabase) ->
     )
 
 
-async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of scrapes share a query; its result is not kept for longer."""
+async def test_the_fleet_is_queried_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of scrapes share a query; its result is not cached for longer."""
     asked = 0
     answers = [FleetStats([JobStats("good", 1.0, 2.0, True, False, None)], {"t": 3}), None]  # noqa: FBT003 - a row
 
@@ -526,7 +526,7 @@ async def test_the_fleet_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this instance knows by itself is reported all the same."""
+    """The instance's own metrics are reported all the same."""
     monkeypatch.setattr(numbers, "PATIENCE_SECONDS", 0.01)
 
     async def query() -> FleetStats:
@@ -541,8 +541,8 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     assert _of_the_fleet(found) == {"balance_app_fleet_scrape_success": 0}
 
 
-async def test_figures_that_can_t_be_had_are_said_to_be_missing(jobs_db: JobsDatabase) -> None:
-    """A statement that fails is no fleet without jobs; it goes on when the statement does."""
+async def test_a_failed_query_of_the_fleet_is_reported(jobs_db: JobsDatabase) -> None:
+    """It is not shown as a fleet without jobs; the metrics return when the query succeeds."""
     metrics = Metrics()
     metrics.set_fleet_query(_stats_reader(jobs_db, Registry([])).read)
     await jobs_db.admin.execute("ALTER TABLE job_runs RENAME TO hidden")
@@ -562,7 +562,7 @@ def _of_the_fleet(found: Mapping[str, float]) -> dict[str, float]:
 async def test_tables_are_as_large_as_when_each_was_last_measured(
     database: dict[str, str],
 ) -> None:
-    """Every instance says the same, also while the list is made anew; nothing before the first."""
+    """All instances report the same, also during a new measurement; nothing before the first."""
     connection = await connect(database)
 
     async def sizes() -> dict[str, float]:
@@ -599,7 +599,7 @@ def _sizes(found: Samples) -> dict[str, float]:
     }
 
 
-# -- all of them -----------------------------------------------------------------------------------
+# -- all metrics -----------------------------------------------------------------------------------
 
 
 async def test_hostile_requests_make_no_new_series(client: httpx.AsyncClient) -> None:
@@ -616,8 +616,8 @@ async def test_hostile_requests_make_no_new_series(client: httpx.AsyncClient) ->
     assert len(new) <= 5
 
 
-async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient) -> None:
-    """Prometheus asks for it first; the numbers are the same."""
+async def test_openmetrics_is_served_if_accepted(client: httpx.AsyncClient) -> None:
+    """Prometheus prefers it; the values are the same."""
     accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
     answer = await client.get("/metrics", headers={"Accept": accept})
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
@@ -629,8 +629,8 @@ async def test_openmetrics_is_told_to_who_asks_for_it(client: httpx.AsyncClient)
     assert plain.headers["cache-control"] == "no-store"
 
 
-async def test_the_process_is_told_too(client: httpx.AsyncClient) -> None:
-    """Who it is, and what it uses."""
+async def test_the_process_is_measured_too(client: httpx.AsyncClient) -> None:
+    """Its identity and its resources."""
     found = await scrape(client)
     assert found[f'balance_app_info{{server="app1",version="{__version__}"}}'] == 1
     assert found["process_resident_memory_bytes"] > 10_000_000
@@ -639,7 +639,7 @@ async def test_the_process_is_told_too(client: httpx.AsyncClient) -> None:
 
 
 async def test_each_application_has_its_own_numbers() -> None:
-    """Nothing is kept for the whole process."""
+    """No metric is global to the process."""
     first, second = Metrics(), Metrics()
     first.changes.inc("accepted")
     assert changes(await of(first)) == {"accepted": 1}

@@ -1,4 +1,4 @@
-"""What every route has: health, request ids, logs, clear errors, a clean end."""
+"""Common to all routes: health, request ids, logs, clear errors, a clean end."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def reader(postgres: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict[str, str]) -> None:
-    """Ready when all is well; a schema that is not this program's is reported in a sentence."""
+    """It is ready when all checks pass; an incompatible schema is reported in a sentence."""
     for path in ("/health", "/readyz"):
         answer = await client.get(path)
         assert answer.status_code == 200
@@ -42,7 +42,7 @@ async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict
 
 
 async def test_every_answer_names_its_server_and_request(client: httpx.AsyncClient) -> None:
-    """The caller's request id is kept when it is sane, else a new one is made."""
+    """A valid request id of the caller is kept, otherwise a new one is made."""
     mine = await client.get("/api/users/1", headers={"X-Request-Id": "abc-1"})
     assert (mine.headers["x-request-id"], mine.headers["x-server-id"]) == ("abc-1", "app1")
     others = [
@@ -59,7 +59,7 @@ async def test_every_answer_names_its_server_and_request(client: httpx.AsyncClie
 async def test_logs_are_json_with_server_and_request(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """Off a terminal each line is an object that names the server, and the request it is about."""
+    """Without a terminal each line is an object with the server and the request id."""
     log = tmp_path / "log"
     async with (
         Instance(database, "app7", log=log, LOG_REQUESTS="true") as instance,
@@ -79,10 +79,10 @@ REFUSED: Final = {
 }
 
 
-async def test_what_is_refused_before_it_is_a_request_has_an_id_and_is_counted(
+async def test_a_refusal_by_the_protocol_has_an_id_and_is_counted(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """The id in the answer finds the line in the log that says why, and nothing else does."""
+    """The id in the answer is that of the only log line, which has the reason."""
     log = tmp_path / "log"
     ids = {}
     async with (
@@ -104,10 +104,10 @@ async def test_what_is_refused_before_it_is_a_request_has_an_id_and_is_counted(
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(("method", "applied"), [("GET", None), ("POST", "unknown")])
-async def test_a_mistake_is_a_problem_too(
+async def test_an_internal_error_is_a_problem_too(
     method: str, applied: str | None, *, direct: bool
 ) -> None:
-    """An unforeseen exception is answered with a problem, not with a broken connection."""
+    """An unforeseen exception is answered with a problem, not with a closed connection."""
 
     async def mistaken(_request: Request) -> Response:
         raise ZeroDivisionError
@@ -133,8 +133,8 @@ async def _internal(request: Request, _error: Exception) -> Response:
     return InternalError().response(request.method)
 
 
-def test_a_taken_port_is_said_in_a_sentence() -> None:
-    """The sentence names the port and what to do; shared ports may be taken twice."""
+def test_a_taken_port_is_reported_in_a_sentence() -> None:
+    """With the port and what to do; shared ports may be used twice."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -160,7 +160,7 @@ READABLE: Final = (
 async def test_head_answers_as_get_does_without_a_body(
     reader: httpx.AsyncClient, path: str
 ) -> None:
-    """The same status and headers, also for what is refused."""
+    """The same status and headers, also for refusals."""
     varying = {"date", "x-request-id"}
     got = await reader.get(path)
     head = await reader.head(path)
@@ -169,7 +169,7 @@ async def test_head_answers_as_get_does_without_a_body(
     assert headers[0].keys() == headers[1].keys()
     if path != "/" and not path.startswith(
         "/jobs"
-    ):  # pages have a moment and a key in them, and are compressed
+    ):  # pages contain the time and a key, and are compressed
         for each in headers:
             assert all(each.pop(name) for name in varying)
         assert headers[0] == headers[1]
@@ -198,13 +198,13 @@ async def test_the_head_of_a_stream_has_an_end(reader: httpx.AsyncClient, path: 
     ],
 )
 async def test_allow_names_every_method(reader: httpx.AsyncClient, path: str, methods: str) -> None:
-    """Those of all routes of an address, and HEAD wherever there is GET."""
+    """Those of all routes of a path, and HEAD wherever there is GET."""
     answer = await reader.delete(path)
     assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
-async def test_a_half_closed_client_gets_its_change(instance: Instance) -> None:
-    """Twenty of twenty: who says that it has sent everything still listens."""
+async def test_a_half_closed_client_gets_its_answer(instance: Instance) -> None:
+    """Twenty of twenty: a client that has closed its sending side still reads."""
     body = b'{"userId":1,"amount":-2}'
     head = (
         "POST /api/balance HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""The environment is checked once, and wrong values are named."""
+"""The environment is validated at start, and invalid values are named."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from balance_app.settings import BadSettingsError, load_settings
     ],
 )
 def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """The sentence starts with the variable's name."""
+    """The message starts with the variable's name."""
     monkeypatch.setenv(name, value)
     with pytest.raises(BadSettingsError, match=f"^{name}: "):
         load_settings()
@@ -52,7 +52,7 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
 def test_the_usual_urls_are_understood(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    """The spellings of other tools lead to the same database."""
+    """The URL schemes of other tools are accepted for the same database."""
     monkeypatch.setenv("DATABASE_URL", f"{scheme}://me:pw@db:5433/x")
     arguments = load_settings().connect_arguments()
     assert (arguments["user"], arguments["password"]) == ("me", "pw")
@@ -60,7 +60,7 @@ def test_the_usual_urls_are_understood(monkeypatch: pytest.MonkeyPatch, scheme: 
 
 
 def test_the_reserve_leaves_time_for_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default it is never more than a third of the lease; set to more, it is refused."""
+    """By default it is at most a third of the lease; a larger value is refused."""
     assert load_settings().clock_reserve_seconds == 2
     monkeypatch.setenv("JOB_LEASE_SECONDS", "3")
     assert load_settings().clock_reserve_seconds == 1
@@ -77,7 +77,7 @@ TEXT = "# für alle\nSERVER_ID=from-file\nPORT=4321\n"
 def test_an_env_file_in_utf_8_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, coding: str, end: str
 ) -> None:
-    """Also with a mark at its beginning, as some editors write it, and with any end of lines."""
+    """Also with a byte order mark, and with any line ends."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PORT", raising=False)
     for first in (TEXT, TEXT.partition("\n")[2]):
@@ -104,7 +104,7 @@ def test_an_env_file_that_can_not_be_read_is_named(
     make: Callable[[Path], object],
     sentence: str,
 ) -> None:
-    """In one sentence, which shows nothing of it."""
+    """In one sentence, without its content."""
     monkeypatch.chdir(tmp_path)
     make(tmp_path / ".env")
     with pytest.raises(BadSettingsError, match=rf"^\.env .*{sentence}[^\n]*\.$"):
@@ -113,14 +113,14 @@ def test_an_env_file_that_can_not_be_read_is_named(
 
 @pytest.mark.parametrize("name", ["DB_NAME", "DB_PASSWORD", "SERVER_ID", "DB_USER"])
 def test_a_value_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Bytes in the environment that are not UTF-8."""
+    """A value in the environment that is not valid UTF-8 is refused."""
     monkeypatch.setitem(os.environ, name, "hunter2\udcff")
     with pytest.raises(BadSettingsError, match=f"^{name}: is not text in UTF-8$"):
         load_settings()
 
 
 def test_a_directory_may_have_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also one that has meaning to those who read configuration."""
+    """Also one with characters that are special in configuration files."""
     source = tmp_path / "100% sure, %(here)s" / "src" / "balance_app"
     source.mkdir(parents=True)
     (source.parents[1] / "alembic").symlink_to(Path(__file__).parents[1] / "alembic")

@@ -1,4 +1,4 @@
-"""Requests that no honest client sends, each with the refusal it has to get."""
+"""Requests that no correct client sends, each with the refusal it has to get."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -18,21 +18,21 @@ GOOD: Final = {"/api/balance": CHANGE, "/api/users": OPEN}
 async def one_instance(
     postgres: dict[str, str], *, body_seconds: str = "5"
 ) -> AsyncIterator[tuple[Instance, dict[str, str]]]:
-    """Run one instance on an empty database, for as many tests as share it."""
+    """Run one instance on an empty database, to be shared by many tests."""
     async with (
         empty_database(postgres) as database,
-        # Without jobs nothing but the requests changes a row.
+        # Without jobs only the requests change rows.
         Instance(database, BODY_SECONDS=body_seconds, JOBS_ENABLED="false") as instance,
     ):
         yield instance, database
 
 
-# -- sending bytes, whatever they are ----------------------------------------------------------
+# -- sending raw bytes -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The first answer on a connection, and all that came after it until the connection closed.
+    """The first answer on a connection, and all bytes after it until the connection closed.
 
     `status` 0: it closed without an answer.
     """
@@ -54,7 +54,7 @@ async def exchange(port: int, *parts: bytes, pause_seconds: float = 0) -> Answer
             while piece := await reader.read(65536):
                 raw.extend(piece)
         except ConnectionError:
-            pass  # it closed before it had read all that was sent
+            pass  # the server closed before it had read everything
 
     async def send() -> None:
         try:
@@ -138,7 +138,7 @@ def _bytes(text: str | bytes) -> bytes:
 class Case:
     """One hostile request and its refusal.
 
-    `code` None: the HTTP parser refuses it, the application never sees it.
+    `code` None: the HTTP parser refuses it before the application.
     `fault`: pointer and code of the first of `errors`.
     `poison`: the hostile part, which no answer may repeat.
     """
@@ -193,7 +193,7 @@ FIELDS: Final = {
 
 
 def numbers() -> Iterator[Case]:
-    """Every odd kind of number, as each of the three numbers this API reads."""
+    """Every invalid kind of number, as each of the three numbers that this API reads."""
     for field, (path, template) in FIELDS.items():
         for literal in NOT_JSON_NUMBERS:
             yield _field(field, literal, path, template, MALFORMED, None)
@@ -241,7 +241,7 @@ def _field(  # noqa: PLR0913, PLR0917 - one row of the table
 
 
 def malformed_bodies() -> Iterator[Case]:
-    """What is not one JSON text in UTF-8, on both routes that read a body."""
+    """Bodies that are not one JSON text in UTF-8, on both routes that read a body."""
     for path, good in GOOD.items():
         name = b'"amount"' if path == "/api/balance" else b'"balance"'
         bodies = {
@@ -311,7 +311,7 @@ def malformed_bodies() -> Iterator[Case]:
 
 
 def wrong_objects() -> Iterator[Case]:
-    """JSON, but not the object that was asked for."""
+    """JSON, but not the expected object."""
     for path, good in GOOD.items():
         values = {
             "null": b"null",
@@ -494,7 +494,7 @@ def media_types() -> Iterator[Case]:
 
 
 def sizes() -> Iterator[Case]:
-    """Bodies above 16 KiB, and heads above any use."""
+    """Bodies above 16 KiB, and oversized heads."""
     for path, good in GOOD.items():
         for size in (16 * 1024 + 1, 17_000):
             body = good.ljust(size)
@@ -509,7 +509,7 @@ def sizes() -> Iterator[Case]:
 
 
 def methods() -> Iterator[Case]:
-    """Methods that an address doesn't have, and words that are no methods."""
+    """Methods that a path doesn't have, and words that are no methods."""
     addresses = {
         "/api/balance": {"POST"},
         "/api/users": {"GET", "POST"},
@@ -541,7 +541,7 @@ def methods() -> Iterator[Case]:
 
 
 def keys() -> Iterator[Case]:
-    """What can't be an idempotency key, in the header and in the path."""
+    """Invalid idempotency keys, in the header and in the path."""
     fault = ("header:Idempotency-Key", "not-a-key")
     values: dict[str, str | bytes] = {
         "empty": "",
@@ -608,7 +608,7 @@ def keys() -> Iterator[Case]:
 
 
 def addresses() -> Iterator[Case]:
-    """User ids in paths, queries, and addresses that lead nowhere."""
+    """Invalid user ids in paths, invalid queries, and unknown paths."""
     wrong = (
         *(
             "0",
@@ -711,7 +711,7 @@ def addresses() -> Iterator[Case]:
 
 
 def queries() -> Iterator[Case]:
-    """Cursors and limits of every odd kind."""
+    """Cursors and limits of every invalid kind."""
     numbers = (
         *(
             "-1",
@@ -782,7 +782,7 @@ def queries() -> Iterator[Case]:
 
 
 def days() -> Iterator[Case]:
-    """What is no day of the calendar, or is written otherwise than YYYY-MM-DD."""
+    """Days that do not exist, or are not written as YYYY-MM-DD."""
     wrong = (
         *("0000-00-00", "0000-01-01", "-001-01-01", "10000-01-01", "99999-12-31", "2026-13-01"),
         *("2026-00-10", "2026-02-30", "2025-02-29", "2026-11-31", "2026-1-1", "26-11-21", "2026"),
@@ -810,7 +810,7 @@ def _is_decimal(text: str) -> bool:
 
 
 def framing() -> Iterator[Case]:
-    """HTTP that two readers could take for two things: refused, and the connection closed."""
+    """Ambiguous HTTP framing (request smuggling): refused, and the connection closed."""
     common = ("Host: localhost", "Content-Type: application/json")
     right = f"Content-Length: {len(CHANGE)}"
     lengths: dict[str, list[str | bytes]] = {
@@ -898,7 +898,7 @@ def framing() -> Iterator[Case]:
 
 
 def headers() -> Iterator[Case]:
-    """Other headers: what is wrong in them neither helps nor hurts, and none comes back."""
+    """Other invalid headers: they have no effect, and are not repeated in the answer."""
     ids = (
         "poison id",
         "poison\ttab",

@@ -11,7 +11,7 @@ LIMIT = 2**53 - 1
 
 
 async def test_the_first_user_is_there(client: httpx.AsyncClient) -> None:
-    """An empty database comes up with user 1, who has 10000."""
+    """A new database has user 1, with a balance of 10000."""
     answer = await client.get("/api/users/1")
     assert answer.status_code == 200
     assert answer.json()["balance"] == 10_000
@@ -19,7 +19,7 @@ async def test_the_first_user_is_there(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.AsyncClient) -> None:
-    """A change tells the balance and version it made, and becomes the user's next entry."""
+    """The answer has the balance and version that the change made; it is the user's next entry."""
     answer = await client.post("/api/balance", json={"userId": 1, "amount": -2})
     assert answer.status_code == 200
     assert answer.headers["etag"] == '"2"'
@@ -36,7 +36,7 @@ async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.Async
 
 
 async def test_a_refusal_proves_itself(client: httpx.AsyncClient) -> None:
-    """Insufficient funds names the balance and version that refused, and changes nothing."""
+    """It has the balance and version that refused it, and changes nothing."""
     answer = await client.post("/api/balance", json={"userId": 1, "amount": -10_001})
     assert answer.status_code == 409
     assert answer.headers["content-type"] == "application/problem+json"
@@ -57,7 +57,7 @@ async def test_a_refusal_proves_itself(client: httpx.AsyncClient) -> None:
 
 
 async def test_the_last_unit_can_be_spent(client: httpx.AsyncClient) -> None:
-    """A balance goes down to 0 and not below."""
+    """A balance can be reduced to 0 and not below."""
     assert (await client.post("/api/balance", json={"userId": 1, "amount": -10_000})).json()[
         "balance"
     ] == 0
@@ -65,7 +65,7 @@ async def test_the_last_unit_can_be_spent(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_balance_has_an_upper_limit(client: httpx.AsyncClient) -> None:
-    """2^53-1 can be reached, not passed: JSON readers would round it."""
+    """2^53-1 can be reached but not exceeded: JSON readers would round it."""
     reached = await client.post("/api/balance", json={"userId": 1, "amount": LIMIT - 10_000})
     assert reached.json()["balance"] == LIMIT
     passed = await client.post("/api/balance", json={"userId": 1, "amount": 1})
@@ -73,8 +73,8 @@ async def test_a_balance_has_an_upper_limit(client: httpx.AsyncClient) -> None:
     assert passed.json()["excess"] == 1
 
 
-async def test_an_unknown_user_is_said_to_be_so(client: httpx.AsyncClient) -> None:
-    """404 for every route that names a user who is not there."""
+async def test_an_unknown_user_gets_a_404(client: httpx.AsyncClient) -> None:
+    """On every route with a user id."""
     for answer in (
         await client.post("/api/balance", json={"userId": 99, "amount": 1}),
         await client.get("/api/users/99"),
@@ -119,7 +119,7 @@ async def test_the_ledger_is_read_by_version(client: httpx.AsyncClient) -> None:
 async def test_past_balances_are_read_by_day(
     client: httpx.AsyncClient, database: dict[str, str]
 ) -> None:
-    """From the latest day back; a day that the job adds meanwhile comes on no page twice."""
+    """From the latest day back; a day added between two pages is on no page twice."""
     connection = await connect(database)
     await connection.execute("""
         INSERT INTO daily_balances (user_id, day, version, balance, at)
@@ -159,7 +159,7 @@ async def test_past_balances_are_read_by_day(
 
 
 async def test_what_each_answer_consists_of(client: httpx.AsyncClient) -> None:
-    """A field that comes or goes changes the contract; a replay has those of the first answer."""
+    """A new or missing field changes the contract; a replay has the fields of the first answer."""
     problem = {"type", "title", "status", "detail", "code", "applied"}
     refusal = problem | {"userId", "balance", "version", "amount"}
     requests: dict[str, tuple[str, dict[str, int], set[str]]] = {

@@ -1,4 +1,4 @@
-"""`applied` is true of the request, with all that was sent under its key; what reads has none."""
+"""`applied` is true of the request, with all tries of its key; reads have no such member."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +24,7 @@ from tests.history import (
     check,
 )
 from tests.processes import Instance, connect, served
-from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
+from tests.system.databases import freeze, own_postgres, session_waits, thaw
 
 KEYED = {"Idempotency-Key": "k"}
 NEW_KEY = {"Idempotency-Key": "new"}
@@ -37,7 +37,7 @@ READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/changes/k")
 
 @pytest.fixture
 async def refusing(database: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
-    """An instance that made a change under the key `k`, and lost its database since."""
+    """An instance that made a change with the key `k`, and has lost its database since."""
     async with served(database) as client:
         made = await client.post("/api/balance", json=CHANGE, headers=KEYED)
         assert made.status_code == 200
@@ -53,7 +53,7 @@ async def refusing(database: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]
 
 
 async def test_a_key_that_was_used_is_never_denied(refusing: httpx.AsyncClient) -> None:
-    """Without its database an instance can't know what became of a key."""
+    """Without its database an instance can't know the outcome of a key."""
     for path, body in (("/api/balance", CHANGE), ("/api/users", {"balance": 1})):
         keyed = await refusing.post(path, json=body, headers=KEYED)
         assert (keyed.status_code, keyed.json()["applied"]) == (503, "unknown")
@@ -65,8 +65,8 @@ async def test_a_key_that_was_used_is_never_denied(refusing: httpx.AsyncClient) 
     assert (steered.status_code, steered.json()["applied"]) == (503, "no")
 
 
-async def test_what_reads_says_nothing_of_changes(refusing: httpx.AsyncClient) -> None:
-    """Neither in a member nor in the text, whatever keeps it from reading."""
+async def test_a_failed_read_does_not_mention_changes(refusing: httpx.AsyncClient) -> None:
+    """Neither in a member nor in the text, for any cause."""
     paths = (*READ, "/api/cron/status", "/api/cron/history", "/api/nothing", "/api/users/x")
     for path in (*paths, "/api/balance"):
         answer = await refusing.get(path)
@@ -79,8 +79,8 @@ async def test_what_reads_says_nothing_of_changes(refusing: httpx.AsyncClient) -
     assert "othing was changed" not in page
 
 
-async def test_a_body_that_never_comes_says_nothing_of_its_key(database: dict[str, str]) -> None:
-    """The try that is given up may repeat one that took effect."""
+async def test_a_body_that_never_arrives_leaves_its_key_unknown(database: dict[str, str]) -> None:
+    """The try that times out may repeat one that took effect."""
     async with Instance(database, JOBS_ENABLED="false", BODY_SECONDS="0.1") as instance:
         answers = [
             await _half_a_request(instance, headers) for headers in ("", "Idempotency-Key: k\r\n")
@@ -100,8 +100,8 @@ async def _half_a_request(instance: Instance, headers: str) -> bytes:
         writer.close()
 
 
-async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[str, str]) -> None:
-    """Refused for the crowd, for a lock, or because the instance stops: unknown under a key."""
+async def test_a_try_refused_for_overload_leaves_its_key_unknown(database: dict[str, str]) -> None:
+    """Refused for overload, for a lock, or because the instance stops: unknown if it has a key."""
     limits = {"DB_POOL_SIZE": "1", "MAX_WAITING": "1", "DB_LOCK_SECONDS": "1"}
     async with (
         served({**database, **limits}) as client,
@@ -115,7 +115,7 @@ async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[s
             return body
 
         first = asyncio.create_task(send(NEW_KEY))
-        await somebody_waits(database)
+        await session_waits(database)
         second = asyncio.create_task(send())
         await asyncio.sleep(0.1)
         crowded = [await send(NEW_KEY), await send()]
@@ -126,7 +126,7 @@ async def test_a_try_that_found_no_room_says_nothing_of_its_key(database: dict[s
 
 @asynccontextmanager
 async def locked(database: dict[str, str], statement: str = "") -> AsyncIterator[None]:
-    """Hold the row of user 1, or what the statement locks, as somebody else's transaction does."""
+    """Lock the row of user 1, or what the statement locks, in another transaction."""
     holder = await connect(database)
     try:
         transaction = holder.transaction()
@@ -142,7 +142,7 @@ async def locked(database: dict[str, str], statement: str = "") -> AsyncIterator
 async def test_a_history_shows_a_key_that_was_denied(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, guarded: bool
 ) -> None:
-    """The check of histories finds no lie; the control tells of one try what it says of all."""
+    """The check finds no violation; the control answers "no" for one try instead of the key."""
     if not guarded:
         monkeypatch.setattr(Problem, "under", lambda _problem, _key: None)
     pool = Database(settings_for(database))
@@ -164,7 +164,7 @@ async def test_a_history_shows_a_key_that_was_denied(
     assert found == (set() if guarded else {Kind.NOT_APPLIED_IN_LEDGER})
 
 
-Door = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+Lookup = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
 def _request(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
@@ -179,18 +179,18 @@ def _repeat(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
     return client.post("/api/balance", json=CHANGE, headers=KEYED)
 
 
-@pytest.mark.parametrize(("door", "status"), [(_request, 200), (_open, 422), (_repeat, 200)])
-async def test_an_outcome_is_told_while_its_account_is_locked(
-    client: httpx.AsyncClient, database: dict[str, str], door: Door, status: int
+@pytest.mark.parametrize(("lookup", "status"), [(_request, 200), (_open, 422), (_repeat, 200)])
+async def test_an_outcome_is_returned_while_its_account_is_locked(
+    client: httpx.AsyncClient, database: dict[str, str], lookup: Lookup, status: int
 ) -> None:
-    """Who asks for an outcome waits for no row, and so holds up nobody who does."""
+    """A lookup waits for no row lock, and so blocks no other request."""
     other = (await client.post("/api/users", json={"balance": 1})).json()["userId"]
     assert (await _repeat(client)).status_code == 200
     async with locked(database), asyncio.timeout(5):
-        asked = [asyncio.create_task(_await(door(client))) for _ in range(30)]
+        lookups = [asyncio.create_task(_await(lookup(client))) for _ in range(30)]
         change = await client.post("/api/balance", json={"userId": other, "amount": 1})
         assert change.status_code == 200
-        assert {(await each).status_code for each in asked} == {status}
+        assert {(await each).status_code for each in lookups} == {status}
 
 
 async def _await(answer: Awaitable[httpx.Response]) -> httpx.Response:
@@ -198,10 +198,10 @@ async def _await(answer: Awaitable[httpx.Response]) -> httpx.Response:
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
-    """Without the synchronous standby, an outcome that a failover would lose is no outcome.
+async def test_an_outcome_that_is_not_replicated_is_not_reported(*, guarded: bool) -> None:
+    """Without the synchronous standby, an outcome that a failover would lose is not acknowledged.
 
-    The control recalls by a bare SELECT, and acknowledges it.
+    The control reads the key by a bare SELECT, and acknowledges it.
     """
     program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "recall")
     async with (
@@ -213,11 +213,11 @@ async def test_what_a_standby_lacks_is_not_reported(*, guarded: bool) -> None:
         await admin.execute("SELECT pg_reload_conf()")
         await _until_equal(admin, "SHOW synchronous_standby_names", "nobody")
         tries = []
-        for door in (_repeat, _request, _repeat, _request):
-            # Each that waits in vain is taken for an outage, until it is looked again.
+        for request in (_repeat, _request, _repeat, _request):
+            # Each timed-out wait marks the database unavailable, until the next probe.
             await _until_ready(client, ready=True)
-            tries.append(await door(client))
-            # A commit that is cancelled while it waits is there to be seen.
+            tries.append(await request(client))
+            # A commit that is cancelled while it waits is visible locally.
             await admin.execute(CANCEL_WAITING_COMMITS)
             await _until_equal(admin, "SELECT count(*) FROM idempotency_keys", 1)
         await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
@@ -246,7 +246,7 @@ async def _until_equal(admin: Any, question: str, expected: object) -> None:  # 
 
 
 async def test_a_frozen_database_denies_no_key() -> None:
-    """Neither the try whose answer did not come nor those that were not sent deny it."""
+    """Neither the try without an answer nor those that were not sent answer "no"."""
     async with (
         own_postgres() as server,
         served(server.environment()) as client,

@@ -1,4 +1,4 @@
-"""What somebody else holds is refused soon, and holds up nobody who asks for something else."""
+"""Requests for a row that another session has locked are refused soon, and delay no others."""
 
 import asyncio
 from time import monotonic
@@ -25,21 +25,21 @@ SLACK_SECONDS = 1.5  # of a busy machine
     ("path", "body"),
     [("/api/users", {"balance": 1}), ("/api/balance", {"userId": 1, "amount": 1})],
 )
-async def test_a_key_under_way_holds_up_nobody(
+async def test_a_key_under_way_delays_no_other_request(
     client: httpx.AsyncClient, database: dict[str, str], path: str, body: dict[str, int]
 ) -> None:
-    """A key that somebody else has written, but not committed, is refused, it alone."""
+    """Only requests with a key that another session has written but not committed are refused."""
     other = (await client.post("/api/users", json={"balance": 0})).json()["userId"]
     async with locked(database, HOLD_THE_KEY):
         began = monotonic()
-        asked = [
+        pending = [
             asyncio.create_task(client.post(path, json=body, headers=KEYED)) for _ in range(15)
         ]
         await asyncio.sleep(0.1)
         changed = await client.post("/api/balance", json={"userId": other, "amount": 1})
         assert changed.status_code == 200
         assert monotonic() - began < SOON_SECONDS
-        answers = await asyncio.gather(*asked)
+        answers = await asyncio.gather(*pending)
         assert monotonic() - began < SOON_SECONDS + SLACK_SECONDS
     assert {each.status_code for each in answers} == {503}
     assert {each.json()["applied"] for each in answers} == {"unknown"}
@@ -52,7 +52,7 @@ async def test_a_key_under_way_holds_up_nobody(
 async def test_a_locked_account_is_refused_soon(
     client: httpx.AsyncClient, database: dict[str, str], statement: str
 ) -> None:
-    """Who asks for it is refused within seconds, and at once while it is known; then it goes on."""
+    """Within seconds, and at once while the lock is known; after the lock requests succeed."""
     change = {"userId": 1, "amount": 1}
     async with locked(database, statement):
         began = monotonic()
@@ -70,7 +70,7 @@ async def test_a_locked_account_is_refused_soon(
 
 
 async def test_many_locked_accounts_leave_room_for_others(database: dict[str, str]) -> None:
-    """What is known to be locked is looked at by one connection, however many accounts it is."""
+    """Accounts known to be locked are probed by one connection only, however many they are."""
     async with served(database, DB_POOL_SIZE="2") as client:
         users = [
             (await client.post("/api/users", json={"balance": 9})).json()["userId"]
@@ -90,7 +90,7 @@ async def test_many_locked_accounts_leave_room_for_others(database: dict[str, st
                 return seen
 
             crowd = [asyncio.create_task(insist(user)) for user in users for _ in range(3)]
-            await asyncio.sleep(4)  # all have been found out
+            await asyncio.sleep(4)  # all locks are known
             slowest = 0.0
             while monotonic() < ends - 0.5:
                 began = monotonic()
@@ -105,8 +105,8 @@ async def test_many_locked_accounts_leave_room_for_others(database: dict[str, st
     assert slowest < 1
 
 
-async def test_what_was_held_is_forgotten(database: dict[str, str]) -> None:
-    """What nobody asks for any more does not stay in memory."""
+async def test_known_locks_are_forgotten(database: dict[str, str]) -> None:
+    """An account that is no longer requested does not stay in memory."""
     guard = Guard(Database(settings_for(database)), ())
     for user in range(100):
         guard._hold(user, "", -FORGET_SECONDS - 1)
@@ -117,7 +117,7 @@ async def test_what_was_held_is_forgotten(database: dict[str, str]) -> None:
 async def test_ids_that_are_taken_are_named(
     client: httpx.AsyncClient, database: dict[str, str], postgres: dict[str, str]
 ) -> None:
-    """Users imported with their ids, the sequence not moved: one answer, and nothing in the log."""
+    """Users were imported with ids beyond the sequence: one clear answer, no error in the log."""
     del postgres
     connection = await connect(database)
     await connection.execute(
@@ -148,7 +148,7 @@ async def _rollbacks(connection: object, database: dict[str, str]) -> int:
 async def test_a_ledger_ahead_of_its_account_is_tried_once(
     client: httpx.AsyncClient, database: dict[str, str]
 ) -> None:
-    """A clash that no repetition can mend is a mistake, and not a thousand tries."""
+    """A conflict that no retry can resolve is an internal error, not an endless retry."""
     connection = await connect(database)
     await connection.execute(
         "INSERT INTO entries (user_id, version, amount, balance) VALUES (1, 2, 1, 10001)"
@@ -160,11 +160,18 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
     await connection.close()
 
 
-async def test_a_locked_job_holds_up_no_account(database: dict[str, str]) -> None:
-    """Who steers a job waits for its row too: of those, one has a connection."""
+async def first_job(client: httpx.AsyncClient) -> str:
+    """Return the name of a job, once the instance has declared its jobs."""
+    async with asyncio.timeout(30):
+        while not (jobs := (await client.get("/api/cron/status")).json()["jobs"]):  # noqa: ASYNC110 - HTTP has no event
+            await asyncio.sleep(0.02)
+    return str(jobs[0]["name"])
+
+
+async def test_a_locked_job_delays_no_account(database: dict[str, str]) -> None:
+    """Of the controls that wait for a job's row, only one uses a connection."""
     async with served(database, JOBS_ENABLED="true") as client:
-        status = (await client.get("/api/cron/status")).json()
-        name = status["jobs"][0]["name"]
+        name = await first_job(client)
         async with locked(database, "SELECT FROM jobs FOR UPDATE"):
             path = f"/api/cron/jobs/{name}/pause"
             pressed = [asyncio.create_task(client.post(path, json={})) for _ in range(5)]

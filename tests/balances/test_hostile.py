@@ -1,4 +1,4 @@
-"""Bad input gets a 4xx with a clear problem, changes nothing, and is never repeated to anyone."""
+"""Bad input gets a 4xx with a clear problem, changes nothing, and is never echoed."""
 
 import asyncio
 import json
@@ -41,8 +41,8 @@ SELECT (SELECT jsonb_agg(u ORDER BY id) FROM users u),
 
 
 @dataclass(frozen=True)
-class House:
-    """One running instance, and a look into its database that does not go through it."""
+class Target:
+    """One running instance, and a connection to its database."""
 
     instance: Instance
     ledger: "asyncpg.Connection[asyncpg.Record]"
@@ -58,18 +58,18 @@ class House:
 
 
 @pytest.fixture(scope="module")
-async def house(postgres: dict[str, str]) -> AsyncIterator[House]:
+async def target(postgres: dict[str, str]) -> AsyncIterator[Target]:
     """One instance for the whole file; bodies have a second to arrive."""
     async with one_instance(postgres, body_seconds="1") as (instance, database):
         ledger = await connect(database)
         try:
-            yield House(instance, ledger)
+            yield Target(instance, ledger)
         finally:
             await ledger.close()
 
 
 def assert_problem(answer: Answer, status: int, code: str, method: bytes = b"POST") -> None:
-    """The answer is this problem, complete, and says that nothing was applied, if it could be."""
+    """Check that the answer is this complete problem, with `applied: "no"` on a change."""
     assert (answer.status, answer.rest) == (status, b""), answer.raw[:500]
     assert answer.headers["content-type"] == PROBLEM_JSON
     assert STATUS_OF[code] == status
@@ -85,18 +85,18 @@ def assert_problem(answer: Answer, status: int, code: str, method: bytes = b"POS
         assert re.fullmatch(r"|(/\w+)+|(header|query|path):[\w-]*", fault["pointer"]), fault
 
 
-def test_the_table_is_large_and_its_rows_are_told_apart() -> None:
-    """Every row has a name of its own, so that a failure names its input."""
+def test_the_table_is_large_and_its_rows_have_unique_names() -> None:
+    """So that a failure names its input."""
     assert len(CASES) >= 300
     names = [case.id for case in CASES]
     assert {name for name in names if names.count(name) > 1} == set()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.id)[1:-1])
-async def test_a_hostile_request_is_refused(house: House, case: Case) -> None:
-    """It gets the expected 4xx, does not see its own input again, and stores nothing."""
-    before = await house.stored()
-    answer = await house.send(case.request)
+async def test_a_hostile_request_is_refused(target: Target, case: Case) -> None:
+    """It gets the expected 4xx without its input in it, and stores nothing."""
+    before = await target.stored()
+    answer = await target.send(case.request)
     if case.code is None:
         assert (answer.status, answer.rest) == (case.status, b""), answer.raw[:500]
         assert answer.headers["connection"] == "close"
@@ -111,10 +111,10 @@ async def test_a_hostile_request_is_refused(house: House, case: Case) -> None:
         assert case.allow <= set(answer.headers["allow"].split(", ")), answer.headers["allow"]
     if len(case.poison) > 5:
         assert case.poison[:40] not in answer.raw
-    assert await house.stored() == before
+    assert await target.stored() == before
 
 
-# -- controls: the table must not pass by refusing everything, nor by looking away ---------------
+# -- controls: the table must not pass by refusing everything, nor by comparing nothing ----------
 
 FINE_CHANGES: Final = {
     "plain": request(body=CHANGE),
@@ -152,13 +152,13 @@ FINE_CHANGES: Final = {
 
 
 @pytest.mark.parametrize("sent", FINE_CHANGES.values(), ids=FINE_CHANGES)
-async def test_an_unusual_but_right_change_is_made(house: House, sent: bytes) -> None:
-    """Control: what is right is accepted, however it is written."""
-    before = await house.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
-    answer = await house.send(sent)
+async def test_an_unusual_but_right_change_is_made(target: Target, sent: bytes) -> None:
+    """Control: a valid change is accepted in any spelling."""
+    before = await target.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
+    answer = await target.send(sent)
     assert answer.status == 200, answer.raw[:500]
     assert json.loads(answer.body)["balance"] == before - 2
-    assert await house.ledger.fetchval("SELECT balance FROM users WHERE id = 1") == before - 2
+    assert await target.ledger.fetchval("SELECT balance FROM users WHERE id = 1") == before - 2
 
 
 @pytest.mark.parametrize(
@@ -171,20 +171,22 @@ async def test_an_unusual_but_right_change_is_made(house: House, sent: bytes) ->
         (b'{"balance":%d}' % MAX, MAX),
     ],
 )
-async def test_a_right_opening_balance_is_taken(house: House, body: bytes, balance: int) -> None:
-    """Control: from nothing to the limit."""
-    answer = await house.send(request(path="/api/users", body=body))
+async def test_a_valid_opening_balance_is_accepted(
+    target: Target, body: bytes, balance: int
+) -> None:
+    """Control: from 0 to the limit."""
+    answer = await target.send(request(path="/api/users", body=body))
     assert answer.status == 201
     assert json.loads(answer.body)["balance"] == balance
 
 
-async def test_the_whole_range_can_be_moved_at_once(house: House) -> None:
-    """Control: an amount of 2^53-1, up and down, is an amount like any other."""
-    opened = await house.send(request(path="/api/users", body=b"{}"))
+async def test_the_whole_range_can_be_moved_at_once(target: Target) -> None:
+    """Control: an amount of 2^53-1 is accepted as a deposit and as a withdrawal."""
+    opened = await target.send(request(path="/api/users", body=b"{}"))
     user = json.loads(opened.body)["userId"]
     for amount, balance in ((MAX, MAX), (-MAX, 0)):
         body = b'{"userId":%d,"amount":%d}' % (user, amount)
-        answer = await house.send(request(body=body))
+        answer = await target.send(request(body=body))
         assert (answer.status, json.loads(answer.body)["balance"]) == (200, balance)
 
 
@@ -206,26 +208,26 @@ async def test_the_whole_range_can_be_moved_at_once(house: House) -> None:
         "http://elsewhere.example/api/users/1",
     ],
 )
-async def test_an_unusual_but_right_address_is_read(house: House, path: str) -> None:
-    """Control: addresses are decoded before they are judged."""
-    assert (await house.send(request("GET", path))).status == 200
+async def test_an_unusual_but_right_address_is_read(target: Target, path: str) -> None:
+    """Control: paths are decoded before they are checked."""
+    assert (await target.send(request("GET", path))).status == 200
 
 
-async def test_the_comparison_notices_a_stored_change(house: House) -> None:
-    """Control: a change, a new user and a remembered refusal each make a difference."""
+async def test_the_comparison_detects_a_stored_change(target: Target) -> None:
+    """Control: it differs after a change, a new user and a stored refusal."""
     refused = b'{"userId":1,"amount":-9007199254740991}'
     for sent in (
         request(body=CHANGE),
         request(path="/api/users", body=OPEN),
         request("POST", "/api/balance", refused, "Idempotency-Key: noticed"),
     ):
-        before = await house.stored()
-        assert before == await house.stored()
-        await house.send(sent)
-        assert await house.stored() != before
+        before = await target.stored()
+        assert before == await target.stored()
+        await target.send(sent)
+        assert await target.stored() != before
 
 
-# -- bodies that do not come as they should -----------------------------------------------------
+# -- oversized and incomplete bodies ------------------------------------------------------------
 
 HEAD: Final = ("Host: localhost", "Content-Type: application/json")
 FRAMINGS: Final = {
@@ -237,35 +239,35 @@ FRAMINGS: Final = {
 @pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)], ids=["", "expects 100"])
 @pytest.mark.parametrize("framing", FRAMINGS)
 async def test_fifty_megabytes_are_refused_and_not_kept(
-    house: House, framing: str, expect: tuple[str, ...]
+    target: Target, framing: str, expect: tuple[str, ...]
 ) -> None:
     """The answer is 413, and the memory of the server does not grow by the body."""
-    before, memory = await house.stored(), _memory_bytes(house.instance.pid)
+    before, memory = await target.stored(), _memory_bytes(target.instance.pid)
     head = raw_request("POST", "/api/balance", *HEAD, FRAMINGS[framing], *expect)
     piece, end = b" " * 50_000, b""
     if framing == "chunked":
         piece, end = b"%x\r\n%b\r\n" % (len(piece), piece), b"0\r\n\r\n"
-    answer = await house.send(head, *[piece] * 1000, end, request("GET", "/livez"))
-    # What was not read did not become a request, and did not cost the client its answer.
+    answer = await target.send(head, *[piece] * 1000, end, request("GET", "/livez"))
+    # Unread bytes did not become a request, and did not cost the client its answer.
     assert_problem(answer, 413, "body-too-large")
     assert answer.headers["connection"] == "close"
-    assert _memory_bytes(house.instance.pid) < memory + 10_000_000
-    assert await house.stored() == before
+    assert _memory_bytes(target.instance.pid) < memory + 10_000_000
+    assert await target.stored() == before
 
 
-async def test_a_refused_body_never_becomes_a_request(house: House) -> None:
-    """Either it is read past, and the next request answered, or the connection ends with it."""
+async def test_a_refused_body_never_becomes_a_request(target: Target) -> None:
+    """Either it is discarded and the next request answered, or the connection ends with it."""
     hidden = request(body=CHANGE)
     big = request(body=hidden.ljust(40_000), keep=True)
-    before = await house.stored()
-    answer = await house.send(big + request("GET", "/api/users/0"))
+    before = await target.stored()
+    answer = await target.send(big + request("GET", "/api/users/0"))
     assert answer.status == 413
     if answer.headers.get("connection") == "close":
         assert answer.rest == b""
     else:
         assert answer.rest.startswith(b"HTTP/1.1 422 ")
         assert answer.rest.count(b"HTTP/1.1 ") == 1
-    assert await house.stored() == before
+    assert await target.stored() == before
 
 
 @pytest.mark.parametrize(
@@ -293,57 +295,57 @@ async def test_a_refused_body_never_becomes_a_request(house: House) -> None:
     ],
 )
 async def test_a_body_that_does_not_arrive_is_not_waited_for(
-    house: House, sent: list[bytes]
+    target: Target, sent: list[bytes]
 ) -> None:
-    """After BODY_SECONDS (1 here) the answer is 408, however regularly a byte drips in."""
-    before, started = await house.stored(), monotonic()
-    answer = await house.send(*sent, pause_seconds=0.2)
+    """After BODY_SECONDS (1 here) the answer is 408, even if single bytes keep arriving."""
+    before, started = await target.stored(), monotonic()
+    answer = await target.send(*sent, pause_seconds=0.2)
     assert_problem(answer, 408, "request-timeout")
     assert answer.headers["connection"] == "close"
     assert 0.9 < monotonic() - started < 3
-    assert await house.stored() == before
+    assert await target.stored() == before
 
 
 @pytest.mark.parametrize("body", [b"", CHANGE[:-1], CHANGE], ids=["none", "part", "all but a byte"])
-async def test_a_client_that_leaves_halfway_changes_nothing(house: House, body: bytes) -> None:
-    """A body shorter than declared is no request, even when what came would be one."""
-    before = await house.stored()
-    _, writer = await asyncio.open_connection("127.0.0.1", house.instance.port)
+async def test_a_client_that_leaves_halfway_changes_nothing(target: Target, body: bytes) -> None:
+    """A body shorter than declared is no request, even if the received part is valid."""
+    before = await target.stored()
+    _, writer = await asyncio.open_connection("127.0.0.1", target.instance.port)
     writer.write(raw_request("POST", "/api/balance", *HEAD, "Content-Length: 25", body=body))
     await writer.drain()
     writer.close()
     await asyncio.sleep(0.1)
-    assert await house.stored() == before
+    assert await target.stored() == before
 
 
 @pytest.mark.parametrize("garbage", [b"}", b"poison\r\n\r\n", b"\0", request(body=CHANGE)[1:]])
-async def test_what_follows_a_request_does_not_deny_it(house: House, garbage: bytes) -> None:
-    """A change followed by garbage is either made and answered, or neither."""
-    before = await house.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
-    answer = await house.send(request(body=CHANGE, keep=True) + garbage)
+async def test_garbage_after_a_change_does_not_deny_it(target: Target, garbage: bytes) -> None:
+    """The change is either made and answered, or neither."""
+    before = await target.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
+    answer = await target.send(request(body=CHANGE, keep=True) + garbage)
     if answer.status == 400:
-        await asyncio.sleep(0.3)  # what was refused and is made nevertheless is made by now
-    after = await house.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
+        await asyncio.sleep(0.3)  # a change that is made in spite of its refusal is made by now
+    after = await target.ledger.fetchval("SELECT balance FROM users WHERE id = 1")
     assert (answer.status, before - after) in {(200, 2), (400, 0)}
 
 
-async def test_a_head_without_end_is_not_collected(house: House) -> None:
-    """Headers have a limit: twenty megabytes of them end the connection, and are not kept."""
-    memory = _memory_bytes(house.instance.pid)
+async def test_an_endless_head_is_not_buffered(target: Target) -> None:
+    """Headers have a limit: twenty megabytes of them end the connection, and are not stored."""
+    memory = _memory_bytes(target.instance.pid)
     line = b"X-Poison: " + b"p" * 49_988 + b"\r\n"
     head = b"GET /api/users/1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    answer = await house.send(head, *[line] * 400, b"\r\n")
+    answer = await target.send(head, *[line] * 400, b"\r\n")
     assert answer.status in {0, 400, 431}
-    assert _memory_bytes(house.instance.pid) < memory + 10_000_000
+    assert _memory_bytes(target.instance.pid) < memory + 10_000_000
 
 
-async def test_the_instance_is_still_the_same_and_well(house: House) -> None:
-    """Nothing above ended the process, and the ledger still adds up."""
-    assert house.instance.process is not None
-    assert house.instance.process.returncode is None
-    async with http_client(house.instance.url) as client:
+async def test_the_instance_is_still_the_same_and_sound(target: Target) -> None:
+    """No test above ended the process, and the ledger still adds up."""
+    assert target.instance.process is not None
+    assert target.instance.process.returncode is None
+    async with http_client(target.instance.url) as client:
         assert (await client.get("/readyz")).is_success
-    wrong = await house.ledger.fetch(
+    wrong = await target.ledger.fetch(
         """
         SELECT id FROM users u WHERE (balance, version) IS DISTINCT FROM
         (SELECT (sum(amount)::bigint, count(*)) FROM entries WHERE user_id = u.id)

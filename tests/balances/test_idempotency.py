@@ -23,7 +23,7 @@ async def two_instances(database: dict[str, str]) -> AsyncIterator[list[Instance
 async def test_a_hundred_tries_at_once_have_one_effect(
     two_instances: list[Instance], database: dict[str, str]
 ) -> None:
-    """Each key is sent 100 times at once; half of the keys ask for more than there is."""
+    """Each key is sent 100 times at once; half of the keys withdraw more than the balance."""
     bodies = await hammer(two_instances)
     assert all(len(set(answers)) == 1 for answers in bodies)
     accepted = [answers[0] for answers in bodies if answers[0][0] == 200]
@@ -36,8 +36,8 @@ async def test_a_hundred_tries_at_once_have_one_effect(
     assert balance == 10_000 - KEYS // 2
 
 
-async def test_without_the_key_the_same_has_many_effects(database: dict[str, str]) -> None:
-    """The control: an instance that does not remember keys gives many answers to one key."""
+async def test_without_stored_keys_one_key_has_many_effects(database: dict[str, str]) -> None:
+    """The control: an instance that does not store keys gives many answers to one key."""
     async with Instance(database, program=("-m", "tests.mutants", "key")) as instance:
         bodies = await hammer([instance], keys=2)
     assert any(len(set(answers)) > 1 for answers in bodies)
@@ -63,8 +63,8 @@ async def hammer(instances: list[Instance], keys: int = KEYS) -> list[list[tuple
         ]
 
 
-async def test_a_refusal_stands_when_the_money_comes(client: httpx.AsyncClient) -> None:
-    """Refuse, deposit, the same key again: the same refusal, byte for byte."""
+async def test_a_refusal_is_replayed_after_a_deposit(client: httpx.AsyncClient) -> None:
+    """The same key gets the same refusal, byte for byte."""
     withdraw = {"userId": 1, "amount": -10_001}
     key = {"Idempotency-Key": "rent"}
     first = await client.post("/api/balance", json=withdraw, headers=key)
@@ -77,8 +77,8 @@ async def test_a_refusal_stands_when_the_money_comes(client: httpx.AsyncClient) 
     assert (await client.get("/api/users/1")).json()["balance"] == 60_000
 
 
-async def test_an_accepted_change_is_told_again(client: httpx.AsyncClient) -> None:
-    """The answer is the first one, though the balance has moved on since."""
+async def test_an_accepted_change_is_replayed(client: httpx.AsyncClient) -> None:
+    """The answer is the first one, even if the balance has changed since."""
     change = {"userId": 1, "amount": -1}
     first = await client.post("/api/balance", json=change, headers={"Idempotency-Key": "a"})
     await client.post("/api/balance", json=change)
@@ -90,7 +90,7 @@ async def test_an_accepted_change_is_told_again(client: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize("first_amount", [-1, -20_000])
 async def test_a_key_belongs_to_its_request(client: httpx.AsyncClient, first_amount: int) -> None:
-    """A key used with another content is refused, whatever became of the first: in any field."""
+    """A key used with another value in any field is refused, whatever the first outcome."""
     other = (await client.post("/api/users", json={"balance": 5})).json()["userId"]
     key = {"Idempotency-Key": "k"}
     first = {"userId": 1, "amount": first_amount}
@@ -105,7 +105,7 @@ async def test_a_key_belongs_to_its_request(client: httpx.AsyncClient, first_amo
 
 
 async def test_a_user_is_created_once_per_key(client: httpx.AsyncClient) -> None:
-    """Creating can be repeated too, also many times at once."""
+    """Also if the request is sent many times at once."""
 
     async def create() -> httpx.Response:
         return await client.post(
@@ -122,8 +122,8 @@ async def test_a_user_is_created_once_per_key(client: httpx.AsyncClient) -> None
     assert reused.json()["code"] == "idempotency-key-reused"
 
 
-async def test_the_outcome_of_a_key_can_be_asked_for(client: httpx.AsyncClient) -> None:
-    """`GET /api/changes/{key}` returns the answer that was given, accepted or refused."""
+async def test_the_outcome_of_a_key_can_be_looked_up(client: httpx.AsyncClient) -> None:
+    """`GET /api/changes/{key}` returns the first answer, accepted or refused."""
     for key, amount in (("yes/1", -1), ("no", -20_000)):
         first = await client.post(
             "/api/balance", json={"userId": 1, "amount": amount}, headers={"Idempotency-Key": key}
@@ -135,8 +135,8 @@ async def test_the_outcome_of_a_key_can_be_asked_for(client: httpx.AsyncClient) 
     assert (unknown.status_code, unknown.json()["code"]) == (404, "key-not-found")
 
 
-async def test_a_key_of_an_unknown_user_stays_free(client: httpx.AsyncClient) -> None:
-    """A 404 is not remembered: the key decides nothing yet."""
+async def test_a_key_of_an_unknown_user_stays_unused(client: httpx.AsyncClient) -> None:
+    """A 404 is not stored: the key has no outcome yet."""
     key = {"Idempotency-Key": "k"}
     lost = await client.post("/api/balance", json={"userId": 2, "amount": 1}, headers=key)
     assert lost.json()["code"] == "user-not-found"

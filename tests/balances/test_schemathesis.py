@@ -1,4 +1,4 @@
-"""What the documentation says is what the service does."""
+"""The service behaves as its OpenAPI document says."""
 
 import asyncio
 import os
@@ -22,8 +22,8 @@ EXAMPLES = size(small=25, full=100)  # of each operation
 
 KINDS: Final = {kind.code: kind for kind in all_problems()}
 
-# What no schema can say: a key belongs to one content for ever (each request gets its own), and
-# 2.0 is not an integer here (to JSON Schema it is one: such numbers are sent as integers).
+# Rules that no schema can express: a key belongs to one content for ever (each request gets its
+# own), and 2.0 is not an integer here (in JSON Schema it is: such numbers are sent as integers).
 HOOKS: Final = """
 import re
 import uuid
@@ -54,7 +54,7 @@ async def instance(postgres: dict[str, str]) -> AsyncIterator[Instance]:
 async def test_the_service_keeps_to_its_openapi_document(
     instance: Instance, tmp_path: Path
 ) -> None:
-    """Schemathesis finds no undocumented answer, no wrong body, no 5xx, nothing wrongly taken."""
+    """Schemathesis finds no undocumented answer, invalid body, 5xx or wrongly accepted input."""
     (tmp_path / "hooks.py").write_text(HOOKS)
     tester = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{instance.url}/openapi.json"),
@@ -84,7 +84,7 @@ def _path_with(folder: Path) -> str:
 
 
 async def test_every_problem_is_explained(client: httpx.AsyncClient) -> None:
-    """`/problems` lists every kind there is; the address in `type` tells the same of each."""
+    """`/problems` lists every kind; the page of each `type` has the same text."""
     listed = {about["code"]: about for about in (await client.get("/problems")).json()}
     assert listed.keys() == KINDS.keys()
     for code, kind in KINDS.items():
@@ -99,7 +99,7 @@ async def test_every_problem_is_explained(client: httpx.AsyncClient) -> None:
 
 
 async def test_the_schema_of_a_problem_names_every_code(instance: Instance) -> None:
-    """A client generated from the document knows every code it may meet."""
+    """A generated client knows every code that it may get."""
     schema = (await _document(instance))["components"]["schemas"]["Problem"]
     assert set(schema["properties"]["code"]["enum"]) == KINDS.keys()
 
@@ -120,7 +120,7 @@ async def test_every_documented_example_is_true(instance: Instance) -> None:
                 assert example == KINDS[key].example().body(name.split()[0].upper())
                 assert example["status"] == int(status), name
                 seen.add(key)
-    # These can happen at any address, or at none that is documented.
+    # These can occur on any path, or on undocumented ones only.
     assert KINDS.keys() - seen <= {
         *("internal-error", "method-not-allowed"),
         *("head-too-large", "unsupported-transfer-coding"),
@@ -128,7 +128,7 @@ async def test_every_documented_example_is_true(instance: Instance) -> None:
 
 
 async def test_every_refusal_is_documented_as_a_problem(instance: Instance) -> None:
-    """4xx answers are problem+json with the Problem schema, and nothing of the framework's own."""
+    """4xx answers are problem+json with the Problem schema, none has the framework's format."""
     document = await _document(instance)
     for name, status, media_type, content in _contents(document):
         if status.startswith("4"):
@@ -146,7 +146,7 @@ async def test_numbers_are_documented_with_their_limits(instance: Instance) -> N
 
 
 async def test_the_docs_page_needs_no_internet(client: httpx.AsyncClient) -> None:
-    """The page names this service's own addresses only, and all of them answer."""
+    """The page links to this service only, and all its files are served."""
     page = (await client.get("/docs")).text
     assert not re.findall(r"""["'(](?:https?:)?//[^"')]*""", page)
     named = set(re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", page))
@@ -181,7 +181,7 @@ def _contents(document: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[st
                 yield name, status, media_type, content
 
 
-# What every HTTP answer may have, whatever it answers.
+# Headers that any answer may have.
 COMMON_HEADERS: Final = {
     *("date", "content-type", "content-length", "transfer-encoding", "cache-control"),
     *("x-accel-buffering", "vary"),
@@ -189,7 +189,7 @@ COMMON_HEADERS: Final = {
 
 
 async def test_headers_are_documented_on_the_answers_that_carry_them(instance: Instance) -> None:
-    """Each answer has the headers that the document requires of it, and no other."""
+    """Each answer has the headers that the document requires, and no others."""
     document = await _document(instance)
     change: dict[str, Any] = {"json": {"userId": 1, "amount": -2}}
     refused: dict[str, Any] = {"json": {"userId": 1, "amount": -(10**9)}}

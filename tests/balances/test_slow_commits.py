@@ -1,4 +1,4 @@
-"""What a commit costs changes how long a crowd takes, and nothing that it is reported."""
+"""The duration of commits changes the time of a burst, but none of its answers."""
 
 import asyncio
 from collections import Counter
@@ -28,7 +28,7 @@ CELLS = [*GRID, (50, 3, 16)] if FULL else [(35, 3, 5)]
 async def instances(
     server: EmbeddedPostgres, number: int, connections: int
 ) -> AsyncIterator[list[BalanceRepository]]:
-    """Run what decides changes in several instances, in this process."""
+    """Run several instances' balance repositories in this process."""
     variables = {name.lower(): value for name, value in server.environment().items()}
     settings = load_settings(**variables, db_pool_size=connections)
     databases = [Database(settings) for _ in range(number)]
@@ -42,7 +42,7 @@ async def instances(
 
 
 async def fire(repositories: Sequence[BalanceRepository], user_id: int, crowd: int) -> Counter[str]:
-    """Withdraw 2 many times at one moment; count what came of it."""
+    """Withdraw 2 many times at once; count the outcomes."""
 
     async def withdraw(number: int) -> str:
         try:
@@ -90,7 +90,7 @@ async def test_half_is_accepted_whatever_a_commit_costs() -> None:
 async def test_without_the_check_contention_is_taken_for_a_lock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The control: where each lock timeout means a lock, some changes of the crowd are refused."""
+    """The control: where each lock timeout counts as a foreign lock, some changes are refused."""
 
     async def find_lock(
         self: guard.Guard, _connection: object, _problem: Problem, waits: guard._Wait

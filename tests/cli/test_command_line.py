@@ -1,4 +1,4 @@
-"""What the machine refuses is reported in one sentence; what is set is obeyed by every command."""
+"""Faults of the machine are reported in one sentence; settings apply to every command."""
 
 import asyncio
 import os
@@ -23,13 +23,13 @@ NOWHERE = {"DB_HOST": "127.0.0.1", "DB_PORT": "9"}
 
 
 async def balance_app(cwd: Path, *arguments: str, **env: str) -> tuple[int | None, str]:
-    """Run `balance-app` in a directory; return its exit code and all it says."""
+    """Run `balance-app` in a directory; return its exit code and its output."""
     code, out, err = await run(*arguments, cwd=str(cwd), **env)
     return code, err + out
 
 
-async def test_what_the_machine_refuses_is_reported_in_a_sentence(tmp_path: Path) -> None:
-    """Each names the path or the host; there is no traceback unless it is requested."""
+async def test_a_fault_of_the_machine_is_reported_in_a_sentence(tmp_path: Path) -> None:
+    """It names the path or the host; there is no traceback unless requested."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "taken").mkdir()
@@ -74,10 +74,8 @@ async def test_the_version_is_in_one_place(tmp_path: Path) -> None:
     assert app.version == metadata.version("balance-app") == __version__
 
 
-def test_names_that_nobody_reads_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every one in `.env`, and in the environment what is nearly one of ours."""
+def test_unknown_settings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in `.env`; in the environment those that are similar to a setting."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text(
         "DB_PASSWROD=geheim\ndb_host=localhost\nSOMETHING_ELSE=1\nCOMPOSE_PROJECT_NAME=x\n"
@@ -91,8 +89,8 @@ def test_names_that_nobody_reads_are_reported(
     ]
 
 
-async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_path: Path) -> None:
-    """For the commands that ask, and for `up`, whose port is the one that they ask."""
+async def test_options_precede_the_environment_which_precedes_the_file(tmp_path: Path) -> None:
+    """For the client commands, and for `up`, whose port they use."""
     (tmp_path / ".env").write_text("PORT=9\n")
     where = "Nobody answers at http://127.0.0.1"
     asked = await asyncio.gather(
@@ -118,8 +116,8 @@ async def test_options_the_environment_and_the_file_decide_in_this_order(tmp_pat
     assert (code, output) == (2, "`migrate` takes no --url.\n")
 
 
-async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:
-    """Path, size and last use are asked about; a configured database is not meant."""
+async def test_reset_shows_what_it_deletes(tmp_path: Path) -> None:
+    """The confirmation has path, size and last use; a configured database is never deleted."""
     place = tmp_path / "postgres"
     place.mkdir()
     (place / "a").write_bytes(bytes(3_000_000))
@@ -132,15 +130,15 @@ async def test_reset_says_what_it_deletes(tmp_path: Path) -> None:
     assert place.exists()
 
 
-def test_addresses_are_written_as_they_are_reached() -> None:
-    """Who listens on all addresses is reached at its own; IPv6 stands in brackets."""
+def test_an_instances_url_is_reachable() -> None:
+    """An instance that listens on all addresses has the loopback URL; IPv6 is in brackets."""
     assert url("127.0.0.1", 1) == url("0.0.0.0", 1) == "http://127.0.0.1:1"  # noqa: S104
     assert url("::1", 1) == url("::", 1) == "http://[::1]:1"
     assert url("localhost", 1) == "http://localhost:1"
 
 
-async def test_psql_is_the_one_that_came_with_the_server(tmp_path: Path) -> None:
-    """It finds its own libraries, whether or not there is another in PATH."""
+async def test_psql_is_that_of_the_embedded_server(tmp_path: Path) -> None:
+    """With its own libraries, whether or not there is another in PATH."""
     fake = tmp_path / "bin" / "psql"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\necho another\n")
@@ -161,7 +159,7 @@ async def test_psql_is_the_one_that_came_with_the_server(tmp_path: Path) -> None
 
 
 async def test_help_has_the_options_of_all_commands() -> None:
-    """They are shown before the command, and with it."""
+    """Without a command and with one."""
     code, out, _ = await run("--help", COLUMNS="100")
     assert code == 0
     assert "--url" in out

@@ -1,4 +1,4 @@
-"""The command line's view of jobs: what runs where, what has run, and what one does to them."""
+"""Jobs on the command line: status, history, watching and controls."""
 
 import asyncio
 import json
@@ -57,18 +57,20 @@ async def add_run(connection: Connection, job: str, fence: int | None, **columns
 
 
 def assert_lines(out: str, patterns: list[str]) -> None:
-    """Each line is like its pattern, once the space between columns is a bar."""
+    """Check each line against its pattern, with ` | ` for the space between columns."""
     lines = [re.sub(r"  +", " | ", line.rstrip()) for line in out.splitlines()]
     assert len(lines) == len(patterns), out
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
 
 
-# -- what there is -----------------------------------------------------------------------------
+# -- status and history ------------------------------------------------------------------------
 
 
-async def test_the_table_says_what_runs_where(instance: Instance, connection: Connection) -> None:
-    """A line per job, those that run first; a line per instance; nothing that a terminal obeys."""
+async def test_the_table_shows_jobs_and_instances(
+    instance: Instance, connection: Connection
+) -> None:
+    """A line per job, running ones first; a line per instance; no terminal control sequences."""
     await fill(connection)
     code, out, err = await run("status", BALANCE_APP_URL=f"{instance.url}/")
     assert (code, err) == (0, "")
@@ -117,10 +119,8 @@ async def test_why_a_job_waits_is_reported(instance: Instance, connection: Conne
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
 
 
-async def test_symbols_are_plain_where_there_are_no_others(
-    instance: Instance, connection: Connection
-) -> None:
-    """Without UTF-8 the table is shown in ASCII, whatever letters a job has used."""
+async def test_without_utf_8_symbols_are_ascii(instance: Instance, connection: Connection) -> None:
+    """The whole table is, whatever letters a job's result has."""
     await fill(connection)
     await connection.execute("UPDATE jobs SET last_result = 'süß' WHERE name = 'later'")
     code, out, err = await run("status", BALANCE_APP_URL=instance.url, PYTHONIOENCODING="ascii")
@@ -131,7 +131,7 @@ async def test_symbols_are_plain_where_there_are_no_others(
 
 
 async def test_the_port_selects_the_service(instance: Instance, connection: Connection) -> None:
-    """Without a URL it is the instance that runs here; without jobs and instances it says so."""
+    """Without a URL it is the instance on this machine; a status without jobs is reported."""
     code, out, _ = await run("status", PORT=str(instance.port), HOST="0.0.0.0")  # noqa: S104
     assert code == 0
     assert "No instance that runs jobs was seen in the last minute." in out
@@ -141,7 +141,7 @@ async def test_the_port_selects_the_service(instance: Instance, connection: Conn
 async def test_programs_get_the_services_json(
     instance: Instance, connection: Connection, client: httpx.AsyncClient
 ) -> None:
-    """With --json nothing is added and nothing left out."""
+    """With --json the output is the service's answer, unchanged."""
     await fill(connection)
     await add_run(connection, "later", 1, outcome="failed", result=HOSTILE)
     environment = {"BALANCE_APP_URL": instance.url}
@@ -154,10 +154,10 @@ async def test_programs_get_the_services_json(
     assert await run("history", "--json", **environment) == (0, f"{body}\n", "")
 
 
-async def test_the_history_says_what_became_of_every_run(
+async def test_the_history_shows_the_outcome_of_every_run(
     instance: Instance, connection: Connection
 ) -> None:
-    """The latest first; how to see earlier ones; ticks that did not run are reported as ticks."""
+    """The latest first; with the command for earlier ones; skipped ticks are shown as ranges."""
     await add_job(connection, "one")
     await add_job(connection, "two")
     skipped = {"server": None, "last_due_at": -10 * SECOND, "ticks": 3, "result": "paused by ada"}
@@ -253,8 +253,8 @@ async def query_ids(connection: Connection) -> list[int]:
 # -- watching ----------------------------------------------------------------------------------
 
 
-async def test_watching_goes_on_over_a_restart(instance: Instance, connection: Connection) -> None:
-    """The instance stops: "Reconnecting"; it comes back: the table. Ctrl-C ends it with code 0."""
+async def test_watching_survives_a_restart(instance: Instance, connection: Connection) -> None:
+    """The table is shown again after "Reconnecting"; Ctrl-C ends it with code 0."""
     await add_job(connection, "first")
     watcher = await command("status", "--watch", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None
@@ -281,7 +281,7 @@ async def test_watching_goes_on_over_a_restart(instance: Instance, connection: C
 
 
 async def test_programs_can_watch(instance: Instance, connection: Connection) -> None:
-    """Each line is a status; that the service is unavailable is reported beside."""
+    """Each line is a status; an unavailable service is reported on stderr."""
     await add_job(connection, "first")
     watcher = await command("status", "--watch", "--json", BALANCE_APP_URL=instance.url)
     assert watcher.stdout is not None
@@ -316,7 +316,7 @@ async def _until(line: Callable[[], Awaitable[str]], found: Callable[[str], bool
 async def test_on_a_terminal_the_table_is_redrawn_in_place(
     instance: Instance, connection: Connection, client: httpx.AsyncClient
 ) -> None:
-    """With colours, over and over at one place; the cursor is there again at the end."""
+    """With colours; at the end the cursor is visible again."""
     await fill(connection)
     async with Screen("status", "--watch", BALANCE_APP_URL=instance.url) as screen:
         await screen.until("at-work")
@@ -333,7 +333,7 @@ async def test_on_a_terminal_the_table_is_redrawn_in_place(
 async def test_a_narrow_terminal_keeps_what_matters(
     instance: Instance, connection: Connection
 ) -> None:
-    """At 80 columns no line is broken, and state, server, time and outcome are still there."""
+    """At 80 columns no line is broken, and state, server, time and outcome are shown."""
     await fill(connection)
     async with Screen("status", BALANCE_APP_URL=instance.url, COLUMNS="80", NO_COLOR="1") as screen:
         assert await screen.end() == 0
@@ -345,11 +345,11 @@ async def test_a_narrow_terminal_keeps_what_matters(
     assert re.search(r"! overdue +since 1 min \(", table["late"])
 
 
-# -- steering ----------------------------------------------------------------------------------
+# -- controls ----------------------------------------------------------------------------------
 
 
-async def test_jobs_are_steered(instance: Instance, connection: Connection) -> None:
-    """Each answer is a sentence, or the service's JSON; what the state forbids is refused."""
+async def test_jobs_are_controlled(instance: Instance, connection: Connection) -> None:
+    """Each answer is a sentence, or the service's JSON; a control that the state forbids fails."""
     one = await add_instance(connection, "app1")
     await add_job(connection, "idle")
     await add_job(connection, "busy", **running(one, "app1"))
@@ -448,10 +448,10 @@ async def test_the_table_marks_schedules_that_were_set(
     )
 
 
-async def test_a_job_is_forgotten_after_a_question(
+async def test_a_job_is_forgotten_after_a_confirmation(
     instance: Instance, connection: Connection
 ) -> None:
-    """Nothing is done without a yes; then it is off the list, and its history is named."""
+    """Without a yes nothing is done; then it is off the list, and the output names its history."""
     await add_job(connection, "moon")
     environment = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("forget", "moon", **environment)
@@ -482,10 +482,10 @@ async def _waits(
     return task
 
 
-async def test_waiting_for_a_run_is_waiting_for_its_end(
+async def test_run_wait_waits_for_the_end_of_the_run(
     instance: Instance, connection: Connection
 ) -> None:
-    """A run before it does not count, nor one that is handed on; exit code 1 when it fails."""
+    """An earlier run does not count, nor a released one; exit code 1 if the run fails."""
     await add_instance(connection, "app1")
     await add_job(connection, "one", fence=4)
     await add_run(connection, "one", 4, outcome="succeeded", result="before")
@@ -493,7 +493,7 @@ async def test_waiting_for_a_run_is_waiting_for_its_end(
         fence = await connection.fetchval("SELECT max(fence) FROM job_runs")
         waits = await _waits(instance, connection, "--json")
         await add_run(connection, "one", fence + 1, outcome="released")
-        await asyncio.sleep(1.5)  # some looks
+        await asyncio.sleep(1.5)  # a few polls
         assert not waits.done(), waits.result()
         await add_run(connection, "one", fence + 2, outcome=outcome, result="all is said")
         await connection.execute("UPDATE jobs SET fence = $1, requested_by = NULL", fence + 2)
@@ -504,10 +504,10 @@ async def test_waiting_for_a_run_is_waiting_for_its_end(
         assert "▶ one" not in err
 
 
-async def test_waiting_ends_when_the_job_is_paused(
+async def test_run_wait_ends_when_the_job_is_paused(
     instance: Instance, connection: Connection
 ) -> None:
-    """Nobody waits for what will not come."""
+    """With a sentence, as the run will not start."""
     await add_instance(connection, "app1")
     await add_job(connection, "one")
     waits = await _waits(instance, connection)
@@ -518,7 +518,7 @@ async def test_waiting_ends_when_the_job_is_paused(
 
 
 async def test_a_run_under_way_is_joined(instance: Instance, connection: Connection) -> None:
-    """It reports that, and the end of that run; a restart of the service does not end it."""
+    """The output says so, and reports the end of that run, also over a restart of the service."""
     one = await add_instance(connection, "app1")
     await add_job(connection, "one", **running(one, "app1"))
     process = await command("run", "one", "--wait", BALANCE_APP_URL=instance.url)
@@ -556,7 +556,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
 
 
 async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
-    """The last audit's result is reported; --now requests one, which names who differs."""
+    """The last audit's result is shown; --now requests one, which names the users that differ."""
     async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_WARM_UP_SECONDS="0") as instance:
         environment = {"BALANCE_APP_URL": instance.url}
         code, out, err = await run("audit", "--now", **environment)
@@ -582,8 +582,10 @@ async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> Non
         assert (code, json.loads(out)["outcome"]) == (1, "failed")
 
 
-async def test_no_verdict_is_no_success(instance: Instance, connection: Connection) -> None:
-    """An audit that was cut short has found nothing; exit code 1 until there is one."""
+async def test_an_unfinished_audit_is_no_success(
+    instance: Instance, connection: Connection
+) -> None:
+    """Without a finished audit the exit code is 1."""
     await add_job(connection, "audit-ledger")
     await add_run(connection, "audit-ledger", 1, outcome="lost")
     code, out, err = await run("audit", BALANCE_APP_URL=instance.url)

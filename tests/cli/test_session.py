@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, balances; a service that is unavailable or answers badly."""
+"""The command line: help, exit codes, balances; an unavailable or faulty service."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ UNAVAILABLE = http(
 
 
 async def test_the_help_has_every_command_under_its_heading() -> None:
-    """Grouped, each with what it does; the exit codes below; and no colour in a pipe."""
+    """In groups, each with a description; with the exit codes, and without colours in a pipe."""
     code, out, err = await run("--help")
     assert (code, err) == (0, "")
     groups = re.findall(r"╭─ ([\w ]+) ─.*?╰", out, re.DOTALL)
@@ -58,7 +58,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
 async def test_jobs_are_completed_from_the_running_service(
     instance: Instance, database: dict[str, str]
 ) -> None:
-    """Their names, of the remote service; nothing at all when it is unavailable."""
+    """Their names at the given URL; nothing if the service is unavailable."""
     connection = await connect(database)
     for name in ("audit-x", "audit-y", "prune-z"):
         await connection.execute(
@@ -87,7 +87,7 @@ async def test_jobs_are_completed_from_the_running_service(
     assert await complete("balance-app run ", PORT="none") == []
 
 
-# -- what exit codes say -----------------------------------------------------------------------
+# -- exit codes --------------------------------------------------------------------------------
 
 
 REFUSED: Final = [
@@ -127,8 +127,8 @@ REFUSED: Final = [
 ]
 
 
-async def test_what_is_refused_is_said_in_a_sentence(instance: Instance) -> None:
-    """On stderr, with an exit code that shows what a script can do about it."""
+async def test_a_refusal_is_reported_in_a_sentence(instance: Instance) -> None:
+    """On stderr, with an exit code that a script can act on."""
     for line, code, message in REFUSED:
         found = await run(*line.split(" "), BALANCE_APP_URL=instance.url)
         assert (found[0], found[1]) == (code, ""), line
@@ -136,16 +136,16 @@ async def test_what_is_refused_is_said_in_a_sentence(instance: Instance) -> None
         assert found[2].count("\n") == 1 or "╭─ Error" in found[2]
 
 
-async def test_wrong_settings_are_wrong_usage() -> None:
-    """Nothing is sent when it is not known to whom."""
+async def test_invalid_settings_are_a_usage_error() -> None:
+    """No request is sent without a valid address."""
     code, out, err = await run("status", PORT="none")
     assert (code, out) == (2, "")
     assert err.startswith("PORT: ")
 
 
 @pytest.mark.parametrize("line", ["status", "balance 1", "change 1 -2", "run x", "audit --now"])
-async def test_nobody_there_is_said_in_a_sentence(line: str) -> None:
-    """At once, one line on stderr and exit code 3; a guess at where it is says that it is one."""
+async def test_a_refused_connection_is_reported_in_a_sentence(line: str) -> None:
+    """At once, one line on stderr and exit code 3; a default address is named as such."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     code, out, err = await run(*line.split(), "--url", f"{url}/")
@@ -168,10 +168,10 @@ async def test_nobody_there_is_said_in_a_sentence(line: str) -> None:
         (http("404 No", '{"detail":"\\u001b[2J\\u0007no"}'), 1, r"^ \[2J no$"),
     ],
 )
-async def test_what_is_no_answer_is_said_in_a_sentence(
+async def test_an_invalid_answer_is_reported_in_a_sentence(
     answer: bytes, code: int, sentence: str
 ) -> None:
-    """One line on stderr, whoever answers there, and nothing in it that a terminal obeys."""
+    """One line on stderr, without terminal control sequences."""
     async with answering(answer) as other:
         found, out, err = await run("status", BALANCE_APP_URL=other.url)
     assert (found, out) == (code, "")
@@ -179,10 +179,10 @@ async def test_what_is_no_answer_is_said_in_a_sentence(
     assert len(err.splitlines()) == 1
 
 
-async def test_a_health_check_says_ready_not_ready_or_unavailable(
+async def test_a_health_check_reports_ready_not_ready_or_unavailable(
     instance: Instance, database: dict[str, str]
 ) -> None:
-    """0, 1 and 3; it asks the instance that runs here, whatever BALANCE_APP_URL says."""
+    """By exit codes 0, 1 and 3, of the instance on this machine, whatever BALANCE_APP_URL is."""
     env = {"PORT": str(instance.port), "BALANCE_APP_URL": "http://127.0.0.1:1"}
     code, out, _ = await run("healthcheck", **env)
     assert (code, json.loads(out)["status"]) == (0, "ok")
@@ -194,8 +194,8 @@ async def test_a_health_check_says_ready_not_ready_or_unavailable(
     assert err.startswith("Nobody answers at ")
 
 
-async def test_migrating_says_where_the_schema_is(database: dict[str, str]) -> None:
-    """0 with the version; 3 when the database can't be reached."""
+async def test_migrate_reports_the_schemas_revision(database: dict[str, str]) -> None:
+    """Exit code 0 with the revision; 3 if the database can't be reached."""
     code, out, _ = await run("migrate", **database)
     assert code == 0
     assert re.fullmatch(r"The schema is at \w+\.\n", out)
@@ -210,7 +210,7 @@ async def test_migrating_says_where_the_schema_is(database: dict[str, str]) -> N
 async def test_a_change_and_its_refusal_are_reported(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
-    """What is left after it; what it lacked, with exit code 4; and both as the service's JSON."""
+    """The new balance; the shortfall, with exit code 4; and both as the service's JSON."""
     environment = {"BALANCE_APP_URL": instance.url}
     code, out, err = await run("change", "1", "-2", "--key", "k1", **environment)
     assert (code, err) == (0, "")
@@ -231,7 +231,7 @@ async def test_a_change_and_its_refusal_are_reported(
 
 
 async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient) -> None:
-    """A user with the latest entries; users by pages; as JSON what the service says, as it is."""
+    """A user with the latest entries; users by pages; with --json the service's answer."""
     environment = {"BALANCE_APP_URL": instance.url}
     for number in range(1, 8):
         await client.post(
@@ -275,7 +275,7 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
 async def test_past_balances_are_shown(
     instance: Instance, client: httpx.AsyncClient, database: dict[str, str]
 ) -> None:
-    """By pages, the latest day first; none is no failure."""
+    """By pages, the latest day first; an empty list is no failure."""
     environment = {"BALANCE_APP_URL": instance.url}
     nothing = (0, "There are no such daily balances.\n", "")
     assert await run("daily-balances", "1", **environment) == nothing
@@ -305,7 +305,7 @@ async def test_past_balances_are_shown(
 async def test_a_change_whose_answer_is_lost_is_made_once(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
-    """It is sent again with the same key, until an answer comes back; it took effect once."""
+    """It is sent again with the same key, until an answer arrives; it takes effect once."""
     async with losing(2, instance.port) as proxy:
         code, out, err = await run("change", "1", "-2", BALANCE_APP_URL=proxy.url)
     assert code == 0
@@ -317,10 +317,10 @@ async def test_a_change_whose_answer_is_lost_is_made_once(
     assert (await client.get("/api/users/1")).json()["version"] == 2
 
 
-async def test_an_outcome_that_stays_unknown_leaves_its_key(
+async def test_an_unknown_outcome_is_reported_with_its_key(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
-    """Exit code 5, and a command that asks again: it does not change the balance a second time."""
+    """Exit code 5, and a command that repeats the request: it takes effect only once."""
     async with losing(100, instance.port) as proxy:
         code, out, err = await run("change", "1", "-2", "--patience=0", BALANCE_APP_URL=proxy.url)
     assert (code, out) == (5, "")
@@ -340,7 +340,7 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
         ([UNAVAILABLE, http("200 OK", DONE)], 20, 0, 2),
         ([UNAVAILABLE], 0, 3, 1),
         ([UNKNOWN], 0, 5, 1),
-        # what the second try says of itself says nothing of the first
+        # a "no" to the second try is not about the first
         ([UNKNOWN, UNAVAILABLE], 1.9, 5, 2),
         ([http("502 Bad Gateway", "<html>"), http("200 OK", DONE)], 20, 0, 2),
         ([http("500 No", '{"detail":"A mistake.","applied":"unknown"}')], 0, 5, 1),
@@ -348,10 +348,10 @@ async def test_an_outcome_that_stays_unknown_leaves_its_key(
         ([http("200 OK", "{}")], 20, 3, 1),
     ],
 )
-async def test_a_change_is_sent_again_while_nothing_is_known(
+async def test_a_change_is_sent_again_while_its_outcome_is_unknown(
     answers: list[bytes], patience: float, code: int, sent: int
 ) -> None:
-    """Until it is known, or patience ends; what is not this service is not sent it twice."""
+    """Until it is known or the time is over; another service is not sent it twice."""
     async with answering(*answers) as other:
         found, _, err = await run(
             "change", "1", "-2", f"--patience={patience}", BALANCE_APP_URL=other.url
@@ -363,8 +363,8 @@ async def test_a_change_is_sent_again_while_nothing_is_known(
 # -- on a terminal -----------------------------------------------------------------------------
 
 
-async def test_colours_are_for_terminals_that_want_them(instance: Instance) -> None:
-    """There are some on a terminal, none with NO_COLOR, and none in a pipe."""
+async def test_colours_are_for_terminals_only(instance: Instance) -> None:
+    """None with NO_COLOR, and none in a pipe."""
     colour = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
     async with Screen("status", BALANCE_APP_URL=instance.url) as screen:
         assert await screen.end() == 0
@@ -377,8 +377,8 @@ async def test_colours_are_for_terminals_that_want_them(instance: Instance) -> N
     assert "\x1b" not in out
 
 
-async def test_a_reader_that_has_seen_enough_is_no_mistake(instance: Instance) -> None:
-    """A pipe that is closed early ends it without a traceback."""
+async def test_a_closed_pipe_is_no_error(instance: Instance) -> None:
+    """It ends the command without a traceback."""
     process = await asyncio.create_subprocess_exec(  # the interpreter has the last word
         *(sys.executable, "-m", "balance_app", "status", "--watch", "--json"),
         env=environment(BALANCE_APP_URL=instance.url),
@@ -395,7 +395,7 @@ async def test_a_reader_that_has_seen_enough_is_no_mistake(instance: Instance) -
 
 
 def test_durations_and_moments_are_formatted() -> None:
-    """A length in its two largest units, an age in one; no date if it is today's."""
+    """A duration in its two largest units, an age in one; no date if it is today."""
     assert [duration(n) for n in (-1, 0.9, 59, 61, 7300, 180_000)] == [
         *("0 s", "0 s", "59 s", "1 min 1 s", "2 h 1 min", "2 d 2 h"),
     ]

@@ -35,7 +35,7 @@ def settings_for(database: dict[str, str]) -> Settings:
 
 
 def test_a_new_migration_passes_the_linters(tmp_path: Path) -> None:
-    """As `make migration` writes it: only its statements are to be filled in."""
+    """As `make migration` writes it: only the statements have to be filled in."""
     scripts = tmp_path / "alembic"
     shutil.copytree(Path(alembic_config().get_main_option("script_location") or ""), scripts)
     config = alembic_config()
@@ -54,7 +54,7 @@ def test_a_new_migration_passes_the_linters(tmp_path: Path) -> None:
 
 
 async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
-    """The migrations make exactly what each `tables` module declares."""
+    """The migrations create exactly what the `tables` modules declare."""
     settings = settings_for(database)
     await migrate(settings)
     config = alembic_config()
@@ -86,8 +86,8 @@ async def test_the_ledger_is_append_only(database: dict[str, str], rewriting: st
 
 
 @pytest.mark.parametrize("balance", [-1, 2**53])
-async def test_the_check_is_the_last_net(database: dict[str, str], balance: int) -> None:
-    """No statement, however wrong, can store a balance that must not be."""
+async def test_the_check_refuses_an_invalid_balance(database: dict[str, str], balance: int) -> None:
+    """No statement, however wrong, can store a balance out of range."""
     await migrate(settings_for(database))
     connection = await connect(database)
     with pytest.raises(asyncpg.CheckViolationError):
@@ -95,7 +95,7 @@ async def test_the_check_is_the_last_net(database: dict[str, str], balance: int)
     await connection.close()
 
 
-# -- whose schema it is -------------------------------------------------------------------------
+# -- schemas of other programs ------------------------------------------------------------------
 
 FOREIGN_VERSION = (
     "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);"
@@ -137,7 +137,7 @@ async def everything(connection: "asyncpg.Connection[asyncpg.Record]") -> list[s
 async def test_the_schema_of_another_program_is_left_alone(
     database: dict[str, str], there: str, message: str
 ) -> None:
-    """One sentence says what was found and what to do; nothing is written. Beside it is room."""
+    """One sentence says what was found and what to do; nothing is written. Another schema works."""
     connection = await connect(database)
     await connection.execute(there)
     before = await everything(connection)
@@ -155,8 +155,8 @@ async def test_the_schema_of_another_program_is_left_alone(
     assert "own-1.alembic_version" not in after
 
 
-async def test_tables_of_others_elsewhere_do_not_matter(database: dict[str, str]) -> None:
-    """Only the schema that is named is looked at."""
+async def test_tables_in_other_schemas_are_ignored(database: dict[str, str]) -> None:
+    """Only the configured schema is checked."""
     connection = await connect(database)
     await connection.execute("CREATE SCHEMA x; CREATE TABLE x.users (a int); SET search_path = x")
     await connection.execute(FOREIGN_VERSION.format("0001"))
@@ -165,7 +165,7 @@ async def test_tables_of_others_elsewhere_do_not_matter(database: dict[str, str]
 
 
 async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[str, str]) -> None:
-    """Releases before made them where the role's search path led: DB_SCHEMA has to say so."""
+    """Earlier releases created them in the role's search path: DB_SCHEMA has to name it."""
     connection = await connect(database)
     name = database["DB_NAME"]
     await connection.execute(f'CREATE SCHEMA mine; ALTER DATABASE "{name}" SET search_path = mine')
@@ -192,10 +192,10 @@ async def test_tables_that_a_search_path_hid_are_not_made_again(database: dict[s
         ),
     ],
 )
-async def test_a_schema_that_is_not_whole_or_too_new_is_refused(
+async def test_an_incomplete_or_too_new_schema_is_refused(
     database: dict[str, str], change: str, message: str | None
 ) -> None:
-    """A newer one that still works with this program is used as it is."""
+    """A newer one that is compatible with this program is used unchanged."""
     await migrate(settings_for(database))
     connection = await connect(database)
     await connection.execute(change)
@@ -208,7 +208,7 @@ async def test_a_schema_that_is_not_whole_or_too_new_is_refused(
 
 
 async def test_every_table_has_its_rights(database: dict[str, str]) -> None:
-    """What the service needs is listed for exactly the tables that there are."""
+    """The rights that the service needs are listed for exactly the existing tables."""
     await migrate(settings_for(database))
     tables = await query(database, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     assert {name for (name,) in tables} == {*RIGHTS, VERSION_TABLE}
@@ -219,7 +219,7 @@ async def test_every_table_has_its_rights(database: dict[str, str]) -> None:
 
 @pytest.fixture
 async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
-    """The DB_* variables of a role that owns nothing and may do nothing by itself."""
+    """The DB_* variables of a role that owns nothing and has no rights."""
     admin, name = await connect(database), f"role_{uuid4().hex[:12]}"
     await admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x'")
     await admin.execute("REVOKE ALL ON SCHEMA public FROM public")
@@ -244,10 +244,10 @@ async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
         ('GRANT CREATE ON DATABASE "{database}" TO {role}', "own", None),
     ],
 )
-async def test_the_right_that_is_missing_is_named(
+async def test_a_missing_right_is_named(
     database: dict[str, str], role: dict[str, str], granted: str, schema: str, message: str | None
 ) -> None:
-    """Of a role without CREATE or USAGE, in a sentence with what to grant."""
+    """For a role without CREATE or USAGE, in a sentence with the GRANT."""
     await query(database, granted.format(role=role["DB_USER"], database=database["DB_NAME"]))
     settings = settings_for({**role, "DB_SCHEMA": schema})
     if message is None:
@@ -257,10 +257,10 @@ async def test_the_right_that_is_missing_is_named(
         await migrate(settings)
 
 
-async def test_a_role_that_runs_needs_no_right_to_create(
+async def test_on_a_migrated_schema_a_role_needs_no_create(
     database: dict[str, str], role: dict[str, str]
 ) -> None:
-    """At this program's revision it needs the rights on the rows; each that is missing is named."""
+    """It needs the rights on the rows only; each missing right is named."""
     await migrate(settings_for(database))
     admin, name = await connect(database), role["DB_USER"]
     await admin.execute(f"GRANT USAGE ON SCHEMA public TO {name}")
@@ -278,7 +278,7 @@ async def test_a_role_that_runs_needs_no_right_to_create(
     await admin.close()
 
 
-# -- whoever stands still -----------------------------------------------------------------------
+# -- frozen instances ---------------------------------------------------------------------------
 
 STOPPED = """
 import asyncio, os, signal
@@ -286,7 +286,7 @@ from balance_app.db import migrations
 from balance_app.settings import load_settings
 
 if os.environ.get("STOP") == "in-turn":
-    # What an instance of the release before does: it stands still with the lock of its session.
+    # As an instance of the previous release: frozen while its session holds the lock.
     async def main():
         connection = await migrations._connect(load_settings())
         await connection.fetchval("SELECT pg_advisory_lock($1)", migrations.MIGRATION_LOCK)
@@ -299,10 +299,10 @@ asyncio.run(migrations.migrate(load_settings()))
 """
 
 
-async def test_an_instance_that_stands_still_in_its_upgrade_keeps_nobody_waiting(
+async def test_an_instance_frozen_in_its_upgrade_blocks_no_other(
     database: dict[str, str],
 ) -> None:
-    """PostgreSQL has all of the upgrade: it ends without the instance that sent it."""
+    """PostgreSQL has received the whole upgrade: it completes without the instance."""
     frozen = await _migrate_in_a_process(database)
     connection = await connect(database)
     try:
@@ -319,8 +319,8 @@ async def test_an_instance_that_stands_still_in_its_upgrade_keeps_nobody_waiting
         await connection.close()
 
 
-async def test_an_upgrade_that_is_cut_off_leaves_nothing(database: dict[str, str]) -> None:
-    """A session that is ended in the middle has changed nothing; the next try does it all."""
+async def test_an_interrupted_upgrade_changes_nothing(database: dict[str, str]) -> None:
+    """A session that is ended in the middle has changed nothing; the next try does all."""
     cut = await _migrate_in_a_process(database)
     connection = await connect(database)
     await connection.execute("SELECT pg_terminate_backend($1)", await _lock_holder(connection))
@@ -330,10 +330,10 @@ async def test_an_upgrade_that_is_cut_off_leaves_nothing(database: dict[str, str
     assert (await migrate(settings_for(database))).revision == alembic_head()
 
 
-async def test_who_holds_the_lock_is_told_and_an_upgraded_schema_needs_none(
+async def test_the_holder_of_the_lock_is_named_and_head_needs_no_lock(
     database: dict[str, str],
 ) -> None:
-    """An instance that stands still with the lock is named; at head nobody asks for it."""
+    """A frozen instance that holds the lock is named; on a migrated schema it is not needed."""
     frozen = await _migrate_in_a_process(database, STOP="in-turn")
     connection = await connect(database)
     try:
@@ -372,7 +372,7 @@ WHERE locktype = 'advisory' AND granted AND (classid::bigint << 32) | objid::big
 
 
 async def _lock_holder(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
-    """Wait until somebody holds the lock of schema "public"; return the process in PostgreSQL."""
+    """Wait until a session holds the lock of schema "public"; return its backend's pid."""
     async with asyncio.timeout(30):
         while True:
             for (pid,) in await connection.fetch(LOCKED, MIGRATION_LOCK):

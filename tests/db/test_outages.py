@@ -1,4 +1,4 @@
-"""Why the database can't be used is known, reported, and lasts no longer than it has to."""
+"""Why the database can't be used is classified and reported, and retried in time."""
 
 import asyncio
 import json
@@ -75,13 +75,13 @@ MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
 def test_an_error_has_one_meaning(
     error: BaseException, kind: Kind | None, applied: str | None
 ) -> None:
-    """Each kind of error is distinguished from the others, whatever language the server speaks."""
+    """Each kind of error is distinguished from the others, in any language of the server."""
     cause = classify(error)
     assert (cause and cause.kind, cause and cause.applied) == (kind, applied)
 
 
 def test_severity_is_read_in_english() -> None:
-    """A server that says FATAL in its own words is understood."""
+    """FATAL is recognized from a server with translated messages."""
     error = server_error("57P01", "FATAL")
     error.severity = "TÖDLICH"
     assert is_fatal(error)
@@ -89,8 +89,8 @@ def test_severity_is_read_in_english() -> None:
     assert not is_fatal(error)
 
 
-def test_pauses_grow_to_their_limit() -> None:
-    """What somebody has to mend is asked for less and less; what mends itself is seen at once."""
+def test_retry_intervals_grow_to_their_limit() -> None:
+    """A cause that needs an operator is retried ever less often; a transient one soon."""
     for kind in Kind:
         pauses = [pause_seconds(kind, tries) for tries in range(20)]
         assert pauses == sorted(pauses)
@@ -117,10 +117,10 @@ async def a_role(database: dict[str, str], options: str = "") -> AsyncIterator[d
 
 
 async def fire(client: httpx.AsyncClient, requests: int) -> Counter[str]:
-    """Read and withdraw that often at one moment; count statuses and details."""
+    """Send this many reads and withdrawals at once; count statuses and details."""
 
     async def request(number: int) -> str:
-        if number % 2:  # reads of one account are on all connections at once, changes are not
+        if number % 2:  # reads of one account use all connections at once, changes do not
             answer = await client.get("/api/users/1")
         else:
             answer = await client.post("/api/balance", json={"userId": 1, "amount": -1})
@@ -133,9 +133,9 @@ async def fire(client: httpx.AsyncClient, requests: int) -> Counter[str]:
 async def test_a_limit_of_connections_refuses_no_request(
     database: dict[str, str], tmp_path: Path, *, guarded: bool
 ) -> None:
-    """With fewer connections than configured requests wait for those that there are.
+    """With fewer connections than configured requests wait for the available ones.
 
-    The control gives the database up when one more connection can't be made.
+    The control marks the database unavailable when one more connection can't be made.
     """
     program = (
         ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "open-connections")
@@ -149,11 +149,11 @@ async def test_a_limit_of_connections_refuses_no_request(
         await admin.execute(f'ALTER ROLE "{plain["DB_USER"]}" CONNECTION LIMIT 2')
         answers: Counter[str] = Counter()
         for _ in range(4):
-            async with admin.transaction():  # so that the two are busy, and a third is wanted
+            async with admin.transaction():  # so that the two are busy, and a third is needed
                 await admin.execute("LOCK TABLE users")
-                asked = asyncio.create_task(fire(client, 100))
+                burst = asyncio.create_task(fire(client, 100))
                 await asyncio.sleep(0.3)
-            answers += await asked
+            answers += await burst
         ready = (await client.get("/readyz")).json()
         await admin.close()
     if not guarded:
@@ -168,10 +168,10 @@ async def test_a_limit_of_connections_refuses_no_request(
 
 
 @pytest.mark.parametrize(("limit", "jobs", "starts"), [(1, "true", False), (4, "true", True)])
-async def test_too_few_connections_are_told_at_start(
+async def test_too_few_connections_are_reported_at_start(
     database: dict[str, str], tmp_path: Path, limit: int, jobs: str, *, starts: bool
 ) -> None:
-    """An instance that could never work ends with a sentence; another one warns, and serves."""
+    """An instance that could never work exits with a sentence; one that can warns, and serves."""
     log = tmp_path / "log"
     async with a_role(database, f"CONNECTION LIMIT {limit}") as plain:
         instance = Instance(plain, log=log, JOBS_ENABLED=jobs)
@@ -191,7 +191,7 @@ async def test_too_few_connections_are_told_at_start(
 
 
 async def test_a_full_server_makes_a_job_wait(database: dict[str, str]) -> None:
-    """A transaction of a job waits for its connection, as the server serves on."""
+    """A job's transaction waits for a connection; the database counts as available."""
     async with a_role(database) as plain:
         served = Database(settings_for(plain))
         await served.start()
@@ -213,7 +213,7 @@ async def test_a_full_server_makes_a_job_wait(database: dict[str, str]) -> None:
 
 
 async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_path: Path) -> None:
-    """Reads go on, writes are refused with that reason, and both heal by themselves (A3)."""
+    """Reads go on, writes are refused with that reason, and both recover without a restart."""
     log = tmp_path / "log"
     async with served(database, log=log) as client:
         await fire(client, 10)
@@ -228,7 +228,7 @@ async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_pat
                 answer.status_code
                 for answer in await asyncio.gather(*(client.get("/api/users/1") for _ in range(8)))
             ]
-        assert reads.count(200) >= len(reads) - 16  # those that met the end of their session
+        assert reads.count(200) >= len(reads) - 16  # those whose session was ended
         assert set(reads[16:]) == {200}
         assert "read-only" in refused["detail"]
         assert refused["applied"] == "no"
@@ -252,7 +252,7 @@ async def _end_sessions(admin: Any, name: str) -> None:  # noqa: ANN401 - a conn
     )
 
 
-TAKEN_AWAY = {
+OUTAGES = {
     "role": ('ALTER ROLE "{role}" NOLOGIN', 'ALTER ROLE "{role}" LOGIN', "28000", "not_allowed"),
     "limit": (
         'ALTER ROLE "{role}" CONNECTION LIMIT 0',
@@ -269,12 +269,12 @@ TAKEN_AWAY = {
 }
 
 
-@pytest.mark.parametrize("what", TAKEN_AWAY)
+@pytest.mark.parametrize("what", OUTAGES)
 async def test_the_cause_of_an_outage_is_reported(
     database: dict[str, str], tmp_path: Path, what: str
 ) -> None:
     """In the answer, in /readyz, and once in the log, with the server's code."""
-    take_away, give_back, state, kind = TAKEN_AWAY[what]
+    begin, end, state, kind = OUTAGES[what]
     log = tmp_path / "log"
     async with (
         a_role(database) as plain,
@@ -284,7 +284,7 @@ async def test_the_cause_of_an_outage_is_reported(
         names = {"role": plain["DB_USER"], "name": database["DB_NAME"]}
         await fire(client, 10)
         admin = await connect({**database, "DB_NAME": "postgres"})
-        await admin.execute(take_away.format(**names))
+        await admin.execute(begin.format(**names))
         await _end_sessions(admin, database["DB_NAME"])
         async with asyncio.timeout(10):
             while (await client.get("/readyz")).is_success:  # noqa: ASYNC110 - the same
@@ -295,7 +295,7 @@ async def test_the_cause_of_an_outage_is_reported(
         assert state in ready.json()["checks"]["database"]
         assert state in refused.json()["detail"]
         assert refused.json()["applied"] == "no"
-        await admin.execute(give_back.format(**names))
+        await admin.execute(end.format(**names))
         await instance.ready(within_seconds=15)
         await admin.close()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -305,7 +305,7 @@ async def test_the_cause_of_an_outage_is_reported(
 
 
 async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
-    """A rotated password gives a few failing log-ins, further and further apart."""
+    """A rotated password causes a few failed log-ins, at growing intervals."""
     async with own_postgres(log_connections="on") as server:
         admin = await connect(server.environment())
         hba = Path(await admin.fetchval("SHOW hba_file"))
@@ -332,7 +332,7 @@ async def test_a_wrong_password_is_not_tried_all_the_time() -> None:
 
 
 async def test_a_server_that_does_not_flush_is_reported() -> None:
-    """`fsync = off` is no reason not to serve, but nobody is left in the dark."""
+    """An instance serves with `fsync = off`, but reports it."""
     async with (
         own_postgres(fsync="off", full_page_writes="off") as server,
         served(server.environment()) as client,

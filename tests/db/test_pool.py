@@ -18,8 +18,8 @@ def settings_for(database: dict[str, str]) -> Settings:
     return load_settings(**{name.lower(): value for name, value in database.items()})
 
 
-async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str, str]) -> None:
-    """What ends as if it were cancelled is an answer too, and the queue goes on."""
+async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str, str]) -> None:
+    """An operation that raises CancelledError fails its caller, and the queue goes on."""
     await migrate(settings_for(database))
     line = db.Database(settings_for(database))
     await line.start()
@@ -37,8 +37,8 @@ async def test_who_asked_is_told_when_an_operation_is_cut_off(database: dict[str
         await line.stop()
 
 
-async def test_a_full_house_says_so(database: dict[str, str]) -> None:
-    """Who finds too many waiting gets a 503 at once, and nothing is changed for it."""
+async def test_overload_is_refused_at_once(database: dict[str, str]) -> None:
+    """A request that finds the wait queue full gets a 503 at once, without effect."""
     async with Instance(database, DB_POOL_SIZE="1", MAX_WAITING="1") as instance:
         holder = await connect(database)
         async with http_client(instance.url) as client:
@@ -50,7 +50,7 @@ async def test_a_full_house_says_so(database: dict[str, str]) -> None:
                 await holder.execute("SELECT FROM users WHERE id = 1 FOR UPDATE")
                 first = asyncio.create_task(change())
                 second = asyncio.create_task(change())
-                await _until_somebody_waits_for_a_lock(holder)
+                await _until_a_session_waits_for_a_lock(holder)
                 refused = await change()
             answers = [await first, await second]
             assert [answer.status_code for answer in answers] == [200, 200]
@@ -62,7 +62,7 @@ async def test_a_full_house_says_so(database: dict[str, str]) -> None:
         await holder.close()
 
 
-async def _until_somebody_waits_for_a_lock(
+async def _until_a_session_waits_for_a_lock(
     connection: "asyncpg.Connection[asyncpg.Record]",
 ) -> None:
     async with asyncio.timeout(10):
@@ -78,10 +78,10 @@ async def _until_somebody_waits_for_a_lock(
         ({"PORT": "70000"}, "PORT"),
     ],
 )
-async def test_what_waiting_cannot_mend_ends_the_instance(
+async def test_a_permanent_fault_ends_the_instance(
     database: dict[str, str], tmp_path: Path, wrong: dict[str, str], message: str
 ) -> None:
-    """An instance that can never serve ends at once, with a sentence and no traceback."""
+    """An instance that can never serve exits at once, with a sentence and no traceback."""
     log = tmp_path / "log"
     instance = Instance({**database, **wrong}, log=log)
     instance._environment |= wrong

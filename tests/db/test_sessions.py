@@ -1,4 +1,4 @@
-"""What a session means does not depend on the defaults that it finds."""
+"""The semantics of a session do not depend on the server's defaults."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from balance_app.sessions import PINNED, PoolerError, open_session, reset
 from balance_app.settings import Settings, load_settings
 from tests.processes import Instance, connect, http_client, query, running
 
-# What each default would do: refuse or repeat changes, delay, misread, hide, or end sessions.
+# Unpinned, these would refuse or repeat changes, delay, misread, hide, or end sessions.
 HOSTILE = {
     "default_transaction_isolation": "serializable",
     "default_transaction_deferrable": "on",
@@ -23,7 +23,7 @@ HOSTILE = {
     "statement_timeout": "1ms",
     "lock_timeout": "1ms",
     "idle_in_transaction_session_timeout": "1ms",
-    # Not known to every version, so not in the startup packet: a statement has to come first.
+    # Not in every version, so not in the startup packet: set by the first statement.
     "idle_session_timeout": "300ms",
     "transaction_timeout": "300ms",
     "TimeZone": "Pacific/Chatham",
@@ -39,7 +39,7 @@ HOSTILE = {
     "client_min_messages": "debug5",
     "quote_all_identifiers": "on",
 }
-LOOK = "SELECT name, setting FROM pg_settings WHERE name = ANY ($1)"
+SETTINGS = "SELECT name, setting FROM pg_settings WHERE name = ANY ($1)"
 
 
 def settings_for(database: dict[str, str], **more: object) -> Settings:
@@ -48,10 +48,10 @@ def settings_for(database: dict[str, str], **more: object) -> Settings:
 
 @asynccontextmanager
 async def hostile(database: dict[str, str]) -> AsyncIterator[None]:
-    """Give a database each default that its server knows."""
+    """Set each default on the database that its server has."""
     admin = await connect(database)
     name = database["DB_NAME"]
-    known = {row["name"] for row in await admin.fetch(LOOK, list(HOSTILE))}
+    known = {row["name"] for row in await admin.fetch(SETTINGS, list(HOSTILE))}
     for number, setting in enumerate(sorted(known)):
         whose = ("DATABASE {0}", "ROLE {1} IN DATABASE {0}")[number % 2]
         target = whose.format(f'"{name}"', f'"{database["DB_USER"]}"')
@@ -63,7 +63,7 @@ async def hostile(database: dict[str, str]) -> AsyncIterator[None]:
 
 
 async def test_each_session_pins_what_changes_its_meaning(database: dict[str, str]) -> None:
-    """Of sessions for requests, for jobs and for all else, whatever the defaults."""
+    """In sessions for requests, for jobs and for all else, whatever the defaults."""
     settings = settings_for(database)
     async with hostile(database):
         pure = await asyncpg.connect(
@@ -117,8 +117,10 @@ async def _check(connection: Connection, pinned: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("stricter", ["local", "remote_write", "on", "remote_apply"])
-async def test_only_off_is_raised(database: dict[str, str], stricter: str) -> None:
-    """What waits for the disk already stays what the operator has chosen, and can't be lowered."""
+async def test_synchronous_commit_is_raised_only_from_off(
+    database: dict[str, str], stricter: str
+) -> None:
+    """Any durable value stays as the operator has set it, and can't be lowered."""
     await query(
         database, f'ALTER DATABASE "{database["DB_NAME"]}" SET synchronous_commit={stricter}'
     )
@@ -171,8 +173,8 @@ async def _outcomes(database: dict[str, str], *, at_least: int) -> list[str]:
         await connection.close()
 
 
-async def test_nobody_may_turn_the_triggers_off(database: dict[str, str]) -> None:
-    """A session whose role can't set session_replication_role back is refused, and says so."""
+async def test_sessions_with_triggers_off_are_refused(database: dict[str, str]) -> None:
+    """If the role can't reset session_replication_role, the session is refused, with a sentence."""
     role = f"plain_{database['DB_NAME']}"
     admin = await connect(database)
     await admin.execute(f"CREATE ROLE \"{role}\" LOGIN PASSWORD 'x'")
@@ -186,8 +188,8 @@ async def test_nobody_may_turn_the_triggers_off(database: dict[str, str]) -> Non
         await admin.close()
 
 
-async def test_a_pooler_that_drops_startup_parameters_is_seen(database: dict[str, str]) -> None:
-    """As PgBouncer with `ignore_startup_parameters`: nothing is done in such a session."""
+async def test_a_pooler_that_drops_startup_parameters_is_detected(database: dict[str, str]) -> None:
+    """Such as PgBouncer with `ignore_startup_parameters`: such a session is not used."""
     settings = settings_for(database)
     arguments = settings.connect_arguments()
     del arguments["server_settings"]["balance_app.pinned"]

@@ -1,4 +1,4 @@
-"""Who gets a connection next."""
+"""The order in which queued operations get a connection."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ A, B = Lane("a", 1), Lane("b", 2)
 
 
 def test_first_come_first_served() -> None:
-    """What has no lane goes in order of arrival, what has priority before it."""
+    """Operations without a lane run in order of arrival, after those with priority."""
     queue = WaitQueue[str]()
     queue.put("first")
     queue.put("second")
@@ -21,8 +21,8 @@ def test_first_come_first_served() -> None:
     assert len(queue) == 0
 
 
-def test_a_crowd_of_one_lane_lets_others_pass() -> None:
-    """Of a lane only so many go at once; who waits for it keeps no other waiting."""
+def test_a_full_lane_lets_others_pass() -> None:
+    """A lane has a limit of concurrent operations; those that wait for it block no others."""
     queue = WaitQueue[str]()
     for name in ("a1", "a2", "a3"):
         queue.put(name, lane=A)
@@ -41,8 +41,8 @@ def test_a_crowd_of_one_lane_lets_others_pass() -> None:
     assert following.item == "a2"  # it came before "later"
 
 
-def test_clearing_leaves_nothing_behind() -> None:
-    """What waits for what was taken is removed too; the lane is free when that is done."""
+def test_clearing_empties_the_queue() -> None:
+    """Operations that wait for their lane are removed too; running ones free it when they end."""
     queue = WaitQueue[str]()
     for name in ("a1", "a2", "a3"):
         queue.put(name, lane=A)
@@ -62,7 +62,7 @@ def test_clearing_leaves_nothing_behind() -> None:
 
 @given(st.lists(st.sampled_from(["put a", "put b", "put", "take", "done"]), max_size=60))
 def test_order_and_limit_hold_in_every_sequence(steps: list[str]) -> None:
-    """However things come, go and end: order within a lane, its limit, and nobody is forgotten."""
+    """In any sequence: order within a lane, its limit, and no operation is left in the queue."""
     queue = WaitQueue[tuple[str, int]]()
     under_way: list[Queued[tuple[str, int]]] = []
     came, went = Counter[str](), Counter[str]()

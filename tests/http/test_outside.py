@@ -1,4 +1,4 @@
-"""Numbers and texts from outside: each has a bound, and none is more than a 4xx."""
+"""Numbers and texts of callers are bounded: none of them causes more than a 4xx."""
 
 from typing import Final
 
@@ -67,10 +67,10 @@ HEADERS: Final = (
 
 
 @pytest.mark.parametrize("values", [NUMBERS, TEXTS], ids=["numbers", "texts"])
-async def test_nothing_from_outside_is_a_fault_of_ours(
+async def test_no_hostile_value_gets_a_5xx(
     client: httpx.AsyncClient, values: tuple[str, ...]
 ) -> None:
-    """In addresses, queries, forms and headers, wherever something is read."""
+    """In paths, queries, forms and headers, wherever a value is read."""
     form = "application/x-www-form-urlencoded"
     for value in values:
         for template in QUERIES:
@@ -88,10 +88,10 @@ async def test_nothing_from_outside_is_a_fault_of_ours(
             assert answer.status_code < 500, (name, value[:20], answer.text[:200])
 
 
-async def test_a_version_of_any_length_is_another_boots(
+async def test_a_stream_version_of_any_length_is_accepted(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
-    """A stream's version has as many digits as there is use for."""
+    """An unknown version, however long, gets all fragments."""
     boot = version((await client.get("/")).text).partition(".")[0]
     for number in ("9" * 5000, "9" * 17, "\u0661", "-1", "1e3", ""):
         query = f"?since={boot}.{number}"
@@ -107,7 +107,7 @@ class _Inner(StrictModel):
 
 
 class _Noted(StrictModel):
-    """A model as a newcomer would write it."""
+    """A model without any validation of its own."""
 
     note: str | None = None
     plain: str = ""
@@ -131,14 +131,14 @@ class _Noted(StrictModel):
     ],
 )
 def test_a_text_that_can_not_be_stored_is_refused(body: str, place: str) -> None:
-    """NUL and lone surrogates, in any text of any model, those to come included."""
+    """NUL and lone surrogates, in any text of any model, future ones included."""
     with pytest.raises(InvalidRequest) as caught:
         parse_json(body.encode(), _Noted)
     assert caught.value.members["errors"] == [{"pointer": place, "code": "not-text"}]
 
 
-def test_other_texts_are_taken() -> None:
-    """Control: what looks like a NUL and is none, and every other letter."""
+def test_other_texts_are_accepted() -> None:
+    """Control: an escaped backslash before u0000, and any other character."""
     body = r'{"note":"\\u0000 \ud83d\udcb0 \u0001\n €"}'
     assert parse_json(body.encode(), _Noted).note == "\\u0000 \U0001f4b0 \x01\n €"
     schema = json_request(_Noted, key_pattern="x")["requestBody"]["content"]["application/json"]

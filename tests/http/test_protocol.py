@@ -1,7 +1,6 @@
-"""Connections: whatever ends one early never speaks for a request that is under way.
+"""Connections: an early end of one never answers for a request that is under way.
 
-The protocol as it is, on real sockets, in front of an application that
-answers when the test lets it.
+The real protocol on real sockets, in front of an application that answers when the test lets it.
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from tests.balances.hostile import chunked, raw_request
 SOON: Final = 0.2  # seconds that a head has in these tests
 LATER: Final = 0.3
 BODY: Final = b'{"userId":1,"amount":-2}'
-LARGE: Final = 16 * 1024 * 1024  # more than the kernel takes
+LARGE: Final = 16 * 1024 * 1024  # more than the kernel buffers
 LENGTH: Final = f"Content-Length: {len(BODY)}"
 
 Scenario = Callable[..., Coroutine[Any, Any, None]]
@@ -54,14 +53,14 @@ on_both_loops = on(asyncio, uvloop)
 
 
 class Application:
-    """Reads a body (not at `/blind`), waits for leave, answers with what it read."""
+    """Reads a body (not at `/blind`), waits for the test, answers with what it read."""
 
     def __init__(self) -> None:
         self.leave = asyncio.Event()
         self.leave.set()
-        self.read: list[bytes] = []  # each request whose body came whole, when it had come
+        self.read: list[bytes] = []  # each request whose body was complete
         self.scopes: list[Scope] = []
-        self.left = asyncio.Event()  # a client went away
+        self.left = asyncio.Event()  # a client has disconnected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
@@ -121,7 +120,7 @@ class Client:
             return await self._reader.read()
 
     async def is_quiet(self) -> bool:
-        """Say whether nothing comes, not even an end, within a moment."""
+        """Return whether neither data nor an end arrives within a moment."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LATER):
                 await self._reader.read(1)
@@ -130,7 +129,7 @@ class Client:
 
 
 class Server:
-    """What listens: its application, its connections."""
+    """A listening server: its application, its connections."""
 
     def __init__(self, kind: type[LimitedProtocol], port: int, state: ServerState) -> None:
         self.kind = kind
@@ -151,7 +150,7 @@ class Server:
 async def serving(
     *, keep_alive: float = 60, kind: type[LimitedProtocol] = LimitedProtocol
 ) -> AsyncIterator[tuple[Application, Server]]:
-    """Serve an application whose heads have little time."""
+    """Serve an application with a short time limit for heads."""
 
     class Hasty(kind):  # type: ignore[misc, valid-type]
         head_seconds = body_seconds = SOON
@@ -182,7 +181,7 @@ GET: Final = raw_request("GET", "/", "Host: a")
 
 
 async def slow_answer(packets: list[bytes], kind: type[LimitedProtocol] = LimitedProtocol) -> None:
-    """A request whose answer takes longer than a head may gets it, and the connection goes on."""
+    """An answer may take longer than the limit of a head; the connection stays open after it."""
     async with serving(kind=kind) as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(*packets)
@@ -219,14 +218,14 @@ IN_PACKETS: Final = {
 
 @pytest.mark.parametrize("packets", IN_PACKETS.values(), ids=IN_PACKETS)
 @on_its_loop
-async def test_a_request_under_way_is_not_given_up(packets: list[bytes]) -> None:
-    """However its bytes came: no 408 for a change that is made."""
+async def test_a_request_under_way_is_not_timed_out(packets: list[bytes]) -> None:
+    """However its bytes arrive: no 408 for a change that is made."""
     await slow_answer(packets)
 
 
 @on_its_loop
 async def test_a_large_last_piece_is_no_head() -> None:
-    """A body whose last packet is larger than a head may be: no 431 for a change that is made."""
+    """A body's last packet may exceed the limit of a head: no 431 for a change that is made."""
     size = 3 * protocol.MAX_HEAD_BYTES
     async with serving() as (_, server), server.client() as client:
         await client.send(post(f"Content-Length: {size}"), b" " * (size - 100_000))
@@ -238,7 +237,7 @@ async def test_a_large_last_piece_is_no_head() -> None:
 
 
 class AnyByteStartsAHead(LimitedProtocol):
-    """Mutant: as it was, what comes after a head began the next one."""
+    """Mutant, as in an earlier version: any byte after a head begins the next one."""
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -251,8 +250,8 @@ class AnyByteStartsAHead(LimitedProtocol):
 
 
 @on_its_loop
-async def test_the_mutant_that_speaks_for_a_request_is_noticed() -> None:
-    """Control: with the old rule the same scenario fails."""
+async def test_without_the_rule_a_request_under_way_is_timed_out() -> None:
+    """Control: with the mutant the same scenario fails."""
     with pytest.raises(AssertionError):
         await slow_answer([post(LENGTH), BODY], kind=AnyByteStartsAHead)
 
@@ -260,8 +259,8 @@ async def test_the_mutant_that_speaks_for_a_request_is_noticed() -> None:
 @on_its_loop
 @pytest.mark.parametrize("begun", [b"POST /abc", GET[:-2], b"GET / HTTP/1.1\r\nX: " + b"x" * 999])
 @pytest.mark.parametrize("before", [[], [WHOLE], [post(LENGTH), BODY]], ids=["", "one", "split"])
-async def test_a_head_that_does_not_end_is_given_up(before: list[bytes], begun: bytes) -> None:
-    """408 with `Connection: close`, first on a connection or behind an answer; also if it drips."""
+async def test_an_unfinished_head_is_timed_out(before: list[bytes], begun: bytes) -> None:
+    """408 with `Connection: close`, first on a connection or after an answer, even if it drips."""
     async with serving() as (_, server), server.client() as client:
         if before:
             await client.send(*before)
@@ -277,7 +276,7 @@ async def test_a_head_that_does_not_end_is_given_up(before: list[bytes], begun: 
 @on_both_loops
 @pytest.mark.parametrize("packets", [[WHOLE + GET[:20]], [WHOLE, GET[:20]]], ids=["one", "two"])
 async def test_a_head_behind_a_request_waits_for_its_answer(packets: list[bytes]) -> None:
-    """Its time begins when nothing is under way; in time, it is a request like any other."""
+    """Its time limit begins when no request is under way; in time, it is a normal request."""
     async with serving() as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(*packets)
@@ -295,8 +294,8 @@ async def test_a_head_behind_a_request_waits_for_its_answer(packets: list[bytes]
 
 
 @on_both_loops
-async def test_a_late_body_is_given_up_when_its_turn_has_come() -> None:
-    """Its time begins with its head, or when the request before it is answered."""
+async def test_a_late_body_is_timed_out_after_the_request_before_it() -> None:
+    """Its time limit begins with its head, or when the request before it is answered."""
     async with serving() as (application, server), server.client() as client:
         await client.send(post(LENGTH), BODY[:5])
         assert (await client.answer())[0] == 408
@@ -320,7 +319,7 @@ async def test_a_late_body_is_given_up_when_its_turn_has_come() -> None:
     "packets", [[WHOLE], [post(LENGTH), BODY], [post(LENGTH) + BODY[:5], BODY[5:]]]
 )
 async def test_an_answer_may_take_longer_than_a_body(packets: list[bytes]) -> None:
-    """A body that came in time leaves no deadline behind."""
+    """A body that arrives in time clears its deadline."""
     async with serving() as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(*packets)
@@ -330,8 +329,8 @@ async def test_an_answer_may_take_longer_than_a_body(packets: list[bytes]) -> No
 
 
 @on_its_loop
-async def test_a_late_body_that_nobody_reads_ends_no_answer() -> None:
-    """An answer that has begun goes on; one that does not read the body is not 408."""
+async def test_an_unread_late_body_ends_no_answer() -> None:
+    """An answer that has begun goes on; an application that does not read it causes no 408."""
     async with serving() as (application, server):
         async with server.client() as client:
             await client.send(post(LENGTH, path="/stream"))
@@ -347,8 +346,8 @@ async def test_a_late_body_that_nobody_reads_ends_no_answer() -> None:
 
 
 @on_its_loop
-async def test_a_head_too_large_is_refused_behind_what_came_before() -> None:
-    """431 when nothing is under way; else the answer that is under way, then the end."""
+async def test_a_head_too_large_is_refused_after_the_requests_before_it() -> None:
+    """431 when no request is under way; otherwise its answer, then the connection closes."""
     line = b"X-Long: " + b"x" * 20_000 + b"\r\n"
     async with serving() as (application, server):
         async with server.client() as client:
@@ -372,7 +371,7 @@ async def test_a_head_too_large_is_refused_behind_what_came_before() -> None:
 )
 @pytest.mark.parametrize("together", [True, False])
 async def test_garbage_behind_a_request_does_not_deny_it(garbage: bytes, *, together: bool) -> None:
-    """The request has its answer, which says that the connection ends; then it does."""
+    """The request gets its answer with `Connection: close`; then the connection closes."""
     async with serving() as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(*([WHOLE + garbage] if together else [WHOLE, garbage]))
@@ -386,7 +385,7 @@ async def test_garbage_behind_a_request_does_not_deny_it(garbage: bytes, *, toge
 @on_its_loop
 @pytest.mark.parametrize("path", ["/", "/blind"])
 async def test_a_body_framed_wrongly_is_answered_by_the_application(path: str) -> None:
-    """It knows what it has done: 400 if it waited for the body, its own answer if it did not."""
+    """It gets a 400 if it waits for the body, and gives its own answer if it does not."""
     async with serving() as (application, server), server.client() as client:
         if path == "/blind":
             application.leave.clear()
@@ -401,7 +400,7 @@ async def test_a_body_framed_wrongly_is_answered_by_the_application(path: str) -
 @on_its_loop
 @pytest.mark.parametrize("packets", [1, 2])
 async def test_a_trailer_is_not_a_header(packets: int) -> None:
-    """Neither does a trailer without end fill the memory."""
+    """And a trailer without end does not fill the memory."""
     sent = post("Transfer-Encoding: chunked", body=chunked(BODY)[:-2])
     trailer = b"Idempotency-Key: poison\r\nHost: poison\r\n\r\n"
     async with serving() as (application, server), server.client() as client:
@@ -419,7 +418,7 @@ async def test_a_trailer_is_not_a_header(packets: int) -> None:
 
 @on_its_loop
 async def test_an_idle_connection_is_closed_a_used_one_is_not() -> None:
-    """Its time runs when nothing is under way: from the start, and from each answer."""
+    """Its time limit runs when no request is under way: from the start, and from each answer."""
     async with serving(keep_alive=SOON) as (application, server):
         async with server.client() as client:
             assert await client.rest() == b""
@@ -441,7 +440,7 @@ async def test_an_idle_connection_is_closed_a_used_one_is_not() -> None:
 @on_its_loop
 @pytest.mark.parametrize("packets", IN_PACKETS.values(), ids=IN_PACKETS)
 async def test_a_half_closed_client_gets_its_answer(packets: list[bytes]) -> None:
-    """Also one that takes its time; then the connection is closed."""
+    """Also a slow one; then the connection is closed."""
     async with serving() as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(*packets)
@@ -457,7 +456,7 @@ async def test_a_half_closed_client_gets_its_answer(packets: list[bytes]) -> Non
 
 @on_both_loops
 async def test_a_half_closed_client_gets_every_answer() -> None:
-    """Of requests that were sent one behind the other; half a request more is forgotten."""
+    """To all pipelined requests; half a request after them is dropped."""
     async with serving() as (application, server), server.client() as client:
         application.leave.clear()
         await client.send(WHOLE * 3 + GET[:9])
@@ -472,7 +471,7 @@ async def test_a_half_closed_client_gets_every_answer() -> None:
 @on_both_loops
 @pytest.mark.parametrize("sent", [b"", GET[:9], post(LENGTH), post(LENGTH, body=BODY[:-1])])
 async def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
-    """Who ends in the middle of a request is not answered as if it were whole."""
+    """A client that ends in the middle of a request is not answered as if it were complete."""
     async with serving() as (application, server), server.client() as client:
         await client.send(sent)
         client.writer.write_eof()
@@ -483,8 +482,8 @@ async def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
 
 
 @on_both_loops
-async def test_who_leaves_for_good_is_noticed() -> None:
-    """The application hears of it, also if another request waits behind the one under way."""
+async def test_a_disconnect_is_reported_to_the_application() -> None:
+    """Also if another request waits behind the one under way."""
     for behind in (b"", GET):
         async with serving() as (application, server):
             async with server.client() as client:
@@ -497,13 +496,13 @@ async def test_who_leaves_for_good_is_noticed() -> None:
                 await application.left.wait()
 
 
-# -- what is not read ---------------------------------------------------------------------------
+# -- unread bodies ------------------------------------------------------------------------------
 
 
 @on_both_loops
 @pytest.mark.parametrize("more", [(), ("Expect: 100-continue",), ("Connection: close",)])
 async def test_an_answer_before_the_body_arrives_ends_the_connection(more: tuple[str, ...]) -> None:
-    """It says so, and arrives though the client still sends; the body becomes no request."""
+    """With `Connection: close`; it arrives while the client still sends; the body is no request."""
     async with serving() as (application, server), server.client() as client:
         size = 4_000_000
         head = post(f"Content-Length: {size}", *more, path="/blind")
@@ -517,8 +516,8 @@ async def test_an_answer_before_the_body_arrives_ends_the_connection(more: tuple
 
 
 @on_its_loop
-async def test_an_answer_behind_the_body_leaves_the_connection_open() -> None:
-    """Control: a body that came and that nobody looked at ends nothing."""
+async def test_an_answer_after_the_body_leaves_the_connection_open() -> None:
+    """Control: a received but unread body ends no connection."""
     async with serving() as (_, server), server.client() as client:
         for _ in range(2):
             await client.send(post(LENGTH, path="/blind", body=BODY))
@@ -527,8 +526,8 @@ async def test_an_answer_behind_the_body_leaves_the_connection_open() -> None:
 
 
 @on_both_loops
-async def test_who_keeps_sending_is_not_listened_to_for_long() -> None:
-    """After a refusal the rest is dropped for a moment, and then the connection is closed."""
+async def test_a_refused_client_that_keeps_sending_is_cut_off() -> None:
+    """After a refusal the rest is discarded for a moment, and then the connection is closed."""
     async with serving() as (_, server), server.client() as client:
         await client.send(b"poison\r\n\r\n")
         assert (await client.answer())[0] == 400
@@ -539,7 +538,7 @@ async def test_who_keeps_sending_is_not_listened_to_for_long() -> None:
         assert not server.state.connections
 
 
-# -- offers of another protocol -----------------------------------------------------------------
+# -- upgrade offers -----------------------------------------------------------------------------
 
 OFFERS: Final = {
     "curl --http2": [
@@ -558,8 +557,8 @@ OFFERS: Final = {
 @on_its_loop
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
 @pytest.mark.parametrize("framing", ["together", "apart", "byte by byte", "in chunks", "expects"])
-async def test_an_offer_that_is_not_taken_is_ignored(offer: list[str], framing: str) -> None:
-    """The request is served with its body, and so are those behind it (RFC 9110, 7.8)."""
+async def test_an_upgrade_offer_is_ignored(offer: list[str], framing: str) -> None:
+    """The request is served with its body, and so are those after it (RFC 9110, 7.8)."""
     head = post(LENGTH, "X-Kept: 1", *offer)
     packets = {
         "together": [(head + BODY) * 3],
@@ -593,7 +592,7 @@ async def test_an_offer_that_is_not_taken_is_ignored(offer: list[str], framing: 
 
 @on_its_loop
 async def test_an_offer_does_not_hide_what_is_refused() -> None:
-    """The checks of a request hold for one with an offer, too; `close` beside it is obeyed."""
+    """A request with an offer is checked like any other, and its `close` is obeyed."""
     offer = ("Connection: Upgrade, close", "Upgrade: h2c")
     async with serving() as (_, server):
         for sent, expected in (
@@ -612,7 +611,7 @@ async def test_an_offer_does_not_hide_what_is_refused() -> None:
 
 @on_its_loop
 async def test_many_offers_in_one_packet_cost_no_more_than_requests() -> None:
-    """Thousands behind each other neither nest nor copy what follows them."""
+    """Thousands of pipelined ones neither nest nor copy the bytes after them."""
     async with serving() as (application, server), server.client() as client:
         sent = raw_request("GET", "/", "Host: a", "Connection: Upgrade", "Upgrade: h2c")
         for _ in range(20):
@@ -624,7 +623,7 @@ async def test_many_offers_in_one_packet_cost_no_more_than_requests() -> None:
 
 @on_its_loop
 async def test_connect_is_answered_and_closed() -> None:
-    """There is no tunnel: what follows is neither a request nor passed on."""
+    """There is no tunnel: the bytes after it are neither a request nor forwarded."""
     async with serving() as (application, server):
         async with server.client() as client:
             await client.send(raw_request("CONNECT", "/", "Host: a") + GET)
@@ -656,7 +655,7 @@ async def test_connect_is_answered_and_closed() -> None:
     ],
 )
 async def test_a_target_of_any_form_is_read(sent: str, path: str, host: bytes | None) -> None:
-    """The host of an absolute target stands above the header; a host may be empty."""
+    """The host of an absolute target overrides the header; a host may be empty."""
     async with serving() as (application, server), server.client() as client:
         await client.send(sent.replace("|", "\r\n").encode() + b"\r\n\r\n")
         assert (await client.answer())[0] == 200
@@ -669,14 +668,14 @@ async def test_a_target_of_any_form_is_read(sent: str, path: str, host: bytes | 
 
 
 class Patient(LimitedProtocol):
-    """Mutant: as it was, what a client does not read is kept for ever."""
+    """Mutant, as in an earlier version: unread answers are kept for ever."""
 
     def _watch_reader(self) -> None:
         pass
 
 
 class Blind(LimitedProtocol):
-    """Mutant: does not see that something was read."""
+    """Mutant: does not detect that the client reads."""
 
     def _count_unsent(self) -> int:
         return 0
@@ -691,7 +690,7 @@ UNREAD: Final = {
 
 
 async def is_ended(packets: list[bytes], kind: type[LimitedProtocol]) -> bool:
-    """Send, read nothing, and say whether the server lets go of the connection."""
+    """Send, read nothing, and return whether the server closes the connection."""
     async with serving(keep_alive=SOON, kind=kind) as (_, server), server.client() as client:
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.writer.write(b"".join(packets))
@@ -708,18 +707,18 @@ async def is_ended(packets: list[bytes], kind: type[LimitedProtocol]) -> bool:
 @on_both_loops
 @pytest.mark.parametrize("packets", UNREAD.values(), ids=UNREAD)
 async def test_a_client_that_reads_nothing_is_not_waited_for(packets: list[bytes]) -> None:
-    """However its answers came to be unread; the request that waits to be answered ends too."""
+    """With unread answers of any kind; a request that waits for its answer ends too."""
     assert await is_ended(packets, LimitedProtocol)
 
 
 @on_both_loops
 async def test_without_the_deadline_an_answer_is_kept_for_ever() -> None:
-    """Control: the same client keeps its connection, and what it did not read."""
+    """Control: with the mutant the connection and the unread answer are kept."""
     assert not await is_ended(UNREAD["a large answer"], Patient)
 
 
 async def slow_reader(kind: type[LimitedProtocol]) -> int:
-    """Read an answer over many times of what an idle connection has; return how much came."""
+    """Read an answer for many times the idle limit; return how many bytes arrived."""
     async with serving(keep_alive=0.5, kind=kind) as (_, server):
         loop, arrived = asyncio.get_running_loop(), 0
         with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -734,16 +733,16 @@ async def slow_reader(kind: type[LimitedProtocol]) -> int:
 
 @on_both_loops
 async def test_a_client_that_reads_slowly_gets_all_of_its_answer() -> None:
-    """As long as it reads anything; the mutant that does not look cuts it off."""
+    """As long as it reads at all; the mutant that does not detect reads cuts it off."""
     assert await slow_reader(LimitedProtocol) >= LARGE
     assert await slow_reader(Blind) < LARGE
 
 
-# -- answers of the protocol's own --------------------------------------------------------------
+# -- the protocol's own answers -----------------------------------------------------------------
 
 
 class Counts(LimitedProtocol):
-    """Counts what is refused, and gives each an id."""
+    """Counts refusals, and gives each an id."""
 
     refusals: ClassVar[list[int]] = []
 
@@ -757,8 +756,8 @@ class Full(Counts):
 
 
 @on_its_loop
-async def test_an_answer_of_the_protocols_own_is_counted_and_has_an_id() -> None:
-    """Each once: 408, 400, 503; not where the application answers for the protocol."""
+async def test_the_protocols_own_answers_are_counted_and_have_an_id() -> None:
+    """Each once: 408, 400, 503; but not when the application answers."""
     Counts.refusals.clear()
     async with serving(kind=Counts) as (application, server):
         async with server.client() as late:
@@ -781,12 +780,12 @@ async def test_an_answer_of_the_protocols_own_is_counted_and_has_an_id() -> None
     assert Counts.refusals == [408, 400, 503]
 
 
-# -- the end ------------------------------------------------------------------------------------
+# -- the stop -----------------------------------------------------------------------------------
 
 
 @on_its_loop
-async def test_a_stop_closes_idle_connections_and_lets_answers_go() -> None:
-    """Idle ones and half a head at once; who has a request under way gets the answer first."""
+async def test_a_stop_closes_idle_connections_and_completes_answers() -> None:
+    """Idle ones and half a head at once; connections with a request get its answer first."""
     async with serving() as (application, server):
         application.leave.clear()
         async with server.client() as idle, server.client() as begun, server.client() as busy:

@@ -1,4 +1,4 @@
-"""Behind a proxy that gives the service a path of its own, every address it names follows."""
+"""Behind a proxy that serves it below a path prefix, every URL of the service has the prefix."""
 
 import asyncio
 import re
@@ -23,7 +23,7 @@ ADDRESS = re.compile(
 
 @pytest.fixture
 async def proxied(database: dict[str, str]) -> AsyncIterator[Instance]:
-    """One instance whose proxy strips the prefix, or does not."""
+    """An instance behind a proxy that strips the prefix, or does not."""
     async with Instance(database, JOBS_ENABLED="false", ROOT_PATH=ROOT) as running:
         connection = await connect(database)
         await add_job(connection, "job-a")
@@ -74,22 +74,22 @@ async def test_every_address_follows_the_prefix(proxied: Instance, sent: str) ->
         )
 
 
-async def test_without_a_prefix_none_is_put_before(client: httpx.AsyncClient) -> None:
-    """Control: addresses begin at the root, and the prefix of another service leads nowhere."""
+async def test_without_a_prefix_addresses_begin_at_the_root(client: httpx.AsyncClient) -> None:
+    """Control: and the prefix of another service is not found."""
     assert (await client.get(f"{ROOT}/livez")).status_code == 404
 
 
 @pytest.mark.parametrize(
     "wrong", ["ledger", "/", "/ledger/", "//x", "/a b", "/a?b", "/é", "http://x/y"]
 )
-def test_a_prefix_that_is_none_is_refused(wrong: str) -> None:
-    """With its name and what it has to be."""
+def test_an_invalid_prefix_is_refused(wrong: str) -> None:
+    """The message names the setting and its form."""
     with pytest.raises(BadSettingsError, match="ROOT_PATH: must be a path"):
         load_settings(root_path=wrong)
 
 
-def test_a_prefix_is_told_from_the_own_paths() -> None:
-    """What the routes begin with can't be a prefix: whether it was stripped could not be seen."""
+def test_a_prefix_can_not_begin_like_a_route() -> None:
+    """Otherwise it would be ambiguous whether the proxy has stripped it."""
     middleware = create_app(load_settings(), asyncio.Event(), Registry([]))
     paths = _paths(middleware.app.routes)
     assert {path.split("/")[1] for path in paths} - {""} == OWN_PATHS

@@ -1,4 +1,4 @@
-"""A caller's trace goes on in the logs and in the answer (W3C Trace Context)."""
+"""A caller's trace is continued in the logs and in the answer (W3C Trace Context)."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
 VALID = f"00-{TRACE_ID}-{PARENT}-01"
 
-# Each look at a user divides by zero, which is nobody's fault but the program's.
+# Each read of a user divides by zero: an internal error.
 A_MISTAKE = """
 ALTER TABLE users RENAME TO true_users;
 CREATE VIEW users AS SELECT id, balance / (id - id) AS balance, version, created_at FROM true_users
@@ -34,7 +34,7 @@ async def _handler(_request: Request) -> Response:
 async def request_with(
     *traceparents: str, direct: bool = False, path: str = "/x"
 ) -> httpx.Response:
-    """Send these headers through the middleware; it answers what logs would have."""
+    """Send these headers through the middleware; return the answer and the log context."""
     app = FastAPI()
     app.router.add_route("/x", _handler)
     middleware = RequestMiddleware(
@@ -48,7 +48,7 @@ async def request_with(
 
 @pytest.mark.parametrize("direct", [True, False])
 async def test_a_valid_trace_goes_on(*, direct: bool) -> None:
-    """The answer and the logs name the same trace, and the same new span in it."""
+    """The answer and the logs have the same trace id and the same new span id."""
     answers = [await request_with(VALID, direct=direct) for _ in range(20)]
     spans = set()
     for answer in answers:
@@ -66,15 +66,15 @@ async def test_a_valid_trace_goes_on(*, direct: bool) -> None:
     ("sent", "answered"),
     [("00", "00"), ("01", "01"), ("02", "02"), ("03", "03"), ("ff", "03"), ("80", "00")],
 )
-async def test_only_known_flags_are_handed_on(sent: str, answered: str) -> None:
+async def test_only_defined_flags_are_forwarded(sent: str, answered: str) -> None:
     """Sampled and random are; the others have no meaning in version 00."""
     answer = await request_with(f"00-{TRACE_ID}-{PARENT}-{sent}")
     assert answer.headers["traceparent"].endswith(f"-{answered}")
 
 
 @pytest.mark.parametrize("later", ["", "-", "-what-will-be"])
-async def test_a_later_version_is_read_as_far_as_it_is_known(later: str) -> None:
-    """And answered in the version that this program speaks."""
+async def test_a_later_version_is_read_like_version_00(later: str) -> None:
+    """And answered with version 00."""
     answer = await request_with(f"cc-{TRACE_ID}-{PARENT}-09{later}")
     assert answer.json()["trace"]["trace_id"] == TRACE_ID
     assert answer.headers["traceparent"].startswith(f"00-{TRACE_ID}-")
@@ -103,8 +103,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize("headers", [[], *INVALID.values()], ids=["none", *INVALID])
-async def test_what_names_no_trace_is_as_if_there_were_none(headers: list[str]) -> None:
-    """No half of it is believed, and nothing is made up."""
+async def test_an_invalid_trace_header_is_ignored(headers: list[str]) -> None:
+    """No part of it is used, and no trace is made up."""
     answer = await request_with(*headers)
     assert answer.status_code == 200
     assert answer.json()["trace"] is None
@@ -112,7 +112,7 @@ async def test_what_names_no_trace_is_as_if_there_were_none(headers: list[str]) 
 
 
 async def test_refusals_name_the_trace_too() -> None:
-    """Whatever the answer is."""
+    """Every error answer does."""
     answer = await request_with(VALID, path="/nowhere")
     assert answer.status_code == 404
     assert answer.headers["traceparent"].split("-")[1] == TRACE_ID
@@ -121,7 +121,7 @@ async def test_refusals_name_the_trace_too() -> None:
 async def test_every_line_about_a_request_names_its_trace(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """Also what the service says before it answers; and no line that is about something else."""
+    """Also lines logged before the answer, and no line about anything else."""
     log = tmp_path / "log"
     async with served(database, log=log, LOG_REQUESTS="true") as client:
         connection = await connect(database)
@@ -140,7 +140,7 @@ async def test_every_line_about_a_request_names_its_trace(
 
 
 async def test_a_trace_ends_with_its_request(database: dict[str, str], tmp_path: Path) -> None:
-    """The next request on the connection, even one that came along with it, is not in the trace."""
+    """The next request on the connection, even a pipelined one, is not in the trace."""
     log = tmp_path / "log"
     async with Instance(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as instance:
         reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)

@@ -1,25 +1,24 @@
-"""An instance of the service with jobs that write what they do into local files.
+"""An instance of the service whose jobs write event logs to local files.
 
 `python -m tests.jobs.fleet` serves one instance. Overlaps are looked for in the
-files alone, never in the service's own tables. What the jobs are is said by the environment:
+files alone, never in the service's own tables. The environment configures the jobs:
 
 FLEET_EVENT_LOGS  the directory that all instances write to, a file per boot
 FLEET_JOBS        how many jobs, named job-01 and so on
 FLEET_EVERY       their interval in seconds
 FLEET_SECONDS     how long each run lasts
-FLEET_KIND        paced (default), quiet (asks nothing of PostgreSQL), sleep or spin (both block the
+FLEET_KIND        paced (default), quiet (sends PostgreSQL nothing), sleep or spin (both block the
                   event loop), uncancellable (a thread that can't be stopped), thread (one that
                   can), thread-writes (one with transactions), writes (through its transaction),
                   held (the same, and each transaction is held open), poison (kills its process),
-                  clings (writes until its time is over, whatever it is told);
+                  ignores-cancel (writes until its time is over, also when it is cancelled);
                   one of those that leave the run's own task (tests/jobs/kinds.py);
-                  several, separated by commas, are taken in turn
-FLEET_ALARM       taken: jobs that write take SIGALRM and its timer for themselves
+                  several, separated by commas, are assigned to the jobs round robin
+FLEET_ALARM       taken: jobs that write use SIGALRM and its timer for themselves
 FLEET_TIMEOUT     the jobs' timeout in seconds, if they have one
 FLEET_HOLD        how many seconds a held transaction lasts
-FLEET_TIE_BREAK   how many seconds an instance that has claimed lately lets equals go first, if
-                  not as usual
-FLEET_UNGUARDED   guards to take out, for controls
+FLEET_TIE_BREAK   the tie break of the claim policy in seconds, if not the default
+FLEET_MUTANTS     guards to remove, for controls
 """
 
 import asyncio
@@ -58,7 +57,7 @@ from tests.mutants import put, replaced
 
 
 class Script:
-    """What the job of one number does in each run."""
+    """The job functions of one job number, by kind."""
 
     def __init__(self, number: int, event_log: EventLog) -> None:
         kinds = os.environ.get("FLEET_KIND", "paced").split(",")
@@ -97,12 +96,12 @@ class Script:
     async def blocking(self, run: Run) -> None:
         self.event_log.write("start", run)
         until = time.monotonic() + self.seconds
-        told = self.steps
+        reported = self.steps
         while (left := until - time.monotonic()) > 0:
             if self.kind == "sleep":
                 time.sleep(left)  # noqa: ASYNC251 - it is meant to block
-            if told != int(left / TICK_SECONDS):
-                told = int(left / TICK_SECONDS)
+            if reported != int(left / TICK_SECONDS):
+                reported = int(left / TICK_SECONDS)
                 self.event_log.write("tick", run)
         self.event_log.write("end", run)
 
@@ -136,7 +135,7 @@ class Script:
                     await connection.execute(
                         "INSERT INTO fenced (job, fence) VALUES ($1, $2)", run.name, run.fence
                     )
-                    # The first is short: it shows from when on its fence counts.
+                    # The first is short: it shows from when on its fence applies.
                     if self.hold and step:
                         self.event_log.write("inside", run, step=step)
                         await connection.execute("SELECT pg_sleep($1)", self.hold)
@@ -148,7 +147,7 @@ class Script:
         finally:
             self.event_log.write("end", run)
 
-    async def clings(self, run: Run) -> None:
+    async def ignores_cancel(self, run: Run) -> None:
         begun = time.monotonic()
         self.event_log.write("start", run)
         while time.monotonic() < begun + self.seconds:
@@ -167,7 +166,7 @@ class Script:
 
 
 def declare(number: int, event_log: EventLog) -> Job:
-    """Return the job of that number."""
+    """Return the job with this number."""
     script = Script(number, event_log)
     functions: dict[str, Callable[[Any], Any]] = {
         "paced": script.paced,
@@ -180,7 +179,7 @@ def declare(number: int, event_log: EventLog) -> Job:
         "writes": script.writes,
         "held": script.writes,
         "poison": script.poison,
-        "clings": script.clings,
+        "ignores-cancel": script.ignores_cancel,
         **kinds.functions(event_log, script.seconds),
     }
     limit = os.environ.get("FLEET_TIMEOUT")
@@ -193,24 +192,24 @@ def declare(number: int, event_log: EventLog) -> Job:
 
 
 def no_watchdog() -> None:
-    """Never end a process that has lost its leases, nor tell its runs."""
+    """Never end a process that has lost its leases, nor cancel its runs."""
     vars(leases)["HeldLeases"]._arm = lambda _self: None
     vars(leases)["HeldLeases"].stop_run = lambda *_: None
 
 
 def alarm_timer() -> None:
-    """Let the watchdog timer be SIGALRM, as where there is nothing better."""
+    """Use SIGALRM for the watchdog timer, as on systems without a better timer."""
     put(leases, "watchdog_timer", watchdog.AlarmTimer)
 
 
 def no_fence() -> None:
-    """Let every transaction commit, whoever holds the lease."""
+    """Let every transaction commit, also without the lease."""
     put(transaction, "COMMIT", "COMMIT")
     put(transaction, "ENTER", "SELECT $1::text, $2::bigint, $3::uuid")
 
 
 def no_policy() -> None:
-    """Take whatever is due, as soon as it is seen."""
+    """Claim any due job at once."""
     guarded = repository.ClaimPolicy
 
     def greedy(**policy: Any) -> repository.ClaimPolicy:  # noqa: ANN401 - whatever a policy is made of
@@ -223,7 +222,7 @@ def no_policy() -> None:
 
 
 def newcomers_first() -> None:
-    """Let every instance that comes up begin the warm-up anew, for all."""
+    """Let every instance that starts restart the warm-up of all."""
     guard = """CASE WHEN last_heartbeat_at > $4"""
     newcomers = """CASE WHEN true THEN
         greatest(claimable_at, (SELECT max(started_at) FROM instances) + $11::interval)
@@ -232,7 +231,7 @@ def newcomers_first() -> None:
 
 
 def seen_again() -> None:
-    """Let every instance that comes up write anew when it saw which jobs, and all go by that."""
+    """Let every instance that starts overwrite the startup marks, which all instances follow."""
     for name, guard, without in (
         ("MARK_STARTUP", "startup_marked_at IS NULL", "(true OR startup_marked_at IS NULL)"),
         ("CLAIM", "startup_marked_at <= $4 + $11", "startup_marked_at <= clock_timestamp() + $11"),
@@ -241,7 +240,7 @@ def seen_again() -> None:
 
 
 def no_wait_for_threads() -> None:
-    """Take a run for ended when it is requested to stop, even if its thread goes on."""
+    """Treat a run as ended when it is requested to stop, even if its thread goes on."""
 
     async def leave_thread(run: Run, job: Job, _scope: object, args: Mapping[str, Any]) -> object:
         loop = asyncio.get_running_loop()
@@ -258,7 +257,7 @@ def no_wait_for_threads() -> None:
 
 
 def main_task_only() -> None:
-    """Take a run for ended when its main task is, whatever that has started."""
+    """Treat a run as ended when its main task has ended, whatever that has started."""
 
     async def ended(self: scope.Scope) -> None:
         assert self._main is not None
@@ -269,7 +268,7 @@ def main_task_only() -> None:
 
 
 def no_release() -> None:
-    """End without a word when requested to stop."""
+    """Exit without releasing any job when requested to stop."""
 
     async def say_nothing(_self: object) -> None:
         await asyncio.sleep(0)
@@ -279,13 +278,13 @@ def no_release() -> None:
 
 
 def no_expiry() -> None:
-    """Let a late heartbeat renew a lease that is over."""
+    """Let a late heartbeat revive a lease that is over."""
     over = "WHERE holder = $1 AND lease_expires_at > clock_timestamp()"
     put(leases, "HEARTBEAT", replaced(leases.HEARTBEAT, over, "WHERE holder = $1"))
 
 
 def losses_stand() -> None:
-    """Take over whenever a lease is over, release no claim, and take no loss back."""
+    """Take over whenever a lease is over, release no claim, and refute no loss."""
 
     async def leave(_self: object, _now: float) -> None:
         await asyncio.sleep(0)
@@ -296,7 +295,7 @@ def losses_stand() -> None:
 
 
 def go_on_anew() -> None:
-    """Declare the jobs in tables made anew at once, and let the runs of before go on."""
+    """Declare the jobs in recreated tables at once, and let earlier runs go on."""
 
     def go_on(self: scheduler.Scheduler) -> None:
         self._capabilities = None
@@ -305,7 +304,7 @@ def go_on_anew() -> None:
 
 
 def own_clock() -> None:
-    """Decide by a clock of the instance's own, which is wrong by FLEET_SHIFT seconds."""
+    """Decide by the instance's own clock, which is wrong by FLEET_SHIFT seconds."""
     shifted = f"(clock_timestamp() + interval '{os.environ['FLEET_SHIFT']} s')"
     put(statements, "CLAIM", replaced(statements.CLAIM, "clock_timestamp()", shifted))
 
@@ -339,7 +338,7 @@ GUARDS: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """A run as its event log tells it: from its first line to its last."""
+    """A run as in its event log: from its first line to its last."""
 
     job: str
     fence: int
@@ -347,7 +346,7 @@ class Span:
     pid: int
     begin: float
     end: float
-    # did it say that it ended?
+    # whether its last line is its end
     ended: bool
     lines: tuple[dict[str, Any], ...]
 
@@ -356,7 +355,8 @@ def read_event_logs(directory: Path) -> list[Span]:
     """Return all runs, by the time of their first line."""
     runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for path in directory.iterdir():
-        for line in path.read_text().splitlines():
+        # A line without its end is being written by an instance that still runs.
+        for line in path.read_text().split("\n")[:-1]:
             entry = json.loads(line)
             runs.setdefault((entry["job"], entry["fence"], entry["pid"]), []).append(entry)
     spans = [
@@ -376,7 +376,7 @@ def read_event_logs(directory: Path) -> list[Span]:
 
 
 async def each_job_runs(event_logs: Path, jobs: int) -> None:
-    """Wait until so many jobs have begun a run after now."""
+    """Wait until this many jobs have begun a run after now."""
     now = time.monotonic()
     async with asyncio.timeout(60):
         while len({s.job for s in read_event_logs(event_logs) if s.begin > now}) < jobs:  # noqa: ASYNC110 - files
@@ -384,7 +384,7 @@ async def each_job_runs(event_logs: Path, jobs: int) -> None:
 
 
 def overlaps(spans: list[Span]) -> list[tuple[Span, Span]]:
-    """Return the pairs of runs of one job of which the later begins before the earlier's end."""
+    """Return the pairs of runs of one job where the later begins before the earlier has ended."""
     found = []
     last: dict[str, Span] = {}
     for span in spans:
@@ -398,7 +398,7 @@ def overlaps(spans: list[Span]) -> list[tuple[Span, Span]]:
 
 def main() -> None:
     """Serve one instance."""
-    for guard in filter(None, os.environ.get("FLEET_UNGUARDED", "").split(",")):
+    for guard in filter(None, os.environ.get("FLEET_MUTANTS", "").split(",")):
         GUARDS[guard]()
     if tie := os.environ.get("FLEET_TIE_BREAK"):
         put(scheduler, "TIE_BREAK", timedelta(seconds=float(tie)))

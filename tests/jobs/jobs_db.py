@@ -1,4 +1,4 @@
-"""What instances with event logs stand on: a database and a directory, and questions to both."""
+"""The database and the event logs of instances as processes, and queries of both."""
 
 import asyncio
 import itertools
@@ -50,14 +50,14 @@ class JobsDatabase:
         return [span for span in read_event_logs(self.event_logs) if span.begin >= since]
 
     async def until(self, spans: int, since: float = 0) -> list[Span]:
-        """Wait for that many runs to begin; return them."""
+        """Wait until this many runs have begun; return them."""
         async with asyncio.timeout(120):
             while len(found := self.spans(since)) < spans:  # noqa: ASYNC110 - of other processes
                 await asyncio.sleep(0.1)
         return found
 
     async def until_fact(self, sql: str) -> None:
-        """Wait for a statement to return rows."""
+        """Wait until a statement returns rows."""
         async with asyncio.timeout(60):
             while not await self.rows(sql):  # noqa: ASYNC110 - the same
                 await asyncio.sleep(0.05)

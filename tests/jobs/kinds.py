@@ -1,4 +1,4 @@
-"""Jobs whose work leaves the run's own task, each in another way; see `tests.jobs.fleet`."""
+"""Jobs that work outside of the run's own task, each in another way; see `tests.jobs.fleet`."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from balance_app.jobs.threads import ThreadRun
 
 TICK_SECONDS = 0.05
 
-# A child writes the lines of its run, too: a line of the event log, but for its time, and the file.
+# A child process that writes its run's lines; its arguments are a line without its time and a file.
 CHILD = """
 import os, sys, time
 file = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
@@ -27,7 +27,7 @@ while True:
 
 
 class EventLog:
-    """Lines with monotonic time, which all processes of a machine share; each is one write."""
+    """Lines with monotonic time, comparable between all processes of a machine; one write each."""
 
     def __init__(self, directory: Path) -> None:
         name = f"{os.environ['SERVER_ID']}-{os.getpid()}-{uuid4().hex[:8]}"
@@ -51,7 +51,7 @@ class EventLog:
 
 
 def functions(event_log: EventLog, seconds: float) -> dict[str, Callable[[Any], Any]]:  # noqa: C901, PLR0915
-    """Return the jobs by kind; what blocks a thread lasts so long, all else for ever."""
+    """Return the jobs by kind; those that block a thread last `seconds`, all others for ever."""
 
     async def ticks(run: Run) -> None:
         while True:

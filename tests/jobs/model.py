@@ -1,33 +1,32 @@
-"""A model of how instances share one job, small enough to look at every state it can be in.
+"""A model of instances that share one job, small enough to check every state it can reach.
 
-The row of the job and the processes are values; `Protocol.steps` lists all that can happen next,
-and `search` follows every step from every state, breadth first, so that what it finds broken is
-told by the shortest way there. What is modelled, and why no more is needed:
+The job's row and the processes are values; `Protocol.steps` yields all possible next steps, and
+`search` follows every step from every state, breadth first, so that the trace to a broken invariant
+is the shortest one. The model's assumptions, and why they suffice:
 
-- Time comes in ticks, and only differences count: a state holds how many ticks a lease or a trust
-  has left, never a date. So a finite number of states stands for histories of any length.
-- A statement is sent, is carried out at any later time (or never), and its answer arrives at any
-  time after that (or never). A slow network, a lost packet, a lock that is waited for, a database
-  that is restarted or away for an hour: all are orders of these three events. At most
-  `Protocol.room` messages are under way at once.
-- A process can be killed, frozen (SIGSTOP), or blocked by its run (the event loop stands, or the
-  run does not stop when it is cancelled; the thread of the heartbeat goes on), at any moment and
-  for any time. Where one has ended there is a new one with a new id; what the old one sent goes on.
-- One statement is one event, since it holds the lock of the row from its check to its commit. A
-  write is a transaction of a run, which checks the lease in the message that commits.
-- Answers that refuse are left out: all they can do is to stop a run earlier. So is when a job is
-  due: it always is. An instance that runs nothing is not frozen: it may do nothing for ever as it
-  is.
-- There is one job. Where another matters (`Guard.TRUST_PER_RUN`), one step stands for it.
+- Time passes in ticks, and only differences count: a state holds how many ticks a lease or a trust
+  has left, never a date. So a finite number of states covers histories of any length.
+- A statement is sent, is executed at any later time (or never), and its answer arrives at any time
+  after that (or never). A slow network, a lost packet, a wait for a lock, a restart of the database
+  or an outage of an hour: all are orders of these three events. At most `Protocol.room` messages
+  are under way at once.
+- A process can be killed, frozen (SIGSTOP), or blocked by its run (the event loop is blocked, or
+  the run ignores its cancellation; the heartbeat thread goes on), at any moment and for any time.
+  An ended process is replaced by one with a new id; messages of the old one remain under way.
+- One statement is one event, since it holds the row lock from its check to its commit. A write is a
+  transaction of a run, which checks the lease in the message that commits.
+- Refusing answers are left out: they can only stop a run earlier. So is the due time: the job is
+  always due. An instance without a run is never frozen: it may do nothing for any time anyway.
+- There is one job. Where another matters (`Guard.TRUST_PER_RUN`), one step represents it.
 - All monotonic clocks run equally fast, also while a process is frozen. A suspended machine may
   break this: without `Guard.CLOCK` it does.
-- PostgreSQL's clock runs as fast as they, and steps ahead between any two events, by `step` ticks
-  at most while one lease lasts. To a lease that is the same as to be so much shorter. A step back
-  only lets leases last longer.
+- PostgreSQL's clock runs equally fast, and may step ahead between any two events, by at most `step`
+  ticks during one lease. This has the effect of a lease that is shorter by as much. A step back
+  only makes leases longer.
 
-The core of the proof is `Invariant.TRUST`: what an instance believes of its lease is never more
-than what the row says. Belief ends first, the run ends with belief (the watchdog timer sees to it
-when the process itself can't), and only then can anybody else claim.
+The core of the proof is `Invariant.TRUST`: an instance's trust in its lease never exceeds the lease
+in the row. The trust ends first, the run ends with it (by the watchdog timer if the process itself
+can't), and only then can another instance claim the job.
 """
 
 from collections import deque
@@ -39,22 +38,22 @@ from typing import Final, Literal, NamedTuple
 
 @unique
 class Guard(StrEnum):
-    """A part of the protocol, or of what it relies on, that can be taken out."""
+    """A part of the protocol, or an assumption of it, that can be removed."""
 
     EXPIRY = "a claim leaves a job alone while its lease lasts"
     TAKEOVER = "a claim takes a job whose lease is over"
     LOST_WHILE_PAUSED = "a claim ends a lost run even if its job is paused"
     FENCE = "each claim raises the fence"
     RENEWAL_FENCE = "a renewal checks the fence"
-    RENEWAL_IN_TIME = "a renewal leaves a lease alone that is over"
-    TIME_OF_EXECUTION = "a renewal reads the clock when it is carried out, not when it began"
+    RENEWAL_IN_TIME = "a renewal does not revive a lease that is over"
+    TIME_OF_EXECUTION = "a renewal reads the clock when it is executed, not when it began"
     WRITE_FENCE = "a write checks the fence"
     WRITE_IN_TIME = "a write checks that the lease is not over"
     FINISH_FENCE = "a finish checks the fence"
     FINISH_AFTER_END = "a run is released after it has stopped"
-    TRUST_FROM_SENDING = "trust is counted from the sending of what was answered"
-    TRUST_IN_CLAIM = "a claim that is answered after its trust has ended is not begun"
-    TRUST_PER_RUN = "good news about one run does not prolong the trust in another"
+    TRUST_FROM_SENDING = "trust is counted from the sending of the answered statement"
+    TRUST_IN_CLAIM = "a claim that is answered after its trust has ended starts no run"
+    TRUST_PER_RUN = "a renewal of one run does not prolong the trust in another"
     WATCHDOG = "the kernel ends a process that runs a job when its trust ends"
     CANCEL = "an instance cancels its run before its trust ends"
     HOLDER = "renewal, write and finish check the holder"
@@ -63,15 +62,15 @@ class Guard(StrEnum):
 
 @unique
 class Invariant(StrEnum):
-    """What is true in every state, and of every step."""
+    """A property that holds in every state and of every step."""
 
     OVERLAP = "two runs of the job are never under way at once"
     WRITE = "nothing is written by a run that has lost its lease"
-    STRANGER = "a lease is prolonged by its own run alone"
+    FOREIGN_RENEWAL = "a lease is renewed by its own run alone"
     OUTCOME = "every run gets one outcome, and none before it has ended"
     TRUST = "a process that runs the job has a lease that lasts at least as long as its trust"
     SURVIVAL = "a process that is neither frozen nor blocked is not ended by the watchdog timer"
-    STRANDED = "whatever happened, one healthy instance is enough for the job to be claimed again"
+    STRANDED = "in every state, one healthy instance is enough for the job to be claimed again"
 
 
 class Message(NamedTuple):
@@ -79,16 +78,16 @@ class Message(NamedTuple):
 
     kind: Literal["claim", "renewal", "write", "finish"]
     stage: Literal["sent", "begun", "answered"]
-    # the run it is about: the number of its claim; 0 for a claim that was not carried out yet
+    # the run it is about: the number of its claim; 0 for a claim that was not executed yet
     run: int
-    # the trust that its answer is good for: the lease less the ticks since it was sent
+    # the trust that its answer grants: the lease less the ticks since it was sent
     trust: int
     # ticks since its transaction began (only without TIME_OF_EXECUTION)
     age: int
 
 
 class Instance(NamedTuple):
-    """A process, and what it sent."""
+    """A process, and its messages under way."""
 
     mode: Literal["free", "blocked", "frozen", "ended"]
     work: Literal["", "running", "stopped"]
@@ -98,7 +97,7 @@ class Instance(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The row of the job, and what the invariants need to know of its past."""
+    """The row of the job, and the part of its past that the invariants need."""
 
     holder: int | None = None
     # the claims so far: the fence
@@ -114,16 +113,16 @@ class Row(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything there is."""
+    """The row and all processes."""
 
     row: Row
     instances: tuple[Instance, ...]
 
 
 class Step(NamedTuple):
-    """One thing that can happen, and what comes of it."""
+    """One possible event and the state after it."""
 
-    told: str
+    text: str
     instance: int
     after: State
     breaks: Invariant | None = None
@@ -141,13 +140,13 @@ NEW: Final = Instance("free", "", 0, 0, ())
 
 @dataclass(frozen=True)
 class Protocol:
-    """Claim, heartbeat, expiry, finish and takeover of one job, less the guards taken out."""
+    """Claim, heartbeat, expiry, finish and takeover of one job, less the removed guards."""
 
     without: frozenset[Guard] = frozenset()
     instances: int = 2
     lease: int = 3
     margin: int = 1
-    # what trust is shorter by than the lease, and how far PostgreSQL's clock may step ahead
+    # by how much trust is shorter than the lease, and how far PostgreSQL's clock may step ahead
     reserve: int = 0
     step: int = 0
     # statements and answers under way at the same time, of all instances together
@@ -156,7 +155,7 @@ class Protocol:
     lost_limit: int = 2
 
     def start(self) -> State:
-        """Return the state in which the instances have just come up."""
+        """Return the state just after the instances have started."""
         return State(Row(), (NEW,) * self.instances)
 
     def has(self, guard: Guard) -> bool:
@@ -165,13 +164,13 @@ class Protocol:
 
     @property
     def full_trust(self) -> int:
-        """How long an answer is good for, from the sending of its statement."""
+        """The ticks of trust that an answer grants, from the sending of its statement."""
         return self.lease - self.reserve
 
-    # What can happen
+    # Steps
 
     def steps(self, state: State) -> Iterator[Step]:
-        """Yield all that can happen next."""
+        """Yield all possible next steps."""
         row, instances = state
         if not any(self._must_cancel(instance) for instance in instances):
             yield self._tick(state)
@@ -203,26 +202,26 @@ class Protocol:
         )
 
     def _tick(self, state: State) -> Step:
-        """Let time pass for everybody; the watchdog timer expires where trust is over."""
+        """Let a tick pass for all processes; the watchdog timer expires where trust is over."""
         row, instances = state
         if row.holder is not None:
-            # How long it has been over counts for nothing, unless a clock was read in the past.
+            # How long it has been over is irrelevant, unless a clock was read in the past.
             floor = 0 if self.has(Guard.TIME_OF_EXECUTION) else -self.lease
             lease = max(row.lease - 1, floor)
             row = row._replace(lease=lease, lapsed=row.lapsed or lease <= 0)
             if lease <= 0:
                 row = row._replace(stepped=0)  # it is over, however far the clock steps
         after = State(row, tuple(self._older(instance) for instance in instances))
-        told, breaks, last = "A tick passes", None, 0
+        text, breaks, last = "A tick passes", None, 0
         for index, instance in enumerate(after.instances):
             if instance.mode in ("free", "blocked") and self._watchdog_expires(instance):
                 after = _end(after, index)
-                told, last = "A tick passes, and the kernel ends {instance}", index
+                text, last = "A tick passes, and the kernel ends {instance}", index
                 if instance.mode == "free":
                     breaks = Invariant.SURVIVAL
         if row.holder is not None:
-            told += "; the lease is over" if row.lease <= 0 else f"; the lease has {row.lease} left"
-        return Step(f"{told}.", last, after, breaks)
+            text += "; the lease is over" if row.lease <= 0 else f"; the lease has {row.lease} left"
+        return Step(f"{text}.", last, after, breaks)
 
     def _clock_steps(self, state: State) -> Step:
         """Let PostgreSQL's clock step a tick ahead, and no other."""
@@ -230,8 +229,8 @@ class Protocol:
         lease = row.lease - 1
         stepped = row.stepped + 1 if lease > 0 else 0
         row = row._replace(lease=lease, stepped=stepped, lapsed=row.lapsed or lease == 0)
-        told = f"PostgreSQL's clock steps ahead; the lease has {lease} left."
-        return Step(told, 0, State(row, state.instances))
+        text = f"PostgreSQL's clock steps ahead; the lease has {lease} left."
+        return Step(text, 0, State(row, state.instances))
 
     def _older(self, instance: Instance) -> Instance:
         elapsed = 0 if instance.mode == "frozen" and not self.has(Guard.CLOCK) else 1
@@ -255,16 +254,16 @@ class Protocol:
         return instance.work == "running" and instance.trust == 0 and self.has(Guard.WATCHDOG)
 
     def _changes(self, state: State, index: int) -> Iterator[Step]:
-        """Yield what can happen to a process without a message."""
+        """Yield the steps of a process that involve no message."""
         instance = state.instances[index]
 
-        def becomes(told: str, instance: Instance) -> Step:
-            return Step(told, index, _put(state, index, instance))
+        def becomes(text: str, instance: Instance) -> Step:
+            return Step(text, index, _put(state, index, instance))
 
         if instance.mode == "frozen":
             if self._watchdog_expires(instance):
-                told = "{instance} is thawed, and the kernel ends it before it does anything."
-                yield Step(told, index, _end(state, index))
+                text = "{instance} is thawed, and the kernel ends it before it does anything."
+                yield Step(text, index, _end(state, index))
             else:
                 yield becomes("{instance} is thawed.", instance._replace(mode="free"))
         elif instance.work == "running":
@@ -278,17 +277,17 @@ class Protocol:
                 stopped = instance._replace(work="stopped", trust=0)
                 yield becomes("{instance}'s run ends, or is cancelled.", stopped)
             if not self.has(Guard.TRUST_PER_RUN):
-                told = "{instance} gets another job, and trusts this run for as long."
-                yield becomes(told, instance._replace(trust=self.full_trust))
+                text = "{instance} gets another job, and trusts this run for as long."
+                yield becomes(text, instance._replace(trust=self.full_trust))
         elif instance.work == "stopped":
-            told = "{instance} gives up telling the database."
-            yield becomes(told, instance._replace(work="", run=0))
+            text = "{instance} gives up reporting to the database."
+            yield becomes(text, instance._replace(work="", run=0))
 
     def _sends(self, state: State, index: int) -> Iterator[Step]:
         """Yield the statements that a process can send."""
         instance = state.instances[index]
         if instance.mode == "free":
-            # Also while it runs the job: a claim asks for any job that can be had.
+            # Also while it runs the job: a claim takes any job that is claimable.
             yield self._send(state, index, Message("claim", "sent", 0, self.full_trust, 0))
         if instance.work == "stopped":
             yield self._send(state, index, Message("finish", "sent", instance.run, 0, 0))
@@ -301,11 +300,11 @@ class Protocol:
 
     def _send(self, state: State, index: int, message: Message) -> Step:
         of_run = f" of run {message.run}" if message.run else ""
-        told = f"{{instance}} sends a {message.kind}{of_run}."
-        return Step(told, index, _post(state, index, message))
+        text = f"{{instance}} sends a {message.kind}{of_run}."
+        return Step(text, index, _post(state, index, message))
 
     def _moves(self, state: State, index: int, message: Message) -> Iterator[Step]:
-        """Yield what can become of a message, but for its loss."""
+        """Yield what can happen to a message, except its loss."""
         instance = state.instances[index]
         if message.stage == "answered":
             if instance.mode == "free" or (
@@ -323,25 +322,25 @@ class Protocol:
             yield self._carry_out(state, index, message)
 
     def _arrives(self, state: State, index: int, message: Message) -> Iterator[Step]:
-        """Let an instance hear that its claim or renewal was good."""
+        """Let an instance receive the answer that its claim or renewal succeeded."""
         trust = message.trust if self.has(Guard.TRUST_FROM_SENDING) else self.full_trust
         after = _drop(state, index, message)
         instance = after.instances[index]
         if message.kind == "claim":
             if trust > self.margin or not self.has(Guard.TRUST_IN_CLAIM):
-                told = f"{{instance}} hears that it has the job, and begins run {message.run}."
+                text = f"{{instance}} gets the answer to its claim, and begins run {message.run}."
                 begun = instance._replace(work="running", run=message.run, trust=trust)
                 breaks = Invariant.OVERLAP if instance.work == "running" else None
-                yield Step(told, index, _put(after, index, begun), breaks)
+                yield Step(text, index, _put(after, index, begun), breaks)
         elif (
             instance.work == "running"
             and self._same(instance.run, message.run)
             and trust > instance.trust
         ):
-            told = f"{{instance}} hears of its renewal, and trusts for {trust} more."
-            yield Step(told, index, _put(after, index, instance._replace(trust=trust)))
+            text = f"{{instance}} gets the answer to its renewal, and trusts for {trust} more."
+            yield Step(text, index, _put(after, index, instance._replace(trust=trust)))
 
-    # What the database does
+    # The database
 
     def _carry_out(self, state: State, index: int, message: Message) -> Step:
         if message.kind == "claim":
@@ -371,8 +370,8 @@ class Protocol:
         breaks = Invariant.OUTCOME if row.open and not lost else None
         row = Row(index, row.run + 1, self.lease, lost_streak=streak, open=True)
         answer = message._replace(stage="answered", run=row.run)
-        told = f"{{instance}}'s claim is good: run {row.run}, the lease has {row.lease} left."
-        return Step(told, index, _post(State(row, after.instances), index, answer), breaks)
+        text = f"{{instance}}'s claim succeeds: run {row.run}, the lease has {row.lease} left."
+        return Step(text, index, _post(State(row, after.instances), index, answer), breaks)
 
     def _renew(self, state: State, index: int, message: Message) -> Step:
         row = state.row
@@ -381,13 +380,11 @@ class Protocol:
         in_time = row.lease + message.age > 0 or not self.has(Guard.RENEWAL_IN_TIME)
         if not (its_own and in_time):
             return Step("{instance}'s renewal is refused.", index, after)
-        breaks = Invariant.STRANGER if message.run != row.run else None
+        breaks = Invariant.FOREIGN_RENEWAL if message.run != row.run else None
         row = row._replace(lease=self.lease - message.age, stepped=0)
-        told = (
-            f"{{instance}}'s renewal of run {message.run} is good: the lease has {row.lease} left."
-        )
+        text = f"{{instance}}'s renewal of run {message.run} succeeds; lease left: {row.lease}."
         answer = message._replace(stage="answered", age=0)
-        return Step(told, index, _post(State(row, after.instances), index, answer), breaks)
+        return Step(text, index, _post(State(row, after.instances), index, answer), breaks)
 
     def _write(self, state: State, index: int, message: Message) -> Step:
         row = state.row
@@ -409,8 +406,8 @@ class Protocol:
         last = message.run == row.run
         breaks = None if last and row.open else Invariant.OUTCOME
         row = Row(run=row.run, paused=row.paused, open=row.open and not last)
-        told = f"{{instance}}'s finish of run {message.run} is good: the job is free."
-        return Step(told, index, State(row, after.instances), breaks)
+        text = f"{{instance}}'s finish of run {message.run} succeeds: the job is free."
+        return Step(text, index, State(row, after.instances), breaks)
 
     def _its_own(self, row: Row, index: int, run: int, fence: Guard) -> bool:
         """Compare holder and fence with the row's."""
@@ -422,7 +419,7 @@ class Protocol:
         """Compare two runs by their fences."""
         return run == other or not self.has(Guard.FENCE)
 
-    # What must be true
+    # Invariants
 
     def broken(self, state: State) -> Iterator[Invariant]:
         """Yield the invariants that the state breaks."""
@@ -445,10 +442,10 @@ class Protocol:
             yield Invariant.OUTCOME
 
     def ticks_to_claim(self, state: State) -> int | None:
-        """Return how long it takes until the job is claimed again when all faults have ended.
+        """Return the ticks until the job is claimed again once all faults have ended.
 
-        Nothing is under way any more, and one instance is healthy, any one; the others do nothing.
-        None: its claims are in vain for ever.
+        No message is under way, and any one instance is healthy; the others do nothing.
+        None: no claim ever succeeds.
         """
         ways = [
             self._ticks_alone(state, index)
@@ -475,12 +472,12 @@ class Protocol:
         return None
 
     def reduced(self, state: State) -> State:
-        """Return the one state that stands for all that differ in nothing that matters.
+        """Return the representative of all states that behave equally.
 
-        Instances are equal, so their order is nothing; neither is how high a fence is, only which
-        of two is higher. An ended process is forgotten with its last message and its lease, and a
-        statement that will be refused whenever it is carried out, like an answer that changes
-        nothing, is lost at once.
+        Instances are equal, so their order does not matter; neither does the value of a fence, only
+        which of two is higher. An ended process is dropped with its last message and its lease. A
+        statement that will be refused whenever it is executed, like an answer that changes nothing,
+        is lost at once.
         """
         row, instances = state
         kept = []
@@ -508,7 +505,7 @@ class Protocol:
         return reduced if max(runs) < len(runs) else _renumbered(reduced, sorted(runs))
 
     def _matters(self, message: Message, instance: Instance, last_run: int) -> bool:
-        """Say whether anything can still come of a message."""
+        """Return whether a message can still have an effect."""
         if message.stage != "answered":
             fence = FENCES[message.kind]
             return fence is None or self._same(message.run, last_run) or not self.has(fence)
@@ -523,7 +520,7 @@ class Protocol:
 
 
 def _renumbered(state: State, runs: list[int]) -> State:
-    """Count the runs that are spoken of from 0 on."""
+    """Renumber the runs in the state from 0."""
     rank = {run: position for position, run in enumerate(runs)}
     return State(
         state.row._replace(run=rank[state.row.run]),
@@ -554,25 +551,25 @@ def _drop(state: State, index: int, message: Message) -> State:
 
 
 def _end(state: State, index: int) -> State:
-    """End a process; a new one comes in its place."""
+    """End a process; a new one replaces it."""
     ended = _put(state, index, Instance("ended", "", 0, 0, state.instances[index].mail))
     return State(ended.row, (*ended.instances, NEW))
 
 
 class SearchResult(NamedTuple):
-    """What a search found."""
+    """The result of a search."""
 
     states: int
     steps: int
     # the longest time from the end of all faults to the next claim
     ticks_to_claim: int
     broken: Invariant | None
-    # the shortest way to what is broken, in sentences
+    # the shortest path to the broken invariant, in sentences
     trace: tuple[str, ...]
 
 
 def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invariant)) -> SearchResult:
-    """Look at every state there can be, until one of the sought invariants is broken."""
+    """Visit every reachable state, until one of the sought invariants is broken."""
     start = protocol.reduced(protocol.start())
     came_from: dict[State, State | None] = {start: None}
     queue = deque([start])
@@ -592,29 +589,29 @@ def search(protocol: Protocol, sought: frozenset[Invariant] = frozenset(Invarian
                     longest = max(longest, ticks or 0)
                     broken.add(Invariant.STRANDED if ticks is None else None)
             for invariant in sought & broken:
-                trace = _tell(protocol, [*_way(came_from, state), after], invariant)
+                trace = _sentences(protocol, [*_path_to(came_from, state), after], invariant)
                 return SearchResult(len(came_from), steps, longest, invariant, trace)
     return SearchResult(len(came_from), steps, longest, None, ())
 
 
-def _way(came_from: dict[State, State | None], state: State) -> list[State]:
-    way = []
+def _path_to(came_from: dict[State, State | None], state: State) -> list[State]:
+    path = []
     at: State | None = state
     while at is not None:
-        way.append(at)
+        path.append(at)
         at = came_from[at]
-    return way[::-1]
+    return path[::-1]
 
 
-def _tell(protocol: Protocol, way: list[State], broken: Invariant) -> tuple[str, ...]:
-    """Walk the way again, with instances that keep their names."""
+def _sentences(protocol: Protocol, path: list[State], broken: Invariant) -> tuple[str, ...]:
+    """Follow the path again, with instances that keep their names; return its sentences."""
     state = protocol.start()
     sentences = []
-    for goal in way[1:]:
+    for goal in path[1:]:
         there = [s for s in protocol.steps(state) if protocol.reduced(s.after) == goal]
         step = next((s for s in there if s.breaks == broken), there[0])
-        sentences.append(step.told.format(instance="ABCDEFGHIJ"[step.instance]))
+        sentences.append(step.text.format(instance="ABCDEFGHIJ"[step.instance]))
         state = step.after
     if broken is Invariant.STRANDED:
-        sentences.append("All is well again, but no claim ever gets the job.")
+        sentences.append("All faults have ended, but no claim ever gets the job.")
     return tuple(sentences)

@@ -1,4 +1,4 @@
-"""A network between an instance and PostgreSQL that can fall silent."""
+"""A TCP proxy between an instance and PostgreSQL that can stop forwarding."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,11 +9,11 @@ from tests.processes import free_port
 
 
 class Proxy:
-    """Passes TCP connections on to PostgreSQL, until it is frozen.
+    """Forwards TCP connections to PostgreSQL, until it is frozen.
 
-    Frozen it holds what both sides send, their ends and new connections included, and tells
-    nobody. Healed it goes on: what it held arrives late, in order. It can also hold the answers
-    alone: what is asked is done, and who asked does not know.
+    While frozen it buffers what both sides send, closes and new connections included, and reports
+    nothing. After `heal` the buffered bytes arrive late, in order. It can also buffer the answers
+    alone: PostgreSQL then executes statements whose sender gets no answer.
     """
 
     def __init__(self, database: dict[str, str]) -> None:
@@ -26,26 +26,26 @@ class Proxy:
         self._mute = False
 
     def environment(self) -> dict[str, str]:
-        """Return the DB_* variables that lead an instance through here."""
+        """Return the DB_* variables with which an instance connects through the proxy."""
         return {**self._database, "DB_HOST": "127.0.0.1", "DB_PORT": str(self._port)}
 
     def freeze(self) -> None:
-        """Fall silent."""
+        """Stop forwarding in both directions."""
         self._flows.clear()
 
     def hold_answers(self) -> None:
-        """Let nothing come back."""
+        """Stop forwarding answers."""
         self._mute = True
 
     def heal(self) -> None:
-        """Go on as if nothing had happened."""
+        """Forward what is buffered, and all that follows."""
         self._mute = False
         self._flows.set()
         for link in list(self._links):
             link.flush()
 
     def held(self) -> int:
-        """Return how many bytes are held on their way to PostgreSQL."""
+        """Return how many bytes for PostgreSQL are buffered."""
         return sum(link.requests.held() for link in self._links)
 
     async def connect(self, receiver: "_End") -> None:
@@ -78,15 +78,15 @@ class Proxy:
         await self._server.wait_closed()
 
     def _accept(self) -> "_End":
-        link = _Link(self, requests=_Flow(self._stands_still), answers=_Flow(self._silent))
+        link = _Link(self, requests=_Flow(self._is_frozen), answers=_Flow(self._silent))
         self._links.add(link)
         return link.client
 
-    def _stands_still(self) -> bool:
+    def _is_frozen(self) -> bool:
         return not self._flows.is_set()
 
     def _silent(self) -> bool:
-        return self._mute or self._stands_still()
+        return self._mute or self._is_frozen()
 
     def forget(self, link: "_Link") -> None:
         """Drop a connection that both sides have ended."""
@@ -94,37 +94,37 @@ class Proxy:
 
 
 class _Flow:
-    """What goes one way through a connection, in order; None is its end."""
+    """The bytes of one direction of a connection, in order; None closes it."""
 
-    def __init__(self, stands_still: Callable[[], bool]) -> None:
-        self._stands_still = stands_still
-        self._pieces: list[bytes | None] = []
+    def __init__(self, is_frozen: Callable[[], bool]) -> None:
+        self._is_frozen = is_frozen
+        self._chunks: list[bytes | None] = []
         self._to: asyncio.Transport | None = None
 
     def held(self) -> int:
-        return sum(len(piece) for piece in self._pieces if piece is not None)
+        return sum(len(chunk) for chunk in self._chunks if chunk is not None)
 
-    def lead_to(self, transport: asyncio.Transport) -> None:
+    def connect_to(self, transport: asyncio.Transport) -> None:
         self._to = transport
         self.flush()
 
-    def put(self, piece: bytes | None) -> None:
-        self._pieces.append(piece)
+    def put(self, chunk: bytes | None) -> None:
+        self._chunks.append(chunk)
         self.flush()
 
     def flush(self) -> None:
-        if self._to is None or self._stands_still():
+        if self._to is None or self._is_frozen():
             return
-        pieces, self._pieces = self._pieces, []
-        for piece in pieces:
-            if piece is None:
+        chunks, self._chunks = self._chunks, []
+        for chunk in chunks:
+            if chunk is None:
                 self._to.close()
             else:
-                self._to.write(piece)
+                self._to.write(chunk)
 
 
 class _Link:
-    """One connection: two ends, and what flows between them."""
+    """One connection: its two ends and its two directions."""
 
     def __init__(self, proxy: Proxy, *, requests: _Flow, answers: _Flow) -> None:
         self._proxy = proxy
@@ -164,9 +164,9 @@ class _End(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._takes.lead_to(self.transport)
+        self._takes.connect_to(self.transport)
         if self._then is not None:
-            self._task = asyncio.get_running_loop().create_task(self._go_on(self._then))
+            self._task = asyncio.get_running_loop().create_task(self._connect(self._then))
 
     def data_received(self, data: bytes) -> None:
         self._sends.put(data)
@@ -181,10 +181,10 @@ class _End(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    async def _go_on(self, then: Callable[[], Awaitable[None]]) -> None:
+    async def _connect(self, then: Callable[[], Awaitable[None]]) -> None:
         try:
             await then()
-        except OSError:  # PostgreSQL takes no connections
+        except OSError:  # PostgreSQL accepts no connections
             assert self.transport is not None
             self.transport.abort()
             self._link.ended()

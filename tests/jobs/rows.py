@@ -1,4 +1,4 @@
-"""Jobs and instances as rows, for tests of what is said about them."""
+"""Jobs and instances as rows, for tests of what is shown of them."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +24,7 @@ def settings_for(database: dict[str, str], **more: object) -> Settings:
 
 @asynccontextmanager
 async def migrated(database: dict[str, str]) -> AsyncIterator[tuple[Database, Connection]]:
-    """Bring a database up as an instance does; yield it, and a connection to it."""
+    """Migrate a database as an instance does; yield it, and a connection to it."""
     running = Database(settings_for(database))
     await running.start()
     connection = await connect(database)
@@ -36,7 +36,7 @@ async def migrated(database: dict[str, str]) -> AsyncIterator[tuple[Database, Co
 
 
 async def add_job(connection: Connection, name: str, **columns: object) -> None:
-    """Add a job. A timedelta becomes that moment, from now by the database's clock."""
+    """Add a job. A timedelta becomes a time, relative to now by the database's clock."""
     values = {
         "schedule": "every 300 s",
         "description": f"Is {name}.",
@@ -59,7 +59,7 @@ def running(holder: UUID, server: str, *, seconds: float = 40) -> dict[str, obje
     }
 
 
-async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
+async def add_instance(  # noqa: PLR0913 - a column each
     connection: Connection,
     server: str = "app1",
     *,
@@ -68,7 +68,7 @@ async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
     highest_number: int = EVER,
     missing: tuple[str, ...] = (),
 ) -> UUID:
-    """Add an instance; it stays live for the whole test unless its last sign of life is said."""
+    """Add an instance; it stays live for the whole test unless its last heartbeat is given."""
     instance = uuid4()
     await insert(
         connection,
@@ -84,7 +84,7 @@ async def add_instance(  # noqa: PLR0913 - what there is to say of an instance
 
 
 async def insert(connection: Connection, table: str, **columns: object) -> None:
-    """Insert a row; timedeltas become moments, counted from one and the same now."""
+    """Insert a row; timedeltas become times relative to one common now."""
     values = [
         f"now() + ${number}::interval" if isinstance(value, timedelta) else f"${number}"
         for number, value in enumerate(columns.values(), start=1)

@@ -1,4 +1,4 @@
-"""Instances in the test's own process, on a real database; time passes by rewriting rows."""
+"""Instances in the test's own process on a real database; time is simulated by rewriting rows."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname 
 
 
 class Instance:
-    """An instance as its repository sees it: what it knows, and what it signs with."""
+    """An instance as its repository sees it: its capabilities and its identity."""
 
     def __init__(self, jobs_db: "JobsDatabase", name: str, lease: timedelta) -> None:
         self._ground = jobs_db
@@ -88,14 +88,14 @@ class Instance:
         return {(result.name, result.fence): result for result in results}
 
     def run(self, claimed: Claimed, *, min_seconds: float = 0) -> Run:
-        """Return the run of a claim, with a lease that nobody renews."""
+        """Return the run of a claim, with a lease that is not renewed."""
         run = Run(claimed, self._ground.database, self.jobs, min_seconds=min_seconds)
         run.lease = Lease(claimed.name, claimed.fence, 0.0, lambda *_: None)
         return run
 
 
 class JobsDatabase:
-    """A migrated database, a connection that looks at it from outside, and instances."""
+    """A migrated database, an administrator's connection to it, and instances."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class JobsDatabase:
         return Instance(self, name, lease)
 
     async def connect(self) -> Connection:
-        """Connect once more; it is closed at the end."""
+        """Open another connection; it is closed at the end."""
         connection = await connect(self.variables)
         self._connections.append(connection)
         return connection
@@ -127,7 +127,7 @@ class JobsDatabase:
     async def scheduler(
         self, jobs: Iterable[Job], *, starts: bool = True, **settings: object
     ) -> AsyncIterator[Scheduler]:
-        """Run an instance's scheduler, without a watchdog timer: the process is the test's."""
+        """Run a scheduler, without a watchdog timer: that would end the test's own process."""
         changed = Settings.model_validate(
             {**self.settings.model_dump(exclude_unset=True), **settings}
         )
@@ -152,18 +152,18 @@ class JobsDatabase:
         return [(run["outcome"], run["result"]) for run in await self.runs(name)]
 
     async def ended(self, name: str, *, runs: int = 1) -> list[asyncpg.Record]:
-        """Wait until so many runs of a job have ended; return them."""
+        """Wait until this many runs of a job have ended; return them."""
 
-        async def look() -> list[asyncpg.Record] | None:
+        async def check() -> list[asyncpg.Record] | None:
             found = [
                 run for run in await self.runs(name) if run["outcome"] not in {None, "skipped"}
             ]
             return found if len(found) >= runs else None
 
-        return await until(look)
+        return await until(check)
 
     async def expire(self, name: str) -> None:
-        """Let the lease of a job be over."""
+        """Let the lease of a job expire."""
         await self.admin.execute(
             "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 ms'"
             " WHERE name = $1",
@@ -171,7 +171,7 @@ class JobsDatabase:
         )
 
     async def ready(self, name: str, *, seconds_ago: float = 0) -> None:
-        """Let a job be ready since then."""
+        """Let a job be ready since `seconds_ago`."""
         await self.admin.execute(
             "UPDATE jobs SET ready_at = clock_timestamp() - $2::interval,"
             " due_at = least(due_at, clock_timestamp() - $2::interval) WHERE name = $1",
@@ -180,21 +180,21 @@ class JobsDatabase:
         )
 
     async def forget(self) -> None:
-        """Begin anew with no job at all."""
+        """Delete all jobs, runs and instances."""
         await self.admin.execute("TRUNCATE jobs, instances RESTART IDENTITY CASCADE")
 
     async def shift(self, seconds: float) -> None:
-        """Let time pass: all that was lies further back. Leases stay as they are."""
+        """Let time pass: move all past times back. Leases are not changed."""
         async with self.admin.transaction():
             await self.admin.execute(SHIFT_JOBS, timedelta(seconds=seconds))
             await self.admin.execute(SHIFT_RUNS, timedelta(seconds=seconds))
 
-    async def take_away(self) -> None:
-        """End all connections of the service, and let it have no new ones."""
+    async def begin_outage(self) -> None:
+        """End all connections of the service, and refuse new ones."""
         await self._allow_connections(allow=False)
 
-    async def bring_back(self) -> None:
-        """Let the service have connections again."""
+    async def end_outage(self) -> None:
+        """Accept connections of the service again."""
         await self._allow_connections(allow=True)
         self.admin = await connect(self.variables)
 
@@ -209,7 +209,7 @@ class JobsDatabase:
 
 @asynccontextmanager
 async def on(postgres: Mapping[str, str], **settings: object) -> AsyncIterator[JobsDatabase]:
-    """Migrate a database of our own, and stand on it: one for many tests, which begin anew."""
+    """Migrate a new database; several tests may share it, with `forget` before each."""
     async with empty_database(postgres) as variables, _on(variables, settings) as jobs_db:
         yield jobs_db
 
@@ -229,7 +229,7 @@ async def _on(
         **settings,
     }
     loaded = load_settings(**values)
-    # What is logged here are failures that tests ask for, with long tracebacks.
+    # Only intended failures are logged here, with long tracebacks.
     logs = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     pool = Database(loaded)
@@ -244,9 +244,9 @@ async def _on(
         structlog.configure(**logs)
 
 
-async def until(look: Callable[[], Awaitable[Found | None]]) -> Found:
-    """Look again and again until there is something; return it."""
+async def until(check: Callable[[], Awaitable[Found | None]]) -> Found:
+    """Poll until there is a result; return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not (found := await look()):  # noqa: ASYNC110 - a fact in the database has no event
+        while not (found := await check()):  # noqa: ASYNC110 - a fact in the database has no event
             await asyncio.sleep(0.02)
         return found

@@ -111,7 +111,7 @@ def test_functions_of_any_arguments_and_of_none() -> None:
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 

@@ -22,14 +22,14 @@ from tests.system.sizes import report_figures, size
 ROUNDS = size(small=1, full=4)
 LEASE = 3
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-# These end with the main task in any case: it passes its own cancel on to them, or waits for them.
+# These end with the main task in any case: it forwards its cancellation or waits for them.
 WITH_THE_MAIN_TASK = {"group", "generator", "thread-child"}
 
 
 async def disturb(
     where: JobsDatabase, kinds: list[str], **env: str
 ) -> Counter[tuple[str, str | None]]:
-    """Let runs of all kinds end in every way; return the overlaps by kind and the run's outcome."""
+    """Let runs of all kinds end in every way; return the overlaps by kind and outcome."""
     instances = where.instances(
         3,
         {
@@ -83,17 +83,17 @@ async def disturb(
 async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """Cancelled, timed out, released or lost: no line of a run comes after the next one's first.
+    """Cancelled, timed out, released or lost: no line of a run follows the next run's first line.
 
-    The control takes a run for ended when its main task is: each kind is then seen to overlap.
+    The control treats a run as ended when its main task has: then each kind overlaps.
     """
     kinds = list(functions(cast("EventLog", None), 0))
     async with (
         jobs_db(postgres, tmp_path) as guarded,
-        jobs_db(postgres, tmp_path) as unguarded,
+        jobs_db(postgres, tmp_path) as control_db,
     ):
         found = await disturb(guarded, kinds)
-        control = await disturb(unguarded, kinds, FLEET_UNGUARDED="scope")
+        control = await disturb(control_db, kinds, FLEET_MUTANTS="scope")
     report_figures(f"late lines: {dict(found)}; control: {dict(control)}")
     assert found == {}
     assert {kind for kind, _ in control} >= set(kinds) - WITH_THE_MAIN_TASK
@@ -102,7 +102,7 @@ async def test_whatever_a_run_starts_ends_before_the_next_run_begins(
 async def test_children_end_with_the_process_of_their_instance(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """After kill -9 no child of a run writes another line, nor does a child's child."""
+    """After kill -9 no descendant process of a run writes another line."""
     kinds = ["subprocess", "grandchild", "deaf-child", "thread-child"]
     async with jobs_db(postgres, tmp_path) as where:
         env = {"FLEET_JOBS": str(len(kinds)), "FLEET_KIND": ",".join(kinds)}
@@ -124,7 +124,7 @@ async def test_children_end_with_the_process_of_their_instance(
 
 @pytest.fixture
 async def scope() -> AsyncIterator[Scope]:
-    """What a run that does nothing by itself has."""
+    """The scope of a run without work."""
     track_runs(asyncio.get_running_loop())
     scope = Scope("a")
     scope.start(asyncio.sleep(3600))
@@ -134,8 +134,8 @@ async def scope() -> AsyncIterator[Scope]:
         await scope.ended()
 
 
-async def test_a_child_process_is_one_as_any_other(scope: Scope) -> None:
-    """It has its output, its exit code, its signals; one that is not to be found is refused."""
+async def test_a_child_process_has_output_exit_code_and_signals(scope: Scope) -> None:
+    """As a child of asyncio has; a command that is not found is refused."""
     process = await children.start(
         scope,
         ("sh", "-c", "read x; echo got $x $A; exit 3"),
@@ -146,15 +146,15 @@ async def test_a_child_process_is_one_as_any_other(scope: Scope) -> None:
     assert output == b"got it b\n"
     assert process.returncode == 3
     process = await children.start(scope, ("sleep", "600"), None, {})
-    await asyncio.sleep(0.5)  # until it has replaced its supervisor's image of itself
+    await asyncio.sleep(0.5)  # until exec has replaced the supervisor's image
     process.send_signal(signal.SIGUSR1)
     assert await process.wait() == -signal.SIGUSR1
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         await children.start(scope, ("no-such-program",), None, {})
 
 
-async def test_a_child_that_leaves_children_behind_takes_them_along(scope: Scope) -> None:
-    """What the command started is killed when it ends, though it is in a session of its own."""
+async def test_when_a_child_ends_its_own_children_are_killed(scope: Scope) -> None:
+    """Processes that the command started are killed when it ends, even in another session."""
     process = await children.start(
         scope, ("sh", "-c", "setsid sleep 600 & echo $!"), None, {"stdout": subprocess.PIPE}
     )
@@ -164,7 +164,7 @@ async def test_a_child_that_leaves_children_behind_takes_them_along(scope: Scope
 
 
 async def test_a_full_pipe_does_not_keep_a_run_from_ending(scope: Scope) -> None:
-    """Nobody reads what a child says: it is ended all the same."""
+    """A child whose output is not read is ended all the same."""
     process = await children.start(scope, ("yes",), None, {"stdout": subprocess.PIPE})
     await asyncio.sleep(0.3)
     scope.stop()
@@ -175,42 +175,42 @@ async def test_a_full_pipe_does_not_keep_a_run_from_ending(scope: Scope) -> None
 
 
 @pytest.mark.usefixtures("scope")
-async def test_what_a_function_leaves_behind_when_it_returns_is_ended() -> None:
-    """Tasks are cancelled, threads waited for, and what waits for a thread is dropped."""
+async def test_work_that_outlives_its_function_is_ended() -> None:
+    """Tasks are cancelled, running threads waited for, and calls queued for a thread dropped."""
     released = threading.Event()
-    said: list[str] = []
+    events: list[str] = []
 
     async def cleans_up() -> None:
         try:
             await asyncio.sleep(600)
         finally:
             await asyncio.sleep(0.1)
-            said.append("cleaned up")
+            events.append("cleaned up")
 
     async def leaves() -> None:
         for _ in range(40):
             left.submit(released.wait)
-        left.submit(said.append, "never")
+        left.submit(events.append, "never")
         kept.append(asyncio.create_task(cleans_up()))
         await asyncio.sleep(0)
 
     kept: list[asyncio.Task[None]] = []
     left = Scope("b")
     left.start(leaves())
-    ending = asyncio.create_task(left.ended())
+    ended = asyncio.create_task(left.ended())
     await asyncio.sleep(0.5)
-    assert not ending.done()
+    assert not ended.done()
     released.set()
-    await asyncio.wait_for(ending, 30)
-    assert said == ["cleaned up"]
+    await asyncio.wait_for(ended, 30)
+    assert events == ["cleaned up"]
     assert kept[0].cancelled()
 
 
 @pytest.mark.usefixtures("scope")
-async def test_who_swallows_its_cancellation_is_cancelled_again(
+async def test_a_task_that_swallows_its_cancellation_is_cancelled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever still executes is requested to end again and again, until it has."""
+    """A task that still executes is cancelled again and again, until it has ended."""
     monkeypatch.setattr("balance_app.jobs.scope.REPEAT_SECONDS", 0.1)
     swallowed = []
 

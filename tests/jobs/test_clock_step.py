@@ -11,7 +11,7 @@ from tests.system.sizes import report_figures
 LEASE_SECONDS = 4.5
 STEP_SECONDS = 1.5
 
-# To what holds a lease, a clock that has stepped ahead is the same as a lease that ends sooner.
+# For a lease, a clock that steps ahead is the same as an earlier end of the lease.
 STEP = """
 UPDATE jobs SET lease_expires_at = lease_expires_at - $1::float8 * interval '1 s'
 WHERE server = 'app1'
@@ -19,7 +19,7 @@ WHERE server = 'app1'
 
 
 async def _step(postgres: dict[str, str], event_logs: Path, reserve: float) -> tuple[int, int]:
-    """Mute an instance, then let the clock step; return how many runs moved, and overlaps."""
+    """Cut an instance off, then step the clock; return how many runs moved and overlapped."""
     event_logs.mkdir()
     env = {
         "FLEET_EVENT_LOGS": str(event_logs),
@@ -43,7 +43,7 @@ async def _step(postgres: dict[str, str], event_logs: Path, reserve: float) -> t
                 while len(read_event_logs(event_logs)) < 4:  # noqa: ASYNC110 - of other processes
                     await asyncio.sleep(0.05)
             proxy.freeze()
-            await asyncio.sleep(0.2)  # what was under way has arrived or never will
+            await asyncio.sleep(0.2)  # messages under way have arrived, or never will
             moved = await connection.execute(STEP, STEP_SECONDS)
             await asyncio.sleep(LEASE_SECONDS + 1)
             spans = read_event_logs(event_logs)

@@ -1,4 +1,4 @@
-"""What becomes of a job whose run has ended, by how it ended and at what moment."""
+"""The next state of a job whose run has ended, by result and time of the end."""
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -35,7 +35,7 @@ def claimed(started_at: datetime, due_at: datetime, anchor_at: datetime) -> Clai
 
 
 def test_retries_wait_longer_each_time_and_end() -> None:
-    """As long as said at first, twice as long each time, and no more of them than are allowed."""
+    """The first waits `retry_after`, each next twice as long; there are at most `max_retries`."""
     moon = declare(retry_after=SECOND, max_retries=3)
     waits = []
     for retries in range(4):
@@ -55,18 +55,20 @@ def test_retries_wait_longer_each_time_and_end() -> None:
     assert HOUR <= again_at - NOW <= 1.1 * HOUR
 
 
-def test_what_is_released_again_and_again_waits_and_fails() -> None:
-    """Only an instance's stop frees a job at once; all else waits, longer each time, and fails."""
+def test_repeated_releases_back_off_and_fail() -> None:
+    """Only an instance's stop frees a job at once; other releases back off, and finally fail."""
     moon = declare(every=HOUR)
     run = claimed(NOW, NOW, NOW)._replace(schedule="every 3600 s")
     stops = RunResult("released", STOPPED)
-    away = RunResult("released", "The database does not answer.")
+    unavailable = RunResult("released", "The database does not answer.")
     stopped = complete(moon, run._replace(releases=4), stops, NOW, seconds_ago=0)
     assert (stopped.ready_at, stopped.outcome, stopped.releases) == (None, "released", 4)
     waited = timedelta(0)
     waits = []
     for releases in range(MOST_RELEASES):
-        completion = complete(moon, run._replace(releases=releases), away, NOW, seconds_ago=0)
+        completion = complete(
+            moon, run._replace(releases=releases), unavailable, NOW, seconds_ago=0
+        )
         assert (completion.outcome, completion.releases) == ("released", releases + 1)
         assert completion.keeps_checkpoint
         assert completion.ready_at is not None
@@ -77,16 +79,16 @@ def test_what_is_released_again_and_again_waits_and_fails() -> None:
     report_figures(
         f"released {len(waits)} times in {waited}: {len([w for w in waits if w < 30 * SECOND])}"
     )
-    last = complete(moon, run._replace(releases=MOST_RELEASES), away, NOW, seconds_ago=0)
+    last = complete(moon, run._replace(releases=MOST_RELEASES), unavailable, NOW, seconds_ago=0)
     assert last.outcome == "failed"
     assert last.result == "released 11 times in a row, the last: The database does not answer."
-    later = NOW + timedelta(minutes=6)  # what ran for long was no circle
-    fresh = complete(moon, run._replace(releases=9), away, later, seconds_ago=0)
+    later = NOW + timedelta(minutes=6)  # a long run resets the count
+    fresh = complete(moon, run._replace(releases=9), unavailable, later, seconds_ago=0)
     assert (fresh.outcome, fresh.releases) == ("released", 1)
 
 
 def test_a_clock_that_lags_repeats_no_tick() -> None:
-    """An answer that was long under way tells an old time: the next tick is a later one still."""
+    """A late answer carries an old time: the next tick is after the current one all the same."""
     due_at = NOW + 10 * SECOND
     moon = declare(every=SECOND)
     for lag in (0.0, 0.5, 1.0, 2.0):
@@ -101,7 +103,7 @@ def test_a_clock_that_lags_repeats_no_tick() -> None:
 
 
 def test_a_schedule_of_a_newer_program_does_not_lose_the_run() -> None:
-    """Who can't read the row's schedule goes on by its own."""
+    """A program that can't read the row's schedule uses the declared one."""
     newer = claimed(NOW, NOW, NOW)._replace(schedule="every full moon")
     moon = declare(every=2 * SECOND)
     completion = complete(moon, newer, RunResult("succeeded", None), NOW, seconds_ago=0)

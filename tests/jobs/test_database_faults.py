@@ -1,4 +1,4 @@
-"""PostgreSQL restarts or is away while jobs run, and clocks of instances are wrong."""
+"""PostgreSQL restarts or is unavailable while jobs run; clocks of instances are wrong."""
 
 import asyncio
 import random
@@ -25,17 +25,17 @@ from tests.system.test_outage import Probes
 INSTANCES = size(small=3, full=5)
 JOBS = size(small=6, full=10)
 RESTARTS = size(small=2, full=10)
-AWAY_SECONDS = size(small=8, full=60)
-AWAY_LEASE_SECONDS = size(small=3, full=6)
+OUTAGE_SECONDS = size(small=8, full=60)
+OUTAGE_LEASE_SECONDS = size(small=3, full=6)
 UNAVAILABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 KILLS = size(small=2, full=10)
 SETTLING_SECONDS = 2
-# From the return of the database, or a kill, until every job runs again.
+# From the end of an outage, or a kill, until every job runs again.
 BOUND_SECONDS = 25
 
 KINDS = "paced,quiet,thread,thread-writes"
 
-# A job waits for its time, or it is running and renewed by an instance that is seen.
+# Each job either waits, or runs with a renewed lease on an instance with recent heartbeats.
 STATES = """
 SELECT name, fence, holder IS NOT NULL AS runs, paused_at IS NOT NULL AS paused,
        extract(epoch FROM clock_timestamp() - claimable_at)::float8 AS since,
@@ -43,7 +43,7 @@ SELECT name, fence, holder IS NOT NULL AS runs, paused_at IS NOT NULL AS paused,
 FROM jobs LEFT JOIN instances ON instances.id = holder
 """
 
-# What replaces the wall clock where there is no library to do it: all of Python's own ways to it.
+# Shifts the wall clock of Python where there is no library that shifts that of the process.
 SHIFTED = """
 import datetime, os, runpy, time
 
@@ -76,7 +76,7 @@ LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
 async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
-    """After a restart of the database every job runs again soon; a fast one loses no run."""
+    """After a restart of the database every job runs again soon; a fast restart loses no run."""
     back_seconds: dict[str, list[float]] = {"fast": [], "immediate": []}
     lost = Counter[str]()
     async with own_postgres(max_connections="200") as server:
@@ -110,7 +110,7 @@ async def test_jobs_outlive_restarts(tmp_path: Path) -> None:
 
 
 async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
-    """Jobs end before their leases while the database is unavailable, and go on when it is back."""
+    """Runs end before their leases during an outage; the jobs run again after it."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
         instances = _fleet(
@@ -118,21 +118,21 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
             tmp_path,
             {
                 "FLEET_SECONDS": "600",
-                "JOB_LEASE_SECONDS": str(AWAY_LEASE_SECONDS),
-                "JOB_HEARTBEAT_SECONDS": str(AWAY_LEASE_SECONDS / 3),
+                "JOB_LEASE_SECONDS": str(OUTAGE_LEASE_SECONDS),
+                "JOB_HEARTBEAT_SECONDS": str(OUTAGE_LEASE_SECONDS / 3),
             },
         )
         async with (
             running(instances),
             Probes([instance.url for instance in instances]) as probes,
-            Watch(database, lease_seconds=AWAY_LEASE_SECONDS) as watch,
+            Watch(database, lease_seconds=OUTAGE_LEASE_SECONDS) as watch,
         ):
             await _all_run(tmp_path, monotonic())
             await server.stop()
             gone = monotonic()
-            told = await probes.until(ready=False) - gone
+            not_ready = await probes.until(ready=False) - gone
             meanwhile = {await _withdraw(instance) for instance in instances}
-            await asyncio.sleep(gone + AWAY_SECONDS - monotonic())
+            await asyncio.sleep(gone + OUTAGE_SECONDS - monotonic())
             await server.start()
             back = monotonic()
             ready = await probes.until(ready=True) - back
@@ -145,13 +145,14 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
     stopped = [span for span in spans if span.begin < gone]
     last = max(span.end for span in stopped) - gone
     report_figures(
-        f"away for {AWAY_SECONDS} s, lease {AWAY_LEASE_SECONDS} s: the last of {len(stopped)} runs "
-        f"wrote its last line after {last:.2f} s, not ready after {told:.2f} s; back again, ready "
-        f"after {ready:.2f} s, all {JOBS} jobs run again after {again:.2f} s; {watch.figures()}"
+        f"outage of {OUTAGE_SECONDS} s, lease {OUTAGE_LEASE_SECONDS} s: the last of {len(stopped)} "
+        f"runs wrote its last line after {last:.2f} s, not ready after {not_ready:.2f} s; "
+        f"after the outage ready in {ready:.2f} s, all {JOBS} jobs run again in {again:.2f} s; "
+        f"{watch.figures()}"
     )
     assert overlaps(spans) == []
-    assert last < AWAY_LEASE_SECONDS
-    assert [span for span in spans if gone + AWAY_LEASE_SECONDS < span.begin < back] == []
+    assert last < OUTAGE_LEASE_SECONDS
+    assert [span for span in spans if gone + OUTAGE_LEASE_SECONDS < span.begin < back] == []
     assert watch.complaints == []
     assert Counter(outcomes[span.job, span.fence] for span in stopped) == {"released": JOBS}
     assert "lost" not in outcomes.values()
@@ -161,7 +162,7 @@ async def test_jobs_outlive_an_outage(tmp_path: Path) -> None:
 
 
 async def test_without_the_watchdog_an_outage_overlaps(tmp_path: Path) -> None:
-    """The control: runs that outlive their lease are seen, and so are jobs that nobody takes."""
+    """The control: runs that outlive their lease are found, and so are unclaimed jobs."""
     async with own_postgres(max_connections="200") as server:
         database = server.environment()
         instances = _fleet(
@@ -170,7 +171,7 @@ async def test_without_the_watchdog_an_outage_overlaps(tmp_path: Path) -> None:
             {
                 "FLEET_KIND": "quiet",
                 "FLEET_SECONDS": "600",
-                "FLEET_UNGUARDED": "watchdog",
+                "FLEET_MUTANTS": "watchdog",
                 "JOB_LEASE_SECONDS": "3",
                 "JOB_HEARTBEAT_SECONDS": "1",
             },
@@ -192,7 +193,7 @@ async def test_without_the_watchdog_an_outage_overlaps(tmp_path: Path) -> None:
 
 
 async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
-    """Instances an hour ahead and behind neither take the jobs of others nor leave them."""
+    """Instances an hour ahead or behind neither take held jobs nor miss claimable ones."""
     async with own_postgres(max_connections="300") as server:
         fleets = {"interpreter": _shifted_by_interpreter, "library": _shifted_by_library}
         if not LIBRARIES:
@@ -213,7 +214,7 @@ async def test_wrong_clocks_decide_nothing(tmp_path: Path) -> None:
 async def _wrong_clocks(
     database: dict[str, str], directory: Path, shift: "Shift", name: str
 ) -> None:
-    """Run a fleet of which two instances are an hour off, and kill some."""
+    """Run instances, two of which have clocks an hour off, and kill some."""
     instances = [
         shift(database, directory, "app1", 3600),
         shift(database, directory, "app2", -3600),
@@ -225,14 +226,14 @@ async def _wrong_clocks(
             assert abs(await _hours_off(instance) - hours) < 0.1
         await _all_run(directory, monotonic())
         for number in range(KILLS):
-            # A right one first: the wrong ones take its jobs, neither early nor never.
+            # First one with a right clock: the others take over its jobs, neither early nor never.
             instance = instances[(2 + number) % INSTANCES]
             await instance.kill()
             killed = monotonic()
             again.append(await _all_run(directory, killed) - killed)
             await instance.launch()
             await instance.ready()
-            # A job that is lost three times in a row would be paused.
+            # A job that is lost three times in a row would be quarantined.
             await asyncio.sleep(size(small=0, full=5))
         outcomes = await _outcomes(database)
     spans = await asyncio.to_thread(read_event_logs, directory)
@@ -247,8 +248,8 @@ async def _wrong_clocks(
 
 
 async def _own_clock(database: dict[str, str], directory: Path) -> list[tuple[Span, Span]]:
-    """The control: return the overlaps of an instance that decides by its own clock."""
-    own = {**CLOCK_SETTINGS, "FLEET_UNGUARDED": "own-clock", "FLEET_SHIFT": "3600"}
+    """The control: return the overlaps when an instance decides by its own clock."""
+    own = {**CLOCK_SETTINGS, "FLEET_MUTANTS": "own-clock", "FLEET_SHIFT": "3600"}
     instances = [
         *_fleet(database, directory, CLOCK_SETTINGS, instances=1),
         *_fleet(database, directory, own, instances=1, first=2),
@@ -258,13 +259,13 @@ async def _own_clock(database: dict[str, str], directory: Path) -> list[tuple[Sp
 
 
 class Watch:
-    """Looks at the jobs' rows every second, and complains of what is stranded."""
+    """Reads the jobs' rows every second, and records stranded jobs."""
 
     def __init__(self, database: dict[str, str], *, lease_seconds: float) -> None:
         self.complaints: list[str] = []
         self.complained = asyncio.Event()
         self._database = database
-        # how long a job may be ready or lost, both with an instance that was away for a moment
+        # how long a job may be ready or lost, also when an instance was cut off for a moment
         self._longest_ready = lease_seconds + SETTLING_SECONDS + 6
         self._longest_over = 6.0
         self._lease_seconds = lease_seconds
@@ -312,33 +313,33 @@ class Watch:
             if await connection.fetchval("SELECT to_regclass('instances') IS NOT NULL"):
                 rows = await connection.fetch(STATES)
                 self._polls += 1
-                # What waited for the database did not wait for an instance.
+                # Time without the database does not count as waiting for an instance.
                 self._check(rows, monotonic() - began)
             await asyncio.sleep(1)
 
     def _check(self, rows: Iterable[asyncpg.Record], up_seconds: float) -> None:
         for name, fence, runs, paused, since, unseen in rows:
             if paused:
-                self._complain(f"{name} is paused")
+                self._record(f"{name} is paused")
                 continue
             waited = min(since, up_seconds)
             if not runs:
                 self._ready = max(self._ready, waited)
                 if waited > self._longest_ready:
-                    self._complain(f"{name} has been ready for {waited:.1f} s")
+                    self._record(f"{name} has been ready for {waited:.1f} s")
                 continue
             self._over = max(self._over, waited)
             if waited > self._longest_over:
-                self._complain(f"the lease of {name} has been over for {waited:.1f} s")
+                self._record(f"the lease of {name} has been over for {waited:.1f} s")
             if since > 0:
                 self._ended.add((name, fence))
             elif (name, fence) in self._ended:
-                self._complain(f"the lease of {name} ({fence}) was over and lives again")
-            # After an outage an instance may claim before it is seen again.
+                self._record(f"the lease of {name} ({fence}) was over and was revived")
+            # After an outage an instance may claim before its first heartbeat.
             if unseen is not None and unseen > 2 * self._lease_seconds and up_seconds > 4:
-                self._complain(f"{name} is held by an instance that is not seen")
+                self._record(f"{name} is held by an instance without recent heartbeats")
 
-    def _complain(self, sentence: str) -> None:
+    def _record(self, sentence: str) -> None:
         self.complaints.append(sentence)
         self.complained.set()
 
@@ -376,7 +377,7 @@ def _instance(
 
 
 CLOCK_SETTINGS = {
-    # no threads: the library breaks time.sleep()
+    # not for jobs in threads: the library breaks time.sleep()
     "FLEET_KIND": "paced,quiet",
     "FLEET_SECONDS": "3",
     "FLEET_EVERY": "1",
@@ -414,7 +415,7 @@ def _shifted_by_library(
 
 
 async def _hours_off(instance: Instance) -> float:
-    """Return how wrong an instance's clock is, by the dates of its answers."""
+    """Return the error of an instance's clock in hours, by the dates of its answers."""
     async with http_client(timeout=10) as http:
         answer = await http.get(f"{instance.url}/livez")
     off = parsedate_to_datetime(answer.headers["Date"]) - datetime.now(UTC)
@@ -429,7 +430,7 @@ async def _database(server: EmbeddedPostgres, name: str) -> dict[str, str]:
 
 
 async def _all_run(directory: Path, since: float) -> float:
-    """Wait until every job goes on after a moment; return when the last one did."""
+    """Wait until every job runs again after a moment; return when the last one did."""
     async with asyncio.timeout(BOUND_SECONDS):
         while True:
             spans = await asyncio.to_thread(read_event_logs, directory)
@@ -444,7 +445,7 @@ async def _all_run(directory: Path, since: float) -> float:
 
 
 async def _overlaps(directory: Path) -> list[tuple[Span, Span]]:
-    """Wait until runs overlap; return which."""
+    """Wait until runs overlap; return the pairs."""
     async with asyncio.timeout(BOUND_SECONDS):
         while True:
             found = overlaps(await asyncio.to_thread(read_event_logs, directory))

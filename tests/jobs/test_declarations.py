@@ -1,4 +1,4 @@
-"""Which declaration of a job counts when versions differ; and a clock that is set back."""
+"""Which declaration of a job applies when versions differ; and a clock that is set back."""
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -33,13 +33,13 @@ WHERE name = $1
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 
 
 async def ages(jobs_db: JobsDatabase, schedule: str, by: timedelta = 2 * LIVE) -> None:
-    """Let nobody have made a declaration for a while."""
+    """Let the last declaration with this schedule be older."""
     await jobs_db.admin.execute(
         "UPDATE job_declarations SET last_declared_at = last_declared_at - $2::interval"
         " WHERE schedule = $1",
@@ -53,24 +53,24 @@ async def shows(jobs_db: JobsDatabase) -> tuple[str, list[str], int]:
     return row["schedule"], row["other_schedules"], row["due_at"].hour
 
 
-async def test_the_code_that_lives_decides_the_schedule(jobs_db: JobsDatabase) -> None:
-    """An older version that starts once more changes nothing, and who goes counts no more."""
+async def test_the_newest_live_declaration_decides_the_schedule(jobs_db: JobsDatabase) -> None:
+    """A restart of an older version changes nothing; a stopped version no longer counts."""
     old, new = jobs_db.instance("old"), jobs_db.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
     assert await shows(jobs_db) == (NEW, [OLD], 4)
-    await old.declare("moon", schedule=OLD)  # started again: it is not newer by that
+    await old.declare("moon", schedule=OLD)  # a restart does not make it newer
     assert await shows(jobs_db) == (NEW, [OLD], 4)
-    await ages(jobs_db, OLD)  # and stopped
+    await ages(jobs_db, OLD)  # it has stopped
     await new.declare("moon", schedule=NEW)
     assert await shows(jobs_db) == (NEW, [], 4)
-    await old.declare("moon", schedule=OLD)  # going back on purpose
+    await old.declare("moon", schedule=OLD)  # an intended downgrade
     await ages(jobs_db, NEW)
     await old.declare("moon", schedule=OLD)
     assert await shows(jobs_db) == (OLD, [], 3)
 
 
-async def test_where_the_last_to_start_decides_the_old_schedule_stays(
+async def test_without_the_first_declarations_the_last_start_decides(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: without the order of first declarations an old instance that starts wins."""
@@ -84,7 +84,7 @@ async def test_where_the_last_to_start_decides_the_old_schedule_stays(
 
 
 async def test_a_program_that_makes_no_declarations_is_overruled(jobs_db: JobsDatabase) -> None:
-    """The release before writes its schedule into the row when it starts; it does not stay."""
+    """The previous release writes its schedule into the row when it starts; it is replaced."""
     new = jobs_db.instance("new")
     await new.declare("moon", schedule=NEW)
     due_at = (await jobs_db.row("moon"))["due_at"]
@@ -94,8 +94,8 @@ async def test_a_program_that_makes_no_declarations_is_overruled(jobs_db: JobsDa
     assert (row["schedule"], row["due_at"], row["ready_at"]) == (NEW, due_at, due_at)
 
 
-async def test_who_was_cut_off_takes_nobody_for_gone(jobs_db: JobsDatabase) -> None:
-    """After an outage the first to come back gives the others as long as it was away itself."""
+async def test_after_an_outage_other_declarations_still_count(jobs_db: JobsDatabase) -> None:
+    """The first instance to return waits for the others for as long as it was cut off itself."""
     old, new = jobs_db.instance("old"), jobs_db.instance("new")
     await old.declare("moon", schedule=OLD)
     await new.declare("moon", schedule=NEW)
@@ -105,7 +105,7 @@ async def test_who_was_cut_off_takes_nobody_for_gone(jobs_db: JobsDatabase) -> N
 
 
 async def test_a_schedule_of_a_newer_program_stays(jobs_db: JobsDatabase) -> None:
-    """Who can't read the schedule that counts leaves the row to those who can, and is at peace."""
+    """A program that can't read the valid schedule leaves the row alone, and reports no fault."""
     old = jobs_db.instance("old")
     await old.declare("moon", schedule=OLD)
     await jobs_db.admin.execute("UPDATE jobs SET schedule = 'every full moon'")
@@ -120,7 +120,7 @@ async def test_a_schedule_of_a_newer_program_stays(jobs_db: JobsDatabase) -> Non
 
 
 async def test_many_jobs_make_no_claim_slow(jobs_db: JobsDatabase) -> None:
-    """20 000 jobs of others among 20 000 of its own: a claim took four seconds, a note two."""
+    """20 000 jobs of others among 20 000 of its own: a claim once took 4 s, a mark 2 s."""
     await jobs_db.admin.execute(
         "INSERT INTO jobs (name, schedule, description, due_at, ready_at)"
         " SELECT CASE i % 2 WHEN 0 THEN 'own-' ELSE 'other-' END || i, 'every 60 s', '',"
@@ -146,7 +146,9 @@ async def test_many_jobs_make_no_claim_slow(jobs_db: JobsDatabase) -> None:
     marked = await jobs_db.admin.fetchval(
         "SELECT count(*) FROM jobs WHERE startup_marked_at IS NOT NULL"
     )
-    report_figures(f"a note and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms")
+    report_figures(
+        f"a startup mark and a claim: {', '.join(f'{each * 1000:.0f}' for each in took)} ms"
+    )
     assert 4 * STARTUP_BATCH <= marked <= 5 * STARTUP_BATCH
     assert min(took) < 1
 
@@ -155,7 +157,7 @@ async def test_many_jobs_make_no_claim_slow(jobs_db: JobsDatabase) -> None:
 
 
 async def set_back(jobs_db: JobsDatabase, by: timedelta) -> None:
-    """Let PostgreSQL's clock be set back: all that was lies further ahead."""
+    """Set PostgreSQL's clock back: move all recorded times ahead."""
     await jobs_db.shift(-by.total_seconds())
     await jobs_db.admin.execute(
         "UPDATE jobs SET lease_expires_at = lease_expires_at + $1::interval"
@@ -174,7 +176,7 @@ WAITS: dict[str, tuple[str, dict[str, object]]] = {
 
 @pytest.mark.parametrize("what", WAITS)
 async def test_no_job_waits_for_a_clock_that_was_set_back(jobs_db: JobsDatabase, what: str) -> None:
-    """Its next start is at most as far ahead as if the clock had always been right."""
+    """The next start is at most as far ahead as with a clock that was always right."""
     schedule, columns = WAITS[what]
     instance = jobs_db.instance()
     await instance.declare("moon", schedule=schedule)
@@ -193,7 +195,7 @@ async def test_no_job_waits_for_a_clock_that_was_set_back(jobs_db: JobsDatabase,
         )
     before = await jobs_db.row("moon")
     await instance.declare("moon", schedule=schedule)
-    assert {**await jobs_db.row("moon")} == {**before}  # nothing is amiss
+    assert {**await jobs_db.row("moon")} == {**before}  # nothing to correct
     await set_back(jobs_db, 3 * HOUR)
     await instance.declare("moon", schedule=schedule)
     row = await jobs_db.row("moon")
@@ -208,10 +210,10 @@ def _job(function: Any) -> Job:  # noqa: ANN401 - what a job may be
     return job(name="moon", every=timedelta(hours=1))(function)
 
 
-async def test_a_dead_lease_does_not_stand_for_as_long_as_the_clock_was_set_back(
+async def test_a_lease_of_a_dead_instance_ends_despite_a_clock_set_back(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has seen for longer than it lasts that nobody renews it ends it; not what is renewed."""
+    """An instance ends a lease that was not renewed for its whole length; not a renewed one."""
     monkeypatch.setattr(scheduling, "DECLARE_SECONDS", 0.2)
     dead = jobs_db.instance("dead", lease=timedelta(seconds=2))
     await dead.declare("moon")
@@ -233,7 +235,7 @@ async def _sees(scheduler: scheduling.Scheduler) -> bool:
 
 
 async def test_a_lease_that_is_renewed_is_left_alone(jobs_db: JobsDatabase) -> None:
-    """What is ended is the very lease that was seen, and only if nobody has renewed it since."""
+    """Only the observed lease is ended, and only if it has not been renewed since."""
     instance: Instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()

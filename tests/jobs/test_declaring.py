@@ -1,4 +1,4 @@
-"""One job that can't be declared harms itself alone, and readiness tells of it."""
+"""A job that can't be declared stops no other, and `/readyz` names it."""
 
 import asyncio
 import json
@@ -30,21 +30,21 @@ async def jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
 
 @job(name="good", every=timedelta(hours=1))
 async def good(_run: Run) -> str:
-    """Be declared."""
+    """Run."""
     return "ran"
 
 
 @dataclass(frozen=True, slots=True)
 class Odd(Every):
-    """A schedule whose text no program reads."""
+    """A schedule whose text no program can read."""
 
     @override
     def __str__(self) -> str:
         return "when the moon is full"
 
 
-def slipped_through(name: str, description: str, schedule: Every | None = None) -> Job:
-    """Return a job that `job` would have refused."""
+def invalid_job(name: str, description: str, schedule: Every | None = None) -> Job:
+    """Return a job that the decorator `job` would have refused."""
 
     async def function(run: Run) -> None:
         raise AssertionError(run)
@@ -54,9 +54,9 @@ def slipped_through(name: str, description: str, schedule: Every | None = None) 
 
 
 BAD = (
-    slipped_through("a-nul", "Watch\0."),
-    slipped_through("a-surrogate", "Watch\ud800."),
-    slipped_through("z-schedule", "Watch.", Odd(timedelta(hours=1))),
+    invalid_job("a-nul", "Watch\0."),
+    invalid_job("a-surrogate", "Watch\ud800."),
+    invalid_job("z-schedule", "Watch.", Odd(timedelta(hours=1))),
 )
 
 
@@ -68,8 +68,8 @@ async def ready(jobs_db: JobsDatabase, scheduler: Scheduler) -> tuple[int, dict[
     return answer.status_code, cast("dict[str, Any]", json.loads(bytes(answer.body)))
 
 
-async def test_a_job_that_can_t_be_declared_harms_itself_alone(jobs_db: JobsDatabase) -> None:
-    """The others run; each that does not is named with its reason, and keeps the row it has."""
+async def test_a_job_that_can_t_be_declared_stops_no_other(jobs_db: JobsDatabase) -> None:
+    """The others run; each faulty one is named with the reason, and keeps its row."""
     await jobs_db.instance().declare("a-nul", schedule="every 7200 s")
     async with jobs_db.scheduler([*BAD, good]) as scheduler:
         await jobs_db.ended("good")
@@ -86,8 +86,10 @@ async def test_a_job_that_can_t_be_declared_harms_itself_alone(jobs_db: JobsData
         assert (await ready(jobs_db, scheduler))[1]["checks"]["jobs"] == "ok"
 
 
-async def test_the_control_of_it(jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All in one: then none is declared, none runs, and all of them are named."""
+async def test_declared_in_one_statement_no_job_runs(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: declared all together, none is declared, none runs, and all are named."""
     monkeypatch.setattr(declarations, "applied_if_unavailable", lambda _error: "no")
     async with jobs_db.scheduler([*BAD, good]) as scheduler:
         async with asyncio.timeout(10):
@@ -104,8 +106,10 @@ async def _declared(scheduler: Scheduler) -> datetime:
     return scheduler._capabilities.booted_at
 
 
-async def test_a_forgotten_job_begins_anew_when_it_is_declared_again(jobs_db: JobsDatabase) -> None:
-    """What waited then is not made up for; its fence goes on, as its history does."""
+async def test_a_forgotten_job_starts_afresh_when_it_is_declared_again(
+    jobs_db: JobsDatabase,
+) -> None:
+    """Ticks missed meanwhile are not made up for; the fence continues, and so does the history."""
     instance = jobs_db.instance()
     await instance.declare("good")
     claimed = await instance.claim()

@@ -1,4 +1,4 @@
-"""What can't work is refused when it is declared, with a sentence that names the value."""
+"""An invalid declaration is refused with a sentence that names the value."""
 
 import re
 import sys
@@ -125,29 +125,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_wrong_declaration_is_refused(what: str) -> None:
-    """One sentence says what is wrong, with the value, and of which job."""
+    """One sentence names the job, the fault and the value."""
     arguments, sentence = REFUSED[what]
     with pytest.raises(DeclarationError) as refusal:
         declare(**arguments)
-    said = str(refusal.value)
-    assert sentence in said
-    assert "\n" not in said
-    assert said.endswith(".")
-    assert re.match(r"Job moon: |A job can't be named ", said)
-    assert refusal.value.__cause__ is None  # nobody has to read a traceback of two errors
+    message = str(refusal.value)
+    assert sentence in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert re.match(r"Job moon: |A job can't be named ", message)
+    assert refusal.value.__cause__ is None  # the traceback shows one error only
 
 
 @pytest.mark.parametrize("value", [None, 7, "moon", [nothing], object()])
 def test_only_a_function_is_a_job(value: object) -> None:
-    """What can't be called is named."""
+    """A value that can't be called is refused and named."""
     with pytest.raises(DeclarationError, match=r"Job moon: .* is not a function") as refusal:
         declare(cast("Any", value), every=MINUTE)
     assert repr(value) in str(refusal.value)
 
 
 @pytest.mark.parametrize("character", ["\0", "\ud800"])
-def test_a_description_is_text_that_can_be_kept(character: str) -> None:
-    """A docstring that PostgreSQL can't hold is refused where it stands; others may be odd."""
+def test_a_description_is_text_that_can_be_stored(character: str) -> None:
+    """A docstring that PostgreSQL can't store is refused at its declaration; any other is taken."""
 
     def described(_run: object) -> None:
         pass
@@ -169,7 +169,7 @@ def _yields_too(_run: object) -> Iterator[int]:
 
 @pytest.mark.parametrize("function", [_yields, _yields_too])
 def test_a_generator_is_no_job(function: Callable[[Any], Any]) -> None:
-    """Calling a generator function runs nothing of it: it would succeed without having begun."""
+    """A call of a generator function does not run its body: the job would succeed without work."""
     with pytest.raises(DeclarationError, match="is not a function"):
         declare(function, every=MINUTE)
 
@@ -179,8 +179,8 @@ class Calls:
         return "called"
 
 
-def test_what_is_async_is_known_for_it() -> None:
-    """Coroutine functions, partial ones and objects with an async call go to the event loop."""
+def test_async_functions_are_recognized() -> None:
+    """Coroutine functions, partials and objects with an async call run in the event loop."""
     assert declare(nothing, every=MINUTE).is_async
     assert declare(partial(nothing), every=MINUTE).is_async
     assert declare(Calls(), every=MINUTE).is_async
@@ -188,8 +188,8 @@ def test_what_is_async_is_known_for_it() -> None:
     assert not declare(partial(in_thread), every=MINUTE).is_async
 
 
-def test_a_declaration_is_kept_as_it_was_said() -> None:
-    """Durations are in seconds, what was left out is None, the docstring is for people."""
+def test_a_job_has_the_declared_values() -> None:
+    """Durations are in seconds, missing options are None, the docstring is the description."""
     plain = declare(every=90 * SECOND)
     assert plain.schedule == Every(90 * SECOND)
     assert (plain.timeout_seconds, plain.retry_after_seconds, plain.min_seconds) == (None,) * 3
@@ -212,7 +212,7 @@ def test_a_declaration_is_kept_as_it_was_said() -> None:
 
 
 def test_cron_is_read_in_utc_unless_a_zone_is_given() -> None:
-    """`tz` decides what three o'clock is."""
+    """`tz` is the zone of the hours in `cron`."""
     noon = datetime(2025, 7, 1, 12, tzinfo=UTC)
     hours = {
         zone: declare(cron="0 3 * * *", tz=zone).schedule.next_after(noon, noon).hour
@@ -222,14 +222,14 @@ def test_cron_is_read_in_utc_unless_a_zone_is_given() -> None:
 
 
 def test_a_name_is_declared_once() -> None:
-    """Two jobs of one name would share a row."""
+    """Two jobs with one name would share a row."""
     twice = [declare(nothing, every=MINUTE), declare(in_thread, every=SECOND)]
     with pytest.raises(DeclarationError, match="Two jobs are named moon"):
         Registry([declare(name="sun", every=MINUTE), *twice])
 
 
 @pytest.mark.parametrize(
-    ("timeout", "least", "default", "said"),
+    ("timeout", "least", "default", "message"),
     [
         (120, None, 120, "its timeout (120 s) must be above its minimum duration (120 s"),
         (5, None, 120, "its timeout (5 s) must be above its minimum duration (120 s"),
@@ -240,7 +240,7 @@ def test_a_name_is_declared_once() -> None:
     ],
 )
 def test_a_run_must_be_able_to_succeed(
-    timeout: float | None, least: float | None, default: float, said: str | None
+    timeout: float | None, least: float | None, default: float, message: str | None
 ) -> None:
     """A timeout within JOB_MIN_SECONDS is refused with both numbers and the variable's name."""
     registry = Registry(
@@ -252,12 +252,12 @@ def test_a_run_must_be_able_to_succeed(
             )
         ]
     )
-    if said is None:
+    if message is None:
         registry.check(min_seconds=default)
         return
     with pytest.raises(DeclarationError, match="JOB_MIN_SECONDS") as refusal:
         registry.check(min_seconds=default)
-    assert str(refusal.value).startswith(f"Job moon: {said}")
+    assert str(refusal.value).startswith(f"Job moon: {message}")
 
 
 @pytest.mark.parametrize(
@@ -376,13 +376,13 @@ def test_an_entry_point_without_usable_jobs_is_named(
 
 
 def test_a_job_that_two_modules_have_is_one() -> None:
-    """A module that imports another's job declares it no second time."""
+    """A module that imports another module's job does not declare it again."""
     twice = Registry.load("balance_app.maintenance,,balance_app.maintenance.audits,")
     assert set(twice) == set(Registry.load("balance_app.maintenance"))
 
 
-def test_the_ten_jobs_stand_with_the_defaults() -> None:
-    """What is shipped is not refused."""
+def test_the_ten_jobs_are_valid_with_the_default_settings() -> None:
+    """No declaration of the service's own jobs is refused."""
     registry = Registry.load("balance_app.maintenance")
     registry.check(min_seconds=load_settings().job_min_seconds)
     assert registry["audit-ledger"].name == "audit-ledger"

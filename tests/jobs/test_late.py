@@ -18,7 +18,7 @@ REASON = "no instance started it within 60 s"
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 

@@ -1,7 +1,7 @@
-"""Why no job runs twice and none is forgotten: every state that the protocol can reach is tried.
+"""No two runs of a job overlap and no job is stranded: every reachable state is checked.
 
-`pytest -rP tests/jobs/test_model.py` tells, for each guard, the shortest story of what happens
-without it.
+`pytest -rP tests/jobs/test_model.py` shows, for each guard, the shortest trace to the invariant
+that breaks without it.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ NEEDED = [
     (Guard.TAKEOVER, Invariant.STRANDED),
     (Guard.LOST_WHILE_PAUSED, Invariant.STRANDED),
     (Guard.FENCE, Invariant.WRITE),
-    (Guard.RENEWAL_FENCE, Invariant.STRANGER),
+    (Guard.RENEWAL_FENCE, Invariant.FOREIGN_RENEWAL),
     (Guard.RENEWAL_IN_TIME, Invariant.WRITE),
     (Guard.TIME_OF_EXECUTION, Invariant.WRITE),
     (Guard.WRITE_FENCE, Invariant.WRITE),
@@ -43,15 +43,15 @@ NEEDED = [
     (Guard.CLOCK, Invariant.OVERLAP),
 ]
 
-FENCED = frozenset({Invariant.WRITE, Invariant.STRANGER, Invariant.STRANDED})
+FENCED = frozenset({Invariant.WRITE, Invariant.FOREIGN_RENEWAL, Invariant.STRANDED})
 REMAINS = {
-    # The fence need not know what a process does: it protects the data of a suspended machine too.
+    # The fence does not depend on clocks: it protects the data from a suspended machine too.
     Guard.WATCHDOG: FENCED,
     Guard.CLOCK: FENCED,
-    # Safety does not depend on cancelling in time; what it saves is the rest of the process.
+    # Safety does not depend on the cancellation; it saves the process from the watchdog timer.
     Guard.CANCEL: frozenset(Invariant) - {Invariant.SURVIVAL},
-    # A stranger's renewal makes the next run wait, no more: nobody trusts a lease by it.
-    Guard.RENEWAL_FENCE: frozenset(Invariant) - {Invariant.STRANGER},
+    # A foreign renewal only delays the next run: no instance trusts a lease because of it.
+    Guard.RENEWAL_FENCE: frozenset(Invariant) - {Invariant.FOREIGN_RENEWAL},
 }
 
 
@@ -62,7 +62,7 @@ def size_of(protocol: Protocol) -> str:
 
 @pytest.mark.parametrize("protocol", SMALL + LARGE * FULL, ids=size_of)
 def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
-    """With all guards in place nothing can go wrong, and a job waits for at most one lease."""
+    """With all guards in place no invariant breaks, and a job waits for at most one lease."""
     result = search(protocol)
     report_figures(f"{result.states:,} states, {result.steps:,} steps")
     assert result.broken is None, "\n".join(result.trace)
@@ -73,7 +73,7 @@ def test_no_state_breaks_an_invariant(protocol: Protocol) -> None:
     ("guard", "invariant"), NEEDED, ids=[f"{guard.name}-{broken.name}" for guard, broken in NEEDED]
 )
 def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
-    """Without any one of the guards there is a way to break an invariant."""
+    """Without any one of the guards there is a path to a broken invariant."""
     result = search(Protocol(frozenset({guard}), lease=2), frozenset({invariant}))
     story = [f"Without this: {guard}.", *result.trace, f"Broken: {invariant}."]
     report_figures("\n".join(story))
@@ -81,14 +81,14 @@ def test_each_guard_is_needed(guard: Guard, invariant: Invariant) -> None:
 
 
 def test_no_guard_and_no_invariant_is_left_out() -> None:
-    """Each guard is taken out once, and each invariant is seen to break."""
+    """Each guard is removed once, and each invariant is seen to break."""
     assert {guard for guard, _ in NEEDED} == set(Guard)
     assert {invariant for _, invariant in NEEDED} == set(Invariant)
 
 
 @pytest.mark.parametrize("guard", REMAINS, ids=lambda guard: guard.name)
 def test_what_remains_without_a_guard(guard: Guard) -> None:
-    """Where one line of defence falls, the others hold."""
+    """Without one guard, the other invariants still hold."""
     protocol = Protocol(frozenset({guard}), lease=2, room=size(1, 2))
     result = search(protocol, REMAINS[guard])
     report_figures(f"Without this: {guard}. {result.states:,} states")
@@ -97,9 +97,9 @@ def test_what_remains_without_a_guard(guard: Guard) -> None:
 
 @pytest.mark.parametrize("beyond", [replace(STEPPING, reserve=0), replace(STEPPING, step=2)])
 def test_a_clock_that_steps_further_than_the_reserve_lets_runs_overlap(beyond: Protocol) -> None:
-    """Control: as far as the reserve nothing breaks; further, trust outlasts the lease.
+    """Control: up to the reserve no invariant breaks; beyond it, trust outlasts the lease.
 
-    What a run writes is fenced all the same.
+    The writes of a run are fenced all the same.
     """
     for invariant in (Invariant.TRUST, Invariant.OVERLAP):
         result = search(beyond, frozenset({invariant}))

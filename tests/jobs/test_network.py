@@ -1,4 +1,4 @@
-"""The network between an instance and PostgreSQL falls silent, or a job leaves no time for it."""
+"""The network between an instance and PostgreSQL freezes, or a job blocks the event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -19,11 +19,11 @@ LEASE_SECONDS = size(small=3, full=6)
 ROUNDS = size(small=2, full=15)
 BLOCKING_SECONDS = size(small=8, full=20)
 RUN_SECONDS = size(small=8, full=20)
-# Past every lease of the instance, and late enough for others to have taken its jobs.
+# Longer than every lease of the instance, and enough for others to have taken its jobs.
 SILENT_SECONDS = LEASE_SECONDS + 3
 TAKES_PART_SECONDS = 30
 
-# A lease that was over and is renewed, told by PostgreSQL itself.
+# PostgreSQL itself records each renewal of a lease that was over.
 WATCH_LEASES = """
 CREATE TABLE revived (job text, fence bigint);
 CREATE FUNCTION note_revival() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -38,7 +38,7 @@ WHEN (new.fence = old.fence AND new.lease_expires_at > old.lease_expires_at
 EXECUTE FUNCTION note_revival();
 """
 
-# Runs that have a while to go.
+# Runs that do not end soon.
 HAS_YOUNG_RUNS = """
 SELECT count(*) > 0 FROM jobs
 WHERE server = $1 AND started_at > clock_timestamp() - make_interval(secs => $2)
@@ -48,7 +48,7 @@ HAS_STARTED = "SELECT count(*) > 0 FROM job_runs WHERE server = $1 AND started_a
 
 
 class Round(NamedTuple):
-    """An instance whose network froze and healed (monotonic), and how soon it was not ready."""
+    """An instance whose network froze and healed (monotonic times), and when it was not ready."""
 
     name: str
     frozen: float
@@ -57,7 +57,7 @@ class Round(NamedTuple):
 
 
 async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_path: Path) -> None:
-    """An instance whose network is frozen stops its jobs in time, lives, and takes part again."""
+    """An instance with a frozen network stops its runs in time, and claims again later."""
     instances, jobs = size(small=3, full=5), size(small=6, full=10)
     rounds: list[Round] = []
     lives = set()
@@ -113,7 +113,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
     )
     assert overlaps(spans) == []
     assert len(moves) >= ROUNDS
-    assert all(before.ended for _, before, _ in moves)  # it could say good-bye: it was not killed
+    assert all(before.ended for _, before, _ in moves)  # each wrote its end: none was killed
     assert alive == [None] * instances
     assert lives == {200}
     assert revived == []
@@ -122,7 +122,7 @@ async def test_jobs_stop_before_others_start_them(database: dict[str, str], tmp_
 
 
 async def test_without_the_watchdog_runs_overlap(database: dict[str, str], tmp_path: Path) -> None:
-    """The control: runs that nobody tells that their lease is over are still there."""
+    """The control: runs that are not cancelled when their lease is over go on."""
     async with _fleet(
         database,
         tmp_path,
@@ -130,7 +130,7 @@ async def test_without_the_watchdog_runs_overlap(database: dict[str, str], tmp_p
         FLEET_JOBS="2",
         FLEET_KIND="quiet",
         FLEET_SECONDS="30",
-        FLEET_UNGUARDED="watchdog",
+        FLEET_MUTANTS="watchdog",
     ) as fleet:
         connection = await connect(database)
         await _wait_for(connection, "SELECT bool_and(holder IS NOT NULL) FROM jobs")
@@ -147,25 +147,25 @@ async def test_without_the_watchdog_runs_overlap(database: dict[str, str], tmp_p
 
 
 async def test_late_messages_change_nothing(postgres: dict[str, str], tmp_path: Path) -> None:
-    """What arrives when a network heals neither revives a lease nor starts a run."""
+    """Messages that arrive when the network heals neither revive a lease nor start a run."""
     async with (
         empty_database(postgres) as first,
         empty_database(postgres) as second,
         empty_database(postgres) as third,
     ):
-        guarded, unguarded, unheard = await asyncio.gather(
+        guarded, control, late_claims = await asyncio.gather(
             _revivals(first, tmp_path / "1"),
-            _revivals(second, tmp_path / "2", FLEET_UNGUARDED="expiry"),
-            _unheard_claims(third, tmp_path / "3"),
+            _revivals(second, tmp_path / "2", FLEET_MUTANTS="expiry"),
+            _late_claims(third, tmp_path / "3"),
         )
-    report_figures(f"claims whose answer came late and that started nothing: {unheard}")
+    report_figures(f"claims whose answer came late and that started no run: {late_claims}")
     assert guarded == []
-    assert unguarded != []
-    assert unheard > 0
+    assert control != []
+    assert late_claims > 0
 
 
 async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path: Path) -> None:
-    """A job that sleeps or computes in the event loop keeps its lease, and its instance lives."""
+    """A job that sleeps or computes in the event loop keeps its lease; its instance stays up."""
     async with _fleet(
         database,
         tmp_path,
@@ -200,7 +200,7 @@ async def test_blocking_jobs_keep_their_lease(database: dict[str, str], tmp_path
 async def _fleet(
     database: dict[str, str], directory: Path, instances: int, **env: str
 ) -> AsyncIterator[list[tuple[Instance, Proxy]]]:
-    """Run instances that reach their database through a proxy each."""
+    """Run instances, each connected to the database through a proxy of its own."""
     directory.mkdir(exist_ok=True)
     settings = {
         "FLEET_EVENT_LOGS": str(directory),
@@ -241,7 +241,7 @@ async def _revivals(database: dict[str, str], directory: Path, **env: str) -> li
         await asyncio.sleep(1)
         assert proxy.held() > 0
         proxy.heal()
-        # It takes its jobs again, as new runs.
+        # It claims its jobs again, as new runs.
         await _wait_for(connection, "SELECT bool_and(fence > 1 AND holder IS NOT NULL) FROM jobs")
         assert instance.process is not None
         assert instance.process.returncode is None
@@ -251,8 +251,8 @@ async def _revivals(database: dict[str, str], directory: Path, **env: str) -> li
     return revived
 
 
-async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
-    """Hold back answers for longer than a lease; return how many claims started nothing."""
+async def _late_claims(database: dict[str, str], directory: Path) -> int:
+    """Delay answers for longer than a lease; return how many claims started no run."""
     async with _fleet(
         database,
         directory,
@@ -261,7 +261,7 @@ async def _unheard_claims(database: dict[str, str], directory: Path) -> int:
         FLEET_KIND="quiet",
         FLEET_SECONDS="0.1",
         FLEET_EVERY="1",
-        # A claim is waited for for 2.5 s: longer than this lease.
+        # A claim's timeout is 2.5 s: longer than this lease.
         JOB_LEASE_SECONDS="1.5",
         JOB_HEARTBEAT_SECONDS="0.5",
     ) as [(instance, proxy)]:
@@ -289,14 +289,14 @@ def _alive(fleet: Sequence[tuple[Instance, Proxy]]) -> list[int | None]:
 
 
 async def _blink(proxy: Proxy) -> None:
-    """Freeze a network for a moment that no lease is lost in."""
+    """Freeze a network for too short a time to lose a lease."""
     proxy.freeze()
     await asyncio.sleep(LEASE_SECONDS / 6)
     proxy.heal()
 
 
 def _moves(spans: Sequence[Span], frozen: Round) -> list[tuple[Span, Span]]:
-    """Return the runs of a frozen instance, each with the one elsewhere that came after it."""
+    """Return the runs of a frozen instance, each with the next run of its job elsewhere."""
     under_way = [
         span
         for span in spans
@@ -328,7 +328,7 @@ async def _wait_for(
 
 
 async def _starts_again(directory: Path, server: str, since: float) -> None:
-    """Wait until code of a new run executes: a claim whose answer came late starts nothing."""
+    """Wait until a new run executes: a claim whose answer came late starts none."""
     async with asyncio.timeout(TAKES_PART_SECONDS):
         while not any(  # noqa: ASYNC110 - lines in a file have no event
             span.server == server and span.begin > since for span in read_event_logs(directory)

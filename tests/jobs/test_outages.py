@@ -1,4 +1,4 @@
-"""PostgreSQL stands still for a while, again and again, and every instance lives: no job stays."""
+"""PostgreSQL is frozen again and again while all instances stay up: no job stops for good."""
 
 import asyncio
 import random
@@ -17,10 +17,10 @@ JOBS = 4
 OUTAGES = size(small=3, full=5)
 LONGEST_SECONDS = size(small=6, full=60)
 LEASE_SECONDS = size(small=3, full=12) / 2
-# From the end of an outage until every job runs again: it was released a few times.
+# From the end of an outage until every job runs again, after a few releases.
 BOUND_SECONDS = 30
-# As old as the program was: losses stand, and nobody waits for those who come back.
-UNGUARDED = {"FLEET_UNGUARDED": "outages"}
+# As in an earlier version: losses are not refuted, and no takeover is delayed.
+MUTANT = {"FLEET_MUTANTS": "outages"}
 
 RUNNING = """
 SELECT count(*) = $1 FROM jobs WHERE holder IS NOT NULL AND lease_expires_at > clock_timestamp()
@@ -33,7 +33,7 @@ FROM job_runs GROUP BY 1 ORDER BY 1
 
 
 async def test_outages_stop_no_job_for_good(tmp_path: Path) -> None:
-    """After each outage all jobs run again by themselves, and no loss is held against anybody."""
+    """After each outage all jobs run again without help, and no loss counts against a job."""
     async with own_postgres() as server:
         database = server.environment()
         back: list[str] = []
@@ -47,7 +47,7 @@ async def test_outages_stop_no_job_for_good(tmp_path: Path) -> None:
                 took = await _all_run(database)
                 back.append(f"{took:.1f} s after {seconds:.1f} s")
                 await asyncio.sleep(random.uniform(0, 2 * LEASE_SECONDS))
-            for _ in range(30):  # a machine that is starved loses leases, too, and takes it back
+            for _ in range(30):  # a starved machine loses leases, too, and refutes the losses
                 await asyncio.sleep(LEASE_SECONDS)
                 outcomes, blamed = await _history(database)
                 if not blamed and not any(each.startswith("lost") for each in outcomes):
@@ -61,10 +61,10 @@ async def test_outages_stop_no_job_for_good(tmp_path: Path) -> None:
 
 
 async def test_without_the_guards_losses_stand(tmp_path: Path) -> None:
-    """The control: where losses stand, the same outages are held against jobs that did nothing."""
+    """The control: where losses are not refuted, the same outages count against the jobs."""
     async with own_postgres() as server:
         database = server.environment()
-        async with running(_fleet(database, tmp_path, **UNGUARDED)):
+        async with running(_fleet(database, tmp_path, **MUTANT)):
             await _all_run(database)
             for _ in range(OUTAGES):
                 await freeze(server)

@@ -1,4 +1,4 @@
-"""How runs end whose functions do odd things, and that what is only for show can't fail one."""
+"""How runs with unusual functions end; what a run only displays can't fail it."""
 
 import asyncio
 import functools
@@ -59,7 +59,7 @@ def statements(*sql: str) -> Callable[[Run], Any]:
 
 
 async def test_a_limit_of_the_server_is_the_jobs_failure(jobs_db: JobsDatabase) -> None:
-    """It is told with the limit; only a connection that was really lost is an outage."""
+    """The result names the limit; only a connection that was really lost is an outage."""
 
     async def idle(run: Run) -> None:
         async with run.transaction():
@@ -67,7 +67,7 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(jobs_db: JobsDatabase) 
 
     async def blocks(run: Run) -> None:
         async with run.transaction() as connection:
-            time.sleep(2)  # noqa: ASYNC251 - as a job may do
+            time.sleep(2)  # noqa: ASYNC251 - a job may block
             await connection.execute("SELECT 1")
 
     def thread(run: ThreadRun) -> None:
@@ -100,16 +100,16 @@ async def test_a_limit_of_the_server_is_the_jobs_failure(jobs_db: JobsDatabase) 
             "killed": statements("SELECT pg_terminate_backend(pg_backend_pid())"),
         },
     )
-    late |= await outcomes(jobs_db, {"blocks": blocks})  # it blocks the others' claims
-    said = {name: f"{outcome}: {result}" for name, (outcome, result) in late.items()}
+    late |= await outcomes(jobs_db, {"blocks": blocks})  # alone: it blocks the event loop
+    results = {name: f"{outcome}: {result}" for name, (outcome, result) in late.items()}
     limit = "failed: TransactionLimitError: The server ended a transaction: "
-    assert said["idle"] == f"{limit}it was idle for longer than 1.5 s."
-    assert said["blocks"].startswith(f"{limit}it was idle for longer than 1.5 s")
-    assert said["thread"] == f"{limit}it was idle for longer than 1.5 s."
-    assert said["long"] == f"{limit}it lasted for longer than 4.5 s (SQLSTATE 25P04)."
-    assert said["catches"].startswith(f"{limit}it lasted for longer than 4.5 s")
-    assert said["statement"].startswith("failed: QueryCanceledError: canceling statement due to")
-    assert said["locked"].startswith("failed: LockNotAvailableError")
+    assert results["idle"] == f"{limit}it was idle for longer than 1.5 s."
+    assert results["blocks"].startswith(f"{limit}it was idle for longer than 1.5 s")
+    assert results["thread"] == f"{limit}it was idle for longer than 1.5 s."
+    assert results["long"] == f"{limit}it lasted for longer than 4.5 s (SQLSTATE 25P04)."
+    assert results["catches"].startswith(f"{limit}it lasted for longer than 4.5 s")
+    assert results["statement"].startswith("failed: QueryCanceledError: canceling statement due to")
+    assert results["locked"].startswith("failed: LockNotAvailableError")
     assert late["killed"][0] == "released"
 
 
@@ -131,7 +131,7 @@ async def test_a_conflict_of_transactions_is_the_jobs_failure(jobs_db: JobsDatab
         await other.execute("SELECT pg_advisory_lock(8)")
 
         async def close_the_circle() -> None:
-            await asyncio.sleep(0.3)  # who waits first looks first, and is ended
+            await asyncio.sleep(0.3)  # the first to wait checks for a deadlock first, and is ended
             await other.execute("SELECT pg_advisory_lock(9)")
 
         async with run.transaction() as connection:
@@ -165,7 +165,7 @@ async def test_a_conflict_of_transactions_is_the_jobs_failure(jobs_db: JobsDatab
 
 
 async def body(run: Run) -> str:
-    """Use all that a run has, as a function would that does not know how it is called."""
+    """Use everything that a run offers, as an ordinary async job does."""
     run.progress(1, 2)
     await run.checkpoint({"a": 1})
     async with run.transaction() as connection:
@@ -197,7 +197,7 @@ async def returns_task(run: Run) -> Any:  # noqa: ANN401 - a task
 
 
 async def test_an_awaitable_result_is_awaited(jobs_db: JobsDatabase) -> None:
-    """However a coroutine function is wrapped, its body runs; of a generator's it is said."""
+    """However a coroutine function is wrapped, its body runs; a generator's does not, and fails."""
 
     async def asynchronous(_run: Run) -> AsyncIterator[int]:
         yield 1
@@ -232,10 +232,10 @@ async def test_an_awaitable_result_is_awaited(jobs_db: JobsDatabase) -> None:
     assert set(ends.values()) == {("succeeded", "the body ran")}
 
 
-async def test_what_an_awaitable_does_when_it_is_stopped_counts_as_of_an_async_job(
+async def test_a_returned_awaitable_is_stopped_like_an_async_job(
     jobs_db: JobsDatabase,
 ) -> None:
-    """It is cancelled like one, and has not succeeded if it makes nothing of it."""
+    """It is cancelled, and has timed out even if it swallows the cancellation."""
 
     async def swallows(_run: Run) -> str:
         try:
@@ -257,7 +257,7 @@ async def test_what_an_awaitable_does_when_it_is_stopped_counts_as_of_an_async_j
 
 
 class Odd:
-    """Whatever is asked of it, it raises."""
+    """Raises at every operation."""
 
     def __raise(self, *_: object) -> Any:  # noqa: ANN401 - nothing
         raise ValueError("odd")
@@ -280,8 +280,8 @@ ODD: list[Any] = [
 ]
 
 
-async def test_what_is_only_for_show_cannot_fail_a_run(jobs_db: JobsDatabase) -> None:
-    """Whatever a run says of its progress, it goes on, and the heartbeats with it."""
+async def test_invalid_progress_fails_no_run(jobs_db: JobsDatabase) -> None:
+    """Whatever progress a run reports, it goes on, and so do its heartbeats."""
     notes: list[Any] = [*ODD, "x" * 30_000_000, "\0\ud800", ["a", "list"]]
 
     async def shows(run: Run) -> str:
@@ -309,8 +309,8 @@ async def test_what_is_only_for_show_cannot_fail_a_run(jobs_db: JobsDatabase) ->
     assert set(ends.values()) == {("succeeded", "went on")}
 
 
-async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
-    """Errors in groups, and what errors are from, stand in the result; outages stay outages."""
+async def test_the_result_names_errors_in_groups_and_causes(jobs_db: JobsDatabase) -> None:
+    """The result contains the errors of groups, and causes; outages are still outages."""
 
     def from_cause() -> Exception:
         error = KeyError("outer")
@@ -329,7 +329,7 @@ async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
     circle = ValueError("round")
     circle.__cause__ = RuntimeError("and")
     circle.__cause__.__cause__ = circle
-    away = DatabaseUnavailable("It is unavailable.", applied="no")
+    unavailable = DatabaseUnavailable("It is unavailable.", applied="no")
     ends = await outcomes(
         jobs_db,
         {
@@ -337,8 +337,10 @@ async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
             "nested": lambda _run: raises(nested),
             "circle": lambda _run: raises(circle),
             "many": lambda _run: raises(ExceptionGroup("m", [ValueError("x" * 10**6)] * 9999)),
-            "away": lambda _run: raises(ExceptionGroup("o", [away, LeaseLostError("lost")])),
-            "not-only": lambda _run: raises(ExceptionGroup("o", [away, ValueError("mine")])),
+            "unavailable": lambda _run: raises(
+                ExceptionGroup("o", [unavailable, LeaseLostError("lost")])
+            ),
+            "not-only": lambda _run: raises(ExceptionGroup("o", [unavailable, ValueError("mine")])),
         },
     )
     assert "ZeroDivisionError: in the task" in str(ends["group"][1])
@@ -351,7 +353,7 @@ async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
     )
     assert str(ends["circle"][1]).startswith("ValueError: round (from RuntimeError: and (from")
     assert len(str(ends["many"][1])) == 2000
-    assert ends["away"][0] == "released"
+    assert ends["unavailable"][0] == "released"
     assert ends["not-only"][0] == "failed"
     assert "ValueError: mine" in str(ends["not-only"][1])
     assert "without a text" in describe(ValueError(Odd()))
@@ -359,7 +361,7 @@ async def test_what_is_in_a_group_is_named(jobs_db: JobsDatabase) -> None:
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_a_huge_error_is_cut_in_the_log(monkeypatch: pytest.MonkeyPatch, log_format: Any) -> None:  # noqa: ANN401 - a literal
-    """The log has the beginning and the end of what an error says, not its 30 MB."""
+    """The log has the beginning and the end of an error's message, not its 30 MB."""
     root = logging.getLogger()
     before = (root.handlers, root.level)
     stream = io.StringIO()

@@ -33,7 +33,7 @@ WHERE name = $1
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 

@@ -1,4 +1,4 @@
-"""An instance that is asked to stop releases its jobs; they go on elsewhere, where they were."""
+"""An instance that is asked to stop releases its jobs; they resume elsewhere."""
 
 import asyncio
 import itertools
@@ -13,12 +13,12 @@ from tests.processes import Instance
 from tests.system.sizes import report_figures, size
 
 ROUNDS = size(small=2, full=10)
-# The promise is a second; a machine that is busy with other tests gets another.
+# One second is promised; the other is slack for a busy machine.
 RELEASE_SECONDS = size(small=2, full=1)
 STOP_SECONDS = 3
 UNCANCELLABLE_SECONDS = 6.5
 
-# Runs of a job follow each other: how one ended, and how long after that the next began.
+# The outcome of each run, and the seconds until the next run of its job.
 HISTORY = """
 SELECT outcome, extract(epoch FROM lead(started_at) OVER (PARTITION BY job ORDER BY id) - ended_at)
        ::float8
@@ -29,7 +29,7 @@ HELD = "SELECT name FROM jobs WHERE holder IS NOT NULL"
 
 
 async def serve(where: JobsDatabase, count: int, env: dict[str, str]) -> list[Instance]:
-    """Start instances whose jobs last for ever; wait until all jobs run."""
+    """Start instances whose jobs never end; wait until all jobs run."""
     env = {"FLEET_SECONDS": "3600", "JOB_WARM_UP_SECONDS": "2", **env}
     instances = where.instances(count, env)
     for instance in instances:
@@ -40,7 +40,7 @@ async def serve(where: JobsDatabase, count: int, env: dict[str, str]) -> list[In
 
 
 def gaps(spans: list[Span]) -> list[float]:
-    """Return how long after the last line of a run the next run of its job began."""
+    """Return the seconds from the last line of each run to the next run of its job."""
     found = []
     for _, runs in itertools.groupby(sorted(spans, key=_job_and_begin), lambda run: run.job):
         found += [after.begin - before.end for before, after in itertools.pairwise(runs)]
@@ -48,7 +48,7 @@ def gaps(spans: list[Span]) -> list[float]:
 
 
 def not_resumed(spans: list[Span]) -> list[tuple[str, int, object]]:
-    """Return the runs that did not go on from the last checkpoint of their job."""
+    """Return the runs that did not resume from the last checkpoint of their job."""
     wrong = []
     reached: dict[str, tuple[int, int]] = {}
     for span in spans:
@@ -57,7 +57,7 @@ def not_resumed(spans: list[Span]) -> list[tuple[str, int, object]]:
             continue
         lowest, highest = reached.get(span.job, (0, 0))
         step = (first["resumed"] or {"step": 0})["step"]
-        # A run may be requested to stop after its checkpoint is written and before it says so.
+        # A run may be stopped after its checkpoint is written and before it logs that.
         if not lowest <= step <= highest:
             wrong.append((span.job, span.fence, first["resumed"]))
         steps = [line["step"] for line in span.lines if line["what"] == "checkpoint"]
@@ -79,7 +79,7 @@ def figures(name: str, seconds: list[float]) -> str:
 
 
 async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Path) -> None:
-    """Each instance in turn is restarted: none of its jobs overlaps, is lost, or waits long."""
+    """One instance after another is restarted: no job overlaps, is lost, or waits long."""
     stops: list[float] = []
     codes: list[int] = []
     async with jobs_db(postgres, tmp_path) as where:
@@ -88,9 +88,9 @@ async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Pat
             for _ in range(ROUNDS):
                 for instance in instances:
                     await asyncio.sleep(random.uniform(0, 0.7))
-                    asked = monotonic()
+                    signalled_at = monotonic()
                     codes.append(await instance.stop(signal.SIGTERM))
-                    stops.append(monotonic() - asked)
+                    stops.append(monotonic() - signalled_at)
                     await instance.launch()
                     await instance.ready()
             await asyncio.sleep(RELEASE_SECONDS)
@@ -120,14 +120,14 @@ async def test_a_rolling_restart_loses_nothing(postgres: Database, tmp_path: Pat
 
 
 async def test_all_instances_are_stopped_at_once(postgres: Database, tmp_path: Path) -> None:
-    """All end soon, all jobs are free, and the next start goes on where they were."""
+    """All exit soon, all jobs are free, and they resume after the next start."""
     async with jobs_db(postgres, tmp_path) as where:
         instances = await serve(where, 5, {"FLEET_JOBS": "10"})
         try:
             await asyncio.sleep(1)
-            asked = monotonic()
+            signalled_at = monotonic()
             codes = await asyncio.gather(*(instance.stop(signal.SIGTERM) for instance in instances))
-            took = monotonic() - asked
+            took = monotonic() - signalled_at
             history = await where.rows(HISTORY)
             held = await where.column(HELD)
             for instance in instances:
@@ -146,13 +146,13 @@ async def test_all_instances_are_stopped_at_once(postgres: Database, tmp_path: P
     assert all(span.lines[0]["resumed"] for span in spans[-10:])
 
 
-async def test_without_the_hand_back_jobs_wait_for_the_lease(
+async def test_without_the_release_jobs_wait_for_the_lease(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """The control: an instance that just ends leaves its jobs until their leases run out."""
+    """The control: an instance that just exits leaves its jobs held until their leases expire."""
     env = {
         "FLEET_JOBS": "4",
-        "FLEET_UNGUARDED": "release",
+        "FLEET_MUTANTS": "release",
         "JOB_LEASE_SECONDS": "4",
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
@@ -173,16 +173,16 @@ async def test_without_the_hand_back_jobs_wait_for_the_lease(
 async def stop_uncancellable(
     where: JobsDatabase, env: dict[str, str]
 ) -> tuple[int, float, list[Span]]:
-    """Stop one of two instances whose jobs can't be stopped, while a client keeps it waiting."""
+    """Stop one of two instances with uncancellable jobs, while a client's request is unfinished."""
     instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "uncancellable", **env})
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", instances[0].port)
         head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
         await writer.drain()
-        asked = monotonic()
+        signalled_at = monotonic()
         code = await instances[0].stop(signal.SIGTERM, within_seconds=20)
-        took = monotonic() - asked
+        took = monotonic() - signalled_at
         writer.close()
         await where.until(6)
         return code, took, where.spans()
@@ -190,18 +190,20 @@ async def stop_uncancellable(
         await end(instances)
 
 
-async def test_a_thread_that_never_ends(postgres: Database, tmp_path: Path) -> None:
-    """Its process is ended, and its jobs start elsewhere after that.
+async def test_a_thread_that_never_ends_is_killed_before_its_job_restarts(
+    postgres: Database, tmp_path: Path
+) -> None:
+    """Its process is ended first, and its jobs start elsewhere after that.
 
-    If a run counted as ended when it was requested to stop, they would start before.
+    In the control a run counts as ended when it is requested to stop: then its jobs start before.
     """
     async with (
         jobs_db(postgres, tmp_path) as where,
-        jobs_db(postgres, tmp_path) as unguarded,
+        jobs_db(postgres, tmp_path) as control_db,
     ):
         (code, took, spans), control = await asyncio.gather(
             stop_uncancellable(where, {}),
-            stop_uncancellable(unguarded, {"FLEET_UNGUARDED": "threads"}),
+            stop_uncancellable(control_db, {"FLEET_MUTANTS": "threads"}),
         )
         history = await where.rows(HISTORY)
     report_figures(

@@ -1,7 +1,7 @@
-"""Each guard of the statements that move jobs, on the real SQL; cut out, it is missed.
+"""Each guard of the job statements, on the real SQL; without it, its scenario fails.
 
-A guard whose absence nobody notices is no guard, or its test is none: each scenario is played as it
-is, and once more for each of its guards with that guard replaced in the statement's text.
+Each scenario is played with the statements as they are, and once more for each of its guards with
+that guard replaced in the statement's text: then it must yield a fault.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from balance_app.jobs.schedule import TickRange
 from balance_app.jobs.transaction import COMMIT, LEASE_LOST
 from tests.jobs.support import AT_ONCE, Instance, JobsDatabase, on
 from tests.mutants import replaced
-from tests.system.databases import somebody_waits
+from tests.system.databases import session_waits
 from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
@@ -33,18 +33,18 @@ RELEASED: Final = Completion(outcome="released", result="", seconds_ago=0, keeps
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
         yield jobs_db
 
 
-# -- scenarios: each yields what should not have happened ----------------------------------------
+# -- scenarios: each yields the faults that it finds ---------------------------------------------
 
 Scenario = Callable[[JobsDatabase], AsyncIterator[str]]
 
 
 class Guard(NamedTuple):
-    """A piece of a statement, and what is there without it."""
+    """A part of a statement, and its replacement."""
 
     statement: str
     text: str
@@ -52,7 +52,7 @@ class Guard(NamedTuple):
 
 
 async def live_lease(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A job whose lease lasts is nobody else's, however long it has been ready."""
+    """A job with a valid lease can't be claimed, however long it has been ready."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -93,7 +93,7 @@ SELECT pg_advisory_lock(1)
 
 
 async def overtaken_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A claim that has found a job before another took it leaves it to that one."""
+    """A claim that selected a job before another claimed it does not take it from that one."""
     slow, quick = jobs_db.instance("slow"), jobs_db.instance("quick")
     capabilities = await slow.declare("moon")
     await quick.declare("moon")
@@ -103,7 +103,7 @@ async def overtaken_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         await connection.execute("SET search_path = slow, public, pg_catalog")
         arguments = claim_arguments(slow.me, slow.lease, capabilities, AT_ONCE)
         claiming = asyncio.create_task(connection.fetchrow(statements.CLAIM, *arguments))
-        await somebody_waits(jobs_db.variables)
+        await session_waits(jobs_db.variables)
         await quick.claim()
         await locker.execute("SELECT pg_advisory_unlock(1)")
         await claiming
@@ -113,8 +113,8 @@ async def overtaken_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         yield "it took the job from its owner"
 
 
-async def stranger(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """An instance takes no job that was declared after its start, and none that it lacks."""
+async def no_code(jobs_db: JobsDatabase) -> AsyncIterator[str]:
+    """An instance claims no job that was declared after its start, or whose code it has not."""
     old, new = jobs_db.instance("old"), jobs_db.instance("new")
     await old.declare("moon")
     await new.declare("moon", "sun")
@@ -134,11 +134,11 @@ async def stranger(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         claimed = (await instance.claim_next()).claimed
         taken.append(claimed.name if claimed else None)
     if taken != ["sun", None, "moon"]:
-        yield f"it took a job that it lacks: {taken}"
+        yield f"it took a job that it has no code of: {taken}"
 
 
 async def owners_first(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """An instance that lets owners come first takes what waits, and nothing that was lost."""
+    """An instance that lets owners reclaim first claims waiting jobs, but no expired lease."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -152,7 +152,7 @@ async def owners_first(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def higher_fence(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """The fence rises with each claim: what the run before still sends is refused."""
+    """The fence rises with each claim: later statements of the previous run are refused."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -170,7 +170,7 @@ async def higher_fence(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def lost_and_paused(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A job that was lost while it was paused is freed, not started."""
+    """A job that is lost while it is paused is freed, not started."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -192,7 +192,7 @@ async def lost_and_paused(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def lost_too_often(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """The third loss in a row quarantines a job for a while; an end in between counts anew."""
+    """The third loss in a row quarantines a job for a while; a recorded end resets the count."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
@@ -226,7 +226,7 @@ async def lost_too_often(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def retracted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """An instance that lives takes back the losses recorded against it, each once, and no other."""
+    """A live instance refutes the losses recorded against it, each once, and no others."""
     owner, other, dead = (
         jobs_db.instance("owner"),
         jobs_db.instance("other"),
@@ -241,14 +241,14 @@ async def retracted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     row = await jobs_db.row("moon")
     assert (row["lost_streak"], row["holder"]) == (3, None)
     if await other.jobs.retract_losses() != []:
-        yield "it took back what was not its own"
+        yield "it refuted another instance's loss"
     for _ in range(2):
         await owner.jobs.retract_losses()
         row = await jobs_db.row("moon")
         if row["lost_streak"] != 1:
             yield f"{row['lost_streak']} losses are left of one dead instance"
     if (await jobs_db.outcomes("moon"))[0] != ("lost", repository.GONE):
-        yield "the dead instance's loss was taken back"
+        yield "the dead instance's loss was refuted"
     assert (await jobs_db.outcomes("moon"))[1:] == [("released", repository.UNREACHABLE)] * 2
     assert (row["last_outcome"], row["last_result"]) == ("released", repository.UNREACHABLE)
     if (await other.claim_next()).claimed is None:
@@ -256,7 +256,7 @@ async def retracted(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def abandoned(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """What an instance holds and does not run is found: neither its runs, nor what others hold."""
+    """Jobs that an instance holds but does not run are found; not its runs or others' jobs."""
     instance, other = jobs_db.instance("app1"), jobs_db.instance("app2")
     await instance.declare("moon", "sun", "mars")
     await other.declare("moon", "sun", "mars")
@@ -270,7 +270,7 @@ async def abandoned(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def cancelled_and_lost(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """Who asked for the end of a run that was then lost is still heard, by the next owner."""
+    """A cancel request of a run that was then lost still reaches the next owner."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -278,11 +278,11 @@ async def cancelled_and_lost(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
     await jobs_db.expire("moon")
     if (await other.claim()).cancel_requested_by != "ada":
-        yield "the wish was forgotten"
+        yield "the cancel request was lost"
 
 
 async def delayed_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A lease lasts from the statement on, however long ago its transaction began."""
+    """A lease lasts from the statement on, not from the begin of its transaction."""
     instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
     connection = await jobs_db.connect()
@@ -298,7 +298,7 @@ async def delayed_claim(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def delayed_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A renewal in a transaction that began while the lease lasted does not revive it."""
+    """A renewal does not revive a lease that expired since its transaction began."""
     instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     claims = [await instance.claim(), await instance.claim()]
@@ -317,7 +317,7 @@ async def delayed_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def late_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A renewal does not revive a lease that is over, though nobody has taken the job yet."""
+    """A renewal does not revive a lease that is over, even if no other has claimed the job yet."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
@@ -328,7 +328,7 @@ async def late_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def others_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """An instance renews its own leases only, whatever fence it names."""
+    """An instance renews its own leases only, whatever fence it sends."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -353,7 +353,7 @@ async def old_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def both_heartbeats(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """Of an old run and the new one in the same renewal, the new one alone is renewed."""
+    """If a renewal contains an old run and the new one, only the new one is renewed."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
@@ -366,8 +366,8 @@ async def both_heartbeats(jobs_db: JobsDatabase) -> AsyncIterator[str]:
             yield "the old run's lease was renewed too"
 
 
-async def heartbeat_in_a_crowd(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A row that somebody holds locked keeps no other lease from being renewed, and is not lost."""
+async def heartbeat_at_a_locked_row(jobs_db: JobsDatabase) -> AsyncIterator[str]:
+    """A locked row does not keep other leases from being renewed, and is not reported as lost."""
     instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     await instance.claim()
@@ -386,7 +386,7 @@ async def heartbeat_in_a_crowd(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def overtaken_heartbeat(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A renewal that meets the job while it changes hands leaves the new owner's run alone."""
+    """A renewal concurrent with a takeover does not renew the new owner's run."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -418,7 +418,7 @@ async def old_finish(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def others_finish(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """Nobody but its holder ends a run."""
+    """Only its holder can finish a run."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -428,7 +428,7 @@ async def others_finish(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def releasing(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """An instance that ends shortens its own lease, that of this run, and never makes it longer."""
+    """A stopping instance shortens the lease of its own run, and never prolongs it."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -450,14 +450,14 @@ async def releasing(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     await other.claim()
     row = await jobs_db.row("moon")
     assert (row["lost_streak"], row["attempt"], row["releasing"]) == (0, 2, False)
-    said = ("released", "its instance was stopped")
-    assert (row["last_outcome"], row["last_result"]) == said
+    expected = ("released", "its instance was stopped")
+    assert (row["last_outcome"], row["last_result"]) == expected
     _, released, _ = await jobs_db.runs("moon")
-    assert (released["outcome"], released["result"]) == said
+    assert (released["outcome"], released["result"]) == expected
 
 
 async def checkpoints(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A checkpoint is the holder's, with its fence, while the lease lasts."""
+    """A checkpoint needs the holder, its fence and a valid lease."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -475,7 +475,7 @@ async def checkpoints(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A transaction begins for the holder, with its fence, while the lease lasts."""
+    """A transaction begins only for the holder, with its fence, while the lease lasts."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -498,7 +498,7 @@ async def begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def delayed_begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """Whether the lease lasts is asked of the clock, not of the transaction's begin."""
+    """Whether the lease lasts is decided by the clock, not by the transaction's begin."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
@@ -512,14 +512,14 @@ async def delayed_begin(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def commits(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A transaction commits for the holder, with its fence, while the lease lasts."""
+    """A transaction commits only for the holder, with its fence, while the lease lasts."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
     await owner.claim()
 
     async def commits_after(instance: Instance, fence: int, *meanwhile: Awaitable[Any]) -> bool:
-        """Name the run as ENTER does, and let something happen before the commit."""
+        """Set the run as ENTER does; return whether it commits after `meanwhile`."""
         connection = await jobs_db.connect()
         await connection.execute("BEGIN")
         for name, value in {"job": "moon", "fence": fence, "holder": instance.me.id}.items():
@@ -548,7 +548,7 @@ async def commits(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def between_check_and_commit(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """From the check on nobody can take the job, though its lease ends before the commit."""
+    """After the check no other can claim the job, even if its lease ends before the commit."""
     owner, other = jobs_db.instance("owner", lease=SECOND), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -566,8 +566,8 @@ async def between_check_and_commit(jobs_db: JobsDatabase) -> AsyncIterator[str]:
         assert (await other.claim()).fence == 2
 
 
-async def seen_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """When a job was first seen ready is written once: who comes later can't push it on."""
+async def marked_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
+    """The startup mark of a job is written once: later instances can't postpone it."""
     first, second = jobs_db.instance("first"), jobs_db.instance("second")
     await second.declare("moon")
     capabilities = await first.declare("moon", "sun")
@@ -582,12 +582,12 @@ async def seen_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     if (await jobs_db.row("moon"))["startup_marked_at"] != startup_marked_at:
         yield "it was written again"
     if (await jobs_db.row("sun"))["startup_marked_at"] is not None:
-        yield "what is not ready was seen"
+        yield "a job that is not ready was marked"
     await jobs_db.ready("sun")
     await second.jobs.mark_startup(second.capabilities, MINUTE)
     if (await jobs_db.row("sun"))["startup_marked_at"] is not None:
-        yield "who does not know the job has seen it"
-    for ago, renewed in ((1.9, False), (2.1, True)):  # nobody goes by it any more
+        yield "an instance without its code marked the job"
+    for ago, renewed in ((1.9, False), (2.1, True)):  # a mark expires after two warm-ups
         await jobs_db.admin.execute(
             "UPDATE jobs SET startup_marked_at = clock_timestamp() - $1::interval"
             " WHERE name = 'moon'",
@@ -600,7 +600,7 @@ async def seen_once(jobs_db: JobsDatabase) -> AsyncIterator[str]:
 
 
 async def declared_in_between(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A number below the highest that an instance knows can't appear after its start."""
+    """A job number below an instance's highest can't appear after its start."""
     other = await jobs_db.connect()
     instance = jobs_db.instance()
     await instance.declare()
@@ -610,7 +610,7 @@ async def declared_in_between(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     await other.execute(declarations.ADD, "sun", "every 60 s", "", "{}", None, now, now)
     declaring = asyncio.create_task(instance.declare("moon"))
     if declarations.DECLARE_LOCK == DECLARE_LOCK:
-        await somebody_waits(jobs_db.variables)
+        await session_waits(jobs_db.variables)
     else:
         await declaring
     await other.execute("COMMIT")
@@ -619,13 +619,13 @@ async def declared_in_between(jobs_db: JobsDatabase) -> AsyncIterator[str]:
     assert capabilities is not None
     number = (await jobs_db.row("sun"))["number"]
     if number <= capabilities.highest_number and "sun" not in capabilities.missing:
-        yield "it says that it can run a job that it does not know"
+        yield "its capabilities contain a job that it has no code of"
     claims = [(await instance.claim_next()).claimed for _ in range(2)]
     assert "sun" not in [claimed.name for claimed in claims if claimed]
 
 
 async def limited(jobs_db: JobsDatabase) -> AsyncIterator[str]:
-    """A paused job is not claimed; a job that is not ready neither."""
+    """A paused job is not claimed, and neither is one that is not ready."""
     instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     await jobs_db.admin.execute(
@@ -654,7 +654,7 @@ LOCKS = """UPDATE jobs
 """
 LEASED = "AND lease_expires_at > clock_timestamp()"
 
-# What is cut out of the statement for each control, by scenario.
+# The guards to replace for each control, by scenario.
 SCENARIOS: dict[Scenario, list[list[Guard]]] = {
     live_lease: [
         [
@@ -675,7 +675,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("CLAIM", " SKIP LOCKED", "")],
     ],
     overtaken_claim: [[Guard("CLAIM", "AND jobs.claimable_at <= eligible.claimable_at", "")]],
-    stranger: [
+    no_code: [
         [Guard("CLAIM", "number <@ $5::int8multirange", "$5::int8multirange IS NOT NULL")],
     ],
     owners_first: [
@@ -737,7 +737,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
             )
         ]
     ],
-    heartbeat_in_a_crowd: [
+    heartbeat_at_a_locked_row: [
         [Guard("HEARTBEAT", " SKIP LOCKED", "")],
         [Guard("HEARTBEAT", "    FOR NO KEY UPDATE OF jobs SKIP LOCKED\n", "")],
     ],
@@ -773,7 +773,7 @@ SCENARIOS: dict[Scenario, list[list[Guard]]] = {
         [Guard("hold_lease", *OWN_CLOCK)],
     ],
     between_check_and_commit: [[Guard("hold_lease", LOCKS, "PERFORM 1 FROM jobs\n")]],
-    seen_once: [
+    marked_once: [
         [
             Guard(
                 "MARK_STARTUP",
@@ -797,7 +797,7 @@ async def play(jobs_db: JobsDatabase, scenario: Scenario) -> list[str]:
         await jobs_db.close()
 
 
-async def cut(jobs_db: JobsDatabase, guard: Guard, patch: pytest.MonkeyPatch) -> None:
+async def remove(jobs_db: JobsDatabase, guard: Guard, patch: pytest.MonkeyPatch) -> None:
     """Replace a guard, in the program or in the database."""
     if guard.statement == "hold_lease":
         text = await jobs_db.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
@@ -811,13 +811,13 @@ async def cut(jobs_db: JobsDatabase, guard: Guard, patch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 async def test_each_guard_holds_and_is_missed(jobs_db: JobsDatabase, scenario: Scenario) -> None:
-    """Nothing happens that must not; without any one of its guards it does."""
+    """A scenario yields no fault; without any one of its guards it yields one."""
     assert await play(jobs_db, scenario) == []
     hold_lease = await jobs_db.admin.fetchval("SELECT pg_get_functiondef('hold_lease'::regproc)")
     for guards in SCENARIOS[scenario]:
         with pytest.MonkeyPatch.context() as patch:
             for guard in guards:
-                await cut(jobs_db, guard, patch)
+                await remove(jobs_db, guard, patch)
             faults = await play(jobs_db, scenario)
         await jobs_db.admin.execute(hold_lease)
         report_figures(f"without {' and '.join(guard.text.strip() for guard in guards)}: {faults}")
@@ -827,8 +827,8 @@ async def test_each_guard_holds_and_is_missed(jobs_db: JobsDatabase, scenario: S
 # -- claims ----------------------------------------------------------------------------------------
 
 
-async def test_a_crowd_of_claimers_takes_each_job_once(jobs_db: JobsDatabase) -> None:
-    """Fifty connections that claim at once, over and over, share all jobs without a double."""
+async def test_concurrent_claims_take_each_job_once(jobs_db: JobsDatabase) -> None:
+    """Fifty connections that claim repeatedly at once share all jobs without a duplicate."""
     jobs = size(small=300, full=3000)
     instances = [jobs_db.instance(f"app{number}") for number in range(50)]
     for instance in instances:
@@ -858,8 +858,8 @@ async def test_a_crowd_of_claimers_takes_each_job_once(jobs_db: JobsDatabase) ->
     assert await jobs_db.admin.fetchval("SELECT count(*) FROM job_runs") == jobs
 
 
-async def test_a_claim_writes_down_who_runs_what(jobs_db: JobsDatabase) -> None:
-    """The row and the history tell the same, and the claim says all that a run needs."""
+async def test_a_claim_records_the_run(jobs_db: JobsDatabase) -> None:
+    """The row and the history agree, and the claim returns all that a run needs."""
     instance = jobs_db.instance("app7", lease=timedelta(seconds=9))
     await instance.declare("moon")
     found = await instance.claim_next()
@@ -883,7 +883,7 @@ async def test_a_claim_writes_down_who_runs_what(jobs_db: JobsDatabase) -> None:
 async def test_columns_are_read_by_name(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, swapped: bool
 ) -> None:
-    """Two columns of one type that change places in a statement change no meaning."""
+    """Two columns of one type that are swapped in a statement keep their meaning."""
     if swapped:
         for name in ("CLAIM", "ABANDONED"):
             sql = replaced(vars(statements)[name], "releases, retries", "retries, releases")
@@ -897,8 +897,8 @@ async def test_columns_are_read_by_name(
     assert (abandoned.releases, abandoned.retries) == (1, 2)
 
 
-async def test_a_takeover_tells_of_the_loss(jobs_db: JobsDatabase) -> None:
-    """The old run is lost as of the end of its lease; the new one has tick and checkpoint of it."""
+async def test_a_takeover_records_the_loss(jobs_db: JobsDatabase) -> None:
+    """The old run is lost as of the end of its lease; the new one has its tick and checkpoint."""
     owner, other = jobs_db.instance("owner"), jobs_db.instance("other")
     await owner.declare("moon")
     await other.declare("moon")
@@ -926,7 +926,7 @@ async def test_a_takeover_tells_of_the_loss(jobs_db: JobsDatabase) -> None:
 
 
 async def test_the_longest_ready_comes_first(jobs_db: JobsDatabase) -> None:
-    """Jobs are taken in the order in which they became ready, lost ones by the end of the lease."""
+    """Jobs are claimed in the order in which they became ready; lost ones by the lease's end."""
     instance = jobs_db.instance()
     await instance.declare("late", "lost", "middle", "first")
     for name, seconds_ago in {"lost": 99, "late": 1, "middle": 5, "first": 9}.items():
@@ -940,7 +940,7 @@ async def test_the_longest_ready_comes_first(jobs_db: JobsDatabase) -> None:
 
 
 async def test_a_claim_says_when_to_try_again(jobs_db: JobsDatabase) -> None:
-    """Nothing known: no wait; otherwise until the next is ready, or a lease is over."""
+    """None without a job; otherwise the time until the next is ready, or a lease is over."""
     instance = jobs_db.instance()
     await instance.declare()
     found = await instance.claim_next()
@@ -978,28 +978,28 @@ def DONE_UNTIL(due_at: datetime) -> Completion:  # noqa: N802 - a constant but f
 
 # -- claim policy --------------------------------------------------------------------------------
 
-# Whether an instance takes a job, by: seconds since its boot, since the job is ready, since it was
-# marked (None: never), since the last sign of life of a run (None: never). It warms up for 10 s.
+# Whether an instance claims a job, by the seconds since: its boot, the job was ready, its startup
+# mark (None: no mark), the last heartbeat of a run (None: none). The warm-up is 10 s.
 POLICIES = {
-    "never seen, by an instance that is not warmed up": ((5, 3, None, None), False),
+    "not marked, by an instance that is not warmed up": ((5, 3, None, None), False),
     "seen long ago": ((5, 90, 11, None), True),
     "seen lately": ((5, 3, 3, None), False),
-    "seen before it is ready": ((5, -20, 3, None), False),
-    "seen while the instance warmed up": ((15, 90, 6, None), False),
-    "seen by a newcomer": ((50, 90, 3, None), True),
-    "seen by a newcomer, and ready since then": ((50, 3, 4, None), True),
-    "never seen, by an instance that is warmed up": ((50, 90, None, None), True),
-    "the fleet was up before the instance": ((5, 90, 3, 4), True),
-    "the fleet was up before the instance, never seen": ((5, 3, None, 4), True),
-    "a run ended before the instance came up": ((5, 3, 3, 6), False),
+    "marked before it is ready": ((5, -20, 3, None), False),
+    "marked while the instance warmed up": ((15, 90, 6, None), False),
+    "marked by a newcomer": ((50, 90, 3, None), True),
+    "marked by a newcomer, and ready since then": ((50, 3, 4, None), True),
+    "not marked, by an instance that is warmed up": ((50, 90, None, None), True),
+    "other instances were up before": ((5, 90, 3, 4), True),
+    "other instances were up before, not marked": ((5, 3, None, 4), True),
+    "a run ended before the instance started": ((5, 3, 3, 6), False),
 }
 
 
 @pytest.mark.parametrize("case", POLICIES)
-async def test_instances_that_come_up_together_wait_for_each_other(
+async def test_instances_that_start_together_warm_up_first(
     jobs_db: JobsDatabase, case: str
 ) -> None:
-    """They warm up first, from when the job was first seen; a fleet that is up does not wait."""
+    """The warm-up begins with the job's startup mark; instances that are up do not wait."""
     (booted, ready, seen, alive), takes = POLICIES[case]
     instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
@@ -1021,7 +1021,7 @@ async def test_instances_that_come_up_together_wait_for_each_other(
         until_then = max(10 - seen, -ready)
         assert until_then - 2 < found.wait_seconds <= until_then
     if takes and not warmed_up and alive is None:
-        await jobs_db.forget()  # and a load's backoff counts from the end of the warm-up
+        await jobs_db.forget()  # the backoff counts from the end of the warm-up
         await instance.declare("moon")
         await jobs_db.admin.execute(
             "UPDATE jobs SET startup_marked_at = clock_timestamp() - interval '11 s',"
@@ -1034,8 +1034,8 @@ async def test_instances_that_come_up_together_wait_for_each_other(
         ).claimed is not None
 
 
-async def test_who_runs_more_waits_longer(jobs_db: JobsDatabase) -> None:
-    """A job may be taken as long after it is ready as the instance's backoff lasts."""
+async def test_an_instance_with_more_runs_backs_off_longer(jobs_db: JobsDatabase) -> None:
+    """A job can be claimed once it has been ready for the instance's backoff."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await jobs_db.ready("moon", seconds_ago=60)
@@ -1046,8 +1046,8 @@ async def test_who_runs_more_waits_longer(jobs_db: JobsDatabase) -> None:
     assert (await instance.claim_next(backoff=timedelta(seconds=59))).claimed is not None
 
 
-async def test_light_load_goes_round(jobs_db: JobsDatabase) -> None:
-    """Who has claimed in this round lets those go first who have not."""
+async def test_light_load_is_shared_round_by_round(jobs_db: JobsDatabase) -> None:
+    """An instance that has claimed in this round backs off by the tie break."""
     instances = [jobs_db.instance(name) for name in "ABC"]
     names = [f"job-{number}" for number in range(12)]
     for instance in instances:
@@ -1081,7 +1081,7 @@ async def test_light_load_goes_round(jobs_db: JobsDatabase) -> None:
 
 
 async def test_an_end_frees_the_job_for_its_next_tick(jobs_db: JobsDatabase) -> None:
-    """The next tick is a new one: no attempt, no checkpoint, no wish of anybody is left."""
+    """The next tick is a new one: no attempt, checkpoint or request is left."""
     instance = jobs_db.instance("app7")
     await instance.declare("moon")
     claimed = await instance.claim()
@@ -1138,8 +1138,8 @@ async def test_an_end_frees_the_job_for_its_next_tick(jobs_db: JobsDatabase) -> 
     assert len(await jobs_db.runs("moon")) == 3
 
 
-async def test_a_hand_back_keeps_the_tick(jobs_db: JobsDatabase) -> None:
-    """The tick and its checkpoint go to the next owner, at once or when it is said."""
+async def test_a_release_keeps_the_tick(jobs_db: JobsDatabase) -> None:
+    """The tick and its checkpoint go to the next owner, at once or at the given time."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     first = await instance.claim()
@@ -1156,8 +1156,8 @@ async def test_a_hand_back_keeps_the_tick(jobs_db: JobsDatabase) -> None:
     assert row["checkpoint"] is None
 
 
-async def test_a_late_end_counts_while_nobody_has_taken_the_job(jobs_db: JobsDatabase) -> None:
-    """A run that ended in time may say so after its lease, if no other run has begun."""
+async def test_a_late_end_counts_until_the_job_is_claimed(jobs_db: JobsDatabase) -> None:
+    """A run can be finished after its lease is over, if no other run has begun."""
     instance = jobs_db.instance()
     await instance.declare("moon")
     await instance.claim()
@@ -1169,8 +1169,8 @@ async def test_a_late_end_counts_while_nobody_has_taken_the_job(jobs_db: JobsDat
 # -- heartbeats ------------------------------------------------------------------------------------
 
 
-async def test_a_heartbeat_tells_of_the_instance(jobs_db: JobsDatabase) -> None:
-    """An instance is seen with what it can run, whether or not it runs anything."""
+async def test_a_heartbeat_records_the_instance(jobs_db: JobsDatabase) -> None:
+    """An instance is recorded with its capabilities, whether or not it runs a job."""
     instance = jobs_db.instance("app7")
     await jobs_db.instance().declare("moon")
     await instance.declare("sun")
@@ -1184,8 +1184,8 @@ async def test_a_heartbeat_tells_of_the_instance(jobs_db: JobsDatabase) -> None:
     assert second["started_at"] == first["started_at"]
 
 
-async def test_a_heartbeat_brings_the_wish_to_cancel(jobs_db: JobsDatabase) -> None:
-    """Who renews learns that somebody asked for the end of that run, and of no other."""
+async def test_a_heartbeat_returns_cancel_requests(jobs_db: JobsDatabase) -> None:
+    """The renewal result contains the cancel request of that run, and of no other."""
     instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     await instance.claim()
@@ -1197,8 +1197,8 @@ async def test_a_heartbeat_brings_the_wish_to_cancel(jobs_db: JobsDatabase) -> N
     assert (results["mars", 1].renewed, results["mars", 1].still_held) == (False, False)
 
 
-async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(jobs_db: JobsDatabase) -> None:
-    """The first that says so sets the moment, and the next run does not inherit it."""
+async def test_a_heartbeat_records_when_a_run_was_requested_to_stop(jobs_db: JobsDatabase) -> None:
+    """The first such heartbeat sets the time, and the next run does not inherit it."""
     instance = jobs_db.instance()
     capabilities = await instance.declare("moon")
     for fence in (1, 2):
@@ -1225,7 +1225,7 @@ async def test_a_heartbeat_notes_since_when_a_run_is_told_to_stop(jobs_db: JobsD
 
 
 async def test_instances_declare_at_once(jobs_db: JobsDatabase) -> None:
-    """Ten instances with the same jobs make each row once, with dense numbers, and know all."""
+    """Ten instances with the same jobs make each row once, with dense numbers, and can run all."""
     names = [f"job-{number}" for number in range(20)]
     instances = [jobs_db.instance(f"app{number}") for number in range(10)]
     capabilities = await asyncio.gather(*(instance.declare(*names) for instance in instances))
@@ -1238,7 +1238,7 @@ async def test_instances_declare_at_once(jobs_db: JobsDatabase) -> None:
 
 
 async def test_instances_with_other_code_declare_at_once(jobs_db: JobsDatabase) -> None:
-    """Whatever the order, an instance knows its own jobs, and none that it has no code of."""
+    """In any order, an instance's capabilities contain its own jobs, and no others."""
     sets = [{f"job-{(start + step) % 30}" for step in range(12)} for start in range(0, 30, 3)]
     instances = [jobs_db.instance(f"app{number}") for number in range(10)]
     await asyncio.gather(
@@ -1270,7 +1270,7 @@ async def test_first_ticks(jobs_db: JobsDatabase) -> None:
 
 
 async def test_a_changed_schedule_takes_effect(jobs_db: JobsDatabase) -> None:
-    """A job that waits is due at the new schedule's next tick; the grid's anchor stays."""
+    """A waiting job is due at the new schedule's next tick; the anchor is unchanged."""
     instance = jobs_db.instance()
     await instance.declare("moon", schedule="every 3600 s")
     claimed = await instance.claim()
@@ -1284,8 +1284,8 @@ async def test_a_changed_schedule_takes_effect(jobs_db: JobsDatabase) -> None:
     assert (changed["description"], changed["due_at"]) == ("Now with words.", row["due_at"])
 
 
-async def test_a_changed_schedule_forgets_no_tick(jobs_db: JobsDatabase) -> None:
-    """A tick that is due already, or is to be tried again, still runs."""
+async def test_a_changed_schedule_drops_no_due_tick(jobs_db: JobsDatabase) -> None:
+    """A tick that is already due, or is to be retried, still runs."""
     instance = jobs_db.instance()
     await instance.declare("moon", "sun")
     claimed = await instance.claim()
@@ -1301,7 +1301,7 @@ async def test_a_changed_schedule_forgets_no_tick(jobs_db: JobsDatabase) -> None
 
 
 async def test_a_schedule_that_changes_under_a_run(jobs_db: JobsDatabase) -> None:
-    """The end of a run is refused with the new schedule, so that its next tick is one of that."""
+    """A finish by the old schedule is refused and returns the new one, which sets the next tick."""
     instance = jobs_db.instance()
     await instance.declare("moon", schedule="every 31622400 s")
     claimed = await instance.claim()

@@ -1,6 +1,6 @@
-"""What a job gets: progress, checkpoints, and writes that count only under its lease."""
+"""The run that a job gets: progress, checkpoints, and writes that need its lease."""
 
-# ruff: noqa: PT012 - what is refused is the end of a transaction, after its body
+# ruff: noqa: PT012 - the end of a transaction is refused, after its body
 
 import asyncio
 import threading
@@ -32,18 +32,18 @@ NOTE = "INSERT INTO notes VALUES ($1)"
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres, job_lease_seconds=6) as jobs_db:
         await jobs_db.admin.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
         yield jobs_db
 
 
 @pytest.fixture
-async def jobs_db(land: JobsDatabase) -> AsyncIterator[JobsDatabase]:
-    await land.forget()
-    await land.admin.execute("TRUNCATE notes")
-    yield land
-    await land.close()
+async def jobs_db(shared_jobs_db: JobsDatabase) -> AsyncIterator[JobsDatabase]:
+    await shared_jobs_db.forget()
+    await shared_jobs_db.admin.execute("TRUNCATE notes")
+    yield shared_jobs_db
+    await shared_jobs_db.close()
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def notes(jobs_db: JobsDatabase) -> list[str]:
 
 
 async def take_over(jobs_db: JobsDatabase) -> None:
-    """Let another instance have the job."""
+    """Let another instance claim the job."""
     other = jobs_db.instance("other")
     await other.declare("moon")
     await jobs_db.expire("moon")
@@ -89,10 +89,10 @@ PROGRESS: dict[tuple[Any, Any, str], Progress] = {
 async def test_progress_is_written_with_the_next_heartbeat(
     jobs_db: JobsDatabase, instance: Instance, run: Run
 ) -> None:
-    """Whatever a job says of its progress is made fit, and can't spoil a heartbeat."""
+    """Progress of any size and text is adjusted, and can't break a heartbeat."""
     assert run.lease is not None
-    for said, expected in PROGRESS.items():
-        run.progress(*said)
+    for given, expected in PROGRESS.items():
+        run.progress(*given)
         assert run.lease.progress == expected
         assert instance.capabilities is not None
         renewal = Renewal("moon", 1, run.lease.progress)
@@ -106,7 +106,7 @@ async def test_progress_is_written_with_the_next_heartbeat(
 
 @pytest.mark.parametrize("done", ["three", float("nan"), float("inf"), None, b"x"])
 async def test_progress_that_is_none_changes_nothing(run: Run, done: Any) -> None:  # noqa: ANN401
-    """It is only for show: the last progress stays, and the run goes on."""
+    """Invalid progress is ignored: the last one stays, and the run goes on."""
     run.progress(1, 2, "good")
     run.progress(done, 3, "bad")
     assert run.lease is not None
@@ -118,7 +118,7 @@ async def test_progress_that_is_none_changes_nothing(run: Run, done: Any) -> Non
 
 
 async def test_pace_follows_the_progress(instance: Instance) -> None:
-    """A run sleeps until as much of its time is over as it has done of its work, and no longer."""
+    """A run sleeps until the share of its time equals the share of its work, and no longer."""
     run = instance.run(await instance.claim(), min_seconds=1)
     started = monotonic()
     for done, total in ((0, 10), (5, None), (5, 0)):
@@ -156,7 +156,7 @@ STATES = [
 async def test_a_checkpoint_comes_back(
     jobs_db: JobsDatabase, instance: Instance, run: Run, state: object
 ) -> None:
-    """The next owner goes on from what the last one wrote, once it is lost."""
+    """After a loss the next owner gets the last checkpoint."""
     assert run.resumed is None
     await run.checkpoint("an older one")
     await run.checkpoint(state)
@@ -167,7 +167,7 @@ async def test_a_checkpoint_comes_back(
 async def test_none_forgets_a_checkpoint(
     jobs_db: JobsDatabase, instance: Instance, run: Run
 ) -> None:
-    """A run may begin anew by itself."""
+    """A run can delete its checkpoint to start afresh."""
     await run.checkpoint([1])
     await run.checkpoint(None)
     await jobs_db.expire("moon")
@@ -205,7 +205,7 @@ BAD_STATES: dict[str, Any] = {
 async def test_a_checkpoint_that_cannot_be_is_refused(
     jobs_db: JobsDatabase, instance: Instance, run: Run, what: str, *, inside: bool
 ) -> None:
-    """What JSON or PostgreSQL can't hold, or nobody could read, fails the function at once."""
+    """A state that JSON or PostgreSQL can't store or read back raises in the function at once."""
     await run.checkpoint({"good": True})
     if inside:
         with pytest.raises(CheckpointError):
@@ -221,7 +221,7 @@ async def test_a_checkpoint_that_cannot_be_is_refused(
 
 
 async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
-    """A circle has no end in JSON."""
+    """JSON has no cycles."""
     state: list[Any] = []
     state.append(state)
     with pytest.raises(CheckpointError, match="must be JSON"):
@@ -241,7 +241,7 @@ async def test_a_state_that_contains_itself_is_refused(run: Run) -> None:
 async def test_what_a_job_sets_ends_with_its_transaction(
     jobs_db: JobsDatabase, run: Run, changed: str
 ) -> None:
-    """The commit finds its function and our tables; the next transaction is as always."""
+    """The commit finds its function and tables; the next transaction has the usual settings."""
     async with run.transaction() as connection:
         await connection.execute(NOTE, "written")
         await connection.execute(changed)
@@ -252,13 +252,13 @@ async def test_what_a_job_sets_ends_with_its_transaction(
 
 
 async def test_the_refusal_names_the_size(run: Run) -> None:
-    """The limit and the size are told."""
+    """It contains the limit and the size."""
     with pytest.raises(CheckpointError, match=f"at most {CHECKPOINT_BYTES} .* has 9002 bytes"):
         await run.checkpoint("x" * 9000)
 
 
 async def test_a_checkpoint_after_the_lease_is_refused(jobs_db: JobsDatabase, run: Run) -> None:
-    """A run that was taken over leaves the new owner's state alone."""
+    """A run that was taken over can't overwrite the new owner's state."""
     await run.checkpoint([1])
     await take_over(jobs_db)
     with pytest.raises(LeaseLostError, match="moon has lost its lease"):
@@ -269,7 +269,7 @@ async def test_a_checkpoint_after_the_lease_is_refused(jobs_db: JobsDatabase, ru
 async def test_a_checkpoint_inside_is_written_with_the_transaction(
     jobs_db: JobsDatabase, instance: Instance, run: Run
 ) -> None:
-    """Both are written or neither is; of several in one transaction the last counts."""
+    """Both are written or neither; the last of several in one transaction counts."""
     await run.checkpoint("before")
     with pytest.raises(ZeroDivisionError):
         async with run.transaction() as connection:
@@ -290,7 +290,7 @@ async def test_a_checkpoint_inside_is_written_with_the_transaction(
 
 
 async def test_none_inside_forgets_too(jobs_db: JobsDatabase, run: Run) -> None:
-    """The last step of a job may forget its state with its effect."""
+    """The last step of a job can delete its state together with its effect."""
     await run.checkpoint([1])
     async with run.transaction():
         await run.checkpoint(None)
@@ -301,7 +301,7 @@ async def test_none_inside_forgets_too(jobs_db: JobsDatabase, run: Run) -> None:
 
 
 async def test_a_transaction_takes_effect_at_its_end(jobs_db: JobsDatabase, run: Run) -> None:
-    """Nobody sees it before, and it locks nothing of the job before."""
+    """Before, it is invisible to others and locks no row of the job."""
     async with run.transaction() as connection:
         await connection.execute(NOTE, "moon")
         assert await notes(jobs_db) == []
@@ -311,7 +311,7 @@ async def test_a_transaction_takes_effect_at_its_end(jobs_db: JobsDatabase, run:
 
 
 async def test_a_run_that_was_taken_over_commits_nothing(jobs_db: JobsDatabase, run: Run) -> None:
-    """The lease is checked at the end: what was written in between is not."""
+    """The lease is checked at the commit: what the transaction wrote is rolled back."""
     await run.checkpoint([1])
     with pytest.raises(LeaseLostError, match="moon has lost its lease") as refusal:
         async with run.transaction() as connection:
@@ -323,10 +323,10 @@ async def test_a_run_that_was_taken_over_commits_nothing(jobs_db: JobsDatabase, 
     assert (await jobs_db.row("moon"))["checkpoint"] == "[1]"
 
 
-async def test_without_the_check_it_would(
+async def test_without_the_check_a_stale_run_commits(
     jobs_db: JobsDatabase, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: with a plain commit, what a stale run writes takes effect."""
+    """The control: with a plain commit, the write of a stale run takes effect."""
     monkeypatch.setattr(transaction, "COMMIT", "COMMIT")
     async with run.transaction() as connection:
         await connection.execute(NOTE, "too late")
@@ -338,7 +338,7 @@ async def test_without_the_check_it_would(
 async def test_a_run_that_has_lost_its_lease_begins_nothing(
     jobs_db: JobsDatabase, run: Run, *, taken: bool
 ) -> None:
-    """The body is not even entered."""
+    """The body of the transaction is not entered."""
     await (take_over(jobs_db) if taken else jobs_db.expire("moon"))
     entered = False
     with pytest.raises(LeaseLostError):
@@ -348,7 +348,7 @@ async def test_a_run_that_has_lost_its_lease_begins_nothing(
 
 
 async def test_an_error_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
-    """Errors of the function or of a statement come through as they are; the run may go on."""
+    """Errors of the function or of a statement are raised unchanged; the run may go on."""
     with pytest.raises(ZeroDivisionError):
         async with run.transaction() as connection:
             await connection.execute(NOTE, "moon")
@@ -371,7 +371,7 @@ async def test_an_error_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
 
 
 async def test_a_constraint_that_is_checked_at_the_commit(jobs_db: JobsDatabase, run: Run) -> None:
-    """What the commit itself refuses is the statement's fault, and nothing is written."""
+    """An error at the commit is the function's error, and nothing is written."""
     await run.checkpoint([1])
     with pytest.raises(asyncpg.UniqueViolationError):
         async with run.transaction() as connection:
@@ -388,10 +388,10 @@ async def test_a_constraint_that_is_checked_at_the_commit(jobs_db: JobsDatabase,
     [FileNotFoundError("of the function"), TimeoutError("of the function"), ConnectionError()],
     ids=lambda error: type(error).__name__,
 )
-async def test_an_error_of_something_else_is_no_outage(
+async def test_an_unrelated_os_error_is_no_outage(
     jobs_db: JobsDatabase, run: Run, error: OSError
 ) -> None:
-    """A missing file is not an unavailable database: the run fails, and is not repeated."""
+    """A missing file is no unavailable database: the run fails, and is not released."""
     with pytest.raises(type(error)) as raised:
         async with run.transaction() as connection:
             await connection.execute(NOTE, "moon")
@@ -411,7 +411,7 @@ async def test_a_connection_used_wrongly_is_no_outage(run: Run) -> None:
 
 
 async def test_cancelling_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
-    """A run that is stopped in a statement, or between two, leaves nothing, and no lock."""
+    """A run that is stopped in a statement, or between two, leaves no write and no lock."""
     for statement in ("SELECT pg_sleep(60)", None):
         inside = asyncio.Event()
 
@@ -436,7 +436,7 @@ async def test_cancelling_rolls_back(jobs_db: JobsDatabase, run: Run) -> None:
 
 
 async def test_a_run_has_one_transaction_at_a_time(jobs_db: JobsDatabase, run: Run) -> None:
-    """A second one, inside the first or beside it, is refused; the first is not harmed."""
+    """A second one, nested or concurrent, is refused; the first is not affected."""
     async with run.transaction() as connection:
         with pytest.raises(RuntimeError, match="moon has a transaction open already"):
             async with run.transaction():
@@ -458,7 +458,7 @@ async def test_a_run_has_one_transaction_at_a_time(jobs_db: JobsDatabase, run: R
 async def test_a_connection_that_is_lost_is_an_outage(
     jobs_db: JobsDatabase, run: Run, when: str
 ) -> None:
-    """The function gets the outage as an error, may be run again, and nothing is written."""
+    """The function gets the outage as an error; nothing is written."""
     with pytest.raises(DatabaseUnavailable) as unavailable:
         async with run.transaction() as connection:
             await connection.execute(NOTE, "moon")
@@ -480,7 +480,7 @@ async def test_a_connection_that_is_lost_is_an_outage(
 
 async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: Run) -> None:
     """Neither a transaction nor a checkpoint waits for ever, and both work when it is back."""
-    await jobs_db.take_away()
+    await jobs_db.begin_outage()
     try:
         with pytest.raises(DatabaseUnavailable):
             async with run.transaction():
@@ -495,7 +495,7 @@ async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: 
 
         await until(refused)
     finally:
-        await jobs_db.bring_back()
+        await jobs_db.end_outage()
 
     async def works() -> bool:
         with suppress(DatabaseUnavailable):
@@ -510,8 +510,8 @@ async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: 
     assert await notes(jobs_db) == ["back"]
 
 
-async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]) -> None:
-    """The server ends a transaction whose instance says nothing for as long as a lease."""
+async def test_an_idle_transaction_is_ended(postgres: dict[str, str]) -> None:
+    """The server ends a transaction that is idle for as long as a lease."""
     async with on(postgres, job_lease_seconds=1.5) as quick:
         await quick.admin.execute("CREATE TABLE notes (what text)")
         other = quick.instance(lease=timedelta(seconds=30))
@@ -528,12 +528,14 @@ async def test_a_transaction_that_stands_still_is_ended(postgres: dict[str, str]
 
 
 async def in_thread(run: Run, function: Callable[[ThreadRun], Result]) -> Result:
-    """Call a function as the scheduler does with one that is not async."""
+    """Call a function as the scheduler calls one that is not async."""
     return await asyncio.to_thread(function, ThreadRun(run))
 
 
-async def test_a_thread_gets_the_same(jobs_db: JobsDatabase, instance: Instance, run: Run) -> None:
-    """Progress, checkpoints, transactions and what there is to know, called from a thread."""
+async def test_a_run_works_from_a_thread(
+    jobs_db: JobsDatabase, instance: Instance, run: Run
+) -> None:
+    """Progress, checkpoints, transactions and attributes, used from a thread."""
     await run.checkpoint("before")
     await jobs_db.expire("moon")
     run = instance.run(await instance.claim())
@@ -557,8 +559,8 @@ async def test_a_thread_gets_the_same(jobs_db: JobsDatabase, instance: Instance,
     assert (await jobs_db.row("moon"))["checkpoint"] == '{"done": 2}'
 
 
-async def test_errors_in_a_thread_come_through(jobs_db: JobsDatabase, run: Run) -> None:
-    """What is raised in a transaction rolls it back; a lease that is lost is told."""
+async def test_errors_in_a_thread_are_raised(jobs_db: JobsDatabase, run: Run) -> None:
+    """An error in a transaction rolls it back; a lost lease is raised as such."""
 
     def fails(run: ThreadRun) -> None:
         with run.transaction() as connection:
@@ -587,12 +589,12 @@ async def test_errors_in_a_thread_come_through(jobs_db: JobsDatabase, run: Run) 
         with pytest.raises(error):
             await in_thread(run, function)
     losing, lost = threading.Event(), threading.Event()
-    ending = asyncio.create_task(in_thread(run, loses))
+    call = asyncio.create_task(in_thread(run, loses))
     await asyncio.to_thread(losing.wait, 10)
     await take_over(jobs_db)
     lost.set()
     with pytest.raises(LeaseLostError):
-        await ending
+        await call
     with pytest.raises(LeaseLostError):
         await in_thread(run, lambda run: run.checkpoint(1))
     assert await notes(jobs_db) == []
@@ -610,7 +612,7 @@ CALLS: dict[str, Callable[[ThreadRun], object]] = {
 async def test_a_thread_is_stopped_at_its_next_call(
     jobs_db: JobsDatabase, run: Run, call: str
 ) -> None:
-    """Every call raises with the reason once the run was requested to stop, and does nothing."""
+    """Every call raises with the reason once the run was requested to stop, without effect."""
     run.stopped = ("cancelled", "cancelled by ada")
     with pytest.raises(RunStoppedError, match="cancelled by ada"):
         await in_thread(run, CALLS[call])
@@ -619,7 +621,7 @@ async def test_a_thread_is_stopped_at_its_next_call(
 
 
 async def test_a_thread_is_stopped_inside_a_transaction(jobs_db: JobsDatabase, run: Run) -> None:
-    """The next statement raises, and what was written is rolled back."""
+    """The next statement raises, and the transaction is rolled back."""
 
     def function(facade: ThreadRun) -> None:
         with facade.transaction() as connection:
@@ -637,7 +639,7 @@ async def test_a_thread_is_stopped_inside_a_transaction(jobs_db: JobsDatabase, r
 async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(
     jobs_db: JobsDatabase, run: Run
 ) -> None:
-    """What the commit itself refuses comes through as it is."""
+    """An error at the commit is raised unchanged."""
 
     def function(run: ThreadRun) -> None:
         with run.transaction() as connection:
@@ -651,7 +653,7 @@ async def test_a_constraint_that_is_checked_at_the_commit_of_a_thread(
 
 
 async def test_a_thread_is_stopped_before_its_commit(jobs_db: JobsDatabase, run: Run) -> None:
-    """A run that was requested to stop in the body does not commit."""
+    """A run that is requested to stop in the body does not commit."""
 
     def function(facade: ThreadRun) -> None:
         with facade.transaction() as connection:

@@ -1,4 +1,4 @@
-"""When ticks are, against a scan of every minute that follows the rules by itself."""
+"""The ticks of schedules, compared with an independent scan of every minute."""
 
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
@@ -18,7 +18,7 @@ MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
 ANCHOR = datetime(2025, 1, 1, tzinfo=UTC)
 
-# All of them are past, so that no new law can change them.
+# All changes are in the past, so that no new legislation can alter them.
 CHANGES = [
     ("Europe/Berlin", datetime(2025, 3, 30, 1, tzinfo=UTC)),
     ("Europe/Berlin", datetime(2025, 10, 26, 1, tzinfo=UTC)),
@@ -71,7 +71,7 @@ EXPRESSIONS = FIXED + FREE
 SPARSE = [each for each in EXPRESSIONS if each not in {"* * * * *", "0-59 0-23 * * *"}]
 
 
-# The rules, written down a second time: what each minute of the local clock asks for.
+# A second implementation of the rules: whether each minute of the local clock is a tick.
 
 
 def values(text: str, lowest: int, highest: int) -> set[int]:
@@ -101,7 +101,7 @@ class Rules:
 
 @cache
 def clock(zone: str, change: datetime) -> list[tuple[datetime, datetime]]:
-    """Return each minute from a day before to two days after, and what a local clock shows."""
+    """Return each minute from a day before to two days after, with the local time."""
     moments = [change + n * MINUTE for n in range(-24 * 60, 48 * 60)]
     return [(each, each.astimezone(ZoneInfo(zone)).replace(tzinfo=None)) for each in moments]
 
@@ -113,10 +113,10 @@ def scan(expression: str, zone: str, change: datetime) -> list[datetime]:
     ticks = []
     latest = None  # the latest time that the clock has shown so far
     for moment, reading in clock(zone, change):
-        asked = [reading]
+        readings = [reading]
         if rules.fixed and latest is not None:
-            asked = [latest + n * MINUTE for n in range(1, (reading - latest) // MINUTE + 1)]
-        if any(rules.match(each) for each in asked):
+            readings = [latest + n * MINUTE for n in range(1, (reading - latest) // MINUTE + 1)]
+        if any(rules.match(each) for each in readings):
             ticks.append(moment)
         latest = max(latest or reading, reading)
     return ticks
@@ -140,7 +140,7 @@ def counted(ticks: list[datetime]) -> TickRange | None:
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize(("zone", "moment"), CHANGES + NEW_YEARS)
 def test_cron_ticks_as_a_clock_would(zone: str, moment: datetime, expression: str) -> None:
-    """Around each change of a clock the ticks are those of a scan, asked one by one or counted."""
+    """Around each clock change the ticks equal those of a scan, one by one or counted."""
     after, until = moment - DAY / 4, moment + 5 * DAY / 4
     expected = [tick for tick in scan(expression, zone, moment) if after < tick <= until]
     schedule = Cron(expression, zone)
@@ -151,7 +151,7 @@ def test_cron_ticks_as_a_clock_would(zone: str, moment: datetime, expression: st
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize(("zone", "change"), CHANGES)
 def test_cron_can_be_asked_at_any_moment(zone: str, change: datetime, expression: str) -> None:
-    """On a tick, beside it, in an hour that comes twice: the next tick is the scan's next."""
+    """On a tick, beside it, in a repeated hour: the next tick is that of the scan."""
     ticks = scan(expression, zone, change)
     schedule = Cron(expression, zone)
     for minutes in range(-120, 121, 15):
@@ -167,7 +167,7 @@ def test_cron_can_be_asked_at_any_moment(zone: str, change: datetime, expression
 
 @pytest.mark.parametrize(("zone", "change"), CHANGES)
 def test_the_changes_are_changes(zone: str, change: datetime) -> None:
-    """The control of the table: each zone's clock jumps at its moment."""
+    """The control of the table: each zone's clock does change at its moment."""
     before, after = (each.astimezone(ZoneInfo(zone)) for each in (change - SECOND, change))
     assert before.utcoffset() != after.utcoffset()
 
@@ -204,7 +204,7 @@ def test_the_changes_are_changes(zone: str, change: datetime) -> None:
     ],
 )
 def test_examples_of_a_change(expression: str, zone: str, day: date, expected: list[str]) -> None:
-    """The ticks of a day on which the clock jumps, in local time, as one would tell them."""
+    """The ticks of a day with a clock change, in local time."""
     midnight = datetime.combine(day, time(), UTC)
     ticks = ticks_of(Cron(expression, zone), midnight - DAY, midnight + 2 * DAY)
     local = [tick.astimezone(ZoneInfo(zone)) for tick in ticks]
@@ -214,7 +214,7 @@ def test_examples_of_a_change(expression: str, zone: str, day: date, expected: l
 @pytest.mark.parametrize("expression", SPARSE)
 @pytest.mark.parametrize("zone", ["Asia/Kolkata", "Europe/Berlin", "America/New_York"])
 def test_cronsim_agrees_where_clocks_move_by_whole_hours(zone: str, expression: str) -> None:
-    """From a moment that is in no repeated hour, cronsim goes through the same ticks."""
+    """From a moment outside of repeated hours, cronsim yields the same ticks."""
     for tick in (datetime(2025, 3, 8, tzinfo=UTC), datetime(2025, 10, 25, tzinfo=UTC)):
         theirs = CronSim(expression, tick.astimezone(ZoneInfo(zone)))
         ours = ticks_of(Cron(expression, zone), tick, tick + 23 * DAY)
@@ -231,7 +231,7 @@ def test_cronsim_agrees_where_clocks_move_by_whole_hours(zone: str, expression: 
 def test_cron_counts_what_next_after_gives(
     expression: str, change: tuple[str, datetime], offset: timedelta, span: timedelta
 ) -> None:
-    """A count is the number of steps of `next_after`, with the first and the last of them."""
+    """A count equals the number of calls of `next_after`, with the first and last tick."""
     zone, moment = change
     after = moment + offset
     schedule = Cron(expression, zone)
@@ -246,7 +246,7 @@ def test_cron_counts_what_next_after_gives(
 )
 @settings(deadline=None)
 def test_counts_add_up(expression: str, zone: str, hours: list[int]) -> None:
-    """Years cut in two anywhere have the same ticks as in one piece."""
+    """A span divided anywhere has the same ticks as the whole."""
     moments = [datetime(1990, 1, 1, tzinfo=UTC) + timedelta(hours=number) for number in hours]
     schedule = Cron(expression, zone)
     parts = [schedule.count_between(*pair, ANCHOR) for pair in pairwise(moments)]
@@ -278,7 +278,7 @@ DECADE = [date(2015, 1, 1) + n * DAY for n in range(3653)]
     ],
 )
 def test_ten_years_at_once(expression: str, zone: str, ticks: int) -> None:
-    """From New Year to New Year there are as many ticks as arithmetic says."""
+    """From New Year to New Year the number of ticks is that of plain arithmetic."""
     start, end = (datetime(year, 1, 1, tzinfo=ZoneInfo(zone)) for year in (2015, 2025))
     after, until = start.astimezone(UTC) - MICROSECOND, end.astimezone(UTC) - MICROSECOND
     schedule = Cron(expression, zone)
@@ -290,7 +290,7 @@ def test_ten_years_at_once(expression: str, zone: str, ticks: int) -> None:
 
 
 def test_a_tick_may_be_decades_away() -> None:
-    """Mondays that are a 29 February, around the year 2100, which has none."""
+    """Fifth Mondays of February (the 29th), around the year 2100, which has no leap day."""
     ticks = [datetime(year, 2, 29, tzinfo=UTC) for year in (2044, 2072, 2112)]
     assert ticks_of(Cron("0 0 * 2 MON#5"), ANCHOR, datetime(2113, 1, 1, tzinfo=UTC)) == ticks
 
@@ -421,20 +421,20 @@ def test_an_interval_does_not_drift() -> None:
     ],
 )
 def test_a_schedule_has_a_text_and_a_description(schedule: Schedule, text: str, words: str) -> None:
-    """The text gives the schedule back; the words are for people."""
+    """The text can be parsed back into the schedule; the description is for people."""
     assert str(schedule) == text
     assert parse(text) == schedule
     assert schedule.describe() == words
 
 
 @given(interval=INTERVALS)
-def test_the_text_of_an_interval_gives_it_back(interval: timedelta) -> None:
+def test_the_text_of_an_interval_is_exact(interval: timedelta) -> None:
     """No microsecond is lost in the text."""
     assert parse(str(Every(interval))) == Every(interval)
 
 
 def test_one_schedule_has_one_spelling() -> None:
-    """Letters and spaces make no other schedule; the zone does."""
+    """Case and spaces make no difference; the zone does."""
     assert Cron("0 3 * * mon") == Cron("0  3 * * MON")
     assert hash(Cron("0 3 * * mon")) == hash(Cron("0  3 * * MON"))
     assert Cron("0 3 * * *") != Cron("0 3 * * *", "Europe/Berlin")
@@ -477,7 +477,7 @@ def test_an_interval_has_bounds(interval: timedelta) -> None:
         ("*/60 * * * *", r"Write 0 for that, or every=timedelta\(minutes=60\)"),
         ("1/120 * * * *", r"Write 1 for that, or every=timedelta\(minutes=120\)"),
         ("7,30-40/11 * * * *", r"\(30 to 40\): only 30 would match. Write 30 for that\."),
-        ("5-5/1 * * * *", "only 5 would match"),  # to cronsim it were every minute from 5 on
+        ("5-5/1 * * * *", "only 5 would match"),  # cronsim reads it as every minute from 5 on
         ("0 */24 * * *", r"Write 0 for that, or every=timedelta\(hours=24\)"),
         ("0 0 */32 * *", r"Write 1 for that, or every=timedelta\(days=32\)"),
         ("0 0 * */12 *", r"Write 1 for that\."),
@@ -505,7 +505,7 @@ def test_an_expression_that_cannot_be_is_refused(expression: str, reason: str) -
 
 
 def test_a_time_that_the_zone_never_shows_is_refused() -> None:
-    """Between 2 and 3 on the last Sunday of March, where clocks go forward just then."""
+    """An hour on the last Sunday of March that the clock change skips."""
     assert Cron("*/30 2 * 3 7L", "Africa/Lagos")
     with pytest.raises(ScheduleError, match=r"'\*/30 2 \* 3 7L' never .* Europe/Berlin\.$"):
         Cron("*/30 2 * 3 7L", "Europe/Berlin")
@@ -540,6 +540,6 @@ def test_an_unknown_zone_is_refused(zone: str) -> None:
     ],
 )
 def test_other_text_is_no_schedule(text: str) -> None:
-    """Nothing is guessed."""
+    """It is refused, not guessed."""
     with pytest.raises(ScheduleError):
         parse(text)

@@ -1,4 +1,4 @@
-"""How runs end and what is recorded of it, with real schedulers on a real database."""
+"""How runs end and how that is recorded, with real schedulers on a real database."""
 
 import asyncio
 import sys
@@ -35,7 +35,7 @@ HEARTBEAT_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
-async def land(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres, job_heartbeat_seconds=HEARTBEAT_SECONDS) as jobs_db:
         yield jobs_db
 
@@ -52,7 +52,7 @@ class OddError(BaseException):
 
 
 class Odd:
-    """A thing that has no text."""
+    """An object that can't be converted to text."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
@@ -60,8 +60,8 @@ class Odd:
     __repr__ = __str__
 
 
-class OddlySaidError(Exception):
-    """An error that has no text."""
+class TextlessError(Exception):
+    """An error that can't be converted to text."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
@@ -113,7 +113,7 @@ async def fails_oddly_when_stopped(_run: Run) -> None:
     try:
         await asyncio.sleep(600)
     finally:
-        raise OddlySaidError
+        raise TextlessError
 
 
 async def cancels_itself(_run: Run) -> None:
@@ -197,20 +197,20 @@ ENDINGS = {
     "timeout-error": Case(fails_when_stopped, "timed_out", OVER, TIMED),
     "timeout-thread": Case(waits_in_thread, "timed_out", OVER, TIMED),
     "timeout-ignored": Case(ignores_in_thread, "succeeded", "done all the same", TIMED),
-    # What has no text must not keep the job from being freed.
+    # A result without a text must not keep the job held.
     "no-text": Case(returns(Odd()), "succeeded", "a Odd without a text (ValueError)"),
     "too-long-a-number": Case(returns(10**5000), "succeeded", "a int without a text (ValueError)"),
     "error-without-text": Case(
-        raises(OddlySaidError()),
+        raises(TextlessError()),
         "failed",
-        "OddlySaidError: a OddlySaidError without a text (ValueError)",
+        "TextlessError: a TextlessError without a text (ValueError)",
     ),
     "timeout-error-without-text": Case(fails_oddly_when_stopped, "timed_out", OVER, TIMED),
 }
 
 
 async def test_every_way_to_end_is_recorded(jobs_db: JobsDatabase) -> None:
-    """Outcome and result say how each run ended; the job waits for its next tick."""
+    """Outcome and result show how each run ended; the job waits for its next tick."""
     jobs = [declare(each.function, name, **each.arguments) for name, each in ENDINGS.items()]
     async with jobs_db.scheduler(jobs):
         for name in ENDINGS:
@@ -233,7 +233,7 @@ EXITS: dict[str, Callable[[Any], Any]] = {
 
 
 async def test_a_job_cannot_end_its_instance(jobs_db: JobsDatabase) -> None:
-    """What would end a program is a failure of the run; the instance goes on."""
+    """An exception that would end a program fails the run; the instance goes on."""
 
     async def instance(jobs_db: JobsDatabase) -> None:
         jobs = [declare(function, name) for name, function in EXITS.items()]
@@ -242,7 +242,7 @@ async def test_a_job_cannot_end_its_instance(jobs_db: JobsDatabase) -> None:
                 await jobs_db.ended(name)
 
     def apart() -> str:
-        """Run it in an event loop that may be ended."""
+        """Run it in an event loop of its own."""
 
         async def live() -> None:
             async with on(jobs_db.variables) as other:
@@ -255,7 +255,7 @@ async def test_a_job_cannot_end_its_instance(jobs_db: JobsDatabase) -> None:
 
         try:
             asyncio.run(live())
-        except BaseException as error:  # noqa: BLE001 - the end of the loop is what is looked for
+        except BaseException as error:  # noqa: BLE001 - whatever ended the loop
             return repr(error)
         return "went on"
 
@@ -263,7 +263,7 @@ async def test_a_job_cannot_end_its_instance(jobs_db: JobsDatabase) -> None:
 
 
 async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(jobs_db: JobsDatabase) -> None:
-    """A wish in the row ends the run, however it ends, as `cancelled`; others are left alone."""
+    """A cancel request in the row ends that run alone, as `cancelled`, however it ends."""
     functions: dict[str, Callable[[Any], Any]] = {
         "sleeps": sleeps,
         "swallows": swallows,
@@ -293,8 +293,8 @@ async def test_the_longest_wait_for_a_cancel_is_a_heartbeat(jobs_db: JobsDatabas
     assert await jobs_db.outcomes("other") == [("released", "its instance was stopped")]
 
 
-async def test_a_wish_to_cancel_outlives_its_instance(jobs_db: JobsDatabase) -> None:
-    """Who takes over a run that was to be cancelled does not begin it."""
+async def test_a_cancel_request_outlives_its_instance(jobs_db: JobsDatabase) -> None:
+    """An instance that takes over a run with a cancel request does not begin it."""
     lost = jobs_db.instance("lost")
     await lost.declare("moon")
     await lost.claim()
@@ -308,18 +308,18 @@ async def test_a_wish_to_cancel_outlives_its_instance(jobs_db: JobsDatabase) -> 
 
 
 async def _run_all(jobs_db: JobsDatabase, jobs: int) -> None:
-    """Wait until so many jobs run."""
+    """Wait until this many jobs run."""
 
-    async def look() -> bool:
+    async def check() -> bool:
         held = await jobs_db.admin.fetchval("SELECT count(*) FROM jobs WHERE holder IS NOT NULL")
         return bool(held == jobs)
 
-    await until(look)
+    await until(check)
     await asyncio.sleep(0.1)
 
 
 async def test_an_instance_that_stops_releases_its_runs(jobs_db: JobsDatabase) -> None:
-    """What was not done is due at once elsewhere, with its checkpoint; nothing is left behind."""
+    """Unfinished runs are claimable elsewhere at once, with their checkpoints; nothing is left."""
 
     async def goes_on(run: Run) -> str:
         if run.resumed is None:
@@ -359,7 +359,7 @@ async def test_an_instance_that_stops_releases_its_runs(jobs_db: JobsDatabase) -
 
 
 async def test_a_claim_under_way_when_the_instance_stops_is_released(jobs_db: JobsDatabase) -> None:
-    """A job that is claimed while the instance stops is freed at once, and never begins."""
+    """A job that is claimed while the instance stops is released at once, and never begins."""
     begun = []
     jobs = [declare(lambda _run: begun.append(1))]
     blocker = await jobs_db.connect()
@@ -382,9 +382,9 @@ async def test_a_claim_under_way_when_the_instance_stops_is_released(jobs_db: Jo
 
 
 async def _waits(jobs_db: JobsDatabase) -> None:
-    """Wait until somebody waits for a lock."""
+    """Wait until a session waits for a lock."""
 
-    async def look() -> bool:
+    async def check() -> bool:
         return bool(
             await jobs_db.admin.fetchval(
                 "SELECT count(*) FROM pg_stat_activity"
@@ -392,14 +392,14 @@ async def _waits(jobs_db: JobsDatabase) -> None:
             )
         )
 
-    await until(look)
+    await until(check)
 
 
 # -- the minimum duration -------------------------------------------------------------------------
 
 
 async def test_a_run_lasts_for_its_least_duration(jobs_db: JobsDatabase) -> None:
-    """Work that is done sooner waits until then, as the job or the settings say; errors do not."""
+    """A run that is done sooner lasts until the job's or settings' minimum, unless it fails."""
     jobs = [
         declare(returns("done"), "own", min_duration=timedelta(seconds=0.6)),
         declare(returns("done"), "by-settings"),
@@ -455,7 +455,7 @@ async def test_a_failure_is_tried_again(jobs_db: JobsDatabase) -> None:
 
 
 async def test_failures_in_a_row_are_counted_and_may_pause_a_job(jobs_db: JobsDatabase) -> None:
-    """Whatever the tick, until a success; so many in a row pause it, with the reason."""
+    """Over all ticks, until a success; `pause_after` of them pause the job, with the reason."""
     ends = iter([ValueError("1"), ValueError("2"), None, ValueError("3"), ValueError("4")])
     streaks = []
 
@@ -488,7 +488,7 @@ async def test_failures_in_a_row_are_counted_and_may_pause_a_job(jobs_db: JobsDa
 async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(
     jobs_db: JobsDatabase,
 ) -> None:
-    """It raises unavailability itself: it ran 600 times in ten seconds, with no failure shown."""
+    """It raises DatabaseUnavailable itself; without a backoff it ran 600 times in ten seconds."""
     runs = []
 
     async def unavailable(_run: Run) -> None:
@@ -504,7 +504,7 @@ async def test_a_job_that_is_always_released_runs_a_few_times_a_minute(
 
 
 async def test_what_comes_first_after_a_failure(jobs_db: JobsDatabase) -> None:
-    """The next tick if it is sooner than another try; timeouts are tried again, cancels are not."""
+    """The next tick if it is sooner than a retry; timeouts are retried, cancelled runs are not."""
     retry = {"retry_after": timedelta(minutes=30)}
     jobs = [
         declare(raises(ValueError("no")), "retry", **retry),
@@ -539,7 +539,7 @@ async def _held(jobs_db: JobsDatabase, name: str) -> bool:
 
 
 async def test_jitter_delays_the_start_not_the_tick(jobs_db: JobsDatabase) -> None:
-    """A tick stays what it is; the start is later by less than the jitter."""
+    """The tick is unchanged; the start is later by less than the jitter."""
     names = [f"job-{number}" for number in range(10)]
     jitter = timedelta(minutes=30)
     async with jobs_db.scheduler([declare(returns(None), name, jitter=jitter) for name in names]):
@@ -555,7 +555,7 @@ async def test_jitter_delays_the_start_not_the_tick(jobs_db: JobsDatabase) -> No
 async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(
     jobs_db: JobsDatabase,
 ) -> None:
-    """While instances are replaced, the last run of the old is followed by a tick of the new."""
+    """During a rolling deploy, the last run of the old schedule is followed by a new tick."""
     go = asyncio.Event()
 
     async def waits(_run: Run) -> None:
@@ -574,18 +574,18 @@ async def test_a_schedule_that_changes_under_a_run_takes_effect_at_its_end(
 # -- every tick is accounted for -------------------------------------------------------------------
 
 
-# So that no heartbeat corrects the time that a run is told.
+# So rare that no heartbeat corrects the server time that the test sets.
 SELDOM: dict[str, Any] = {"job_lease_seconds": 900, "job_heartbeat_seconds": 300}
 
 
-class Life:
+class SteppedJob:
     """A job whose every step the test decides, on an instance whose claims the test makes."""
 
     def __init__(self, jobs_db: JobsDatabase, random: Random) -> None:
         self.jobs_db = jobs_db
         self.random = random
         self.orders: asyncio.Queue[BaseException | None] = asyncio.Queue()
-        self.told: list[str] = []
+        self.steps: list[str] = []
 
     def job(self) -> Job:
         async def obeys(_run: Run) -> None:
@@ -609,7 +609,7 @@ class Life:
             await scheduler.run_once()
             if scheduler._runs:
                 await self.end(scheduler)
-        while not scheduler._runs:  # and a last tick, so that the row stands at the next
+        while not scheduler._runs:  # one more tick, so that the row has the next one
             await self.jobs_db.shift(1)
             await scheduler.run_once()
         self.orders.put_nowait(None)
@@ -617,7 +617,7 @@ class Life:
 
     async def wait_or_ask(self) -> None:
         what = self.random.choices(["wait", "outage", "ask", "now"], [6, 1, 2, 1])[0]
-        self.told.append(what)
+        self.steps.append(what)
         if what == "wait":
             await self.jobs_db.shift(self.random.uniform(0, 1.5))
         elif what == "outage":
@@ -626,8 +626,10 @@ class Life:
             await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60))
 
     async def end(self, scheduler: Scheduler) -> None:
-        what = self.random.choices(["succeed", "fail", "lose", "away", "lost"], [5, 4, 1, 1, 1])[0]
-        self.told.append(what)
+        what = self.random.choices(["succeed", "fail", "lose", "outage", "lost"], [5, 4, 1, 1, 1])[
+            0
+        ]
+        self.steps.append(what)
         seconds = self.random.choice([0, 0, 0.7, self.random.uniform(0, 9)])
         if what == "lost":
             seconds = 0
@@ -637,14 +639,14 @@ class Life:
                 await self.jobs_db.expire("moon")
                 await other.claim()
                 await self.jobs_db.expire("moon")
-        # What the run has in mind can't be moved back, so its end comes later, and then all moves.
+        # The times in the run's memory can't be shifted: it ends later, then the rows are shifted.
         heartbeat = scheduler._heartbeat
         heartbeat.set_clock(heartbeat.server_time() + timedelta(seconds=seconds), monotonic())
         self.orders.put_nowait(
             {
                 "fail": ValueError("no"),
                 "lose": LeaseLostError("lost"),
-                "away": DatabaseUnavailable("away", applied="no"),
+                "outage": DatabaseUnavailable("unavailable", applied="no"),
             }.get(what)
         )
         await self.ended(scheduler)
@@ -655,7 +657,7 @@ class Life:
 
 
 async def account(jobs_db: JobsDatabase) -> tuple[int, list[str]]:
-    """Return how many ticks there were, and what is wrong with the account of them."""
+    """Return the number of ticks, and the faults of their record."""
     row = await jobs_db.row("moon")
     interval = SECOND
     faults = []
@@ -688,7 +690,7 @@ async def account(jobs_db: JobsDatabase) -> tuple[int, list[str]]:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was released goes on soon, and has failed after three times."""
+    """Released runs are retried soon, and fail after three releases."""
     monkeypatch.setattr(scheduling, "OWNERS_FIRST_SECONDS", 0.0)
     monkeypatch.setattr(completion, "RELEASE_SECONDS", 0.2)
     monkeypatch.setattr(completion, "LONGEST_RELEASE_SECONDS", 0.4)
@@ -698,8 +700,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize("seed", range(size(small=3, full=30)))
 async def test_every_tick_is_accounted_for(jobs_db: JobsDatabase, seed: int) -> None:
-    """Each tick either ran or is in a range that did not, none is missing, none is there twice."""
-    life = Life(jobs_db, Random(seed))
+    """Each tick has a run or is in one skipped range; none is missing or counted twice."""
+    life = SteppedJob(jobs_db, Random(seed))
     moon = life.job()
     async with jobs_db.scheduler([moon], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=size(small=60, full=300))
@@ -708,7 +710,7 @@ async def test_every_tick_is_accounted_for(jobs_db: JobsDatabase, seed: int) -> 
         "SELECT outcome, count(*), sum(ticks) AS ticks FROM job_runs GROUP BY 1 ORDER BY 1"
     )
     report_figures(f"seed {seed}: {ticks} ticks: {[tuple(map(str, row)) for row in outcomes]}")
-    assert faults == [], " ".join(life.told)
+    assert faults == [], " ".join(life.steps)
     assert ticks > 60
     assert {row["outcome"] for row in outcomes} >= {"succeeded", "failed", "skipped"}
 
@@ -718,7 +720,7 @@ async def test_every_tick_is_accounted_for(jobs_db: JobsDatabase, seed: int) -> 
 async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, kept: int | None
 ) -> None:
-    """The control: whoever records fewer ranges is found out."""
+    """The control: a program that records fewer ranges is found faulty."""
     guarded = completion.complete
     reasons = ["no instance was free to run it", "the previous run was still executing"]
 
@@ -728,7 +730,7 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
         return replace(whole, skipped=[s for s in whole.skipped if s.reason == kept_reason])
 
     monkeypatch.setattr(scheduling, "complete", forgetful)
-    life = Life(jobs_db, Random(7))
+    life = SteppedJob(jobs_db, Random(7))
     async with jobs_db.scheduler([life.job()], starts=False, **SELDOM) as scheduler:
         await life.live(scheduler, steps=40)
     _, faults = await account(jobs_db)
@@ -739,7 +741,7 @@ async def test_an_account_that_leaves_out_skipped_ticks_is_wrong(
 
 
 async def test_a_claim_says_how_long_to_wait(jobs_db: JobsDatabase) -> None:
-    """At once after a claim; else until the next job, but never for long."""
+    """Not at all after a claim; else until the next job is claimable, but never for long."""
     go = asyncio.Event()
 
     async def waits(_run: Run) -> None:
@@ -771,7 +773,7 @@ async def _claims(scheduler: Scheduler) -> bool:
 
 
 async def test_a_quarantined_job_is_passed_over(jobs_db: JobsDatabase) -> None:
-    """A job that was lost too often waits, and the next one is claimed without delay."""
+    """A quarantined job waits, and the next job is claimed without delay."""
     lost = jobs_db.instance("lost")
     await lost.declare("moon")
     await lost.claim()
@@ -789,8 +791,8 @@ async def test_a_quarantined_job_is_passed_over(jobs_db: JobsDatabase) -> None:
     assert row["lost_streak"] == LOST_LIMIT
 
 
-def test_the_backoff_grows_with_each_run_ever_more_slowly() -> None:
-    """An instance that runs more backs off for longer, up to ten steps."""
+def test_the_backoff_grows_ever_more_slowly_with_each_run() -> None:
+    """An instance with more runs backs off for longer, up to ten steps."""
     waits = [backoff(runs, 0.5) for runs in range(200)]
     assert waits[0] == timedelta(0)
     steps = [later - sooner for sooner, later in pairwise(waits)]
@@ -800,7 +802,7 @@ def test_the_backoff_grows_with_each_run_ever_more_slowly() -> None:
 
 
 async def _shares(jobs_db: JobsDatabase, *, instances: int, jobs: int, step: float) -> list[int]:
-    """Let instances come up together; return how many jobs each runs."""
+    """Start instances together; return how many jobs each runs."""
     names = [f"job-{number}" for number in range(jobs)]
     async with AsyncExitStack() as stack:
         schedulers = [
@@ -818,12 +820,12 @@ async def _shares(jobs_db: JobsDatabase, *, instances: int, jobs: int, step: flo
         return sorted(len(scheduler._runs) for scheduler in schedulers)
 
 
-async def test_instances_that_come_up_together_share_evenly(jobs_db: JobsDatabase) -> None:
-    """Nobody runs two more than another; without the backoff, somebody does."""
+async def test_instances_that_start_together_share_evenly(jobs_db: JobsDatabase) -> None:
+    """Loads differ by at most one; in the control, without the backoff, by more."""
     shares = await _shares(jobs_db, instances=4, jobs=10, step=0.3)
     await jobs_db.forget()
-    unguarded = await _shares(jobs_db, instances=4, jobs=30, step=0)
-    report_figures(f"10 jobs on 4 instances: {shares}; 30 without steps: {unguarded}")
+    control = await _shares(jobs_db, instances=4, jobs=30, step=0)
+    report_figures(f"10 jobs on 4 instances: {shares}; 30 without steps: {control}")
     assert shares == [2, 2, 3, 3]
 
 
@@ -834,7 +836,7 @@ async def test_instances_that_come_up_together_share_evenly(jobs_db: JobsDatabas
 async def test_an_end_is_recorded_when_the_database_is_back(
     jobs_db: JobsDatabase, function: str
 ) -> None:
-    """A run that ends while the database is unavailable has succeeded, and counts once."""
+    """A run that ends during an outage has succeeded, and is recorded once."""
     go, ended = threading.Event(), threading.Event()
 
     async def waits(_run: Run) -> str:
@@ -850,14 +852,14 @@ async def test_an_end_is_recorded_when_the_database_is_back(
     moon = declare(waits if function == "async" else waits_too)
     async with jobs_db.scheduler([moon], job_lease_seconds=10) as scheduler:
         await _run_all(jobs_db, 1)
-        await jobs_db.take_away()
+        await jobs_db.begin_outage()
         try:
             go.set()
             await asyncio.to_thread(ended.wait, 10)
             await asyncio.sleep(0.7)
             assert scheduler._runs
         finally:
-            await jobs_db.bring_back()
+            await jobs_db.end_outage()
         (run,) = await jobs_db.ended("moon")
     assert await jobs_db.outcomes("moon") == [("succeeded", "meanwhile")]
     moment = await jobs_db.admin.fetchval("SELECT clock_timestamp()")
@@ -865,25 +867,25 @@ async def test_an_end_is_recorded_when_the_database_is_back(
 
 
 async def test_claiming_goes_on_when_the_database_is_back(jobs_db: JobsDatabase) -> None:
-    """An instance that lost its database, or came up before it, takes jobs when it is there."""
+    """An instance that lost its database, or started without it, claims jobs when it is back."""
     count = []
     async with jobs_db.scheduler([declare(lambda _run: count.append(1), every=SECOND)]):
         await jobs_db.ended("moon")
-        await jobs_db.take_away()
+        await jobs_db.begin_outage()
         await asyncio.sleep(0.5)
-        await jobs_db.bring_back()
+        await jobs_db.end_outage()
         before = len(count)
         await jobs_db.ended("moon", runs=before + 1)
     await jobs_db.forget()
-    await jobs_db.take_away()
+    await jobs_db.begin_outage()
     async with jobs_db.scheduler([declare(returns(None), "sun")]):
         await asyncio.sleep(0.5)
-        await jobs_db.bring_back()
+        await jobs_db.end_outage()
         await jobs_db.ended("sun")
 
 
 async def test_a_run_that_loses_its_lease_is_stopped(jobs_db: JobsDatabase) -> None:
-    """An instance that hears that its lease is over stops the run, and leaves the new one alone."""
+    """An instance whose renewal is refused stops its run, and does not affect the new one."""
     begun: list[int] = []
 
     async def waits(run: Run) -> None:
@@ -935,7 +937,7 @@ async def test_that_the_work_of_a_run_is_done_is_noted(jobs_db: JobsDatabase) ->
 async def test_nothing_is_claimed_without_heartbeats(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no thread can be started no run begins; one that has ended is started again."""
+    """If the heartbeat thread can't be started no run begins; if it has ended it is restarted."""
     started = threading.Thread.start
     begun: list[int] = []
 
@@ -961,7 +963,7 @@ async def test_nothing_is_claimed_without_heartbeats(
         monkeypatch.undo()
         await jobs_db.ended("moon")
         assert scheduler.fault is None
-        # It ends by an error that nobody expects.
+        # It ends by an unforeseen error.
         thread = scheduler._heartbeat._thread
         assert thread is not None
         monkeypatch.setattr("balance_app.jobs.heartbeat.RETRY_SECONDS", "not a number")

@@ -1,4 +1,4 @@
-"""Instances that know nothing of each other share the jobs evenly, and newcomers delay nobody."""
+"""Independent instances share the jobs evenly, and newcomers delay no start."""
 
 import asyncio
 import itertools
@@ -19,19 +19,19 @@ from tests.system.sizes import FULL, report_figures, size
 
 LIGHT_EVERY = size(small=25, full=50) / 10
 LIGHT_RUNS = 60
-# On a machine that is busy with other tests, instances wake up later than the tie break lasts.
+# On a busy machine instances wake up later than the default tie break lasts.
 TIE: dict[str, str] = {} if FULL else {"FLEET_TIE_BREAK": "0.08"}
 
 SKEW_SECONDS = 1.5
-# The warm-up is to be above the skew. Whole programs on a busy machine take seconds to
-# import what they need, one more than the other.
+# The warm-up must exceed the skew. Whole programs take seconds for their imports on a busy
+# machine, some longer than others.
 FORKED_WARM_UP, PROGRAM_WARM_UP = 5, 12  # 5 is the default
-# Where nobody looks at how a start is shared.
+# For tests that do not check how a start is shared.
 SHORT_WARM_UP = 3
-# Starts under way at a time; most of each is waiting.
+# Concurrent starts; each mostly waits.
 AT_ONCE = 2
 
-# Instances that came up last, by the clock of the database: from the first to the last of them.
+# The time between the first and the last of the latest $1 starts, by the database's clock.
 SKEW = """
 SELECT extract(epoch FROM max(started_at) - min(started_at))::float8
 FROM (SELECT started_at FROM instances ORDER BY started_at DESC LIMIT $1) AS latest
@@ -39,7 +39,7 @@ FROM (SELECT started_at FROM instances ORDER BY started_at DESC LIMIT $1) AS lat
 
 NOW = "SELECT clock_timestamp()"
 
-# How late the first tries of all ticks since then were started.
+# The delay of the first attempt of each tick since then.
 LATE = """
 SELECT extract(epoch FROM started_at - due_at)::float8
 FROM job_runs WHERE fence IS NOT NULL AND attempt = 0 AND started_at > $1
@@ -50,7 +50,7 @@ SELECT coalesce(outcome, 'under way'), sum(ticks)::int FROM job_runs WHERE start
 GROUP BY 1 ORDER BY 1
 """
 
-# Ready for an instance that came up first, after that time.
+# All jobs become ready some time after the first instance has started.
 DUE_AFTER_BOOT = """
 UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at, startup_marked_at = NULL
 FROM (SELECT min(started_at) + $1::interval AS at FROM instances) AS boot
@@ -60,7 +60,7 @@ IS_UP = "SELECT FROM instances"
 
 NOTHING_RUNS = "SELECT WHERE NOT EXISTS (SELECT FROM jobs WHERE holder IS NOT NULL)"
 
-# Whatever waits is due one after the other, evenly, from some seconds on.
+# All jobs become due one after another at equal distances, beginning in 3 s.
 STAGGER = """
 UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at FROM (
     SELECT name, now() + interval '3 s' + $1::interval * row_number() OVER (ORDER BY number) AS at
@@ -75,14 +75,14 @@ WHERE jobs.name = staggered.name
 
 @dataclass
 class Start:
-    """A simultaneous start, as it went."""
+    """The course of a simultaneous start."""
 
     kind: str
     loads: list[int]
-    # from the first instance that came up to the last, and the promise
+    # the time between the first and the last instance's start, and the warm-up
     skew: float
     warm_up: float
-    # from then to the last job's start
+    # from the last instance's start to the last job's start
     took: float
     overlaps: int
 
@@ -92,14 +92,14 @@ class Start:
 
     @property
     def counts(self) -> bool:
-        """Did they come up within the warm-up?"""
+        """Whether all instances started within the warm-up."""
         return self.skew < self.warm_up
 
 
 async def start_together(
     where: JobsDatabase, instances: list[Instance], jobs: int, kind: str, warm_up: float
 ) -> Start:
-    """Launch instances within the skew; wait until all jobs run, and somewhat longer."""
+    """Launch instances within the skew; wait until all jobs run, and a moment longer."""
 
     async def launch(instance: Instance) -> None:
         await asyncio.sleep(random.uniform(0, SKEW_SECONDS))
@@ -125,9 +125,9 @@ async def start_together(
 
 
 async def cold_and_warm(
-    where: JobsDatabase, count: int, jobs: int, *, forked: bool, ending: int, **env: str
+    where: JobsDatabase, count: int, jobs: int, *, forked: bool, stop_signal: int, **env: str
 ) -> list[Start]:
-    """Start instances on an empty database; end them with that signal while all jobs run; again."""
+    """Start instances on an empty database, stop them with a signal while all jobs run, restart."""
     what = f"{jobs} jobs on {count}"
     warm_up = FORKED_WARM_UP if forked else PROGRAM_WARM_UP
     env = {
@@ -139,17 +139,19 @@ async def cold_and_warm(
     instances = where.instances(count, env, forked=forked)
     try:
         cold = await start_together(where, instances, jobs, f"{what}, cold", warm_up)
-        await asyncio.sleep(random.uniform(0, 3))  # while the leases are young, or not
-        await end(instances, ending)
-        # Leases that ran out long ago, or that run out while the instances come up.
-        await asyncio.sleep(random.choice([0, 1, 2, 3, 4, 8]) if ending == signal.SIGKILL else 0)
-        name = f"{what}, warm after {signal.Signals(ending).name}"
+        await asyncio.sleep(random.uniform(0, 3))  # at any age of the leases
+        await end(instances, stop_signal)
+        # The leases have expired long ago, or expire while the instances start.
+        await asyncio.sleep(
+            random.choice([0, 1, 2, 3, 4, 8]) if stop_signal == signal.SIGKILL else 0
+        )
+        name = f"{what}, warm after {signal.Signals(stop_signal).name}"
         return [cold, await start_together(where, instances, jobs, name, warm_up)]
     finally:
         await end(instances)
 
 
-def tell_starts(starts: list[Start]) -> None:
+def report_starts(starts: list[Start]) -> None:
     for kind in sorted({start.kind for start in starts}):
         mine = [start for start in starts if start.kind == kind]
         differences = Counter(start.difference for start in mine)
@@ -167,7 +169,7 @@ def tell_starts(starts: list[Start]) -> None:
 async def test_instances_that_start_together_share_the_jobs(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """Cold or warm, after a stop or a kill, the instances' loads differ by at most 1."""
+    """After a cold or warm start, a stop or a kill, the instances' loads differ by at most 1."""
     plans = (
         [(5, 10)] * size(small=1, full=50)
         + [(5, 7)] * size(small=1, full=13)
@@ -177,16 +179,16 @@ async def test_instances_that_start_together_share_the_jobs(
     beyond: list[Start] = []
 
     async def one(turn: int, count: int, jobs: int) -> list[Start]:
-        # The promise is for instances that come up within the warm-up.
+        # Even shares are promised for instances that start within the warm-up.
         while len(beyond) <= len(plans):
             async with gate, jobs_db(postgres, tmp_path) as where:
                 starts = await cold_and_warm(
                     where,
                     count,
                     jobs,
-                    # Some are whole programs, imports and all.
+                    # Some are whole programs with their imports.
                     forked=turn % 4 != 1,
-                    ending=(signal.SIGKILL, signal.SIGTERM)[turn % 2],
+                    stop_signal=(signal.SIGKILL, signal.SIGTERM)[turn % 2],
                 )
             if all(start.counts for start in starts):
                 return starts
@@ -195,18 +197,18 @@ async def test_instances_that_start_together_share_the_jobs(
 
     done = await asyncio.gather(*(one(turn, *plan) for turn, plan in enumerate(plans)))
     starts = list(itertools.chain(*done))
-    tell_starts(starts)
-    report_figures(f"not counted, as they came up too far apart: {beyond}")
+    report_starts(starts)
+    report_figures(f"not counted because of too much skew: {beyond}")
     assert [start for start in starts if start.overlaps] == []
     assert [start for start in starts if start.difference > 1] == []
 
 
-async def test_jobs_that_become_due_while_instances_settle(
+async def test_jobs_that_become_due_during_the_warm_up_are_shared_evenly(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """They are shared evenly too, though the first instance has warmed up and the last has not.
+    """Also when the first instance has warmed up and the last has not.
 
-    And without waiting: they were seen long before they were due.
+    And without delay: their startup was marked long before they were due.
     """
     warm_up = FORKED_WARM_UP
     async with jobs_db(postgres, tmp_path) as where:
@@ -234,7 +236,7 @@ async def test_jobs_that_become_due_while_instances_settle(
 
 
 async def test_a_start_soon_after_a_start(postgres: Database, tmp_path: Path) -> None:
-    """Instances go by what they saw themselves, not by what instances saw that are dead by now."""
+    """Startup marks of instances that are dead by now do not count."""
     warm_up = FORKED_WARM_UP
     async with jobs_db(postgres, tmp_path) as where:
         instances = where.instances(
@@ -246,25 +248,25 @@ async def test_a_start_soon_after_a_start(postgres: Database, tmp_path: Path) ->
             for instance in instances[1:]:
                 await instance.launch()
             await where.until(10)
-            # The later ones still look around while all jobs run; then all are dead.
+            # The later ones are still warming up while all jobs run; then all are killed.
             await asyncio.sleep(1.8)
             await end(instances)
             await asyncio.sleep(warm_up)
             start = await start_together(where, instances, 10, "soon after a start", warm_up)
         finally:
             await end(instances)
-    tell_starts([start])
+    report_starts([start])
     assert start.counts, "the machine is too busy"
     assert start.difference <= 1
 
 
-async def test_without_turns_the_first_instance_takes_all(
+async def test_without_the_claim_policy_the_first_instance_takes_all(
     postgres: Database, tmp_path: Path
 ) -> None:
-    """The control: whatever is due is taken as soon as it is seen, and the shares are uneven."""
+    """The control: each due job is claimed at once, and the shares are uneven."""
     async with jobs_db(postgres, tmp_path) as where:
         starts = await cold_and_warm(
-            where, 5, 10, forked=True, ending=signal.SIGTERM, FLEET_UNGUARDED="policy"
+            where, 5, 10, forked=True, stop_signal=signal.SIGTERM, FLEET_MUTANTS="policy"
         )
     report_figures("; ".join(f"{start.kind}: {start.loads}" for start in starts))
     assert [start for start in starts if start.difference <= 1] == []
@@ -274,7 +276,7 @@ async def test_without_turns_the_first_instance_takes_all(
 
 
 async def light_load(where: JobsDatabase, *, stagger: bool, **env: str) -> list[int]:
-    """Let five instances run ten short jobs over and over; return the runs of each."""
+    """Let five instances run ten short jobs repeatedly; return the runs of each instance."""
     every = LIGHT_EVERY
     env = {
         "FLEET_EVERY": f"{every}",
@@ -294,8 +296,8 @@ async def light_load(where: JobsDatabase, *, stagger: bool, **env: str) -> list[
     return sorted((loads[instance.name] for instance in instances), reverse=True)
 
 
-async def test_light_load_goes_round(postgres: Database, tmp_path: Path) -> None:
-    """Due together or one after the other, short runs are shared evenly; not so without rounds."""
+async def test_light_load_is_shared_evenly(postgres: Database, tmp_path: Path) -> None:
+    """Short runs, due together or one after another; without rounds the shares are uneven."""
     async with AsyncExitStack() as stack:
         grounds = [await stack.enter_async_context(jobs_db(postgres, tmp_path)) for _ in range(3)]
         together, staggered, control = await asyncio.gather(
@@ -310,12 +312,12 @@ async def test_light_load_goes_round(postgres: Database, tmp_path: Path) -> None
     assert control[0] - control[-1] > 2
 
 
-# -- a newcomer that keeps dying --------------------------------------------------------------
+# -- a newcomer in a crash loop ---------------------------------------------------------------
 
 
 @asynccontextmanager
 async def crash_loop(where: JobsDatabase, env: dict[str, str]) -> AsyncIterator[list[Instance]]:
-    """Start an instance every second, and kill it as soon as it is up or a little later."""
+    """Start an instance every second, and kill it as soon as it is ready or a little later."""
     born: list[Instance] = []
 
     async def live(instance: Instance) -> None:
@@ -342,7 +344,7 @@ async def crash_loop(where: JobsDatabase, env: dict[str, str]) -> AsyncIterator[
 
 
 async def lateness(where: JobsDatabase, seconds: float, **env: str) -> list[float]:
-    """Return how late jobs of three warmed-up instances started, with newcomers every second."""
+    """Return the delays of starts on three warmed-up instances, with a newcomer every second."""
     warm_up = {"JOB_WARM_UP_SECONDS": f"{SHORT_WARM_UP}"}
     env = {"FLEET_EVERY": "2", "FLEET_SECONDS": "0.1", **warm_up, **env}
     async with running(where.instances(3, env)):
@@ -363,26 +365,26 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
-async def test_newcomers_that_die_delay_nobody(postgres: Database, tmp_path: Path) -> None:
-    """An instance that comes up every second and dies delays no job on warmed-up instances."""
+async def test_crashing_newcomers_delay_no_job(postgres: Database, tmp_path: Path) -> None:
+    """An instance in a crash loop delays no job on warmed-up instances."""
     async with jobs_db(postgres, tmp_path) as where:
         late = await lateness(where, size(small=8, full=30))
     async with jobs_db(postgres, tmp_path) as where:
-        control = await lateness(where, 8, FLEET_UNGUARDED="newcomers")
+        control = await lateness(where, 8, FLEET_MUTANTS="newcomers")
     report_figures(
         f"{len(late)} starts late by p50 {quantile(late, 0.5) * 1000:.1f} ms, "
         f"p99 {quantile(late, 0.99) * 1000:.1f} ms, at most {late[-1] * 1000:.1f} ms; "
-        f"where any newcomer begins the warm-up anew: {len(control)} starts"
+        f"where any newcomer restarts the warm-up: {len(control)} starts"
     )
-    # An instance that still runs a job leaves the next one to the others for a step of 0.23 s.
+    # An instance that still runs a job backs off from the next one by a step of 0.23 s.
     assert quantile(late, 0.99) < size(small=2000, full=500) / 1000
     assert len(control) < len(late) / 2
 
 
-async def test_newcomers_that_die_delay_no_start(postgres: Database, tmp_path: Path) -> None:
-    """Instances that come up among newcomers that die wait for the warm-up once.
+async def test_crashing_newcomers_delay_no_cold_start(postgres: Database, tmp_path: Path) -> None:
+    """Instances that start among crashing newcomers wait for one warm-up only.
 
-    Without the guard that what was seen is written once, they wait for as long as newcomers come.
+    Without the guard that the startup is marked once, they wait for as long as newcomers start.
     """
 
     async def start(**env: str) -> list[float]:
@@ -399,7 +401,7 @@ async def test_newcomers_that_die_delay_no_start(postgres: Database, tmp_path: P
                 first.setdefault(span.job, span.begin - ready)
             return list(first.values())
 
-    guarded, control = await asyncio.gather(start(), start(FLEET_UNGUARDED="once"))
+    guarded, control = await asyncio.gather(start(), start(FLEET_MUTANTS="once"))
     report_figures(
         f"the last began {max(guarded):.2f} s after the last instance was ready; control: {control}"
     )

@@ -1,4 +1,4 @@
-"""Instances are killed and frozen: each of their jobs goes on elsewhere, and nowhere twice."""
+"""Instances are killed and frozen: each of their jobs goes on elsewhere, without an overlap."""
 
 import asyncio
 import math
@@ -35,9 +35,9 @@ FREEZES = size(small=5, full=15)
 LEASE = size(small=3, full=6)
 HEARTBEAT = size(small=1, full=2)
 SETTLING = 4
-# A job that was lost starts elsewhere within the lease and 2 s; the rest is for a busy machine.
+# A lost job starts elsewhere within lease + 2 s; the rest is slack for a busy machine.
 PROMPT = size(small=4, full=2)
-# of one held transaction; the control's outlasts the freeze, so that its commit comes late
+# of one held transaction; the control's outlasts the freeze, so that it commits late
 HELD, HELD_LONG = 0.5, LEASE + 2
 FOREVER = "3600"
 # between the signal's moment here and a claim that was under way
@@ -48,7 +48,7 @@ CREATE TABLE fenced (
     job text NOT NULL, fence bigint NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp()
 )
 """
-# as the server committed them, whatever their transactions thought the time was
+# in the order of the commits, whatever time their transactions recorded
 COMMITTED = "SELECT job, fence FROM fenced ORDER BY pg_xact_commit_timestamp(xmin), fence"
 
 LOST = "SELECT job, fence, server, started_at, ended_at FROM job_runs WHERE outcome = 'lost'"
@@ -68,14 +68,14 @@ CREATE TRIGGER dawdle BEFORE INSERT ON job_runs FOR EACH ROW EXECUTE FUNCTION da
 
 @pytest.fixture(scope="module")
 async def stamping() -> AsyncIterator[dict[str, str]]:
-    """The DB_* variables of a PostgreSQL that knows when it committed what."""
+    """The DB_* variables of a PostgreSQL that records commit timestamps."""
     async with own_postgres(max_connections="200", track_commit_timestamp="on") as server:
         yield server.environment()
 
 
 @pytest.fixture
 async def fenced(stamping: dict[str, str]) -> AsyncIterator[dict[str, str]]:
-    """An empty database there, with the table that the jobs write to."""
+    """An empty database on it, with the table that the jobs write to."""
     admin = await connect(stamping)
     await admin.execute("CREATE DATABASE fenced")
     database = {**stamping, "DB_NAME": "fenced"}
@@ -90,8 +90,8 @@ async def fenced(stamping: dict[str, str]) -> AsyncIterator[dict[str, str]]:
 async def test_jobs_of_killed_instances_go_on_elsewhere(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """A job whose instance is killed starts elsewhere in time, from its checkpoint, not twice."""
-    names = ("twin", "twin", "app1", "app2", "app3", "app4")  # a name is for people alone
+    """A killed instance's jobs start elsewhere in time, from their checkpoints, without overlap."""
+    names = ("twin", "twin", "app1", "app2", "app3", "app4")  # two instances may share a name
     instances = _fleet(database, tmp_path, names, jobs=12, FLEET_SECONDS="12", FLEET_EVERY="1")
     lost: list[Span] = []
     delays: list[float] = []
@@ -113,7 +113,7 @@ async def test_jobs_of_killed_instances_go_on_elsewhere(
     spans = read_event_logs(tmp_path)
     wrong = [span for span in lost if not _goes_on(span, _successor(span, spans))]
     recorded = await _lost_runs(database)
-    # An instance may also be killed just before its run's first line, or after its last.
+    # An instance may also be killed just before its run's first line or after its last.
     unexplained = [
         run
         for run, (server, since, until) in recorded.items()
@@ -128,16 +128,16 @@ async def test_jobs_of_killed_instances_go_on_elsewhere(
     assert wrong == []
     assert max(delays) <= LEASE + PROMPT
     assert {(span.job, span.fence) for span in lost} <= recorded.keys()
-    assert unexplained == []  # nobody else lost anything
+    assert unexplained == []  # no other run was lost
     assert any(_checkpoint(span) for span in lost)
 
 
 async def test_frozen_instances_are_ended_before_they_go_on(
     fenced: dict[str, str], tmp_path: Path
 ) -> None:
-    """An instance that was frozen past its leases does nothing more, and what it held is free.
+    """An instance frozen past its leases executes nothing more, and its jobs and locks are free.
 
-    Its jobs have taken SIGALRM for themselves: the watchdog timer does not depend on it.
+    Its jobs use SIGALRM for themselves: the watchdog timer does not depend on it.
     """
     instances = _fleet(
         fenced,
@@ -197,7 +197,7 @@ async def test_frozen_instances_are_ended_before_they_go_on(
     writes = await connection.fetchval("SELECT count(*) FROM fenced")
     await connection.close()
     recorded = await _lost_runs(fenced)
-    inside = sum(_said(span) == "inside" for span in lost)
+    inside = sum(_last_line(span) == "inside" for span in lost)
     report_figures(
         f"{FREEZES} instances frozen: {len(lost)} jobs lost, {inside} of them in a transaction, "
         f"started elsewhere after {_times(delays)}; after SIGCONT {late_lines} wrote lines, "
@@ -216,10 +216,10 @@ async def test_frozen_instances_are_ended_before_they_go_on(
     assert unharmed
 
 
-async def test_without_watchdog_and_fence_the_same_is_seen(
+async def test_without_watchdog_and_fence_late_lines_and_writes_are_seen(
     fenced: dict[str, str], tmp_path: Path
 ) -> None:
-    """The controls: without the timer lines are seen, without the fence too late writes are."""
+    """The controls: without the timer there are late lines, without the fence also late writes."""
     kinds = {
         "no timer": ("writes", "watchdog"),
         "no timer, held": ("held", "watchdog"),
@@ -239,7 +239,7 @@ async def test_without_watchdog_and_fence_the_same_is_seen(
             FLEET_SECONDS=FOREVER,
             FLEET_KIND=kind,
             FLEET_HOLD=str(HELD_LONG),
-            FLEET_UNGUARDED=guards,
+            FLEET_MUTANTS=guards,
             FLEET_ALARM="taken",
             JOB_CONNECTIONS="12",
         )
@@ -273,13 +273,13 @@ async def test_without_watchdog_and_fence_the_same_is_seen(
     assert alive == instances
     assert overlaps(spans)
     assert all(after)
-    # The fence refuses all by itself, at the beginning of a transaction and at its commit.
+    # The fence alone refuses late writes, at the beginning of a transaction and at its commit.
     assert late[:3] == [0, 0, 0]
     assert all(late[3:])
     refused = [{error.split("(")[0] for error in errors} for errors in refusals]
     assert refused[2] <= {
         "LeaseLostError"
-    }  # requested to stop, it may not come to another transaction
+    }  # requested to stop, it may not begin another transaction
     assert refused[:2] + refused[3:] == [
         {"LeaseLostError"},
         {"LeaseLostError"},
@@ -291,7 +291,7 @@ async def test_without_watchdog_and_fence_the_same_is_seen(
 async def test_a_job_that_kills_its_process_is_quarantined(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """After three runs that were lost in a row a job waits for long, and the fleet lives."""
+    """After three lost runs in a row a job is quarantined, and the instances stay up."""
     instances = _fleet(
         database,
         tmp_path,
@@ -312,7 +312,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
         )
         quarantined_at = monotonic()
         await asyncio.gather(*(instance.ready() for instance in instances))
-        await asyncio.sleep(3)  # two leases: time for a run that must not be
+        await asyncio.sleep(3)  # two leases: time enough for a run that must not start
         await asyncio.gather(*(instance.ready() for instance in instances))
         spans = read_event_logs(tmp_path)
     row = await connection.fetchrow("SELECT * FROM jobs WHERE name = 'job-01'")
@@ -341,7 +341,7 @@ async def test_a_job_that_kills_its_process_is_quarantined(
 async def test_a_claim_that_is_answered_too_late_starts_nothing(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """A lease that was over before it was known is released, and the instance lives."""
+    """A claim whose answer arrives after the lease is released, and the instance stays up."""
     await migrate(load_settings(**{name.lower(): value for name, value in database.items()}))
     connection = await connect(database)
     await connection.execute(LATE_ANSWER)
@@ -368,12 +368,12 @@ async def test_a_claim_that_is_answered_too_late_starts_nothing(
 
 
 @pytest.mark.parametrize("half_way", [False, True], ids=["idle", "half-way"])
-async def test_what_a_silent_transaction_holds_is_free_again(
+async def test_the_locks_of_a_silent_transaction_are_released(
     database: dict[str, str], *, half_way: bool
 ) -> None:
-    """An instance that falls silent in a transaction, even in a statement, blocks nobody long.
+    """An instance that stops sending in a transaction, even in a statement, soon holds no locks.
 
-    To the server a statement of which only the first message came is not idle.
+    For the server, a session that has sent only the first message of a statement is not idle.
     """
     settings = load_settings(
         **{name.lower(): value for name, value in database.items()},
@@ -399,29 +399,29 @@ async def test_what_a_silent_transaction_holds_is_free_again(
                 seconds = monotonic() - since
     await other.close()
     await service.stop()
-    report_figures(f"a lock that a silent transaction held was free after {seconds:.2f} s")
+    report_figures(f"the lock of a silent transaction was free after {seconds:.2f} s")
     assert 0.4 < seconds < 5
 
 
 def test_a_timer_that_is_set_late_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that stands still just before it sets the timer is ended as soon as it goes on."""
+    """A process that is frozen just before it sets the timer is ended as soon as it continues."""
     now = 1000.0
-    told: list[str] = []
+    calls: list[str] = []
 
     class Timer:
         def set(self, _seconds: float) -> None:
             nonlocal now
-            now += 0 if told else 10
-            told.append("set")
+            now += 0 if calls else 10
+            calls.append("set")
 
         def expire(self) -> None:
-            told.append("expired")
+            calls.append("expired")
 
     monkeypatch.setattr("balance_app.jobs.leases.monotonic", lambda: now)
     leases = HeldLeases(load_settings(job_lease_seconds=6))
     leases._watchdog = Timer()
     leases.hold("a", 1, now, lambda _outcome, _reason: None)
-    assert told[:2] == ["set", "expired"]
+    assert calls[:2] == ["set", "expired"]
 
 
 def _fleet(
@@ -453,7 +453,7 @@ def _successor(span: Span, spans: list[Span]) -> Span | None:
 
 
 def _again(spans: list[Span], now: list[Span]) -> list[Span]:
-    """Return the same runs as their event logs tell them now."""
+    """Return the same runs as they are in the event logs now."""
     names = {(span.job, span.fence, span.pid) for span in spans}
     return [span for span in now if (span.job, span.fence, span.pid) in names]
 
@@ -464,20 +464,20 @@ def _start_step(span: Span) -> int:
 
 
 def _checkpoint(span: Span) -> int:
-    """Return the step that a run goes on from after this one: its last checkpoint."""
+    """Return the step from which the next run resumes: this run's last checkpoint."""
     steps = [line["step"] for line in span.lines if line["what"] == "checkpoint"]
     return int(steps[-1]) if steps else _start_step(span)
 
 
 def _goes_on(span: Span, after: Span | None) -> bool:
-    """Say whether the next run began elsewhere, where the lost one had got to."""
+    """Return whether the next run began elsewhere, from the lost run's checkpoint."""
     if after is None or after.pid == span.pid:
         return False
     resumed = _start_step(after)
     last = span.lines[-1]
-    # Killed between the checkpoint and the line that tells of it?
-    unsaid = last["step"] + 1 if last["what"] == "tick" and last["step"] % 10 == 9 else None
-    return resumed in {_checkpoint(span), unsaid}
+    # It may have been killed between the checkpoint and the line that records it.
+    unrecorded = last["step"] + 1 if last["what"] == "tick" and last["step"] % 10 == 9 else None
+    return resumed in {_checkpoint(span), unrecorded}
 
 
 async def _until(check: Callable[[], bool]) -> None:
@@ -501,7 +501,7 @@ async def _all_started(event_logs: Path, jobs: int) -> None:
 
 
 async def _kill(victims: list[Instance], event_logs: Path) -> tuple[list[Span], list[float]]:
-    """Kill instances and start them again; return what they ran, and how long it was idle."""
+    """Kill instances and restart them; return their runs, and how long each job was idle."""
     since = monotonic()
     pids = {instance.pid for instance in victims}
     await asyncio.gather(*(instance.kill() for instance in victims))
@@ -512,7 +512,7 @@ async def _kill(victims: list[Instance], event_logs: Path) -> tuple[list[Span], 
 
 
 async def _takeovers(gone: list[Span], event_logs: Path, since: float) -> list[float]:
-    """Wait until these jobs run again; return after how many seconds each did."""
+    """Wait until these jobs run again; return how many seconds each took."""
     while True:
         spans = read_event_logs(event_logs)
         after = [_successor(span, spans) for span in gone]
@@ -522,7 +522,7 @@ async def _takeovers(gone: list[Span], event_logs: Path, since: float) -> list[f
 
 
 async def _forgive(database: dict[str, str]) -> None:
-    """Let no job be paused for the losses of its instances: here they are not its fault."""
+    """Reset the losses, so that no job is quarantined for the kills of this test."""
     connection = await connect(database)
     await connection.execute("UPDATE jobs SET lost_streak = 0 WHERE lost_streak > 0")
     await connection.close()
@@ -531,7 +531,7 @@ async def _forgive(database: dict[str, str]) -> None:
 async def _lost_runs(
     database: dict[str, str],
 ) -> dict[tuple[str, int], tuple[str, datetime, datetime]]:
-    """Return which runs were recorded as lost: where, and from when to when."""
+    """Return the runs recorded as lost: server, start and end."""
     connection = await connect(database)
     rows = await connection.fetch(LOST)
     await connection.close()
@@ -540,7 +540,7 @@ async def _lost_runs(
 
 @asynccontextmanager
 async def _frozen(instances: list[Instance]) -> AsyncIterator[None]:
-    """Stop processes where they stand, then let them go on."""
+    """Stop processes with SIGSTOP; continue them at the end."""
     for instance in instances:
         assert instance.process is not None
         instance.process.send_signal(signal.SIGSTOP)
@@ -549,12 +549,12 @@ async def _frozen(instances: list[Instance]) -> AsyncIterator[None]:
     finally:
         for instance in instances:
             assert instance.process is not None
-            with suppress(ProcessLookupError):  # the watchdog timer ends it where it stands
+            with suppress(ProcessLookupError):  # the watchdog timer has ended it
                 instance.process.send_signal(signal.SIGCONT)
 
 
 async def _freeze_shortly(instance: Instance, event_logs: Path) -> list[Span]:
-    """Freeze an instance for less than its leases last; return its runs, which went on."""
+    """Freeze an instance for less than a lease; return its runs, which went on."""
     async with _frozen([instance]):
         before = _under_way(event_logs, instance)
         await asyncio.sleep(LEASE / 4)
@@ -580,7 +580,7 @@ def _size(event_logs: Path, instance: Instance) -> int:
 async def _lines_after_a_freeze(
     instance: Instance, event_logs: Path, *, held: bool
 ) -> list[dict[str, Any]]:
-    """Freeze an instance until others run its jobs; return what its runs write afterwards."""
+    """Freeze an instance until others run its jobs; return the lines its runs write afterwards."""
     async with _frozen_when(instance, event_logs, "inside" if held else "wrote") as before:
         since = monotonic()
         await _takeovers(before, event_logs, since)
@@ -598,19 +598,19 @@ async def _lines_after_a_freeze(
 
 @asynccontextmanager
 async def _frozen_when(
-    instance: Instance, event_logs: Path, said: str
+    instance: Instance, event_logs: Path, line: str
 ) -> AsyncIterator[list[Span]]:
-    """Freeze an instance when some runs have just said that: the server ends idle transactions."""
+    """Freeze an instance as soon as this is a run's last line: idle transactions are ended soon."""
     async with asyncio.timeout(60) as limit:
         while True:
             async with _frozen([instance]):
-                await asyncio.sleep(0.02)  # the signal takes its time
+                await asyncio.sleep(0.02)  # the signal takes a moment
                 now = monotonic()
-                # What follows the line is under way by then.
+                # The work after the line is under way by then.
                 if runs := [
                     span
                     for span in _under_way(event_logs, instance)
-                    if _said(span) == said and 0.02 < now - span.end < 1
+                    if _last_line(span) == line and 0.02 < now - span.end < 1
                 ]:
                     limit.reschedule(None)
                     yield runs
@@ -618,7 +618,7 @@ async def _frozen_when(
             await asyncio.sleep(uniform(0.05, 0.1))
 
 
-def _said(span: Span) -> str:
+def _last_line(span: Span) -> str:
     return str(span.lines[-1]["what"])
 
 
@@ -639,7 +639,7 @@ def _times(seconds: list[float]) -> str:
 
 @asynccontextmanager
 async def _supervised(instances: list[Instance]) -> AsyncIterator[list[int]]:
-    """Start each instance again whenever it ends; the list grows with each exit code."""
+    """Restart each instance whenever it ends; the list collects the exit codes."""
     deaths: list[int] = []
 
     async def keep(instance: Instance) -> None:

@@ -1,4 +1,4 @@
-"""What the load test refuses to do, and how it says so."""
+"""Refusals of the load test, and their messages."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from loadtest.preconditions import CannotRunError, Target, allow_open_files, fin
 
 
 def test_absent_service() -> None:
-    """Where nobody listens, one sentence says so and how to start the service."""
+    """Where nothing listens, one sentence says so and how to start the service."""
     with socket.socket() as bound_but_deaf:
         bound_but_deaf.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound_but_deaf.getsockname()[1]}"
@@ -28,7 +28,7 @@ def test_absent_service() -> None:
 async def test_the_service_is_found_where_its_commands_find_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As PORT says; where nobody listens, at the ports of the containers that answer."""
+    """At PORT; if nothing listens there, at the ports of the containers that answer."""
     monkeypatch.chdir(tmp_path)
     for name in ("PORT", "BALANCE_APP_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -76,7 +76,7 @@ def test_reason_as_json() -> None:
     ],
 )
 def test_refused_urls(url: str) -> None:
-    """Only plain base URLs of this machine's loopback are accepted."""
+    """Only plain base URLs of loopback addresses are accepted."""
     with pytest.raises(CannotRunError):
         Target.parse(url)
 
@@ -86,7 +86,7 @@ def test_refused_urls(url: str) -> None:
     ["http://localhost:3000", "http://127.0.0.1:3000/", "http://127.8.9.1:80", "http://[::1]:3000"],
 )
 def test_accepted_urls(url: str) -> None:
-    """Every loopback address is accepted and written back as it was."""
+    """Every loopback address is accepted and written unchanged."""
     assert Target.parse(url).url == url.rstrip("/")
 
 
@@ -101,7 +101,7 @@ def test_open_files_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard limit below the need is refused with both ways out."""
+    """A hard limit below the need is refused with both remedies."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     with pytest.raises(CannotRunError, match=r"ulimit -n 20000.*--connections 512"):
         allow_open_files(10_000)
@@ -119,7 +119,7 @@ def test_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_impossible_options(option: str) -> None:
-    """An impossible option is refused in the usual way of the command line."""
+    """An invalid option is a usage error."""
     result = CliRunner().invoke(cli, [option])
     assert result.exit_code == EXIT_NOT_RUN
     assert f"Error: Invalid value for '{option.partition('=')[0]}'" in result.stderr

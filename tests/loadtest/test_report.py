@@ -1,4 +1,4 @@
-"""What is reported while a burst runs and after it."""
+"""The progress and the report of a burst."""
 
 import asyncio
 import io
@@ -26,7 +26,7 @@ def result(*seconds: float) -> BurstResult:
     [(9.252, 1.0), (10.0, 1.0), (4.287, 0.5), (0.029, 0.005), (0.0000004, 5e-8), (11.0, 2.0)],
 )
 def test_answers_are_counted_in_bands_of_a_round_width(longest: float, width: float) -> None:
-    """About ten of one width, from 0 to the longest; each answer is in one; no gap between."""
+    """About ten of one width, from 0 to the longest, without gaps; each answer is in one."""
     seconds = [longest * part / 99 for part in range(100)]
     found = bands(result(*seconds))
     assert 5 <= len(found) <= 11
@@ -39,7 +39,7 @@ def test_answers_are_counted_in_bands_of_a_round_width(longest: float, width: fl
 
 
 def test_no_answer_has_no_latency() -> None:
-    """What was not answered is in no band; answers at once are in the first."""
+    """Unanswered requests are in no band; immediate answers are in the first."""
     assert bands(result()) == []
     assert [band.answers for band in bands(result(0.0, 0.0))] == [2]
     assert bands(result(1.0, 3.0, 3.5))[-1] == Band(3.5, 4.0, 1)
@@ -57,7 +57,7 @@ async def followed(console: Console, stream: io.StringIO) -> str:
 
 
 async def test_a_terminal_has_bars() -> None:
-    """They are drawn in place, and stand full at the end."""
+    """They are redrawn in place, and full at the end."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)
     output = await followed(console, stream)
@@ -69,7 +69,7 @@ async def test_a_terminal_has_bars() -> None:
 
 
 async def test_a_pipe_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain line now and then; a quiet console has nothing."""
+    """Plain lines at intervals; a quiet console gets nothing."""
     monkeypatch.setattr("loadtest.progress._LINES_EVERY_SECONDS", 0.05)
     stream = io.StringIO()
     output = await followed(Console(file=stream, width=200), stream)

@@ -1,4 +1,4 @@
-"""The whole load test against a tiny service that is right, or wrong in exactly one way."""
+"""The whole load test against a minimal service that is right, or wrong in exactly one way."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ REQUESTS = 200
 
 
 class FakeService:
-    """One user in memory behind just enough HTTP/1.1; subclasses misbehave by overriding.
+    """One user in memory behind a minimal HTTP/1.1 server; subclasses override one method.
 
     `keys` collects the Idempotency-Keys received, `peers` the clients' addresses of changes. The
     port that took a request is the instance's X-Server-Id.
@@ -123,8 +123,8 @@ class FakeService:
         return True
 
 
-async def judged(service: FakeService, *options: str) -> Json:
-    """Run the load test, half of whose 200 withdrawals of 2 can be afforded; return its JSON."""
+async def run_loadtest(service: FakeService, *options: str) -> Json:
+    """Run the load test with 200 withdrawals of 2 from 200; return its JSON."""
     async with service.running():
         arguments = [service.url, f"--requests={REQUESTS}", "--balance=200", "--json"]
         # In a thread: the load test runs an event loop of its own, as it does on the command line.
@@ -135,7 +135,7 @@ async def judged(service: FakeService, *options: str) -> Json:
 
 
 def assert_failed(report: Json, *fragments: str) -> None:
-    """The verdict is a failure and its problems say each of the fragments."""
+    """Check that the verdict is a failure and its problems contain the fragments."""
     assert report["verdict"] == "fail"
     problems = "\n".join(report["problems"])
     for fragment in fragments:
@@ -143,9 +143,9 @@ def assert_failed(report: Json, *fragments: str) -> None:
 
 
 async def test_right_service_passes() -> None:
-    """A service that does exactly right passes, with one connection for each request."""
+    """A correct service passes, with one connection for each request."""
     service = FakeService()
-    report = await judged(service)
+    report = await run_loadtest(service)
     assert report["verdict"] == "pass", report["problems"]
     assert report["problems"] == []
     assert report["accepted"] == report["refused"] == {"measured": 100, "expected": 100}
@@ -160,7 +160,7 @@ async def test_right_service_passes() -> None:
 async def test_few_connections_and_keys() -> None:
     """Kept-alive connections are reused for all requests, each with a key of its own."""
     service = FakeService()
-    report = await judged(service, "--connections=7", "--keys")
+    report = await run_loadtest(service, "--connections=7", "--keys")
     assert report["verdict"] == "pass", report["problems"]
     assert len(service.peers) == 7
     assert len(set(service.keys)) == REQUESTS
@@ -170,7 +170,7 @@ async def test_existing_user() -> None:
     """For an existing user the expected numbers come from the balance read before."""
     service = FakeService()
     service.balance, service.version = 31, 4
-    report = await judged(service, "--user=7")
+    report = await run_loadtest(service, "--user=7")
     assert report["verdict"] == "pass", report["problems"]
     assert report["accepted"]["expected"] == 15
     assert report["balance"] == {"measured": 1, "expected": 1}
@@ -178,14 +178,14 @@ async def test_existing_user() -> None:
 
 async def test_several_pages_of_entries() -> None:
     """Entries are read to the last page."""
-    report = await judged(FakeService(), "--requests=2100", "--balance=4200")
+    report = await run_loadtest(FakeService(), "--requests=2100", "--balance=4200")
     assert report["verdict"] == "pass", report["problems"]
     assert report["newEntries"]["measured"] == 2100
 
 
 async def test_deposits() -> None:
     """Every deposit must be accepted."""
-    report = await judged(FakeService(), "--amount=3")
+    report = await run_loadtest(FakeService(), "--amount=3")
     assert report["verdict"] == "pass", report["problems"]
     assert report["balance"] == {"measured": 800, "expected": 800}
 
@@ -194,7 +194,7 @@ async def test_two_urls_take_turns() -> None:
     """Several base URLs are fired at in turn."""
     service = FakeService()
     async with service.running():
-        report = await judged(service, service.url)
+        report = await run_loadtest(service, service.url)
     assert report["verdict"] == "pass", report["problems"]
     assert list(report["requestsPerInstance"].values()) == [REQUESTS // 2, REQUESTS // 2]
 
@@ -206,7 +206,7 @@ async def test_one_accept_too_many_fails() -> None:
         def affords(self, amount: int) -> bool:
             return self.balance + amount >= -2
 
-    report = await judged(Generous())
+    report = await run_loadtest(Generous())
     assert_failed(report, "101 were accepted instead of 100", "final balance is -2", "101 new")
 
 
@@ -218,7 +218,7 @@ async def test_wrong_refusal_code_fails() -> None:
             status, body = super().refuse(amount)
             return status, body | {"code": "conflict"}
 
-    report = await judged(Vague())
+    report = await run_loadtest(Vague())
     assert report["others"] == {"409 conflict": 100}
     assert_failed(report, "0 were refused", "100 ended otherwise: 409 conflict")
 
@@ -231,11 +231,11 @@ async def test_refusal_that_could_be_afforded_fails() -> None:
             status, body = super().refuse(amount)
             return status, body | {"balance": 2, "version": self.version - 1}
 
-    assert_failed(await judged(Contradicting()), "100 refusals do not prove themselves")
+    assert_failed(await run_loadtest(Contradicting()), "100 refusals do not prove themselves")
 
 
 async def test_lost_entry_fails() -> None:
-    """A service that acknowledges a change and forgets its entry fails."""
+    """A service that acknowledges a change without an entry fails."""
 
     class Forgetful(FakeService):
         def accept(self, amount: int) -> tuple[int, Json]:
@@ -243,7 +243,7 @@ async def test_lost_entry_fails() -> None:
             self.entries = [entry for entry in self.entries if entry["version"] != 50]
             return answer
 
-    report = await judged(Forgetful())
+    report = await run_loadtest(Forgetful())
     assert report["newEntries"] == {"measured": 99, "expected": 100}
     assert_failed(report, "99 new entries", "1 acknowledged changes have no entry: version 50")
 
@@ -258,7 +258,7 @@ async def test_duplicate_version_fails() -> None:
                 body |= {"version": 49, "balance": body["balance"] + 2}
             return status, body
 
-    report = await judged(Repeating())
+    report = await run_loadtest(Repeating())
     assert report["accepted"]["measured"] == 100
     assert_failed(report, "Accepted answers share a version, as 49")
 
@@ -271,7 +271,7 @@ async def test_skipped_version_fails() -> None:
             self.version += self.version == 50
             return super().accept(amount)
 
-    assert_failed(await judged(Skipping()), "Accepted answers skip a version")
+    assert_failed(await run_loadtest(Skipping()), "Accepted answers skip a version")
 
 
 async def test_answered_balance_off_by_two_fails() -> None:
@@ -282,7 +282,7 @@ async def test_answered_balance_off_by_two_fails() -> None:
             status, body = super().accept(amount)
             return status, body | {"balance": body["balance"] + 2 * (body["version"] == 50)}
 
-    assert_failed(await judged(Miscounting()), "1 accepted answers contradict the chain")
+    assert_failed(await run_loadtest(Miscounting()), "1 accepted answers contradict the chain")
 
 
 async def test_final_balance_off_by_two_fails() -> None:
@@ -292,7 +292,7 @@ async def test_final_balance_off_by_two_fails() -> None:
         def user(self) -> Json:
             return super().user() | {"balance": self.balance or 2}
 
-    assert_failed(await judged(Drifting()), "final balance is 2 instead of 0")
+    assert_failed(await run_loadtest(Drifting()), "final balance is 2 instead of 0")
 
 
 async def test_wrong_entry_fails() -> None:
@@ -303,7 +303,7 @@ async def test_wrong_entry_fails() -> None:
             self.entries[10]["balance"] += 2
             return super().page(after, limit)
 
-    assert_failed(await judged(Misnoting()), "1 entries contradict the chain")
+    assert_failed(await run_loadtest(Misnoting()), "1 entries contradict the chain")
 
 
 async def test_dropped_connection_fails() -> None:
@@ -314,7 +314,7 @@ async def test_dropped_connection_fails() -> None:
             answer = super().change(amount)
             return None if self.version == 50 else answer
 
-    report = await judged(Dropping())
+    report = await run_loadtest(Dropping())
     assert report["others"] == {"connection closed before an answer": 1}
     assert_failed(report, "99 were accepted instead of 100")
 
@@ -327,13 +327,13 @@ async def test_unavailable_fails() -> None:
             del amount
             return 503, {"code": "overloaded", "applied": "no"}
 
-    report = await judged(Overloaded())
+    report = await run_loadtest(Overloaded())
     assert report["refused"]["measured"] == 0
     assert_failed(report, "100 ended otherwise: 503 overloaded")
 
 
 async def test_silence_fails_within_the_timeout() -> None:
-    """A service that stops answering ends the test at the timeout, with what was unanswered."""
+    """If a service stops answering, the test ends at the timeout and counts the unanswered."""
 
     class Silent(FakeService):
         async def _answer(self, method: str, path: str, body: Json) -> tuple[int, Json] | None:
@@ -342,20 +342,20 @@ async def test_silence_fails_within_the_timeout() -> None:
                 return None
             return await super()._answer(method, path, body)
 
-    report = await judged(Silent(), "--timeout=1")
+    report = await run_loadtest(Silent(), "--timeout=1")
     assert report["others"] == {"no answer within the time limit": 151}
     assert_failed(report, "49 were accepted instead of 100", "49 new entries instead of 100")
 
 
-async def test_death_in_the_burst_fails() -> None:
-    """A service that cannot be asked afterwards fails, and the answers are still reported."""
+async def test_unreadable_state_after_the_burst_fails() -> None:
+    """A service that cannot be read afterwards fails, and the answers are still reported."""
 
     class Dying(FakeService):
         def page(self, after: int, limit: int) -> tuple[int, Json]:
             del after, limit
             return 503, {"code": "database-unavailable"}
 
-    report = await judged(Dying())
+    report = await run_loadtest(Dying())
     assert report["accepted"]["measured"] == 100
     assert report["newEntries"]["measured"] is None
     assert_failed(report, "The state after the burst could not be read", "answered 503")

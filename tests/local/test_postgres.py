@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL's own user, where it is started as root."""
+"""The system user of the embedded PostgreSQL, if it is started as root."""
 
 import fcntl
 import pwd
@@ -15,7 +15,7 @@ STARTS = 4
 
 
 def start_at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Start several servers on a machine without the user; return who was made, how often."""
+    """Start several servers on a machine without the user; return the users that were created."""
     made: list[str] = []
     complete: list[str] = []
 
@@ -36,12 +36,12 @@ def start_at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_servers_that_start_at_once_make_their_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None goes on with a user that another has made in part: the others wait for it."""
+def test_servers_that_start_at_once_create_their_user_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait until it is completely created."""
     assert start_at_once(monkeypatch) == [SYSTEM_USER]
 
 
-def test_without_the_lock_they_all_make_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_lock_they_all_create_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     assert len(start_at_once(monkeypatch)) > 1

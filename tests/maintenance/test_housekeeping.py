@@ -37,7 +37,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 REGISTRY = Registry.load("balance_app.maintenance")
 JOBS = tuple(REGISTRY.values())
-# beside those that are analyzed: two that say what the schema is at
+# those that are analyzed, and the two with the schema's version
 TABLES = len(ANALYZE) + 1
 
 CLAIM = """
@@ -59,7 +59,7 @@ class CutError(BaseException):
 
 
 class TracedRun(Run):
-    """A run that does not rest, notes its progress, and can be cut after some batches."""
+    """A run that does not sleep, records its progress, and can be cut after some batches."""
 
     cut_after: int | None = None
     loses_lease: bool = False
@@ -81,8 +81,8 @@ class TracedRun(Run):
         await super().checkpoint(state)
 
 
-class House:
-    """A migrated database whose jobs are run by hand."""
+class JobRunner:
+    """A migrated database, and jobs that are run by the test."""
 
     def __init__(self, database: Database, connection: Connection) -> None:
         self.connection = connection
@@ -97,7 +97,7 @@ class House:
     async def run(
         self, name: str, *, cut_after: int | None = None, loses_lease: bool = False
     ) -> str:
-        """Run a job and return its result; a run that was cut leaves its checkpoint."""
+        """Run a job and return its result; a cut run leaves its checkpoint."""
         row = await self.connection.fetchrow(CLAIM, name, self._me.id)
         assert row is not None
         checkpoint = row["checkpoint"]
@@ -127,7 +127,7 @@ class House:
         return result
 
     async def rewrite(self, *statements: str) -> None:
-        """Change what the ledger's guards refuse to change."""
+        """Change rows with the ledger's triggers off."""
         async with self.connection.transaction():
             await self.connection.execute("ALTER TABLE entries DISABLE TRIGGER USER")
             for statement in statements:
@@ -135,7 +135,7 @@ class House:
             await self.connection.execute("ALTER TABLE entries ENABLE TRIGGER USER")
 
     async def populate(self, users: int, entries: int) -> None:
-        """Give users 1 to `users` so many entries each; every second one came with a key."""
+        """Give users 1 to `users` this many entries each; every second one has a key."""
         for statement in POPULATE:
             await self.connection.execute(statement, users, entries)
         await self.connection.execute(
@@ -171,15 +171,15 @@ POPULATE = (
 
 
 @pytest.fixture
-async def house(database: dict[str, str]) -> AsyncIterator[House]:
+async def runner(database: dict[str, str]) -> AsyncIterator[JobRunner]:
     settings = load_settings(**{name.lower(): value for name, value in database.items()})
     pool = Database(settings)
     await pool.start()
     connection = await connect(database)
-    house = House(pool, connection)
-    await house.declare()
+    runner = JobRunner(pool, connection)
+    await runner.declare()
     try:
-        yield house
+        yield runner
     finally:
         await pool.stop()
         await connection.close()
@@ -201,11 +201,11 @@ FRESH = {
 }
 
 
-async def test_all_ten_work_on_a_new_database(house: House) -> None:
-    """Each says what it did in one sentence, though there is next to nothing to do."""
+async def test_all_ten_work_on_a_new_database(runner: JobRunner) -> None:
+    """Each returns one sentence, even with almost nothing to do."""
     assert {each.name for each in JOBS} == set(FRESH)
     for name, sentence in FRESH.items():
-        assert re.fullmatch(sentence, await house.run(name)), name
+        assert re.fullmatch(sentence, await runner.run(name)), name
 
 
 def test_every_job_has_an_interval_of_its_own() -> None:
@@ -217,14 +217,14 @@ def test_every_job_has_an_interval_of_its_own() -> None:
     assert max(intervals) <= timedelta(minutes=30)
 
 
-def test_every_job_is_described_in_a_line() -> None:
-    """The description is for people: one sentence."""
+def test_every_job_has_a_description_of_one_line() -> None:
+    """One sentence, for people."""
     for each in JOBS:
         assert re.fullmatch(r"[A-Z][^\n]+\.", each.description), each.name
 
 
-# The batches each takes, and what it says, of 30 users with 4 entries each, 60 old refusals, and
-# 5 old runs of each job.
+# The batches and the result of each job with 30 users with 4 entries each, 60 old refusals, and 5
+# old runs of each job.
 BUSY = {
     "watch-limits": (16, r"watched 7 limits and 30 users: .+"),
     "audit-ledger": (25, r"checked 120 entries of 30 users: all balances match"),
@@ -246,70 +246,70 @@ BUSY = {
 
 
 @pytest.mark.parametrize("name", BUSY)
-async def test_a_job_goes_on_where_it_was_cut(house: House, name: str) -> None:
-    """Cut twice, the third run does the rest and only the rest: all is as if uncut."""
-    await keep_busy(house)
+async def test_a_cut_job_resumes_from_its_checkpoint(runner: JobRunner, name: str) -> None:
+    """Cut twice, the third run does only the rest; the traces are those of an uncut run."""
+    await keep_busy(runner)
     number_of_batches, sentence = BUSY[name]
     seen: tuple[tuple[int, int | None, str], ...] = ()
     for after in (1, 4):
         with pytest.raises(CutError):
-            await house.run(name, cut_after=after)
-        assert house.last is not None
-        seen += house.last.seen
-    assert re.fullmatch(sentence, await house.run(name))
-    assert house.last is not None
-    seen += house.last.seen
+            await runner.run(name, cut_after=after)
+        assert runner.last is not None
+        seen += runner.last.seen
+    assert re.fullmatch(sentence, await runner.run(name))
+    assert runner.last is not None
+    seen += runner.last.seen
     assert len(seen) == number_of_batches
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert seen[-1][0] == seen[-1][1]
 
 
 @pytest.mark.parametrize("name", BUSY)
-async def test_a_job_that_is_repeated_changes_nothing_more(house: House, name: str) -> None:
-    """A run that loses its lease leaves no trace; one that comes again adds nothing."""
-    await keep_busy(house)
-    before = await traces(house)
+async def test_a_repeated_run_changes_nothing_more(runner: JobRunner, name: str) -> None:
+    """A run that loses its lease leaves no trace; a repeated run adds nothing."""
+    await keep_busy(runner)
+    before = await traces(runner)
     with pytest.raises(LeaseLostError):
-        await house.run(name, loses_lease=True)
-    assert await traces(house) == before
-    assert re.fullmatch(BUSY[name][1], await house.run(name))
-    before = await traces(house, but="table_sizes")
-    await house.run(name)
-    assert await traces(house, but="table_sizes") == before
+        await runner.run(name, loses_lease=True)
+    assert await traces(runner) == before
+    assert re.fullmatch(BUSY[name][1], await runner.run(name))
+    before = await traces(runner, but="table_sizes")
+    await runner.run(name)
+    assert await traces(runner, but="table_sizes") == before
 
 
-async def test_a_state_of_another_version_is_not_gone_on_from(house: House) -> None:
-    """A checkpoint that has other members than this program's is left aside."""
-    await house.populate(30, 4)
-    await house.connection.execute(
+async def test_a_checkpoint_of_another_version_is_ignored(runner: JobRunner) -> None:
+    """A checkpoint with other members than this program's starts the job afresh."""
+    await runner.populate(30, 4)
+    await runner.connection.execute(
         "UPDATE jobs SET checkpoint = '{\"done\": 7}' WHERE name = 'audit-ledger'"
     )
-    assert (await house.run("audit-ledger")).startswith("checked 120 entries of 30 users")
+    assert (await runner.run("audit-ledger")).startswith("checked 120 entries of 30 users")
 
 
-async def keep_busy(house: House) -> None:
-    await house.populate(30, 4)
-    await house.connection.execute("""
+async def keep_busy(runner: JobRunner) -> None:
+    await runner.populate(30, 4)
+    await runner.connection.execute("""
         INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
         SELECT 'no-' || n, 'refused', 1, -20000, 9999, 2, clock_timestamp() - interval '8 days'
         FROM generate_series(1, 60) AS n
     """)
-    await house.connection.execute("""
+    await runner.connection.execute("""
         INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome)
         SELECT name, n - 25, at, at, at, 'succeeded' FROM jobs, generate_series(1, 25) AS n,
                (SELECT clock_timestamp() - interval '31 days' AS at) AS old
     """)
-    await house.connection.execute("""
+    await runner.connection.execute("""
         INSERT INTO daily_balances (user_id, day, version, balance, at)
         SELECT user_id, date '2026-01-01', version, balance, at FROM entries WHERE version = 3
     """)
-    await house.connection.execute("SELECT pg_stat_force_next_flush()")
+    await runner.connection.execute("SELECT pg_stat_force_next_flush()")
 
 
-async def traces(house: House, *, but: str = "") -> dict[str, str]:
-    """All that jobs write, but for when they wrote it."""
+async def traces(runner: JobRunner, *, but: str = "") -> dict[str, str]:
+    """Return all that jobs write, except the times."""
     return {
-        table: str(await house.rows(sql))
+        table: str(await runner.rows(sql))
         for table, sql in {
             "daily_balances": "SELECT user_id, day, version FROM daily_balances ORDER BY 1, 2",
             "daily_totals": "SELECT * FROM daily_totals ORDER BY 1",
@@ -326,17 +326,17 @@ async def traces(house: House, *, but: str = "") -> dict[str, str]:
 # -- the audits -------------------------------------------------------------------------------
 
 
-async def test_a_sound_ledger_matches(house: House) -> None:
-    """The sentence says how much was checked."""
-    await house.populate(1000, 12)
-    assert await house.run("audit-ledger") == (
+async def test_a_sound_ledger_matches(runner: JobRunner) -> None:
+    """The result states how much was checked."""
+    await runner.populate(1000, 12)
+    assert await runner.run("audit-ledger") == (
         "checked 12 000 entries of 1 000 users: all balances match"
     )
-    assert house.last is not None
-    assert house.last.seen[-1] == (12_000, 12_000, "entries")
+    assert runner.last is not None
+    assert runner.last.seen[-1] == (12_000, 12_000, "entries")
 
 
-# What is done to user 3 or 30 of 30 with 4 entries each, and the finding.
+# A corruption of user 3 or 30 of 30 with 4 entries each, and the finding.
 CORRUPTED = {
     "a balance": (
         "UPDATE users SET balance = 998 WHERE id = 3",
@@ -394,63 +394,63 @@ CORRUPTED = {
 
 
 @pytest.mark.parametrize("what", CORRUPTED)
-async def test_the_audit_names_who_differs(
-    house: House, monkeypatch: pytest.MonkeyPatch, what: str
+async def test_the_audit_names_the_user_that_differs(
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Any fault is found, wherever the batches begin and end, and nobody else is accused."""
+    """Any fault is found, at any position in a batch, and no other user is named."""
     corrupt, message = CORRUPTED[what]
-    await house.populate(30, 4)
-    await house.rewrite(corrupt)
+    await runner.populate(30, 4)
+    await runner.rewrite(corrupt)
     for number_of_batches in (1, 17, 1000):
         monkeypatch.setattr(batches, "BATCHES", number_of_batches)
         with pytest.raises(LedgerMismatchError) as error:
-            await house.run("audit-ledger")
+            await runner.run("audit-ledger")
         assert str(error.value) == f"1 of 30 users differs: {message}"
 
 
-async def test_the_audit_goes_on_behind_the_first_fault(house: House) -> None:
+async def test_the_audit_goes_on_after_the_first_fault(runner: JobRunner) -> None:
     """All users are checked; the first few that differ are named, the others counted."""
-    await house.populate(1200, 2)
-    await house.rewrite("UPDATE users SET balance = 5 WHERE id > 3")
+    await runner.populate(1200, 2)
+    await runner.rewrite("UPDATE users SET balance = 5 WHERE id > 3")
     with pytest.raises(LedgerMismatchError) as error:
-        await house.run("audit-ledger")
+        await runner.run("audit-ledger")
     message = str(error.value)
     assert message.startswith("1 197 of 1 200 users differ: user 4: the balance is 5 at version 2")
     assert re.findall(r"user (\d+)", message) == ["4", "5", "6", "7", "8"]
     assert message.endswith("; and 1 192 more")
 
 
-async def test_the_audits_see_changes_whole(
-    house: House, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+async def test_the_audits_find_no_fault_in_changes_under_way(
+    runner: JobRunner, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changes under way never look like faults, however small the batches; the control has some."""
-    await house.populate(4, 4)
+    """However small the batches are; the control finds some."""
+    await runner.populate(4, 4)
     monkeypatch.setattr(batches, "BATCHES", 8)
     async with changes(database) as made:
         before = len(made)
         for _ in range(5):
             for name in ("audit-ledger", "audit-keys", "note-daily-balances", "total-days"):
-                await house.run(name)
-            await house.run("audit-daily-balances")
+                await runner.run(name)
+            await runner.run("audit-daily-balances")
         assert len(made) > before
         async with asyncio.timeout(60):
-            while not await differs_in_two_reads(house):
+            while not await differs_in_two_reads(runner):
                 pass
-    assert await days_as_counted(house) != await days_as_they_were(house)
-    await house.run("total-days")
-    assert await days_as_counted(house) == await days_as_they_were(house)
+    assert await days_as_counted(runner) != await days_as_they_were(runner)
+    await runner.run("total-days")
+    assert await days_as_counted(runner) == await days_as_they_were(runner)
 
 
-async def differs_in_two_reads(house: House) -> bool:
-    """The control: users and entries read one after the other, as a naive audit would."""
-    users = await house.rows("SELECT id, version FROM users ORDER BY id")
-    entries = await house.rows("SELECT user_id, max(version) FROM entries GROUP BY 1 ORDER BY 1")
+async def differs_in_two_reads(runner: JobRunner) -> bool:
+    """The control: read users and entries in two statements, as a naive audit would."""
+    users = await runner.rows("SELECT id, version FROM users ORDER BY id")
+    entries = await runner.rows("SELECT user_id, max(version) FROM entries GROUP BY 1 ORDER BY 1")
     return users != entries
 
 
 @asynccontextmanager
 async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
-    """Change balances of users 1 to 4, and open new ones, as the service does, all the time."""
+    """Continuously change balances of users 1 to 4, and create users, as the service does."""
     made: list[str] = []
 
     async def client(number: int) -> None:
@@ -519,12 +519,14 @@ async def changes(database: dict[str, str]) -> AsyncIterator[list[str]]:
         ),
     ],
 )
-async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, message: str) -> None:
-    """A key that would be replayed otherwise than the ledger has it is found."""
-    await house.populate(30, 4)
-    await house.connection.execute(corrupt)
+async def test_the_audit_names_a_key_that_differs(
+    runner: JobRunner, corrupt: str, message: str
+) -> None:
+    """A key whose replay would contradict the ledger is found."""
+    await runner.populate(30, 4)
+    await runner.connection.execute(corrupt)
     with pytest.raises(LedgerMismatchError) as error:
-        await house.run("audit-keys")
+        await runner.run("audit-keys")
     assert re.fullmatch(rf"1 of \d+ idempotency keys differs: {message}", str(error.value))
 
 
@@ -539,44 +541,44 @@ async def test_the_audit_names_a_key_that_differs(house: House, corrupt: str, me
     ],
 )
 async def test_the_audit_names_a_daily_balance_that_differs(
-    house: House, corrupt: str, message: str
+    runner: JobRunner, corrupt: str, message: str
 ) -> None:
-    """A daily balance that is not what the ledger has is found."""
-    await house.populate(30, 4)
-    await house.run("note-daily-balances")
-    await house.connection.execute(corrupt)
-    day = await house.connection.fetchval("SELECT day::text FROM daily_balances WHERE user_id = 3")
+    """A daily balance that contradicts the ledger is found."""
+    await runner.populate(30, 4)
+    await runner.run("note-daily-balances")
+    await runner.connection.execute(corrupt)
+    day = await runner.connection.fetchval("SELECT day::text FROM daily_balances WHERE user_id = 3")
     with pytest.raises(LedgerMismatchError) as error:
-        await house.run("audit-daily-balances")
+        await runner.run("audit-daily-balances")
     assert str(error.value) == f"1 of 30 daily balances differs: user 3 on {day}: {message}"
 
 
-# -- what is forgotten ------------------------------------------------------------------------
+# -- pruning ----------------------------------------------------------------------------------
 
 
-async def test_only_old_refusals_are_forgotten(house: House) -> None:
-    """Not one younger than 7 days, and nothing that was accepted or opened, however old."""
-    await house.connection.execute("""
+async def test_only_old_refusals_are_removed(runner: JobRunner) -> None:
+    """None younger than 7 days, and no accepted change or created user, however old."""
+    await runner.connection.execute("""
         INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
         SELECT outcome || age, outcome, 1, -1, 0, 1, clock_timestamp() - age::interval
         FROM unnest(ARRAY['opened', 'accepted', 'refused']) AS outcome,
              unnest(ARRAY['1 min', '6 days 23:59', '7 days 00:01', '400 days']) AS age
     """)
-    assert await house.run("prune-refused-keys") == "removed 2 refusals older than 7 days"
-    refused = await house.rows("SELECT key FROM idempotency_keys WHERE outcome = 'refused'")
+    assert await runner.run("prune-refused-keys") == "removed 2 refusals older than 7 days"
+    refused = await runner.rows("SELECT key FROM idempotency_keys WHERE outcome = 'refused'")
     assert sorted(refused) == [("refused1 min",), ("refused6 days 23:59",)]
     others = "SELECT count(*) FROM idempotency_keys WHERE outcome <> 'refused'"
-    assert await house.rows(others) == [(8,)]
+    assert await runner.rows(others) == [(8,)]
 
 
-def test_callers_are_promised_what_is_kept() -> None:
-    """The documented days of a refusal are those of the constant."""
+def test_the_documented_retention_of_refusals_is_the_real_one() -> None:
+    """The days in the documentation are those of the constant."""
     assert re.findall(r"(\d+) days", str(InsufficientFunds.__doc__)) == [str(REFUSALS_KEPT.days)]
 
 
-async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> None:
-    """What is older than 30 days goes, but the last 20 of a job stay, and whatever still runs."""
-    await house.connection.execute("""
+async def test_old_runs_are_removed_but_the_last_of_each_job(runner: JobRunner) -> None:
+    """Runs older than 30 days are removed, except the last 20 of a job, and runs under way."""
+    await runner.connection.execute("""
         INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome, server)
         SELECT 'audit-keys', n, at, at, at, 'succeeded', 'old-' || n
         FROM generate_series(1, 2500) AS n,
@@ -595,80 +597,80 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(house: House) -> No
         SELECT 'record-sizes', n, at, at, at, 'timed_out', 'last-' || n
         FROM generate_series(2, 22) AS n, (SELECT timestamptz '2020-01-01' AS at)
     """)
-    await house.connection.execute("""
+    await runner.connection.execute("""
         INSERT INTO instances (id, server, last_heartbeat_at, highest_number, missing)
         SELECT gen_random_uuid(), age, clock_timestamp() - age::interval, 1, '{}'
         FROM unnest(ARRAY['1 s', '23:59', '24:01', '9 days']) AS age
     """)
-    await house.connection.execute("""
+    await runner.connection.execute("""
         INSERT INTO job_run_lines (job, fence, number, logged_at, level, text)
         SELECT job, fence, number, started_at, 'info', 'said'
         FROM job_runs, generate_series(1, 3) AS number;
         INSERT INTO job_run_tracebacks (job, fence, text) SELECT job, fence, 'failed' FROM job_runs
     """)
-    assert await house.run("prune-history") == (
+    assert await runner.run("prune-history") == (
         "removed 2 481 runs older than 30 days and 2 instances not seen for a day"
     )
     # what a run said goes with it, and only then
-    (kept,) = await house.rows("""
+    (kept,) = await runner.rows("""
         SELECT (SELECT count(*) FROM job_run_lines), (SELECT count(*) FROM job_run_tracebacks),
                3 * count(*), count(*) FROM job_runs WHERE outcome IS DISTINCT FROM 'skipped'
     """)
     assert kept[:2] == kept[2:]
-    left = {row[0] for row in await house.rows("SELECT server FROM job_runs")}
+    left = {row[0] for row in await runner.rows("SELECT server FROM job_runs")}
     assert left == {
         *(f"old-{n}" for n in range(2481, 2501)),
         *(f"few-{n}" for n in range(1, 21)),
         *(f"young-{n}" for n in range(1, 31)),
         *("runs", *(f"last-{n}" for n in range(3, 23))),
     }
-    assert sorted(await house.rows("SELECT server FROM instances")) == [("1 s",), ("23:59",)]
+    assert sorted(await runner.rows("SELECT server FROM instances")) == [("1 s",), ("23:59",)]
 
 
-# -- what is recorded -------------------------------------------------------------------------
+# -- recording --------------------------------------------------------------------------------
 
 
-async def test_a_daily_balance_is_the_last_of_its_day(house: House) -> None:
-    """One row per user and day, and only when something has changed since the last one."""
-    await house.populate(3, 1)
-    assert await house.run("note-daily-balances") == "read 3 users: recorded 3 new balances"
-    assert await house.run("note-daily-balances") == "read 3 users: recorded 0 new balances"
-    await house.connection.fetchrow(CHANGE, 2, -100, MAX_INTEGER)
-    assert await house.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
+async def test_a_daily_balance_is_the_last_of_its_day(runner: JobRunner) -> None:
+    """One row per user and day, and only if the balance has changed since the last one."""
+    await runner.populate(3, 1)
+    assert await runner.run("note-daily-balances") == "read 3 users: recorded 3 new balances"
+    assert await runner.run("note-daily-balances") == "read 3 users: recorded 0 new balances"
+    await runner.connection.fetchrow(CHANGE, 2, -100, MAX_INTEGER)
+    assert await runner.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
     noted = "SELECT user_id, version, balance FROM daily_balances ORDER BY day, user_id"
-    assert await house.rows(noted) == [(1, 1, 10_000), (2, 2, 900), (3, 1, 1000)]
-    await house.connection.execute("UPDATE daily_balances SET day = day - 1")
-    await house.connection.fetchrow(CHANGE, 3, -1, MAX_INTEGER)
-    assert await house.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
-    assert (await house.rows(noted))[3:] == [(3, 2, 999)]
+    assert await runner.rows(noted) == [(1, 1, 10_000), (2, 2, 900), (3, 1, 1000)]
+    await runner.connection.execute("UPDATE daily_balances SET day = day - 1")
+    await runner.connection.fetchrow(CHANGE, 3, -1, MAX_INTEGER)
+    assert await runner.run("note-daily-balances") == "read 3 users: recorded 1 new balance"
+    assert (await runner.rows(noted))[3:] == [(3, 2, 999)]
 
 
-async def test_days_are_totalled_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries are counted once, whenever they come; a user is active on a day once."""
+async def test_days_are_totalled_once(runner: JobRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries are counted once, however late; a user is active on a day once."""
     monkeypatch.setattr(summaries, "ENTRIES_AT_ONCE", 7)
-    await house.populate(10, 9)
+    await runner.populate(10, 9)
     spread = "UPDATE entries SET at = timestamptz '2026-03-01 20:00Z' + version * interval '1 h'"
-    await house.rewrite(spread)
-    assert await house.run("total-days") == "read 10 users: counted 90 new entries"
-    assert await house.run("total-days") == "read 10 users: counted 0 new entries"
-    assert await days_as_counted(house) == await days_as_they_were(house)
-    assert [tuple(map(int, day[1:])) for day in await days_as_counted(house)] == [
+    await runner.rewrite(spread)
+    assert await runner.run("total-days") == "read 10 users: counted 90 new entries"
+    assert await runner.run("total-days") == "read 10 users: counted 0 new entries"
+    assert await days_as_counted(runner) == await days_as_they_were(runner)
+    assert [tuple(map(int, day[1:])) for day in await days_as_counted(runner)] == [
         (10, 19_000, 20, 0, 20, 10),
         (0, 0, 60, 0, 60, 10),
     ]
-    await house.connection.fetchrow(CHANGE, 2, 500, MAX_INTEGER)
-    await house.rewrite("UPDATE entries SET at = '2026-03-02 07:00Z' WHERE version = 10")
-    await house.connection.fetchrow(CHANGE, 2, -1, MAX_INTEGER)
-    assert await house.run("total-days") == "read 10 users: counted 2 new entries"
-    assert await days_as_counted(house) == await days_as_they_were(house)
+    await runner.connection.fetchrow(CHANGE, 2, 500, MAX_INTEGER)
+    await runner.rewrite("UPDATE entries SET at = '2026-03-02 07:00Z' WHERE version = 10")
+    await runner.connection.fetchrow(CHANGE, 2, -1, MAX_INTEGER)
+    assert await runner.run("total-days") == "read 10 users: counted 2 new entries"
+    assert await days_as_counted(runner) == await days_as_they_were(runner)
 
 
-async def days_as_counted(house: House) -> list[tuple[Any, ...]]:
-    return await house.rows("SELECT * FROM daily_totals ORDER BY day")
+async def days_as_counted(runner: JobRunner) -> list[tuple[Any, ...]]:
+    return await runner.rows("SELECT * FROM daily_totals ORDER BY day")
 
 
-async def days_as_they_were(house: House) -> list[tuple[Any, ...]]:
-    return await house.rows("""
+async def days_as_they_were(runner: JobRunner) -> list[tuple[Any, ...]]:
+    return await runner.rows("""
         SELECT (at AT TIME ZONE 'UTC')::date,
                count(*) FILTER (WHERE version = 1),
                coalesce(sum(amount) FILTER (WHERE version = 1), 0),
@@ -680,14 +682,14 @@ async def days_as_they_were(house: House) -> list[tuple[Any, ...]]:
     """)
 
 
-async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> None:
-    """Every table is in the list; growth since the day before is reported."""
-    await house.connection.execute("""
+async def test_sizes_are_recorded_and_removed_after_90_days(runner: JobRunner) -> None:
+    """Every table is measured; the growth since the day before is reported."""
+    await runner.connection.execute("""
         INSERT INTO table_sizes (at, name, bytes)
         SELECT clock_timestamp() - age, 'entries', 1
         FROM unnest(ARRAY[interval '1 day', '25 hours', '89 days', '91 days', '400 days']) AS age
     """)
-    result = await house.run("record-sizes")
+    result = await runner.run("record-sizes")
     assert re.fullmatch(
         rf"measured {TABLES} tables: 0\.(\d) MB, of which \w+ takes 0\.\d MB; "
         r"0\.\1 MB more than a day before",
@@ -695,97 +697,97 @@ async def test_sizes_are_recorded_and_forgotten_after_90_days(house: House) -> N
     )
     recorded = "SELECT name FROM table_sizes WHERE at = (SELECT max(at) FROM table_sizes)"
     tables = "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'"
-    assert sorted(await house.rows(recorded)) == sorted(await house.rows(tables))
-    assert await house.rows("SELECT count(*) FROM table_sizes WHERE bytes = 1") == [(3,)]
-    assert {(name,) for name in await summaries.read_table_bytes(house.connection)} == set(
-        await house.rows(tables)
+    assert sorted(await runner.rows(recorded)) == sorted(await runner.rows(tables))
+    assert await runner.rows("SELECT count(*) FROM table_sizes WHERE bytes = 1") == [(3,)]
+    assert {(name,) for name in await summaries.read_table_bytes(runner.connection)} == set(
+        await runner.rows(tables)
     )
 
 
 # -- the planner, and limits ------------------------------------------------------------------
 
 
-async def test_statistics_are_refreshed_where_rows_changed(house: House) -> None:
-    """All tables are known to the job; one that has not changed is left alone."""
-    tables = await house.rows("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
+async def test_statistics_are_refreshed_where_rows_changed(runner: JobRunner) -> None:
+    """The job covers all tables; it skips those without changes."""
+    tables = await runner.rows("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
     assert {name for (name,) in tables} == {*ANALYZE, "balance_app_version"}
     assert all(statement == f"ANALYZE (SKIP_LOCKED) {name}" for name, statement in ANALYZE.items())
-    await house.run("refresh-statistics")
-    await house.populate(300, 4)
-    await house.connection.execute("SELECT pg_stat_force_next_flush()")
+    await runner.run("refresh-statistics")
+    await runner.populate(300, 4)
+    await runner.connection.execute("SELECT pg_stat_force_next_flush()")
     assert re.fullmatch(
         rf"refreshed the statistics of [34] of {len(ANALYZE)} tables; "
         r"most had changed in entries: 1 199 rows",
-        await house.run("refresh-statistics"),
+        await runner.run("refresh-statistics"),
     )
     capabilities = "SELECT reltuples::int FROM pg_class WHERE oid = 'entries'::regclass"
-    assert await house.rows(capabilities) == [(1200,)]
+    assert await runner.rows(capabilities) == [(1200,)]
 
 
-async def test_a_table_that_is_held_is_left_for_the_next_time(
-    house: House, database: dict[str, str]
+async def test_a_locked_table_is_skipped_until_the_next_run(
+    runner: JobRunner, database: dict[str, str]
 ) -> None:
-    """The job does not wait for the lock, and does not say that it refreshed the table."""
+    """The job does not wait for the lock, and does not count the table as refreshed."""
     holder = await connect(database)
     async with holder.transaction():
         await holder.execute("LOCK TABLE entries IN SHARE UPDATE EXCLUSIVE MODE")
-        assert f"of {len(ANALYZE) - 1} of {len(ANALYZE)} tables" in await house.run(
+        assert f"of {len(ANALYZE) - 1} of {len(ANALYZE)} tables" in await runner.run(
             "refresh-statistics"
         )
     await holder.close()
 
 
-async def test_a_rich_user_is_mentioned(house: House) -> None:
-    """Nothing is wrong with a large balance, but its next deposit may be refused."""
-    await house.populate(5, 1)
-    await house.connection.execute("UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER)
-    assert await house.run("watch-limits") == (
+async def test_a_balance_near_the_limit_is_reported(runner: JobRunner) -> None:
+    """It is no fault, but its next deposit may be refused."""
+    await runner.populate(5, 1)
+    await runner.connection.execute("UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER)
+    assert await runner.run("watch-limits") == (
         "watched 7 limits and 5 users: 2 users are near the largest balance, first user 3"
     )
 
 
-async def test_ids_that_run_out_are_told_in_time(house: House) -> None:
+async def test_ids_near_their_limit_fail_the_run(runner: JobRunner) -> None:
     """An id beyond 2^53-1 would not be exact in JSON: the run fails well before."""
-    await house.connection.execute("SELECT setval('users_id_seq', 8000000000000000)")
+    await runner.connection.execute("SELECT setval('users_id_seq', 8000000000000000)")
     with pytest.raises(LimitNearError, match=r"^1 limit near: numbers of users_id_seq 89%$"):
-        await house.run("watch-limits")
+        await runner.run("watch-limits")
 
 
 async def test_a_transaction_that_stays_open_is_reported(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What keeps PostgreSQL from cleaning up makes the run fail."""
+    """It keeps VACUUM from removing dead rows: the run fails."""
     monkeypatch.setattr(limits, "LIMITS", replaced(limits.LIMITS, "/ 3600", "/ 0.001"))
     with pytest.raises(LimitNearError, match="the hour that a transaction may last"):
-        await house.run("watch-limits")
+        await runner.run("watch-limits")
 
 
-# -- at size ----------------------------------------------------------------------------------
+# -- large tables -----------------------------------------------------------------------------
 
 
-async def test_no_statement_reads_more_than_its_share(house: House) -> None:
-    """With 100 000 entries, half of them one user's, a batch reads some thousand rows at most."""
-    await house.populate(10_000, 5)
-    await house.connection.execute("""
+async def test_each_batch_reads_a_bounded_number_of_rows(runner: JobRunner) -> None:
+    """With 100 000 entries, half of them one user's, a batch reads at most 8000 rows."""
+    await runner.populate(10_000, 5)
+    await runner.connection.execute("""
         WITH changed AS (
             UPDATE users SET balance = balance + 50000, version = version + 50000 WHERE id = 1
         )
         INSERT INTO entries (user_id, version, amount, balance)
         SELECT 1, 5 + n, 1, 9996 + n FROM generate_series(1, 50000) AS n
     """)
-    await house.run("note-daily-balances")
-    await house.connection.execute("""
+    await runner.run("note-daily-balances")
+    await runner.connection.execute("""
         INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
         SELECT n, 'refused', 1, -1, 0, 1, '2026-01-01' FROM generate_series(1, 20000) AS n
     """)
-    await house.connection.execute("""
+    await runner.connection.execute("""
         INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome)
         SELECT 'audit-keys', n, '2026-01-01', '2026-01-01', '2026-01-01', 'succeeded'
         FROM generate_series(1, 20000) AS n
     """)
     for analyzed in (False, True):
         if analyzed:
-            await house.connection.execute("ANALYZE")
+            await runner.connection.execute("ANALYZE")
         for sql, *arguments in (
             (audits.LEDGER, 1, 20_000, 29_991, 2000),
             (audits.LEDGER, 5000, 0, 0, 2000),
@@ -798,20 +800,20 @@ async def test_no_statement_reads_more_than_its_share(house: House) -> None:
             (housekeeping.DELETE_REFUSALS, 500, REFUSALS_KEPT),
             (housekeeping.PRUNE_RUNS, "audit-kex", housekeeping.RUNS_AT_ONCE),
         ):
-            async with house.connection.transaction():
+            async with runner.connection.transaction():
                 if sql in {housekeeping.DELETE_REFUSALS, housekeeping.PRUNE_RUNS}:
-                    await house.connection.execute(KEEP_TO_INDEX)
-                read = await rows_read(house.connection, sql, *arguments)
+                    await runner.connection.execute(KEEP_TO_INDEX)
+                read = await rows_read(runner.connection, sql, *arguments)
             assert read <= 8000, sql
-    assert await house.run("audit-ledger") == (
+    assert await runner.run("audit-ledger") == (
         "checked 100 000 entries of 10 000 users: all balances match"
     )
-    assert await house.run("total-days") == "read 10 000 users: counted 100 000 new entries"
-    assert await days_as_counted(house) == await days_as_they_were(house)
+    assert await runner.run("total-days") == "read 10 000 users: counted 100 000 new entries"
+    assert await days_as_counted(runner) == await days_as_they_were(runner)
 
 
 async def rows_read(connection: Connection, sql: str, *arguments: object) -> int:
-    """Run a statement; return how many rows of tables it looked at, those it dropped included."""
+    """Run a statement; return how many rows of tables it read, filtered ones included."""
     prepared = await connection.prepare(sql)
     (plan,) = await prepared.explain(*arguments, analyze=True)
 

@@ -1,8 +1,8 @@
-"""A load of keyed changes on one account, and its history as `tests.history` wants it.
+"""A load of keyed changes on one account, and its history in the form that `tests.history` checks.
 
-Each connection sends one change after another, every one under a key of its own, and does not let
-go of it before it is decided: a try that was not applied is sent again, and one whose outcome is
-not known is looked up or sent again under the same key. Every try is recorded.
+Each connection sends one change after another, each with its own key, until the change is decided:
+a try that was not applied is sent again, and one with an unknown outcome is looked up or sent again
+with the same key. Every try is recorded.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from tests.history import (
 )
 
 CONNECTIONS = 16
-AMOUNTS = (*range(-55, 0), *range(1, 51))  # more is asked for than is brought: some is refused
+AMOUNTS = (*range(-55, 0), *range(1, 51))  # more is withdrawn than deposited: some are refused
 PAUSE_SECONDS = 0.05
 DECISION_SECONDS = 60
 PROGRESS_SECONDS = 60
-TIMEOUT_SECONDS = 20  # well above what is promised, so that a request that hangs is seen to
+TIMEOUT_SECONDS = 20  # well above the service's limits, so that a hanging request is detected
 
 
 async def open_account(url: str, balance: int) -> int:
@@ -47,7 +47,7 @@ async def open_account(url: str, balance: int) -> int:
 
 
 async def read_ledger(url: str, user_id: int) -> Ledger:
-    """Read the whole ledger of a user whom nobody changes any more."""
+    """Read the whole ledger of a user that is no longer changed."""
     async with _http() as http:
         account = (await http.get(f"{url}/api/users/{user_id}")).raise_for_status().json()
         entries: list[Entry] = []
@@ -67,7 +67,7 @@ async def read_ledger(url: str, user_id: int) -> Ledger:
 
 @dataclass(frozen=True, slots=True)
 class _Try:
-    """When a key was sent or asked for, when that was answered, and whether by a repetition."""
+    """When a key was sent or looked up, when that was answered, and whether it was a retry."""
 
     key: str
     sent: float
@@ -76,7 +76,7 @@ class _Try:
 
 
 class Load:
-    """Clients that change one account, as fast as they are answered, until requested to stop."""
+    """Clients that change one account as fast as they are answered, until they are stopped."""
 
     def __init__(
         self, urls: Sequence[str], user_id: int, *, connections: int = CONNECTIONS
@@ -104,7 +104,7 @@ class Load:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Begin no more changes; wait until those under way are decided."""
+        """Start no more changes; wait until those under way are decided."""
         self._stopping.set()
         if error is not None:
             for client in self._clients:
@@ -116,7 +116,7 @@ class Load:
                 raise end
 
     async def progress(self, accepted: int) -> None:
-        """Wait until that many more changes are accepted."""
+        """Wait until this many more changes are accepted."""
         goal = self.answers["200"] + accepted
         deadline = monotonic() + PROGRESS_SECONDS
         while self.answers["200"] < goal:
@@ -138,7 +138,7 @@ class Load:
         raise AssertionError(f"nothing is decided: {self.figures()} {self.unexpected[:3]}")
 
     def figures(self) -> str:
-        """Tell in one line what happened."""
+        """Return a summary in one line."""
         acknowledged = len({op.key for op in self.operations if isinstance(op, Accepted)})
         unknown = len({op.key for op in self.operations if isinstance(op, Unknown)})
         return (
@@ -183,7 +183,7 @@ class Load:
     async def _send(
         self, key: str, amount: int
     ) -> Accepted | Refused | NotApplied | Unknown | None:
-        """Send a change once; record and return what is known of it then."""
+        """Send a change once; record and return its outcome as far as it is known."""
         sent, answer, answered = await self._request(
             "POST",
             "/api/balance",
@@ -209,7 +209,7 @@ class Load:
         return operation
 
     async def _look_up(self, key: str, amount: int) -> Accepted | Refused | Unknown:
-        """Ask what became of a change. "Nothing yet" decides nothing: a try may be on its way."""
+        """Look up a change. "Not found" decides nothing: a try may still be under way."""
         sent, answer, answered = await self._request("GET", f"/api/changes/{key}")
         if isinstance(answer, httpx.Response) and answer.status_code == 200:
             recorded = answer.json()
@@ -223,7 +223,7 @@ class Load:
     def _decision(
         self, tried: _Try, status: int, body: dict[str, Any]
     ) -> Accepted | Refused | None:
-        """Read the answer that decides a change; anything else is noted as unexpected."""
+        """Return the decision in an answer; record any other answer as unexpected."""
         match status, body:
             case 200, {"balance": balance, "version": version, "change": {"amount": amount}}:
                 kind: type[Accepted | Refused] = Accepted
@@ -254,7 +254,7 @@ class Load:
         body: dict[str, int] | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[float, httpx.Response | httpx.TransportError, float]:
-        """Send a request to any instance; return when it was sent, what came back, and when."""
+        """Send a request to any instance; return when it was sent, its answer, and its end."""
         url = choice(self._urls)
         answer: httpx.Response | httpx.TransportError
         sent = monotonic()
@@ -272,9 +272,9 @@ class Load:
         return sent, answer, answered
 
     def _name(self, method: str, answer: httpx.Response) -> str:
-        """Name an answer for the count, and note it when the contract does not have it."""
+        """Return an answer's name for the count; record it if it breaks the contract."""
         if answer.status_code == 503:
-            # A key may have had an effect before, whatever keeps this try from being made.
+            # An earlier try of the key may have had an effect, even if this one was not made.
             applied = answer.json().get("applied")
             expected = "unknown" if method == "POST" else None
             if "Retry-After" not in answer.headers or applied != expected:

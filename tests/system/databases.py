@@ -21,7 +21,7 @@ WHERE datname = current_database() AND wait_event_type = 'Lock'
 
 @asynccontextmanager
 async def own_postgres(**options: str) -> AsyncIterator[EmbeddedPostgres]:
-    """Run a PostgreSQL that nobody else uses."""
+    """Run a PostgreSQL server for one test."""
     # A short path of its own: the server's socket lies in its data directory.
     with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
         Path(top).chmod(0o711)  # as root, the server runs as another user
@@ -36,7 +36,7 @@ async def own_postgres(**options: str) -> AsyncIterator[EmbeddedPostgres]:
 
 
 async def accepting(server: EmbeddedPostgres) -> float:
-    """Wait until a server takes connections; return the moment."""
+    """Wait until a server accepts connections; return the time."""
     async with asyncio.timeout(30):
         while True:
             with suppress(OSError, asyncpg.PostgresError):
@@ -47,8 +47,8 @@ async def accepting(server: EmbeddedPostgres) -> float:
             await asyncio.sleep(0.005)
 
 
-async def somebody_waits(database: dict[str, str], *, waits: bool = True) -> None:
-    """Wait until somebody waits for a lock in this database, or nobody does."""
+async def session_waits(database: dict[str, str], *, waits: bool = True) -> None:
+    """Wait until a session waits for a lock in this database, or none does."""
     connection = await connect(database)
     try:
         async with asyncio.timeout(30):
@@ -62,20 +62,20 @@ async def somebody_waits(database: dict[str, str], *, waits: bool = True) -> Non
 
 async def kill(server: EmbeddedPostgres) -> None:
     """End all processes of a server with SIGKILL while its clients go on."""
-    # In a thread: looking for the processes takes a while, and clients that stood still meanwhile
-    # would have nothing under way when the blow falls.
+    # In a thread: finding the processes takes a while, and blocked clients would have no requests
+    # under way when the server is killed.
     backends = await asyncio.to_thread(_signal, server, psutil.Process.kill)
     await server.process.wait()
     await asyncio.to_thread(psutil.wait_procs, backends, 10)
 
 
 async def freeze(server: EmbeddedPostgres) -> None:
-    """Stop all processes of a server where they stand: connections stay open, nobody answers."""
+    """Stop all processes of a server: connections stay open, without answers."""
     await asyncio.to_thread(_signal, server, psutil.Process.suspend)
 
 
 async def thaw(server: EmbeddedPostgres) -> None:
-    """Let a frozen server go on as if nothing had happened."""
+    """Continue the processes of a frozen server."""
     await asyncio.to_thread(_signal, server, psutil.Process.resume)
 
 
@@ -84,7 +84,7 @@ def _signal(
 ) -> list[psutil.Process]:
     postmaster = psutil.Process(server.process.pid)
     backends: list[psutil.Process] = postmaster.children(recursive=True)
-    how(postmaster)  # first, so that it neither starts new ones nor signals the others
+    how(postmaster)  # first, so that it neither starts processes nor signals the others
     for backend in backends:
         with suppress(psutil.NoSuchProcess):
             how(backend)

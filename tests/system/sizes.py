@@ -1,4 +1,4 @@
-"""How much the system tests do: little by default, everything with BALANCE_APP_FULL=1."""
+"""The size of the system tests: small by default, full with BALANCE_APP_FULL=1."""
 
 import os
 import sys
@@ -12,5 +12,5 @@ def size(small: int, full: int) -> int:
 
 
 def report_figures(figures: str) -> None:
-    """Show what a test measured (`pytest -rP` prints it for tests that passed)."""
+    """Print a test's measurements (`pytest -rP` shows them for passed tests)."""
     sys.stdout.write(f"{figures}\n")

@@ -1,4 +1,4 @@
-"""The trial: 10 000 withdrawals of 2 from 10 000, at one moment, over five instances."""
+"""The exercise's burst: 10 000 simultaneous withdrawals of 2 from 10 000, on five instances."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ BURSTS = size(small=2, full=20)
 
 
 async def test_exactly_half_succeed(database: dict[str, str]) -> None:
-    """5000 are accepted, 5000 refused for insufficient funds, 0 is left: every time."""
+    """Every time 5000 are accepted, 5000 are refused for insufficient funds, and 0 is left."""
     async with running([Instance(database, f"app{number}") for number in range(1, 6)]) as instances:
         for _ in range(BURSTS):
             code, report = await fire(instances)
@@ -22,7 +22,7 @@ async def test_exactly_half_succeed(database: dict[str, str]) -> None:
 
 
 async def test_without_the_condition_too_many_succeed(database: dict[str, str]) -> None:
-    """The control: an instance that reads, decides and then writes fails the same trial."""
+    """The control: instances that read, decide and then write fail the same burst."""
     mutant = ("-m", "tests.mutants", "condition")
     names = [f"app{number}" for number in range(1, 6)]
     async with running([Instance(database, name, program=mutant) for name in names]) as instances:

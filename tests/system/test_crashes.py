@@ -1,4 +1,4 @@
-"""Processes are killed under load: nothing that was acknowledged is lost, nothing is done twice."""
+"""Processes are killed under load: no acknowledged change is lost, none takes effect twice."""
 
 import asyncio
 from random import choice, uniform
@@ -12,38 +12,38 @@ from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import accepting, kill, own_postgres
 from tests.system.sizes import report_figures, size
 
-COPY_KILLS = size(small=4, full=20)
+INSTANCE_KILLS = size(small=4, full=20)
 DATABASE_KILLS = size(small=2, full=5)
 OPENING_BALANCE = 100
 MUTANTS = "tests.mutants"
 
 
 async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
-    """Instances die in the middle of changes; the others go on and each change happens once."""
+    """Instances are killed during changes; the others go on, and each change takes effect once."""
     instances = [Instance(database, f"app{number}") for number in range(1, 4)]
     async with running(instances):
         account = await open_account(instances[0].url, OPENING_BALANCE)
         async with Load([instance.url for instance in instances], account) as load:
-            for _ in range(COPY_KILLS):
+            for _ in range(INSTANCE_KILLS):
                 await load.progress(50)
                 await asyncio.sleep(uniform(0, 0.3))
                 victim = choice(instances)
                 await victim.kill()
-                await load.progress(20)  # the others serve on
+                await load.progress(20)  # the others still serve
                 await victim.launch()
                 await victim.ready()
             await load.progress(50)
         ledger = await read_ledger(instances[0].url, account)
-    report_figures(f"{COPY_KILLS} instances killed: {load.figures()}")
+    report_figures(f"{INSTANCE_KILLS} instances killed: {load.figures()}")
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
     assert load.answers["cut"], "no kill met a request under way"
-    assert load.slowest_seconds < 5
+    assert load.slowest_seconds < 15  # none hangs; a busy machine needs seconds
 
 
 async def test_a_killed_database_loses_nothing() -> None:
-    """PostgreSQL dies in the middle of commits; the instances wait, and all answers stay true."""
-    # Commits take as long as on a slow disk, so that each kill meets some.
+    """PostgreSQL is killed during commits; the instances recover, and all answers stay true."""
+    # Commits are as slow as on a slow disk, so that each kill interrupts some.
     async with own_postgres(commit_delay="5000", commit_siblings="0") as server:
         instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
         async with running(instances):
@@ -59,19 +59,19 @@ async def test_a_killed_database_loses_nothing() -> None:
     assert check(ledger, load.operations) == []
     assert load.answers["503 unknown"], "no kill met a request under way"
     assert load.answers["cut"] == load.answers["no connection"] == 0
-    assert load.slowest_seconds < 5
-    assert max(seconds) < 3  # 1 s is promised; the rest is for a busy machine
+    assert load.slowest_seconds < 15  # none hangs; a busy machine needs seconds
+    assert max(seconds) < 3  # 1 s is promised; the rest is slack for a busy machine
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
 async def test_no_default_takes_durability_away(*, guarded: bool) -> None:
-    """Under `synchronous_commit = off` in file and database nothing acknowledged is lost.
+    """With `synchronous_commit = off` in file and database no acknowledged change is lost.
 
-    The control leaves it off: then the history shows what was lost.
+    The control leaves it off: then the history shows lost changes.
     """
     async with own_postgres(
         synchronous_commit="off",
-        # Nobody else writes the log to disk before its buffers are full.
+        # The WAL writer must not flush before the buffers are full.
         wal_buffers="64MB",
         wal_writer_delay="10s",
         wal_writer_flush_after="1GB",

@@ -21,8 +21,8 @@ READY_SECONDS = 60
 STOP_SECONDS = 5
 
 
-async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path: Path) -> None:
-    """All instances serve one port, a killed one is replaced, Ctrl-C leaves nothing."""
+async def test_a_killed_instance_is_restarted_and_ctrl_c_stops_everything(tmp_path: Path) -> None:
+    """All instances serve one port, a killed one is replaced, Ctrl-C leaves no process."""
     async with _up(tmp_path) as launched:
         pids = {name: await launched.ready(name) for name in ("app1", "app2")}
         assert len(set(pids.values())) == INSTANCES
@@ -44,7 +44,7 @@ async def test_a_dead_instance_comes_back_and_interrupt_ends_everything(tmp_path
 
 
 async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> None:
-    """What was changed survives the end of everything, until it is reset."""
+    """Changes survive the end of all processes, until the data is reset."""
     async with _up(tmp_path) as launched:
         for name in ("app1", "app2"):
             await launched.ready(name)
@@ -86,8 +86,8 @@ async def test_an_interrupted_first_start_is_made_good(tmp_path: Path) -> None:
     assert not new.exists()
 
 
-async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """As earlier versions could leave it; what to do is reported, and works."""
+async def test_an_incomplete_data_directory_is_reported(tmp_path: Path) -> None:
+    """As earlier versions could leave it; the reported remedy works."""
     place = tmp_path / "postgres"
     place.mkdir()
     (place / "PG_VERSION").write_text("18\n")
@@ -100,8 +100,8 @@ async def test_an_incomplete_data_directory_is_told_in_a_sentence(tmp_path: Path
     assert not place.exists()
 
 
-async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """Nothing is started when a port is taken; one line says which, and what to do."""
+async def test_a_taken_port_is_reported(tmp_path: Path) -> None:
+    """No process is started when a port is taken; one line names it and the remedy."""
     port = free_ports(INSTANCES + 1, below=32_000)
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,7 +117,7 @@ async def test_a_taken_port_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 
 class _Launched:
-    """A running `balance-app up`, and what it says."""
+    """A running `balance-app up`, and its output."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int, output: Path) -> None:
         self.process = process
@@ -135,7 +135,7 @@ class _Launched:
         raise AssertionError(f"no output matches {pattern!r}:\n{self._output.read_text()}")
 
     async def ready(self, name: str, *, but_not: int = 0) -> int:
-        """Wait until an instance is reported to be ready; return its pid."""
+        """Wait until an instance is reported as ready; return its pid."""
         other = rf"(?!{but_not}\))"
         output = await self.wait_for_output(
             rf"{name} ready at http\S+ \([\d.]+ s, pid {other}(\d+)\)"
@@ -143,7 +143,7 @@ class _Launched:
         return int(output[1])
 
     async def withdraw(self, amount: int, *, instance: int = 0) -> int:
-        """Withdraw from user 1 by the shared port, or an instance's own; return the balance."""
+        """Withdraw from user 1 at the shared port or an instance's own; return the balance."""
         async with http_client(timeout=10) as http:
             answer = await http.post(
                 f"http://127.0.0.1:{self.port + instance}/api/balance",
@@ -152,12 +152,12 @@ class _Launched:
         return int(answer.raise_for_status().json()["balance"])
 
     def family(self) -> list[psutil.Process]:
-        """Return the launcher and all that it started."""
+        """Return the launcher and all its descendant processes."""
         launcher = psutil.Process(self.process.pid)
         return [launcher, *launcher.children(recursive=True)]
 
     def postgres(self) -> psutil.Process:
-        """Return PostgreSQL's own first process."""
+        """Return the postmaster."""
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if child.name() == "postgres")
 
@@ -216,5 +216,5 @@ def _environment(data: Path) -> dict[str, str]:
 
 
 def _alive(family: list[psutil.Process], *, within_seconds: float) -> list[psutil.Process]:
-    """Return those processes that have not ended in that time."""
+    """Return the processes that have not ended in that time."""
     return list(psutil.wait_procs(family, timeout=within_seconds)[1])

@@ -1,4 +1,4 @@
-"""All faults at once, and a failover at the end: no answer contradicts another."""
+"""All faults together, and a failover at the end: no answer contradicts another."""
 
 import asyncio
 import shutil
@@ -27,7 +27,7 @@ STANDBY = "standby"
 
 @asynccontextmanager
 async def standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgres]:
-    """Run a standby of a server, which that waits for at each commit."""
+    """Run a synchronous standby of a server."""
     with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
         owner = SYSTEM_USER if (primary.data.owner() == SYSTEM_USER) else None
         if owner is not None:
@@ -61,7 +61,7 @@ async def standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgre
 
 
 class Faults:
-    """What goes wrong with instances, their networks, an account and the standby."""
+    """Faults of instances, their networks, an account and the standby."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Faults:
         self._account = account
 
     async def one(self) -> None:
-        """Let something happen to something, and end."""
+        """Inject one random fault, and end it."""
         fault = choice(
             [
                 self._kill_instance,
@@ -93,7 +93,7 @@ class Faults:
         await fault()
 
     async def fail_over(self) -> None:
-        """Lose the primary while it waits for the standby, and go on with that."""
+        """Kill the primary while it waits for the standby, and promote the standby."""
         await freeze(self._standby)
         await asyncio.sleep(uniform(0.5, 4))
         await kill(self._primary)
@@ -153,7 +153,7 @@ def _a_while() -> Awaitable[None]:
 
 
 async def test_no_answer_lies_whatever_fails() -> None:
-    """Instances die and stop, networks fall silent, rows are locked, the standby stalls."""
+    """Instances are killed and stopped, networks freeze, rows are locked, the standby stalls."""
     async with AsyncExitStack() as stack:
         primary = await stack.enter_async_context(own_postgres(max_connections="200"))
         standby = await stack.enter_async_context(standby_of(primary))

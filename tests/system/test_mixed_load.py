@@ -1,4 +1,4 @@
-"""Many changes around zero at once: every answer fits into one history."""
+"""Many concurrent changes around a balance of zero: every answer fits into one history."""
 
 from collections.abc import Sequence
 from random import choice, random
@@ -15,7 +15,7 @@ OPENING_BALANCE = 21
 
 
 class MixedLoad(Load):
-    """A given number of deposits and withdrawals of 7, and some reads between them."""
+    """A given number of deposits and withdrawals of 7, with some reads between them."""
 
     def __init__(self, urls: Sequence[str], user_id: int, changes: int) -> None:
         super().__init__(urls, user_id, connections=CONNECTIONS)
@@ -24,14 +24,14 @@ class MixedLoad(Load):
     async def _work(self) -> None:
         while self._left:
             self._left -= 1
-            # More down than up: the balance stays around zero, where refusals are.
+            # More withdrawals than deposits: the balance stays near zero, so that some are refused.
             await self._decide(next(self._keys), choice((-7, -7, 7)))
             if random() < 0.05:
                 await self._read()
 
 
 async def run_mixed_load(changes: int, *program: str) -> tuple[list[Violation], MixedLoad, str]:
-    """Run the load on three instances; return what is wrong, the load, and the server's log."""
+    """Run the load on three instances; return the violations, the load, and the server's log."""
     async with own_postgres() as server:
         instances = [
             Instance(server.environment(), f"app{number}", program=program) for number in (1, 2, 3)
@@ -50,7 +50,7 @@ async def run_mixed_load(changes: int, *program: str) -> tuple[list[Violation], 
 
 
 async def test_every_answer_fits_into_one_history() -> None:
-    """No 5xx, no deadlock, no CHECK that fires, and not one answer that contradicts another."""
+    """No 5xx, no deadlock, no CHECK violation, and no two answers that contradict each other."""
     violations, load, log = await run_mixed_load(CHANGES, "-m", "balance_app", "serve")
     assert load.unexpected == []
     assert set(load.answers) == {"200", "409", "GET 200"}
@@ -61,6 +61,6 @@ async def test_every_answer_fits_into_one_history() -> None:
 
 
 async def test_a_refusal_from_the_updates_own_snapshot_is_caught() -> None:
-    """The control: without the second look some refusals contradict themselves."""
+    """The control: without the second statement some refusals contradict themselves."""
     violations, _, _ = await run_mixed_load(3_000, "-m", "tests.mutants", "fresh-snapshot")
     assert {Kind.GROUNDLESS_REFUSAL, Kind.STALE_REFUSAL} & {each.kind for each in violations}

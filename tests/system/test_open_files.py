@@ -1,4 +1,4 @@
-"""A process has so many descriptors and no more: clients must leave some to the database."""
+"""File descriptors are limited: clients must leave some for the database connections."""
 
 import asyncio
 import resource
@@ -32,7 +32,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def test_more_connections_than_descriptors(database: dict[str, str], tmp_path: Path) -> None:
-    """Who finds room is served, also after the database's sessions ended; others get a 503."""
+    """Up to the limit clients are served, also after the sessions were ended; others get a 503."""
     log = tmp_path / "log"
     program = ("-c", LIMITED, "balance_app", "serve")
     async with Instance(database, program=program, log=log, JOBS_ENABLED="false") as instance:
@@ -47,7 +47,7 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
 
 
 async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]) -> None:
-    """The control: when clients have taken every descriptor, the kernel cuts off the others."""
+    """The control: when clients have taken every descriptor, the kernel cuts off all others."""
     program = ("-c", LIMITED, "tests.mutants", "open-files")
     async with Instance(database, program=program) as instance:
         first, _ = await crowd(instance, database)
@@ -55,7 +55,7 @@ async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]
 
 
 def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the hard limit, or to what the system takes instead of "unlimited"."""
+    """To the hard limit, or to the largest value that the system accepts for "unlimited"."""
 
     def take(at_most: int, _what: int, limits: tuple[int, int]) -> None:
         if limits[0] > at_most:
@@ -74,7 +74,7 @@ def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hard_limit_that_is_too_low_is_reported() -> None:
-    """It depends on what is configured: who lets fewer wait needs fewer descriptors."""
+    """The need depends on the settings: with a shorter wait queue it is lower."""
     settings = Settings(max_waiting=20_000)
     assert open_files.shortage(settings, 20_000) is None
     assert "1024 files" in (open_files.shortage(settings, 1024) or "")
@@ -82,9 +82,9 @@ def test_a_hard_limit_that_is_too_low_is_reported() -> None:
 
 
 async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[str], Counter[str]]:
-    """Use many connections at once, end the database's sessions, use those left again.
+    """Use many connections at once, end the database's sessions, use the open connections again.
 
-    Return the statuses of both rounds; the second is empty where nobody is ever served again.
+    Return the statuses of both rounds; the second is empty if no request is served any more.
     """
     opened = await asyncio.gather(
         *(asyncio.open_connection("127.0.0.1", instance.port) for _ in range(CONNECTIONS))

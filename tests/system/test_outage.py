@@ -1,4 +1,4 @@
-"""The database is unavailable for a while: everything is answered in time, and heals by itself."""
+"""Outages of the database: every request is answered in time, and the service recovers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,26 +14,26 @@ from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import check
 from tests.processes import Instance, connect, http_client, running
 from tests.system.client import Load, open_account, read_ledger
-from tests.system.databases import freeze, own_postgres, somebody_waits, thaw
+from tests.system.databases import freeze, own_postgres, session_waits, thaw
 from tests.system.sizes import report_figures, size
 
 OUTAGE_SECONDS = size(small=5, full=10)
-LONGEST_REQUEST_SECONDS = 5
+LONGEST_REQUEST_SECONDS = 15  # 2.5 s for an answer, and slack for a busy machine: none hangs
 LOCKED_SECONDS = 6
 
 Action = Callable[[EmbeddedPostgres], Awaitable[None]]
 
 
 outages = pytest.mark.parametrize(
-    ("take_away", "bring_back"),
+    ("begin", "end"),
     [(freeze, thaw), (EmbeddedPostgres.stop, EmbeddedPostgres.start)],
     ids=["frozen", "stopped"],
 )
 
 
 @outages
-async def test_an_outage_is_reported_and_heals(take_away: Action, bring_back: Action) -> None:
-    """Requests end in time while the database is unavailable, and succeed again when it is back."""
+async def test_an_outage_is_reported_and_ends(begin: Action, end: Action) -> None:
+    """Requests end in time during an outage, and succeed again after it."""
     async with own_postgres() as server:
         instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
         urls = [instance.url for instance in instances]
@@ -42,19 +42,19 @@ async def test_an_outage_is_reported_and_heals(take_away: Action, bring_back: Ac
             async with Load(urls, account) as load, Probes(urls) as probes:
                 await load.progress(100)
                 gone = monotonic()
-                await take_away(server)
+                await begin(server)
                 noticed = await probes.until(ready=False) - gone
                 await asyncio.sleep(gone + OUTAGE_SECONDS - monotonic())
                 coming_back = monotonic()
-                await bring_back(server)
+                await end(server)
                 back = monotonic()
                 first = await load.first_answer_after(back)
                 await probes.until(ready=True)
                 await load.progress(100)
             ledger = await read_ledger(urls[0], account)
     report_figures(
-        f"{OUTAGE_SECONDS} s of outage, noticed after {noticed:.2f} s, first answer {first:.2f} s"
-        f" after its return, slowest probe {probes.slowest_seconds:.2f} s: {load.figures()}"
+        f"{OUTAGE_SECONDS} s of outage, reported after {noticed:.2f} s, first answer {first:.2f} s"
+        f" after its end, slowest probe {probes.slowest_seconds:.2f} s: {load.figures()}"
     )
     assert load.unexpected == []
     assert check(ledger, load.operations) == []
@@ -73,18 +73,16 @@ async def test_an_outage_is_reported_and_heals(take_away: Action, bring_back: Ac
 
 
 @outages
-async def test_an_instance_starts_without_its_database(
-    take_away: Action, bring_back: Action
-) -> None:
-    """Started while the database is unavailable, an instance says so and serves when it is back."""
+async def test_an_instance_starts_without_its_database(begin: Action, end: Action) -> None:
+    """Started during an outage, an instance reports it, and serves after its end."""
     async with own_postgres() as server:
-        await take_away(server)
+        await begin(server)
         instance = Instance({**server.environment(), "DB_NAME": "later"})
         await instance.launch()
         try:
             async with Probes([instance.url]) as probes:
                 await probes.until(ready=False)
-                await bring_back(server)
+                await end(server)
                 await _wait_for_log(server, 'database "later" does not exist')
                 await probes.until(ready=False)
                 assert {sample.status for sample in probes.samples} == {200, 503}
@@ -103,7 +101,7 @@ async def test_an_instance_starts_without_its_database(
 
 
 async def test_an_instance_waits_for_a_schema_in_use(database: dict[str, str]) -> None:
-    """An instance that starts while somebody works on the schema neither fails nor interferes."""
+    """An instance that starts while the schema is locked neither fails nor holds up its users."""
     async with Instance(database, "app1"):
         pass
     instance = Instance(database, "app2")
@@ -113,8 +111,8 @@ async def test_an_instance_waits_for_a_schema_in_use(database: dict[str, str]) -
         await transaction.start()
         await connection.execute("LOCK TABLE balance_app_version")
         await instance.launch()
-        await somebody_waits(database)
-        await somebody_waits(database, waits=False)  # it gave up, for now
+        await session_waits(database)
+        await session_waits(database, waits=False)  # the try has timed out
         await transaction.rollback()
         await instance.ready()
     finally:
@@ -123,7 +121,7 @@ async def test_an_instance_waits_for_a_schema_in_use(database: dict[str, str]) -
 
 
 async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> None:
-    """While a row is locked its requests are refused in time; the database stays available."""
+    """Requests for a locked row are refused in time; requests for others succeed."""
     async with Instance(database) as instance:
         other = await open_account(instance.url, balance=1_000_000)
         connection = await connect(database)
@@ -154,7 +152,7 @@ async def test_a_locked_account_holds_up_no_other(database: dict[str, str]) -> N
 
 
 async def _wait_for_log(server: EmbeddedPostgres, sentence: str) -> None:
-    """Wait until a server's log says something."""
+    """Wait until a server's log contains a sentence."""
     async with asyncio.timeout(30):
         while True:
             if sentence in server.log.read_text(errors="replace"):
@@ -163,7 +161,7 @@ async def _wait_for_log(server: EmbeddedPostgres, sentence: str) -> None:
 
 
 async def _withdraw(url: str, user_id: int, seconds: float) -> dict[str, float]:
-    """Withdraw 1 over several connections for some time; return the longest time per answer."""
+    """Withdraw 1 repeatedly over several connections; return the longest time by answer."""
     longest: dict[str, float] = {}
     until = monotonic() + seconds
 
@@ -187,7 +185,7 @@ async def _withdraw(url: str, user_id: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What an instance reported of its health."""
+    """One health report of an instance."""
 
     url: str
     path: str
@@ -197,7 +195,7 @@ class Sample:
 
 
 class Probes:
-    """Asks instances for their health all the time, as an orchestrator does."""
+    """Probes the health of instances continuously, as an orchestrator does."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.samples: list[Sample] = []
@@ -223,7 +221,7 @@ class Probes:
                 raise AssertionError("a probe ended") from end
 
     async def until(self, *, ready: bool, within_seconds: float = 30) -> float:
-        """Wait until every instance says that it is ready, or is not; return the moment."""
+        """Wait until every instance reports ready, or not ready; return the time."""
         asked = monotonic()
         urls = {url for url, _ in self._addresses}
         while monotonic() < asked + within_seconds:

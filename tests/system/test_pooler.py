@@ -1,4 +1,4 @@
-"""A pooler that breaks sessions is refused at start, before it can strand a lock."""
+"""A pooler that breaks sessions is refused at start, before a lock is lost in it."""
 
 import asyncio
 import shutil
@@ -18,7 +18,7 @@ LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
 @pytest.mark.parametrize("mode", ["transaction", "session"])
 @pytest.mark.parametrize("parameters", ["refused", "dropped"])
 async def test_pgbouncer_is_refused_at_start(tmp_path: Path, mode: str, parameters: str) -> None:
-    """Whether it refuses our startup parameters or drops them; nothing was done in a session."""
+    """Whether it refuses startup parameters or drops them; no statement has changed a session."""
     assert PGBOUNCER is not None
     async with own_postgres() as server:
         environment = server.environment()

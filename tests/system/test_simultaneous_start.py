@@ -15,7 +15,7 @@ STARTS = size(small=2, full=20)
 
 @pytest.mark.parametrize("turn", range(1, STARTS + 1))
 async def test_eight_instances_start_at_once(database: dict[str, str], turn: int) -> None:
-    """All come up healthy, and the database was prepared exactly once."""
+    """All become ready, and the database was migrated exactly once."""
     instances = [Instance(database, f"app{turn}-{number}") for number in range(1, INSTANCES + 1)]
     async with running(instances), http_client(timeout=5) as http:
         answers = await asyncio.gather(
@@ -38,7 +38,7 @@ async def test_eight_instances_start_at_once(database: dict[str, str], turn: int
 
 
 async def test_without_the_lock_some_instances_fail(database: dict[str, str]) -> None:
-    """The control: instances that migrate at one moment without taking turns die of it."""
+    """The control: instances that migrate at the same time without the lock exit with errors."""
     mutant = ("-m", "tests.mutants", "migration-lock")
     moment = str(time.time() + 12)  # all have started by then
     instances = [

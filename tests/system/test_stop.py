@@ -1,4 +1,4 @@
-"""An instance is asked to stop while it is busy."""
+"""A busy instance is asked to stop."""
 
 import asyncio
 import signal
@@ -7,15 +7,15 @@ from time import monotonic
 from tests.history import Accepted, Refused, Unknown, check
 from tests.processes import Instance, connect, http_client, running
 from tests.system.client import Load, open_account, read_ledger
-from tests.system.databases import somebody_waits
+from tests.system.databases import session_waits
 from tests.system.sizes import report_figures, size
 
 STOPS = size(small=2, full=10)
 STOP_SECONDS = 5
 
 
-async def test_a_stopping_instance_answers_what_it_began(database: dict[str, str]) -> None:
-    """Stopped under load, an instance exits soon with code 0, and cuts off no change it made."""
+async def test_a_stopping_instance_answers_requests_under_way(database: dict[str, str]) -> None:
+    """Stopped under load, an instance exits soon with code 0, and answers each change it made."""
     instances = [Instance(database, f"app{number}") for number in (1, 2)]
     async with running(instances):
         account = await open_account(instances[0].url, balance=100)
@@ -40,8 +40,8 @@ async def test_a_stopping_instance_answers_what_it_began(database: dict[str, str
     assert [op for op in decided if op.key in unknown and op.replayed] == []
 
 
-async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None:
-    """A request that waits for its row when its instance is to stop still gets its answer."""
+async def test_a_request_that_waits_for_its_row_is_answered(database: dict[str, str]) -> None:
+    """Also when its instance is asked to stop meanwhile."""
     async with (
         Instance(database) as instance,
         http_client(timeout=20) as http,
@@ -54,7 +54,7 @@ async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None
             request = asyncio.create_task(
                 http.post(f"{instance.url}/api/balance", json={"userId": 1, "amount": -1})
             )
-            await somebody_waits(database)
+            await session_waits(database)
             stop = asyncio.create_task(instance.stop(signal.SIGTERM))
             await _wait_until_it_listens_no_more(instance)
             await transaction.rollback()
@@ -67,13 +67,13 @@ async def test_a_request_under_way_is_answered(database: dict[str, str]) -> None
     assert answer.headers["connection"] == "close"
 
 
-async def test_clients_that_do_nothing_delay_no_stop(database: dict[str, str]) -> None:
-    """Neither idle connections nor a request that never ends keep an instance from stopping."""
+async def test_idle_clients_delay_no_stop(database: dict[str, str]) -> None:
+    """Neither idle connections nor an unfinished request keep an instance from stopping."""
     async with Instance(database) as instance:
         connections = [await asyncio.open_connection("127.0.0.1", instance.port) for _ in range(21)]
         head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         for number, (reader, writer) in enumerate(connections):
-            if number < 10:  # idle after an answer; the others never asked anything
+            if number < 10:  # idle after an answer; the others never sent a request
                 writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
                 await reader.readuntil(b"}")
             elif number == 20:

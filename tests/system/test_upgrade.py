@@ -1,4 +1,4 @@
-"""The release before and this one side by side: one instance replaced after the other."""
+"""The previous release and this one side by side: instances are replaced one after another."""
 
 import asyncio
 import subprocess
@@ -17,7 +17,7 @@ from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import report_figures, size
 
 ROOT = Path(__file__).parents[2]
-BEFORE = "192842d"  # the oldest that works on this schema
+BEFORE = "192842d"  # the oldest commit that works on this schema
 # Programs that know other names of tables and columns than those of migration 0010.
 OTHER_NAMES = ("f2f4455", "4f17b6e")
 INSTANCES = 5
@@ -28,7 +28,7 @@ CONNECTIONS = size(small=4, full=16)
 
 @pytest.fixture(scope="session")
 def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the source of a release before, as it was."""
+    """Return a function that unpacks the source of an earlier commit."""
 
     def unpack(commit: str) -> Path:
         archived = subprocess.run(
@@ -50,7 +50,7 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 class Fleet:
-    """Five instances, some of the release before and some of this one."""
+    """Five instances, some of the previous release and some of this one."""
 
     def __init__(self, database: dict[str, str], before: Path, event_logs: Path) -> None:
         self._database = database
@@ -61,7 +61,7 @@ class Fleet:
         self.seen_not_ready: list[str] = []
 
     def member(self, number: int, *, old: bool) -> Instance:
-        """Return an instance that is not started yet."""
+        """Return an instance, not started yet."""
         source = self._before if old else ROOT
         return Instance(
             self._database,
@@ -69,13 +69,13 @@ class Fleet:
             program=("-P", "-m", "tests.jobs.fleet"),
             PYTHONPATH=f"{source / 'src'}:{source}",
             FLEET_EVENT_LOGS=str(self._event_logs),
-            FLEET_DIARY=str(self._event_logs),  # as the release before calls it
+            FLEET_DIARY=str(self._event_logs),  # the name in the previous release
             FLEET_JOBS=str(JOBS),
             FLEET_EVERY="1",
             FLEET_SECONDS="1",
             JOB_MIN_SECONDS="0",
             JOB_WARM_UP_SECONDS="0.5",
-            JOB_SETTLING_SECONDS="0.5",  # as the release before calls it
+            JOB_SETTLING_SECONDS="0.5",  # the name in the previous release
             JOB_LEASE_SECONDS="6",
             JOB_HEARTBEAT_SECONDS="1",
         )
@@ -92,12 +92,12 @@ class Fleet:
             self.members[number] = joining
 
     async def watch(self) -> None:
-        """Ask all that are not being replaced whether they are ready, again and again."""
+        """Poll the readiness of all instances that are not being replaced."""
         async with http_client(timeout=5) as http:
             while True:
                 asked = list(self.members.values())
                 answers = await asyncio.gather(*(self._is_ready(http, each) for each in asked))
-                # Who was taken out meanwhile was told to stop.
+                # An instance that is being replaced by now was asked to stop.
                 still = [
                     ready
                     for each, ready in zip(asked, answers, strict=True)
@@ -132,7 +132,7 @@ async def _running(fleet: Fleet, *, old: bool) -> AsyncIterator[None]:
 async def test_neighbouring_releases_run_side_by_side(
     database: dict[str, str], source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Forward and back under load and with jobs: no 5xx, four of five ready, no overlap (B3)."""
+    """Forward and back under load and with jobs: no 5xx, four of five ready, no overlap."""
     fleet = Fleet(database, source_of(BEFORE), tmp_path)
     problems: list[str] = []
     changes = 0
@@ -142,7 +142,7 @@ async def test_neighbouring_releases_run_side_by_side(
         try:
             for old in (False, True):
                 for number in range(1, REPLACED + 1):
-                    # Those that stay serve; the one that leaves is out of the balancer.
+                    # The others serve; the replaced one gets no requests, as behind a balancer.
                     staying = [m.url for n, m in fleet.members.items() if n != number]
                     async with Load(staying, user, connections=CONNECTIONS) as load:
                         await fleet.replace(number, old=old)
@@ -176,10 +176,10 @@ async def test_neighbouring_releases_run_side_by_side(
 
 
 @pytest.mark.parametrize("commit", OTHER_NAMES)
-async def test_releases_that_know_other_names_give_up_their_jobs(
+async def test_releases_with_old_column_names_give_up_their_jobs(
     database: dict[str, str], source_of: Callable[[str], Path], tmp_path: Path, commit: str
 ) -> None:
-    """When 0010 is made under them: not ready, nothing answered wrongly, no run beside another."""
+    """When 0010 is applied under them: not ready, no wrong answer, no overlapping runs."""
     fleet = Fleet(database, source_of(commit), tmp_path)
     newer = Fleet(database, tmp_path, tmp_path)
     answers: Counter[int] = Counter()

@@ -20,7 +20,7 @@ async def chromium() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=program,
-            # As root it runs without a sandbox or not at all; it sees pages of this machine only.
+            # As root it runs only without a sandbox; it loads pages of this machine only.
             args=["--no-sandbox", "--disable-dev-shm-usage"],
         )
         yield browser
@@ -29,7 +29,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 @asynccontextmanager
 async def tab(browser: Browser, url: str, **options: Any) -> AsyncIterator[Page]:  # noqa: ANN401
-    """Open a page in a profile of its own; it must neither fail nor be refused anything."""
+    """Open a page in a profile of its own; script errors and refused requests fail the test."""
     context = await browser.new_context(base_url=url, **options)
     page = await context.new_page()
     page.set_default_timeout(PATIENCE_MILLISECONDS)
@@ -45,13 +45,13 @@ async def tab(browser: Browser, url: str, **options: Any) -> AsyncIterator[Page]
 
 
 async def live(page: Page, path: str = "/") -> None:
-    """Go to a page, and wait until it is live."""
+    """Open a page, and wait until its live updates have begun."""
     await page.goto(path)
     await says(page, "#state", "live")
 
 
 async def says(page: Page, selector: str, text: str) -> None:
-    """Wait until an element says something."""
+    """Wait until an element contains a text."""
     await page.wait_for_function(
         "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)",
         arg=[selector, text],

@@ -1,4 +1,4 @@
-"""A site for the tests of a file, without jobs at the start of each."""
+"""One site for all tests of a file, without jobs at the start of each test."""
 
 from collections.abc import AsyncIterator
 
@@ -17,6 +17,6 @@ async def shared(postgres: dict[str, str]) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def site(shared: Site) -> Site:
-    """The same, without jobs, runs and instances."""
+    """The shared site, without jobs, runs and instances."""
     await shared.clear()
     return shared

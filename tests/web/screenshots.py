@@ -1,8 +1,8 @@
 """Screenshots of the page for the README, from a real run: `python -m tests.web.screenshots`.
 
-Five instances run the ten jobs for some minutes, one is killed and comes back, balances change. A
+Five instances run the ten jobs for some minutes, one is killed and restarted, balances change. A
 run lasts a tenth of its usual 120 s, and jobs run ten times as often; then the times in the history
-are drawn out by ten: so they show half an hour. Needs chromium, takes four minutes.
+are stretched by ten, so that they cover half an hour. Needs chromium, takes four minutes.
 """
 
 import asyncio
@@ -41,13 +41,13 @@ UPDATE jobs SET last_started_at = now() - $1 * (now() - last_started_at),
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Return what every job and instance does."""
+    """Return the status of all jobs and instances."""
     answer = await client.get("/api/cron/status")
     return dict(answer.json())
 
 
 async def keep_busy(client: httpx.AsyncClient) -> None:
-    """Let balances change, some forty times a second, and some changes be refused."""
+    """Change balances about forty times a second; some changes are refused."""
     users = [1]
     for opening in (500, 2_000, 12_000):
         answer = await client.post("/api/users", json={"balance": opening})
@@ -61,7 +61,7 @@ async def keep_busy(client: httpx.AsyncClient) -> None:
 
 
 async def keep_running(client: httpx.AsyncClient, name: str, every_seconds: float) -> None:
-    """Let a job run as often as it would, on a clock that is ten times as fast."""
+    """Request runs of a job ten times as often as its schedule has ticks."""
     await asyncio.sleep(random.random() * every_seconds)
     while True:
         await client.post(f"/api/cron/jobs/{name}/run")
@@ -91,7 +91,7 @@ async def run_for_a_while(instances: list[Instance], client: httpx.AsyncClient) 
 
 
 async def kill_a_busy_one(instances: list[Instance], client: httpx.AsyncClient) -> None:
-    """End an instance that runs something, not the one that is asked; wait until it is lost."""
+    """Kill an instance that runs a job, not the one behind `client`; wait until it is lost."""
     busy: set[str] = set()
     while not busy:
         await asyncio.sleep(0.1)
@@ -104,8 +104,8 @@ async def kill_a_busy_one(instances: list[Instance], client: httpx.AsyncClient) 
     await asyncio.sleep(10)
 
 
-async def draw_out(database: dict[str, str]) -> None:
-    """Draw the times of the history out, from now."""
+async def stretch(database: dict[str, str]) -> None:
+    """Stretch the times of the history, back from now."""
     connection = await connect(database)
     for statement in (STRETCH_RUNS, STRETCH_JOBS):
         await connection.execute(statement, STRETCH)
@@ -113,11 +113,11 @@ async def draw_out(database: dict[str, str]) -> None:
 
 
 async def start_some(instances: list[Instance], client: httpx.AsyncClient) -> None:
-    """Let half of the jobs run, and one be paused, as soon as none runs."""
+    """As soon as no job runs, start half of the jobs and pause one."""
     while (await status(client))["counts"]["running"]:  # noqa: ASYNC110 - of other processes
         await asyncio.sleep(0.2)
     names = ("audit-ledger", "audit-keys", "total-days", "watch-limits", "prune-history")
-    # The instance that is asked tries to claim at once, all others with their next claim.
+    # The instance that gets the request claims at once, all others with their next claim.
     for instance, name in zip(instances, names, strict=True):
         await client.post(f"{instance.url}/api/cron/jobs/{name}/run")
     pause = {"by": "ada", "reason": "until the disk is larger"}
@@ -125,7 +125,7 @@ async def start_some(instances: list[Instance], client: httpx.AsyncClient) -> No
     await asyncio.sleep(6)
 
 
-async def take(  # noqa: PLR0913 - what there is to say of a screenshot
+async def take(  # noqa: PLR0913 - the options of a screenshot
     browser: Browser,
     instance: Instance,
     name: str,
@@ -142,7 +142,7 @@ async def take(  # noqa: PLR0913 - what there is to say of a screenshot
         await asyncio.sleep(2.2)
         image = Image.open(BytesIO(await page.screenshot()))
     file = FOLDER / f"{name}.png"
-    # A page needs no more than 256 colours, and is a third as large with them.
+    # 256 colours are enough for a page, and make the file a third as large.
     image.convert("RGB").quantize().save(file, optimize=True)
     size_bytes = file.stat().st_size
     print(f"{file.name:<24} {size_bytes / 1000:>6.1f} kB")
@@ -167,7 +167,7 @@ async def main() -> None:
         busy = asyncio.create_task(keep_busy(client))
         stack.callback(busy.cancel)
         await run_for_a_while(instances, client)
-        await draw_out(database)
+        await stretch(database)
         async with chromium() as browser:
             await start_some(instances, client)
             await take(browser, instances[0], "overview-light")

@@ -1,4 +1,4 @@
-"""An instance with rows that nobody else changes, and what its pages show."""
+"""An instance whose rows only the test changes, and readers of its pages."""
 
 import re
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ class Site:
         return answer.text
 
     async def send(self, path: str, **fields: str) -> httpx.Response:
-        """Send a form, as a browser does from a page of the site."""
+        """Submit a form, as a browser does from a page of the site."""
         return await self.client.post(
             path,
             data=fields,
@@ -46,12 +46,12 @@ class Site:
         return await self.connection.fetchval(sql, *arguments)
 
     async def open(self, balance: int = 10_000) -> str:
-        """Create a user; the number is returned."""
+        """Create a user; return the id."""
         answer = await self.client.post("/api/users", json={"balance": balance})
         return str(answer.json()["userId"])
 
     async def clear(self) -> None:
-        """Take all jobs and instances away."""
+        """Delete all jobs, runs and instances."""
         await self.connection.execute(
             "DELETE FROM job_runs; DELETE FROM jobs; DELETE FROM instances"
         )
@@ -59,7 +59,7 @@ class Site:
 
 @asynccontextmanager
 async def site(postgres: dict[str, str]) -> AsyncIterator[Site]:
-    """Run such an instance on an empty database."""
+    """Run a site on an empty database."""
     async with one_instance(postgres) as (instance, database):
         connection = await connect(database)
         async with http_client(instance.url) as client:
@@ -67,7 +67,7 @@ async def site(postgres: dict[str, str]) -> AsyncIterator[Site]:
         await connection.close()
 
 
-async def add_run(  # noqa: PLR0913 - what there is to say of a run
+async def add_run(  # noqa: PLR0913 - the columns of a run
     connection: Connection,
     job: str,
     outcome: str | None = "succeeded",
@@ -79,7 +79,7 @@ async def add_run(  # noqa: PLR0913 - what there is to say of a run
     result: str | None = None,
     holder: object = None,
 ) -> int:
-    """Add a run; its number is returned."""
+    """Add a run; return its id."""
     known: int = await connection.fetchval("SELECT count(*) FROM job_runs")
     await insert(
         connection,
@@ -141,7 +141,7 @@ async def add_example(connection: Connection) -> None:
 
 
 def text(html: str, id_: str | None = None) -> str:
-    """Return what a page says, or one element of it, as a screen reader has it."""
+    """Return the text of a page, or of one element, as a screen reader gets it."""
     reader = _Reader(id_)
     reader.feed(html)
     reader.close()

@@ -1,4 +1,4 @@
-"""The page in a real browser: live, honest when it is not, and for everybody."""
+"""The page in a real browser: live updates, their interruptions, controls and accessibility."""
 
 import asyncio
 import signal
@@ -24,7 +24,7 @@ PATHS: Final = (
     "/?user=x",
     "/?did=pause&job=job-paused",
 )
-# What a reload would take away.
+# A marker that a reload would remove.
 MARK: Final = "window.mark = 1"
 MARKED: Final = "window.mark"
 
@@ -39,8 +39,8 @@ async def browser() -> AsyncIterator[Browser]:
 # -- live ------------------------------------------------------------------------------------
 
 
-async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -> None:
-    """State, tab title, tiles and charts change as the rows do; clocks tick in between."""
+async def test_the_page_is_updated_without_a_reload(site: Site, browser: Browser) -> None:
+    """State, tab title, tiles and charts follow the rows; clocks tick in between."""
     instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
@@ -64,10 +64,10 @@ async def test_the_page_follows_without_a_reload(site: Site, browser: Browser) -
         assert await page.evaluate(MARKED) == 1
 
 
-async def test_an_instance_that_is_killed_is_seen_to_be_lost(
+async def test_a_killed_instance_is_shown_as_lost(
     database: dict[str, str], tmp_path: Path, browser: Browser
 ) -> None:
-    """Its card says so, and what became of its job, which goes on elsewhere."""
+    """Its card shows that, and where its job runs now."""
     (tmp_path / "event-logs").mkdir()
     instances = [
         Instance(
@@ -105,10 +105,10 @@ async def test_an_instance_that_is_killed_is_seen_to_be_lost(
             await instance.kill()
 
 
-async def test_a_restart_is_shown_and_then_it_is_live_again(
+async def test_a_restart_is_shown_and_the_page_reconnects(
     database: dict[str, str], browser: Browser
 ) -> None:
-    """While nobody answers it is reconnecting; the page itself is never loaded anew."""
+    """During it the page shows that it is reconnecting; it is never reloaded."""
     instance = Instance(database, JOBS_ENABLED="false")
     async with instance, tab(browser, instance.url) as page:
         await live(page)
@@ -126,7 +126,7 @@ async def test_a_restart_is_shown_and_then_it_is_live_again(
 
 @asynccontextmanager
 async def alone(server: EmbeddedPostgres, browser: Browser) -> AsyncIterator[Page]:
-    """Open a tab to an instance on a server of its own."""
+    """Open a tab to an instance with a PostgreSQL server of its own."""
     async with (
         Instance(server.environment(), JOBS_ENABLED="false") as instance,
         tab(browser, instance.url) as page,
@@ -134,8 +134,8 @@ async def alone(server: EmbeddedPostgres, browser: Browser) -> AsyncIterator[Pag
         yield page
 
 
-async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None:
-    """The page that was live says so; one that was opened meanwhile becomes whole by itself."""
+async def test_an_outage_is_shown_and_the_page_recovers(browser: Browser) -> None:
+    """An open page shows it; a page opened during it is completed after it without a reload."""
     async with own_postgres() as server, alone(server, browser) as late:
         await kill(server)
         await late.goto("/")
@@ -153,7 +153,7 @@ async def test_without_a_database_it_waits_and_goes_on(browser: Browser) -> None
 
 
 async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> None:
-    """While it is, nothing moves and the page says since when; then it goes on."""
+    """While it is paused nothing changes and the page shows since when; then it continues."""
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
         await live(page)
@@ -169,7 +169,7 @@ async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> No
 
 
 async def test_focus_and_selection_survive_updates(site: Site, browser: Browser) -> None:
-    """What one has under the finger stays, and no other button slips under it."""
+    """The focused button stays where it is, and no other takes its place."""
     instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a", done=1, total=9, **running(instance, "app1"))
     await add_job(site.connection, "job-b")
@@ -194,8 +194,8 @@ async def test_focus_and_selection_survive_updates(site: Site, browser: Browser)
         assert await page.evaluate("document.activeElement.getAttribute('href')") == "/jobs/job-b"
 
 
-async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Browser) -> None:
-    """The script says every duration as the page was written."""
+async def test_clocks_use_the_servers_format(site: Site, browser: Browser) -> None:
+    """The script formats every duration as the server does."""
     seconds = [-90_000, -3_600, -61, -1, -0.4, 0, 0.9, 1, 59.9, 60, 61, 3599, 3600, 86_399, 200_000]
     async with tab(browser, site.instance.url) as page:
         await live(page)
@@ -206,11 +206,11 @@ async def test_clocks_tick_in_the_words_of_the_server(site: Site, browser: Brows
             assert texts == [clock(each) for each in seconds], kind
 
 
-# -- what one can do -------------------------------------------------------------------------
+# -- controls --------------------------------------------------------------------------------
 
 
-async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None:
-    """Run, pause, resume; a run is cancelled only after a question."""
+async def test_buttons_control_jobs_in_place(site: Site, browser: Browser) -> None:
+    """Run, pause, resume; a run is cancelled only after a confirmation."""
     instance = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a")
     await add_job(site.connection, "job-b", **running(instance, "app1"))
@@ -239,10 +239,10 @@ async def test_buttons_steer_jobs_in_place(site: Site, browser: Browser) -> None
         assert page.url == f"{site.instance.url}/"
 
 
-async def test_a_job_without_code_is_forgotten_after_a_question(
+async def test_a_job_without_code_is_forgotten_after_a_confirmation(
     site: Site, browser: Browser
 ) -> None:
-    """Its page has the button; what is left is its history."""
+    """Its page has the button; afterwards only its history is left."""
     await add_job(site.connection, "job-a")
     await add_run(site.connection, "job-a", "failed", began_ago=60, result="ValueError: dark")
     async with tab(browser, site.instance.url) as page:
@@ -257,8 +257,8 @@ async def test_a_job_without_code_is_forgotten_after_a_question(
         assert await site.value("SELECT forgotten_by = 'page' FROM jobs")
 
 
-async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browser) -> None:
-    """A run that ends is in the history at once; a pause may have a name and a reason."""
+async def test_a_jobs_own_page_is_live_and_controls_it(site: Site, browser: Browser) -> None:
+    """An ended run is in the history at once; a pause may have a name and a reason."""
     await add_instance(site.connection)
     await add_job(site.connection, "job-a")
     async with tab(browser, site.instance.url) as page:
@@ -286,8 +286,8 @@ async def test_a_jobs_own_page_is_live_and_steers_it(site: Site, browser: Browse
         await says(page, "table.history", "it is done")
 
 
-async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
-    """Both are reported by the form, in place."""
+async def test_the_form_reports_a_change_and_a_refusal(site: Site, browser: Browser) -> None:
+    """Both in place."""
     user = await site.open(100)
     async with tab(browser, site.instance.url) as page:
         await live(page, f"/?user={user}")
@@ -304,7 +304,7 @@ async def test_a_change_and_its_refusal(site: Site, browser: Browser) -> None:
 
 
 async def test_everything_works_without_scripts(site: Site, browser: Browser) -> None:
-    """The page is complete, and each button a form."""
+    """The page is complete, and each button is a form."""
     await add_example(site.connection)
     user = await site.open(100)
     async with tab(browser, site.instance.url, java_script_enabled=False) as page:
@@ -332,11 +332,11 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
         assert f"User {user} then had 99." in await page.inner_text("#changed")
 
 
-# -- for everybody ---------------------------------------------------------------------------
+# -- accessibility ---------------------------------------------------------------------------
 
 
 async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
-    """Skip to the content, reach a job, a button, a bar; Enter does it; Escape lets it be."""
+    """It reaches the skip link, a job, a button, a bar; Enter confirms, Escape cancels."""
     await add_example(site.connection)
     async with tab(browser, site.instance.url) as page:
         await live(page)
@@ -382,7 +382,7 @@ async def focused(page: Page) -> str:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> None:  # noqa: ANN401
-    """No violation of its rules for WCAG 2 A and AA, contrast included, on any page."""
+    """No violation of WCAG 2 A and AA, contrast included, on any page."""
     await add_example(site.connection)
     gone = await add_instance(site.connection, "app3", seen_seconds_ago=20)
     await add_run(site.connection, "job-waiting", "lost", began_ago=50, server="app3", holder=gone)
@@ -403,10 +403,10 @@ async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> No
 @pytest.mark.parametrize(
     ("width", "scale"), [pytest.param(360, 1, id="360 px"), pytest.param(640, 2, id="200 %")]
 )
-async def test_nothing_is_cut_off_where_it_is_narrow(
+async def test_nothing_is_cut_off_on_a_narrow_screen(
     site: Site, browser: Browser, width: int, scale: int
 ) -> None:
-    """No page has to be moved sideways, and every button can be seen."""
+    """No page scrolls sideways, and every button is visible."""
     await add_example(site.connection)
     await add_job(
         site.connection,
@@ -431,8 +431,8 @@ async def test_nothing_is_cut_off_where_it_is_narrow(
             assert out == [], path
 
 
-async def test_who_wants_no_motion_gets_none(site: Site, browser: Browser) -> None:
-    """`prefers-reduced-motion` stops the only thing that moves by itself."""
+async def test_reduced_motion_is_respected(site: Site, browser: Browser) -> None:
+    """`prefers-reduced-motion` stops the only animation."""
     for wish, name in (("reduce", "none"), ("no-preference", "blink")):
         async with tab(browser, site.instance.url, reduced_motion=wish) as page:
             await live(page)

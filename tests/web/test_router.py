@@ -1,4 +1,4 @@
-"""Pages and forms without a browser: every section and refusal; no markup of others is obeyed."""
+"""Pages and forms without a browser: every section and refusal; foreign markup is only text."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ STATES: Final = {
 
 
 async def test_every_state_has_a_symbol_and_a_word(site: Site) -> None:
-    """A job's row says what it does, where, for how long, and what became of its last run."""
+    """A job's row shows its state, server, duration and the outcome of its last run."""
     await add_example(site.connection)
     html = await site.page()
     for job, texts in STATES.items():
@@ -48,8 +48,8 @@ async def test_instances_are_shown_with_what_they_run(site: Site) -> None:
     assert "job-cancelled" in text(html, "server-app2")
 
 
-async def test_a_lost_instance_is_shown_with_what_became_of_its_jobs(site: Site) -> None:
-    """Each job that it took with it has what it does now."""
+async def test_a_lost_instance_is_shown_with_its_former_jobs(site: Site) -> None:
+    """Each job that it lost is shown with its present state."""
     gone = await add_instance(site.connection, "app3", seen_seconds_ago=30)
     heir = await add_instance(site.connection, "app1")
     await add_job(site.connection, "job-a", **running(heir, "app1", seconds=10))
@@ -71,7 +71,7 @@ async def test_a_lost_instance_is_shown_with_what_became_of_its_jobs(site: Site)
 
 
 async def test_the_last_half_hour_has_a_lane_per_job_and_a_sentence_per_run(site: Site) -> None:
-    """Failures are hatched; what ended before is not there; every bar can be reached."""
+    """Failures are hatched; earlier runs are not shown; every bar can be focused."""
     await add_example(site.connection)
     await add_run(site.connection, "job-failed", began_ago=1900)
     html = await site.page()
@@ -97,7 +97,7 @@ async def test_failures_are_listed_with_their_errors(site: Site) -> None:
 
 
 async def test_empty_lists_have_sentences(site: Site) -> None:
-    """Empty lists say what it means that they are empty."""
+    """Each empty list explains what that means."""
     html = text(await site.page())
     for sentence in (
         "No instance that runs jobs was seen in the last minute: nothing starts until one does.",
@@ -109,7 +109,7 @@ async def test_empty_lists_have_sentences(site: Site) -> None:
 
 
 async def test_totals_are_counted_and_the_last_audit_shown(site: Site) -> None:
-    """Few users are summed up at once; the audit's own sentence is repeated."""
+    """Few users are summed up at once; the audit's own sentence is shown."""
     await add_job(
         site.connection,
         "audit-ledger",
@@ -129,8 +129,8 @@ async def test_totals_are_counted_and_the_last_audit_shown(site: Site) -> None:
     assert "1 of 2 entries differs: user 1" in totals
 
 
-async def test_what_comes_from_outside_is_shown_and_never_obeyed(site: Site) -> None:
-    """Names, notes, reasons, results and servers are text, on every page."""
+async def test_foreign_markup_is_shown_as_text(site: Site) -> None:
+    """In names, notes, reasons, results and servers, on every page."""
     server = "a<b>\"'&{{7*7}}"
     instance = await add_instance(site.connection, server)
     await add_job(
@@ -177,7 +177,7 @@ async def test_what_comes_from_outside_is_shown_and_never_obeyed(site: Site) -> 
 
 
 async def test_every_page_allows_its_own_files_only(site: Site) -> None:
-    """No scripts or styles but the service's own, no frames around it, nothing kept."""
+    """Only the service's own scripts and styles, no framing, no caching."""
     await add_job(site.connection, "job-a")
     answers = [
         await site.client.get(path)
@@ -195,8 +195,8 @@ async def test_every_page_allows_its_own_files_only(site: Site) -> None:
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
 
 
-async def test_files_are_kept_by_browsers_while_their_content_is_the_same(site: Site) -> None:
-    """An address that names the content never changes; nothing else is served."""
+async def test_static_files_are_cached_by_content(site: Site) -> None:
+    """An address with the content's hash is immutable; any other file is not served."""
     html = await site.page()
     addresses = re.findall(r'(?:src|href)="(/static/[^"]+)"', html)
     assert len(addresses) == 4
@@ -215,8 +215,8 @@ async def test_files_are_kept_by_browsers_while_their_content_is_the_same(site: 
 # -- a job's own page ------------------------------------------------------------------------
 
 
-async def test_a_jobs_page_tells_its_history_page_by_page(site: Site) -> None:
-    """The latest runs first, filtered by outcome; the way to the runs before is a link."""
+async def test_a_jobs_page_shows_its_history_by_pages(site: Site) -> None:
+    """The latest runs first, filtered by outcome; a link leads to earlier ones."""
     await add_job(
         site.connection,
         "job-a",
@@ -278,7 +278,7 @@ async def test_a_runs_page_tells_what_it_said(site: Site) -> None:
 
 
 async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -> None:
-    """It has its number and its end, and is no run in any chart."""
+    """With its count and its end; in charts it is no run."""
     await add_job(site.connection, "job-a")
     await insert(
         site.connection,
@@ -298,8 +298,8 @@ async def test_a_range_of_ticks_that_did_not_run_is_in_the_history(site: Site) -
     assert "no runs yet" in text(await site.page(), "job-job-a")
 
 
-async def test_what_is_not_there_is_a_404_page(site: Site) -> None:
-    """A sentence, a way back, and the right status."""
+async def test_an_unknown_address_gets_a_404_page(site: Site) -> None:
+    """With a sentence, a link back, and status 404."""
     html = await site.page("/jobs/none", 404)
     assert "There is no job none." in text(html)
     assert 'href="/"' in html
@@ -319,7 +319,7 @@ FROM generate_series(1, 10000) AS n
 
 
 async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
-    """Those that matter most are shown, all others are found by name and state."""
+    """The most important ones are shown, all others are found by name and state."""
     await site.connection.execute(MANY)
     await add_instance(site.connection)
     await add_job(site.connection, "zz-overdue", due_at=-600 * SECOND)
@@ -354,10 +354,10 @@ async def test_ten_thousand_jobs_have_a_bounded_page(site: Site) -> None:
         ("cancel", {"running": True}, "cancel_requested_by = 'ada'"),
     ],
 )
-async def test_a_job_is_steered_by_a_form(
+async def test_a_job_is_controlled_by_a_form(
     site: Site, what: str, columns: dict[str, object], fact: str
 ) -> None:
-    """The answer leads back to the page, which says what was done."""
+    """The answer redirects to the page, which shows a message."""
     instance = await add_instance(site.connection)
     if columns.pop("running", False):
         columns = running(instance, "app1")
@@ -373,7 +373,7 @@ async def test_a_job_is_steered_by_a_form(
 
 
 async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
-    """The page asks first; what is left is a page with its history. Others have no such button."""
+    """After a confirmation; then its page has only its history. Other jobs have no such button."""
     await add_job(site.connection, "moon")
     await add_run(site.connection, "moon", "failed", began_ago=60, result="ValueError: dark")
     assert 'action="/jobs/moon/forget"' in await site.page("/jobs/moon")
@@ -450,7 +450,7 @@ async def test_what_is_no_schedule_is_reported_on_the_page(
 
 
 async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
-    """On the question, on the row, and in the answer."""
+    """In the confirmation, in the row, and in the answer."""
     instance = await add_instance(site.connection)
     await add_job(site.connection, "moon", **running(instance, "app1"), work_ended_at=-2 * SECOND)
     assert "Its work is done" in text(await site.page("/jobs/moon/cancel"), "question")
@@ -460,8 +460,8 @@ async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     assert message.startswith("Nothing was cancelled: the work of moon was done already.")
 
 
-async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
-    """A job's own page stays the page one is on."""
+async def test_a_form_redirects_to_its_page(site: Site) -> None:
+    """A form on a job's own page leads back to that page."""
     await add_job(site.connection, "job-a")
     own = {"Referer": f"{site.instance.url}/jobs/job-a"}
     answer = await site.client.post("/jobs/job-a/pause", data={"by": "a"}, headers=own)
@@ -474,8 +474,8 @@ async def test_a_form_leads_back_to_where_it_was(site: Site) -> None:
     assert "there is nothing to cancel" in text(question)
 
 
-async def test_what_can_not_be_done_is_reported_on_the_page(site: Site) -> None:
-    """A refusal has its status, and the page is all there."""
+async def test_a_refused_control_is_reported_on_the_page(site: Site) -> None:
+    """The answer has the refusal's status and the complete page."""
     await add_example(site.connection)
     for call, sentence in (
         (
@@ -516,10 +516,10 @@ SELECT (SELECT jsonb_agg(j ORDER BY name) FROM jobs j), (SELECT jsonb_agg(u) FRO
         (413, {"content": b"by=" + b"a" * 20_000, "headers": {"Content-Type": "FORM"}}),
     ],
 )
-async def test_forms_of_other_sites_and_bad_forms_do_nothing(
+async def test_forms_of_other_sites_and_invalid_forms_are_refused(
     site: Site, status: int, change: dict[str, dict[str, str]]
 ) -> None:
-    """They are refused with a page, and no row changes."""
+    """With a page, and no row changes."""
     await add_job(site.connection, "job-a")
     options = {**change}
     headers = dict(change.get("headers", {}))
@@ -536,8 +536,8 @@ async def test_forms_of_other_sites_and_bad_forms_do_nothing(
     assert await site.connection.fetchrow(BEFORE) == before
 
 
-async def test_a_name_that_can_not_be_shown_is_refused(site: Site) -> None:
-    """As the API does."""
+async def test_a_name_that_can_not_be_displayed_is_refused(site: Site) -> None:
+    """As by the API."""
     await add_job(site.connection, "job-a")
     for fields in ({"by": "a\u202eb"}, {"by": "x" * 101}, {"by": "a", "surprise": "1"}):
         answer = await site.send("/jobs/job-a/pause", **fields)
@@ -548,7 +548,7 @@ async def test_a_name_that_can_not_be_shown_is_refused(site: Site) -> None:
 
 
 def field(html: str, name: str) -> str:
-    """Return what a field of the form for changes holds."""
+    """Return the value of a field in the form for changes."""
     form = html[html.index('action="/change"') :]
     found = re.search(rf'name="{name}"[^>]*value="([^"]*)"', form)
     assert found is not None
@@ -556,7 +556,7 @@ def field(html: str, name: str) -> str:
 
 
 async def test_a_change_is_made_once_and_reported_from_the_ledger(site: Site) -> None:
-    """Sent twice with the key of the form, it takes effect once; the page reports what it left."""
+    """Sent twice with the form's key, it takes effect once; the page shows the balance it left."""
     user = await site.open()
     key = field(await site.page(), "key")
     for _ in range(2):
@@ -601,7 +601,7 @@ NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 1
 async def test_a_refused_change_is_reported_in_words(
     site: Site, fields: dict[str, str], status: int, sentence: str
 ) -> None:
-    """The sentence stands by the form, which keeps what was typed; nothing is changed."""
+    """In a sentence beside the form, which keeps its input; nothing is changed."""
     entries = await site.value("SELECT count(*) FROM entries")
     sent = {"user": "1", "what": "withdraw", "amount": "5", **fields}
     answer = await site.send("/change", key=token_hex(8), **sent)
@@ -613,7 +613,7 @@ async def test_a_refused_change_is_reported_in_words(
 
 
 async def test_a_user_is_looked_up(site: Site) -> None:
-    """The latest entries first, and the way to those before."""
+    """The latest entries first, with a link to earlier ones."""
     user = await site.open()
     for number in range(12):
         await site.client.post("/api/balance", json={"userId": int(user), "amount": number + 1})
@@ -642,7 +642,7 @@ async def test_a_user_is_looked_up(site: Site) -> None:
 async def until(
     what: Callable[[httpx.Response], bool], client: httpx.AsyncClient
 ) -> httpx.Response:
-    """Get the page until it is so."""
+    """Get the page until it satisfies a condition."""
     async with asyncio.timeout(30):
         while not what(answer := await client.get("/")):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.1)

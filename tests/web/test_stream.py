@@ -1,4 +1,4 @@
-"""The stream: what has changed and nothing else, one statement a tick, whoever watches."""
+"""The stream: only changed fragments, and one statement a tick for all viewers."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ UPDATE_BYTES: Final = 5_000
 
 
 class Watch:
-    """One viewer: its events, and what came over the wire."""
+    """One viewer: its events, and the bytes on the wire."""
 
     def __init__(self, answer: httpx.Response) -> None:
         self.answer = answer
@@ -37,7 +37,7 @@ class Watch:
         self.last_id = ""
 
     async def chunk(self) -> bool:
-        """Read on; False at the end."""
+        """Read the next chunk; return False at the end."""
         async for chunk in self._chunks:
             self.bytes += len(chunk)
             self._text += (
@@ -48,11 +48,11 @@ class Watch:
 
     @property
     def whole(self) -> bool:
-        """Whether the compressed stream came to its end, and its sums agree."""
+        """Whether the compressed stream is complete, and its checksum is right."""
         return self._decompress.eof
 
     async def event(self) -> dict[str, Any]:
-        """Return the next event that carries something."""
+        """Return the next event with data."""
         async with asyncio.timeout(20):
             while True:
                 while "\n\n" not in self._text:
@@ -64,7 +64,7 @@ class Watch:
                     return {"kind": fields["event"], **from_json(fields["data"])}
 
     async def until(self, id_: str) -> str:
-        """Return the element with this id when it comes."""
+        """Return the element with this id once it is sent."""
         while True:
             html = (await self.event())["html"]
             if id_ in html:
@@ -93,13 +93,13 @@ def version(html: str) -> str:
 
 
 def whole(html: str) -> set[str]:
-    """Return the ids of the fragments that are not marked to stay as they are."""
+    """Return the ids of the fragments that are not marked as unchanged."""
     fragments = re.findall(r'<(?:li|tr|div) id="([^"]+)"([^>]*)>', html)
     return {id_ for id_, more in fragments if "data-same" not in more}
 
 
-async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
-    """Whoever comes with the version of a page gets what changed after it, and the time."""
+async def test_a_current_page_is_sent_no_fragment(site: Site) -> None:
+    """A viewer with the version of a page gets only later changes, and the time."""
     await add_job(site.connection, "job-a")
     since = version(await site.page())
     async with watch(site.instance.url, f"?since={since}") as viewer:
@@ -110,7 +110,7 @@ async def test_a_page_that_is_up_to_date_is_sent_nothing(site: Site) -> None:
 
 
 async def test_only_what_has_changed_is_sent(site: Site) -> None:
-    """One row of two, and the numbers that count it; the rest is marked to stay as it is."""
+    """One row of two, and the counts that include it; the rest is marked as unchanged."""
     await add_job(site.connection, "job-a")
     await add_job(site.connection, "job-b")
     async with watch(site.instance.url, f"?since={version(await site.page())}") as viewer:
@@ -136,8 +136,8 @@ async def test_only_what_has_changed_is_sent(site: Site) -> None:
         assert "servers-list" not in html
 
 
-async def test_a_viewer_after_a_pause_is_shown_no_old_runs(site: Site) -> None:
-    """The first event has the runs as they are, also when nobody watched this instance before."""
+async def test_the_first_viewer_gets_the_current_runs(site: Site) -> None:
+    """The first event is current, also if the instance had no viewers for a while."""
     await add_job(site.connection, "job-a")
     since = version(await site.page())
     await asyncio.sleep(UNWATCHED_SECONDS + 0.5)
@@ -146,8 +146,8 @@ async def test_a_viewer_after_a_pause_is_shown_no_old_runs(site: Site) -> None:
         assert "just now" in str((await viewer.event())["html"])
 
 
-async def test_who_has_another_boots_version_gets_everything(site: Site) -> None:
-    """So does who has none; the one who comes back with an event's id does not."""
+async def test_a_viewer_with_another_boots_version_gets_everything(site: Site) -> None:
+    """So does one without a version; one that reconnects with an event's id does not."""
     await add_example(site.connection)
     await site.page()
     for query in ("", "?since=00000000.3", "?since=nonsense", "?since=."):
@@ -161,8 +161,8 @@ async def test_who_has_another_boots_version_gets_everything(site: Site) -> None
         assert "jobs-list" not in (await viewer.event())["html"]
 
 
-async def test_nothing_that_ticks_is_sent(site: Site) -> None:
-    """A run that only lasts longer changes nothing; how far it is does."""
+async def test_ticking_clocks_are_not_sent(site: Site) -> None:
+    """A longer duration of a run changes no fragment; its progress does."""
     instance = await add_instance(site.connection)
     await add_job(site.connection, "job-a", done=1, total=4, **running(instance, "app1"))
     await site.page()
@@ -174,7 +174,7 @@ async def test_nothing_that_ticks_is_sent(site: Site) -> None:
 
 
 async def test_a_jobs_own_page_is_sent_its_row_alone(site: Site) -> None:
-    """Also of a job that is not among those on the page for all."""
+    """Also for a job that is not shown on the main page."""
     await site.connection.execute(
         """INSERT INTO jobs (name, schedule, description, due_at, ready_at)
         SELECT format('job-%s', 1000 + n), 'every 300 s', '', now() + interval '1 day',
@@ -196,8 +196,8 @@ async def watch_once(url: str) -> dict[str, str]:
         return html
 
 
-async def test_the_page_and_its_updates_are_light(site: Site) -> None:
-    """The first load, with all its files, and each update, as they come over the wire."""
+async def test_the_page_and_its_updates_are_small(site: Site) -> None:
+    """The first load with all its files, and each update, in bytes on the wire."""
     instances = [await add_instance(site.connection, f"app{number}") for number in range(1, 6)]
     for number in range(10):
         more: dict[str, object] = {"due_at": 100 * SECOND}
@@ -249,7 +249,7 @@ SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current
 
 @pytest.mark.parametrize("viewers", [100])
 async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers: int) -> None:
-    """However many watch, this instance asks once a tick."""
+    """The instance sends one statement a tick for any number of viewers."""
     await add_example(site.connection)
     await site.page()
     process = psutil.Process(site.instance.pid)
@@ -263,7 +263,7 @@ async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers
         counts, moments = [], []
         for pause in (1.5, 4.0, 4.0):
             await asyncio.sleep(pause)
-            # A connection reports its statistics a second later, or when it has a pause.
+            # A connection reports its statistics a second later, or when it is idle.
             await site.connection.execute("SELECT pg_stat_force_next_flush()")
             counts.append(await site.value(STATEMENTS))
             moments.append(monotonic())
@@ -271,7 +271,7 @@ async def test_a_hundred_viewers_cost_one_statement_a_second(site: Site, viewers
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
-    # What was done before and is reported late adds to one part of the time alone.
+    # Statements of before that are reported late are counted in one interval only.
     rate, part = min(
         ((after - before) / (end - begin), end - begin)
         for (before, after), (begin, end) in zip(pairwise(counts), pairwise(moments), strict=True)
@@ -286,7 +286,7 @@ async def _read(viewer: Watch) -> None:
 
 
 async def test_streams_end_when_the_instance_stops(database: dict[str, str]) -> None:
-    """Twenty of them, whole, and the instance with them, within 3 seconds."""
+    """Twenty of them, each complete, and the instance with them, within 3 seconds."""
     async with Instance(database, JOBS_ENABLED="false") as instance, AsyncExitStack() as stack:
         watching = [await stack.enter_async_context(watch(instance.url)) for _ in range(20)]
         await asyncio.gather(*(viewer.event() for viewer in watching))
@@ -301,7 +301,7 @@ async def test_streams_end_when_the_instance_stops(database: dict[str, str]) -> 
 
 
 async def test_a_stream_need_not_be_compressed(site: Site) -> None:
-    """Who does not ask for it gets plain events."""
+    """A viewer that does not accept it gets plain events."""
     async with watch(site.instance.url, compressed=False) as viewer:
         assert "content-encoding" not in viewer.answer.headers
         assert viewer.answer.headers["content-type"].startswith("text/event-stream")

@@ -1,4 +1,4 @@
-"""The broadcaster reads once a tick, however many watch, and buffers nothing for slow viewers."""
+"""The broadcaster reads once a tick for all viewers, and buffers no events for slow ones."""
 
 import asyncio
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class StubReader:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> StubReader:
-    """What the broadcaster stub at, with short ticks."""
+    """The broadcaster's reader, with short ticks."""
     monkeypatch.setattr(events_module, "TICK_SECONDS", TICK_SECONDS)
     return StubReader()
 
@@ -48,7 +48,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubReader:
 async def follow(broadcaster: EventBroadcaster, received: list[bytes]) -> None:
     with broadcaster.viewer():
         async for event in broadcaster.events():
-            received.append(event)  # noqa: PERF401 - it is read as it grows
+            received.append(event)  # noqa: PERF401 - the test reads it meanwhile
 
 
 def watch(
@@ -60,12 +60,12 @@ def watch(
 
 async def until(what: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not what():  # noqa: ASYNC110 - what is waited for is counted, not signalled
+        while not what():  # noqa: ASYNC110 - counts have no event
             await asyncio.sleep(0.005)
 
 
 async def test_one_read_serves_all_viewers(stub: StubReader) -> None:
-    """A hundred viewers see the same events, each of them the result of one read."""
+    """A hundred viewers get the same events, each from one read."""
     broadcaster = EventBroadcaster(stub.read, asyncio.Event())
     received, viewers = watch(broadcaster, 100)
     await until(lambda: stub.count >= 6)
@@ -79,7 +79,7 @@ async def test_one_read_serves_all_viewers(stub: StubReader) -> None:
 
 
 async def test_nothing_is_read_without_viewers(stub: StubReader) -> None:
-    """StubReader end with the last viewer, and begin again with the next."""
+    """Reads end with the last viewer, and begin again with the next."""
     broadcaster = EventBroadcaster(stub.read, asyncio.Event())
     assert stub.count == 0
     for _ in range(2):
@@ -94,7 +94,7 @@ async def test_nothing_is_read_without_viewers(stub: StubReader) -> None:
 
 
 async def test_a_newcomer_sees_the_newest_event_at_once(stub: StubReader) -> None:
-    """Who comes between two ticks does not wait for the next, and costs no read."""
+    """A viewer that joins between two ticks gets an event without waiting or another read."""
     broadcaster = EventBroadcaster(stub.read, asyncio.Event())
     received, (viewer,) = watch(broadcaster, 1)
     await until(lambda: len(received[0]) > 1)
@@ -109,7 +109,7 @@ async def test_a_newcomer_sees_the_newest_event_at_once(stub: StubReader) -> Non
 
 
 async def test_a_slow_viewer_gets_the_newest_event(stub: StubReader) -> None:
-    """What came while it was not reading is not kept for it."""
+    """Events that were sent while it was not reading are dropped."""
     broadcaster = EventBroadcaster(stub.read, asyncio.Event())
     with broadcaster.viewer():
         events = broadcaster.events()
@@ -123,7 +123,7 @@ async def test_a_slow_viewer_gets_the_newest_event(stub: StubReader) -> None:
 
 @pytest.mark.parametrize("hangs", [True, False])
 async def test_all_streams_end_when_the_instance_stops(stub: StubReader, *, hangs: bool) -> None:
-    """Also while a read is under way that gets no answer."""
+    """Also while a read hangs."""
     stopping = asyncio.Event()
     broadcaster = EventBroadcaster(stub.read, stopping)
     received, viewers = watch(broadcaster, 20)
@@ -148,7 +148,7 @@ async def test_all_streams_end_when_the_instance_stops(stub: StubReader, *, hang
     ],
 )
 async def test_a_failed_read_is_an_event_too(stub: StubReader, error: Exception, code: str) -> None:
-    """`unavailable` carries the problem; the status comes again by itself."""
+    """`unavailable` carries the problem; the status is sent again after recovery."""
     broadcaster = EventBroadcaster(stub.read, asyncio.Event())
     received, (viewer,) = watch(broadcaster, 1)
     stub.error = error
@@ -164,7 +164,7 @@ async def test_a_failed_read_is_an_event_too(stub: StubReader, error: Exception,
 async def test_one_viewer_too_many_is_refused(
     stub: StubReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One viewer too many is refused with 503; when another leaves there is room again."""
+    """It gets a 503; when another viewer has left, a new one is accepted."""
     monkeypatch.setattr(events_module, "MAX_VIEWERS", 3)
     stopping = asyncio.Event()
     broadcaster = EventBroadcaster(stub.read, stopping)
@@ -184,7 +184,7 @@ async def test_one_viewer_too_many_is_refused(
             full = await client.get("/api/cron/events")
             assert (full.status_code, full.json()["code"]) == (503, "overloaded")
             assert full.headers["retry-after"] == "1"
-        stopping.set()  # such a client reads to the end
+        stopping.set()  # this client reads to the end of the stream
         assert (await client.get("/api/cron/events")).status_code == 200
 
 

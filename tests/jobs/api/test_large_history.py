@@ -1,9 +1,8 @@
-"""A history of a million runs: whatever is asked, few of its pages are read.
+"""With a history of a million runs, each statement reads few of its pages.
 
-Every statement is explained where the service's own code sends it, as it is planned for its
-arguments and as it is planned once for all (asyncpg's prepared statements may get either), with
-statistics of the table as it is, as it was long before, and with none. What is bounded is the
-number of pages that are touched, not the time.
+Every statement is explained as the service's own code sends it, with a custom and with a generic
+plan (asyncpg's prepared statements may get either), and with current, outdated and no statistics of
+the table. The number of pages is bounded, not the time.
 """
 
 import json
@@ -36,10 +35,10 @@ from tests.jobs.rows import add_job
 from tests.jobs.support import AT_ONCE, LEASE, Connection, JobsDatabase, on
 
 RUNS: Final = 1_000_000
-# Of each kind of job there are some among the million: one that always succeeds, one that never
-# did (an audit), one that succeeded once, at the very beginning, one whose ticks are skipped, one
-# with five runs at the beginning, one with one in the middle, a new one, and one of the name that
-# is the last.
+# The million runs belong to jobs of every kind: one that always succeeds, one that never did (an
+# audit), one that succeeded once at the very beginning, one whose ticks are skipped, one with five
+# runs at the beginning, one with one in the middle, one without runs, and the one whose name sorts
+# last.
 MANY, FAILING, ONCE, SKIPPING = "many", "audit-keys", "once", "skipping"
 RARE, SINGLE, FRESH, LAST = "rare", "single", "fresh", "zz-last"
 NAMES: Final = (MANY, FAILING, ONCE, SKIPPING, RARE, SINGLE, FRESH, LAST)
@@ -87,12 +86,12 @@ Statistics = Literal["stale", "none", "fresh"]
 
 
 class Explaining:
-    """A connection that explains what it is sent, with EXPLAIN (ANALYZE), before it does it."""
+    """A connection that explains each statement with EXPLAIN (ANALYZE) before it runs it."""
 
     def __init__(self, connection: Connection, mode: str) -> None:
         self._connection = connection
         self._mode = mode
-        # each: a statement that reads the history, and how many pages it touched
+        # for each statement that reads the history: its text, the pages it touched, its plan
         self.touched: list[tuple[str, int, str]] = []
 
     async def fetch(self, sql: str, *arguments: object) -> list[Any]:
@@ -120,12 +119,12 @@ class Explaining:
         await self._connection.execute("ROLLBACK TO explained; DEALLOCATE explained")
         root = json.loads(plan)[0]["Plan"]
         pages = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
-        # What is read to plan is bounded as well, but not by the history's size.
+        # Pages read for planning do not depend on the history's size.
         self.touched.append((sql, pages, plan))
 
 
 class OneConnection:
-    """Stands for the pool: runs everything on one connection."""
+    """A stand-in for the pool: runs all operations on one connection."""
 
     def __init__(self, connection: Explaining) -> None:
         self._connection = connection
@@ -141,7 +140,7 @@ class OneConnection:
 
 
 def _literal(value: object) -> str:
-    """Return an argument as SQL; its type is the parameter's."""
+    """Return an argument as an SQL literal, typed by its parameter."""
     if value is None:
         return "NULL"
     if isinstance(value, list) and value and isinstance(value[0], asyncpg.Range):
@@ -199,7 +198,7 @@ async def large(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
 
 @pytest.fixture(scope="module", params=["stale", "none", "fresh"])
 async def statistics(large: JobsDatabase, request: pytest.FixtureRequest) -> Statistics:
-    """What the planner knows of the history: what was true of 1000 runs, nothing, or the truth."""
+    """The planner's statistics of the history: of its first 1000 runs, none, or current ones."""
     known: Statistics = request.param
     if known == "none":
         await large.admin.execute(NOTHING_KNOWN)
@@ -210,7 +209,7 @@ async def statistics(large: JobsDatabase, request: pytest.FixtureRequest) -> Sta
 
 @asynccontextmanager
 async def explaining(large: JobsDatabase, mode: str) -> AsyncIterator[Explaining]:
-    """Give a connection that explains; nothing that it does stays."""
+    """Yield a connection that explains; all its changes are rolled back."""
     transaction = large.admin.transaction()
     await transaction.start()
     try:
@@ -220,7 +219,7 @@ async def explaining(large: JobsDatabase, mode: str) -> AsyncIterator[Explaining
 
 
 def bounded(touched: Iterable[tuple[str, int, str]], pages: int) -> None:
-    """Check that each statement touched at most so many pages."""
+    """Check that each statement touched at most this many pages."""
     touched = list(touched)
     assert touched
     for sql, number, plan in touched:
@@ -236,7 +235,7 @@ async def test_the_history_is_read_by_pages(
     statistics: Statistics,  # noqa: ARG001 - it sets them
     mode: str,
 ) -> None:
-    """Of every job, with every outcome, from anywhere: as many rows as are shown, and no more."""
+    """For every job, outcome and cursor: only the rows that are shown."""
     async with explaining(large, mode) as connection:
         runs = History(cast("Database", OneConnection(connection)))
         for before in (MAX_INTEGER, RUNS // 2, 10):
@@ -268,7 +267,7 @@ async def test_the_metrics_read_few_runs(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """The last successes, also of what never succeeded, and the last result of an audit."""
+    """The last successes, also of jobs without one, and the last result of an audit."""
     registry = Registry([job(name=name, cron="0 0 * * *")(print) for name in NAMES])
     async with explaining(large, mode) as connection:
         found = await StatsReader(
@@ -281,7 +280,7 @@ async def test_the_metrics_read_few_runs(
     assert found is not None
     succeeded = {each.name for each in found.jobs if each.last_success_at is not None}
     assert succeeded == {MANY, ONCE, SKIPPING, SINGLE}
-    # At most a thousand failures of each audit are looked at for one that found a contradiction.
+    # At most a thousand failures of each audit are read to find one with a mismatch.
     bounded(connection.touched, 1200)
 
 
@@ -291,7 +290,7 @@ async def test_the_page_reads_few_runs(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """The last runs of each job, without the ticks that did not run, and what failed lately."""
+    """The last runs of each job, without skipped ticks, and the recent failures."""
     async with explaining(large, mode) as connection:
         queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
         activity = await queries.activity(NAMES, ())
@@ -304,7 +303,7 @@ async def test_the_page_reads_few_runs(
         RARE: 5,
         SINGLE: 1,
     }
-    # A thousand of each kind of failure are looked at for those of the last day.
+    # A thousand of each kind of failure are read to find those of the last day.
     bounded(connection.touched, 2500)
 
 
@@ -314,7 +313,7 @@ async def test_runs_begin_and_end_by_an_index(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """A claim, a claim of what was lost, a loss that is taken back, a log, an end, a resumption."""
+    """A claim, a takeover, a refuted loss, a log, a finish, and the resuming of a paused job."""
     async with explaining(large, mode) as connection:
         database = cast("Database", OneConnection(connection))
         me = Me(uuid4(), "app1")
@@ -359,7 +358,7 @@ async def test_old_runs_are_pruned_by_an_index(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """Of each job so many at a time, of few as well as of many."""
+    """So many runs of each job at a time, whether it has few or many."""
     await large.admin.execute(
         "UPDATE job_runs SET ended_at = ended_at - interval '30 days' WHERE id <= 1000"
     )
@@ -367,7 +366,7 @@ async def test_old_runs_are_pruned_by_an_index(
         await large.admin.fetchval(KEEP_TO_INDEX)
         for name in ("", *sorted(NAMES)):
             await connection.fetchrow(PRUNE_RUNS, name, RUNS_AT_ONCE)
-    # Each of these rows is looked up by its key.
+    # Each of these rows is found by its key.
     bounded(connection.touched, 8 * RUNS_AT_ONCE)
 
 
@@ -377,8 +376,8 @@ SELECT * FROM job_runs WHERE job = $3 AND id < $1 ORDER BY job DESC, id DESC LIM
 
 
 @pytest.mark.parametrize("guard", ["range", "index", "order"])
-async def test_without_these_guards_much_is_read(large: JobsDatabase, guard: str) -> None:
-    """The controls: each mends nothing by itself."""
+async def test_without_a_guard_many_pages_are_read(large: JobsDatabase, guard: str) -> None:
+    """The controls: without any one of the guards, statements exceed the bound."""
     await large.admin.execute("ANALYZE job_runs")
     async with explaining(large, "force_generic_plan") as connection:
         if guard == "range":

@@ -32,7 +32,7 @@ Answers = list[httpx.Response]
 
 @dataclass(frozen=True)
 class Quiet:
-    """An instance that runs no jobs, and a connection to write rows that nobody else changes."""
+    """An instance that runs no jobs, and a connection to write rows that no other changes."""
 
     instance: Instance
     client: httpx.AsyncClient
@@ -64,7 +64,7 @@ async def shared(postgres: dict[str, str]) -> AsyncIterator[Quiet]:
 
 @pytest.fixture
 async def quiet(shared: Quiet) -> Quiet:
-    """The same, without any rows."""
+    """The shared instance, without any rows."""
     await shared.connection.execute("DELETE FROM job_runs")
     await shared.connection.execute("ALTER TABLE job_runs ALTER id RESTART")
     await shared.connection.execute("DELETE FROM jobs")
@@ -76,7 +76,7 @@ async def quiet(shared: Quiet) -> Quiet:
 async def fleet(
     database: dict[str, str], event_log: Path, *, seconds: float
 ) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """Run two instances with one job, `job-01`, that lasts so long; yield a client of each."""
+    """Run two instances with one job, `job-01`, of that duration; yield a client of each."""
     instances = [
         Instance(
             database,
@@ -112,7 +112,7 @@ async def job(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
 async def until(
     holds: Callable[[dict[str, Any]], bool], ask: Callable[[], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Ask until the answer holds something."""
+    """Repeat a request until its answer satisfies a condition."""
     async with asyncio.timeout(30):
         while True:
             answer = await ask()
@@ -127,7 +127,7 @@ def tally(answers: Answers) -> dict[str, int]:
 
 
 async def conforms(client: httpx.AsyncClient, model: str, answer: object) -> None:
-    """An answer is as the document says, and says nothing else."""
+    """Check that an answer has the documented schema and no other members."""
     document = (await client.get("/openapi.json")).json()
     schema = {**document["components"]["schemas"][model], "components": document["components"]}
     jsonschema_rs.validate(schema, answer)
@@ -146,11 +146,11 @@ def _no_more(schemas: dict[str, Any], schema: dict[str, Any], answer: object) ->
                 _no_more(schemas, choice["items"], item)
 
 
-# -- looking -----------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------
 
 
 async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> None:
-    """The ten jobs, as the document says, on the instance that runs them."""
+    """The ten jobs, as documented, on the instance that runs them."""
     async with (
         Instance(database, JOB_WARM_UP_SECONDS="0.1") as instance_,
         http_client(instance_.url) as client,
@@ -170,8 +170,8 @@ async def test_every_job_of_the_service_is_listed(database: dict[str, str]) -> N
     assert all(job["description"] and job["schedule"]["words"] for job in found["jobs"])
 
 
-async def test_an_instance_without_jobs_answers_too(quiet: Quiet) -> None:
-    """JOBS_ENABLED=false: it shows and steers what others run."""
+async def test_an_instance_without_jobs_serves_the_api(quiet: Quiet) -> None:
+    """With JOBS_ENABLED=false it shows and controls the jobs of other instances."""
     other = await add_instance(quiet.connection, "app9")
     await add_job(quiet.connection, "running", **running(other, "app9"), done=1, total=3, note="x")
     await add_job(
@@ -332,7 +332,7 @@ async def test_what_a_run_said_is_read(quiet: Quiet) -> None:
 async def test_wrong_questions_are_refused(
     quiet: Quiet, address: str, pointer: str, code: str
 ) -> None:
-    """422 names where the fault is and what; nothing is changed."""
+    """The 422 names the pointer and the code of the fault; nothing is changed."""
     method, _, path = address.partition(" ")
     answer = await quiet.client.request(method, f"/api/cron/{path}")
     assert answer.status_code == 422, answer.text
@@ -340,7 +340,7 @@ async def test_wrong_questions_are_refused(
 
 
 async def test_the_longest_names_are_taken(quiet: Quiet) -> None:
-    """A hundred letters of any script say who, two hundred why."""
+    """`by` may have a hundred letters of any script, `reason` two hundred."""
     await add_job(quiet.connection, "a-job")
     who, why = "ü" * 100, "日" * 200
     answer = await quiet.post("a-job/pause", by=who, reason=why)
@@ -352,7 +352,7 @@ async def test_the_longest_names_are_taken(quiet: Quiet) -> None:
     }
 
 
-# -- steering ----------------------------------------------------------------------------------
+# -- controls ----------------------------------------------------------------------------------
 
 
 async def test_an_unknown_job_is_refused(quiet: Quiet) -> None:
@@ -378,12 +378,12 @@ async def test_an_unknown_job_is_refused(quiet: Quiet) -> None:
         ({"Origin": "null"}, False),
     ],
 )
-async def test_pages_of_other_sites_steer_nothing(
+async def test_requests_of_other_sites_are_refused(
     quiet: Quiet,
     headers: dict[str, str],
     taken: bool,  # noqa: FBT001
 ) -> None:
-    """A browser says whose page a request is from; what no page of ours sent is refused."""
+    """A browser states the site of the requesting page; only this service's own is accepted."""
     await add_instance(quiet.connection)
     await add_job(quiet.connection, "a-job")
     host = quiet.instance.url.removeprefix("http://")
@@ -403,8 +403,8 @@ async def test_pages_of_other_sites_steer_nothing(
     assert ((await quiet.job("a-job"))["requestedBy"] == "api") is taken
 
 
-async def test_a_run_is_asked_for(quiet: Quiet) -> None:
-    """A tick in the future gives way to one of this moment; one that is due stays what it is."""
+async def test_a_run_is_requested(quiet: Quiet) -> None:
+    """A future tick is replaced by a run now; a tick that is already due is unchanged."""
     await add_instance(quiet.connection)
     await add_job(quiet.connection, "later", due_at=60 * SECOND)
     await add_job(quiet.connection, "retry", due_at=-60 * SECOND, ready_at=60 * SECOND, attempt=2)
@@ -444,8 +444,8 @@ async def test_a_run_is_refused_by_the_state_that_it_quotes(quiet: Quiet) -> Non
     assert (await quiet.post("lost/run")).status_code == 202
 
 
-async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> None:
-    """Not for want of heartbeats in the past, and not for an instance that lacks it."""
+async def test_a_run_without_a_live_instance_with_its_code_is_refused(quiet: Quiet) -> None:
+    """Instances without recent heartbeats do not count, nor instances without the job's code."""
     await add_instance(quiet.connection, "app1", missing=("moon",))
     await add_instance(quiet.connection, "app2", highest_number=0)
     gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
@@ -465,8 +465,8 @@ async def test_a_run_that_nobody_has_the_code_of_is_refused(quiet: Quiet) -> Non
     assert (await quiet.job("moon"))["hasCode"] is True
 
 
-async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> None:
-    """It is off all lists; its history stays, and who forgot it first; a lost run is lost."""
+async def test_a_job_without_code_can_be_forgotten(quiet: Quiet) -> None:
+    """It is on no list any more; its history and who forgot it first stay; its run is lost."""
     gone = await add_instance(quiet.connection, "app3", seen_seconds_ago=50)
     await add_job(
         quiet.connection, "moon", **{**running(gone, "app3"), "lease_expires_at": -SECOND}
@@ -497,7 +497,7 @@ async def test_a_job_that_nobody_has_the_code_of_is_forgotten(quiet: Quiet) -> N
         answer = await quiet.post(f"moon/{call}")
         assert (answer.status_code, answer.json()["code"]) == (404, "job-not-found"), call
     assert await quiet.connection.fetch("SELECT * FROM jobs WHERE name = 'moon'") == before
-    # An instance of an older program that runs it takes it back.
+    # A heartbeat of an older program that runs it makes it visible again.
     await quiet.connection.execute("UPDATE jobs SET last_heartbeat_at = now() WHERE name = 'moon'")
     assert (await quiet.job("moon"))["state"] == "waiting"
 
@@ -534,7 +534,7 @@ async def test_cancelling_a_run_whose_work_is_done_says_so(quiet: Quiet) -> None
     assert answers["busy"]["workEndedAt"] is None
 
 
-async def test_stopping_since_is_when_a_run_was_told_to_stop(quiet: Quiet) -> None:
+async def test_a_run_shows_since_when_it_is_requested_to_stop(quiet: Quiet) -> None:
     """`stopRequestedAt` is of the run under way, not of one before."""
     one = await add_instance(quiet.connection, "app1")
     await add_job(quiet.connection, "deaf", **running(one, "app1"), stop_requested_at=-2 * SECOND)
@@ -544,8 +544,8 @@ async def test_stopping_since_is_when_a_run_was_told_to_stop(quiet: Quiet) -> No
     assert jobs["well"]["stopRequestedAt"] is None
 
 
-async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:
-    """Pausing again changes nothing; resuming what is not paused neither."""
+async def test_the_first_pause_counts(quiet: Quiet) -> None:
+    """Pausing again changes nothing; resuming a job that is not paused neither."""
     await add_job(quiet.connection, "a-job")
     first = (await quiet.post("a-job/pause", by="ada", reason="too loud")).json()
     assert (first["state"], first["waiting"]["reason"]) == ("paused", "paused")
@@ -559,10 +559,10 @@ async def test_a_pause_is_the_first_ones(quiet: Quiet) -> None:
     assert (await quiet.post("a-job/resume")).json() == resumed
 
 
-async def test_what_a_pause_missed_is_in_the_history(quiet: Quiet) -> None:
-    """Every tick from the one that waited to now, as one range; then the next tick in the future.
+async def test_ticks_missed_in_a_pause_are_in_the_history(quiet: Quiet) -> None:
+    """All ticks from the waiting one to now are one range; the next tick is in the future.
 
-    Twenty who resume at once count them once.
+    Twenty simultaneous requests to resume record them once.
     """
     await add_job(
         quiet.connection,
@@ -601,13 +601,13 @@ async def test_what_a_pause_missed_is_in_the_history(quiet: Quiet) -> None:
         ({"due_at": 45 * SECOND}, 0),  # nothing was missed
         ({"due_at": -75 * SECOND}, 2),  # of the two, neither ran
         ({"due_at": -75 * SECOND, "attempt": 1}, 1),  # the first had a run
-        ({"due_at": -80 * SECOND, "requested_by": "eve"}, 2),  # what was asked for is no tick
+        ({"due_at": -80 * SECOND, "requested_by": "eve"}, 2),  # a requested run is no tick
     ],
 )
 async def test_only_ticks_that_had_no_run_are_skipped(
     quiet: Quiet, columns: dict[str, object], ticks: int
 ) -> None:
-    """Each tick is accounted for once: by its runs, or by the range that was missed."""
+    """Each tick is recorded once: by its runs, or by the range of skipped ticks."""
     await add_job(
         quiet.connection,
         "a-job",
@@ -628,7 +628,7 @@ async def test_only_ticks_that_had_no_run_are_skipped(
 
 
 async def test_a_run_under_way_keeps_its_tick(quiet: Quiet) -> None:
-    """Resuming a job that still runs, or was lost, leaves the tick to who settles it."""
+    """Resuming a job that still runs, or was lost, leaves its tick to the run's end or takeover."""
     for name, lease in (("running", 3600 * SECOND), ("lost", -SECOND)):
         await add_job(
             quiet.connection,
@@ -650,7 +650,7 @@ async def test_a_run_under_way_keeps_its_tick(quiet: Quiet) -> None:
 
 
 async def test_a_schedule_of_a_newer_program_is_left_alone(quiet: Quiet) -> None:
-    """An instance that can't read a job's schedule resumes the tick that waited."""
+    """An instance that can't read a job's schedule resumes with the waiting tick."""
     await add_job(
         quiet.connection,
         "a-job",
@@ -803,8 +803,8 @@ async def test_resetting_to_a_schedule_of_a_newer_program_keeps_the_tick(quiet: 
     assert (after["schedule"]["text"], after["dueAt"]) == ("every other Tuesday", before["dueAt"])
 
 
-async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
-    """Who asked first is reported; a job that does not run, or was lost, is refused."""
+async def test_only_a_run_under_way_can_be_cancelled(quiet: Quiet) -> None:
+    """The first requester is reported; for a job that does not run, or was lost, it is refused."""
     await add_job(quiet.connection, "running", **running(uuid4(), "app7"))
     await add_job(quiet.connection, "waiting")
     await add_job(quiet.connection, "paused", paused_at=-SECOND, paused_by="ada")
@@ -820,11 +820,11 @@ async def test_only_a_run_can_be_cancelled(quiet: Quiet) -> None:
     assert (await quiet.post("running/cancel", by="eve")).json()["cancelRequestedBy"] == "ada"
 
 
-# -- with jobs that run ------------------------------------------------------------------------
+# -- with running jobs -------------------------------------------------------------------------
 
 
 async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: Path) -> None:
-    """Asked on two instances at once, the job runs once; it runs again when asked after its end."""
+    """Requested on two instances at once, the job runs once; requested after its end, again."""
     async with fleet(database, tmp_path, seconds=1.5) as clients:
 
         async def ended(fence: int) -> None:
@@ -876,7 +876,7 @@ async def test_a_set_schedule_is_that_of_all_instances(
 async def test_a_cancelled_run_ends_wherever_it_is(
     database: dict[str, str], tmp_path: Path
 ) -> None:
-    """Asked on the instance that runs it not; the next tick waits, a pause holds it back."""
+    """Requested on another instance than its own; the next tick waits, and a pause keeps it."""
     async with fleet(database, tmp_path, seconds=60) as clients:
         at_work = await until(
             lambda job: job["state"] == "running", lambda: job(clients[0], "job-01")
@@ -884,8 +884,8 @@ async def test_a_cancelled_run_ends_wherever_it_is(
         other = clients[0 if at_work["server"] == "app2" else 1]
         paused = await other.post("/api/cron/jobs/job-01/pause", params={"by": "eve"})
         assert (paused.json()["state"], paused.json()["paused"]["by"]) == ("running", "eve")
-        asked = await other.post("/api/cron/jobs/job-01/cancel", params={"by": "ada"})
-        assert asked.json()["cancelRequestedBy"] == "ada"
+        answer = await other.post("/api/cron/jobs/job-01/cancel", params={"by": "ada"})
+        assert answer.json()["cancelRequestedBy"] == "ada"
         began = monotonic()
         over = await until(lambda job: job["state"] == "paused", lambda: job(other, "job-01"))
         assert monotonic() - began < 5  # a heartbeat is 0.5 s
@@ -895,7 +895,7 @@ async def test_a_cancelled_run_ends_wherever_it_is(
         assert (run["outcome"], run["server"]) == ("cancelled", at_work["server"])
 
 
-# -- watching ----------------------------------------------------------------------------------
+# -- streams -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -923,7 +923,7 @@ async def events(answer: httpx.Response) -> AsyncIterator[Event]:
 
 
 async def test_the_status_is_sent_as_it_changes(quiet: Quiet) -> None:
-    """At once and every second, what the status call answers, each with an id of its own."""
+    """At once and every second: the body of the status call, each event with its own id."""
     await add_job(quiet.connection, "a-job")
     async with quiet.client.stream("GET", "/api/cron/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -942,7 +942,7 @@ async def test_the_status_is_sent_as_it_changes(quiet: Quiet) -> None:
 async def test_streams_end_when_the_instance_stops(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:
-    """All of them, at once, so that nobody who watches keeps an instance from stopping."""
+    """All of them at once, so that no viewer keeps an instance from stopping."""
     ended = []
 
     async def watch(watching: asyncio.Event) -> None:
@@ -962,7 +962,7 @@ async def test_streams_end_when_the_instance_stops(
 
 
 async def test_a_stream_outlives_the_database(tmp_path: Path) -> None:
-    """While it is unavailable viewers get a problem; then the status comes again."""
+    """During an outage viewers get a problem; afterwards the status again."""
     async with own_postgres() as server:
         log = tmp_path / "log"
         async with (
@@ -989,9 +989,9 @@ async def _next(stream: AsyncIterator[Event], kind: str) -> Event:
     raise AssertionError(f"no {kind}")
 
 
-async def test_who_leaves_is_forgotten(quiet: Quiet) -> None:
-    """The database is not asked for the status any more when the last viewer has gone."""
-    asked = """
+async def test_without_viewers_the_status_is_not_queried(quiet: Quiet) -> None:
+    """The queries end when the last viewer has disconnected."""
+    status_query = """
         SELECT max(query_start) FROM pg_stat_activity
         WHERE datname = current_database() AND query LIKE '%pg_snapshot_xmin%'
           AND pid <> pg_backend_pid()
@@ -1002,7 +1002,7 @@ async def test_who_leaves_is_forgotten(quiet: Quiet) -> None:
         await anext(stream)
     async with asyncio.timeout(30):
         while True:
-            before = await quiet.connection.fetchval(asked)
+            before = await quiet.connection.fetchval(status_query)
             await asyncio.sleep(2.5)
-            if await quiet.connection.fetchval(asked) == before:
+            if await quiet.connection.fetchval(status_query) == before:
                 break

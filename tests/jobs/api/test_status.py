@@ -1,4 +1,4 @@
-"""The reader says what the rows say: of every job, at every moment, to whoever asks."""
+"""The status reader shows the rows as they are now, of every job, to every caller."""
 
 import asyncio
 import random
@@ -29,7 +29,7 @@ SECOND = timedelta(seconds=1)
 
 @pytest.fixture
 async def rows(database: dict[str, str]) -> AsyncIterator[tuple[StatusReader, Connection]]:
-    """A reader over a database without jobs, and a connection to write them."""
+    """A reader of a database without jobs, and a connection to write them."""
     async with migrated(database) as (served, connection):
         yield StatusReader(served, settings_for(database)), connection
 
@@ -94,7 +94,7 @@ LAST = {
 
 @pytest.mark.parametrize("reason", REASONS)
 async def test_a_waiting_job_says_why(rows: tuple[StatusReader, Connection], reason: str) -> None:
-    """Each reason has its word, its sentence and the moment that ends it, if one does."""
+    """Each reason has a code, a sentence and the time that ends it, if any."""
     reader, connection = rows
     columns, until, sentence = REASONS[reason]
     await add_instance(connection)
@@ -111,8 +111,8 @@ async def test_a_waiting_job_says_why(rows: tuple[StatusReader, Connection], rea
     assert status["counts"] == {"running": 0, "waiting": 0, "paused": 0, "overdue": 0, state: 1}
 
 
-async def test_a_start_of_all_instances_settles(rows: tuple[StatusReader, Connection]) -> None:
-    """A due job waits for the warm-up when all instances have just come up, only then."""
+async def test_a_due_job_waits_for_the_warm_up(rows: tuple[StatusReader, Connection]) -> None:
+    """Only when all instances have just started."""
     reader, connection = rows
     await add_instance(connection, up_seconds=-3600)
     await add_job(connection, "seen", due_at=-1 * SECOND, startup_marked_at=3600 * SECOND)
@@ -129,8 +129,8 @@ async def test_a_start_of_all_instances_settles(rows: tuple[StatusReader, Connec
     assert job["waiting"]["reason"] == "due"
 
 
-async def test_a_job_nobody_can_run_says_so(rows: tuple[StatusReader, Connection]) -> None:
-    """Live instances count, with the jobs they knew when they started but for those they lack."""
+async def test_a_job_without_code_is_shown_as_such(rows: tuple[StatusReader, Connection]) -> None:
+    """Live instances count, with the numbers up to their highest except the missing ones."""
     reader, connection = rows
     for name in ("early", "gone", "late"):
         await add_job(connection, name)
@@ -155,8 +155,8 @@ async def test_a_job_nobody_can_run_says_so(rows: tuple[StatusReader, Connection
     assert await without_code() == {"early", "gone", "late"}
 
 
-async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[StatusReader, Connection]) -> None:
-    """Ready for longer than a lease and the warm-up: counted, whatever the reason."""
+async def test_a_job_that_is_not_claimed_is_overdue(rows: tuple[StatusReader, Connection]) -> None:
+    """When it was ready for longer than a lease and the warm-up, for any reason."""
     reader, connection = rows
     await add_instance(connection)
     await add_job(connection, "due", due_at=-30 * SECOND)
@@ -169,7 +169,7 @@ async def test_a_job_nobody_comes_for_is_overdue(rows: tuple[StatusReader, Conne
     assert status["counts"] == {"running": 0, "waiting": 3, "paused": 1, "overdue": 2}
 
 
-async def test_time_alone_changes_what_is_shown(rows: tuple[StatusReader, Connection]) -> None:
+async def test_time_alone_changes_the_status(rows: tuple[StatusReader, Connection]) -> None:
     """A job becomes due, and a lease runs out, without a row being written."""
     reader, connection = rows
     await add_instance(connection)
@@ -185,7 +185,7 @@ async def test_time_alone_changes_what_is_shown(rows: tuple[StatusReader, Connec
 async def test_a_running_job_says_where_and_for_how_long(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """By the database's clock; with its progress, who wants its end, and that it is its last."""
+    """By the database's clock; with its progress, a cancel request and a release under way."""
     reader, connection = rows
     one, other = await add_instance(connection, "app1"), await add_instance(connection, "app1")
     await add_job(connection, "plain", **running(one, "app1"))
@@ -229,7 +229,7 @@ async def test_a_running_job_says_where_and_for_how_long(
 async def test_the_last_run_and_the_schedule_are_shown(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """The last run as it ended; the schedule in words, or as it is if it can't be read here."""
+    """The last run with its end; the schedule's description, or its text if it can't be parsed."""
     reader, connection = rows
     await add_job(connection, "new", schedule="every other Tuesday")
     await add_job(connection, "old", last_outcome="timed_out", **LAST)
@@ -244,7 +244,7 @@ async def test_the_last_run_and_the_schedule_are_shown(
 async def test_instances_are_listed_while_they_are_seen(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """Live within a lease, listed for a minute, whatever they know."""
+    """Live for a lease, listed for a minute, whatever their capabilities."""
     reader, connection = rows
     await add_instance(connection, "live", seen_seconds_ago=1, missing=("x",))
     await add_instance(connection, "silent", seen_seconds_ago=20)
@@ -261,7 +261,7 @@ async def test_instances_are_listed_while_they_are_seen(
 
 
 async def test_a_status_without_jobs_is_complete(rows: tuple[StatusReader, Connection]) -> None:
-    """Of an empty database."""
+    """On an empty database."""
     reader, _ = rows
     assert {**await read_status(reader), "now": 0} == {
         "now": 0,
@@ -271,10 +271,10 @@ async def test_a_status_without_jobs_is_complete(rows: tuple[StatusReader, Conne
     }
 
 
-async def test_only_what_changed_is_asked_for_and_nothing_is_missed(
+async def test_incremental_reads_miss_no_change(
     rows: tuple[StatusReader, Connection], database: dict[str, str]
 ) -> None:
-    """A reader that has read all along returns what one returns that reads for the first time."""
+    """A reader that reads only changes returns the same as one that reads for the first time."""
     assert await _differences(*rows, database) == 0
 
 
@@ -288,7 +288,7 @@ async def test_a_reader_that_reads_too_little_is_found_out(
     right: str,
     wrong: str,
 ) -> None:
-    """The control: one that forgets transactions that were open misses what they wrote."""
+    """The control: a reader that ignores transactions open at its last read misses their writes."""
     monkeypatch.setattr(status_module, "CHANGED", replaced(status_module.CHANGED, right, wrong))
     assert await _differences(*rows, database) > 0
 
@@ -296,7 +296,7 @@ async def test_a_reader_that_reads_too_little_is_found_out(
 async def _differences(  # noqa: C901 - a small world
     reader: StatusReader, connection: Connection, database: dict[str, str]
 ) -> int:
-    """Count reads that a fresh reader contradicts, while a small world goes on.
+    """Count reads that a fresh reader contradicts, while random writers go on.
 
     Writers commit, roll back and stay open across reads; rows are added, deleted, frozen, moved.
     """
@@ -344,11 +344,11 @@ async def _differences(  # noqa: C901 - a small world
 
 
 def _lasting(status: dict[str, Any]) -> object:
-    """What two reads one after the other must both say."""
+    """The part of a status that two consecutive reads must agree on."""
     return [{**job, "elapsedSeconds": 0} for job in status["jobs"]], status["counts"]
 
 
-async def test_little_is_read_of_what_has_not_changed(
+async def test_unchanged_rows_are_not_read_again(
     rows: tuple[StatusReader, Connection],
 ) -> None:
     """The second read takes one row besides the header when one job has changed."""
@@ -364,7 +364,7 @@ async def test_little_is_read_of_what_has_not_changed(
 
 
 async def test_another_server_is_read_from_the_start(rows: tuple[StatusReader, Connection]) -> None:
-    """After a restore or a failover the numbers of transactions say nothing."""
+    """After a restore or a failover transaction ids are not comparable."""
     reader, connection = rows
     for number in range(5):
         await add_job(connection, f"job-{number}")
@@ -390,8 +390,8 @@ def _count_rows(reader: StatusReader) -> list[int]:
     return counted
 
 
-async def test_those_who_ask_together_share_a_read(rows: tuple[StatusReader, Connection]) -> None:
-    """One read is under way, one more serves all who came meanwhile; its own caller may leave."""
+async def test_concurrent_callers_share_a_read(rows: tuple[StatusReader, Connection]) -> None:
+    """One read is under way, one more serves all later callers, even if its caller is cancelled."""
     reader, connection = rows
     await add_job(connection, "a-job")
     read = _count_rows(reader)
@@ -410,7 +410,7 @@ async def test_those_who_ask_together_share_a_read(rows: tuple[StatusReader, Con
 async def test_a_read_is_never_older_than_the_call(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """Who asks while a read is under way gets the next one."""
+    """A caller during a read gets the result of the next one."""
     reader, connection = rows
     await add_job(connection, "a-job", attempt=0)
     sent, go_on = asyncio.Event(), asyncio.Event()
@@ -433,10 +433,10 @@ async def test_a_read_is_never_older_than_the_call(
     assert (await late)["jobs"][0]["attempt"] == 5
 
 
-async def test_a_look_that_was_given_up_leaves_nothing_behind(
+async def test_a_cancelled_read_has_no_effect_on_the_next(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """Cancelled at any of its steps, the next read is right all the same."""
+    """After a cancellation at any step, the next read is complete."""
     reader, connection = rows
     await add_instance(connection)
     for number in range(600):
@@ -457,7 +457,7 @@ async def test_a_look_that_was_given_up_leaves_nothing_behind(
 
 
 async def test_an_outage_is_reported_to_all_callers(database: dict[str, str]) -> None:
-    """The read that failed is nobody's answer later."""
+    """A failed read is not the answer of a later caller."""
     async with migrated(database) as (served, connection):
         reader = StatusReader(served, settings_for(database))
         await add_job(connection, "a-job")
@@ -471,7 +471,7 @@ async def test_an_outage_is_reported_to_all_callers(database: dict[str, str]) ->
 
 
 async def test_what_jobs_say_is_json(rows: tuple[StatusReader, Connection]) -> None:
-    """Quotes, line ends and any letters come through as they are."""
+    """Quotes, line ends and any letters are unchanged."""
     reader, connection = rows
     text = 'a "quote", a \\, a\nline, \x1b[31m, ümlaut, 🙂'
     await add_job(connection, "a-job", description=text, last_outcome="failed", **LAST)
