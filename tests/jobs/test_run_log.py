@@ -530,7 +530,7 @@ async def test_the_log_of_a_killed_run_is_there_up_to_its_last_heartbeat(
         "JOB_HEARTBEAT_SECONDS": "0.5",
     }
     if not guarded:
-        environment["FLEET_UNGUARDED"] = "log"
+        environment["FLEET_MUTANTS"] = "log"
     instances = fleet.instances(2, environment)
     async with running(instances):
         await fleet.until(1)
