@@ -70,6 +70,16 @@ async def test_without_the_guard_a_late_tick_runs(
     assert "succeeded 1: it ran" in await found_after(jobs_db, MOON, 7500)
 
 
+async def test_skipped_ticks_are_counted(jobs_db: JobsDatabase) -> None:
+    """In the metric of all ticks that did not run."""
+    async with jobs_db.scheduler([MOON], starts=False) as scheduler:
+        await scheduler.declare()
+        await jobs_db.shift(7500)
+        await scheduler.run_once()
+        counted = scheduler._metrics.ticks_skipped.labels("moon")._value.get()
+    assert counted == 3
+
+
 async def test_a_late_tick_runs_once_by_default(jobs_db: JobsDatabase) -> None:
     """The ticks that were missed meanwhile are not made up for."""
     assert await found_after(jobs_db, SUN, 7500) == [

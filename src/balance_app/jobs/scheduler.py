@@ -428,12 +428,10 @@ class Scheduler:
         for tick in await self._jobs.late(names):
             skip = skip_late(self._registry[tick.name], tick)
             if await self._jobs.skip(tick, skip):
-                log.warning(
-                    "late ticks skipped",
-                    job=tick.name,
-                    due_at=tick.due_at.isoformat(),
-                    ticks=skip.skipped.range.ticks,
-                )
+                ticks = skip.skipped.range.ticks
+                self._metrics.ticks_skipped.labels(tick.name).inc(ticks)
+                due_at = tick.due_at.isoformat()
+                log.warning("late ticks skipped", job=tick.name, due_at=due_at, ticks=ticks)
 
     def _count(self, claimed: Claimed, run_before: str | None) -> None:
         if claimed.attempt == 0:
