@@ -825,7 +825,7 @@ async def test_only_a_run_under_way_can_be_cancelled(quiet: Quiet) -> None:
 
 async def test_fifty_requests_make_one_run(database: dict[str, str], tmp_path: Path) -> None:
     """Requested on two instances at once, the job runs once; requested after its end, again."""
-    async with fleet(database, tmp_path, seconds=1.5) as clients:
+    async with fleet(database, tmp_path, seconds=4) as clients:
 
         async def ended(fence: int) -> None:
             await until(
