@@ -623,7 +623,7 @@ class SteppedJob:
         elif what == "outage":
             await self.jobs_db.shift(self.random.uniform(2, 500))
         elif what == "ask":
-            await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60))
+            await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60), None)
 
     async def end(self, scheduler: Scheduler) -> None:
         what = self.random.choices(["succeed", "fail", "lose", "outage", "lost"], [5, 4, 1, 1, 1])[
