@@ -15,6 +15,7 @@ DEPENDS_ON_THE_PLACE = {
     "DATABASE_URL",
     "DB_HOST",
     "DB_PASSWORD",
+    "JOB_MAX_RUNNING",
     "SERVER_ID",
     "SHARED_PORT",
 }
