@@ -39,7 +39,7 @@ async def postgres(_fork_server: None) -> AsyncIterator[dict[str, str]]:
 
 
 # Each migrates its database before the test begins.
-MIGRATING: Final = {"instance", "house", "rows"}
+MIGRATING: Final = {"instance", "runner", "rows"}
 
 
 @pytest.fixture(scope="session")
