@@ -11,7 +11,6 @@ from time import monotonic
 from typing import Any, Final, Literal
 
 import asyncpg
-from pydantic_core import from_json, to_json
 
 from balance_app.db.pool import Connection, Database
 from balance_app.errors import DatabaseUnavailable, Overloaded
@@ -20,6 +19,7 @@ from balance_app.jobs.leases import Lease, Progress
 from balance_app.jobs.repository import Claimed, JobRepository
 from balance_app.jobs.run_log import RunLog, safe_str, storable
 from balance_app.jobs.scope import CURRENT, Scope, under
+from balance_app.jobs.stored_json import as_json
 from balance_app.jobs.transaction import (
     NO_ANSWER,
     LeaseLostError,
@@ -137,7 +137,7 @@ class Run:
             DatabaseUnavailable: the database can't be reached.
         """
         try:
-            text = encode(state)
+            text = as_json(state)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"A checkpoint must be JSON: {error}") from None
         if len(text.encode()) > CHECKPOINT_BYTES or _NUL.search(text):
@@ -211,17 +211,6 @@ class Run:
             raise problem from None if isinstance(problem, TransactionLimitError) else error
         finally:
             self._transaction = None
-
-
-def encode(state: object) -> str:
-    """Return a checkpoint as JSON that can be read back.
-
-    Raises:
-        ValueError: it is not JSON, is too deep, or has a number that can't be read back.
-    """
-    encoded = to_json(state)
-    from_json(encoded, allow_inf_nan=False)  # unreadable, it would fail every later run
-    return encoded.decode()
 
 
 def _count(number: object) -> int | None:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
-from pydantic_core import to_json
-
 from balance_app.db.pool import Database, read, write
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.run_log import LINES, TRACEBACK, Line
 from balance_app.jobs.scheduler import Scheduler
+from balance_app.jobs.stored_json import as_json
 from balance_app.settings import load_settings
 
 CLAIM_SECONDS: Final = 10.0
@@ -94,8 +93,8 @@ async def run_once(
         await scheduler.declare()
         if job.name in scheduler.undeclared:
             raise RuntimeError(f"Not declared: {scheduler.undeclared[job.name]}.")
-        checkpoint = None if resumed is None else to_json(resumed).decode()
-        passed = None if args is None else to_json(args).decode()
+        checkpoint = None if resumed is None else as_json(resumed)
+        passed = None if args is None else as_json(args)
         row = await database.run(
             lambda con: write(con, READY, job.name, due_at, checkpoint, passed)
         )
