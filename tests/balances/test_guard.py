@@ -2,6 +2,7 @@
 
 import asyncio
 from time import monotonic
+from typing import Any
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from balance_app.balances.guard import FORGET_SECONDS, Guard
 from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
+from tests.jobs.support import until
 from tests.processes import connect, served
 
 HOLD_THE_KEY = """
@@ -160,18 +162,15 @@ async def test_a_ledger_ahead_of_its_account_is_tried_once(
     await connection.close()
 
 
-async def first_job(client: httpx.AsyncClient) -> str:
-    """Return the name of a job, once the instance has declared its jobs."""
-    async with asyncio.timeout(30):
-        while not (jobs := (await client.get("/api/cron/status")).json()["jobs"]):  # noqa: ASYNC110 - HTTP has no event
-            await asyncio.sleep(0.02)
-    return str(jobs[0]["name"])
-
-
 async def test_a_locked_job_delays_no_account(database: dict[str, str]) -> None:
     """Of the controls that wait for a job's row, only one uses a connection."""
     async with served(database, JOBS_ENABLED="true") as client:
-        name = await first_job(client)
+
+        async def declared() -> list[dict[str, Any]]:
+            jobs: list[dict[str, Any]] = (await client.get("/api/cron/status")).json()["jobs"]
+            return jobs
+
+        name = (await until(declared))[0]["name"]
         async with locked(database, "SELECT FROM jobs FOR UPDATE"):
             path = f"/api/cron/jobs/{name}/pause"
             pressed = [asyncio.create_task(client.post(path, json={})) for _ in range(5)]

@@ -149,7 +149,7 @@ class Terminal:
     def show_schedule(self, name: str) -> None:
         """Show when a job is due, and whether that was set at run time."""
         status = self._status()
-        job = next((job for job in status.body["jobs"] if job["name"] == name), None)
+        job = _find_job(status.body, name)
         if job is None:
             raise RemoteError(f"There is no job {name}.", Code.FAILED)
         self._report_schedule(to_json(job).decode(), job, status.now)
@@ -215,7 +215,7 @@ class Terminal:
 
     def _request_run(self, name: str, by: str, args: dict[str, Any] | None) -> int:
         """Request a run; return its fence, or that of the run that is already under way."""
-        before = next((job for job in self._status().body["jobs"] if job["name"] == name), None)
+        before = _find_job(self._status().body, name)
         fence = 0 if before is None else int(before["fence"])
         try:
             self._control("run", name, by, args=args)
@@ -240,7 +240,7 @@ class Terminal:
             for event in self._service.follow():
                 line = Text(_detail(event), style="red")
                 if event.kind == "status":
-                    job = next((job for job in event.body["jobs"] if job["name"] == name), None)
+                    job = _find_job(event.body, name)
                     if job is None:
                         raise RemoteError(f"There is no job {name} any more.", Code.FAILED)
                     line = output.job_line(job, event.body["now"], self._err)
@@ -437,6 +437,11 @@ def _display(
         return
     with Live(console=console, auto_refresh=False, transient=transient) as live:
         yield lambda shown: live.update(shown, refresh=True)
+
+
+def _find_job(status: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Return a job of `/api/cron/status`."""
+    return next((job for job in status["jobs"] if job["name"] == name), None)
 
 
 def _expected_duration(job: dict[str, Any] | None) -> str:

@@ -1,6 +1,6 @@
 """A request to run a job with other arguments than its code declares."""
 
-import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from tests.jobs.rows import add_instance, add_job
-from tests.processes import Instance, connect, http_client, served
+from tests.jobs.support import Connection, until
+from tests.processes import Instance, connect, served
 
 ACME = '''
 from datetime import timedelta
@@ -19,6 +20,16 @@ async def report(run: Run, *, days: int, city: str = "Rome") -> str:
     """Report."""
     return f"{days} days of {city}"
 '''
+
+
+@pytest.fixture
+async def report(instance: Instance, database: dict[str, str]) -> AsyncIterator[Connection]:  # noqa: ARG001 - it migrates
+    """A connection to the database of an instance; a live one has the code of `report`."""
+    connection = await connect(database)
+    await add_instance(connection, "app9")
+    await add_job(connection, "report", checkpoint='{"user": 5}')
+    yield connection
+    await connection.close()
 
 
 async def post(client: httpx.AsyncClient, name: str, body: Any = None) -> httpx.Response:  # noqa: ANN401
@@ -38,13 +49,12 @@ async def test_a_run_with_other_arguments(database: dict[str, str], tmp_path: Pa
     ) as client:
 
         async def runs(number: int) -> list[dict[str, Any]]:
-            async with asyncio.timeout(30):
-                while True:
-                    answer = await client.get("/api/cron/history", params={"job": "report"})
-                    found = answer.json().get("runs", [])
-                    if len([each for each in found if each["outcome"]]) >= number:
-                        return list(reversed(found))
-                    await asyncio.sleep(0.05)
+            async def ended() -> list[dict[str, Any]]:
+                answer = await client.get("/api/cron/history", params={"job": "report"})
+                found = [each for each in answer.json().get("runs", []) if each["outcome"]]
+                return found[::-1] if len(found) >= number else []
+
+            return await until(ended)
 
         await runs(1)
         for args, sentence, names in (
@@ -74,41 +84,31 @@ async def test_a_run_with_other_arguments(database: dict[str, str], tmp_path: Pa
 
 
 async def test_of_two_requests_with_different_arguments_the_first_is_kept(
-    instance: Instance, database: dict[str, str]
+    client: httpx.AsyncClient, report: Connection
 ) -> None:
     """The second is refused, not merged and not lost; the same again, or none, changes nothing."""
-    connection = await connect(database)
-    await add_instance(connection, "app9")
-    await add_job(connection, "report", checkpoint='{"user": 5}')
-    async with http_client(instance.url) as client:
-        first = await post(client, "report", {"args": {"days": 30}})
-        assert (first.status_code, first.json()["requestedArgs"]) == (202, {"days": 30})
-        same: list[Any] = [{"args": {"days": 30}}, {"args": {}}, None]
-        for each in same:
-            again = await post(client, "report", each)
-            assert (again.status_code, again.json()["requestedArgs"]) == (202, {"days": 30})
-        refused = await post(client, "report", {"args": {"days": 31}})
-        assert (refused.status_code, refused.json()["code"]) == (409, "job-requested")
-        assert refused.json()["requestedBy"] == "ada"
-    row = await connection.fetchrow("SELECT requested_args, checkpoint FROM jobs")
+    first = await post(client, "report", {"args": {"days": 30}})
+    assert (first.status_code, first.json()["requestedArgs"]) == (202, {"days": 30})
+    same: list[Any] = [{"args": {"days": 30}}, {"args": {}}, None]
+    for each in same:
+        again = await post(client, "report", each)
+        assert (again.status_code, again.json()["requestedArgs"]) == (202, {"days": 30})
+    refused = await post(client, "report", {"args": {"days": 31}})
+    assert (refused.status_code, refused.json()["code"]) == (409, "job-requested")
+    assert refused.json()["requestedBy"] == "ada"
+    row = await report.fetchrow("SELECT requested_args, checkpoint FROM jobs")
     assert row is not None
     assert tuple(row) == ('{"days": 30}', None)  # a checkpoint is one of other arguments
-    await connection.close()
 
 
 async def test_a_request_without_arguments_comes_first(
-    instance: Instance, database: dict[str, str]
+    client: httpx.AsyncClient, report: Connection
 ) -> None:
     """Who asked for a run as it is declared gets that."""
-    connection = await connect(database)
-    await add_instance(connection, "app9")
-    await add_job(connection, "report", checkpoint='{"user": 5}')
-    async with http_client(instance.url) as client:
-        assert (await post(client, "report")).status_code == 202
-        refused = await post(client, "report", {"args": {"days": 31}})
-        assert (refused.status_code, refused.json()["code"]) == (409, "job-requested")
-    assert await connection.fetchval("SELECT checkpoint FROM jobs") == '{"user": 5}'
-    await connection.close()
+    assert (await post(client, "report")).status_code == 202
+    refused = await post(client, "report", {"args": {"days": 31}})
+    assert (refused.status_code, refused.json()["code"]) == (409, "job-requested")
+    assert await report.fetchval("SELECT checkpoint FROM jobs") == '{"user": 5}'
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,13 @@ async def test_a_request_without_arguments_comes_first(
     ],
 )
 async def test_the_body_is_optional(
-    instance: Instance,
-    database: dict[str, str],
+    client: httpx.AsyncClient,
+    report: Connection,  # noqa: ARG001 - the job
     content: bytes,
     content_type: str | None,
     status: int,
 ) -> None:
     """As before there was one; but what is sent is read."""
-    connection = await connect(database)
-    await add_instance(connection, "app9")
-    await add_job(connection, "report")
-    await connection.close()
     headers = {} if content_type is None else {"Content-Type": content_type}
-    async with http_client(instance.url) as client:
-        answer = await client.post("/api/cron/jobs/report/run", content=content, headers=headers)
+    answer = await client.post("/api/cron/jobs/report/run", content=content, headers=headers)
     assert answer.status_code == status

@@ -53,17 +53,19 @@ class Fleet(NamedTuple):
 
     def can_run(self, number: int, name: str) -> bool:
         """Return whether a live instance has the code of a job."""
-        return any(
-            number <= highest_number and name not in missing
-            for highest_number, missing, _ in self.capabilities
-        )
+        return bool(self._full(number, name))
 
     def has_capacity(self, number: int, name: str) -> bool:
         """Return whether a live instance that has the code of a job may run one more."""
-        return any(
-            number <= highest_number and name not in missing and not full
+        return not all(self._full(number, name))
+
+    def _full(self, number: int, name: str) -> list[bool]:
+        """Return, for each that has the code of a job, whether it is at its limit."""
+        return [
+            full
             for highest_number, missing, full in self.capabilities
-        )
+            if number <= highest_number and name not in missing
+        ]
 
 
 class Forgotten(NamedTuple):
