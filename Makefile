@@ -39,6 +39,7 @@ load: $(READY) ## fire 10 000 withdrawals at the running instances, and print th
 
 test: $(READY) ## run all tests against a real PostgreSQL
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python $(MEASURED) -m pytest \
+		$(if $(BALANCE_APP_FULL),-o faulthandler_timeout=0) \
 		$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 check: lint coverage ## linters, tests, and which branches of the source they run

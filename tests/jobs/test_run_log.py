@@ -4,13 +4,15 @@ import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import asyncpg
 import pytest
 
-from balance_app.db.pool import write
+from balance_app.db.pool import Database, write
 from balance_app.jobs import repository
 from balance_app.jobs.heartbeat import HeartbeatThread
 from balance_app.jobs.job import Job, job
@@ -22,6 +24,7 @@ from balance_app.jobs.run_log import (
     MOST_BYTES,
     MOST_LINES,
     WRITE_LOGS,
+    Line,
     RunLog,
     Unwritten,
     log_arguments,
@@ -33,7 +36,7 @@ from tests.jobs.fleet import read_event_logs
 from tests.jobs.jobs_db import JobsDatabase as Fleet
 from tests.jobs.jobs_db import end
 from tests.jobs.jobs_db import jobs_db as fleet_on
-from tests.jobs.support import Connection, JobsDatabase, on, until
+from tests.jobs.support import LEASE, Connection, JobsDatabase, on, until
 from tests.mutants import replaced
 from tests.processes import http_client, running
 
@@ -502,6 +505,46 @@ async def test_a_stop_hands_back_although_logs_cant_be_written(
             found = await jobs_db.admin.fetch("SELECT outcome FROM job_runs")
     ended = [run["outcome"] for run in found].count("released")
     assert (ended == len(jobs)) is limited
+
+
+OPEN = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()
+"""
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "control"])
+async def test_a_log_that_was_cut_off_leaves_no_transaction_open(
+    jobs_db: JobsDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    ended: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    """Its time is up when it is prepared, and not executed yet."""
+    if not ended:
+
+        async def leave_open(_connection: object) -> None:
+            """Leave the connection as it is."""
+
+        monkeypatch.setattr("balance_app.jobs.repository.end_implicit_transaction", leave_open)
+    prepare: Any = vars(asyncpg.Connection)["_get_statement"]
+
+    async def prepare_slowly(*arguments: object, **named: object) -> object:
+        prepared = await prepare(*arguments, **named)
+        await asyncio.sleep(0.3)
+        return prepared
+
+    database = Database(jobs_db.settings)
+    await database.start()
+    jobs = JobRepository(database, jobs_db.instance().me, LEASE)
+    unwritten = Unwritten(1, [Line(1, datetime.now(UTC), "info", "unheard")], None)
+    with monkeypatch.context() as slow:
+        slow.setattr(asyncpg.Connection, "_get_statement", prepare_slowly)
+        with suppress(TimeoutError):
+            await jobs.write_log("talks", 1, unwritten, seconds=0.1)
+    await asyncio.sleep(0.1)
+    left_open = await jobs_db.admin.fetchval(OPEN)
+    await database.stop()
+    assert (left_open == 0) is ended
 
 
 # -- killed ------------------------------------------------------------------------------------

@@ -659,3 +659,12 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
         if cause is None:
             raise
         raise DatabaseUnavailable(cause.sentence, applied="no") from error
+
+
+async def end_implicit_transaction(connection: Connection) -> None:
+    """Release the locks of a statement that the caller has cut off.
+
+    The driver prepares a statement without a Sync message: cut off there, it leaves a transaction
+    open until the connection's next use, with the locks of the tables in the statement.
+    """
+    await connection.execute("SELECT")

@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 from pydantic_core import from_json
 
-from balance_app.db.pool import Connection, Database, read, write
+from balance_app.db.pool import Connection, Database, end_implicit_transaction, read, write
 from balance_app.jobs import statements
 from balance_app.jobs.declarations import (
     LIVE,
@@ -357,8 +357,12 @@ class JobRepository:
 
         async def ask(connection: Connection) -> None:
             # The connection is needed for the completions that come after it.
-            async with asyncio.timeout(seconds):
-                await write(connection, WRITE_LOGS, *arguments)
+            try:
+                async with asyncio.timeout(seconds):
+                    await write(connection, WRITE_LOGS, *arguments)
+            except TimeoutError:
+                await end_implicit_transaction(connection)
+                raise
 
         async with asyncio.timeout(seconds):
             await self._database.run(ask, priority=True)
