@@ -11,7 +11,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from balance_app import main, server
-from balance_app.balances.repository import BalanceRepository, Outcome
+from balance_app.balances.model import Accepted, Entry, Movement, Outcome
+from balance_app.balances.repository import BalanceRepository
 from balance_app.jobs.job import Registry
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
@@ -20,9 +21,10 @@ from balance_app.settings import load_settings
 class Constant(BalanceRepository):
     """Accepts every change without a database call."""
 
-    async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
+    async def change(self, movement: Movement) -> Outcome:
         """Return a constant outcome."""
-        return Outcome("accepted", user_id, amount, 1, 2, datetime.now(UTC), key)
+        entry = Entry(movement.user_id, 2, movement.amount, 1, 0, datetime.now(UTC), movement.key)
+        return Accepted(entry)
 
 
 async def bare(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,7 +13,8 @@ from types import ModuleType
 
 from balance_app import open_files, server, sessions
 from balance_app.balances import repository
-from balance_app.balances.repository import RECALL, Outcome
+from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
+from balance_app.balances.repository import CHANGE_ONCE, RECALL
 from balance_app.db import migrations
 from balance_app.db import pool as database
 from balance_app.db.pool import Connection, read, write
@@ -62,36 +63,31 @@ SELECT e.balance, e.version, e.at, s.balance AS seen_balance, s.version AS seen_
 FROM seen s LEFT JOIN entry e ON true
 """
 
-NO_KEYS = """
-WITH changed AS (
-    UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
-    RETURNING id, version, balance
-)
-INSERT INTO entries (user_id, version, amount, balance, key)
-SELECT id, version, $2, balance, $4 FROM changed
-RETURNING balance, version, at
-"""
 
-
-async def read_then_write(connection: Connection, user_id: int, amount: int) -> Outcome:
+async def read_then_write(
+    connection: Connection, movement: Movement, *, reverses: int | None = None
+) -> Accepted | None:
     """Decide in Python, between two statements."""
-    balance, version = (await read(connection, READ_FIRST, user_id))[0]
+    user_id, amount = movement.user_id, movement.amount
+    balance = (await read(connection, READ_FIRST, user_id))[0]["balance"]
     if not 0 <= balance + amount <= MAX_INTEGER:
-        return Outcome("refused", user_id, amount, balance, version)
+        return None
     row = await write(connection, THEN_WRITE, user_id, amount, balance + amount)
     assert row is not None
-    return Outcome("accepted", user_id, amount, **row)
+    return Accepted(Entry(user_id, amount=amount, held=0, reverses=reverses, **row))
 
 
-async def own_snapshot(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
+async def own_snapshot(connection: Connection, movement: Movement, _attempt: object) -> Outcome:
     """Refuse with the state of the statement's own snapshot."""
+    user_id, amount = movement.user_id, movement.amount
     row = await write(connection, OWN_SNAPSHOT, user_id, amount, MAX_INTEGER)
     assert row is not None
     balance, version, at, seen_balance, seen_version = row
     if at is None:
-        return Outcome("refused", user_id, amount, seen_balance, seen_version, None, key)
-    return Outcome("accepted", user_id, amount, balance, version, at, key)
+        return Refused(
+            State(user_id, seen_balance, 0, 0, frozen=False, version=seen_version), amount
+        )
+    return Accepted(Entry(user_id, version, amount, balance, 0, at, movement.key))
 
 
 def condition() -> None:
@@ -101,12 +97,15 @@ def condition() -> None:
 
 def fresh_snapshot() -> None:
     """Refuse without a second statement."""
-    put(repository, "_change_once", own_snapshot)
+    put(repository, "_decide", own_snapshot)
 
 
 def key() -> None:
     """Accept without storing keys."""
-    put(repository, "CHANGE_ONCE", NO_KEYS)
+    unique = "AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $7)"
+    change, _, _ = replaced(CHANGE_ONCE, unique, "").partition("INSERT INTO idempotency_keys")
+    rest = "SELECT version, balance, held, at FROM entry WHERE $8::text IS NULL OR true"
+    put(repository, "CHANGE_ONCE", change + rest)
 
 
 def recall() -> None:

@@ -15,9 +15,14 @@ from starlette.responses import Response
 from starlette.routing import Match, Mount
 
 from balance_app import __version__
+from balance_app.balances import accounts, holds, repository, state
+from balance_app.balances.accounts import AccountRepository
+from balance_app.balances.api import holds as holds_api
+from balance_app.balances.api import movements, statement, users
+from balance_app.balances.guard import Guard
+from balance_app.balances.holds import HoldRepository
+from balance_app.balances.ledger import LedgerRepository
 from balance_app.balances.repository import BalanceRepository
-from balance_app.balances.router import change_balance
-from balance_app.balances.router import router as balances_router
 from balance_app.db.migrations import UnusableDatabaseError
 from balance_app.db.pool import Database
 from balance_app.errors import (
@@ -53,6 +58,18 @@ from balance_app.web.stream import PageStream
 
 log = structlog.get_logger(__name__)
 
+# The statements that lock an account until their commit.
+LOCKING = (
+    repository.CHANGE,
+    repository.CHANGE_ONCE,
+    repository.TRANSFER,
+    repository.HOLD,
+    holds.CAPTURE,
+    holds.VOID,
+    state.EXPIRE,
+    accounts.SET,
+)
+
 
 def create_app(
     settings: Settings, stopping: asyncio.Event, registry: Registry
@@ -73,11 +90,10 @@ def create_app(
         redirect_slashes=False,
         lifespan=partial(_lifespan, settings, stopping, registry, metrics),
     )
-    app.include_router(balances_router)
-    app.include_router(jobs_router)
-    app.include_router(health.router)
-    app.include_router(pages_router)
-    app.include_router(actions_router)
+    for each in (movements, holds_api, users, statement):
+        app.include_router(each.router)
+    for router in (jobs_router, health.router, pages_router, actions_router):
+        app.include_router(router)
     openapi.add_docs(app)
     app.add_exception_handler(Problem, _problem_response)
     app.add_exception_handler(RequestValidationError, _invalid_request_response)
@@ -85,7 +101,7 @@ def create_app(
     app.add_exception_handler(Exception, _internal_error_response)
     return RequestMiddleware(
         app,
-        direct={("POST", "/api/balance"): change_balance},
+        direct={("POST", "/api/balance"): movements.change_balance},
         log_requests=settings.log_requests,
         root_path=settings.root_path,
         metrics=metrics,
@@ -106,13 +122,17 @@ async def _lifespan(
     metrics.set_fleet_query(stats.read)
     status_reader = StatusReader(database, settings)
     queries = PageQueries(database, metrics)
+    guard = Guard(database, LOCKING)
     checks = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
         metrics,
         database,
         Readiness(database, stopping, informational=checks),
-        BalanceRepository(database, metrics),
+        BalanceRepository(database, guard, metrics),
+        HoldRepository(database, guard),
+        AccountRepository(database, guard),
+        LedgerRepository(database),
         *([] if scheduler is None else [scheduler]),
         status_reader,
         EventBroadcaster(status_reader.read, stopping),

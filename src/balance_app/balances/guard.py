@@ -11,7 +11,7 @@ whether it is free.
 
 from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import asyncpg
 import structlog
@@ -38,7 +38,8 @@ KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
 #
 # $1 the account, $2 the statements of ours that lock it until their commit
 PROGRESS: Final = """
-SELECT version, holder.pid, holder.application_name, holder.own,
+SELECT version + hold_events + settings_version AS changes,
+       holder.pid, holder.application_name, holder.own,
        (SELECT extract(epoch FROM clock_timestamp() - at)::float8
         FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1) AS age
 FROM users LEFT JOIN LATERAL (
@@ -52,33 +53,52 @@ FROM users LEFT JOIN LATERAL (
 WHERE id = $1
 """
 
+# What is refused while another session locks it: an account, or a key of one.
+Name: TypeAlias = int | tuple[int | None, str]
+
+
+class _Progress:
+    """Whether an account changes while one request waits for it; times are monotonic."""
+
+    def __init__(self, user_id: int) -> None:
+        self.user_id = user_id
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the wait inside PostgreSQL."""
+        # since when no change of the account is seen, when that was checked, and how many there
+        # were then
+        self.since = self.checked_at = monotonic()
+        self.changes: int | None = None
+
+    def observe(self, changes: int, age_seconds: float | None) -> None:
+        """Record the account's state; changes are found by number, as clocks may be set."""
+        now = monotonic()
+        waited = now - self.checked_at
+        if self.changes is None:
+            moved = age_seconds is not None and 0 <= age_seconds < waited
+        else:
+            moved = changes != self.changes
+        if moved:
+            self.since = now - min(max(age_seconds or 0, 0), waited)
+        self.checked_at, self.changes = now, changes
+
 
 class _Wait:
-    """One request's wait for an account or a key, or both; times are monotonic."""
+    """One request's wait for accounts or a key, or both."""
 
-    def __init__(self, user_id: int | None, key: str | None, patience_seconds: float) -> None:
-        self.user_id, self.key = user_id, key
-        self.names: list[int | str] = [name for name in (user_id, key) if name is not None]
+    def __init__(self, user_ids: tuple[int, ...], key: str | None, patience_seconds: float) -> None:
+        self.accounts = [_Progress(user_id) for user_id in user_ids]
+        self.key = None if key is None else (user_ids[0] if user_ids else None, key)
+        self.names: list[Name] = [*user_ids, *([] if self.key is None else [self.key])]
         self.until = monotonic() + patience_seconds
         self.begin()
 
     def begin(self) -> None:
         """Start the wait inside PostgreSQL."""
-        # since when no change of the account is seen, when that was checked, and its version then
-        self.since = self.checked_at = monotonic()
-        self.version: int | None = None
-
-    def observe(self, version: int, age_seconds: float | None) -> None:
-        """Record the account's state; changes are found by version, as clocks may be set."""
-        now = monotonic()
-        waited = now - self.checked_at
-        if self.version is None:
-            moved = age_seconds is not None and 0 <= age_seconds < waited
-        else:
-            moved = version != self.version
-        if moved:
-            self.since = now - min(max(age_seconds or 0, 0), waited)
-        self.checked_at, self.version = now, version
+        self.began_at = monotonic()
+        for account in self.accounts:
+            account.begin()
 
 
 class Guard:
@@ -91,16 +111,15 @@ class Guard:
         # connection is left for other accounts, if there is more than one.
         self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
         # accounts and keys that are refused: why, and until when (monotonic)
-        self._held: dict[int | str, tuple[str, float]] = {}
+        self._held: dict[Name, tuple[str, float]] = {}
 
     async def run(
         self,
         operation: Callable[[Connection], Awaitable[Result]],
-        *,
-        user_id: int | None = None,
+        *user_ids: int,
         key: str | None = None,
     ) -> Result:
-        """Run an operation that locks the account, or writes the key, or both.
+        """Run an operation that locks accounts, or writes a key of the first, or both.
 
         It must be one transaction: it runs again when its lock wait timed out and the account has
         changed meanwhile.
@@ -109,7 +128,7 @@ class Guard:
             DatabaseUnavailable: as `Database.run`; or another session locks the account or key.
             Overloaded: as `Database.run`; or it was not decided in MAX_WAITING_SECONDS.
         """
-        waits = _Wait(user_id, key, self._database.settings.max_waiting_seconds)
+        waits = _Wait(user_ids, key, self._database.settings.max_waiting_seconds)
         lane = Lane(waits.names[0], self._at_once)
         if self._held:
             self._refuse_held(waits.names)
@@ -153,37 +172,53 @@ class Guard:
         connection: Connection,
         problem: DatabaseUnavailable,
         waits: _Wait,
-    ) -> tuple[int | str, str] | None:
+    ) -> tuple[Name, str] | None:
         """Return what another session locks, and the reason; None: it has changed, so try again.
 
         Raises:
             DatabaseUnavailable: `problem`, when it is not a lock timeout.
         """
         settings, cause = self._database.settings, problem.__cause__
+        checked_at = max((each.checked_at for each in waits.accounts), default=waits.began_at)
         timed_out = isinstance(cause, asyncpg.LockNotAvailableError) or (
             # The statement timeout, or somebody cancelled the statement.
             isinstance(cause, asyncpg.QueryCanceledError)
-            and monotonic() - waits.checked_at >= settings.db_lock_seconds / 2
+            and monotonic() - checked_at >= settings.db_lock_seconds / 2
         )
         if not timed_out:
             self._release(waits.names)
             raise problem
-        user_id, key = waits.user_id, waits.key
         # The error's context names the table, in whatever language.
-        if key is not None and (user_id is None or "idempotency_keys" in _context(cause)):
-            return key, KEY_IN_USE
-        assert user_id is not None  # noqa: S101 - an operation has at least one of them
+        if waits.key is not None and (not waits.accounts or "_keys" in _context(cause)):
+            return waits.key, KEY_IN_USE
+        sole = len(waits.accounts) == 1
+        for account in waits.accounts:
+            reason = await self._check_progress(connection, account, sole=sole)
+            if reason is not None:
+                return account.user_id, reason
+        return None
+
+    async def _check_progress(
+        self, connection: Connection, account: _Progress, *, sole: bool
+    ) -> str | None:
+        """Return why an account can't be changed; None: it has changed, or nobody locks it.
+
+        Of several accounts that an operation waits for, only one may be locked.
+        """
+        settings, user_id = self._database.settings, account.user_id
         try:
             rows = await read(connection, PROGRESS, user_id, self._own_statements)
         except DatabaseUnavailable:  # the whole table is locked
-            return user_id, LOCKED
+            return LOCKED
         if not rows:
             return None
         (row,) = rows
-        waits.observe(row["version"], row["age"])
-        still = monotonic() - waits.since
+        account.observe(row["changes"], row["age"])
+        if row["pid"] is None and not sole:
+            return None
+        still = monotonic() - account.since
         if row["own"]:
-            return (user_id, COMMITTING) if still >= settings.db_statement_seconds else None
+            return COMMITTING if still >= settings.db_statement_seconds else None
         if still < settings.db_lock_seconds * 3 / 4:
             return None
         log.warning(
@@ -193,28 +228,26 @@ class Guard:
             pid=row["pid"],
             not_changed_for=round(still, 1),
         )
-        return user_id, LOCKED
+        return LOCKED
 
-    def _refuse(
-        self, name: int | str, reason: str, problem: DatabaseUnavailable
-    ) -> DatabaseUnavailable:
+    def _refuse(self, name: Name, reason: str, problem: DatabaseUnavailable) -> DatabaseUnavailable:
         self._hold(name, reason, HELD_SECONDS)
         return DatabaseUnavailable(_sentence(name, reason), applied=problem.applied)
 
-    def _refuse_held(self, names: list[int | str]) -> None:
+    def _refuse_held(self, names: list[Name]) -> None:
         for name in names:
             reason, until = self._held.get(name, ("", 0.0))
             if monotonic() < until:
                 raise DatabaseUnavailable(_sentence(name, reason), applied="no")
 
-    def _hold(self, name: int | str, reason: str, seconds: float) -> None:
+    def _hold(self, name: Name, reason: str, seconds: float) -> None:
         now = monotonic()
         if name not in self._held:  # bounds its size: names that no request uses are dropped
             old = [each for each, (_, until) in self._held.items() if until < now - FORGET_SECONDS]
             self._release(old)
         self._held[name] = (reason, now + seconds)
 
-    def _release(self, names: list[int | str]) -> None:
+    def _release(self, names: list[Name]) -> None:
         if self._held:
             for name in names:
                 self._held.pop(name, None)
@@ -224,5 +257,5 @@ def _context(error: BaseException | None) -> str:
     return str(getattr(error, "context", None) or "")
 
 
-def _sentence(name: int | str, reason: str) -> str:
+def _sentence(name: Name, reason: str) -> str:
     return f"User {name} can't be changed now. {reason}" if isinstance(name, int) else reason

@@ -1,245 +1,446 @@
-"""The statements on users, entries and idempotency keys, each with the invariant it keeps."""
+"""Movements of money: changes, transfers, holds and reversals, each decided by one statement.
 
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+No lock of a row is held while the service thinks: a movement is one statement and one transaction,
+so an instance that is frozen or killed stops nobody.
+"""
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from time import perf_counter
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 
 from balance_app.balances.errors import (
-    BalanceLimitExceeded,
+    EntryNotFound,
     IdempotencyKeyReused,
-    InsufficientFunds,
     KeyNotFound,
-    UserIdTaken,
+    NotReversible,
+    TransferNotFound,
     UserNotFound,
+    VersionConflict,
 )
 from balance_app.balances.guard import Guard
-from balance_app.db.pool import Connection, Database, read, write
+from balance_app.balances.model import Accepted, Entry, Hold, Movement, Outcome, Refused, State
+from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
+from balance_app.db.pool import Connection, Database, read, write, write_rows
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.metrics import Metrics
 
-MAX_RACES: Final = 1000
 # For how long the refusals of keys are kept.
 REFUSALS_KEPT: Final = timedelta(days=7)
 KEYS_PKEY: Final = "idempotency_keys_pkey"
+REVERSES_KEY: Final = "entries_reverses_key"
 
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A user's balance after `version` entries."""
-
-    user_id: int
-    balance: int
-    version: int
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of a user's ledger; `balance` is the balance after it."""
-
-    version: int
-    amount: int
-    balance: int
-    at: datetime
-    key: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class DailyBalance:
-    """A user's balance on a UTC day, as last read on that day: at `at`."""
-
-    day: date
-    balance: int
-    version: int
-    at: datetime
-
-
-class Outcome(NamedTuple):
-    """The outcome of a request: the state after it, or the state that refused it."""
-
-    kind: Literal["opened", "accepted", "refused"]
-    user_id: int
-    amount: int
-    balance: int
-    version: int
-    at: datetime | None = None
-    key: str | None = None
-    replayed: bool = False
+# An attempt at a movement: one statement. None: the account does not allow it, or it raced.
+Attempt: TypeAlias = Callable[[Connection], Awaitable[Accepted | None]]
 
 
 class BalanceRepository:
-    """Reads and changes of balances; every call is one transaction or none."""
+    """Movements of money, and their outcomes; every call is one transaction or none."""
 
-    def __init__(self, database: Database, metrics: Metrics | None = None) -> None:
+    def __init__(self, database: Database, guard: Guard, metrics: Metrics | None = None) -> None:
         self._database = database
+        self._guard = guard
         self._metrics = metrics or Metrics()
-        self._guard = Guard(database, (CHANGE, CHANGE_ONCE))
 
-    async def change(self, user_id: int, amount: int, key: str | None) -> Outcome:
-        """Add `amount` (negative withdraws) to a balance, at most once per `key`.
+    async def change(self, movement: Movement) -> Outcome:
+        """Add an amount (negative withdraws) to a balance, at most once per key.
 
         Returns:
             The accepted or refused outcome; for a key used before, the recorded one.
 
         Raises:
             UserNotFound: there is no such user.
+            VersionConflict: the account has none of the movement's entity tags.
             IdempotencyKeyReused: the key belongs to another request.
             DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; the outcome of earlier tries
                 with this key is unknown.
         """
-        started = perf_counter()
-        try:
-            if key is None:
-                outcome = await self._guard.run(
-                    lambda con: _change(con, user_id, amount), user_id=user_id
-                )
-            else:
-                outcome = await self._guard.run(
-                    lambda con: _change_once(con, user_id, amount, key), user_id=user_id, key=key
-                )
-        except Exception as error:
-            if isinstance(error, Problem):
-                error.under(key)
-            self._metrics.changes.inc(_failure(error))
-            raise
-        self._metrics.changes.inc("replayed" if outcome.replayed else outcome.kind)
-        self._metrics.change_seconds.observe(perf_counter() - started)
-        return outcome
+        return await self._decide(movement, lambda con: _change(con, movement))
 
-    async def open(self, balance: int, key: str | None) -> Outcome:
-        """Create a user with an opening `balance`, at most once per `key`.
+    async def transfer(self, movement: Movement) -> Outcome:
+        """Move an amount from one user to another; raises as `change` does.
+
+        A refusal has the state of the user who does not allow it.
+        """
+        return await self._decide(movement, lambda con: _transfer(con, movement))
+
+    async def hold(self, movement: Movement) -> Outcome:
+        """Reserve an amount for some seconds; raises as `change` does."""
+        return await self._decide(movement, lambda con: _hold(con, movement))
+
+    async def reverse(
+        self, user_id: int, version: int, *, reference: str | None, note: str | None
+    ) -> Outcome:
+        """Undo an entry by an opposite one, at most once; of a transfer both halves.
 
         Raises:
-            IdempotencyKeyReused: the key belongs to another request.
-            UserIdTaken: the next id belongs to an existing user.
+            UserNotFound, EntryNotFound: there is none.
+            NotReversible: it is a reversal itself.
             DatabaseUnavailable, Overloaded: as for `change`.
         """
-        try:
-            if key is None:
-                return await self._database.run(lambda con: _open(con, balance, None))
-            return await self._guard.run(lambda con: _open(con, balance, key), key=key)
-        except Problem as problem:
-            problem.under(key)
-            raise
+        first = await self._database.run(lambda con: _entry(con, user_id, version))
+        if first.reverses is not None or not first.amount:
+            raise NotReversible(user_id=user_id, version=version, reverses=first.reverses)
+        payer, payee = first, None
+        if first.other_user_id is not None and first.other_version is not None:
+            other = await self._database.run(
+                lambda con: _entry(con, first.other_user_id or 0, first.other_version or 0)
+            )
+            # The one who was paid pays back.
+            payer, payee = (first, other) if first.amount > 0 else (other, first)
+        movement = Movement(
+            payer.user_id,
+            -payer.amount,
+            reference=reference,
+            note=note,
+            to_user_id=None if payee is None else payee.user_id,
+        )
 
-    async def outcome(self, key: str) -> Outcome:
-        """Return the outcome of the request with this key.
+        async def attempt(connection: Connection) -> Accepted | None:
+            reversal = await _reversal(connection, payer)
+            if reversal is not None:
+                return reversal
+            try:
+                if payee is None:
+                    return await _change(connection, movement, reverses=payer.version)
+                return await _transfer(
+                    connection, movement, reverses=(payer.version, payee.version)
+                )
+            except asyncpg.UniqueViolationError as error:
+                if error.constraint_name != REVERSES_KEY:
+                    raise
+                return await _reversal(connection, payer)
+
+        return await self._decide(movement, attempt)
+
+    async def transfer_of(self, user_id: int, version: int) -> tuple[Accepted, Accepted | None]:
+        """Return a transfer by its payer's entry, and the one that reverses it, if any.
+
+        Raises:
+            TransferNotFound: this entry is not the payer's half of one.
+        """
+        return await self._database.run(lambda con: _transfer_of(con, user_id, version))
+
+    async def outcome(self, user_id: int, key: str) -> tuple[str | None, Outcome]:
+        """Return what the request with this key of the user asked for, and its outcome.
 
         Raises:
             KeyNotFound: nothing is recorded under it.
         """
-        outcome = await self._database.run(lambda con: _recall(con, key))
-        if outcome is None:
+        found = await self._database.run(lambda con: _recorded(con, user_id, key))
+        if found is None:
             raise KeyNotFound
+        _, request, outcome = found
+        return request, outcome
+
+    async def _decide(self, movement: Movement, attempt: Attempt) -> Outcome:
+        started = perf_counter()
+        users = [user_id for user_id, _ in movement.sides]
+        try:
+            outcome = await self._guard.run(
+                lambda con: _decide(con, movement, attempt), *users, key=movement.key
+            )
+        except Exception as error:
+            if isinstance(error, Problem):
+                error.under(movement.key)
+            self._metrics.changes.inc(_failure(error))
+            raise
+        result = "accepted" if isinstance(outcome, Accepted) else "refused"
+        self._metrics.changes.inc("replayed" if outcome.replayed else result)
+        self._metrics.change_seconds.observe(perf_counter() - started)
         return outcome
 
-    async def account(self, user_id: int) -> Account:
-        """Return a user's account.
 
-        Raises:
-            UserNotFound: there is no such user.
-        """
-        rows = await self._database.run(lambda con: read(con, ACCOUNT, user_id))
-        if not rows:
-            raise UserNotFound(user_id)
-        return Account(**rows[0])
+async def _decide(connection: Connection, movement: Movement, attempt: Attempt) -> Outcome:
+    """Make a movement, or find what refuses it: a recorded outcome, a tag, or a state.
 
-    async def accounts(self, *, after: int, limit: int) -> list[Account]:
-        """Return up to `limit` accounts with ids above `after`, in order."""
-        rows = await self._database.run(lambda con: read(con, ACCOUNTS, after, limit))
-        return [Account(**row) for row in rows]
-
-    async def entries(self, user_id: int, *, after: int, limit: int) -> list[Entry]:
-        """Return up to `limit` entries with versions above `after`, in order.
-
-        Raises:
-            UserNotFound: there is no such user.
-        """
-        rows = await self._database.run(lambda con: read(con, ENTRIES, user_id, after, limit))
-        if not rows:
-            await self.account(user_id)
-        return [Entry(**row) for row in rows]
-
-    async def daily_balances(self, user_id: int, *, before: date, limit: int) -> list[DailyBalance]:
-        """Return up to `limit` daily balances of days before `before`, the latest first.
-
-        A day without one ended with the balance of the day before it.
-
-        Raises:
-            UserNotFound: there is no such user.
-        """
-        rows = await self._database.run(
-            lambda con: read(con, DAILY_BALANCES, user_id, before, limit)
-        )
-        if not rows:
-            await self.account(user_id)
-        return [DailyBalance(**row) for row in rows]
+    A refusal proves itself: the state in it was read in a snapshot taken after the attempt changed
+    nothing. (The attempt's own snapshot may be older than the state that refused it.)
+    """
+    for _ in range(MAX_RACES):
+        try:
+            made = await attempt(connection)
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name != KEYS_PKEY:
+                raise
+            made = None
+        except asyncpg.CheckViolationError:
+            made = None  # see TRANSFER
+        if made is not None:
+            return made
+        first = await _recall(connection, movement)
+        if first is not None:
+            return first
+        refused = await _refusal(connection, movement)
+        if refused is not None and movement.key is not None:
+            refused = await _refuse_once(connection, movement, refused)
+        if refused is not None:
+            return refused
+        # Another change was committed between the statements, and now this one fits.
+    raise lost_every_race()
 
 
-# The balance is never negative and never passes the largest one ($3): waiting for the row's lock,
-# PostgreSQL checks the condition again on the row as the change before left it. Balance, version
-# and entry change together or not at all. No row means: no such user, or the change does not fit.
+async def _recall(connection: Connection, movement: Movement) -> Outcome | None:
+    """Return the recorded outcome of a movement's key, if there is one."""
+    if movement.key is None:
+        return None
+    first = await _recorded(connection, movement.user_id, movement.key)
+    if first is None:
+        return None
+    amount, request, outcome = first
+    if (amount, request) != (movement.amount, movement.request):
+        raise IdempotencyKeyReused
+    return outcome
+
+
+async def _refusal(connection: Connection, movement: Movement) -> Refused | None:
+    """Return the refusal by one of the movement's accounts, None if both now allow it."""
+    refused = None
+    for user_id, amount in movement.sides:
+        state = await read_state(connection, user_id)
+        if user_id == movement.user_id:
+            state.require(movement.tags)
+        if refused is None and state.refusal(amount) is not None:
+            refused = Refused(state, amount)
+    return refused
+
+
+# What is available never falls below the floor, and the balance never passes the largest one ($3):
+# waiting for the row's lock, PostgreSQL checks the condition again on the row as the change before
+# left it. Balance, version and entry change together or not at all. Times of a user's entries never
+# go back, as they are given under the lock. No row means: no such user, the change does not fit, a
+# hold is overdue, or the account has none of the entity tags $4.
 CHANGE: Final = """
 WITH changed AS (
-    UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
-    RETURNING id, version, balance
+    UPDATE users SET balance = balance + $2, version = version + 1,
+                     changed_at = greatest(changed_at, clock_timestamp())
+    WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
+      AND holds_due_at > clock_timestamp()
+      AND ($4::text[] IS NULL
+           OR concat_ws('.', version, settings_version, hold_events) = ANY ($4))
+    RETURNING id, version, balance, held, changed_at
 )
-INSERT INTO entries (user_id, version, amount, balance)
-SELECT id, version, $2, balance FROM changed
-RETURNING balance, version, at
+INSERT INTO entries (user_id, version, amount, balance, held, at, reverses, reference, note)
+SELECT id, version, $2, balance, held, changed_at, $5, $6, $7 FROM changed
+RETURNING version, balance, held, at
 """
-
-# A refusal proves itself: its balance and version are read together, in a snapshot taken after the
-# UPDATE changed nothing. (The UPDATE's own snapshot may be older than the state that refused it.)
-STATE: Final = "SELECT balance, version FROM users WHERE id = $1"
-
-
-async def _change(connection: Connection, user_id: int, amount: int) -> Outcome:
-    for _ in range(MAX_RACES):
-        row = await write(connection, CHANGE, user_id, amount, MAX_INTEGER)
-        if row is not None:
-            return Outcome("accepted", user_id, amount, row["balance"], row["version"], row["at"])
-        states = await read(connection, STATE, user_id)
-        if not states:
-            raise UserNotFound(user_id)
-        balance, version = states[0]["balance"], states[0]["version"]
-        if not 0 <= balance + amount <= MAX_INTEGER:
-            return Outcome("refused", user_id, amount, balance, version)
-        # Another change was committed between the two statements, and now this one fits.
-    raise _lost_every_race()
-
 
 # As CHANGE, and the key is written in the same statement: its uniqueness makes the whole statement
 # fail when another transaction has written the key meanwhile.
 CHANGE_ONCE: Final = """
 WITH changed AS (
-    UPDATE users SET balance = balance + $2, version = version + 1
-    WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
-      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE key = $4)
-    RETURNING id, version, balance
+    UPDATE users SET balance = balance + $2, version = version + 1,
+                     changed_at = greatest(changed_at, clock_timestamp())
+    WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
+      AND holds_due_at > clock_timestamp()
+      AND ($4::text[] IS NULL
+           OR concat_ws('.', version, settings_version, hold_events) = ANY ($4))
+      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $7)
+    RETURNING id, version, balance, held, changed_at
 ), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, key)
-    SELECT id, version, $2, balance, $4 FROM changed
-    RETURNING user_id, version, amount, balance, key, at
+    INSERT INTO entries (user_id, version, amount, balance, held, at, key, reference, note)
+    SELECT id, version, $2, balance, held, changed_at, $7, $5, $6 FROM changed
+    RETURNING user_id, version, amount, balance, held, at, key
 )
-INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
-SELECT key, 'accepted', user_id, amount, balance, version, at FROM entry
-RETURNING balance, version, at
+INSERT INTO idempotency_keys (user_id, key, outcome, amount, request, balance, held, version, at)
+SELECT user_id, key, 'accepted', amount, $8, balance, held, version, at FROM entry
+RETURNING version, balance, held, at
 """
 
-# A refusal is as final as an acceptance: the first outcome written under a key is the key's.
-REFUSE_ONCE: Final = """
-INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
-SELECT $4::text, 'refused', id, $2::bigint, balance, version FROM users
-WHERE id = $1 AND NOT balance + $2 BETWEEN 0 AND $3
-ON CONFLICT (key) DO NOTHING
-RETURNING balance, version, at
+
+async def _change(
+    connection: Connection, movement: Movement, *, reverses: int | None = None
+) -> Accepted | None:
+    asked = movement.user_id, movement.amount, MAX_INTEGER, movement.tags
+    said = movement.reference, movement.note
+    if movement.key is None:
+        row = await write(connection, CHANGE, *asked, reverses, *said)
+    else:
+        row = await write(connection, CHANGE_ONCE, *asked, *said, movement.key, movement.request)
+    if row is None:
+        return None
+    return Accepted(
+        Entry(
+            movement.user_id,
+            amount=movement.amount,
+            key=movement.key,
+            reverses=reverses,
+            reference=movement.reference,
+            note=movement.note,
+            **row,
+        )
+    )
+
+
+# Both rows are locked in the order of ids, so that no two transfers wait for each other, and only
+# then decided on, as the transactions before left them. The UPDATE finds the rows in the
+# statement's snapshot first: where that has too little, the CHECK of the table ends the statement,
+# and it is sent again. Each half names the other; a half alone would violate a CHECK of entries.
+#
+# $1 payer, $2 payee, $3 amount, $4 largest balance, $5 entity tags of the payer, $6 and $7 the
+# entries of payer and payee that are reversed, $8 key, $9 request, $10 reference, $11 note
+TRANSFER: Final = """
+WITH locked AS MATERIALIZED (
+    SELECT * FROM users WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE
+), decided AS MATERIALIZED (
+    SELECT count(*) = 2
+           AND bool_and(CASE id WHEN $1 THEN balance - held - $3 >= floor
+                                ELSE balance + $3 <= $4 END)
+           AND bool_and(NOT frozen AND holds_due_at > clock_timestamp())
+           AND bool_and(id <> $1 OR $5::text[] IS NULL
+                        OR concat_ws('.', version, settings_version, hold_events) = ANY ($5))
+           AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $8)
+           AS fits,
+           greatest(max(changed_at), clock_timestamp()) AS at
+    FROM locked
+), moved AS (
+    UPDATE users SET balance = balance + CASE id WHEN $1 THEN -$3 ELSE $3 END,
+                     version = version + 1, changed_at = (SELECT at FROM decided)
+    WHERE id IN ($1, $2) AND (SELECT fits FROM decided)
+    RETURNING id, version, balance, held, changed_at
+), entry AS (
+    INSERT INTO entries (user_id, version, amount, balance, held, at, key,
+                         other_user_id, other_version, reverses, reference, note)
+    SELECT own.id, own.version, CASE own.id WHEN $1 THEN -$3 ELSE $3 END, own.balance, own.held,
+           own.changed_at, CASE own.id WHEN $1 THEN $8::text END,
+           $1 + $2 - own.id, other.version, CASE own.id WHEN $1 THEN $6::bigint ELSE $7 END,
+           $10, $11
+    FROM moved AS own LEFT JOIN moved AS other ON other.id <> own.id
+    RETURNING *
+), recorded AS (
+    INSERT INTO idempotency_keys
+        (user_id, key, outcome, amount, request, balance, held, version, at)
+    SELECT user_id, key, 'accepted', amount, $9, balance, held, version, at FROM entry
+    WHERE key IS NOT NULL
+)
+SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
+       reference, note
+FROM entry ORDER BY amount
 """
+
+
+async def _transfer(
+    connection: Connection,
+    movement: Movement,
+    *,
+    reverses: tuple[int | None, int | None] = (None, None),
+) -> Accepted | None:
+    rows = await write_rows(
+        connection,
+        TRANSFER,
+        movement.user_id,
+        movement.to_user_id,
+        -movement.amount,
+        MAX_INTEGER,
+        movement.tags,
+        *reverses,
+        movement.key,
+        movement.request,
+        movement.reference,
+        movement.note,
+    )
+    if not rows:
+        return None
+    payer, payee = rows
+    return Accepted(Entry(**payer), Entry(**payee))
+
+
+# As CHANGE for `held`: what is available never falls below the floor. The hold's number is that of
+# its event, unique for the account as it is given under the row's lock.
+#
+# $1 user, $2 amount, $3 entity tags, $4 seconds, $5 key, $6 request, $7 reference, $8 note
+HOLD: Final = """
+WITH placed AS (
+    UPDATE users SET held = held + $2, hold_events = hold_events + 1,
+                     holds_due_at = least(holds_due_at, clock_timestamp() + $4)
+    WHERE id = $1 AND balance - held - $2 >= floor AND NOT frozen
+      AND holds_due_at > clock_timestamp()
+      AND ($3::text[] IS NULL
+           OR concat_ws('.', version, settings_version, hold_events) = ANY ($3))
+      AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $5)
+    RETURNING id, hold_events, balance, held, floor, frozen, version, settings_version,
+              clock_timestamp() AS at
+), hold AS (
+    INSERT INTO holds (user_id, number, amount, at, expires_at, key, reference, note)
+    SELECT id, hold_events, $2, at, at + $4::interval, $5, $7, $8 FROM placed
+    RETURNING number, expires_at
+), recorded AS (
+    INSERT INTO idempotency_keys
+        (user_id, key, outcome, amount, request, balance, held, floor, version, at, hold)
+    SELECT id, $5, 'accepted', -$2, $6, balance, held, floor, version, at, hold_events FROM placed
+    WHERE $5 IS NOT NULL
+)
+SELECT * FROM placed CROSS JOIN hold
+"""
+
+
+async def _hold(connection: Connection, movement: Movement) -> Accepted | None:
+    row = await write(
+        connection,
+        HOLD,
+        movement.user_id,
+        -movement.amount,
+        movement.tags,
+        timedelta(seconds=movement.seconds or 0),
+        movement.key,
+        movement.request,
+        movement.reference,
+        movement.note,
+    )
+    if row is None:
+        return None
+    hold = Hold(
+        movement.user_id,
+        row["number"],
+        -movement.amount,
+        row["at"],
+        row["expires_at"],
+        movement.key,
+        movement.reference,
+        movement.note,
+    )
+    return Accepted(hold=hold, state=_state(row, movement.user_id))
+
+
+# A refusal is as final as an acceptance: the first outcome written under a key is the key's. It is
+# written with the state that refuses, in one snapshot. No row means: the key is taken, or the state
+# allows it now.
+#
+# $1 user, $2 key, $3 amount, $4 request, $5 the user whose state refuses, $6 the amount there
+REFUSE_ONCE: Final = """
+INSERT INTO idempotency_keys
+    (user_id, key, outcome, amount, request, balance, held, floor, frozen, version, refused_by)
+SELECT $1::bigint, $2::text, 'refused', $3::bigint, $4, balance, held, floor, frozen, version,
+       nullif($5::bigint, $1)
+FROM users
+WHERE id = $5 AND holds_due_at > clock_timestamp()
+  AND (frozen OR balance + $6 > $7 OR $6 < 0 AND balance - held + $6 < floor)
+ON CONFLICT (user_id, key) DO NOTHING
+RETURNING balance, held, floor, frozen, version
+"""
+
+
+async def _refuse_once(
+    connection: Connection, movement: Movement, refused: Refused
+) -> Refused | None:
+    row = await write(
+        connection,
+        REFUSE_ONCE,
+        movement.user_id,
+        movement.key,
+        movement.amount,
+        movement.request,
+        refused.state.user_id,
+        refused.amount,
+        MAX_INTEGER,
+    )
+    if row is None:
+        return None
+    return Refused(_state(row, refused.state.user_id), refused.amount)
+
 
 # A replay must not acknowledge what is not durable: a bare SELECT can see a commit that a failover
 # would still lose. The message, which nobody reads, makes this a transaction that writes: its
@@ -247,134 +448,109 @@ RETURNING balance, version, at
 # did every outcome that this statement can see. No row is locked: a replay neither waits for
 # changes of the account nor delays them.
 RECALL: Final = """
-SELECT outcome AS kind, user_id, amount, balance, version, at, key,
+SELECT outcome, amount, request, balance, held, floor, frozen, version, refused_by, hold,
        pg_logical_emit_message(true, 'balance_app', '')
 FROM idempotency_keys
-WHERE key = $1
+WHERE user_id = $1 AND key = $2
 """
 
 
-async def _change_once(connection: Connection, user_id: int, amount: int, key: str) -> Outcome:
-    for _ in range(MAX_RACES):
-        try:
-            row = await write(connection, CHANGE_ONCE, user_id, amount, MAX_INTEGER, key)
-        except asyncpg.UniqueViolationError as error:
-            if error.constraint_name != KEYS_PKEY:
-                raise
-            row = None
-        if row is not None:
-            return Outcome("accepted", user_id, amount, key=key, **row)
-        first = await _recall(connection, key)
-        if first is not None:
-            if first.kind == "opened" or (first.user_id, first.amount) != (user_id, amount):
-                raise IdempotencyKeyReused
-            return first
-        row = await write(connection, REFUSE_ONCE, user_id, amount, MAX_INTEGER, key)
-        if row is not None:
-            return Outcome("refused", user_id, amount, key=key, **row)
-        if not await read(connection, STATE, user_id):
-            raise UserNotFound(user_id)
-    raise _lost_every_race()
-
-
-async def _recall(connection: Connection, key: str) -> Outcome | None:
-    row = await write(connection, RECALL, key)
+async def _recorded(
+    connection: Connection, user_id: int, key: str
+) -> tuple[int, str | None, Outcome] | None:
+    """Return the amount, the other content, and the outcome of a key; None: it is not recorded."""
+    row = await write(connection, RECALL, user_id, key)
     if row is None:
         return None
-    members = {name: row[name] for name in Outcome._fields if name != "replayed"}
-    return Outcome(**members, replayed=True)
+    amount, request = row["amount"], row["request"]
+    outcome: Outcome
+    if row["outcome"] == "refused":
+        by = row["refused_by"]
+        outcome = Refused(
+            _state(row, by or user_id), amount if by is None else -amount, replayed=True
+        )
+    elif row["hold"] is not None:
+        (found,) = await read(connection, PLACED, user_id, row["hold"])
+        outcome = Accepted(hold=Hold(**found), state=_state(row, user_id), replayed=True)
+    else:
+        entry = await _entry(connection, user_id, row["version"])
+        outcome = (await _with_other(connection, entry))._replace(replayed=True)
+    return amount, request, outcome
 
 
-# The opening balance is entry 1, so that a user's entries always sum to the balance. No row means:
-# the next id belongs to an existing user.
-OPEN: Final = """
-WITH opened AS (
-    INSERT INTO users (balance, version) VALUES ($1, 1)
-    ON CONFLICT (id) DO NOTHING
-    RETURNING id, balance, version, created_at
-), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, key, at)
-    SELECT id, version, balance, balance, $2::text, created_at FROM opened
-), recorded AS (
-    INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
-    SELECT $2, 'opened', id, balance, balance, version, created_at FROM opened
-    WHERE $2 IS NOT NULL
-)
-SELECT id AS user_id, balance, version, created_at AS at FROM opened
+PLACED: Final = """
+SELECT user_id, number, amount, at, expires_at, key, reference, note FROM holds
+WHERE user_id = $1 AND number = $2
+"""
+
+ENTRY: Final = """
+SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
+       hold, reference, note
+FROM entries WHERE user_id = $1 AND version = $2
+"""
+
+REVERSAL: Final = """
+SELECT version, pg_logical_emit_message(true, 'balance_app', '') FROM entries
+WHERE user_id = $1 AND reverses = $2
 """
 
 
-async def _open(connection: Connection, balance: int, key: str | None) -> Outcome:
-    for _ in range(MAX_RACES):
-        first = None if key is None else await _recall(connection, key)
-        if first is not None:
-            if first.kind != "opened" or first.amount != balance:
-                raise IdempotencyKeyReused
-            return first
-        try:
-            row = await write(connection, OPEN, balance, key)
-        except asyncpg.UniqueViolationError as error:
-            if error.constraint_name != KEYS_PKEY:
-                raise
-            continue  # another request with this key was faster: recall its outcome
-        if row is None:
-            (ids,) = await read(connection, IDS)
-            raise UserIdTaken(ids["next"], highest=ids["highest"])
-        return Outcome("opened", amount=balance, key=key, **row)
-    raise _lost_every_race()
+async def _entry(connection: Connection, user_id: int, version: int) -> Entry:
+    rows = await read(connection, ENTRY, user_id, version)
+    if rows:
+        return Entry(**rows[0])
+    await read_state(connection, user_id)
+    raise EntryNotFound(f"User {user_id} has no entry {version}.", user_id=user_id)
 
 
-# The next id of the sequence, and the highest id of a user.
-IDS: Final = """
-SELECT pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass) + 1 AS next,
-       (SELECT max(id) FROM users) AS highest
-"""
-
-ACCOUNT: Final = """
-SELECT id AS user_id, balance, version, created_at FROM users WHERE id = $1
-"""
-
-ACCOUNTS: Final = """
-SELECT id AS user_id, balance, version, created_at FROM users
-WHERE id > $1 ORDER BY id LIMIT $2
-"""
-
-ENTRIES: Final = """
-SELECT version, amount, balance, at, key FROM entries
-WHERE user_id = $1 AND version > $2 ORDER BY version LIMIT $3
-"""
-
-DAILY_BALANCES: Final = """
-SELECT day, balance, version, at FROM daily_balances
-WHERE user_id = $1 AND day < $2 ORDER BY day DESC LIMIT $3
-"""
+async def _with_other(connection: Connection, entry: Entry) -> Accepted:
+    """Return what made an entry; of a transfer with its other half, the payer's first."""
+    if entry.other_user_id is None or entry.other_version is None:
+        return Accepted(entry)
+    other = await _entry(connection, entry.other_user_id, entry.other_version)
+    return Accepted(entry, other) if entry.amount < 0 else Accepted(other, entry)
 
 
-def refusal(outcome: Outcome) -> InsufficientFunds | BalanceLimitExceeded:
-    """Return the problem that reports a refused outcome."""
-    problem = InsufficientFunds if outcome.amount < 0 else BalanceLimitExceeded
-    return problem(
-        user_id=outcome.user_id,
-        balance=outcome.balance,
-        version=outcome.version,
-        amount=outcome.amount,
-    )
+async def _reversal(connection: Connection, entry: Entry) -> Accepted | None:
+    """Return the reversal of an entry, None if there is none; as durable as RECALL's answer."""
+    row = await write(connection, REVERSAL, entry.user_id, entry.version)
+    if row is None:
+        return None
+    reversal = await _entry(connection, entry.user_id, row["version"])
+    return (await _with_other(connection, reversal))._replace(replayed=True)
+
+
+async def _transfer_of(
+    connection: Connection, user_id: int, version: int
+) -> tuple[Accepted, Accepted | None]:
+    try:
+        entry = await _entry(connection, user_id, version)
+    except (UserNotFound, EntryNotFound):
+        raise TransferNotFound from None
+    if entry.other_user_id is None or entry.amount > 0:
+        raise TransferNotFound
+    return await _with_other(connection, entry), await _reversal(connection, entry)
+
+
+def _state(row: asyncpg.Record, user_id: int) -> State:
+    members: dict[str, Any] = {
+        name: row[name] for name in ("balance", "held", "floor", "frozen", "version")
+    }
+    return State(user_id, **members)
 
 
 def _failure(error: Exception) -> str:
-    """Return the metrics' result of a change that ended in this error."""
+    """Return the metrics' result of a movement that ended in this error."""
     match error:
         case UserNotFound():
             return "no_user"
         case IdempotencyKeyReused():
             return "key_reused"
+        case VersionConflict():
+            return "version_conflict"
         case Overloaded():
             return "overloaded"
         case DatabaseUnavailable():
             return "unavailable" if error.applied == "no" else "unknown"
         case _:
             return "error"
-
-
-def _lost_every_race() -> Overloaded:
-    return Overloaded(f"The account changed under each of {MAX_RACES} tries.")

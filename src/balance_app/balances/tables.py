@@ -2,6 +2,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Date,
@@ -12,6 +13,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    UniqueConstraint,
     func,
     text,
 )
@@ -31,7 +33,20 @@ users = Table(
         nullable=False,
         server_default=func.clock_timestamp(),
     ),
-    CheckConstraint(f"balance BETWEEN 0 AND {MAX_INTEGER}", name="balance"),
+    Column("held", BigInteger, nullable=False, server_default="0"),
+    Column("floor", BigInteger, nullable=False, server_default="0"),
+    Column("frozen", Boolean, nullable=False, server_default="false"),
+    Column("settings_version", BigInteger, nullable=False, server_default="1"),
+    # how often a hold was placed or ended
+    Column("hold_events", BigInteger, nullable=False, server_default="0"),
+    # no open hold expires before it
+    Column("holds_due_at", DateTime(timezone=True), nullable=False, server_default="infinity"),
+    # the time of the last entry, which no later one goes before
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
+    CheckConstraint(f"balance <= {MAX_INTEGER}", name="balance"),
+    CheckConstraint("balance - held >= floor", name="available"),
+    CheckConstraint("held >= 0", name="held"),
+    CheckConstraint(f"floor BETWEEN -{MAX_INTEGER} AND {MAX_INTEGER}", name="floor"),
     CheckConstraint("version >= 1", name="version"),
     postgresql_with={"fillfactor": 70},
 )
@@ -45,23 +60,117 @@ entries = Table(
     Column("balance", BigInteger, nullable=False),
     Column("key", Text),
     Column("at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    # what was held of the balance
+    Column("held", BigInteger, nullable=False, server_default="0"),
+    # the other half of a transfer
+    Column("other_user_id", BigInteger),
+    Column("other_version", BigInteger),
+    # the entry that it undoes, the hold that it captures
+    Column("reverses", BigInteger),
+    Column("hold", BigInteger),
+    Column("reference", Text),
+    Column("note", Text),
     PrimaryKeyConstraint("user_id", "version"),
-    CheckConstraint("balance >= 0", name="balance"),
     CheckConstraint("amount <> 0 OR version = 1", name="amount"),
+    CheckConstraint("(other_user_id IS NULL) = (other_version IS NULL)", name="halves"),
+    Index(
+        "entries_reverses_key",
+        "user_id",
+        "reverses",
+        unique=True,
+        postgresql_where=text("reverses IS NOT NULL"),
+    ),
+    Index(
+        "entries_reference_idx",
+        "user_id",
+        "reference",
+        "version",
+        postgresql_where=text("reference IS NOT NULL"),
+    ),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("user_id", ForeignKey("users.id"), nullable=False),
+    Column("number", BigInteger, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("key", Text),
+    Column("reference", Text),
+    Column("note", Text),
+    Column("state", Text, nullable=False, server_default="open"),
+    # the account just after it ended
+    Column("ended_at", DateTime(timezone=True)),
+    Column("captured", BigInteger),
+    Column("balance", BigInteger),
+    Column("held", BigInteger),
+    Column("version", BigInteger),
+    PrimaryKeyConstraint("user_id", "number"),
+    CheckConstraint("amount > 0", name="amount"),
+    CheckConstraint("state IN ('open', 'captured', 'voided', 'expired')", name="state"),
+    CheckConstraint(
+        "(state = 'open') = (ended_at IS NULL)"
+        " AND (state = 'captured') = (captured IS NOT NULL)"
+        " AND captured BETWEEN 1 AND amount",
+        name="ended",
+    ),
+    Index("holds_open_idx", "user_id", "expires_at", postgresql_where=text("state = 'open'")),
 )
 
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
-    Column("key", Text, primary_key=True),
+    Column("key", Text, nullable=False),
     Column("outcome", Text, nullable=False),
     Column("user_id", BigInteger, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("balance", BigInteger, nullable=False),
     Column("version", BigInteger, nullable=False),
     Column("at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
-    CheckConstraint("outcome IN ('opened', 'accepted', 'refused')", name="outcome"),
+    # what the request asks for beside the amount, as JSON; NULL: nothing
+    Column("request", Text),
+    # the state of the answer, with `balance` and `version`, and whose it is if not the user's
+    Column("held", BigInteger, nullable=False, server_default="0"),
+    Column("floor", BigInteger, nullable=False, server_default="0"),
+    Column("frozen", Boolean, nullable=False, server_default="false"),
+    Column("refused_by", BigInteger),
+    Column("hold", BigInteger),
+    PrimaryKeyConstraint("user_id", "key"),
+    CheckConstraint("outcome IN ('accepted', 'refused')", name="outcome"),
     Index("idempotency_keys_refused_at_idx", "at", postgresql_where=text("outcome = 'refused'")),
+)
+
+# The keys of requests that create users: they have no account to belong to yet.
+opening_keys = Table(
+    "opening_keys",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("user_id", BigInteger, nullable=False),
+    Column("request", Text, nullable=False),
+)
+
+# A directory of users, apart from the money.
+external_ids = Table(
+    "external_ids",
+    metadata,
+    Column("external_id", Text, primary_key=True),
+    Column("user_id", BigInteger, nullable=False),
+    UniqueConstraint("user_id"),
+)
+
+user_settings = Table(
+    "user_settings",
+    metadata,
+    Column("user_id", ForeignKey("users.id"), nullable=False),
+    Column("settings_version", BigInteger, nullable=False),
+    Column("floor", BigInteger, nullable=False),
+    Column("frozen", Boolean, nullable=False),
+    Column("external_id", Text),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("by", Text),
+    PrimaryKeyConstraint("user_id", "settings_version"),
 )
 
 # Written by a job of `maintenance`.

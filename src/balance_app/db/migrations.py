@@ -36,7 +36,11 @@ LOCKED_SECONDS: Final = 2.0
 RIGHTS: Final = {
     "users": ("SELECT", "INSERT", "UPDATE"),
     "entries": ("SELECT", "INSERT"),
+    "holds": ("SELECT", "INSERT", "UPDATE"),
     "idempotency_keys": ("SELECT", "INSERT", "DELETE"),
+    "opening_keys": ("SELECT", "INSERT"),
+    "external_ids": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "user_settings": ("SELECT", "INSERT"),
     "jobs": ("SELECT", "INSERT", "UPDATE"),
     "job_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "job_run_lines": ("SELECT", "INSERT", "DELETE"),

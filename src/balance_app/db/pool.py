@@ -637,8 +637,14 @@ async def write(connection: Connection, sql: str, *arguments: object) -> asyncpg
         DatabaseUnavailable: with `applied` "no" when the server rolled it back, "unknown" when the
             connection ended, or the time was up, before its answer.
     """
+    rows = await write_rows(connection, sql, *arguments)
+    return rows[0] if rows else None
+
+
+async def write_rows(connection: Connection, sql: str, *arguments: object) -> list[asyncpg.Record]:
+    """Run a statement that changes something, as `write` does; return all its rows."""
     try:
-        return await connection.fetchrow(sql, *arguments)
+        return await connection.fetch(sql, *arguments)
     except Exception as error:
         cause = classify(error)
         if cause is None:

@@ -113,11 +113,16 @@ def headers(*names: str) -> dict[str, Any]:
 
 
 def json_request(
-    model: type[BaseModel], *, key_pattern: str | None = None, required: bool = True
+    model: type[BaseModel],
+    *,
+    key_pattern: str | None = None,
+    required: bool = True,
+    conditional: bool = False,
 ) -> dict[str, Any]:
     """Return the OpenAPI description of a request whose body `body.read_json` reads.
 
-    With `key_pattern` the request may have an `Idempotency-Key` of that pattern.
+    With `key_pattern` the request may have an `Idempotency-Key` of that pattern; a `conditional`
+    one an `If-Match`.
     """
     schema = model.model_json_schema()
     _describe_text(schema)
@@ -135,12 +140,22 @@ def json_request(
         ),
         "schema": {"type": "string", "pattern": key_pattern},
     }
+    tags = {
+        "name": "If-Match",
+        "in": "header",
+        "description": "The account's `ETag`, several, or `*`; else nothing is changed.",
+        "schema": {"type": "string"},
+        "example": "*",
+    }
     return {
         "requestBody": {
             "required": required,
             "content": {"application/json": {"schema": schema, "example": example}},
         },
-        "parameters": [] if key_pattern is None else [key],
+        "parameters": [
+            *([] if key_pattern is None else [key]),
+            *([tags] if conditional else []),
+        ],
     }
 
 

@@ -1,10 +1,11 @@
 """Query and path parameters that the features share."""
 
 import re
-from typing import Annotated, Final
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
 
-from fastapi import Depends
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi import Depends, Query
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
@@ -20,6 +21,49 @@ def _decimal(value: object) -> object:
 
 DECIMAL: Final = BeforeValidator(_decimal)
 
+# No control characters, and none that are invisible or change the direction of text.
+PRINTABLE_PATTERN: Final = (
+    r"^[^\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
+)
+_PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
+
+def printable(limit: int) -> AfterValidator:
+    """Return a check of text that people read: 1 to `limit` printable characters, or None."""
+
+    def check(text: str | None) -> str | None:
+        if text is not None and (len(text) > limit or not _PRINTABLE.fullmatch(text)):
+            raise PydanticCustomError("not-printable", "not printable, empty, or too long")
+        return text
+
+    return AfterValidator(check)
+
+
+def printable_schema(limit: int) -> dict[str, Any]:
+    """Return the JSON schema of text that `printable` lets through."""
+    return {"minLength": 1, "maxLength": limit, "pattern": PRINTABLE_PATTERN}
+
+
+def _time(value: object) -> object:
+    """Let only times with a zone through: pydantic alone also reads numbers of seconds."""
+    if isinstance(value, str):
+        try:
+            if not _TIME.fullmatch(value):
+                raise ValueError  # noqa: TRY301 - both mean the same
+            # The comparison with times of the database needs it in range in UTC, too.
+            return datetime.fromisoformat(value.upper()).astimezone(UTC)
+        except (ValueError, OverflowError):
+            raise PydanticCustomError("not-a-time", "not a time with a zone") from None
+    return value
+
+
+Time = Annotated[datetime, Field(examples=["2026-11-21T21:49:33Z"]), BeforeValidator(_time)]
+
 Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
 
 
@@ -27,6 +71,23 @@ class QueryModel(BaseModel):
     """Query parameters; unknown ones are refused. A route that takes a model depends on `ONCE`."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Who(QueryModel):
+    """Who requests a control."""
+
+    by: Annotated[
+        str,
+        Field(
+            description="who requests it, for display",
+            json_schema_extra=printable_schema(100),
+            examples=["ada"],
+        ),
+        printable(100),
+    ] = "api"
+
+
+WhoQuery = Annotated[Who, Query()]
 
 
 async def _refuse_repeated(request: Request) -> None:

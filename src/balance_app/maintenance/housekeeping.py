@@ -26,11 +26,12 @@ SELECT count(*) FROM (
 # for ever. The oldest are deleted first.
 DELETE_REFUSALS: Final = """
 WITH deleted AS (
-    DELETE FROM idempotency_keys WHERE key = ANY (ARRAY(
-        SELECT key FROM idempotency_keys
+    DELETE FROM idempotency_keys USING (
+        SELECT user_id, key FROM idempotency_keys
         WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $2::interval)
         ORDER BY at LIMIT $1
-    ))
+    ) AS old
+    WHERE (idempotency_keys.user_id, idempotency_keys.key) = (old.user_id, old.key)
     RETURNING 1
 )
 SELECT count(*) FROM deleted

@@ -11,9 +11,9 @@ from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from balance_app.balances.errors import BalanceLimitExceeded, InsufficientFunds
-from balance_app.balances.repository import refusal
-from balance_app.balances.schemas import KEY_PATTERN
+from balance_app.balances.api.schemas import KEY_PATTERN
+from balance_app.balances.errors import InsufficientFunds, UserFrozen
+from balance_app.balances.model import Movement, Refusal, Refused
 from balance_app.errors import (
     DatabaseUnavailable,
     InvalidRequest,
@@ -190,7 +190,7 @@ async def change_balance(request: Request) -> Response:
     else:
         change = int(amount) if form["what"] == "add" else -int(amount)
         try:
-            outcome = await balances_of(request).change(int(user), change, key)
+            outcome = await balances_of(request).change(Movement(int(user), change, key))
         except (DatabaseUnavailable, Overloaded) as problem:
             unknown = problem.applied == "unknown"
             message = Message(
@@ -202,20 +202,23 @@ async def change_balance(request: Request) -> Response:
                 form, Message("bad", f"Not done. {problem.detail}"), problem.status
             )
         else:
-            if outcome.kind != "refused":
-                return _go_to(f"/?user={user}&entry={outcome.version}#balances")
-            refused = refusal(outcome)
+            if not isinstance(outcome, Refused):
+                assert outcome.entry is not None  # noqa: S101 - that of a change
+                return _go_to(f"/?user={user}&entry={outcome.entry.version}#balances")
+            refused = outcome.problem
             attempt = ChangeAttempt(form, Message("bad", _refused(refused)), refused.status)
     return await overview_page(request, attempt=attempt)
 
 
-def _refused(problem: InsufficientFunds | BalanceLimitExceeded) -> str:
+def _refused(problem: Refusal) -> str:
     members = cast("dict[str, int]", problem.members)
     user, has, amount = (
         members["userId"],
         view_models.number(members["balance"]),
         abs(members["amount"]),
     )
+    if isinstance(problem, UserFrozen):
+        return f"Not done: user {user} is frozen. Nothing was changed."
     if isinstance(problem, InsufficientFunds):
         return (
             f"Not done: user {user} has {has}, so {view_models.number(amount)} can't be withdrawn. "

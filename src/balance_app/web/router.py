@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import override
 
+from balance_app.balances.accounts import AccountRepository
+from balance_app.balances.ledger import LedgerRepository
 from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
@@ -246,9 +248,9 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
     before = request.query_params.get("before", "")
     upto = int(before) if is_number(before) else MAX_INTEGER
     try:
-        account = await balances_of(request).account(int(user))
+        account = await services(request)[AccountRepository].account(int(user))
         entries = await _queries(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
-        days = await balances_of(request).daily_balances(
+        days = await services(request)[LedgerRepository].daily_balances(
             int(user), before=date.max, limit=DAYS_SHOWN
         )
     except Problem as problem:

@@ -10,7 +10,7 @@ from starlette.responses import Response, StreamingResponse
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
-from balance_app.http.params import ONCE
+from balance_app.http.params import ONCE, WhoQuery
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
@@ -39,7 +39,6 @@ from balance_app.jobs.api.schemas import (
     RunRequest,
     ScheduleRequest,
     StatusAnswer,
-    WhoQuery,
 )
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.scheduler import Scheduler

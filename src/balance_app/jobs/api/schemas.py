@@ -19,19 +19,20 @@ from pydantic_core import PydanticCustomError
 
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel
-from balance_app.http.params import DECIMAL, Limit, QueryModel
+from balance_app.http.params import (
+    DECIMAL,
+    Limit,
+    QueryModel,
+    Who,
+    printable,
+    printable_schema,
+)
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule, ScheduleError
 from balance_app.states import Outcome, Reason, State
 
 NAME_PATTERN: Final = r"^[a-z][a-z0-9-]{0,62}$"
 _NAME: Final = re.compile(NAME_PATTERN, re.ASCII)
-# No control characters, and none that are invisible or change the direction of text.
-PRINTABLE_PATTERN: Final = (
-    r"^[^\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e"
-    r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
-)
-_PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
 
 
 def _is_name(name: str) -> str:
@@ -46,39 +47,12 @@ def _is_outcome(outcome: object) -> object:
     return outcome
 
 
-def _printable(limit: int) -> AfterValidator:
-    def check(text: str) -> str:
-        if len(text) > limit or not _PRINTABLE.fullmatch(text):
-            raise PydanticCustomError("not-printable", "not printable, empty, or too long")
-        return text
-
-    return AfterValidator(check)
-
-
-def _printable_schema(limit: int) -> dict[str, Any]:
-    return {"minLength": 1, "maxLength": limit, "pattern": PRINTABLE_PATTERN}
-
-
 IsName = AfterValidator(_is_name)
 PathName = Annotated[
     str,
     Path(json_schema_extra={"pattern": NAME_PATTERN}, examples=["audit-ledger"]),
     IsName,
 ]
-
-
-class Who(QueryModel):
-    """Who controls a job."""
-
-    by: Annotated[
-        str,
-        Field(
-            description="who requests it, for display",
-            json_schema_extra=_printable_schema(100),
-            examples=["ada"],
-        ),
-        _printable(100),
-    ] = "api"
 
 
 class Pause(Who):
@@ -88,10 +62,10 @@ class Pause(Who):
         str | None,
         Field(
             description="why, for display",
-            json_schema_extra=_printable_schema(200),
+            json_schema_extra=printable_schema(200),
             examples=["the disk is full"],
         ),
-        _printable(200),
+        printable(200),
     ] = None
 
 
@@ -158,17 +132,17 @@ class ScheduleRequest(StrictModel):
         Field(
             description="instead, five fields as in crontab(5), or `@daily` and its like: "
             "`30 2 * * 1-5`",
-            json_schema_extra=_printable_schema(200),
+            json_schema_extra=printable_schema(200),
         ),
-        _printable(200),
+        printable(200),
     ] = ""
     tz: Annotated[
         str,
         Field(
             description="the zone in which `cron` is read: `Europe/Berlin`",
-            json_schema_extra=_printable_schema(100),
+            json_schema_extra=printable_schema(100),
         ),
-        _printable(100),
+        printable(100),
     ] = "UTC"
 
     @model_validator(mode="after")
@@ -197,7 +171,6 @@ RunId = Annotated[
     Path(ge=1, le=MAX_INTEGER, description="its id in the history", examples=[4711]),
     DECIMAL,
 ]
-WhoQuery = Annotated[Who, Query()]
 PauseQuery = Annotated[Pause, Query()]
 PageQuery = Annotated[Page, Query()]
 

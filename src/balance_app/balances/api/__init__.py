@@ -1,0 +1,1 @@
+"""What people and programs see and do with balances: routes, parameters, answers."""

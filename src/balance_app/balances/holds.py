@@ -1,0 +1,204 @@
+"""The ends of holds: captured, voided, or expired; and how they are read.
+
+A hold ends once. Each of these statements has read the hold in its snapshot, and changes nothing if
+any hold of the account was placed or ended since (see `state.EXPIRE`); then it is sent again.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+
+from balance_app.balances.errors import CaptureExceedsHold, HoldEnded, HoldNotFound, UserNotFound
+from balance_app.balances.guard import Guard
+from balance_app.balances.model import Accepted, Hold, Refused, State
+from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
+from balance_app.db.pool import Connection, Database, read, write
+
+# An attempt to end a hold: one statement. None: the account does not allow it, or it raced.
+Attempt: TypeAlias = Callable[[Connection], Awaitable[asyncpg.Record | None]]
+
+
+class HoldRepository:
+    """The holds of accounts; every call is one transaction or none."""
+
+    def __init__(self, database: Database, guard: Guard) -> None:
+        self._database = database
+        self._guard = guard
+
+    async def capture(
+        self,
+        user_id: int,
+        number: int,
+        *,
+        amount: int | None,
+        reference: str | None,
+        note: str | None,
+    ) -> Accepted | Refused:
+        """Withdraw an amount of a hold (by default all of it), and release the rest.
+
+        A second capture of the same amount has the outcome of the first.
+
+        Raises:
+            HoldNotFound: there is no such hold.
+            HoldEnded: it has ended otherwise.
+            CaptureExceedsHold: it is smaller.
+            DatabaseUnavailable, Overloaded: see `BalanceRepository.change`.
+        """
+
+        async def attempt(connection: Connection) -> asyncpg.Record | None:
+            return await write(connection, CAPTURE, user_id, number, amount, reference, note)
+
+        return await self._guard.run(
+            lambda con: _end(con, user_id, number, attempt, amount=amount, captures=True), user_id
+        )
+
+    async def void(self, user_id: int, number: int) -> Accepted | Refused:
+        """Release a hold; a second time has the outcome of the first; raises as `capture` does."""
+
+        async def attempt(connection: Connection) -> asyncpg.Record | None:
+            return await write(connection, VOID, user_id, number)
+
+        return await self._guard.run(
+            lambda con: _end(con, user_id, number, attempt, amount=None, captures=False), user_id
+        )
+
+    async def hold(self, user_id: int, number: int) -> Hold:
+        """Return a hold.
+
+        Raises:
+            HoldNotFound: there is no such hold.
+        """
+        return await self._database.run(lambda con: _hold(con, user_id, number))
+
+    async def holds(self, user_id: int, *, state: str | None, after: int, limit: int) -> list[Hold]:
+        """Return up to `limit` holds with numbers above `after`, in order.
+
+        Raises:
+            UserNotFound: there is no such user.
+        """
+
+        async def find(connection: Connection) -> list[Hold]:
+            await read_state(connection, user_id)
+            rows = await read(connection, HOLDS, user_id, state, after, limit)
+            return [Hold(**row) for row in rows]
+
+        return await self._database.run(find)
+
+
+# The amount leaves the balance and the hold together, so what is available never falls.
+#
+# $1 user, $2 number, $3 amount (NULL: all), $4 reference, $5 note
+CAPTURE: Final = """
+WITH hold AS MATERIALIZED (
+    SELECT user_id, number, amount, expires_at, coalesce($3, amount) AS captured, hold_events
+    FROM holds JOIN users ON users.id = user_id
+    WHERE user_id = $1 AND number = $2 AND state = 'open'
+), account AS (
+    UPDATE users SET balance = balance - captured, held = held - amount, version = version + 1,
+                     hold_events = users.hold_events + 1,
+                     changed_at = greatest(changed_at, clock_timestamp())
+    FROM hold
+    WHERE users.id = user_id AND users.hold_events = hold.hold_events
+      AND captured <= amount AND NOT frozen AND holds_due_at > clock_timestamp()
+    RETURNING users.id, captured, balance, held, version, changed_at
+), ended AS (
+    UPDATE holds SET state = 'captured', captured = account.captured, ended_at = changed_at,
+                     balance = account.balance, held = account.held, version = account.version
+    FROM account WHERE user_id = account.id AND number = $2
+)
+INSERT INTO entries (user_id, version, amount, balance, held, at, hold, reference, note)
+SELECT id, version, -captured, balance, held, changed_at, $2, $4, $5 FROM account
+RETURNING version
+"""
+
+# $1 user, $2 number
+VOID: Final = """
+WITH hold AS MATERIALIZED (
+    SELECT user_id, amount, hold_events FROM holds JOIN users ON users.id = user_id
+    WHERE user_id = $1 AND number = $2 AND state = 'open'
+), account AS (
+    UPDATE users SET held = held - amount, hold_events = users.hold_events + 1
+    FROM hold
+    WHERE users.id = user_id AND users.hold_events = hold.hold_events
+      AND holds_due_at > clock_timestamp()
+    RETURNING users.id, balance, held, version, clock_timestamp() AS at
+)
+UPDATE holds SET state = 'voided', ended_at = account.at, balance = account.balance,
+                 held = account.held, version = account.version
+FROM account WHERE user_id = account.id AND number = $2
+RETURNING number
+"""
+
+# An end that is reported must be durable, as in `repository.RECALL`.
+ENDED: Final = """
+SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
+       balance, held, version, pg_logical_emit_message(true, 'balance_app', '')
+FROM holds WHERE user_id = $1 AND number = $2
+"""
+
+HOLDS: Final = """
+SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
+       balance, held, version
+FROM holds
+WHERE user_id = $1 AND ($2::text IS NULL OR state = $2) AND number > $3 ORDER BY number LIMIT $4
+"""
+
+HOLD: Final = """
+SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
+       balance, held, version
+FROM holds WHERE user_id = $1 AND number = $2
+"""
+
+
+async def _end(  # noqa: PLR0913 - the parts of a request
+    connection: Connection,
+    user_id: int,
+    number: int,
+    attempt: Attempt,
+    *,
+    amount: int | None,
+    captures: bool,
+) -> Accepted | Refused:
+    """End a hold, or find why it can't end so."""
+    for _ in range(MAX_RACES):
+        made = await attempt(connection)
+        row = await write(connection, ENDED, user_id, number)
+        if row is None:
+            raise HoldNotFound
+        hold = _of(row)
+        if made is not None:
+            return Accepted(hold=hold, state=_after(hold))
+        if hold.state == "open":
+            state = await read_state(connection, user_id)
+            if amount is not None and amount > hold.amount:
+                raise CaptureExceedsHold(amount=amount, held=hold.amount)
+            if captures and state.frozen:
+                return Refused(state, -(amount or hold.amount))
+            continue  # another hold of the account ended meanwhile, or this one has expired
+        asked = (amount or hold.amount) if captures else None
+        if hold.state == ("captured" if captures else "voided") and hold.captured == asked:
+            return Accepted(hold=hold, state=_after(hold), replayed=True)
+        raise HoldEnded(state=hold.state, ended_at=hold.ended_at, captured=hold.captured)
+    raise lost_every_race()
+
+
+async def _hold(connection: Connection, user_id: int, number: int) -> Hold:
+    try:
+        await read_state(connection, user_id)
+    except UserNotFound:
+        raise HoldNotFound from None
+    rows = await read(connection, HOLD, user_id, number)
+    if not rows:
+        raise HoldNotFound
+    return Hold(**rows[0])
+
+
+def _of(row: asyncpg.Record) -> Hold:
+    members: dict[str, Any] = {name: row[name] for name in Hold.__slots__}
+    return Hold(**members)
+
+
+def _after(hold: Hold) -> State:
+    """Return the account just after the end of a hold."""
+    return State(hold.user_id, hold.balance or 0, hold.held or 0, 0, False, hold.version or 0)  # noqa: FBT003 - its floor and freeze are not kept

@@ -1,0 +1,69 @@
+"""The present state of an account, without holds that are overdue.
+
+A hold expires when somebody looks at the account after its time: EXPIRE ends it under the row's
+lock, by PostgreSQL's clock. So all sessions see the hold end at one moment, before or after each
+other change of the account, although no job has to run for it.
+"""
+
+from typing import Final
+
+from balance_app.balances.errors import UserNotFound
+from balance_app.balances.model import State
+from balance_app.db.pool import Connection, read, write
+from balance_app.errors import Overloaded
+
+MAX_RACES: Final = 1000
+
+STATE: Final = """
+SELECT id AS user_id, balance, held, floor, frozen, version, settings_version, hold_events,
+       holds_due_at <= clock_timestamp() AS overdue
+FROM users WHERE id = $1
+"""
+
+# Whoever places or ends a hold also raises `hold_events` of the account. A statement that read
+# holds in its snapshot, and then finds this number unchanged under the row's lock, has read them as
+# they are. Otherwise it changes nothing, and is sent again.
+EXPIRE: Final = """
+WITH overdue AS MATERIALIZED (
+    SELECT id, hold_events, clock_timestamp() AS at FROM users
+    WHERE id = $1 AND holds_due_at <= clock_timestamp()
+), open AS MATERIALIZED (
+    SELECT count(*) FILTER (WHERE expires_at <= overdue.at) AS count,
+           coalesce(sum(amount) FILTER (WHERE expires_at <= overdue.at), 0)::bigint AS amount,
+           coalesce(min(expires_at) FILTER (WHERE expires_at > overdue.at), 'infinity') AS due_at
+    FROM overdue JOIN holds ON user_id = id AND state = 'open'
+), account AS (
+    UPDATE users SET held = held - open.amount, hold_events = users.hold_events + open.count,
+                     holds_due_at = open.due_at
+    FROM overdue CROSS JOIN open
+    WHERE users.id = overdue.id AND users.hold_events = overdue.hold_events
+    RETURNING users.id, balance, held, version, overdue.at
+)
+UPDATE holds SET state = 'expired', ended_at = account.at, balance = account.balance,
+                 held = account.held, version = account.version
+FROM account
+WHERE user_id = account.id AND state = 'open' AND expires_at <= account.at
+"""
+
+
+async def read_state(connection: Connection, user_id: int) -> State:
+    """Return the state of an account, after the end of holds that are overdue.
+
+    Raises:
+        UserNotFound: there is no such user.
+        Overloaded: its holds change all the time.
+    """
+    for _ in range(MAX_RACES):
+        rows = await read(connection, STATE, user_id)
+        if not rows:
+            raise UserNotFound(user_id)
+        members = dict(rows[0])
+        if not members.pop("overdue"):
+            return State(**members)
+        await write(connection, EXPIRE, user_id)
+    raise lost_every_race()
+
+
+def lost_every_race() -> Overloaded:
+    """Return the problem of a request that other changes were always faster than."""
+    return Overloaded(f"The account changed under each of {MAX_RACES} tries.")
