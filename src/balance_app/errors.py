@@ -198,8 +198,8 @@ class DatabaseUnavailable(Problem):
     `Idempotency-Key` always `unknown`, as an earlier try with it may have had one; a request that
     only reads has no `applied`. Wait `Retry-After` seconds and send the request again; after
     `unknown` with the same `Idempotency-Key`, so that it takes effect once. `GET
-    /api/changes/{key}` shows a recorded outcome; while a try may still be under way, a missing one
-    proves nothing.
+    /api/users/{userId}/changes/{key}` shows a recorded outcome; while a try may still be under way,
+    a missing one proves nothing.
     """
 
     status, code, title = 503, "database-unavailable", "Database unavailable"
