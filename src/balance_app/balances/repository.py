@@ -489,7 +489,10 @@ SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_ve
 FROM entries WHERE user_id = $1 AND version = $2
 """
 
-REVERSAL: Final = """
+REVERSAL: Final = "SELECT version FROM entries WHERE user_id = $1 AND reverses = $2"
+
+# As durable as RECALL, to be answered in place of a second reversal.
+MADE_REVERSAL: Final = """
 SELECT version, pg_logical_emit_message(true, 'balance_app', '') FROM entries
 WHERE user_id = $1 AND reverses = $2
 """
@@ -512,8 +515,8 @@ async def _with_other(connection: Connection, entry: Entry) -> Accepted:
 
 
 async def _reversal(connection: Connection, entry: Entry) -> Accepted | None:
-    """Return the reversal of an entry, None if there is none; as durable as RECALL's answer."""
-    row = await write(connection, REVERSAL, entry.user_id, entry.version)
+    """Return the reversal of an entry that was made before, if there is one."""
+    row = await write(connection, MADE_REVERSAL, entry.user_id, entry.version)
     if row is None:
         return None
     reversal = await _entry(connection, entry.user_id, row["version"])
@@ -529,7 +532,11 @@ async def _transfer_of(
         raise TransferNotFound from None
     if entry.other_user_id is None or entry.amount > 0:
         raise TransferNotFound
-    return await _with_other(connection, entry), await _reversal(connection, entry)
+    rows = await read(connection, REVERSAL, entry.user_id, entry.version)
+    # The payer's entry is undone by the payee's half of the reversal.
+    reversal = await _entry(connection, entry.user_id, rows[0]["version"]) if rows else None
+    made = await _with_other(connection, entry)
+    return made, None if reversal is None else await _with_other(connection, reversal)
 
 
 def _state(row: asyncpg.Record, user_id: int) -> State:
