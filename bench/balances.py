@@ -188,8 +188,9 @@ async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server
 async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
     """Return how many times per second pgbench runs the statement of a change."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        # no entity tag, reversal, reference or note
         values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
-        script.write(re.sub(r"\$\d", lambda name: str(values[name[0]]), CHANGE) + ";")
+        script.write(re.sub(r"\$\d", lambda name: str(values.get(name[0], "NULL")), CHANGE) + ";")
         script.flush()
         process = await asyncio.create_subprocess_exec(
             *(binaries() / "pgbench", "--no-vacuum", "--protocol=prepared"),
