@@ -24,6 +24,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from math import inf
 
+LARGEST = 2**53 - 1  # no balance is larger
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -40,7 +42,10 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A change refused for insufficient funds, with the state that refused it."""
+    """A change refused for its balance, with the state that refused it.
+
+    `lowest` is the lowest balance that this state allows: the floor and what is held above it.
+    """
 
     key: str
     amount: int
@@ -49,6 +54,7 @@ class Refused:
     sent: float
     answered: float
     replayed: bool = False
+    lowest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +112,14 @@ class State:
 class Ledger:
     """The whole ledger and the account's state, read together after all operations.
 
-    Entries up to `opening_version` existed before the first operation was sent.
+    Entries up to `opening_version` existed before the first operation was sent. The floor is the
+    same in all states.
     """
 
     entries: tuple[Entry, ...]
     final: State
     opening_version: int = 1
+    floor: int = 0
 
 
 @unique
@@ -121,7 +129,7 @@ class Kind(StrEnum):
     VERSION_GAP = "version gap"
     VERSION_DUPLICATE = "version duplicate"
     CHAIN_BROKEN = "chain broken"
-    NEGATIVE_BALANCE = "negative balance"
+    BELOW_FLOOR = "below the floor"
     FINAL_STATE = "final state differs"
     KEY_TWICE = "key twice"
     PHANTOM = "phantom entry"
@@ -143,7 +151,7 @@ class Kind(StrEnum):
 class Violation:
     """One violation, described in one sentence."""
 
-    kind: Kind
+    kind: StrEnum
     text: str
 
 
@@ -166,7 +174,7 @@ class _Effect:
     sent: float
 
 
-class _Highest:
+class Highest:
     """The highest value of the marks before a position."""
 
     def __init__(self, marks: Iterable[tuple[float, float]]) -> None:
@@ -185,6 +193,7 @@ class _History:
 
     def __init__(self, ledger: Ledger, operations: tuple[Operation, ...]) -> None:
         self.final = ledger.final
+        self.floor = ledger.floor
         self.opening_version = ledger.opening_version
         self.entries = sorted(ledger.entries, key=lambda entry: entry.version)
         self.rows = frozenset(ledger.entries)
@@ -250,17 +259,17 @@ class _History:
         return [op.sent for op in first or unknown if self.known.before(op.sent) < entry.version]
 
     @cached_property
-    def acknowledged(self) -> _Highest:
+    def acknowledged(self) -> Highest:
         """The highest version that was acknowledged before a time."""
         marks = [(op.answered, op.version) for op in self.true_accepted]
-        return _Highest([(-inf, self.opening_version), *marks])
+        return Highest([(-inf, self.opening_version), *marks])
 
     @cached_property
-    def known(self) -> _Highest:
+    def known(self) -> Highest:
         """The highest version that any client knew before a time."""
         answers = [*self.true_accepted, *self.true_sightings]
         marks = [(op.answered, op.version) for op in answers]
-        return _Highest([(-inf, self.opening_version), *marks])
+        return Highest([(-inf, self.opening_version), *marks])
 
 
 def _versions_are_dense(history: _History) -> Iterator[Violation]:
@@ -286,11 +295,11 @@ def _balances_chain(history: _History) -> Iterator[Violation]:
             )
 
 
-def _balances_are_not_negative(history: _History) -> Iterator[Violation]:
-    """No balance is negative."""
+def _balances_keep_the_floor(history: _History) -> Iterator[Violation]:
+    """No balance is below the floor."""
     for entry in history.entries:
-        if entry.balance < 0:
-            yield Violation(Kind.NEGATIVE_BALANCE, f"{entry} has a negative balance.")
+        if entry.balance < history.floor:
+            yield Violation(Kind.BELOW_FLOOR, f"{entry} is below the floor {history.floor}.")
 
 
 def _final_state_is_the_sum(history: _History) -> Iterator[Violation]:
@@ -385,10 +394,10 @@ def _sightings_are_real(history: _History) -> Iterator[Violation]:
 
 
 def _refusals_have_grounds(history: _History) -> Iterator[Violation]:
-    """Each refusal has a balance that is too small."""
+    """Each refusal has a balance that is too small, or too large."""
     for op in history.refused:
-        if op.balance + op.amount >= 0:
-            yield Violation(Kind.GROUNDLESS_REFUSAL, f"{op} had enough funds.")
+        if op.lowest <= op.balance + op.amount <= LARGEST:
+            yield Violation(Kind.GROUNDLESS_REFUSAL, f"{op} was possible.")
 
 
 def _sightings_are_fresh(history: _History) -> Iterator[Violation]:
@@ -404,7 +413,7 @@ def _sightings_are_fresh(history: _History) -> Iterator[Violation]:
 
 def _sightings_are_not_ahead(history: _History) -> Iterator[Violation]:
     """No answer has a state before all changes up to it were sent."""
-    sent = _Highest((effect.version, effect.sent) for effect in history.effects)
+    sent = Highest((effect.version, effect.sent) for effect in history.effects)
     for op in history.true_sightings:
         latest = sent.before(op.version + 1)
         if op.answered < latest:
@@ -427,7 +436,7 @@ def _changes_keep_real_time_order(history: _History) -> Iterator[Violation]:
 _RULES: tuple[Callable[[_History], Iterator[Violation]], ...] = (
     _versions_are_dense,
     _balances_chain,
-    _balances_are_not_negative,
+    _balances_keep_the_floor,
     _final_state_is_the_sum,
     _keys_have_one_effect,
     _entries_have_a_source,

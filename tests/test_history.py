@@ -1,5 +1,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from math import inf
 from random import Random
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.history import (
+    LARGEST,
     Accepted,
     Entry,
     Kind,
@@ -55,7 +57,7 @@ def ledger(changed: Entry, final: State = LEDGER.final) -> Ledger:
     return Ledger((*ENTRIES[: place - 1], changed, *ENTRIES[place:]), final)
 
 
-def kinds(ledger: Ledger, operations: list[Operation]) -> set[Kind]:
+def kinds(ledger: Ledger, operations: list[Operation]) -> set[StrEnum]:
     return {violation.kind for violation in check(ledger, operations)}
 
 
@@ -91,10 +93,10 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
         {Kind.VERSION_GAP},
     ),
     "the ledger is empty": (Ledger((), State(0, 0)), [], {Kind.VERSION_GAP}),
-    "a balance is negative": (
+    "a balance is below the floor": (
         ledger(Entry(4, -30, -10, "c"), State(4, -10)),
         operations((C, replace(C, amount=-30)), (READ, replace(READ, balance=-10))),
-        {Kind.NEGATIVE_BALANCE},
+        {Kind.BELOW_FLOOR},
     ),
     "the account has another balance than its ledger": (
         replace(LEDGER, final=State(4, 26)),
@@ -178,6 +180,11 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
         operations((R, replace(R, amount=-20)), (R_AGAIN, None)),
         {Kind.GROUNDLESS_REFUSAL},
     ),
+    "a refusal took what is held for something that is free": (
+        LEDGER,
+        operations((R, replace(R, amount=-10, lowest=10)), (R_AGAIN, None)),
+        {Kind.GROUNDLESS_REFUSAL},
+    ),
     "a refusal names a state that never was": (
         LEDGER,
         operations((R, replace(R, balance=19)), (R_AGAIN, None)),
@@ -257,6 +264,23 @@ WRONG: dict[str, tuple[Ledger, list[Operation], set[Kind]]] = {
 
 RIGHT: dict[str, tuple[Ledger, list[Operation]]] = {
     "the example": (LEDGER, operations()),
+    "a balance above a floor below zero, and a refusal that keeps it": (
+        Ledger((*ENTRIES, Entry(5, -30, -5, "d")), State(5, -5), floor=-10),
+        operations(
+            more=(
+                Accepted("d", -30, 5, -5, 14, 15),
+                Refused("e", -6, 5, -5, 16, 17, lowest=-10),
+            )
+        ),
+    ),
+    "refusals for what is held, and for a balance that would be too large": (
+        LEDGER,
+        operations(
+            (R, replace(R, amount=-10, lowest=15)),
+            (R_AGAIN, None),
+            more=(Refused("l", LARGEST, 4, 25, 14, 15),),
+        ),
+    ),
     "the operations in another order": (LEDGER, operations()[::-1]),
     "an account nobody touched": (Ledger(ENTRIES[:1], State(1, 100)), []),
     "entries made before the run": (replace(LEDGER, opening_version=4), [READ]),
