@@ -7,7 +7,7 @@ with the same key. Every try is recorded.
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from random import choice, random
@@ -75,24 +75,30 @@ class _Try:
     replayed: bool
 
 
-class Load:
-    """Clients that change one account as fast as they are answered, until they are stopped."""
+class Clients:
+    """Clients of any number of instances, each of which does one thing after another until stopped.
 
-    def __init__(
-        self, urls: Sequence[str], user_id: int, *, connections: int = CONNECTIONS
-    ) -> None:
-        self.operations: list[Operation] = []
+    The names of all answers are counted; those that break the contract are kept as unexpected.
+    """
+
+    def __init__(self, urls: Sequence[str], *, connections: int = CONNECTIONS) -> None:
         self.answers: Counter[str] = Counter()
-        self.resolved: Counter[str] = Counter()
         self.unexpected: list[str] = []
         self.slowest_seconds = 0.0
+        self.keys = (f"{uuid4().hex[:8]}-{number}" for number in count())
         self._urls = list(urls)
-        self._user_id = user_id
         self._connections = connections
-        self._keys = (f"{uuid4().hex[:8]}-{number}" for number in count())
         self._stopping = asyncio.Event()
         self._clients: list[asyncio.Task[None]] = []
         self._http = _http()
+
+    async def act(self) -> None:
+        """Do one thing, until it is decided."""
+        raise NotImplementedError
+
+    def figures(self) -> str:
+        """Return a summary in one line."""
+        return f"answers {dict(self.answers)}; slowest request {self.slowest_seconds:.2f} s"
 
     async def __aenter__(self) -> Self:
         self._clients = [asyncio.create_task(self._work()) for _ in range(self._connections)]
@@ -123,6 +129,62 @@ class Load:
             assert monotonic() < deadline, f"stuck: {self.figures()} {self.unexpected[:3]}"
             await asyncio.sleep(0.005)
 
+    async def _work(self) -> None:
+        while not self._stopping.is_set():
+            await self.act()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, int | None] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[float, httpx.Response | httpx.TransportError, float]:
+        """Send a request to any instance; return when it was sent, its answer, and its end."""
+        url = choice(self._urls)
+        answer: httpx.Response | httpx.TransportError
+        sent = monotonic()
+        try:
+            answer = await self._http.request(method, url + path, json=body, headers=headers)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            answer, name = error, "no connection"
+        except httpx.TransportError as error:
+            answer, name = error, "cut"
+        else:
+            name = self._name(method, answer, keyed=headers is not None)
+        answered = monotonic()
+        self.slowest_seconds = max(self.slowest_seconds, answered - sent)
+        self.answers[name] += 1
+        return sent, answer, answered
+
+    def _name(self, method: str, answer: httpx.Response, *, keyed: bool) -> str:
+        """Return an answer's name for the count; record it if it breaks the contract."""
+        if answer.status_code == 503:
+            # An earlier try of the key may have had an effect, even if this one was not made.
+            applied = answer.json().get("applied")
+            expected = {"unknown"} if keyed else {"no", "unknown"} if method == "POST" else {None}
+            if "Retry-After" not in answer.headers or applied not in expected:
+                self.unexpected.append(f"503 {answer.headers} {answer.text}")
+            return f"503 {applied}" if method == "POST" else "GET 503"
+        if method == "GET":
+            if answer.status_code not in {200, 404}:
+                self.unexpected.append(f"{answer.status_code} to {answer.url}: {answer.text}")
+            return f"GET {answer.status_code}"
+        return str(answer.status_code)
+
+
+class Load(Clients):
+    """Clients that change one account as fast as they are answered, until they are stopped."""
+
+    def __init__(
+        self, urls: Sequence[str], user_id: int, *, connections: int = CONNECTIONS
+    ) -> None:
+        super().__init__(urls, connections=connections)
+        self.operations: list[Operation] = []
+        self.resolved: Counter[str] = Counter()
+        self._user_id = user_id
+
     async def first_answer_after(self, moment: float) -> float:
         """Wait until a change is decided after a moment; return how many seconds after."""
         deadline = monotonic() + PROGRESS_SECONDS
@@ -142,18 +204,17 @@ class Load:
         acknowledged = len({op.key for op in self.operations if isinstance(op, Accepted)})
         unknown = len({op.key for op in self.operations if isinstance(op, Unknown)})
         return (
-            f"{acknowledged} changes acknowledged; answers {dict(self.answers)}; "
-            f"{unknown} keys were unknown, resolved {dict(self.resolved)}; "
-            f"slowest request {self.slowest_seconds:.2f} s"
+            f"{acknowledged} changes acknowledged; {unknown} keys were unknown, "
+            f"resolved {dict(self.resolved)}; {super().figures()}"
         )
 
     # -- one connection -----------------------------------------------------------------------
 
-    async def _work(self) -> None:
-        while not self._stopping.is_set():
-            await self._decide(next(self._keys), choice(AMOUNTS))
-            if random() < 0.1:
-                await self._read()
+    async def act(self) -> None:
+        """Make a change, and sometimes read the account."""
+        await self._decide(next(self.keys), choice(AMOUNTS))
+        if random() < 0.1:
+            await self._read()
 
     async def _decide(self, key: str, amount: int) -> None:
         """Send a change, again and again if need be, until it is accepted or refused."""
@@ -184,7 +245,7 @@ class Load:
         self, key: str, amount: int
     ) -> Accepted | Refused | NotApplied | Unknown | None:
         """Send a change once; record and return its outcome as far as it is known."""
-        sent, answer, answered = await self._request(
+        sent, answer, answered = await self.request(
             "POST",
             "/api/balance",
             body={"userId": self._user_id, "amount": amount},
@@ -210,7 +271,9 @@ class Load:
 
     async def _look_up(self, key: str, amount: int) -> Accepted | Refused | Unknown:
         """Look up a change. "Not found" decides nothing: a try may still be under way."""
-        sent, answer, answered = await self._request("GET", f"/api/changes/{key}")
+        sent, answer, answered = await self.request(
+            "GET", f"/api/users/{self._user_id}/changes/{key}"
+        )
         if isinstance(answer, httpx.Response) and answer.status_code == 200:
             recorded = answer.json()
             asked = _Try(key, sent, answered, replayed=True)
@@ -241,50 +304,10 @@ class Load:
         return kind(tried.key, amount, version, balance, tried.sent, tried.answered, tried.replayed)
 
     async def _read(self) -> None:
-        sent, answer, answered = await self._request("GET", f"/api/users/{self._user_id}")
+        sent, answer, answered = await self.request("GET", f"/api/users/{self._user_id}")
         if isinstance(answer, httpx.Response) and answer.status_code == 200:
             body = answer.json()
             self.operations.append(Read(body["version"], body["balance"], sent, answered))
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: dict[str, int] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> tuple[float, httpx.Response | httpx.TransportError, float]:
-        """Send a request to any instance; return when it was sent, its answer, and its end."""
-        url = choice(self._urls)
-        answer: httpx.Response | httpx.TransportError
-        sent = monotonic()
-        try:
-            answer = await self._http.request(method, url + path, json=body, headers=headers)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            answer, name = error, "no connection"
-        except httpx.TransportError as error:
-            answer, name = error, "cut"
-        else:
-            name = self._name(method, answer)
-        answered = monotonic()
-        self.slowest_seconds = max(self.slowest_seconds, answered - sent)
-        self.answers[name] += 1
-        return sent, answer, answered
-
-    def _name(self, method: str, answer: httpx.Response) -> str:
-        """Return an answer's name for the count; record it if it breaks the contract."""
-        if answer.status_code == 503:
-            # An earlier try of the key may have had an effect, even if this one was not made.
-            applied = answer.json().get("applied")
-            expected = "unknown" if method == "POST" else None
-            if "Retry-After" not in answer.headers or applied != expected:
-                self.unexpected.append(f"503 {answer.headers} {answer.text}")
-            return f"503 {applied}" if method == "POST" else "GET 503"
-        if method == "GET":
-            if answer.status_code not in {200, 404}:
-                self.unexpected.append(f"{answer.status_code} to {answer.url}: {answer.text}")
-            return f"GET {answer.status_code}"
-        return str(answer.status_code)
 
 
 def _http() -> httpx.AsyncClient:

@@ -25,7 +25,7 @@ class MixedLoad(Load):
         while self._left:
             self._left -= 1
             # More withdrawals than deposits: the balance stays near zero, so that some are refused.
-            await self._decide(next(self._keys), choice((-7, -7, 7)))
+            await self._decide(next(self.keys), choice((-7, -7, 7)))
             if random() < 0.05:
                 await self._read()
 
