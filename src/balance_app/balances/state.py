@@ -37,9 +37,9 @@ WITH overdue AS MATERIALIZED (
                      holds_due_at = open.due_at
     FROM overdue CROSS JOIN open
     WHERE users.id = overdue.id AND users.hold_events = overdue.hold_events
-    RETURNING users.id, balance, held, version, overdue.at
+    RETURNING users.id, balance, held, version, overdue.at, clock_timestamp() AS ended_at
 )
-UPDATE holds SET state = 'expired', ended_at = account.at, balance = account.balance,
+UPDATE holds SET state = 'expired', ended_at = account.ended_at, balance = account.balance,
                  held = account.held, version = account.version
 FROM account
 WHERE user_id = account.id AND state = 'open' AND expires_at <= account.at
