@@ -60,15 +60,11 @@ Name: TypeAlias = int | tuple[int | None, str]
 class _Progress:
     """Whether an account changes while one request waits for it; times are monotonic."""
 
-    def __init__(self, user_id: int) -> None:
+    def __init__(self, user_id: int, began_at: float) -> None:
         self.user_id = user_id
-        self.begin()
-
-    def begin(self) -> None:
-        """Start the wait inside PostgreSQL."""
         # since when no change of the account is seen, when that was checked, and how many there
         # were then
-        self.since = self.checked_at = monotonic()
+        self.since = self.checked_at = began_at
         self.changes: int | None = None
 
     def observe(self, changes: int, age_seconds: float | None) -> None:
@@ -85,20 +81,30 @@ class _Progress:
 
 
 class _Wait:
-    """One request's wait for accounts or a key, or both."""
+    """One request's wait for accounts or a key, or both; times are monotonic."""
 
     def __init__(self, user_ids: tuple[int, ...], key: str | None, patience_seconds: float) -> None:
-        self.accounts = [_Progress(user_id) for user_id in user_ids]
-        self.key = None if key is None else (user_ids[0] if user_ids else None, key)
-        self.names: list[Name] = [*user_ids, *([] if self.key is None else [self.key])]
+        self.user_ids = user_ids
+        self.names: list[Name] = [*user_ids]
+        self.key: tuple[int | None, str] | None = None
+        if key is not None:
+            self.key = (user_ids[0] if user_ids else None, key)
+            self.names.append(self.key)
         self.until = monotonic() + patience_seconds
         self.begin()
 
     def begin(self) -> None:
         """Start the wait inside PostgreSQL."""
         self.began_at = monotonic()
-        for account in self.accounts:
-            account.begin()
+        # looked at from the first lock timeout on
+        self._accounts: list[_Progress] = []
+
+    @property
+    def accounts(self) -> list[_Progress]:
+        """The progress of each account since the wait began."""
+        if not self._accounts:
+            self._accounts = [_Progress(user_id, self.began_at) for user_id in self.user_ids]
+        return self._accounts
 
 
 class Guard:

@@ -195,7 +195,7 @@ async def _hold(connection: Connection, user_id: int, number: int) -> Hold:
 
 
 def _of(row: asyncpg.Record) -> Hold:
-    members: dict[str, Any] = {name: row[name] for name in Hold.__slots__}
+    members: dict[str, Any] = {name: row[name] for name in Hold._fields}
     return Hold(**members)
 
 

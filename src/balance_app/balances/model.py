@@ -1,7 +1,6 @@
 """What the statements on accounts take and return."""
 
 import json
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -16,8 +15,7 @@ from balance_app.http.body import MAX_INTEGER
 Refusal: TypeAlias = InsufficientFunds | BalanceLimitExceeded | UserFrozen
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """An account at one moment; `available`, what may be spent, is never below the floor."""
 
     user_id: int
@@ -28,6 +26,8 @@ class State:
     version: int
     settings_version: int = 1
     hold_events: int = 0
+    # whether a hold has to be ended first
+    overdue: bool = False
 
     @property
     def available(self) -> int:
@@ -39,8 +39,16 @@ class State:
         """Its entity tag: each change of the account raises one of its numbers, none ever falls."""
         return f"{self.version}.{self.settings_version}.{self.hold_events}"
 
-    def refusal(self, amount: int) -> Refusal | None:
-        """Return the problem of adding `amount` to what is available, None if it fits."""
+    def allows(self, amount: int) -> bool:
+        """Return whether `amount` may be added to what is available."""
+        return (
+            not self.frozen
+            and (amount > 0 or self.balance - self.held + amount >= self.floor)
+            and self.balance + amount <= MAX_INTEGER
+        )
+
+    def refusal(self, amount: int) -> Refusal:
+        """Return the problem of adding an `amount` that it does not allow."""
         members = {
             "user_id": self.user_id,
             "balance": self.balance,
@@ -51,11 +59,7 @@ class State:
         }
         if self.frozen:
             return UserFrozen(**members)
-        if amount < 0 and self.available + amount < self.floor:
-            return InsufficientFunds(**members)
-        if self.balance + amount > MAX_INTEGER:
-            return BalanceLimitExceeded(**members)
-        return None
+        return InsufficientFunds(**members) if amount < 0 else BalanceLimitExceeded(**members)
 
     def require(self, tags: list[str] | None) -> None:
         """Check an `If-Match`.
@@ -73,8 +77,7 @@ class State:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry of a user's ledger; `balance` and `held` are those after it.
 
     Of a transfer each half names the other; `reverses` is the version of the entry that it undoes,
@@ -96,8 +99,7 @@ class Entry:
     note: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """An amount that is reserved until the hold ends; `captured` is what was withdrawn of it.
 
     The last three members are the account just after it ended.
@@ -119,8 +121,7 @@ class Hold:
     version: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Movement:
+class Movement(NamedTuple):
     """A request that moves money, or reserves it.
 
     `amount` is added to what `user_id` has available. A transfer names who gets it, a hold for how
@@ -178,9 +179,7 @@ class Refused(NamedTuple):
     @property
     def problem(self) -> Refusal:
         """The problem that reports it."""
-        problem = self.state.refusal(self.amount)
-        assert problem is not None  # noqa: S101 - that is why it was refused
-        return problem
+        return self.state.refusal(self.amount)
 
 
 Outcome = Accepted | Refused

@@ -138,7 +138,8 @@ class BalanceRepository:
 
     async def _decide(self, movement: Movement, attempt: Attempt) -> Outcome:
         started = perf_counter()
-        users = [user_id for user_id, _ in movement.sides]
+        payee = movement.to_user_id
+        users = (movement.user_id,) if payee is None else (movement.user_id, payee)
         try:
             outcome = await self._guard.run(
                 lambda con: _decide(con, movement, attempt), *users, key=movement.key
@@ -203,7 +204,7 @@ async def _refusal(connection: Connection, movement: Movement) -> Refused | None
         state = await read_state(connection, user_id)
         if user_id == movement.user_id:
             state.require(movement.tags)
-        if refused is None and state.refusal(amount) is not None:
+        if refused is None and not state.allows(amount):
             refused = Refused(state, amount)
     return refused
 

@@ -57,9 +57,9 @@ async def read_state(connection: Connection, user_id: int) -> State:
         rows = await read(connection, STATE, user_id)
         if not rows:
             raise UserNotFound(user_id)
-        members = dict(rows[0])
-        if not members.pop("overdue"):
-            return State(**members)
+        state = State(**rows[0])
+        if not state.overdue:
+            return state
         await write(connection, EXPIRE, user_id)
     raise lost_every_race()
 
