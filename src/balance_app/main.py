@@ -51,6 +51,8 @@ from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
+from balance_app.web.account_actions import router as account_actions_router
+from balance_app.web.accounts import router as accounts_router
 from balance_app.web.actions import router as actions_router
 from balance_app.web.queries import PageQueries
 from balance_app.web.router import router as pages_router
@@ -92,7 +94,9 @@ def create_app(
     )
     for each in (movements, holds_api, users, statement):
         app.include_router(each.router)
-    for router in (jobs_router, health.router, pages_router, actions_router):
+    for router in (jobs_router, health.router):
+        app.include_router(router)
+    for router in (pages_router, accounts_router, actions_router, account_actions_router):
         app.include_router(router)
     openapi.add_docs(app)
     app.add_exception_handler(Problem, _problem_response)

@@ -19,7 +19,7 @@ from balance_app.sessions import PINNED, SEARCH_PATH
 OWN_PATHS: Final = frozenset(
     {
         *("api", "change", "docs", "health", "jobs", "live", "livez", "metrics", "openapi.json"),
-        *("problems", "readyz", "static"),
+        *("problems", "readyz", "static", "users"),
     }
 )
 

@@ -37,7 +37,8 @@ async def proxied(database: dict[str, str]) -> AsyncIterator[Instance]:
 async def test_every_address_follows_the_prefix(proxied: Instance, sent: str) -> None:
     """Links, forms, files and streams of pages; `Location`, problem types, the documentation."""
     async with http_client(proxied.url + sent) as client:
-        for page in ("/", "/jobs", "/jobs/job-a", "/jobs/job-a/cancel", "/docs", "/jobs/nothing"):
+        pages = ("/", "/jobs", "/jobs/job-a", "/jobs/job-a/cancel", "/docs", "/jobs/nothing")
+        for page in (*pages, "/users", "/users/1"):
             answer = await client.get(page)
             addresses = {unescape(each) for each in ADDRESS.findall(answer.text)}
             assert len(addresses) >= 4, (page, addresses)

@@ -140,6 +140,30 @@ async def add_example(connection: Connection) -> None:
         await add_run(connection, "job-waiting", began_ago=1000 - 120 * number)
 
 
+async def add_movements(site: Site) -> str:
+    """Open a user with a long name, holds, and entries of every kind; return the id."""
+    user, other = await site.open(9_000_000_000_000), await site.open()
+    name = f"customer-{user}-" + 150 * "m"
+    post = site.client.post
+    await site.client.patch(
+        f"/api/users/{user}",
+        json={"floor": -9_000_000_000_000, "externalId": name},
+        headers={"If-Match": "*"},
+        params={"by": 100 * "w"},
+    )
+    said = {"reference": 200 * "r", "note": "n " * 200}
+    sides = {"fromUserId": int(user), "toUserId": int(other)}
+    for amount in (5, 7_000_000_000_000):
+        await post("/api/transfers", json={**sides, "amount": amount, **said})
+    await post(f"/api/users/{user}/entries/2/reverse")
+    for _ in range(7):
+        hold = {"userId": int(user), "amount": 1_000_000_000_000, "expiresInSeconds": 9_000}
+        await post("/api/holds", json={**hold, **said})
+    await post(f"/api/holds/{user}-1/capture")
+    await post("/api/balance", json={"userId": int(user), "amount": -1})
+    return user
+
+
 def text(html: str, id_: str | None = None) -> str:
     """Return the text of a page, or of one element, as a screen reader gets it."""
     reader = _Reader(id_)

@@ -17,12 +17,13 @@ from tests.jobs.rows import add_instance, add_job, running
 from tests.processes import FLEET, Instance
 from tests.system.databases import kill, own_postgres
 from tests.web.browser import chromium, live, says, tab
-from tests.web.site import SECOND, Site, add_example, add_run
+from tests.web.site import SECOND, Site, add_example, add_movements, add_run
 
 PATHS: Final = (
     *("/", "/jobs", "/jobs/job-failed", "/jobs/job-running/cancel", "/jobs/none"),
     "/?user=x",
     "/?did=pause&job=job-paused",
+    *("/users", "/users?find=nobody", "/users/1", "/users/1?reverse=3", "/users/404404"),
 )
 # A marker that a reload would remove.
 MARK: Final = "window.mark = 1"
@@ -303,6 +304,46 @@ async def test_the_form_reports_a_change_and_a_refusal(site: Site, browser: Brow
         assert await site.value("SELECT balance FROM users WHERE id = $1", int(user)) == 70
 
 
+async def test_an_accounts_page_reports_in_place(site: Site, browser: Browser) -> None:
+    """Found by its external id; refusals keep what was typed; the name is remembered."""
+    user, other = await site.open(100), await site.open(0)
+    await site.client.patch(
+        f"/api/users/{user}", json={"externalId": f"name of {user}"}, headers={"If-Match": "*"}
+    )
+    async with tab(browser, site.instance.url) as page:
+        await page.goto("/users")
+        await page.get_by_label("User, by id or external id").fill(f"name of {user}")
+        await page.get_by_role("button", name="Find").click()
+        await page.get_by_role("heading", name=f"User {user}").wait_for()
+        await page.evaluate(MARK)
+        await page.locator("#transfer summary").click()
+        form = page.get_by_role("form", name="Transfer to another user")
+        await form.get_by_label("To user").fill(other)
+        await form.get_by_label("Amount").fill("130")
+        await form.get_by_label("Reference").fill("rent & more")
+        await form.get_by_role("button", name="Transfer").click()
+        await says(page, "#said-transfer", "30 more would be needed. Nothing was changed.")
+        assert await form.get_by_label("Reference").input_value() == "rent & more"
+        await form.get_by_label("Amount").fill("30")
+        await form.get_by_label("Amount").press("Enter")
+        await says(page, "#said-transfer", f"Done: transferred 30 to user {other}.")
+        await says(page, "#statement", "rent & more")
+        assert await form.get_by_label("Amount").input_value() == ""
+        await page.locator("#freeze summary").click()
+        form = page.get_by_role("form", name="Freeze")
+        await form.get_by_label("Your name").fill("ada")
+        await form.get_by_role("button").click()
+        await says(page, "#said-freeze", "and the account is frozen.")
+        await page.get_by_role("button", name="Thaw the account").click()
+        await says(page, "#said-freeze", "and the account is not frozen.")
+        await says(page, ".details", "set by ada")
+        assert await page.evaluate(MARKED) == 1
+        assert page.url == f"{site.instance.url}/users/{user}"
+        await page.get_by_role("link", name=f"user {other}").click()
+        assert await page.locator("tr:target").inner_text() != ""
+        assert page.url == f"{site.instance.url}/users/{other}?before=3#entry-2"
+
+
 async def test_everything_works_without_scripts(site: Site, browser: Browser) -> None:
     """The page is complete, and each button is a form."""
     await add_example(site.connection)
@@ -330,6 +371,19 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
         await page.get_by_label("Amount").fill("1")
         await page.get_by_role("button", name="Change it").click()
         assert f"User {user} then had 99." in await page.inner_text("#changed")
+        await page.goto(f"/users/{user}")
+        await page.locator("#hold summary").click()
+        form = page.get_by_role("form", name="Hold an amount")
+        await form.get_by_label("Amount").fill("1000")
+        await form.get_by_role("button").click()
+        assert "901 more would be needed" in await page.inner_text("#said-hold")
+        assert await focused(page) == "INPUT"
+        await form.get_by_label("Amount").fill("20")
+        await form.get_by_role("button").click()
+        assert "Done: 20 is held until" in await page.inner_text("#said-hold")
+        await page.get_by_label("Amount to capture of hold 1").fill("5")
+        await page.get_by_role("button", name="Capture").click()
+        assert "Done: captured 5 of hold 1." in await page.inner_text("#said-holds")
 
 
 # -- accessibility ---------------------------------------------------------------------------
@@ -386,8 +440,9 @@ async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> No
     await add_example(site.connection)
     gone = await add_instance(site.connection, "app3", seen_seconds_ago=20)
     await add_run(site.connection, "job-waiting", "lost", began_ago=50, server="app3", holder=gone)
+    user = await add_movements(site)
     async with tab(browser, site.instance.url, color_scheme=theme) as page:
-        for path in PATHS:
+        for path in (*PATHS, f"/users/{user}?hold=1", f"/users?after={int(user) - 1}"):
             await page.goto(path)
             if await page.locator("#pause").is_visible():
                 await says(page, "#state", "live")
@@ -413,9 +468,10 @@ async def test_nothing_is_cut_off_on_a_narrow_screen(
         "a-job-with-a-very-long-name-that-is-as-long-as-a-name-may-be-xyz",
         due_at=-SECOND * 90_000,
     )
+    user = await add_movements(site)
     size = {"width": width, "height": 700}
     async with tab(browser, site.instance.url, viewport=size, device_scale_factor=scale) as page:
-        for path in PATHS:
+        for path in (*PATHS, f"/users/{user}?hold=1", f"/users?after={int(user) - 1}"):
             await page.goto(path)
             wide = await page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, (path, wide)

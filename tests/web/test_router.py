@@ -595,7 +595,7 @@ NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 1
         ({"amount": "1.5"}, 422, NO_AMOUNT),
         ({"amount": "0"}, 422, NO_AMOUNT),
         ({"amount": "9007199254740992"}, 422, NO_AMOUNT),
-        ({"what": "double"}, 422, NO_AMOUNT),
+        ({"what": "double"}, 422, "Not done. Wrong in /what: not-withdraw-or-add."),
     ],
 )
 async def test_a_refused_change_is_reported_in_words(

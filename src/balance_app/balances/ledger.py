@@ -74,6 +74,11 @@ class LedgerRepository:
 
         return await self._database.run(find)
 
+    async def reversals(self, user_id: int, versions: list[int]) -> dict[int, int]:
+        """Return which of these entries are reversed, and by which entry each."""
+        rows = await self._database.run(lambda con: read(con, REVERSALS, user_id, versions))
+        return {row["reverses"]: row["version"] for row in rows}
+
     async def past(
         self, user_id: int, *, at: datetime | None = None, version: int | None = None
     ) -> Entry:
@@ -187,6 +192,10 @@ SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_ve
        hold, reference, note
 FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 AND reference = $5
 ORDER BY version DESC LIMIT $4
+"""
+
+REVERSALS: Final = """
+SELECT reverses, version FROM entries WHERE user_id = $1 AND reverses = ANY ($2::bigint[])
 """
 
 DAILY_BALANCES: Final = """

@@ -1,54 +1,28 @@
-"""The page's actions: control jobs and change balances, by forms that need no scripts."""
+"""The forms that control jobs."""
 
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
-from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
-from balance_app.balances.api.schemas import KEY_PATTERN
-from balance_app.balances.errors import InsufficientFunds, UserFrozen
-from balance_app.balances.model import Movement, Refusal, Refused
-from balance_app.errors import (
-    DatabaseUnavailable,
-    InvalidRequest,
-    MalformedRequest,
-    Overloaded,
-    Problem,
-    UnsupportedMediaType,
-)
-from balance_app.http.body import header_values, parse_json, read_body
+from balance_app.errors import DatabaseUnavailable, InvalidRequest, Overloaded, Problem
+from balance_app.http.body import parse_json
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import refuse_other_sites, wake
 from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, RunRequest, ScheduleRequest
-from balance_app.web import view_models
-from balance_app.web.router import (
-    NO_USER,
-    ChangeAttempt,
-    Message,
-    PageRoute,
-    balances_of,
-    came_from,
-    is_number,
-    job_page,
-    overview_page,
-    sentence,
-)
+from balance_app.web.forms import go_to, read_form
+from balance_app.web.pages import Message, PageRoute, came_from, is_number
+from balance_app.web.router import job_page, overview_page
 
-FIELDS: Final = 20
-
-_TYPE: Final = b"application/x-www-form-urlencoded"
-_NO_AMOUNT: Final = "Not done: an amount is a whole number above 0, up to 9 007 199 254 740 991."
 _NO_SCHEDULE: Final = "Give either an interval, or a cron expression with or without a zone."
 _NO_INTERVAL: Final = "An interval is a whole number of seconds, at least 1."
-_AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
 
 
 class JobForm(Pause):
@@ -147,7 +121,7 @@ async def forget_job(request: Request, name: str) -> Response:
 
 async def _control(request: Request, name: str, what: str, action: Action) -> Response:
     """Do something to a job, and go back to the page that has the button."""
-    form = await _form(request)
+    form = await read_form(request)
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise JobNotFound(name)
     own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
@@ -169,90 +143,4 @@ async def _control(request: Request, name: str, what: str, action: Action) -> Re
     back = f"/jobs/{name}" if own_page else "/"
     if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
         what = "cancel-late"
-    return _go_to(f"{back}?did={what}&job={name}#job-{name}")
-
-
-@router.post("/change")
-async def change_balance(request: Request) -> Response:
-    """Change a balance; the form's key makes it take effect once, however often it is sent."""
-    form = await _form(request)
-    user, key = form.get("user", "").strip(), form.get("key", "")
-    amount = re.sub(r"\s", "", form.get("amount", ""))
-    form["user"] = user
-    if not is_number(user):
-        attempt = ChangeAttempt(
-            form, Message("bad", f"Not done: {NO_USER[0].lower()}{NO_USER[1:]}"), 422
-        )
-    elif not is_number(amount) or form.get("what") not in {"withdraw", "add"}:
-        attempt = ChangeAttempt(form, Message("bad", _NO_AMOUNT), 422)
-    elif not re.fullmatch(KEY_PATTERN, key, re.ASCII):
-        raise MalformedRequest("The form is incomplete. Load the page again.")
-    else:
-        change = int(amount) if form["what"] == "add" else -int(amount)
-        try:
-            outcome = await balances_of(request).change(Movement(int(user), change, key))
-        except (DatabaseUnavailable, Overloaded) as problem:
-            unknown = problem.applied == "unknown"
-            message = Message(
-                "bad", sentence(problem, request.method) + (_AGAIN if unknown else "")
-            )
-            attempt = ChangeAttempt(form, message, problem.status, keep_key=True)
-        except Problem as problem:
-            attempt = ChangeAttempt(
-                form, Message("bad", f"Not done. {problem.detail}"), problem.status
-            )
-        else:
-            if not isinstance(outcome, Refused):
-                assert outcome.entry is not None  # noqa: S101 - that of a change
-                return _go_to(f"/?user={user}&entry={outcome.entry.version}#balances")
-            refused = outcome.problem
-            attempt = ChangeAttempt(form, Message("bad", _refused(refused)), refused.status)
-    return await overview_page(request, attempt=attempt)
-
-
-def _refused(problem: Refusal) -> str:
-    members = cast("dict[str, int]", problem.members)
-    user, has, amount = (
-        members["userId"],
-        view_models.number(members["balance"]),
-        abs(members["amount"]),
-    )
-    if isinstance(problem, UserFrozen):
-        return f"Not done: user {user} is frozen. Nothing was changed."
-    if isinstance(problem, InsufficientFunds):
-        return (
-            f"Not done: user {user} has {has}, so {view_models.number(amount)} can't be withdrawn. "
-            f"{view_models.number(members['shortfall'])} more would be needed. Nothing was changed."
-        )
-    return (
-        f"Not done: user {user} has {has}, and {view_models.number(amount)} more would exceed the "
-        f"largest balance by {view_models.number(members['excess'])}. Nothing was changed."
-    )
-
-
-async def _form(request: Request) -> dict[str, str]:
-    """Read the fields of a form; all are text.
-
-    Raises:
-        UnsupportedMediaType: it is not a form.
-        MalformedRequest: it can't be read, or names a field twice.
-        BodyTooLarge, RequestTimeout: as `read_body` says.
-    """
-    declared = header_values(request, b"content-type")
-    if [value.partition(b";")[0].strip().lower() for value in declared] != [_TYPE]:
-        raise UnsupportedMediaType("Send the form as application/x-www-form-urlencoded.")
-    raw = await read_body(request)
-    try:
-        pairs = parse_qsl(
-            raw.decode("ascii"), keep_blank_values=True, max_num_fields=FIELDS, errors="strict"
-        )
-    except ValueError:
-        raise MalformedRequest("The form can't be read.") from None
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise MalformedRequest("The form names a field twice.")
-    return fields
-
-
-def _go_to(where: str) -> Response:
-    return RedirectResponse(where, status_code=303, headers={"Cache-Control": "no-store"})
+    return go_to(f"{back}?did={what}&job={name}#job-{name}")

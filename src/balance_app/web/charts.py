@@ -1,7 +1,7 @@
-"""Charts of runs, in SVG without inline styles."""
+"""Charts of runs and of balances, in SVG without inline styles."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from markupsafe import Markup
@@ -9,7 +9,7 @@ from markupsafe import Markup
 from balance_app.formatting import duration
 from balance_app.states import Tone, outcome_predicate, outcome_sign
 from balance_app.web.queries import Runs
-from balance_app.web.view_models import clock_time, exact
+from balance_app.web.view_models import clock_time, exact, number
 
 SPARK_RUNS: Final = 20
 LANE_SECONDS: Final = 1800.0
@@ -152,6 +152,44 @@ def durations(runs: Runs, now: float) -> Markup:
         "</figcaption></figure>"
     ).format(
         label=label, bars=bars, first=exact(runs[0]["started"]), last=exact(runs[-1]["started"])
+    )
+
+
+def balances(points: Sequence[tuple[float, int]]) -> Markup:
+    """Draw a balance by its changes (moments since 1970 and balances), the oldest first.
+
+    Each balance lasts until the next one.
+    """
+    if len(points) < 2:  # noqa: PLR2004 - a line has two ends
+        return Markup('<p class="none">It has not changed yet.</p>')
+    (began, first), (ended, last) = points[0], points[-1]
+    lowest, highest = (end(balance for _, balance in points) for end in (min, max))
+
+    def x(moment: float) -> float:
+        return round(1000 * (moment - began) / ((ended - began) or 1.0), 1)
+
+    def y(balance: int) -> float:
+        return round(100 - 100 * (balance - lowest) / ((highest - lowest) or 1), 1)
+
+    steps = "".join(f"H{x(moment)}V{y(balance)}" for moment, balance in points[1:])
+    line = f"M0 {y(first)}{steps}"
+    label = (
+        f"The balance from {exact(began)} to {exact(ended)}: first {number(first)}, "
+        f"lowest {number(lowest)}, highest {number(highest)}, last {number(last)}."
+    )
+    return Markup(
+        '<figure class="durations past"><svg width="100%" height="112" viewBox="0 -4 1000 108" '
+        'preserveAspectRatio="none" role="img" aria-label="{label}"><title>{label}</title>'
+        '<path class="area" d="{line}V104H0Z"/><path class="line" d="{line}"/></svg>'
+        "<figcaption><span>{began}</span><span>lowest {lowest}, highest {highest}</span>"
+        "<span>{ended}</span></figcaption></figure>"
+    ).format(
+        label=label,
+        line=line,
+        began=exact(began),
+        ended=exact(ended),
+        lowest=number(lowest),
+        highest=number(highest),
     )
 
 

@@ -94,11 +94,6 @@ class PageQueries:
         (row,) = await self._database.run(lambda con: read_in_order(con, LAST_RUNS, [job], limit))
         return list(from_json(row["runs"]))
 
-    async def entries(self, user_id: int, *, before: int, limit: int) -> list[dict[str, Any]]:
-        """Return up to `limit` entries of a user with versions below `before`, the latest first."""
-        rows = await self._database.run(lambda con: read(con, ENTRIES, user_id, before, limit))
-        return [dict(row) for row in rows]
-
     def _rates(self, changes: int, refusals: int) -> tuple[float | None, float | None]:
         now = monotonic()
         self._counted.append((now, changes, refusals))
@@ -191,8 +186,3 @@ FROM unnest($1::text[]) AS shown(name) CROSS JOIN LATERAL (
 """
 
 CHECKPOINT: Final = "SELECT checkpoint::text FROM jobs WHERE name = $1"
-
-ENTRIES: Final = """
-SELECT version, amount, balance, at, key FROM entries
-WHERE user_id = $1 AND version < $2 ORDER BY version DESC LIMIT $3
-"""

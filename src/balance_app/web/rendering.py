@@ -72,6 +72,7 @@ def templates() -> Environment:
         "job_sign": states.job_sign,
         "outcome_sign": states.outcome_sign,
         "outcome_predicate": states.outcome_predicate,
+        "due": view_models.due,
         "why": view_models.why,
         "share": view_models.share,
     }

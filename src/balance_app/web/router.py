@@ -1,38 +1,42 @@
 """The operator's page, at `/`: what every instance and job does, and users' balances.
 
 It uses both features, which do not import it, and is complete without scripts: each button is
-a form (`actions.py`), each answer a page.
+a form (`actions.py`, `movements.py`), each answer a page.
 """
 
-import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from datetime import date
 from secrets import token_urlsafe
 from typing import Any, Final, NamedTuple, cast
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter
-from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
-from typing_extensions import override
 
 from balance_app.balances.accounts import AccountRepository
-from balance_app.balances.ledger import LedgerRepository
-from balance_app.balances.repository import BalanceRepository
+from balance_app.balances.ledger import LedgerRepository, Selection
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
 from balance_app.jobs.api.errors import JobNotFound, RunNotFound
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
-from balance_app.settings import Settings
 from balance_app.states import Outcome, State
 from balance_app.web import charts, view_models
+from balance_app.web.pages import (
+    NO_USER,
+    Message,
+    PageRoute,
+    came_from,
+    is_number,
+    respond,
+    sentence,
+    stream_of,
+)
 from balance_app.web.queries import PageQueries
-from balance_app.web.rendering import accepts_gzip, file, page
-from balance_app.web.stream import PageStream, PageStreamResponse
+from balance_app.web.rendering import accepts_gzip, file
+from balance_app.web.stream import PageStreamResponse
 
 RUNS_ON_PAGE: Final = 25
 JOBS_ON_PAGE: Final = 100
@@ -41,16 +45,6 @@ DAYS_SHOWN: Final = 5
 DURATIONS_SHOWN: Final = 60
 FIRST_USER: Final = "1"
 STATES: Final = ("", *State, "overdue", "failed")
-NO_USER: Final = "A user's number is a whole number above 0."
-
-_NUMBER: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
-
-
-class Message(NamedTuple):
-    """A sentence about the outcome of a request; its tone is `good` or `bad`."""
-
-    tone: str
-    sentence: str
 
 
 class ChangeAttempt(NamedTuple):
@@ -63,46 +57,7 @@ class ChangeAttempt(NamedTuple):
     keep_key: bool = False
 
 
-class PageRoute(APIRoute):
-    """A route that returns problems as pages too."""
-
-    @override
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_for_people(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Problem as problem:
-                return problem_page(request, problem)
-
-        return handle_for_people
-
-
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
-
-
-def problem_page(request: Request, problem: Problem) -> Response:
-    """Return a problem as a page; at `/` a temporary one reconnects by itself."""
-    temporary = path_of(request, request.scope["path"]) == "/" and isinstance(
-        problem, DatabaseUnavailable | Overloaded
-    )
-    view = {
-        "heading": problem.title,
-        "sentence": sentence(problem, request.method),
-        "reconnects": temporary,
-    }
-    return _page(request, "problem.html", view, status=problem.status, headers=problem.headers)
-
-
-def sentence(problem: Problem, method: str) -> str:
-    """Return what a problem means for a request of this method, as a sentence."""
-    body = problem.body(method)
-    if body.get("applied") == "unknown":
-        return f"It is not known whether it was done. {problem.detail}"
-    if isinstance(problem, DatabaseUnavailable):
-        return f"{body['detail']} This page reconnects by itself."
-    return str(body["detail"])
 
 
 @router.get("/")
@@ -158,7 +113,7 @@ async def list_jobs(request: Request) -> Response:
         "state_is": state,
         "states": STATES,
     }
-    return _page(request, "jobs.html", view)
+    return respond(request, "jobs.html", view)
 
 
 @router.get("/jobs/{name}")
@@ -176,14 +131,14 @@ async def confirm_cancel(request: Request, name: str) -> Response:
         "checkpoint": await _queries(request).checkpoint(name),
         "back": "job" if came_from(request) == f"/jobs/{name}" else "",
     }
-    return _page(request, "cancel.html", view)
+    return respond(request, "cancel.html", view)
 
 
 @router.get("/jobs/{name}/forget")
 async def confirm_forget(request: Request, name: str) -> Response:
     """Ask for confirmation before a job is forgotten."""
     job = _job(await stream_of(request).refresh(), name)
-    return _page(request, "forget.html", {"job": job})
+    return respond(request, "forget.html", {"job": job})
 
 
 @router.get("/jobs/{name}/runs/{run}")
@@ -195,7 +150,7 @@ async def show_run(request: Request, name: str, run: str) -> Response:
     if found.run.job != name:
         raise RunNotFound(int(run))
     await stream_of(request).refresh()
-    return _page(request, "run.html", dict(found))
+    return respond(request, "run.html", dict(found))
 
 
 # -- the overview ----------------------------------------------------------------------------
@@ -217,7 +172,11 @@ async def overview_page(
         if stream.fragments.snapshot is None:
             raise
         status, headers = problem.status, problem.headers
-        message = Message("bad", f"{sentence(problem, 'GET')} The last known state is below.")
+        message = Message(
+            "bad",
+            f"{sentence(problem, 'GET')} This page reconnects by itself. "
+            "The last known state is below.",
+        )
     snapshot = stream.fragments.snapshot
     assert snapshot is not None  # noqa: S101 - else it was raised
     now = snapshot.now.timestamp()
@@ -238,7 +197,7 @@ async def overview_page(
             "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
         },
     }
-    return _page(request, "overview.html", view, status=status, headers=headers)
+    return respond(request, "overview.html", view, status=status, headers=headers)
 
 
 async def _account(request: Request, user: str) -> dict[str, Any]:
@@ -249,10 +208,11 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
     upto = int(before) if is_number(before) else MAX_INTEGER
     try:
         account = await services(request)[AccountRepository].account(int(user))
-        entries = await _queries(request).entries(int(user), before=upto, limit=ENTRIES_SHOWN + 1)
-        days = await services(request)[LedgerRepository].daily_balances(
-            int(user), before=date.max, limit=DAYS_SHOWN
+        ledger = services(request)[LedgerRepository]
+        entries = await ledger.entries(
+            int(user), Selection(), after=upto, limit=ENTRIES_SHOWN + 1, descending=True
         )
+        days = await ledger.daily_balances(int(user), before=date.max, limit=DAYS_SHOWN)
     except Problem as problem:
         return {"requested": user, "problem": sentence(problem, "GET")}
     shown = entries[:ENTRIES_SHOWN]
@@ -261,10 +221,12 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
         "problem": None,
         "user": account.user_id,
         "balance": account.balance,
+        "held": account.held,
+        "available": account.available,
         "version": account.version,
         "entries": shown,
         "days": days,
-        "older": shown[-1]["version"] if len(entries) > ENTRIES_SHOWN else None,
+        "older": shown[-1].version if len(entries) > ENTRIES_SHOWN else None,
     }
 
 
@@ -274,15 +236,14 @@ async def _entry_message(request: Request, user: str) -> Message | None:
     if not is_number(user) or not is_number(version):
         return None
     try:
-        found = await _queries(request).entries(int(user), before=int(version) + 1, limit=1)
+        entry = await services(request)[LedgerRepository].past(int(user), version=int(version))
     except Problem:
         return None
-    if not found or found[0]["version"] != int(version):
-        return None
-    amount, balance = found[0]["amount"], view_models.number(found[0]["balance"])
-    did = "added" if amount > 0 else "withdrew"
+    did = "added" if entry.amount > 0 else "withdrew"
     return Message(
-        "good", f"Done: {did} {view_models.number(abs(amount))}. User {user} then had {balance}."
+        "good",
+        f"Done: {did} {view_models.number(abs(entry.amount))}. "
+        f"User {user} then had {view_models.number(entry.balance)}.",
     )
 
 
@@ -350,7 +311,7 @@ async def job_page(
         "next": page.next,
     }
     if forgotten is not None:
-        return _page(request, "forgotten.html", {**view, "forgotten": forgotten})
+        return respond(request, "forgotten.html", {**view, "forgotten": forgotten})
     view |= {
         "message": message or _job_message(request),
         "version": version,
@@ -358,7 +319,7 @@ async def job_page(
         "row": row,
         "checkpoint": await queries.checkpoint(name),
     }
-    return _page(request, "job.html", view, status=status)
+    return respond(request, "job.html", view, status=status)
 
 
 def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
@@ -368,51 +329,5 @@ def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
     return cast("view_models.Job", from_json(status.text))
 
 
-# -- requests --------------------------------------------------------------------------------
-
-
-def is_number(text: str) -> bool:
-    """Say whether a text is a whole number from 1 to 2^53-1."""
-    return _NUMBER.fullmatch(text) is not None and 1 <= int(text) <= MAX_INTEGER
-
-
-def came_from(request: Request) -> str:
-    """Return the path of the page that a request was sent from, by its Referer."""
-    return path_of(request, urlsplit(request.headers.get("referer", "")).path)
-
-
-def path_of(request: Request, path: str) -> str:
-    """Return a path without ROOT_PATH."""
-    return path.removeprefix(request.scope["root_path"])
-
-
-def stream_of(request: Request) -> PageStream:
-    """Return the page's event stream, with its fragments."""
-    return services(request)[PageStream]
-
-
-def balances_of(request: Request) -> BalanceRepository:
-    """Return the balances."""
-    return services(request)[BalanceRepository]
-
-
 def _queries(request: Request) -> PageQueries:
     return services(request)[PageQueries]
-
-
-def _page(
-    request: Request,
-    template: str,
-    view: Mapping[str, object],
-    *,
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    fragments = stream_of(request).fragments
-    common = {
-        "message": None,
-        "title": fragments.title,
-        "now": fragments.snapshot.now.timestamp() if fragments.snapshot else None,
-        "server": services(request)[Settings].server_id,
-    }
-    return page(request, template, {**common, **view}, status=status, headers=headers)

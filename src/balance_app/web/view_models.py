@@ -33,7 +33,9 @@ CLOCKS: Final[dict[str, Callable[[float], str]]] = {
 
 def number(value: float | None, digits: int = 0) -> str:
     """Return a number with its thousands separated: "12 000"."""
-    return "…" if value is None else f"{value:,.{digits}f}".replace(",", "\u202f")
+    if value is None:
+        return "…"
+    return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\N{MINUS SIGN}")
 
 
 def rate(value: float | None) -> str:

@@ -165,10 +165,12 @@ async function load(address, options) {
     document.body.dataset.stream = page.body.dataset.stream;
     document.title = page.title;
     if (page.body.dataset.now) setClock(+page.body.dataset.now);
+    if (!page.body.dataset.stream) write(state.lastChild, page.getElementById("state").lastChild.textContent);
     if (options && answer.redirected) history.replaceState(null, "", new URL(answer.url).pathname);
     connect(new URL(page.body.dataset.stream, location.href).searchParams.get("since"));
   } catch {
-    if (options) byId("message").innerHTML = '<p class="message bad">Nobody answers. It is not known whether it was done: check before you repeat it.</p>';
+    const next = options?.body.has("key") ? "send the form again, as it is: it takes effect once" : "check before you repeat it";
+    if (options) byId("message").innerHTML = `<p class="message bad">Nobody answers. It is not known whether it was done: ${next}.</p>`;
   } finally {
     busy = false;
   }

@@ -1,0 +1,120 @@
+"""Why a form did nothing, as a sentence for the person who sent it."""
+
+from typing import Any, Final
+
+from balance_app.balances.errors import (
+    BalanceLimitExceeded,
+    CaptureExceedsHold,
+    ExternalIdTaken,
+    FloorNotCovered,
+    HoldEnded,
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    NotReversible,
+    UserFrozen,
+)
+from balance_app.errors import DatabaseUnavailable, InvalidRequest, Overloaded, Problem
+from balance_app.http.body import MAX_INTEGER
+from balance_app.web.pages import sentence
+from balance_app.web.view_models import exact, number
+
+_FAULTS: Final = {
+    "/user": "a user's number is a whole number above 0.",
+    "/amount": f"an amount is a whole number above 0, up to {number(MAX_INTEGER)}.",
+    "/to": "a user's number is a whole number above 0.",
+    "/same": "a transfer is between two users, and this is the same one twice.",
+    "/reference": "a reference has at most 200 printable characters.",
+    "/note": "a note has at most 500 printable characters.",
+    "/lasts": "a hold lasts at least a second, and at most a year.",
+    "/entry": "an entry's number is a whole number above 0.",
+    "/floor": "a floor is a whole number; below 0 it allows an overdraft.",
+    "/externalId": "an external id has at most 200 printable characters.",
+    "/by": "a name has at most 100 printable characters.",
+}
+_AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
+
+
+def refusal(problem: Problem, done: str) -> str:
+    """Return why a form did nothing, or that this is not known.
+
+    `done` says what would have been done with an amount: "withdrawn".
+    """
+    if isinstance(problem, DatabaseUnavailable | Overloaded):
+        return sentence(problem, "POST") + (_AGAIN if problem.applied == "unknown" else "")
+    members: dict[str, Any] = problem.members
+    if isinstance(problem, InvalidRequest):
+        why = _FAULTS.get(members["errors"][0]["pointer"])
+        return f"Not done. {problem.detail}" if why is None else f"Not done: {why}"
+    why = _of_account(problem, members, done) or _of_request(problem, members)
+    return f"Not done. {problem.detail}" if why is None else f"Not done: {why} Nothing was changed."
+
+
+def _of_account(problem: Problem, has: dict[str, Any], done: str) -> str | None:
+    """Return what the state of the account does not allow."""
+    match problem:
+        case InsufficientFunds():
+            return (
+                f"{_has(has)}, so {number(-has['amount'])} can't be {done}. "
+                f"{number(has['shortfall'])} more would be needed."
+            )
+        case BalanceLimitExceeded():
+            return (
+                f"user {has['userId']} has {number(has['balance'])}, and {number(has['amount'])} "
+                f"more would exceed the largest balance by {number(has['excess'])}."
+            )
+        case UserFrozen():
+            return (
+                f"user {has['userId']} is frozen, and no money moves into or out of this account "
+                "until it is thawed."
+            )
+        case FloorNotCovered():
+            return f"{_has(has)}, which is less than a floor of {number(has['floor'])}."
+        case _:
+            return None
+
+
+def _of_request(problem: Problem, members: dict[str, Any]) -> str | None:
+    """Return what is wrong with the request, whatever the account has."""
+    match problem:
+        case ExternalIdTaken():
+            return "another user has this external id."
+        case NotReversible():
+            entry, reverses = number(members["version"]), members["reverses"]
+            return f"entry {entry} " + (
+                "moved nothing, so there is nothing to reverse."
+                if reverses is None
+                else f"is itself the reversal of entry {number(reverses)}."
+            )
+        case CaptureExceedsHold():
+            hold, amount = number(members["held"]), number(members["amount"])
+            return f"the hold is {hold}, so {amount} can't be captured."
+        case HoldEnded():
+            how = {"captured": "was captured", "voided": "was voided"}.get(
+                members["state"], "expired"
+            )
+            part = f" with {number(members['captured'])}" if members["captured"] else ""
+            return f"the hold {how}{part} at {exact(members['endedAt'])}."
+        case IdempotencyKeyReused():
+            return (
+                "this form was sent before with other values, and what became of that is in the "
+                "statement. Press the button again to request these values, too."
+            )
+        case _:
+            return None
+
+
+def _has(state: dict[str, Any]) -> str:
+    """Return what a user has, and why not all of it may be spent."""
+    user, balance, held = state["userId"], number(state["balance"]), state["held"]
+    has = f"user {user} has {balance}"
+    if held:
+        has = (
+            f"user {user} has {number(state['available'])} available "
+            f"({balance}, of which {number(held)} is held)"
+        )
+    if "amount" not in state or not state["floor"]:
+        return has
+    floor = state["floor"]
+    return f"{has} and " + (
+        f"may go down to {number(floor)}" if floor < 0 else f"has to keep {number(floor)}"
+    )
