@@ -22,12 +22,10 @@ ALTER TABLE users
     ADD COLUMN holds_due_at timestamptz NOT NULL DEFAULT 'infinity',
     ADD COLUMN changed_at timestamptz NOT NULL DEFAULT '-infinity',
     DROP CONSTRAINT users_balance_check,
-    ADD CONSTRAINT users_balance_check CHECK (balance <= 9007199254740991),
-    -- never fire alone: the conditional UPDATE refuses first
-    ADD CONSTRAINT users_available_check CHECK (balance - held >= floor),
-    ADD CONSTRAINT users_held_check CHECK (held >= 0),
-    ADD CONSTRAINT users_floor_check
-        CHECK (floor BETWEEN -9007199254740991 AND 9007199254740991);
+    -- never fires: the conditional UPDATE refuses first; one constraint, as each costs every UPDATE
+    ADD CONSTRAINT users_balance_check CHECK (
+        held >= 0 AND balance - held >= floor AND balance <= 9007199254740991
+    );
 COMMENT ON COLUMN users.hold_events IS 'how often a hold was placed or ended';
 COMMENT ON COLUMN users.holds_due_at IS 'no open hold expires before it';
 COMMENT ON COLUMN users.changed_at IS 'the time of the last entry, which no later one goes before';
@@ -126,6 +124,8 @@ CREATE TABLE user_settings (
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
     by text,
     CONSTRAINT user_settings_pkey PRIMARY KEY (user_id, settings_version),
+    CONSTRAINT user_settings_floor_check
+        CHECK (floor BETWEEN -9007199254740991 AND 9007199254740991),
     CONSTRAINT user_settings_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id)
 );
 UPDATE balance_app_version SET compatible_from = '0012';
@@ -154,7 +154,6 @@ ALTER TABLE entries
     ADD CONSTRAINT entries_balance_check CHECK (balance >= 0);
 ALTER TABLE users
     DROP CONSTRAINT users_balance_check,
-    DROP CONSTRAINT users_available_check,
     DROP COLUMN held, DROP COLUMN floor, DROP COLUMN frozen, DROP COLUMN settings_version,
     DROP COLUMN hold_events, DROP COLUMN holds_due_at, DROP COLUMN changed_at,
     ADD CONSTRAINT users_balance_check CHECK (balance BETWEEN 0 AND 9007199254740991);

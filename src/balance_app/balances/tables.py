@@ -43,10 +43,9 @@ users = Table(
     Column("holds_due_at", DateTime(timezone=True), nullable=False, server_default="infinity"),
     # the time of the last entry, which no later one goes before
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
-    CheckConstraint(f"balance <= {MAX_INTEGER}", name="balance"),
-    CheckConstraint("balance - held >= floor", name="available"),
-    CheckConstraint("held >= 0", name="held"),
-    CheckConstraint(f"floor BETWEEN -{MAX_INTEGER} AND {MAX_INTEGER}", name="floor"),
+    CheckConstraint(
+        f"held >= 0 AND balance - held >= floor AND balance <= {MAX_INTEGER}", name="balance"
+    ),
     CheckConstraint("version >= 1", name="version"),
     postgresql_with={"fillfactor": 70},
 )
@@ -171,6 +170,7 @@ user_settings = Table(
     Column("at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
     Column("by", Text),
     PrimaryKeyConstraint("user_id", "settings_version"),
+    CheckConstraint(f"floor BETWEEN -{MAX_INTEGER} AND {MAX_INTEGER}", name="floor"),
 )
 
 # Written by a job of `maintenance`.
