@@ -9,10 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from secrets import token_hex
 from types import ModuleType
 
 from balance_app import open_files, server, sessions
 from balance_app.balances import repository
+from balance_app.balances.accounts import Patch
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
 from balance_app.balances.repository import CHANGE_ONCE, RECALL
 from balance_app.db import migrations
@@ -21,6 +23,7 @@ from balance_app.db.pool import Connection, read, write
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
+from balance_app.web import account_actions
 
 
 def put(module: ModuleType, name: str, instead: object) -> None:
@@ -145,6 +148,12 @@ def open_connections() -> None:
     database.Database._handle_refusal = database.Database._mark_unavailable  # type: ignore[method-assign]
 
 
+def page_forms() -> None:
+    """Take neither a key nor an entity tag from the forms of an account's page."""
+    put(account_actions, "key_of", lambda _form: token_hex(8))
+    put(account_actions, "Patch", lambda **patch: Patch(**{**patch, "settings_versions": None}))
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-snapshot": fresh_snapshot,
@@ -154,6 +163,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "open-files": reserve,
     "durability": durability,
     "open-connections": open_connections,
+    "page-forms": page_forms,
 }
 
 if __name__ == "__main__":

@@ -462,6 +462,21 @@ async def test_settings_that_somebody_else_changed_are_not_overwritten_unseen(si
     assert (await account(site, user))["floor"] == 5
 
 
+async def test_without_keys_and_tags_forms_are_not_safe(database: dict[str, str]) -> None:
+    """Control: a form that is sent twice takes effect twice, and overwrites settings unseen."""
+    mutant = ("-m", "tests.mutants", "page-forms")
+    async with served(database, program=mutant) as client:
+        html = (await client.get("/users/1")).text
+        sent = {**fields_of(html, "change"), "amount": "5"}
+        for _ in range(2):
+            assert (await client.post("/users/1", data=sent)).status_code == 303
+        await client.patch("/api/users/1", json={"floor": 7}, headers={"If-Match": "*"})
+        typed = {**fields_of(html, "settings"), "floor": "3"}
+        assert (await client.post("/users/1", data=typed)).status_code == 303
+        left = (await client.get("/api/users/1")).json()
+        assert (left["balance"], left["floor"]) == (9990, 3)
+
+
 @pytest.mark.parametrize(
     "headers",
     [{"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://elsewhere.example"}],
