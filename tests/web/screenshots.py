@@ -47,7 +47,7 @@ async def status(client: httpx.AsyncClient) -> dict[str, Any]:
 
 
 async def keep_busy(client: httpx.AsyncClient) -> None:
-    """Change balances about forty times a second; some changes are refused."""
+    """Change balances about forty times a second; some changes are refused, some are transfers."""
     users = [1]
     for opening in (500, 2_000, 12_000):
         answer = await client.post("/api/users", json={"balance": opening})
@@ -57,7 +57,22 @@ async def keep_busy(client: httpx.AsyncClient) -> None:
         await client.post("/api/balance", json={"userId": random.choice(users), "amount": amount})
         if random.random() < 0.1:
             await client.post("/api/balance", json={"userId": 2, "amount": -10_000})
+            await transfer_and_hold(client, *random.sample(users, 2))
         await asyncio.sleep(0.02)
+
+
+async def transfer_and_hold(client: httpx.AsyncClient, payer: int, payee: int) -> None:
+    """Make a transfer, which is sometimes reversed, and a hold, which is captured or stays."""
+    rent = {"fromUserId": payer, "toUserId": payee, "amount": random.randrange(5, 40)}
+    made = await client.post("/api/transfers", json={**rent, "reference": "rent 2026-11"})
+    if made.status_code == 200 and random.random() < 0.2:
+        entry = made.json()["from"]["version"]
+        note = {"note": "the wrong customer"}
+        await client.post(f"/api/users/{payer}/entries/{entry}/reverse", json=note)
+    order = {"userId": payer, "amount": random.randrange(5, 40), "expiresInSeconds": 7200}
+    hold = await client.post("/api/holds", json={**order, "reference": "order 4711"})
+    if hold.status_code == 201 and random.random() < 0.9:
+        await client.post(f"/api/holds/{hold.json()['id']}/capture")
 
 
 async def keep_running(client: httpx.AsyncClient, name: str, every_seconds: float) -> None:
@@ -138,7 +153,10 @@ async def take(  # noqa: PLR0913 - the options of a screenshot
     """Take a screenshot, and refuse one that is too large for a README."""
     size = {"width": width, "height": height}
     async with tab(browser, instance.url, viewport=size, **options) as page:
-        await live(page, path)
+        if path.startswith("/users"):
+            await page.goto(path)
+        else:
+            await live(page, path)
         await asyncio.sleep(2.2)
         image = Image.open(BytesIO(await page.screenshot()))
     file = FOLDER / f"{name}.png"
@@ -172,6 +190,7 @@ async def main() -> None:
             await start_some(instances, client)
             await take(browser, instances[0], "overview-light")
             await take(browser, instances[0], "balances", path="/#balances", height=760)
+            await take(browser, instances[0], "account", path="/users/1")
             await start_some(instances, client)
             await take(browser, instances[0], "overview-dark", color_scheme="dark")
             await start_some(instances, client)
