@@ -131,8 +131,16 @@ CREATE TABLE user_settings (
 UPDATE balance_app_version SET compatible_from = '0012';
 """
 
+# Apart from what is deposited and withdrawn: a transfer changes nothing in total.
+TOTALS = """
+ALTER TABLE daily_totals
+    ADD COLUMN transfers bigint NOT NULL DEFAULT 0,
+    ADD COLUMN transferred numeric NOT NULL DEFAULT 0;
+"""
+
 DROP = """
 UPDATE balance_app_version SET compatible_from = '0010';
+ALTER TABLE daily_totals DROP COLUMN transfers, DROP COLUMN transferred;
 DROP TABLE user_settings, external_ids;
 ALTER TABLE idempotency_keys
     DROP COLUMN request, DROP COLUMN held, DROP COLUMN floor, DROP COLUMN frozen,
@@ -162,7 +170,7 @@ ALTER TABLE users
 
 def upgrade() -> None:
     """Add columns and tables; no row is lost."""
-    for statement in (USERS, ENTRIES, HOLDS, KEYS, SETTINGS):
+    for statement in (USERS, ENTRIES, HOLDS, KEYS, SETTINGS, TOTALS):
         op.execute(statement)
 
 

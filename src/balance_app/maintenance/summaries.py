@@ -56,7 +56,9 @@ async def _note_daily_balances(connection: Connection, state: State, size: int) 
 
 # Each entry is counted once: the totals and each user's last counted version are written by one
 # statement. Versions are dense, so the number of new entries is known without reading them, and at
-# most $3 are read. A user counts as active once a day, however many runs read the day's entries.
+# most $3 are read. A user counts as active once a day, however many runs read the day's entries. A
+# transfer is neither a deposit nor a withdrawal, as it changes nothing in total; so the totals add
+# up however many halves are counted. It is counted with the payer's half.
 COUNT: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, users.version, coalesce(counted.version, 0) AS counted, counted.day AS counted_day,
@@ -71,21 +73,24 @@ WITH few AS MATERIALIZED (
     SELECT id, counted, counted_day, least(version, counted + $3::bigint - ahead)::bigint AS upto
     FROM queue WHERE new > 0 AND ahead < $3
 ), fresh AS MATERIALIZED (
-    SELECT id AS user_id, entry.version, amount, (at AT TIME ZONE 'UTC')::date AS day, counted_day
+    SELECT id AS user_id, entry.version, amount, other_user_id IS NOT NULL AS transfer,
+           (at AT TIME ZONE 'UTC')::date AS day, counted_day
     FROM share CROSS JOIN LATERAL (
-        SELECT version, amount, at FROM entries
+        SELECT version, amount, at, other_user_id FROM entries
         WHERE user_id = id AND version > counted AND version <= upto
         ORDER BY version LIMIT upto - counted
     ) AS entry
 ), added AS (
     INSERT INTO daily_totals AS known
-        (day, opened, opening, changes, deposited, withdrawn, active_users)
+        (day, opened, opening, changes, deposited, withdrawn, transfers, transferred, active_users)
     SELECT day,
            count(*) FILTER (WHERE version = 1),
            coalesce(sum(amount) FILTER (WHERE version = 1), 0),
-           count(*) FILTER (WHERE version > 1),
-           coalesce(sum(amount) FILTER (WHERE version > 1 AND amount > 0), 0),
-           coalesce(-sum(amount) FILTER (WHERE version > 1 AND amount < 0), 0),
+           count(*) FILTER (WHERE version > 1 AND NOT transfer),
+           coalesce(sum(amount) FILTER (WHERE version > 1 AND amount > 0 AND NOT transfer), 0),
+           coalesce(-sum(amount) FILTER (WHERE version > 1 AND amount < 0 AND NOT transfer), 0),
+           count(*) FILTER (WHERE transfer AND amount < 0),
+           coalesce(-sum(amount) FILTER (WHERE transfer AND amount < 0), 0),
            count(DISTINCT user_id) FILTER (WHERE day IS DISTINCT FROM counted_day)
     FROM fresh GROUP BY day
     ON CONFLICT (day) DO UPDATE SET
@@ -94,6 +99,8 @@ WITH few AS MATERIALIZED (
         changes = known.changes + excluded.changes,
         deposited = known.deposited + excluded.deposited,
         withdrawn = known.withdrawn + excluded.withdrawn,
+        transfers = known.transfers + excluded.transfers,
+        transferred = known.transferred + excluded.transferred,
         active_users = known.active_users + excluded.active_users
 ), marked AS (
     INSERT INTO counted_users (user_id, version, day)
@@ -116,7 +123,7 @@ FROM reach
 
 @job(name="total-days", every=timedelta(minutes=12))
 async def total_days(run: Run) -> str:
-    """Add up each day's changes, deposits and withdrawals, and count its active users."""
+    """Add up each day's deposits, withdrawals and transfers, and count its active users."""
     start = {"user": FIRST_ID, "entries": 0}
     state = await in_batches(run, _total_days, start, Rows("users", USERS, most=1000))
     entries = count(state["entries"], "new entry", "new entries")

@@ -23,6 +23,8 @@ daily_totals = Table(
     Column("deposited", Numeric, nullable=False),
     Column("withdrawn", Numeric, nullable=False),
     Column("active_users", BigInteger, nullable=False),
+    Column("transfers", BigInteger, nullable=False, server_default="0"),
+    Column("transferred", Numeric, nullable=False, server_default="0"),
 )
 
 counted_users = Table(
