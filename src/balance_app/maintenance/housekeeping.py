@@ -4,52 +4,100 @@ from datetime import timedelta
 from typing import Final
 
 from balance_app.balances.repository import REFUSALS_KEPT
+from balance_app.balances.state import EXPIRE
 from balance_app.db.pool import Connection
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import Rows, State, count, in_batches
+from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
 from balance_app.maintenance.summaries import TABLES
 
 # The lines and the traceback of a run are deleted with it: up to 200 rows each.
 RUNS_AT_ONCE: Final = 200
 ANALYZE_SECONDS: Final = 60
 
-OLD_REFUSALS: Final = """
-SELECT count(*) FROM (
+PRUNABLE: Final = """
+SELECT ((SELECT count(*) FROM (
     SELECT FROM idempotency_keys
     WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $1::interval) LIMIT 100000
-) AS old
+) AS old) + greatest(
+    (SELECT count(*) FROM (SELECT FROM users LIMIT 10000) AS first_ones),
+    (SELECT reltuples FROM pg_class WHERE oid = 'users'::regclass)
+))::bigint
 """
 
 # Only refusals are deleted, and only after the promised time: the key of an accepted change is kept
-# for ever. The oldest are deleted first.
+# for ever. The oldest are deleted first. A row of the snapshot keeps its place (`ctid`) as long as
+# the statement lasts, and by it no plan reads other rows.
 DELETE_REFUSALS: Final = """
 WITH deleted AS (
-    DELETE FROM idempotency_keys USING (
-        SELECT user_id, key FROM idempotency_keys
+    DELETE FROM idempotency_keys WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM idempotency_keys
         WHERE outcome = 'refused' AND at < (SELECT clock_timestamp() - $2::interval)
         ORDER BY at LIMIT $1
-    ) AS old
-    WHERE (idempotency_keys.user_id, idempotency_keys.key) = (old.user_id, old.key)
+    ))
     RETURNING 1
 )
 SELECT count(*) FROM deleted
 """
 
 
+# Of the next $2 users after $1, those up to the first one with an overdue hold.
+OVERDUE: Final = """
+WITH few AS MATERIALIZED (
+    SELECT id, holds_due_at <= (SELECT clock_timestamp()) AS overdue
+    FROM users WHERE id > $1 ORDER BY id LIMIT $2
+), first AS (
+    SELECT min(id) AS id FROM few WHERE overdue
+)
+SELECT count(*) AS users, max(few.id) AS user_id, first.id IS NOT NULL AS overdue
+FROM few CROSS JOIN first WHERE first.id IS NULL OR few.id <= first.id
+GROUP BY first.id
+"""
+
+
 @job(name="prune-refused-keys", every=timedelta(minutes=6))
 async def prune_refused_keys(run: Run) -> str:
-    """Delete the keys of refusals older than 7 days; keys of accepted changes stay for ever."""
-    rows = Rows("refusals", OLD_REFUSALS, most=500, arguments=(REFUSALS_KEPT,))
-    state = await in_batches(run, _prune_refused_keys, {}, rows)
-    return f"removed {count(state['done'], 'refusal')} older than {REFUSALS_KEPT.days} days"
+    """Delete refusals older than 7 days; end overdue holds of accounts that nobody looks at."""
+    state = await in_batches(
+        run,
+        _prune,
+        # the last user whose holds were looked at; None: all refusals come first
+        {"refusals": 0, "user": None, "accounts": 0},
+        Rows("refusals and users", PRUNABLE, most=500, arguments=(REFUSALS_KEPT,)),
+    )
+    refusals = count(state["refusals"], "refusal")
+    accounts = count(state["accounts"], "account")
+    return (
+        f"removed {refusals} older than {REFUSALS_KEPT.days} days, "
+        f"ended overdue holds of {accounts}"
+    )
 
 
-async def _prune_refused_keys(connection: Connection, _state: State, size: int) -> State:
+async def _prune(connection: Connection, state: State, size: int) -> State:
+    if state["user"] is not None:
+        return await _end_overdue_holds(connection, state, size)
     await connection.fetchval(KEEP_TO_INDEX)
     deleted = await connection.fetchval(DELETE_REFUSALS, size, REFUSALS_KEPT)
-    return {"done": deleted, "ended": deleted < size}
+    return {
+        "done": deleted,
+        "refusals": state["refusals"] + deleted,
+        "user": FIRST_ID if deleted < size else None,
+    }
+
+
+async def _end_overdue_holds(connection: Connection, state: State, size: int) -> State:
+    # One account in a transaction: an instance that freezes within it keeps no other one locked.
+    row = await connection.fetchrow(OVERDUE, state["user"], size)
+    if row is None:
+        return {"done": 0, "ended": True}
+    if row["overdue"]:
+        await connection.execute(EXPIRE, row["user_id"])
+    return {
+        "done": row["users"],
+        "user": row["user_id"],
+        "accounts": state["accounts"] + row["overdue"],
+    }
 
 
 JOB_ROWS: Final = "SELECT count(*) FROM jobs"
@@ -125,13 +173,17 @@ ANALYZE: Final = {
     "daily_balances": "ANALYZE (SKIP_LOCKED) daily_balances",
     "daily_totals": "ANALYZE (SKIP_LOCKED) daily_totals",
     "entries": "ANALYZE (SKIP_LOCKED) entries",
+    "external_ids": "ANALYZE (SKIP_LOCKED) external_ids",
+    "holds": "ANALYZE (SKIP_LOCKED) holds",
     "idempotency_keys": "ANALYZE (SKIP_LOCKED) idempotency_keys",
     "job_declarations": "ANALYZE (SKIP_LOCKED) job_declarations",
     "job_run_lines": "ANALYZE (SKIP_LOCKED) job_run_lines",
     "job_run_tracebacks": "ANALYZE (SKIP_LOCKED) job_run_tracebacks",
     "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
     "jobs": "ANALYZE (SKIP_LOCKED) jobs",
+    "opening_keys": "ANALYZE (SKIP_LOCKED) opening_keys",
     "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",
+    "user_settings": "ANALYZE (SKIP_LOCKED) user_settings",
     "users": "ANALYZE (SKIP_LOCKED) users",
 }
 
