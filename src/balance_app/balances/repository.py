@@ -114,7 +114,12 @@ class BalanceRepository:
                     raise
                 return await _reversal(connection, payer)
 
-        return await self._decide(movement, attempt)
+        outcome = await self._decide(movement, attempt)
+        if isinstance(outcome, Refused):
+            # The state that refuses this try may be that after another one.
+            made = await self._database.run(lambda con: _reversal(con, payer))
+            return made or outcome
+        return outcome
 
     async def transfer_of(self, user_id: int, version: int) -> tuple[Accepted, Accepted | None]:
         """Return a transfer by its payer's entry, and the one that reverses it, if any.
@@ -168,8 +173,6 @@ async def _decide(connection: Connection, movement: Movement, attempt: Attempt) 
             if error.constraint_name != KEYS_PKEY:
                 raise
             made = None
-        except asyncpg.CheckViolationError:
-            made = None  # see TRANSFER
         if made is not None:
             return made
         first = await _recall(connection, movement)
@@ -277,9 +280,10 @@ async def _change(
 
 
 # Both rows are locked in the order of ids, so that no two transfers wait for each other, and only
-# then decided on, as the transactions before left them. The UPDATE finds the rows in the
-# statement's snapshot first: where that has too little, the CHECK of the table ends the statement,
-# and it is sent again. Each half names the other; a half alone would violate a CHECK of entries.
+# then decided on, as the transactions before left them. The UPDATE starts from the rows as they are
+# in the statement's snapshot: it takes all that the CHECKs compare from the locked rows instead, or
+# a state of the past would violate them. Each half names the other; a half alone would violate a
+# CHECK of entries.
 #
 # $1 payer, $2 payee, $3 amount, $4 largest balance, $5 entity tags of the payer, $6 and $7 the
 # entries of payer and payee that are reversed, $8 key, $9 request, $10 reference, $11 note
@@ -298,10 +302,12 @@ WITH locked AS MATERIALIZED (
            greatest(max(changed_at), clock_timestamp()) AS at
     FROM locked
 ), moved AS (
-    UPDATE users SET balance = balance + CASE id WHEN $1 THEN -$3 ELSE $3 END,
-                     version = version + 1, changed_at = (SELECT at FROM decided)
-    WHERE id IN ($1, $2) AND (SELECT fits FROM decided)
-    RETURNING id, version, balance, held, changed_at
+    UPDATE users SET balance = locked.balance + CASE users.id WHEN $1 THEN -$3 ELSE $3 END,
+                     held = locked.held, floor = locked.floor,
+                     version = locked.version + 1, changed_at = decided.at
+    FROM locked CROSS JOIN decided
+    WHERE users.id = locked.id AND fits
+    RETURNING users.id, users.version, users.balance, users.held, users.changed_at
 ), entry AS (
     INSERT INTO entries (user_id, version, amount, balance, held, at, key,
                          other_user_id, other_version, reverses, reference, note)
