@@ -1,7 +1,7 @@
 """The ends of holds: captured, voided, or expired; and how they are read.
 
-A hold ends once. Each of these statements has read the hold in its snapshot, and changes nothing if
-any hold of the account was placed or ended since (see `state.EXPIRE`); then it is sent again.
+A hold ends once: whoever ends it has locked its account before, and finds it open under that lock.
+For an account with an overdue hold these statements change nothing: `state.EXPIRE` comes first.
 """
 
 from collections.abc import Awaitable, Callable
@@ -86,48 +86,59 @@ class HoldRepository:
         return await self._database.run(find)
 
 
-# The amount leaves the balance and the hold together, so what is available never falls.
+# The account is locked first, then the hold: so both are as the transactions before left them,
+# whatever the statement's snapshot shows. The amount leaves the balance and the hold together, so
+# what is available never falls. What the CHECKs compare is taken from the locked row, as in
+# `repository.TRANSFER`.
 #
 # $1 user, $2 number, $3 amount (NULL: all), $4 reference, $5 note
 CAPTURE: Final = """
-WITH hold AS MATERIALIZED (
-    SELECT user_id, number, amount, expires_at, coalesce($3, amount) AS captured, hold_events
-    FROM holds JOIN users ON users.id = user_id
-    WHERE user_id = $1 AND number = $2 AND state = 'open'
+WITH locked AS MATERIALIZED (
+    SELECT * FROM users WHERE id = $1 FOR NO KEY UPDATE
+), hold AS MATERIALIZED (
+    SELECT amount, coalesce($3, amount) AS captured FROM locked JOIN holds ON user_id = id
+    WHERE number = $2 AND state = 'open'
+    FOR NO KEY UPDATE OF holds
 ), account AS (
-    UPDATE users SET balance = balance - captured, held = held - amount, version = version + 1,
-                     hold_events = users.hold_events + 1,
-                     changed_at = greatest(changed_at, clock_timestamp())
-    FROM hold
-    WHERE users.id = user_id AND users.hold_events = hold.hold_events
-      AND captured <= amount AND NOT frozen AND holds_due_at > clock_timestamp()
-    RETURNING users.id, captured, balance, held, version, changed_at
-), ended AS (
-    UPDATE holds SET state = 'captured', captured = account.captured, ended_at = changed_at,
-                     balance = account.balance, held = account.held, version = account.version
-    FROM account WHERE user_id = account.id AND number = $2
+    UPDATE users SET balance = locked.balance - captured, held = locked.held - amount,
+                     floor = locked.floor, version = locked.version + 1,
+                     hold_events = locked.hold_events + 1,
+                     changed_at = greatest(locked.changed_at, clock_timestamp())
+    FROM locked CROSS JOIN hold
+    WHERE users.id = locked.id AND captured <= amount AND NOT locked.frozen
+      AND locked.holds_due_at > clock_timestamp()
+    RETURNING users.id, captured, users.balance, users.held, users.version, users.changed_at
+), entry AS (
+    INSERT INTO entries (user_id, version, amount, balance, held, at, hold, reference, note)
+    SELECT id, version, -captured, balance, held, changed_at, $2, $4, $5 FROM account
 )
-INSERT INTO entries (user_id, version, amount, balance, held, at, hold, reference, note)
-SELECT id, version, -captured, balance, held, changed_at, $2, $4, $5 FROM account
-RETURNING version
+UPDATE holds SET state = 'captured', captured = account.captured, ended_at = changed_at,
+                 balance = account.balance, held = account.held, version = account.version
+FROM account WHERE user_id = account.id AND number = $2
+RETURNING user_id, number, amount, at, expires_at, key, reference, note, state, ended_at,
+          holds.captured, holds.balance, holds.held, holds.version
 """
 
 # $1 user, $2 number
 VOID: Final = """
-WITH hold AS MATERIALIZED (
-    SELECT user_id, amount, hold_events FROM holds JOIN users ON users.id = user_id
-    WHERE user_id = $1 AND number = $2 AND state = 'open'
+WITH locked AS MATERIALIZED (
+    SELECT * FROM users WHERE id = $1 FOR NO KEY UPDATE
+), hold AS MATERIALIZED (
+    SELECT amount FROM locked JOIN holds ON user_id = id
+    WHERE number = $2 AND state = 'open'
+    FOR NO KEY UPDATE OF holds
 ), account AS (
-    UPDATE users SET held = held - amount, hold_events = users.hold_events + 1
-    FROM hold
-    WHERE users.id = user_id AND users.hold_events = hold.hold_events
-      AND holds_due_at > clock_timestamp()
-    RETURNING users.id, balance, held, version, clock_timestamp() AS at
+    UPDATE users SET balance = locked.balance, held = locked.held - amount, floor = locked.floor,
+                     hold_events = locked.hold_events + 1
+    FROM locked CROSS JOIN hold
+    WHERE users.id = locked.id AND locked.holds_due_at > clock_timestamp()
+    RETURNING users.id, users.balance, users.held, users.version, clock_timestamp() AS at
 )
 UPDATE holds SET state = 'voided', ended_at = account.at, balance = account.balance,
                  held = account.held, version = account.version
 FROM account WHERE user_id = account.id AND number = $2
-RETURNING number
+RETURNING user_id, number, amount, holds.at, expires_at, key, reference, note, state, ended_at,
+          captured, holds.balance, holds.held, holds.version
 """
 
 # An end that is reported must be durable, as in `repository.RECALL`.
@@ -163,19 +174,20 @@ async def _end(  # noqa: PLR0913 - the parts of a request
     """End a hold, or find why it can't end so."""
     for _ in range(MAX_RACES):
         made = await attempt(connection)
+        if made is not None:
+            hold = Hold(**made)
+            return Accepted(hold=hold, state=_after(hold))
         row = await write(connection, ENDED, user_id, number)
         if row is None:
             raise HoldNotFound
         hold = _of(row)
-        if made is not None:
-            return Accepted(hold=hold, state=_after(hold))
         if hold.state == "open":
             state = await read_state(connection, user_id)
             if amount is not None and amount > hold.amount:
                 raise CaptureExceedsHold(amount=amount, held=hold.amount)
             if captures and state.frozen:
                 return Refused(state, -(amount or hold.amount))
-            continue  # another hold of the account ended meanwhile, or this one has expired
+            continue  # a hold of the account was overdue, or this one was just placed
         asked = (amount or hold.amount) if captures else None
         if hold.state == ("captured" if captures else "voided") and hold.captured == asked:
             return Accepted(hold=hold, state=_after(hold), replayed=True)
