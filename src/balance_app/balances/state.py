@@ -13,6 +13,8 @@ from balance_app.db.pool import Connection, read, write
 from balance_app.errors import Overloaded
 
 MAX_RACES: Final = 1000
+# How many overdue holds of an account are ended by one statement.
+HOLDS_AT_ONCE: Final = 1000
 
 STATE: Final = """
 SELECT id AS user_id, balance, held, floor, frozen, version, settings_version, hold_events,
@@ -22,27 +24,32 @@ FROM users WHERE id = $1
 
 # Whoever places or ends a hold also raises `hold_events` of the account. A statement that read
 # holds in its snapshot, and then finds this number unchanged under the row's lock, has read them as
-# they are. Otherwise it changes nothing, and is sent again.
+# they are. Otherwise it changes nothing, and is sent again. Of many overdue holds it ends the first
+# ones, so that it takes no longer than a statement may; the account is overdue until none is left.
+#
+# $1 user, $2 how many holds at most
 EXPIRE: Final = """
 WITH overdue AS MATERIALIZED (
     SELECT id, hold_events, clock_timestamp() AS at FROM users
     WHERE id = $1 AND holds_due_at <= clock_timestamp()
-), open AS MATERIALIZED (
-    SELECT count(*) FILTER (WHERE expires_at <= overdue.at) AS count,
-           coalesce(sum(amount) FILTER (WHERE expires_at <= overdue.at), 0)::bigint AS amount,
-           coalesce(min(expires_at) FILTER (WHERE expires_at > overdue.at), 'infinity') AS due_at
-    FROM overdue JOIN holds ON user_id = id AND state = 'open'
+), first AS MATERIALIZED (
+    SELECT number, amount FROM overdue JOIN holds ON user_id = id
+    WHERE state = 'open' AND expires_at <= overdue.at ORDER BY expires_at LIMIT $2
+), rest AS MATERIALIZED (
+    SELECT expires_at AS due_at FROM holds WHERE user_id = $1 AND state = 'open'
+    ORDER BY expires_at OFFSET (SELECT count(*) FROM first) LIMIT 1
 ), account AS (
-    UPDATE users SET held = held - open.amount, hold_events = users.hold_events + open.count,
-                     holds_due_at = open.due_at
-    FROM overdue CROSS JOIN open
+    UPDATE users SET held = held - (SELECT coalesce(sum(amount), 0) FROM first),
+                     hold_events = users.hold_events + (SELECT count(*) FROM first),
+                     holds_due_at = coalesce((SELECT due_at FROM rest), 'infinity')
+    FROM overdue
     WHERE users.id = overdue.id AND users.hold_events = overdue.hold_events
-    RETURNING users.id, balance, held, version, overdue.at, clock_timestamp() AS ended_at
+    RETURNING users.id, balance, held, version, clock_timestamp() AS at
 )
-UPDATE holds SET state = 'expired', ended_at = account.ended_at, balance = account.balance,
+UPDATE holds SET state = 'expired', ended_at = account.at, balance = account.balance,
                  held = account.held, version = account.version
-FROM account
-WHERE user_id = account.id AND state = 'open' AND expires_at <= account.at
+FROM account CROSS JOIN first
+WHERE user_id = account.id AND holds.number = first.number
 """
 
 
@@ -60,7 +67,7 @@ async def read_state(connection: Connection, user_id: int) -> State:
         state = State(**rows[0])
         if not state.overdue:
             return state
-        await write(connection, EXPIRE, user_id)
+        await write(connection, EXPIRE, user_id, HOLDS_AT_ONCE)
     raise lost_every_race()
 
 
