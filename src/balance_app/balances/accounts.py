@@ -194,7 +194,8 @@ class AccountRepository:
 # $1 balance, $2 floor, $3 external id, $4 key, $5 request
 OPEN: Final = """
 WITH opened AS (
-    INSERT INTO users (balance, version, floor) VALUES ($1, 1, $2)
+    INSERT INTO users (balance, version, floor, created_at, changed_at)
+    SELECT $1::bigint, 1, $2::bigint, at, at FROM clock_timestamp() AS at
     ON CONFLICT (id) DO NOTHING
     RETURNING id, created_at
 ), entry AS (
@@ -302,18 +303,25 @@ async def _by_external_id(connection: Connection, external_id: str) -> Account |
 
 
 # What is available is never below the floor, the new one included. The external id changes with the
-# settings or not at all: its uniqueness makes the whole statement fail.
+# settings or not at all: its uniqueness makes the whole statement fail. The one that is kept in the
+# history is read in the snapshot, and is the present one if the settings' version still is.
 #
 # $1 user, $2 floor, $3 frozen (NULL: as it is), $4 whether the external id changes, $5 to what,
 # $6 settings versions that may be changed (NULL: any), $7 who
 SET: Final = """
-WITH account AS (
+WITH seen AS MATERIALIZED (
+    SELECT id, settings_version, external_id
+    FROM users LEFT JOIN external_ids ON user_id = id WHERE id = $1
+), account AS (
     UPDATE users SET floor = coalesce($2, floor), frozen = coalesce($3, frozen),
-                     settings_version = settings_version + 1
-    WHERE id = $1 AND balance - held >= coalesce($2, floor)
-      AND ($6::bigint[] IS NULL OR settings_version = ANY ($6))
+                     settings_version = users.settings_version + 1
+    FROM seen
+    WHERE users.id = seen.id AND users.settings_version = seen.settings_version
+      AND balance - held >= coalesce($2, floor)
+      AND ($6::bigint[] IS NULL OR users.settings_version = ANY ($6))
       AND holds_due_at > clock_timestamp()
-    RETURNING id, floor, frozen, settings_version
+    RETURNING users.id, floor, frozen, users.settings_version,
+              CASE WHEN $4 THEN $5 ELSE external_id END AS external_id
 ), named AS (
     INSERT INTO external_ids (external_id, user_id) SELECT $5, id FROM account
     WHERE $4 AND $5::text IS NOT NULL
@@ -322,9 +330,7 @@ WITH account AS (
     DELETE FROM external_ids USING account WHERE user_id = id AND $4 AND $5 IS NULL
 )
 INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, by)
-SELECT id, settings_version, floor, frozen,
-       CASE WHEN $4 THEN $5 ELSE (SELECT external_id FROM external_ids WHERE user_id = id) END, $7
-FROM account
+SELECT id, settings_version, floor, frozen, external_id, $7 FROM account
 RETURNING settings_version
 """
 
