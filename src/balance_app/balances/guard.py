@@ -17,7 +17,7 @@ import asyncpg
 import structlog
 
 from balance_app.balances.errors import too_slow
-from balance_app.db.pool import Connection, Database, read
+from balance_app.db.pool import Connection, Database, read, write
 from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseUnavailable
 
@@ -33,15 +33,17 @@ LOCKED: Final = "It is locked by another session of the database."
 COMMITTING: Final = "An earlier change of it waits for its commit."
 KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
 
-# The lock is at most as old as the last change. Its holder is in the row's xmax; where several
-# sessions share the lock, there is none to be read.
+# The lock is at most as old as the last entry or hold. Its holder is in the row's xmax; where
+# several sessions share the lock, there is none to be read.
 #
 # $1 the account, $2 the statements of ours that lock it until their commit
 PROGRESS: Final = """
 SELECT version + hold_events + settings_version AS changes,
        holder.pid, holder.application_name, holder.own,
-       (SELECT extract(epoch FROM clock_timestamp() - at)::float8
-        FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1) AS age
+       extract(epoch FROM clock_timestamp() - greatest(
+           (SELECT at FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1),
+           (SELECT at FROM holds WHERE user_id = id ORDER BY number DESC LIMIT 1)
+       ))::float8 AS age
 FROM users LEFT JOIN LATERAL (
     SELECT pid, application_name, state = 'active' AND EXISTS (
         SELECT FROM unnest($2::text[]) AS ours WHERE query <> '' AND starts_with(ours, query)
@@ -52,6 +54,10 @@ FROM users LEFT JOIN LATERAL (
 ) AS holder ON true
 WHERE id = $1
 """
+
+# One account alone, so that a transfer that checks whether a locked account is free again locks no
+# other one meanwhile.
+PROBE: Final = "SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE"
 
 # What is refused while another session locks it: an account, or a key of one.
 Name: TypeAlias = int | tuple[int | None, str]
@@ -112,7 +118,7 @@ class Guard:
 
     def __init__(self, database: Database, own_statements: tuple[str, ...]) -> None:
         self._database = database
-        self._own_statements = list(own_statements)
+        self._own_statements = [*own_statements, PROBE]
         # Two per account: while the commit of one is written, the other waits for the row. One
         # connection is left for other accounts, if there is more than one.
         self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
@@ -150,19 +156,18 @@ class Guard:
         operation: Callable[[Connection], Awaitable[Result]],
         waits: _Wait,
     ) -> Result:
-        if self._held:
-            self._refuse_held(waits.names)
-            for name in waits.names:
-                if name in self._held:  # its other requests are refused while this one checks
-                    self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
+        held = self._begin_recheck(waits.names) if self._held else []
         waits.begin()
         while True:
             try:
+                if len(waits.user_ids) > 1:
+                    for user_id in held:
+                        await write(connection, PROBE, user_id)
                 result = await operation(connection)
             except DatabaseUnavailable as problem:
-                held = await self._find_lock(connection, problem, waits)
-                if held is not None:
-                    raise self._refuse(*held, problem) from problem.__cause__
+                locked = await self._find_lock(connection, problem, waits)
+                if locked is not None:
+                    raise self._refuse(*locked, problem) from problem.__cause__
             except Exception:
                 self._release(waits.names)
                 raise
@@ -198,11 +203,13 @@ class Guard:
         if waits.key is not None and (not waits.accounts or "_keys" in _context(cause)):
             return waits.key, KEY_IN_USE
         sole = len(waits.accounts) == 1
+        found: list[tuple[Name, str]] = []
         for account in waits.accounts:
             reason = await self._check_progress(connection, account, sole=sole)
             if reason is not None:
-                return account.user_id, reason
-        return None
+                found.append((account.user_id, reason))
+        # A transfer of ours that waits for the locked one keeps the other one from changing, too.
+        return min(found, key=lambda each: each[1] != LOCKED, default=None)
 
     async def _check_progress(
         self, connection: Connection, account: _Progress, *, sole: bool
@@ -235,6 +242,18 @@ class Guard:
             not_changed_for=round(still, 1),
         )
         return LOCKED
+
+    def _begin_recheck(self, names: list[Name]) -> list[int]:
+        """Return the accounts to check of those that were locked; refuse their other requests.
+
+        Raises:
+            DatabaseUnavailable: it is not the time to check.
+        """
+        self._refuse_held(names)
+        held = [name for name in names if name in self._held]
+        for name in held:
+            self._hold(name, self._held[name][0], 4 * HELD_SECONDS)
+        return [name for name in held if isinstance(name, int)]
 
     def _refuse(self, name: Name, reason: str, problem: DatabaseUnavailable) -> DatabaseUnavailable:
         self._hold(name, reason, HELD_SECONDS)
