@@ -13,7 +13,7 @@ from secrets import token_hex
 from types import ModuleType
 
 from balance_app import open_files, server, sessions
-from balance_app.balances import repository
+from balance_app.balances import accounts, holds, repository, state
 from balance_app.balances.accounts import Patch
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
 from balance_app.balances.repository import CHANGE_ONCE, RECALL
@@ -117,6 +117,77 @@ def recall() -> None:
     put(repository, "RECALL", replaced(RECALL, waits, "0"))
 
 
+NOT_OVERDUE = "AND holds_due_at > clock_timestamp()"
+
+
+def expiry() -> None:
+    """Take the stored state of an account for the present one."""
+    for module, names, guard in (
+        (repository, ("CHANGE", "CHANGE_ONCE", "HOLD", "REFUSE_ONCE"), NOT_OVERDUE),
+        (holds, ("CAPTURE", "VOID"), NOT_OVERDUE.replace("AND ", "AND locked.")),
+        (accounts, ("SET",), NOT_OVERDUE),
+    ):
+        for name in names:
+            put(module, name, replaced(vars(module)[name], guard, ""))
+    both = "bool_and(NOT frozen AND holds_due_at > clock_timestamp())"
+    put(repository, "TRANSFER", replaced(repository.TRANSFER, both, "bool_and(NOT frozen)"))
+    overdue = "holds_due_at <= clock_timestamp() AS overdue"
+    put(state, "STATE", replaced(state.STATE, overdue, "false AS overdue"))
+    put(
+        accounts,
+        "OVERDUE",
+        replaced(accounts.OVERDUE, "WHERE holds_due_at <=", "WHERE id < 0 AND holds_due_at <="),
+    )
+
+
+async def two_transactions(
+    connection: Connection, movement: Movement, **_reverses: object
+) -> Accepted | None:
+    """Withdraw from the payer, then deposit with the payee."""
+    payer = await guarded_change(
+        connection, Movement(movement.user_id, movement.amount, movement.key)
+    )
+    await asyncio.sleep(0.05)
+    payee = payer and await guarded_change(
+        connection, Movement(movement.to_user_id or 0, -movement.amount)
+    )
+    if payer is None or payee is None:
+        return None
+    assert payer.entry is not None
+    half = payer.entry._replace(other_user_id=movement.to_user_id, other_version=1)
+    return Accepted(half, payee.entry)
+
+
+guarded_change = repository._change
+
+
+def halves() -> None:
+    """Make a transfer by two statements in two transactions."""
+    put(repository, "_transfer", two_transactions)
+
+
+async def lock_and_think(
+    connection: Connection, movement: Movement, **reverses: object
+) -> Accepted | None:
+    """Lock both accounts, decide, then transfer."""
+    async with connection.transaction():
+        await connection.execute(
+            "SELECT FROM users WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE",
+            movement.user_id,
+            movement.to_user_id,
+        )
+        await asyncio.sleep(0.005)
+        return await guarded_transfer(connection, movement, **reverses)  # type: ignore[arg-type]
+
+
+guarded_transfer = repository._transfer
+
+
+def statement() -> None:
+    """Make a transfer by several statements in one transaction."""
+    put(repository, "_transfer", lock_and_think)
+
+
 def migration_lock() -> None:
     """Migrate without the lock, all instances at the time MIGRATE_AT (epoch seconds)."""
     guarded = migrations.migrate
@@ -159,6 +230,9 @@ GUARDS: dict[str, Callable[[], None]] = {
     "fresh-snapshot": fresh_snapshot,
     "key": key,
     "recall": recall,
+    "expiry": expiry,
+    "halves": halves,
+    "statement": statement,
     "migration-lock": migration_lock,
     "open-files": reserve,
     "durability": durability,
