@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from balance_app.balances import model
+from balance_app.balances.guard import Guard
 from balance_app.balances.repository import BalanceRepository
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable, Problem
@@ -32,7 +34,7 @@ CHANGE = {"userId": 1, "amount": -1}
 CANCEL_WAITING_COMMITS = (
     "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 )
-READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/changes/k")
+READ = ("/api/users", "/api/users/1", "/api/users/1/entries", "/api/users/1/changes/k")
 
 
 @pytest.fixture
@@ -148,15 +150,18 @@ async def test_a_history_shows_a_key_that_was_denied(
     pool = Database(settings_for(database))
     await pool.start()
     try:
-        made = await BalanceRepository(pool).change(1, -1, "k")
+        balances, movement = BalanceRepository(pool, Guard(pool, ())), model.Movement(1, -1, "k")
+        made = await balances.change(movement)
+        assert isinstance(made, model.Accepted)
+        assert made.entry is not None
         pool.refuse_requests()
         with pytest.raises(DatabaseUnavailable) as again:
-            await BalanceRepository(pool).change(1, -1, "k")
+            await balances.change(movement)
     finally:
         await pool.stop()
     tried = NotApplied if again.value.applied == "no" else Unknown
     operations: list[Operation] = [
-        Accepted("k", -1, made.version, made.balance, sent=1, answered=2),
+        Accepted("k", -1, made.entry.version, made.entry.balance, sent=1, answered=2),
         tried("k", -1, sent=3, answered=4),
     ]
     entries = (Entry(1, 10_000, 10_000, None), Entry(2, -1, 9_999, "k"))
@@ -168,18 +173,18 @@ Lookup = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
 def _request(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
-    return client.get("/api/changes/k")
+    return client.get("/api/users/1/changes/k")
 
 
-def _open(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
-    return client.post("/api/users", json={"balance": 1}, headers=KEYED)
+def _reuse(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+    return client.post("/api/balance", json={**CHANGE, "amount": -2}, headers=KEYED)
 
 
 def _repeat(client: httpx.AsyncClient) -> Awaitable[httpx.Response]:
     return client.post("/api/balance", json=CHANGE, headers=KEYED)
 
 
-@pytest.mark.parametrize(("lookup", "status"), [(_request, 200), (_open, 422), (_repeat, 200)])
+@pytest.mark.parametrize(("lookup", "status"), [(_request, 200), (_reuse, 422), (_repeat, 200)])
 async def test_an_outcome_is_returned_while_its_account_is_locked(
     client: httpx.AsyncClient, database: dict[str, str], lookup: Lookup, status: int
 ) -> None:

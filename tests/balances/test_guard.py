@@ -18,21 +18,32 @@ HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
 VALUES ('k', 'accepted', 1, 1, 1, 1)
 """
+HOLD_THE_OPENING = "INSERT INTO opening_keys (key, user_id, request) VALUES ('k', 1, '{}')"
 HOLD_THE_TABLE = "LOCK TABLE users IN ACCESS EXCLUSIVE MODE"
 SOON_SECONDS = 2.5
 SLACK_SECONDS = 1.5  # of a busy machine
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
-    [("/api/users", {"balance": 1}), ("/api/balance", {"userId": 1, "amount": 1})],
+    ("path", "body", "held"),
+    [
+        ("/api/users", {"balance": 1}, HOLD_THE_OPENING),
+        ("/api/balance", {"userId": 1, "amount": 1}, HOLD_THE_KEY),
+        ("/api/transfers", {"fromUserId": 1, "toUserId": 2, "amount": 1}, HOLD_THE_KEY),
+        ("/api/holds", {"userId": 1, "amount": 1, "expiresInSeconds": 60}, HOLD_THE_KEY),
+    ],
 )
 async def test_a_key_under_way_delays_no_other_request(
-    client: httpx.AsyncClient, database: dict[str, str], path: str, body: dict[str, int]
+    client: httpx.AsyncClient,
+    database: dict[str, str],
+    path: str,
+    body: dict[str, int],
+    held: str,
 ) -> None:
     """Only requests with a key that another session has written but not committed are refused."""
-    other = (await client.post("/api/users", json={"balance": 0})).json()["userId"]
-    async with locked(database, HOLD_THE_KEY):
+    for _ in range(2):
+        other = (await client.post("/api/users", json={"balance": 0})).json()["userId"]
+    async with locked(database, held):
         began = monotonic()
         pending = [
             asyncio.create_task(client.post(path, json=body, headers=KEYED)) for _ in range(15)
@@ -112,8 +123,8 @@ async def test_known_locks_are_forgotten(database: dict[str, str]) -> None:
     guard = Guard(Database(settings_for(database)), ())
     for user in range(100):
         guard._hold(user, "", -FORGET_SECONDS - 1)
-    guard._hold("key", "", 1)
-    assert set(guard._held) == {"key"}
+    guard._hold((1, "key"), "", 1)
+    assert set(guard._held) == {(1, "key")}
 
 
 async def test_ids_that_are_taken_are_named(

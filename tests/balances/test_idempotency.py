@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from balance_app.balances.schemas import ChangeRequest
 
+from balance_app.balances.api.schemas import ChangeRequest
 from tests.processes import Instance, query, running
 from tests.system.sizes import size
 
