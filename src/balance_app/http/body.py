@@ -184,6 +184,7 @@ FAULT_CODES: Final = {
     "model_attributes_type": "not-an-object",
     "date_parsing": "not-a-date",
     "string_type": "not-a-string",
+    "literal_error": "unknown-value",
     "bool_type": "not-a-boolean",
     "zero": "zero",
 }

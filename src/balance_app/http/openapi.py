@@ -1,5 +1,6 @@
 """The OpenAPI description, and the page at `/docs`, which works without the internet."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,9 +51,8 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "schema": {"type": "string", "enum": ["true"]},
     },
     "ETag": {
-        "description": "the account's version, in quotes",
-        "required": True,
-        "schema": {"type": "string", "pattern": '^"[1-9][0-9]*"$'},
+        "description": "the account's entity tag, another after each change; no past one has it",
+        "schema": {"type": "string", "pattern": r'^"[1-9][0-9]*\.[1-9][0-9]*\.[0-9]+"$'},
     },
     "Location": {
         "description": "the path of what was created",
@@ -86,6 +86,11 @@ In a terminal:
 """
 
 
+# `*`, or entity tags; `conditional` lets these through, and obsolete characters of headers.
+_TAG: Final = '(W/)?"[!#-~]*"'
+TAGS_PATTERN: Final = rf"^(\*|{_TAG}([ \t]*,[ \t]*{_TAG})*)$"
+
+
 def problems(
     *kinds: type[Problem], always: tuple[type[Problem], ...] = (DatabaseUnavailable, Overloaded)
 ) -> dict[int | str, dict[str, Any]]:
@@ -95,6 +100,7 @@ def problems(
         by_status.setdefault(kind.status, []).append(kind)
     return {
         status: {
+            **headers(*(name for kind in group for name in kind.example().headers or ())),
             "description": "; or ".join(f"`{kind.code}`: {explain(kind)[0]}" for kind in group),
             "content": {
                 PROBLEM_JSON: {
@@ -117,12 +123,12 @@ def json_request(
     *,
     key_pattern: str | None = None,
     required: bool = True,
-    conditional: bool = False,
+    parameters: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the OpenAPI description of a request whose body `body.read_json` reads.
 
-    With `key_pattern` the request may have an `Idempotency-Key` of that pattern; a `conditional`
-    one an `If-Match`.
+    With `key_pattern` the request may have an `Idempotency-Key` of that pattern; `parameters` are
+    further ones that it may have.
     """
     schema = model.model_json_schema()
     _describe_text(schema)
@@ -140,22 +146,24 @@ def json_request(
         ),
         "schema": {"type": "string", "pattern": key_pattern},
     }
-    tags = {
-        "name": "If-Match",
-        "in": "header",
-        "description": "The account's `ETag`, several, or `*`; else nothing is changed.",
-        "schema": {"type": "string"},
-        "example": "*",
-    }
     return {
         "requestBody": {
             "required": required,
             "content": {"application/json": {"schema": schema, "example": example}},
         },
-        "parameters": [
-            *([] if key_pattern is None else [key]),
-            *([tags] if conditional else []),
-        ],
+        "parameters": [*([] if key_pattern is None else [key]), *parameters],
+    }
+
+
+def tags_parameter(name: str, description: str, *, required: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI description of a header that `http.conditional` reads."""
+    return {
+        "name": name,
+        "in": "header",
+        "required": required,
+        "description": description,
+        "schema": {"type": "string", "pattern": TAGS_PATTERN},
+        "example": "*",
     }
 
 

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.balances.api.movements import (
+    IF_MATCH,
     MOVEMENT_PROBLEMS,
     outcome_response,
     wanted_tags,
@@ -55,7 +56,7 @@ def _holds(request: Request) -> HoldRepository:
     status_code=201,
     response_model=HoldStateAnswer,
     responses={201: headers("Idempotent-Replayed", "Location"), **problems(*MOVEMENT_PROBLEMS)},
-    openapi_extra=json_request(HoldRequest, key_pattern=KEY_PATTERN, conditional=True),
+    openapi_extra=json_request(HoldRequest, key_pattern=KEY_PATTERN, parameters=[IF_MATCH]),
 )
 async def place_hold(request: Request) -> Response:
     """Reserve an amount: it stays in the balance, and can't be spent otherwise.

@@ -42,12 +42,15 @@ from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.conditional import ANY, if_match
-from balance_app.http.openapi import headers, json_request, problems
+from balance_app.http.openapi import headers, json_request, problems, tags_parameter
 from balance_app.http.services import services
 
 router = APIRouter(prefix="/api", tags=["balances"])
 
 REFUSALS = (UserNotFound, InsufficientFunds, BalanceLimitExceeded, UserFrozen)
+IF_MATCH = tags_parameter(
+    "If-Match", "The `ETag` of the account, several, or `*`; with another nothing is changed."
+)
 MOVEMENT_PROBLEMS = (*BODY_PROBLEMS, *REFUSALS, VersionConflict, IdempotencyKeyReused)
 
 
@@ -61,7 +64,7 @@ def _repository(request: Request) -> BalanceRepository:
     response_description="The change is made, and on disk.",
     response_model=ChangeAnswer,
     responses={200: headers("Idempotent-Replayed"), **problems(*MOVEMENT_PROBLEMS)},
-    openapi_extra=json_request(ChangeRequest, key_pattern=KEY_PATTERN, conditional=True),
+    openapi_extra=json_request(ChangeRequest, key_pattern=KEY_PATTERN, parameters=[IF_MATCH]),
 )
 async def change_balance(request: Request) -> Response:
     """Change a user's balance now: add `amount`, or withdraw when it is negative.
@@ -84,7 +87,7 @@ async def change_balance(request: Request) -> Response:
     response_description="Both accounts are changed, and on disk.",
     response_model=TransferAnswer,
     responses={200: headers("Idempotent-Replayed"), **problems(*MOVEMENT_PROBLEMS)},
-    openapi_extra=json_request(TransferRequest, key_pattern=KEY_PATTERN, conditional=True),
+    openapi_extra=json_request(TransferRequest, key_pattern=KEY_PATTERN, parameters=[IF_MATCH]),
 )
 async def transfer(request: Request) -> Response:
     """Move an amount from one user to another: both accounts change, or none.

@@ -39,7 +39,7 @@ from balance_app.balances.ledger import LedgerRepository
 from balance_app.errors import InvalidRequest, MalformedRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.conditional import ANY, if_match, matches_none
-from balance_app.http.openapi import headers, json_request, problems
+from balance_app.http.openapi import headers, json_request, problems, tags_parameter
 from balance_app.http.params import ONCE, WhoQuery
 from balance_app.http.services import services
 
@@ -136,10 +136,18 @@ async def open_account_once(request: Request, external_id: PathExternalId) -> Re
     response_model=AccountAnswer | PastAnswer,
     responses={
         200: headers("ETag"),
-        304: {"description": "It still has the entity tag in `If-None-Match`."},
+        304: {
+            "description": "It still has the entity tag in `If-None-Match`.",
+            **headers("ETag"),
+        },
         **problems(UserNotFound, EntryNotFound, InvalidRequest, MalformedRequest),
     },
     dependencies=[ONCE],
+    openapi_extra={
+        "parameters": [
+            tags_parameter("If-None-Match", "An `ETag` of the account that need not be sent again.")
+        ]
+    },
 )
 async def read_account(request: Request, user_id: PathUserId, moment: PastQueryParams) -> Response:
     """Read a user's account; its `ETag` changes with each change of it.
@@ -186,7 +194,12 @@ async def read_account(request: Request, user_id: PathUserId, moment: PastQueryP
         ),
     },
     dependencies=[ONCE],
-    openapi_extra=json_request(SettingsRequest, conditional=True),
+    openapi_extra=json_request(
+        SettingsRequest,
+        parameters=[
+            tags_parameter("If-Match", "The `ETag` of the account, several, or `*`.", required=True)
+        ],
+    ),
 )
 async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) -> Response:
     """Change an account's floor, freeze or thaw it, or name it.
