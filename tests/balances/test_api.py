@@ -1,6 +1,6 @@
 """The contract of the balance routes, call by call."""
 
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -15,17 +15,16 @@ async def test_the_first_user_is_there(client: httpx.AsyncClient) -> None:
     answer = await client.get("/api/users/1")
     assert answer.status_code == 200
     assert answer.json()["balance"] == 10_000
-    assert answer.headers["etag"] == '"1"'
+    assert answer.headers["etag"] == '"1.1.0"'
 
 
 async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.AsyncClient) -> None:
     """The answer has the balance and version that the change made; it is the user's next entry."""
     answer = await client.post("/api/balance", json={"userId": 1, "amount": -2})
     assert answer.status_code == 200
-    assert answer.headers["etag"] == '"2"'
     body = answer.json()
     change = body.pop("change")
-    assert body == {"userId": 1, "balance": 9_998, "version": 2}
+    assert body == {"userId": 1, "balance": 9_998, "held": 0, "available": 9_998, "version": 2}
     assert (change["amount"], change["key"]) == (-2, None)
     entries = (await client.get("/api/users/1/entries")).json()["entries"]
     assert [(e["version"], e["amount"], e["balance"]) for e in entries] == [
@@ -48,6 +47,9 @@ async def test_a_refusal_proves_itself(client: httpx.AsyncClient) -> None:
         "code": "insufficient-funds",
         "userId": 1,
         "balance": 10_000,
+        "held": 0,
+        "available": 10_000,
+        "floor": 0,
         "version": 1,
         "amount": -10_001,
         "shortfall": 1,
@@ -74,16 +76,28 @@ async def test_a_balance_has_an_upper_limit(client: httpx.AsyncClient) -> None:
 
 
 async def test_an_unknown_user_gets_a_404(client: httpx.AsyncClient) -> None:
-    """On every route with a user id."""
+    """On every route with a user id; a transfer says which of both there is not."""
     for answer in (
         await client.post("/api/balance", json={"userId": 99, "amount": 1}),
+        await client.post("/api/transfers", json={"fromUserId": 99, "toUserId": 1, "amount": 1}),
+        await client.post("/api/transfers", json={"fromUserId": 1, "toUserId": 99, "amount": 1}),
+        await client.post("/api/holds", json={"userId": 99, "amount": 1, "expiresInSeconds": 1}),
+        await client.post("/api/users/99/entries/1/reverse"),
+        await client.patch("/api/users/99", json={"frozen": True}, headers={"If-Match": "*"}),
         await client.get("/api/users/99"),
+        await client.get("/api/users/99", params={"version": 1}),
+        await client.get("/api/users/99", params={"at": "2026-11-21T21:49:33Z"}),
+        await client.get("/api/users/99/settings"),
+        await client.get("/api/users/99/holds"),
         await client.get("/api/users/99/entries"),
         await client.get("/api/users/99/entries", params={"after": 5}),
+        await client.get("/api/users/99/entries", params={"order": "desc", "reference": "a"}),
         await client.get("/api/users/99/daily-balances"),
         await client.get("/api/users/99/daily-balances", params={"before": "2026-11-21"}),
     ):
         assert (answer.status_code, answer.json()["code"]) == (404, "user-not-found")
+        assert answer.json()["userId"] == 99
+    assert (await client.get("/api/users/1")).json()["version"] == 1
 
 
 async def test_users_are_created_and_listed_by_cursor(client: httpx.AsyncClient) -> None:
@@ -158,19 +172,30 @@ async def test_past_balances_are_read_by_day(
     await connection.close()
 
 
+PROBLEM: Final = {"type", "title", "status", "detail", "code", "applied"}
+STATE: Final = {"userId", "balance", "held", "available", "version"}
+ACCOUNT: Final = STATE | {"floor", "frozen", "settingsVersion", "externalId", "createdAt"}
+DETAILS: Final = {"amount", "at", "key", "reference", "note"}
+TRANSFER: Final = DETAILS | {"id", "from", "to", "reverses", "reversedBy"}
+HOLD: Final = DETAILS | {"id", "userId", "state", "expiresAt", "endedAt", "captured"}
+ENTRY: Final = DETAILS | {"version", "balance", "held"}
+ENTRY_OF: Final = ENTRY | {"transfer", "otherUserId", "reverses", "hold"}
+REFUSAL: Final = PROBLEM | STATE | {"floor", "amount"}
+
+
 async def test_what_each_answer_consists_of(client: httpx.AsyncClient) -> None:
     """A new or missing field changes the contract; a replay has the fields of the first answer."""
-    problem = {"type", "title", "status", "detail", "code", "applied"}
-    refusal = problem | {"userId", "balance", "version", "amount"}
+    moved = {"fromUserId": 2, "toUserId": 1, "amount": 3}
+    held = {"userId": 2, "amount": 5, "expiresInSeconds": 60}
     requests: dict[str, tuple[str, dict[str, int], set[str]]] = {
-        "opened": ("users", {"balance": 2}, {"userId", "balance", "version", "createdAt"}),
-        "accepted": (
-            "balance",
-            {"userId": 2, "amount": -2},
-            {"userId", "balance", "version", "change"},
-        ),
-        "short": ("balance", {"userId": 2, "amount": -1}, refusal | {"shortfall"}),
-        "full": ("balance", {"userId": 1, "amount": LIMIT}, refusal | {"excess"}),
+        "opened": ("users", {"balance": 10}, ACCOUNT),
+        "accepted": ("balance", {"userId": 2, "amount": -2}, STATE | {"change"}),
+        "transfer": ("transfers", moved, TRANSFER),
+        "hold": ("holds", held, HOLD | {"account"}),
+        "short": ("balance", {"userId": 2, "amount": -1}, REFUSAL | {"shortfall"}),
+        "poor": ("transfers", {**moved, "amount": 9}, REFUSAL | {"shortfall"}),
+        "held": ("holds", held, REFUSAL | {"shortfall"}),
+        "full": ("balance", {"userId": 1, "amount": LIMIT}, REFUSAL | {"excess"}),
     }
     answers = {}
     for key, (path, body, members) in requests.items():
@@ -178,17 +203,46 @@ async def test_what_each_answer_consists_of(client: httpx.AsyncClient) -> None:
         first, again = [await client.post(f"/api/{path}", **sent) for _ in range(2)]
         assert first.json().keys() == members
         assert (again.headers["idempotent-replayed"], again.content) == ("true", first.content)
-        known = (await client.get(f"/api/changes/{key}")).json()
-        assert known.keys() == {"key", "outcome", "status", "answer"}
-        assert known["answer"] == first.json()
+        assert again.status_code == first.status_code
         answers[key] = first.json()
-    assert answers["accepted"]["change"].keys() == {"amount", "at", "key"}
-    assert (await client.get("/api/users/2")).json().keys() == answers["opened"].keys()
+        if path == "users":
+            continue
+        known = (await client.get(f"/api/users/{2 - (key == 'full')}/changes/{key}")).json()
+        kind = {"balance": "change", "transfers": "transfer", "holds": "hold"}[path]
+        outcome = "accepted" if first.is_success else "refused"
+        assert known == {
+            "key": key,
+            "kind": kind,
+            "outcome": outcome,
+            "status": first.status_code,
+            "answer": first.json(),
+        }
+    assert answers["accepted"]["change"].keys() == DETAILS | {"reverses"}
+    assert answers["transfer"]["from"].keys() == answers["transfer"]["to"].keys() == STATE
+    assert answers["hold"]["account"].keys() == STATE
+    reads = {
+        "users/2": ACCOUNT,
+        "users/2?version=1": {"userId", "version", "balance", "held", "at"},
+        f"transfers/{answers['transfer']['id']}": TRANSFER,
+        f"holds/{answers['hold']['id']}": HOLD,
+    }
+    for path, members in reads.items():
+        assert (await client.get(f"/api/{path}")).json().keys() == members
+    made = await client.post("/api/users/2/entries/2/reverse")
+    assert made.json()["change"].keys() == DETAILS | {"reverses"}
+    patched = await client.patch(
+        "/api/users/2", json={"externalId": "b"}, headers={"If-Match": "*"}
+    )
+    assert patched.json().keys() == ACCOUNT
+    settings = {"settingsVersion", "floor", "frozen", "externalId", "at", "by"}
     for path, one in {
-        "users": answers["opened"].keys(),
-        "users/2/entries": {"version", "amount", "balance", "at", "key"},
+        "users": ACCOUNT,
+        "users/2/entries": ENTRY_OF,
+        "users/2/holds": HOLD,
+        "users/2/settings": settings,
     }.items():
         page = (await client.get(f"/api/{path}")).json()
         name = path.rpartition("/")[2]
         assert page.keys() == {name, "next"}
-        assert [each.keys() for each in page[name]] == [one, one]
+        assert page[name]
+        assert all(each.keys() == one for each in page[name])
