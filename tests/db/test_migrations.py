@@ -9,12 +9,15 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 import asyncpg
 import httpx
 import pytest
 from alembic import command
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app.db.migrations import (
@@ -57,19 +60,7 @@ async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:
     """The migrations create exactly what the `tables` modules declare."""
     settings = settings_for(database)
     await migrate(settings)
-    config = alembic_config()
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
-    )
-
-    def check(connection: object) -> None:
-        config.attributes["connection"] = connection
-        command.check(config)
-
-    async with engine.connect() as connection:
-        await connection.run_sync(check)
-    await engine.dispose()
+    await _alembic(settings, "check")
 
 
 @pytest.mark.parametrize(
@@ -386,3 +377,160 @@ async def _migrate_in_a_process(database: dict[str, str], **env: str) -> asyncio
         env={**os.environ, **database, **env},
         stderr=asyncio.subprocess.DEVNULL,
     )
+
+
+# -- 0012: keys of accounts ---------------------------------------------------------------------
+
+# A key of each outcome that there was before, and changes without one.
+BEFORE_0012 = """
+INSERT INTO users (id, balance, version) VALUES (2, 5, 3), (3, 9, 1);
+INSERT INTO entries (user_id, version, amount, balance, key) VALUES
+    (2, 1, 7, 7, 'opened'), (2, 2, -3, 4, 'changed'), (2, 3, 1, 5, NULL), (3, 1, 9, 9, NULL);
+INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)
+SELECT key, CASE version WHEN 1 THEN 'opened' ELSE 'accepted' END, user_id, amount, balance,
+       version, at
+FROM entries WHERE key IS NOT NULL;
+INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version) VALUES
+    ('too-much', 'refused', 2, -8, 5, 3), ('too-many', 'refused', 2, 9007199254740990, 5, 3);
+SELECT setval(pg_get_serial_sequence('users', 'id'), 3);
+"""
+KNOWN_BEFORE = (
+    "SELECT id, balance, version, created_at FROM users ORDER BY 1",
+    "SELECT user_id, version, amount, balance, key, at FROM entries ORDER BY 1, 2",
+    """
+    SELECT key, outcome, user_id, amount, balance, version, at FROM idempotency_keys ORDER BY 1
+    """,
+)
+CONSTRAINTS = """
+SELECT conrelid::regclass::text, conname::text, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE connamespace = 'public'::regnamespace ORDER BY 1, 2
+"""
+INDEXES = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1"
+
+
+async def test_0012_moves_every_kind_of_row_and_back(database: dict[str, str]) -> None:
+    """Each key still has its first answer; going back, nothing that was known before is lost."""
+    settings = settings_for(database)
+    await _alembic(settings, "upgrade", "0011")
+    connection = await connect(database)
+    await connection.execute(BEFORE_0012)
+    shape = [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)]
+    before = [await connection.fetch(question) for question in KNOWN_BEFORE]
+    await _alembic(settings, "upgrade", "0012")
+    async with (
+        Instance(database, JOBS_ENABLED="false") as instance,
+        http_client(instance.url) as client,
+    ):
+        await _repeat_all(client)
+    assert [await connection.fetch(question) for question in KNOWN_BEFORE[:2]] == before[:2]
+    moved = "SELECT key, user_id, request FROM opening_keys"
+    assert [tuple(row) for row in await connection.fetch(moved)] == [("opened", 2, '{"balance":7}')]
+    await _alembic(settings, "downgrade", "0011")
+    assert [await connection.fetch(question) for question in KNOWN_BEFORE] == before
+    assert [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)] == shape
+    await _alembic(settings, "upgrade", "0012")
+    async with (
+        Instance(database, JOBS_ENABLED="false") as instance,
+        http_client(instance.url) as client,
+    ):
+        await _repeat_all(client)
+        await _make_every_kind(client)
+    known = [await connection.fetch(question) for question in KNOWN_BEFORE[:2]]
+    await _alembic(settings, "downgrade", "0011")
+    assert [await connection.fetch(question) for question in KNOWN_BEFORE[:2]] == known
+    outcomes = await connection.fetch(
+        "SELECT key, outcome FROM idempotency_keys WHERE key LIKE 'new-%' ORDER BY 1"
+    )
+    assert [tuple(row) for row in outcomes] == [
+        ("new-hold", "accepted"),
+        ("new-refusal", "refused"),
+        ("new-transfer", "accepted"),
+        ("new-user", "opened"),
+    ]
+    await connection.close()
+
+
+async def _repeat_all(client: httpx.AsyncClient) -> None:
+    """Send what the keys of `BEFORE_0012` were sent with: each is replayed."""
+    for key, path, body, status in (
+        ("opened", "users", {"balance": 7}, 201),
+        ("changed", "balance", {"userId": 2, "amount": -3}, 200),
+        ("too-much", "balance", {"userId": 2, "amount": -8}, 409),
+        ("too-many", "balance", {"userId": 2, "amount": 2**53 - 2}, 409),
+    ):
+        answer = await client.post(f"/api/{path}", json=body, headers={"Idempotency-Key": key})
+        assert (answer.status_code, answer.headers.get("idempotent-replayed")) == (status, "true")
+        assert answer.json()["userId"] == 2
+
+
+async def _make_every_kind(client: httpx.AsyncClient) -> None:
+    """Make what only a schema since 0012 has, each with a key if it may have one."""
+    moved = {"fromUserId": 1, "toUserId": 3, "amount": 2, "reference": "rent", "note": "May"}
+    held = {"userId": 1, "amount": 3, "expiresInSeconds": 3600}
+    made = [
+        await client.post(f"/api/{path}", json=body, headers={"Idempotency-Key": f"new-{key}"})
+        for key, path, body in (
+            ("user", "users", {"balance": 5, "floor": -5, "externalId": "a"}),
+            ("transfer", "transfers", moved),
+            ("hold", "holds", held),
+            ("refusal", "holds", {**held, "amount": 10_000}),
+        )
+    ]
+    assert [answer.status_code for answer in made] == [201, 200, 201, 409]
+    for hold in range(2):
+        placed = await client.post("/api/holds", json={**held, "amount": hold + 1})
+        end = ("capture", "void")[hold]
+        assert (await client.post(f"{placed.headers['location']}/{end}")).status_code == 200
+    assert (await client.post("/api/users/3/entries/2/reverse")).status_code == 200
+    patched = await client.patch(
+        "/api/users/2", json={"frozen": True, "externalId": "b"}, headers={"If-Match": "*"}
+    )
+    assert patched.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "UPDATE users SET floor = -1, balance = -1 WHERE id = 1",
+        """
+        INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
+        VALUES ('k', 'accepted', 1, 1, 1, 1), ('k', 'accepted', 2, 1, 1, 1)
+        """,
+        """
+        INSERT INTO opening_keys VALUES ('k', 1, '{"balance":10000}');
+        INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
+        VALUES ('k', 'accepted', 1, 1, 1, 1)
+        """,
+    ],
+    ids=["a negative balance", "a key of two users", "a key of an opening and a user"],
+)
+async def test_going_back_behind_0012_loses_nothing(database: dict[str, str], lost: str) -> None:
+    """What the schema before can't have stops it, with all its tables as they were."""
+    settings = settings_for(database)
+    await migrate(settings)
+    connection = await connect(database)
+    await connection.execute(lost)
+    shape = [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)]
+    with pytest.raises(IntegrityError):
+        await _alembic(settings, "downgrade", "0011")
+    assert [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)] == shape
+    await connection.close()
+
+
+async def _alembic(
+    settings: Settings, name: Literal["check", "upgrade", "downgrade"], *revision: str
+) -> None:
+    """Run a command of alembic; with a revision it brings the schema there."""
+    config = alembic_config()
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: asyncpg.connect(**settings.connect_arguments()),
+    )
+
+    def run(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        getattr(command, name)(config, *revision)
+
+    async with engine.connect() as connection:
+        await connection.run_sync(run)
+    await engine.dispose()
