@@ -1,6 +1,8 @@
 """Requests that no correct client sends, each with the refusal it has to get."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from tests.processes import Instance, empty_database
 MAX: Final = 2**53 - 1
 CHANGE: Final = b'{"userId":1,"amount":-2}'
 OPEN: Final = b'{"balance":7}'
-GOOD: Final = {"/api/balance": CHANGE, "/api/users": OPEN}
+TRANSFER: Final = b'{"fromUserId":1,"toUserId":404404,"amount":2}'
+HOLD: Final = b'{"userId":1,"amount":2,"expiresInSeconds":3600}'
 
 
 @asynccontextmanager
@@ -106,7 +109,7 @@ def request(
     lines: list[str | bytes] = ["Host: localhost"]
     if not keep:
         lines.append("Connection: close")
-    if body or method == "POST":
+    if body or method in {"POST", "PUT", "PATCH"}:
         lines.append(f"Content-Length: {len(body)}")
         if content_type is not None:
             lines.append(f"Content-Type: {content_type}")
@@ -132,6 +135,46 @@ def _bytes(text: str | bytes) -> bytes:
 
 
 # -- the table ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route that reads a body, and one that is right.
+
+    `bare`: the answer without any body, where it is optional.
+    """
+
+    path: str
+    good: bytes
+    method: str = "POST"
+    is_keyed: bool = False
+    headers: tuple[str, ...] = ()
+    bare: tuple[int, str] | None = None
+
+    def send(
+        self, body: bytes, *headers: str | bytes, content_type: str | None = "application/json"
+    ) -> bytes:
+        """Return the bytes of a request with this body."""
+        more = (*self.headers, *headers)
+        return request(self.method, self.path, body, *more, content_type=content_type)
+
+
+# What a right request to them refers to is not there, so that none of them changes anything.
+ROUTES: Final = (
+    Route("/api/balance", CHANGE, is_keyed=True),
+    Route("/api/users", OPEN, is_keyed=True),
+    Route("/api/transfers", TRANSFER, is_keyed=True),
+    Route("/api/holds", HOLD, is_keyed=True),
+    Route("/api/holds/1-404404/capture", b'{"amount":2}', bare=(404, "hold-not-found")),
+    Route(
+        "/api/users/1/entries/404404/reverse",
+        b'{"reference":"a"}',
+        bare=(404, "entry-not-found"),
+    ),
+    Route("/api/users/404404", b'{"floor":-5}', "PATCH", headers=("If-Match: *",)),
+    Route("/api/users/by-external-id/a", OPEN, "PUT", bare=(201, "")),
+)
+READS: Final = ("", "/entries", "/daily-balances", "/settings", "/holds")
 
 
 @dataclass(frozen=True)
@@ -185,65 +228,183 @@ TOO_BIG: Final = {
     "-400 digits": -(10**399),
     "4000 digits": 10**3999,
 }
-FIELDS: Final = {
-    "userId": ("/api/balance", b'{"userId":%b,"amount":-2}'),
-    "amount": ("/api/balance", b'{"userId":1,"amount":%b}'),
-    "balance": ("/api/users", b'{"balance":%b}'),
+# By route, the fields that have numbers, in a body that is right but for the number.
+NUMBERS: Final = {
+    ROUTES[0]: (b'{"userId":%b,"amount":-2}', b'{"userId":1,"amount":%b}'),
+    ROUTES[1]: (b'{"balance":%b}', b'{"floor":%b}'),
+    ROUTES[2]: (
+        b'{"fromUserId":%b,"toUserId":1,"amount":2}',
+        b'{"fromUserId":1,"toUserId":%b,"amount":2}',
+        b'{"fromUserId":1,"toUserId":404404,"amount":%b}',
+    ),
+    ROUTES[3]: (
+        b'{"userId":%b,"amount":2,"expiresInSeconds":3600}',
+        b'{"userId":1,"amount":%b,"expiresInSeconds":3600}',
+        b'{"userId":1,"amount":2,"expiresInSeconds":%b}',
+    ),
+    ROUTES[4]: (b'{"amount":%b}',),
+    ROUTES[6]: (b'{"floor":%b}',),
+    ROUTES[7]: (b'{"balance":%b}', b'{"floor":%b}'),
 }
+# Those whose field may be null.
+NULLABLE: Final = {(ROUTES[4], "amount"), (ROUTES[6], "floor")}
 
 
 def numbers() -> Iterator[Case]:
-    """Every invalid kind of number, as each of the three numbers that this API reads."""
-    for field, (path, template) in FIELDS.items():
-        for literal in NOT_JSON_NUMBERS:
-            yield _field(field, literal, path, template, MALFORMED, None)
-        for literal in NOT_INTEGERS:
-            yield _field(field, literal, path, template, INVALID, "not-an-integer")
-        for name, value in TOO_BIG.items():
-            digits = str(value)
-            yield _field(field, digits, path, template, INVALID, "out-of-range", name)
-        digits = "1" + "0" * 4999
-        yield _field(field, digits, path, template, INVALID, "out-of-range", "5000 digits")
-    for field, literal in {"userId": "0", "balance": "-1"}.items():
-        yield _field(field, literal, *FIELDS[field], INVALID, "out-of-range")
-    for field in ("userId", "balance"):
-        yield _field(field, str(-MAX), *FIELDS[field], INVALID, "out-of-range")
-    yield _field("userId", "-0", *FIELDS["userId"], INVALID, "out-of-range")
-    yield _field("userId", "-1", *FIELDS["userId"], INVALID, "out-of-range")
-    for literal in ("0", "-0"):
-        yield _field("amount", literal, *FIELDS["amount"], INVALID, "zero")
-    # Well formed, but the state says no.
-    missing = FIELDS["userId"][1] % str(MAX).encode()
-    yield Case("userId=2^53-1", request(body=missing), 404, "user-not-found")
-    deposit = FIELDS["amount"][1] % str(MAX).encode()
-    yield Case("amount=2^53-1", request(body=deposit), 409, "balance-limit-exceeded")
-    withdrawal = FIELDS["amount"][1] % str(-MAX).encode()
-    yield Case("amount=-(2^53-1)", request(body=withdrawal), 409, "insufficient-funds")
+    """Every invalid kind of number, as each of the numbers that this API reads."""
+    for route, templates in NUMBERS.items():
+        for template in templates:
+            for literal in NOT_JSON_NUMBERS:
+                yield _field(route, template, literal, MALFORMED, None)
+            for literal in NOT_INTEGERS:
+                if literal != "null" or (route, _name(template)) not in NULLABLE:
+                    yield _field(route, template, literal, INVALID, "not-an-integer")
+            for name, value in TOO_BIG.items():
+                yield _field(route, template, str(value), INVALID, "out-of-range", name)
+            digits = "1" + "0" * 4999
+            yield _field(route, template, digits, INVALID, "out-of-range", "5000 digits")
+            yield from _too_small(route, template)
+    for literal in (str(365 * 24 * 3600 + 1), str(MAX)):
+        yield _field(ROUTES[3], NUMBERS[ROUTES[3]][2], literal, INVALID, "out-of-range")
+
+
+def _too_small(route: Route, template: bytes) -> Iterator[Case]:
+    field = _name(template)
+    fault = "out-of-range"
+    literals = ["-1", str(-MAX), "0", "-0"]
+    if field == "floor":
+        literals = []
+    elif field == "balance":
+        literals = ["-1", str(-MAX)]
+    elif (route.path, field) == ("/api/balance", "amount"):
+        literals, fault = ["0", "-0"], "zero"
+    for literal in literals:
+        yield _field(route, template, literal, INVALID, fault)
+
+
+def _name(template: bytes) -> str:
+    """Return the field whose number a template lacks."""
+    return template.partition(b"%b")[0].split(b'"')[-2].decode()
+
+
+def refusals() -> Iterator[Case]:
+    """Requests that are well formed, but the state says no."""
+    most = b"%d" % MAX
+    change, transfer, hold = (
+        dict(enumerate(NUMBERS[route])) for route in ROUTES[:4] if route != ROUTES[1]
+    )
+    bodies = {
+        "/api/balance": {
+            "user": (change[0] % most, 404, "user-not-found"),
+            "much": (change[1] % most, 409, "balance-limit-exceeded"),
+            "little": (change[1] % (b"-" + most), 409, "insufficient-funds"),
+        },
+        "/api/transfers": {
+            "payer": (transfer[0] % most, 404, "user-not-found"),
+            "payee": (transfer[1] % most, 404, "user-not-found"),
+            "both": (transfer[0].replace(b":1,", b":2,") % most, 404, "user-not-found"),
+        },
+        "/api/holds": {
+            "user": (hold[0] % most, 404, "user-not-found"),
+            "much": (hold[1] % most, 409, "insufficient-funds"),
+        },
+        "/api/users": {
+            "floor": (b'{"balance":4,"floor":5}', 409, "floor-not-covered"),
+            "floor alone": (b'{"floor":%b}' % most, 409, "floor-not-covered"),
+        },
+    }
+    for path, kinds in bodies.items():
+        for kind, (body, status, code) in kinds.items():
+            yield Case(f"{path} refused {kind}", request(path=path, body=body), status, code)
+    for path, code in {
+        "/api/users/404404/entries/1/reverse": "user-not-found",
+        "/api/users/1/entries/404404/reverse": "entry-not-found",
+        f"/api/users/1/entries/{MAX}/reverse": "entry-not-found",
+        "/api/holds/1-404404/capture": "hold-not-found",
+        "/api/holds/404404-1/capture": "hold-not-found",
+        "/api/holds/9999999999999999-9999999999999999/capture": "hold-not-found",
+        "/api/holds/1-404404/void": "hold-not-found",
+        "/api/holds/404404-1/void": "hold-not-found",
+    }.items():
+        yield Case(f"POST {path}", request(path=path), 404, code)
+    same = request(path="/api/transfers", body=TRANSFER.replace(b"404404", b"1"))
+    yield Case("a transfer to oneself", same, *INVALID, ("/toUserId", "same-user"))
+    floor = request("PATCH", "/api/users/1", b'{"floor":10001}', "If-Match: *")
+    yield Case("a floor that is not covered", floor, 409, "floor-not-covered")
 
 
 def _field(  # noqa: PLR0913, PLR0917 - one row of the table
-    field: str,
-    literal: str,
-    path: str,
+    route: Route,
     template: bytes,
+    literal: str,
     refusal: tuple[int, str],
     fault: str | None,
     name: str | None = None,
 ) -> Case:
-    body = template % literal.encode()
+    field = _name(template)
     return Case(
-        f"{field}={name or literal[:24]}",
-        request(path=path, body=body),
+        f"{route.path} {field}={name or literal[:24]}",
+        route.send(template % literal.encode()),
         *refusal,
         fault=None if fault is None else (f"/{field}", fault),
         poison=literal.encode(),
     )
 
 
+# Text that no field takes, as JSON, and the fault.
+WRONG_TEXTS: Final = {
+    "number": ("1", "not-a-string"),
+    "true": ("true", "not-a-string"),
+    "array": ('["poison"]', "not-a-string"),
+    "object": ('{"poison":1}', "not-a-string"),
+    "empty": ('""', "not-printable"),
+    "line feed": ('"poison\\n"', "not-printable"),
+    "control": ('"poison\\u001b[31m"', "not-printable"),
+    "C1 control": ('"poison\\u0085"', "not-printable"),
+    "delete": ('"poison\x7f"', "not-printable"),
+    "NUL": ('"poison\\u0000"', "not-printable"),
+    "right to left": ('"poison\u202etxt"', "not-printable"),
+    "zero width": ('"poison\u200b"', "not-printable"),
+    "line separator": ('"poison\u2028"', "not-printable"),
+    "BOM": ('"\ufeffpoison"', "not-printable"),
+    "no character": ('"poison\uffff"', "not-printable"),
+    "surrogate": ('"poison\\ud800"', "not-text"),
+    "half a pair": ('"poison\\udc00x"', "not-text"),
+    "10 000 characters": (f'"{"poison" * 1667}"', "not-printable"),
+}
+
+
+def texts() -> Iterator[Case]:
+    """Every invalid kind of text, as each of the texts that this API reads; and of frozen."""
+    fields = {
+        "reference": ROUTES[0:1] + ROUTES[2:6],
+        "note": ROUTES[0:1] + ROUTES[2:6],
+        "externalId": (ROUTES[1], ROUTES[6]),
+    }
+    for field, routes in fields.items():
+        too_long = f'"{"p" * (501 if field == "note" else 201)}"'
+        literals = {**WRONG_TEXTS, "too long": (too_long, "not-printable")}
+        for route in routes:
+            good = {} if f'"{field}"'.encode() in route.good else json.loads(route.good)
+            for kind, (literal, fault) in literals.items():
+                members = "".join(f'"{name}":{value},' for name, value in good.items())
+                yield Case(
+                    f"{route.path} {field} {kind}",
+                    route.send(f'{{{members}"{field}":{literal}}}'.encode()),
+                    *INVALID,
+                    (f"/{field}", fault),
+                    b"poison",
+                )
+    for literal in ("0", "1", '"true"', '""', "[]", "{}", "[true]", "1.0"):
+        sent = ROUTES[6].send(b'{"frozen":%b}' % literal.encode())
+        yield Case(f"frozen={literal}", sent, *INVALID, ("/frozen", "not-a-boolean"))
+
+
 def malformed_bodies() -> Iterator[Case]:
-    """Bodies that are not one JSON text in UTF-8, on both routes that read a body."""
-    for path, good in GOOD.items():
-        name = b'"amount"' if path == "/api/balance" else b'"balance"'
+    """Bodies that are not one JSON text in UTF-8, on all routes that read a body."""
+    for route in ROUTES:
+        good = route.good
+        name = b'"%b"' % re.findall(rb'"(\w+)":', good)[-1]
         bodies = {
             "empty": b"",
             "spaces": b" \t\r\n ",
@@ -305,14 +466,14 @@ def malformed_bodies() -> Iterator[Case]:
             "msgpack": bytes.fromhex("82a675736572496401a6616d6f756e74fe"),
         }
         for kind, body in bodies.items():
-            yield Case(
-                f"{path} {kind}", request(path=path, body=body), *MALFORMED, poison=b"poison"
-            )
+            if body or route.bare is None:
+                yield Case(f"{route.path} {kind}", route.send(body), *MALFORMED, poison=b"poison")
 
 
 def wrong_objects() -> Iterator[Case]:
     """JSON, but not the expected object."""
-    for path, good in GOOD.items():
+    for route in ROUTES:
+        good = route.good
         values = {
             "null": b"null",
             "true": b"true",
@@ -325,7 +486,7 @@ def wrong_objects() -> Iterator[Case]:
             "60 arrays": b"[" * 60 + b"]" * 60,
         }
         for kind, body in values.items():
-            yield _body(path, f"top {kind}", body, ("", "not-an-object"))
+            yield _body(route, f"top {kind}", body, ("", "not-an-object"))
         extra = {
             "poison": b"poison",
             "empty": b"",
@@ -349,11 +510,11 @@ def wrong_objects() -> Iterator[Case]:
         for kind, field in extra.items():
             body = b'{"%b":1,%b' % (field, good[1:])
             poison = field[:30] if b"poison" in field or b"proto" in field else b""
-            yield _body(path, f"unknown {kind}", body, ("", "unknown-field"), poison)
+            yield _body(route, f"unknown {kind}", body, ("", "unknown-field"), poison)
         for surrogate in (b"\\ud800", b"\\udfff", b"poison\\udc00x", b"\\udcff\\ud800"):
             body = b'{"%b":1,%b' % (surrogate, good[1:])
             yield _body(
-                path, f"unknown {surrogate.decode()}", body, ("", "unknown-field"), b"poison"
+                route, f"unknown {surrogate.decode()}", body, ("", "unknown-field"), b"poison"
             )
         first = good[1:-1].split(b",")[0]
         field = first.split(b":")[0]
@@ -371,7 +532,8 @@ def wrong_objects() -> Iterator[Case]:
         }
         for kind, addition in twice.items():
             body = good[:-1] + b"," + addition + b"}"
-            yield _body(path, f"twice {kind}", body, ("", "duplicate-key"), b"poison")
+            yield _body(route, f"twice {kind}", body, ("", "duplicate-key"), b"poison")
+    change, users, transfer, hold, capture, reversal, settings, _ = ROUTES
     bodies = {
         "nothing": (b"{}", ("/userId", "required")),
         "no userId": (b'{"amount":-2}', ("/userId", "required")),
@@ -383,10 +545,25 @@ def wrong_objects() -> Iterator[Case]:
         "wrapped": (b'{"body":{"userId":1,"amount":-2}}', None),
     }
     for kind, (body, fault) in bodies.items():
-        yield _body("/api/balance", f"fields {kind}", body, fault)
-    yield _body("/api/users", "fields of the other route", CHANGE, ("", "unknown-field"))
-    yield _body("/api/users", "fields wrapped", b'{"body":{"balance":7}}', ("", "unknown-field"))
-    yield _body("/api/users", "fields id", b'{"id":1,"balance":7}', ("", "unknown-field"))
+        yield _body(change, f"fields {kind}", body, fault)
+    unknown = ("", "unknown-field")
+    yield _body(users, "fields of the other route", CHANGE, unknown)
+    yield _body(users, "fields wrapped", b'{"body":{"balance":7}}', unknown)
+    yield _body(users, "fields id", b'{"id":1,"balance":7}', unknown)
+    yield _body(users, "fields frozen", b'{"balance":7,"frozen":true}', unknown)
+    for route in (transfer, hold):
+        for name, value in json.loads(route.good).items():
+            left = {key: each for key, each in json.loads(route.good).items() if key != name}
+            body = json.dumps(left).encode()
+            yield _body(route, f"fields without {name}", body, (f"/{name}", "required"))
+            null = json.dumps({**left, name: None}).encode()
+            yield _body(route, f"fields with {name} null", null, (f"/{name}", "not-an-integer"))
+            text = json.dumps({**left, name: str(value)}).encode()
+            yield _body(route, f"fields with {name} as text", text, (f"/{name}", "not-an-integer"))
+    yield _body(capture, "fields expiresInSeconds", b'{"expiresInSeconds":9}', unknown)
+    yield _body(reversal, "fields amount", b'{"amount":9}', unknown)
+    for field in (b"balance", b"settingsVersion", b"by", b"userId"):
+        yield _body(settings, f"fields {field.decode()}", b'{"%b":9}' % field, unknown)
 
 
 def arguments() -> Iterator[Case]:
@@ -459,9 +636,9 @@ def schedules() -> Iterator[Case]:
 
 
 def _body(
-    path: str, name: str, body: bytes, fault: tuple[str, str] | None, poison: bytes = b""
+    route: Route, name: str, body: bytes, fault: tuple[str, str] | None, poison: bytes = b""
 ) -> Case:
-    return Case(f"{path} {name}", request(path=path, body=body), *INVALID, fault, poison)
+    return Case(f"{route.path} {name}", route.send(body), *INVALID, fault, poison)
 
 
 def media_types() -> Iterator[Case]:
@@ -475,33 +652,34 @@ def media_types() -> Iterator[Case]:
         *("application/json, text/plain", "text/plain; a=application/json", "application/json/x"),
         *("application /json", "x-application/json", "application/json+xml", "\xe9/json", ";"),
     )
-    for path, good in GOOD.items():
+    for route in ROUTES:
         for media_type in types:
             yield Case(
-                f"{path} as {media_type or 'empty'!r}",
-                request(path=path, body=good, content_type=media_type),
+                f"{route.path} as {media_type or 'empty'!r}",
+                route.send(route.good, content_type=media_type),
                 *MEDIA,
                 poison=b"poison",
             )
-        yield Case(f"{path} as nothing", request(path=path, body=good, content_type=None), *MEDIA)
+        yield Case(f"{route.path} as nothing", route.send(route.good, content_type=None), *MEDIA)
         pairs = (("application/json", "text/plain"), ("text/plain", "application/json"))
         for one, two in pairs:
-            sent = request("POST", path, good, f"Content-Type: {two}", content_type=one)
-            yield Case(f"{path} as {one} and {two}", sent, *MEDIA)
+            sent = route.send(route.good, f"Content-Type: {two}", content_type=one)
+            yield Case(f"{route.path} as {one} and {two}", sent, *MEDIA)
         for coding in ("gzip", "br", "poison"):
-            sent = request("POST", path, good, f"Content-Encoding: {coding}")
-            yield Case(f"{path} encoded as {coding}", sent, *MEDIA, poison=b"poison")
+            sent = route.send(route.good, f"Content-Encoding: {coding}")
+            yield Case(f"{route.path} encoded as {coding}", sent, *MEDIA, poison=b"poison")
 
 
 def sizes() -> Iterator[Case]:
     """Bodies above 16 KiB, and oversized heads."""
-    for path, good in GOOD.items():
+    for route in ROUTES:
         for size in (16 * 1024 + 1, 17_000):
-            body = good.ljust(size)
-            yield Case(f"{path} {size} bytes", request(path=path, body=body), *LARGE)
+            body = route.good.ljust(size)
+            yield Case(f"{route.path} {size} bytes", route.send(body), *LARGE)
             lines = ("Host: localhost", "Connection: close", "Content-Type: application/json")
-            head = raw_request("POST", path, *lines, "Transfer-Encoding: chunked")
-            yield Case(f"{path} {size} bytes in chunks", head + chunked(body), *LARGE)
+            more = (*route.headers, "Transfer-Encoding: chunked")
+            head = raw_request(route.method, route.path, *lines, *more)
+            yield Case(f"{route.path} {size} bytes in chunks", head + chunked(body), *LARGE)
     for length in ("16385", "99999999999", str(2**63), str(2**64 - 1)):
         lines = ("Host: localhost", "Connection: close", "Content-Type: application/json")
         sent = raw_request("POST", "/api/balance", *lines, f"Content-Length: {length}")
@@ -513,10 +691,20 @@ def methods() -> Iterator[Case]:
     addresses = {
         "/api/balance": {"POST"},
         "/api/users": {"GET", "POST"},
-        "/api/users/1": {"GET"},
+        "/api/users/1": {"GET", "PATCH"},
         "/api/users/1/entries": {"GET"},
+        "/api/users/1/entries/1/reverse": {"POST"},
         "/api/users/1/daily-balances": {"GET"},
-        "/api/changes/k": {"GET"},
+        "/api/users/1/settings": {"GET"},
+        "/api/users/1/holds": {"GET"},
+        "/api/users/1/changes/k": {"GET"},
+        "/api/users/by-external-id/a": {"PUT"},
+        "/api/transfers": {"POST"},
+        "/api/transfers/1-2": {"GET"},
+        "/api/holds": {"POST"},
+        "/api/holds/1-1": {"GET"},
+        "/api/holds/1-1/capture": {"POST"},
+        "/api/holds/1-1/void": {"POST"},
         "/api/cron/jobs/a/schedule": {"PUT", "DELETE"},
         "/api/cron/runs/1/log": {"GET"},
         "/problems": {"GET"},
@@ -556,7 +744,7 @@ def keys() -> Iterator[Case]:
         "no-break space": b"poison\xa0",
         "C1 control": b"poison\x85",
     }
-    for path, good in GOOD.items():
+    for path, good in {route.path: route.good for route in ROUTES if route.is_keyed}.items():
         for name, value in values.items():
             header = b"Idempotency-Key: " + _bytes(value)
             sent = request("POST", path, good, header)
@@ -587,7 +775,7 @@ def keys() -> Iterator[Case]:
     )
     wrong += ("%C3%A9", "%F0%9F%92%B0", "%FF", "%ED%A0%80", "%7F")
     for key in wrong:
-        sent = request("GET", f"/api/changes/{key}")
+        sent = request("GET", f"/api/users/1/changes/{key}")
         at = ("path:key", "not-a-key")
         yield Case(f"change {key[:20]} ({len(key)})", sent, *INVALID, at, b"poison")
     for key in (
@@ -603,8 +791,120 @@ def keys() -> Iterator[Case]:
         "/",
         "x%0A",
     ):
-        sent = request("GET", f"/api/changes/{key}")
+        sent = request("GET", f"/api/users/1/changes/{key}")
         yield Case(f"no change {key[:20]}", sent, 404, "key-not-found", None, b"poison")
+
+
+WRONG_TAGS: Final[dict[str, str | bytes]] = {
+    "empty": "",
+    "no quotes": "1.1.0",
+    "open quotes": '"1.1.0',
+    "single quotes": "'1.1.0'",
+    "lower w": 'w/"1.1.0"',
+    "two without comma": '"a" "b"',
+    "comma": '"a",',
+    "two commas": '"a",,"b"',
+    "star and tag": '*, "a"',
+    "two stars": "*, *",
+    "space": '"poison a"',
+    "UTF-8": "“poison”".encode(),
+    "no tag": "poison" * 1700,
+    "open quotes, 10 000 characters": '"' + "poison" * 1700,
+    "list without end": '"poison",' * 1200,
+}
+OTHER_TAGS: Final[dict[str, str | bytes]] = {
+    "other": '"1.1.1"',
+    "prefix": '"1.1"',
+    "version alone": '"1"',
+    "leading zero": '"01.1.0"',
+    "empty": '""',
+    "star in quotes": '"*"',
+    "weak": 'W/"1.1.0"',
+    "weak in quotes": '"W/1.1.0"',
+    "list": '"a", "2.2.0",W/"1.1.0"',
+    "NULL": '"NULL"',
+    "Latin-1": b'"\xe9\xff"',
+    "10 000 characters": '"' + "poison" * 1700 + '"',
+    "2 000 tags": ",".join(['"poison"'] * 1000),
+}
+
+
+def tags() -> Iterator[Case]:
+    """Entity tags that are none, and those that the account does not have."""
+    settings = b'{"frozen":true}'
+    calls = {
+        "/api/balance": ("POST", CHANGE),
+        "/api/transfers": ("POST", TRANSFER),
+        "/api/holds": ("POST", HOLD),
+        "/api/users/1": ("PATCH", settings),
+    }
+    for path, (method, body) in calls.items():
+        for name, value in WRONG_TAGS.items():
+            sent = request(method, path, body, b"If-Match: " + _bytes(value))
+            yield Case(f"{path} tag {name}", sent, *MALFORMED, None, b"poison")
+        for name, value in OTHER_TAGS.items():
+            if (method, name) == ("PATCH", "other"):
+                continue  # the settings are the same
+            sent = request(method, path, body, b"If-Match: " + _bytes(value))
+            yield Case(f"{path} other tag {name}", sent, 412, "version-conflict", None, b"poison")
+        for name, first, second in (
+            ("both stars", "*", "*"),
+            ("star and tag", "*", '"1.1.0"'),
+            ("tag and star", '"1.1.0"', "*"),
+            ("tag and none", '"1.1.0"', "1.1.0"),
+            ("halves", '"', '"'),
+        ):
+            two = (f"If-Match: {first}", f"if-MATCH: {second}")
+            sent = request(method, path, body, *two)
+            yield Case(f"{path} two tags, {name}", sent, *MALFORMED)
+        sent = request(method, path, body, 'If-Match: "a"', 'if-MATCH: W/"1.1.0"')
+        yield Case(f"{path} two other tags", sent, 412, "version-conflict")
+    patch = request("PATCH", "/api/users/1", settings)
+    yield Case("settings without a tag", patch, 428, "precondition-required")
+    nobody = request("PATCH", "/api/users/404404", settings, 'If-Match: "1.1.0"')
+    yield Case("settings of nobody", nobody, 404, "user-not-found")
+    for name, value in WRONG_TAGS.items():
+        sent = request("GET", "/api/users/1", b"", b"If-None-Match: " + _bytes(value))
+        yield Case(f"read, tag {name}", sent, *MALFORMED, None, b"poison")
+
+
+def ids() -> Iterator[Case]:
+    """Texts that are no id of a transfer or hold, and no external id; and ids of nothing."""
+    wrong = (
+        *("1", "1-", "-1", "-", "1--1", "1-1-1", "0-1", "1-0", "01-1", "1-01", "+1-1", "1-+1"),
+        *("1_1", "1.1", "a-b", "1-b", "%D9%A1-1", "1-%C2%B2", "1-1%00", "1-1%0A", "%201-1"),
+        *("1-1%20", "1%2D", "1%E2%80%901", "%00", "%FF", "poison", "poison-poison", "1'--", "*"),
+        *("1" * 17 + "-1", "1-" + "1" * 17, "9" * 5000 + "-1", "1-" + "9" * 5000, "%zz"),
+    )
+    addresses = {
+        "transfer": ("GET", "/api/transfers/{}"),
+        "hold": ("GET", "/api/holds/{}"),
+        "capture": ("POST", "/api/holds/{}/capture"),
+        "void": ("POST", "/api/holds/{}/void"),
+    }
+    for what, (method, address) in addresses.items():
+        place = "path:transferId" if what == "transfer" else "path:holdId"
+        for text in wrong:
+            yield Case(
+                f"{what} {text[:20]} ({len(text)})",
+                request(method, address.format(text)),
+                *INVALID,
+                (place, "not-an-id"),
+                text.encode() if len(text) > 5 else b"",
+            )
+        nothing = (404, "transfer-not-found" if what == "transfer" else "hold-not-found")
+        for text in ("1-1", "1-2", "404404-1", f"{MAX}-{MAX}", "9" * 16 + "-" + "9" * 16):
+            yield Case(f"no {what} {text}", request(method, address.format(text)), *nothing)
+    for text in (
+        *("", "%00", "poison%00", "%0A", "poison%0A", "%1b", "%7F", "%C2%85", "%FF", "%ED%A0%80"),
+        *("%E2%80%AE", "%EF%BB%BF", "%EF%BF%BF", "x" * 201, "x" * 5000, "%C3%A9" * 201),
+    ):
+        at = ("path:externalId", "not-printable")
+        name = f"external id {text[:20]} ({len(text)})"
+        sent = request("PUT", f"/api/users/by-external-id/{text}", b"{}")
+        yield Case(name, sent, *INVALID, at, b"poison")
+        sent = request("GET", f"/api/users?externalId={text}")
+        yield Case(f"find {name}", sent, *INVALID, ("query:externalId", "not-printable"))
 
 
 def addresses() -> Iterator[Case]:
@@ -640,16 +940,24 @@ def addresses() -> Iterator[Case]:
         ),
         *("%7BuserId%7D", "[1]", "1'--", "%25", "%zz", "1%", "@1", "$1", "(1)", "1:1"),
     )
-    places = ("", "/entries", "/daily-balances")
     for user in wrong:
-        for path in (f"/api/users/{user}{place}" for place in places):
+        paths = [("GET", f"/api/users/{user}{place}") for place in (*READS, "/changes/k")]
+        paths += [("POST", f"/api/users/{user}/entries/1/reverse"), ("PATCH", f"/api/users/{user}")]
+        for method, path in paths:
             yield Case(
-                f"GET {path.replace(user, user[:20])} ({len(user)})",
-                request("GET", path),
+                f"{method} {path.replace(user, user[:20])} ({len(user)})",
+                request(method, path, b"{}" if method == "PATCH" else b"", "If-Match: *"),
                 *INVALID,
                 ("path:userId", "out-of-range" if _is_decimal(user) else "not-an-integer"),
                 user.encode() if len(user) > 5 else b"",
             )
+        yield Case(
+            f"reverse {user[:20]} ({len(user)})",
+            request("POST", f"/api/users/1/entries/{user}/reverse"),
+            *INVALID,
+            ("path:version", "out-of-range" if _is_decimal(user) else "not-an-integer"),
+            user.encode() if len(user) > 5 else b"",
+        )
         yield Case(
             f"GET run {user[:20]} ({len(user)})",
             request("GET", f"/api/cron/runs/{user}/log"),
@@ -658,8 +966,10 @@ def addresses() -> Iterator[Case]:
             user.encode() if len(user) > 5 else b"",
         )
     for missing in (404_404, MAX):
-        for path in (f"/api/users/{missing}{place}" for place in places):
+        for path in (f"/api/users/{missing}{place}" for place in READS):
             yield Case(f"GET {path}", request("GET", path), 404, "user-not-found")
+        path = f"/api/users/{missing}/changes/k"
+        yield Case(f"GET {path}", request("GET", path), 404, "key-not-found")
         path = f"/api/cron/runs/{missing}/log"
         yield Case(f"GET {path}", request("GET", path), 404, "run-not-found")
     nowhere = (
@@ -679,7 +989,9 @@ def addresses() -> Iterator[Case]:
         *("/docs/", "/docs/assets", "/docs/assets/", "/docs/poison", "/problems/poison"),
         *("/problems/", "/problems/%00", "/problems/..%2f", "/wp-login.php", "/poison" * 1000),
         *("/%FF", "/%00", "/%ED%A0%80", "/%", "/%0d%0aSet-Cookie:poison=1", "/..;/api/users"),
-        "/api/changes/%0D%0Apoison:1",
+        *("/api/changes/k", "/api/changes/%0D%0Apoison:1", "/api/users/1/changes", "/api/transfer"),
+        *("/api/holds/", "/api/transfers/", "/api/holds/1-1/", "/api/holds/1-1/release"),
+        *("/api/holds/1-1%2Fvoid", "/api/users/1/holds/1", "/api/users/1/settings/1"),
     )
     for path in nowhere:
         yield Case(f"GET {path[:40]}", request("GET", path), *NOWHERE, poison=b"poison")
@@ -738,6 +1050,8 @@ def queries() -> Iterator[Case]:
         "/api/users": "after",
         "/api/users/1/entries": "after",
         "/api/users/1/daily-balances": "before",
+        "/api/users/1/settings": "after",
+        "/api/users/1/holds": "after",
     }
     for path, cursor in lists.items():
         for name in ("limit",) if cursor == "before" else ("after", "limit"):
@@ -779,6 +1093,76 @@ def queries() -> Iterator[Case]:
             f"limit=1&{cursor}={one}&limit=2",
         ):
             yield Case(f"{path}?{query}", request("GET", f"{path}?{query}"), *INVALID)
+
+
+def times() -> Iterator[Case]:
+    """Texts that are no time with a zone, or one out of range."""
+    wrong = (
+        *("2026-11-21", "2026-11-21T21:49:33", "2026-11-21%2021:49:33Z", "2026-11-21T21:49Z"),
+        *("20261121T214933Z", "2026-W47-6T00:00:00Z", "2026-11-21T21:49:33z1", "T21:49:33Z"),
+        *("2026-02-30T00:00:00Z", "2025-02-29T00:00:00Z", "2026-13-01T00:00:00Z"),
+        *("2026-11-21T25:00:00Z", "2026-11-21T21:60:00Z", "2026-11-21T23:59:60Z"),
+        *("2026-11-21T21:49:33%2B24:00", "2026-11-21T21:49:33%2B1:00", "2026-11-21T21:49:33UTC"),
+        *("2026-11-21T21:49:33+01:00", "2026-11-21T21:49:33%2B0100", "2026-11-21T21:49:33%2B01"),
+        *("0000-01-01T00:00:00Z", "0001-01-01T00:00:00%2B01:00", "9999-12-31T23:59:59-01:00"),
+        *("10000-01-01T00:00:00Z", "-001-01-01T00:00:00Z", "2026-11-21T21:49:33.1234567Z"),
+        *("2026-11-21T21:49:33.Z", "2026-11-21T21:49:33,5Z", "2026-11-21T21:49:33Z%0A"),
+        *("2026-11-21T21:49:33Z%00", "%202026-11-21T21:49:33Z", "2026-11-21T21:49:33Z%20"),
+        *("%D9%A2%D9%A0%D9%A2%D9%A6-11-21T21:49:33Z", "2026%E2%88%9211%E2%88%9221T21:49:33Z"),
+        *("1700000000", "1700000000.5", "0", "-1", "1e9", "now", "infinity", "NaN", "null", ""),
+        *("%00", "%FF", "poison", "9" * 5000, "2" * 400 + "-01-01T00:00:00Z"),
+    )
+    ledger = "/api/users/1/entries"
+    for path, name in ((ledger, "from"), (ledger, "to"), ("/api/users/1", "at")):
+        for time in wrong:
+            yield Case(
+                f"{path}?{name}={time[:30]} ({len(time)})",
+                request("GET", f"{path}?{name}={time}"),
+                *INVALID,
+                (f"query:{name}", "not-a-time"),
+                time.encode() if len(time) > 10 else b"",
+            )
+
+
+def moments() -> Iterator[Case]:
+    """A past moment of an account that is none, or of which there is no entry."""
+    account, now = "/api/users/1", "2026-11-21T21:49:33Z"
+    for version in ("0", "-1", "-0", "+1", "01", "1.0", "1e0", "", "poison", "%00", str(2**53)):
+        at = ("query:version", "out-of-range" if _is_decimal(version) else "not-an-integer")
+        sent = request("GET", f"{account}?version={version}")
+        yield Case(f"{account}?version={version}", sent, *INVALID, at, b"poison")
+    both = request("GET", f"{account}?version=1&at={now}")
+    yield Case("a time and a version", both, *INVALID, ("query:version", "not-with-at"))
+    for query in (
+        *("poison=1", "Version=1", f"AT={now}", "version[]=1", "balance=1", "at%00=1", "=1"),
+        *("version=1&version=1", "version=1&version=2", f"at={now}&at={now}", "version=1&limit=1"),
+    ):
+        sent = request("GET", f"{account}?{query}")
+        yield Case(f"{account}?{query}", sent, *INVALID, None, b"poison")
+    past = (404, "entry-not-found")
+    for query in ("version=404404", f"version={MAX}", "at=0001-01-01T00:00:00Z"):
+        yield Case(f"{account}?{query}", request("GET", f"{account}?{query}"), *past)
+
+
+def filters() -> Iterator[Case]:
+    """Filters of lists that are none, and who changes settings."""
+    ledger, now = "/api/users/1/entries", "2026-11-21T21:49:33Z"
+    orders = ("", "ASC", "desc%20", "poison", "%00", "1", "null", "asc,desc")
+    states = ("", "OPEN", "ended", "poison", "%00", "0", "null", "open,voided")
+    for place, values in {f"{ledger}?order": orders, "/api/users/1/holds?state": states}.items():
+        at = (f"query:{place.partition('?')[2]}", "unknown-value")
+        for value in values:
+            sent = request("GET", f"{place}={value}")
+            yield Case(f"{place}={value}", sent, *INVALID, at, b"poison")
+    for text in ("", "%00", "poison%0A", "%FF", "%E2%80%AE", "poison" * 1000, "x" * 201):
+        at = ("query:reference", "not-printable")
+        sent = request("GET", f"{ledger}?reference={text}")
+        yield Case(f"{ledger}?reference={text[:20]} ({len(text)})", sent, *INVALID, at, b"poison")
+    for query in ("order=asc&order=desc", f"from={now}&from={now}", "reference=a&reference=a"):
+        yield Case(f"{ledger}?{query}", request("GET", f"{ledger}?{query}"), *INVALID)
+    for query in ("by=", "by=%00", "by=%E2%80%AE", "by=" + "x" * 101, "by=a&by=b", "poison=1"):
+        sent = request("PATCH", f"/api/users/1?{query}", b'{"frozen":true}', "If-Match: *")
+        yield Case(f"settings ?{query[:20]}", sent, *INVALID, None, b"poison")
 
 
 def days() -> Iterator[Case]:
@@ -927,8 +1311,8 @@ def headers() -> Iterator[Case]:
 def all_cases() -> list[Case]:
     """Return the whole table."""
     groups = (
-        *(numbers, malformed_bodies, wrong_objects, arguments, schedules),
+        *(numbers, texts, refusals, malformed_bodies, wrong_objects, arguments, schedules),
         *(media_types, sizes, methods),
     )
-    more = (keys, addresses, queries, days, framing, headers)
+    more = (keys, tags, ids, addresses, queries, times, moments, filters, days, framing, headers)
     return [case for group in (*groups, *more) for case in group()]

@@ -36,7 +36,11 @@ TITLE_OF: Final = {kind.code: kind.title for kind in all_problems()}
 EVERYTHING: Final = """
 SELECT (SELECT jsonb_agg(u ORDER BY id) FROM users u),
        (SELECT jsonb_agg(e ORDER BY user_id, version) FROM entries e),
-       (SELECT jsonb_agg(k ORDER BY key) FROM idempotency_keys k)
+       (SELECT jsonb_agg(h ORDER BY user_id, number) FROM holds h),
+       (SELECT jsonb_agg(k ORDER BY user_id, key) FROM idempotency_keys k),
+       (SELECT jsonb_agg(k ORDER BY key) FROM opening_keys k),
+       (SELECT jsonb_agg(i ORDER BY user_id) FROM external_ids i),
+       (SELECT jsonb_agg(s ORDER BY user_id, settings_version) FROM user_settings s)
 """
 
 

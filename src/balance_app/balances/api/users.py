@@ -1,6 +1,7 @@
 """Routes of users: creating them, finding them, and the settings of their accounts."""
 
-from typing import Any
+import re
+from typing import Any, Final
 
 from fastapi import APIRouter
 from pydantic_core import to_json
@@ -44,6 +45,9 @@ from balance_app.http.params import ONCE, WhoQuery
 from balance_app.http.services import services
 
 router = APIRouter(prefix="/api", tags=["users"])
+
+# of an account, as `State.tag`; the part of its settings is the group
+_TAG: Final = re.compile(r"[1-9][0-9]{0,15}\.([1-9][0-9]{0,15})\.(?:0|[1-9][0-9]{0,15})", re.ASCII)
 
 
 def _accounts(request: Request) -> AccountRepository:
@@ -241,9 +245,8 @@ async def list_settings(request: Request, user_id: PathUserId, page: PageQuery) 
 
 def _settings_version(tag: str) -> int:
     """Return the settings' version of an entity tag; 0, which none has, for one of another form."""
-    _, _, rest = tag.partition(".")
-    version = rest.partition(".")[0]
-    return int(version) if version.isascii() and version.isdigit() and len(version) < 17 else 0  # noqa: PLR2004 - longer ones are no version of any account
+    parts = _TAG.fullmatch(tag)
+    return 0 if parts is None else int(parts[1])
 
 
 def _response(account: Account, *, status: int = 200, **more: str) -> Response:
