@@ -4,15 +4,16 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import httpx
 import jsonschema_rs
 import pytest
 
 import balance_app.main  # noqa: F401 - with it every problem is known
+from balance_app.balances import errors
 from balance_app.errors import PROBLEM_JSON, all_problems, explain
 from tests.balances.hostile import one_instance
 from tests.processes import Instance, http_client
@@ -23,24 +24,37 @@ EXAMPLES = size(small=25, full=100)  # of each operation
 KINDS: Final = {kind.code: kind for kind in all_problems()}
 
 # Rules that no schema can express: a key belongs to one content for ever (each request gets its
-# own), and 2.0 is not an integer here (in JSON Schema it is: such numbers are sent as integers).
+# own), an entity tag is one that the account has or not, no transfer is to oneself, no moment both
+# a time and a version, and 2.0 is not an integer here (in JSON Schema it is: such numbers are sent
+# as integers).
 HOOKS: Final = """
 import re
 import uuid
 
 import schemathesis
 
+from balance_app.http.openapi import TAGS_PATTERN
+
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    key = (case.headers or {}).get("Idempotency-Key")
+    headers = case.headers or {}
+    key = headers.get("Idempotency-Key")
     if isinstance(key, str) and re.fullmatch("[!-~]{1,255}", key):
-        case.headers["Idempotency-Key"] = uuid.uuid4().hex
+        headers["Idempotency-Key"] = uuid.uuid4().hex
+    for name, tag in {"If-Match": "*", "If-None-Match": '"none"'}.items():
+        if isinstance(headers.get(name), str) and re.fullmatch(TAGS_PATTERN, headers[name]):
+            headers[name] = tag
+    if {"at", "version"} <= (case.query or {}).keys():
+        del case.query["at"]
     if isinstance(case.body, dict):
         case.body = {
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in case.body.items()
         }
+        if type(case.body.get("fromUserId")) is int:
+            if case.body["fromUserId"] == case.body.get("toUserId"):
+                case.body["toUserId"] += 1 if case.body["toUserId"] < 9 else -1
 """
 
 
@@ -191,52 +205,195 @@ COMMON_HEADERS: Final = {
 async def test_headers_are_documented_on_the_answers_that_carry_them(instance: Instance) -> None:
     """Each answer has the headers that the document requires, and no others."""
     document = await _document(instance)
-    change: dict[str, Any] = {"json": {"userId": 1, "amount": -2}}
-    refused: dict[str, Any] = {"json": {"userId": 1, "amount": -(10**9)}}
-    key, other = ({"Idempotency-Key": f"headers-{number}"} for number in (1, 2))
-    trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
-    calls: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("POST", "/api/balance", "/api/balance", {**change, "headers": key}),
-        ("POST", "/api/balance", "/api/balance", {**change, "headers": key}),
-        ("POST", "/api/balance", "/api/balance", {**refused, "headers": other}),
-        ("POST", "/api/balance", "/api/balance", {**refused, "headers": other}),
-        ("POST", "/api/balance", "/api/balance", {"json": {}, "headers": trace}),
-        ("POST", "/api/balance", "/api/balance", {"content": b"{" * 20_000}),
-        ("POST", "/api/users", "/api/users", {"json": {}}),
-        ("GET", "/api/users", "/api/users", {}),
-        ("GET", "/api/users/{userId}", "/api/users/1", {}),
-        ("GET", "/api/users/{userId}", "/api/users/404404", {}),
-        ("GET", "/api/users/{userId}/entries", "/api/users/1/entries", {}),
-        ("GET", "/api/users/{userId}/daily-balances", "/api/users/1/daily-balances", {}),
-        ("GET", "/api/changes/{key}", "/api/changes/headers-1", {}),
-        ("GET", "/api/cron/status", "/api/cron/status", {}),
-        ("GET", "/api/cron/runs/{run}/log", "/api/cron/runs/404404/log", {}),
-        ("POST", "/api/cron/jobs/{name}/run", "/api/cron/jobs/none/run", {}),
-        ("PUT", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {"json": {}}),
-        ("DELETE", "/api/cron/jobs/{name}/schedule", "/api/cron/jobs/none/schedule", {}),
-        ("GET", "/problems", "/problems", {}),
-        ("GET", "/readyz", "/readyz", {}),
-    ]
     seen: set[str] = set()
+    codes: set[str] = set()
     async with http_client(instance.url) as client:
-        for method, template, path, more in calls:
+
+        async def call(
+            status: int,
+            method: str,
+            template: str,
+            *values: object,
+            **more: Any,  # noqa: ANN401 - what httpx takes
+        ) -> httpx.Response:
+            path = re.sub(r"{\w+}", "{}", template).format(*values)
             answer = await client.request(method, path, **more)
-            described = document["paths"][template][method.lower()]["responses"]
-            documented = {
-                name.lower(): document["components"]["headers"][name]
-                for name in described[str(answer.status_code)]["headers"]
-            }
-            carried = {name.lower() for name in answer.headers} - COMMON_HEADERS
-            required = {name for name, header in documented.items() if header.get("required")}
-            assert required <= carried <= documented.keys(), (method, path, answer.status_code)
-            for name in carried:
-                schema = documented[name]["schema"]
-                value: object = answer.headers[name]
-                jsonschema_rs.validate(
-                    schema, int(str(value)) if schema["type"] == "integer" else value
-                )
-            seen |= carried
+            assert answer.status_code == status, (method, path, answer.text)
+            described = document["paths"][template][method.lower()]["responses"][str(status)]
+            carried = _check_headers(document, described, answer)
+            seen.update(carried)
+            if answer.headers.get("content-type") == PROBLEM_JSON:
+                code = answer.json()["code"]
+                assert code in described["content"][PROBLEM_JSON]["examples"], (method, path)
+                codes.add(code)
+            return answer
+
+        await _call_movements(call)
+        await _call_accounts(call)
+        await _call_others(call)
     assert {"etag", "location", "idempotent-replayed", "traceparent", "x-request-id"} <= seen
+    of_balances = {kind.code for kind in KINDS.values() if kind.__module__ == errors.__name__}
+    assert of_balances - codes == {"user-id-taken", "balance-limit-exceeded"}
     for name, operation in _operations(document):
         for status, described in operation["responses"].items():
             assert ("Retry-After" in described["headers"]) == (status == "503"), name
+
+
+Call: TypeAlias = Callable[..., Awaitable[httpx.Response]]
+
+
+def _check_headers(
+    document: dict[str, Any], described: dict[str, Any], answer: httpx.Response
+) -> set[str]:
+    """Compare an answer's headers with the document; return those that are not common."""
+    documented = {
+        name.lower(): document["components"]["headers"][name] for name in described["headers"]
+    }
+    carried = {name.lower() for name in answer.headers} - COMMON_HEADERS
+    required = {name for name, header in documented.items() if header.get("required")}
+    assert required <= carried <= documented.keys(), answer.request.url
+    for name in carried:
+        schema = documented[name]["schema"]
+        value: object = answer.headers[name]
+        jsonschema_rs.validate(schema, int(str(value)) if schema["type"] == "integer" else value)
+    return carried
+
+
+def _key(number: int) -> dict[str, str]:
+    return {"Idempotency-Key": f"headers-{number}"}
+
+
+async def _new_user(call: Call, balance: int = 100) -> int:
+    opened = await call(201, "POST", "/api/users", json={"balance": balance})
+    assert "etag" in opened.headers
+    return int(opened.json()["userId"])
+
+
+async def _call_movements(call: Call) -> None:
+    """Each route that moves money or reserves it, accepted, replayed, and refused."""
+    one, two = await _new_user(call), await _new_user(call)
+    bodies: dict[str, tuple[int, dict[str, Any]]] = {
+        "/api/balance": (200, {"userId": one, "amount": -2}),
+        "/api/transfers": (200, {"fromUserId": one, "toUserId": two, "amount": 2}),
+        "/api/holds": (201, {"userId": one, "amount": 2, "expiresInSeconds": 60}),
+    }
+    for number, (path, (status, body)) in enumerate(bodies.items()):
+        much = {**body, "amount": body["amount"] * 1000}
+        for keyed in (_key(2 * number), _key(2 * number)):
+            made = await call(status, "POST", path, json=body, headers=keyed)
+        await call(422, "POST", path, json=much, headers=_key(2 * number))
+        for _ in range(2):
+            await call(409, "POST", path, json=much, headers=_key(2 * number + 1))
+            await call(200, "GET", "/api/users/{userId}/changes/{key}", one, f"headers-{number}")
+        nobody = {
+            name: 404_404 if name in {"userId", "toUserId"} else value
+            for name, value in body.items()
+        }
+        await call(404, "POST", path, json=nobody)
+        await call(400, "POST", path, json=body, headers={"If-Match": "none"})
+        stale = await call(412, "POST", path, json=body, headers={"If-Match": '"9.9.9"'})
+        assert stale.headers["etag"].count(".") == 2
+        await call(413, "POST", path, content=b"{" * 20_000)
+        await call(415, "POST", path, content=b"{}")
+    assert made.headers["location"] == f"/api/holds/{made.json()['id']}"
+    trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    await call(422, "POST", "/api/balance", json={}, headers=trace)
+    await call(404, "GET", "/api/users/{userId}/changes/{key}", one, "never")
+    moved = await call(200, "POST", "/api/transfers", json=bodies["/api/transfers"][1])
+    await call(200, "GET", "/api/transfers/{transferId}", moved.json()["id"])
+    await call(404, "GET", "/api/transfers/{transferId}", "1-404404")
+    hold, capture, void = (
+        "/api/holds/{holdId}",
+        "/api/holds/{holdId}/capture",
+        "/api/holds/{holdId}/void",
+    )
+    await call(200, "GET", hold, made.json()["id"])
+    await call(409, "POST", capture, made.json()["id"], json={"amount": 3})
+    for _ in range(2):
+        await call(200, "POST", capture, made.json()["id"], json={"amount": 1})
+    await call(409, "POST", void, made.json()["id"])
+    placed = await call(201, "POST", "/api/holds", json=bodies["/api/holds"][1])
+    for _ in range(2):
+        await call(200, "POST", void, placed.json()["id"])
+    for method, template in (("GET", hold), ("POST", capture), ("POST", void)):
+        await call(404, method, template, "1-404404")
+    reverse = "/api/users/{userId}/entries/{version}/reverse"
+    for _ in range(2):
+        undone = await call(200, "POST", reverse, one, 2)
+    await call(409, "POST", reverse, one, undone.json()["version"])
+    await call(404, "POST", reverse, one, 404_404)
+
+
+async def _call_accounts(call: Call) -> None:
+    """Each route of an account and its settings."""
+    user = await _new_user(call)
+    account = "/api/users/{userId}"
+    found = await call(200, "GET", account, user)
+    tag = found.headers["etag"]
+    same = await call(304, "GET", account, user, headers={"If-None-Match": tag})
+    assert (same.content, same.headers["etag"]) == (b"", tag)
+    await call(400, "GET", account, user, headers={"If-None-Match": "none"})
+    past = await call(200, "GET", account, user, params={"version": 1})
+    assert "etag" not in past.headers
+    await call(404, "GET", account, user, params={"version": 2})
+    await call(404, "GET", account, 404_404)
+    name = f"headers-{user}"
+    await call(428, "PATCH", account, user, json={"floor": -5})
+    patched = await call(
+        200,
+        "PATCH",
+        account,
+        user,
+        json={"frozen": True, "externalId": name},
+        headers={"If-Match": tag},
+    )
+    assert patched.headers["etag"] != tag
+    await call(412, "PATCH", account, user, json={"floor": -5}, headers={"If-Match": tag})
+    anyhow = {"If-Match": "*"}
+    await call(409, "PATCH", account, user, json={"floor": 101}, headers=anyhow)
+    await call(404, "PATCH", account, 404_404, json={"floor": -5}, headers=anyhow)
+    await call(
+        409, "PATCH", account, await _new_user(call), json={"externalId": name}, headers=anyhow
+    )
+    await call(409, "POST", "/api/balance", json={"userId": user, "amount": 1}, headers=_key(user))
+    once = "/api/users/by-external-id/{externalId}"
+    await call(200, "PUT", once, name, json={})
+    made = await call(201, "PUT", once, f"{name}-once")
+    assert made.headers["location"] == f"/api/users/{made.json()['userId']}"
+    await call(409, "PUT", once, f"{name}-poor", json={"floor": 1})
+    await call(409, "POST", "/api/users", json={"externalId": name})
+    for _ in range(2):
+        await call(201, "POST", "/api/users", json={}, headers=_key(100 + user))
+    for below in ("entries", "daily-balances", "settings", "holds"):
+        await call(200, "GET", f"{account}/{below}", user)
+        await call(404, "GET", f"{account}/{below}", 404_404)
+        await call(422, "GET", f"{account}/{below}", user, params={"limit": 0})
+    await call(200, "GET", "/api/users")
+
+
+async def _call_others(call: Call) -> None:
+    """Routes of jobs, and about the service."""
+    await call(200, "GET", "/api/cron/status")
+    await call(404, "GET", "/api/cron/runs/{run}/log", 404_404)
+    await call(404, "POST", "/api/cron/jobs/{name}/run", "none")
+    await call(422, "PUT", "/api/cron/jobs/{name}/schedule", "none", json={})
+    await call(404, "DELETE", "/api/cron/jobs/{name}/schedule", "none")
+    await call(200, "GET", "/problems")
+    await call(200, "GET", "/readyz")
+
+
+async def test_every_header_has_an_example(instance: Instance) -> None:
+    """Of each header that an answer may have, one that fits its schema."""
+    for name, header in (await _document(instance))["components"]["headers"].items():
+        assert "example" in header, name
+        jsonschema_rs.validate(header["schema"], header["example"])
+
+
+async def test_every_request_has_an_example(instance: Instance) -> None:
+    """Of each body, and each parameter that has to be sent."""
+    for name, operation in _operations(await _document(instance)):
+        body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+        assert body is None or "example" in body, name
+        for parameter in operation.get("parameters", ()):
+            examples = {"example", "examples"} & (parameter.keys() | parameter["schema"].keys())
+            assert examples or not parameter.get("required"), (name, parameter)

@@ -223,7 +223,7 @@ async def test_a_change_and_its_refusal_are_reported(
     assert await run("change", "1", "-10000", **environment) == (4, "", refused)
     code, out, err = await run("change", "1", "-10000", "--key", "k2", "--json", **environment)
     assert (code, err) == (4, refused)
-    assert json.loads(out) == (await client.get("/api/changes/k2")).json()["answer"]
+    assert json.loads(out) == (await client.get("/api/users/1/changes/k2")).json()["answer"]
     code, out, _ = await run("change", "1", "9007199254740991", **environment)
     assert (code, out) == (4, "")
     code, out, err = await run("change", "--json", "1", "+7", **environment)

@@ -36,7 +36,16 @@ QUERIES: Final = (
         "/api/users/{}",
         "/api/users/1/entries?after={}",
     ),
-    *("/api/users/{}/entries", "/api/users/1/entries?limit={}", "/api/changes/{}", "/problems/{}"),
+    *("/api/users/{}/entries", "/api/users/1/entries?limit={}", "/problems/{}"),
+    *(
+        "/api/users/1/entries?order={}",
+        "/api/users/1/entries?from={}",
+        "/api/users/1/entries?to={}",
+    ),
+    *("/api/users/1/entries?reference={}", "/api/users/1?at={}", "/api/users/1?version={}"),
+    *("/api/users?externalId={}", "/api/users/{}/settings", "/api/users/1/settings?after={}"),
+    *("/api/users/{}/holds", "/api/users/1/holds?state={}", "/api/users/1/holds?after={}"),
+    *("/api/users/{}/changes/k", "/api/users/1/changes/{}", "/api/transfers/{}", "/api/holds/{}"),
     *("/api/cron/history?before={}", "/api/cron/history?limit={}", "/api/cron/history?job={}"),
     *(
         "/api/cron/history?outcome={}",
@@ -54,6 +63,10 @@ STEERING: Final = (
     *("/api/cron/jobs/{}/run", "/api/cron/jobs/{}/pause", "/api/cron/jobs/{}/resume"),
     *("/api/cron/jobs/{}/cancel", "/api/cron/jobs/a/run?by={}", "/api/cron/jobs/a/pause?reason={}"),
 )
+MOVING: Final = (
+    *("/api/users/{}/entries/1/reverse", "/api/users/404404/entries/{}/reverse"),
+    *("/api/holds/{}/capture", "/api/holds/{}/void"),
+)
 FORMS: Final = (
     *("/jobs/{}/run", "/jobs/{}/pause", "/jobs/{}/resume", "/jobs/{}/cancel"),
     *("/jobs/a/pause|by={}", "/jobs/a/pause|by=a&reason={}", "/jobs/a/run|back={}&by=a"),
@@ -62,7 +75,7 @@ FORMS: Final = (
 )
 HEADERS: Final = (
     *("X-Request-Id", "traceparent", "Idempotency-Key", "Cookie", "Accept-Encoding", "Referer"),
-    *("Origin", "Sec-Fetch-Site", "If-None-Match", "Range", "Content-Encoding"),
+    *("Origin", "Sec-Fetch-Site", "If-None-Match", "If-Match", "Range", "Content-Encoding"),
 )
 
 
@@ -79,13 +92,19 @@ async def test_no_hostile_value_gets_a_5xx(
         for template in STEERING:
             answer = await client.post(template.format(value))
             assert 400 <= answer.status_code < 500, (template, value[:20], answer.text[:200])
+        for template in MOVING:
+            answer = await client.post(template.format(value))
+            assert answer.status_code < 500, (template, value[:20], answer.text[:200])
+        answer = await client.put(f"/api/users/by-external-id/{value}")
+        assert answer.status_code < 500, (value[:20], answer.text[:200])
         for template in FORMS:
             path, _, body = template.format(value).partition("|")
             answer = await client.post(path, content=body, headers={"Content-Type": form})
             assert answer.status_code < 500, (template, value[:20], answer.text[:200])
         for name in HEADERS:
-            answer = await client.get("/api/users/1", headers={name: value})
-            assert answer.status_code < 500, (name, value[:20], answer.text[:200])
+            for method, path in (("GET", "/api/users/1"), ("PATCH", "/api/users/1")):
+                answer = await client.request(method, path, headers={name: value})
+                assert answer.status_code < 500, (name, value[:20], answer.text[:200])
 
 
 async def test_a_stream_version_of_any_length_is_accepted(

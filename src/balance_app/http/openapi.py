@@ -32,36 +32,44 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "description": "which instance answered",
         "required": True,
         "schema": _TEXT,
+        "example": "app1",
     },
     "X-Request-Id": {
         "description": "the id of the request in the logs: the caller's, if it sent a valid one",
         "schema": _TEXT,
+        "example": "3f0c1a52b7d94e6f8a1b2c3d4e5f6071",
     },
     "traceparent": {
         "description": "the request's place in the caller's trace, if it sent one",
         "schema": _TEXT,
+        "example": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
     },
     "Retry-After": {
         "description": "after how many seconds to send the request again",
         "required": True,
         "schema": {"type": "integer", "minimum": 0},
+        "example": 1,
     },
     "Idempotent-Replayed": {
         "description": "`true`: this repeats the first answer to this key",
         "schema": {"type": "string", "enum": ["true"]},
+        "example": "true",
     },
     "ETag": {
         "description": "the account's entity tag, another after each change; no past one has it",
         "schema": {"type": "string", "pattern": r'^"[1-9][0-9]*\.[1-9][0-9]*\.[0-9]+"$'},
+        "example": '"2.1.0"',
     },
     "Location": {
         "description": "the path of what was created",
         "required": True,
         "schema": {"type": "string", "format": "uri-reference"},
+        "example": "/api/users/2",
     },
     "Connection": {
         "description": "`close`: the connection ends with this answer",
         "schema": _TEXT,
+        "example": "close",
     },
 }
 
