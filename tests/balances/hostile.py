@@ -1116,7 +1116,7 @@ def times() -> Iterator[Case]:
     for path, name in ((ledger, "from"), (ledger, "to"), ("/api/users/1", "at")):
         for time in wrong:
             yield Case(
-                f"{path}?{name}={time[:30]} ({len(time)})",
+                f"time {name}={time[:30]} ({len(time)})",
                 request("GET", f"{path}?{name}={time}"),
                 *INVALID,
                 (f"query:{name}", "not-a-time"),
@@ -1130,7 +1130,7 @@ def moments() -> Iterator[Case]:
     for version in ("0", "-1", "-0", "+1", "01", "1.0", "1e0", "", "poison", "%00", str(2**53)):
         at = ("query:version", "out-of-range" if _is_decimal(version) else "not-an-integer")
         sent = request("GET", f"{account}?version={version}")
-        yield Case(f"{account}?version={version}", sent, *INVALID, at, b"poison")
+        yield Case(f"past version={version}", sent, *INVALID, at, b"poison")
     both = request("GET", f"{account}?version=1&at={now}")
     yield Case("a time and a version", both, *INVALID, ("query:version", "not-with-at"))
     for query in (
@@ -1157,7 +1157,7 @@ def filters() -> Iterator[Case]:
     for text in ("", "%00", "poison%0A", "%FF", "%E2%80%AE", "poison" * 1000, "x" * 201):
         at = ("query:reference", "not-printable")
         sent = request("GET", f"{ledger}?reference={text}")
-        yield Case(f"{ledger}?reference={text[:20]} ({len(text)})", sent, *INVALID, at, b"poison")
+        yield Case(f"reference={text[:20]} ({len(text)})", sent, *INVALID, at, b"poison")
     for query in ("order=asc&order=desc", f"from={now}&from={now}", "reference=a&reference=a"):
         yield Case(f"{ledger}?{query}", request("GET", f"{ledger}?{query}"), *INVALID)
     for query in ("by=", "by=%00", "by=%E2%80%AE", "by=" + "x" * 101, "by=a&by=b", "poison=1"):
