@@ -2,8 +2,8 @@
 
 A program of the release before can't work with it: it takes a key for one of the whole service,
 and knows no holds. After this migration it is not ready; see docs/upgrading.md. The keys get a new
-primary key, and the entries two partial indexes, which read each table once (seconds for millions
-of rows); meanwhile they can't be written.
+primary key, and the entries a CHECK and two partial indexes, each of which reads its table once
+(seconds for millions of rows); meanwhile they can't be written.
 """
 
 from alembic import op
@@ -31,8 +31,7 @@ COMMENT ON COLUMN users.holds_due_at IS 'no open hold expires before it';
 COMMENT ON COLUMN users.changed_at IS 'the time of the last entry, which no later one goes before';
 """
 
-# A transfer is its two entries, each of which names the other. Older rows are none, so that they
-# need not be read again for the constraint.
+# A transfer is its two entries, each of which names the other.
 ENTRIES = """
 ALTER TABLE entries
     ADD COLUMN held bigint NOT NULL DEFAULT 0,
@@ -44,7 +43,7 @@ ALTER TABLE entries
     ADD COLUMN note text,
     DROP CONSTRAINT entries_balance_check,
     ADD CONSTRAINT entries_halves_check
-        CHECK ((other_user_id IS NULL) = (other_version IS NULL)) NOT VALID;
+        CHECK ((other_user_id IS NULL) = (other_version IS NULL));
 CREATE UNIQUE INDEX entries_reverses_key ON entries (user_id, reverses)
     WHERE reverses IS NOT NULL;
 CREATE INDEX entries_reference_idx ON entries (user_id, reference, version)
