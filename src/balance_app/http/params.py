@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Query
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 
 from balance_app.errors import InvalidRequest
@@ -27,6 +28,14 @@ PRINTABLE_PATTERN: Final = (
     r"\u2060-\u206f\ufeff\ufff9-\uffff]+$"
 )
 _PRINTABLE: Final = re.compile(PRINTABLE_PATTERN)
+
+
+# The rest of a path, as `path` of the framework, which loses a line feed at its end.
+class _RestOfPath(PathConvertor):
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _RestOfPath())
 _TIME: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"

@@ -151,7 +151,7 @@ async def reverse(request: Request, user_id: PathUserId, version: PathVersion) -
 
 
 @router.get(
-    "/users/{userId}/changes/{key:path}",
+    "/users/{userId}/changes/{key:text}",
     summary="Read an outcome",
     response_description="The outcome of the request.",
     response_model=KeyAnswer,

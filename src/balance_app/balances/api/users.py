@@ -106,7 +106,7 @@ async def list_accounts(request: Request, page: UsersPageQuery) -> dict[str, Any
 
 
 @router.put(
-    "/users/by-external-id/{externalId:path}",
+    "/users/by-external-id/{externalId:text}",
     summary="Create a user once",
     response_description="The user was there.",
     response_model=AccountAnswer,
