@@ -279,7 +279,11 @@ class HoldEnded(Problem):
     """
 
     status, code, title = 409, "hold-ended", "Hold ended"
-    sample: ClassVar = {"state": "voided", "ended_at": "2026-11-21T21:49:33.940623Z"}
+    sample: ClassVar = {
+        "state": "captured",
+        "ended_at": "2026-11-21T21:49:33.940623Z",
+        "captured": 2,
+    }
 
     def __init__(self, *, state: str, ended_at: object, captured: int | None = None) -> None:
         super().__init__(f"The hold is {state}.", state=state, endedAt=ended_at, captured=captured)
