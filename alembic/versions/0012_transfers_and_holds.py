@@ -18,17 +18,17 @@ ALTER TABLE users
     ADD COLUMN floor bigint NOT NULL DEFAULT 0,
     ADD COLUMN frozen boolean NOT NULL DEFAULT false,
     ADD COLUMN settings_version bigint NOT NULL DEFAULT 1,
+    -- how often a hold was placed or ended
     ADD COLUMN hold_events bigint NOT NULL DEFAULT 0,
+    -- no open hold expires before it
     ADD COLUMN holds_due_at timestamptz NOT NULL DEFAULT 'infinity',
+    -- the time of the last entry, which no later one goes before
     ADD COLUMN changed_at timestamptz NOT NULL DEFAULT '-infinity',
     DROP CONSTRAINT users_balance_check,
     -- never fires: the conditional UPDATE refuses first; one constraint, as each costs every UPDATE
     ADD CONSTRAINT users_balance_check CHECK (
         held >= 0 AND balance - held >= floor AND balance <= 9007199254740991
     );
-COMMENT ON COLUMN users.hold_events IS 'how often a hold was placed or ended';
-COMMENT ON COLUMN users.holds_due_at IS 'no open hold expires before it';
-COMMENT ON COLUMN users.changed_at IS 'the time of the last entry, which no later one goes before';
 """
 
 # A transfer is its two entries, each of which names the other.
