@@ -215,6 +215,21 @@ async def test_overdue_holds_end_though_nobody_looks(runner: JobRunner) -> None:
     assert await runner.run("prune-refused-keys") == ended.format(0)
 
 
+async def test_many_overdue_holds_of_an_account_end_in_several_transactions(
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job goes on with the account until none of its holds is overdue."""
+    monkeypatch.setattr(housekeeping, "HOLDS_AT_ONCE", 2)
+    await runner.populate(3, 1)
+    for _ in range(5):
+        await runner.hold(1, user_id=2)
+    for number in range(1, 6):
+        await runner.let_expire(2, number)
+    ended = "removed 0 refusals older than 7 days, ended overdue holds of 1 account"
+    assert await runner.run("prune-refused-keys") == ended
+    assert await runner.rows("SELECT held, hold_events FROM users WHERE id = 2") == [(0, 10)]
+
+
 def test_the_documented_retention_of_refusals_is_the_real_one() -> None:
     """The days in the documentation are those of the constant."""
     assert re.findall(r"(\d+) days", str(InsufficientFunds.__doc__)) == [str(REFUSALS_KEPT.days)]

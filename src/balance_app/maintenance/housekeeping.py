@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Final
 
 from balance_app.balances.repository import REFUSALS_KEPT
-from balance_app.balances.state import EXPIRE
+from balance_app.balances.state import EXPIRE, HOLDS_AT_ONCE
 from balance_app.db.pool import Connection
 from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import job
@@ -92,7 +92,9 @@ async def _end_overdue_holds(connection: Connection, state: State, size: int) ->
     if row is None:
         return {"done": 0, "ended": True}
     if row["overdue"]:
-        await connection.execute(EXPIRE, row["user_id"])
+        ended = await connection.execute(EXPIRE, row["user_id"], HOLDS_AT_ONCE)
+        if ended == f"UPDATE {HOLDS_AT_ONCE}":  # it may have more of them
+            return {"done": 0}
     return {
         "done": row["users"],
         "user": row["user_id"],
