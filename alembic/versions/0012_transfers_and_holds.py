@@ -24,10 +24,11 @@ ALTER TABLE users
     ADD COLUMN holds_due_at timestamptz NOT NULL DEFAULT 'infinity',
     -- the time of the last entry, which no later one goes before
     ADD COLUMN changed_at timestamptz NOT NULL DEFAULT '-infinity',
+    DROP CONSTRAINT users_version_check,
     DROP CONSTRAINT users_balance_check,
     -- never fires: the conditional UPDATE refuses first; one constraint, as each costs every UPDATE
     ADD CONSTRAINT users_balance_check CHECK (
-        held >= 0 AND balance - held >= floor AND balance <= 9007199254740991
+        held >= 0 AND balance - held >= floor AND balance <= 9007199254740991 AND version >= 1
     );
 """
 
@@ -42,8 +43,10 @@ ALTER TABLE entries
     ADD COLUMN reference text,
     ADD COLUMN note text,
     DROP CONSTRAINT entries_balance_check,
-    ADD CONSTRAINT entries_halves_check
-        CHECK ((other_user_id IS NULL) = (other_version IS NULL));
+    DROP CONSTRAINT entries_amount_check,
+    ADD CONSTRAINT entries_amount_check CHECK (
+        (amount <> 0 OR version = 1) AND (other_user_id IS NULL) = (other_version IS NULL)
+    );
 CREATE UNIQUE INDEX entries_reverses_key ON entries (user_id, reverses)
     WHERE reverses IS NOT NULL;
 CREATE INDEX entries_reference_idx ON entries (user_id, reference, version)
@@ -155,14 +158,16 @@ FROM opening_keys JOIN entries USING (user_id) WHERE version = 1;
 DROP TABLE opening_keys, holds;
 DROP INDEX entries_reverses_key, entries_reference_idx;
 ALTER TABLE entries
-    DROP CONSTRAINT entries_halves_check,
+    DROP CONSTRAINT entries_amount_check,
     DROP COLUMN held, DROP COLUMN other_user_id, DROP COLUMN other_version,
     DROP COLUMN reverses, DROP COLUMN hold, DROP COLUMN reference, DROP COLUMN note,
+    ADD CONSTRAINT entries_amount_check CHECK (amount <> 0 OR version = 1),
     ADD CONSTRAINT entries_balance_check CHECK (balance >= 0);
 ALTER TABLE users
     DROP CONSTRAINT users_balance_check,
     DROP COLUMN held, DROP COLUMN floor, DROP COLUMN frozen, DROP COLUMN settings_version,
     DROP COLUMN hold_events, DROP COLUMN holds_due_at, DROP COLUMN changed_at,
+    ADD CONSTRAINT users_version_check CHECK (version >= 1),
     ADD CONSTRAINT users_balance_check CHECK (balance BETWEEN 0 AND 9007199254740991);
 """
 

@@ -44,9 +44,9 @@ users = Table(
     # the time of the last entry, which no later one goes before
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
     CheckConstraint(
-        f"held >= 0 AND balance - held >= floor AND balance <= {MAX_INTEGER}", name="balance"
+        f"held >= 0 AND balance - held >= floor AND balance <= {MAX_INTEGER} AND version >= 1",
+        name="balance",
     ),
-    CheckConstraint("version >= 1", name="version"),
     postgresql_with={"fillfactor": 70},
 )
 
@@ -70,8 +70,10 @@ entries = Table(
     Column("reference", Text),
     Column("note", Text),
     PrimaryKeyConstraint("user_id", "version"),
-    CheckConstraint("amount <> 0 OR version = 1", name="amount"),
-    CheckConstraint("(other_user_id IS NULL) = (other_version IS NULL)", name="halves"),
+    CheckConstraint(
+        "(amount <> 0 OR version = 1) AND (other_user_id IS NULL) = (other_version IS NULL)",
+        name="amount",
+    ),
     Index(
         "entries_reverses_key",
         "user_id",
