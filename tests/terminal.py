@@ -124,13 +124,23 @@ async def answering(*answers: bytes) -> AsyncIterator[StandIn]:
 @asynccontextmanager
 async def losing(answers: int, port: int) -> AsyncIterator[StandIn]:
     """Forward requests to an instance, and drop the first answers."""
+    async with replacing(port, lambda number, answer: b"" if number < answers else answer) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def replacing(port: int, instead: Callable[[int, bytes], bytes]) -> AsyncIterator[StandIn]:
+    """Forward requests to an instance; send what `instead` makes of a request's number and answer.
+
+    An empty answer cuts the connection after the request has reached the instance.
+    """
 
     async def pass_on(request: bytes, number: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         answer = await _message(reader)
         writer.close()
-        return b"" if number < answers else answer
+        return instead(number, answer)
 
     async with _stand_in(pass_on) as stand_in:
         yield stand_in
