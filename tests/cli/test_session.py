@@ -1,26 +1,20 @@
-"""The command line: help, exit codes, balances; an unavailable or faulty service."""
+"""The command line: help, exit codes; an unavailable or faulty service."""
 
 import asyncio
 import json
 import re
-import shlex
 import sys
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import httpx
 import pytest
 
 from balance_app.formatting import ago, brief, duration, exact, visible
 from tests.processes import Instance, connect, free_port, query
-from tests.terminal import PATIENCE_SECONDS, Screen, answering, environment, http, losing, run
+from tests.terminal import PATIENCE_SECONDS, Screen, answering, environment, http, run
 
 pytestmark = pytest.mark.usefixtures("_fork_server")
 
-DONE = '{"userId":1,"balance":9998,"version":2,"change":{"amount":-2,"at":"2026-11-21T21:49:33Z"}}'
-UNKNOWN = http(
-    "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"unknown"}'
-)
 UNAVAILABLE = http(
     "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"no"}'
 )
@@ -45,12 +39,13 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     assert set(commands) == {
         *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
-        *("balance", "daily-balances", "change", "users", "audit"),
+        *("audit", "change", "transfer", "hold", "capture", "void", "reverse"),
+        *("balance", "user", "users", "statement", "holds", "daily-balances"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
     assert "\x1b" not in out
-    for name in commands:
-        code, out, _ = await run(name, "--help")
+    for name in (*commands, "users set"):
+        code, out, _ = await run(*name.split(), "--help")
         assert code == 0
         assert "<bool>" not in out
 
@@ -117,6 +112,36 @@ REFUSED: Final = [
     ("history --outcome x", 2, "Invalid value for '--outcome'"),
     ("history NO", 2, "Wrong in query:job: not-a-name.\n"),
     ("audit", 1, "There is no job audit-ledger.\n"),
+    ("transfer 1 1 5", 2, "Wrong in /toUserId: same-user.\n"),
+    ("transfer 1 7 5", 1, "There is no user 7.\n"),
+    ("transfer 1 2 -5", 2, "Wrong in /amount: out-of-range.\n"),
+    ("transfer 1 2", 2, "Missing argument 'AMOUNT'"),
+    ("hold 1 5", 2, "Missing option '--for'"),
+    ("hold 1 5 --for 0", 2, "Wrong in /expiresInSeconds: out-of-range.\n"),
+    ("hold 1 5 --for 60 --reference \u200b", 2, "Wrong in /reference: not-printable.\n"),
+    ("hold 1 20000 --for 60", 4, "needs 10000 more. Nothing was changed.\n"),
+    ("capture 1-1", 1, "There is no such hold.\n"),
+    ("capture x", 2, "Wrong in path:holdId: not-an-id.\n"),
+    ("void ..", 2, "Wrong in path:holdId: not-an-id.\n"),
+    ("holds 7", 1, "There is no user 7.\n"),
+    ("holds 1 --state x", 2, "Invalid value for '--state'"),
+    ("reverse 1 9", 1, "User 1 has no entry 9.\n"),
+    ("user 7", 1, "There is no user 7.\n"),
+    ("user 1 --at yesterday", 2, "'yesterday' is no time"),
+    ("user 1 --at 2020-01-01", 1, "User 1"),
+    ("user 1 --at 2020-01-01 --version 1", 2, "give only one of --at and --version"),
+    ("user 1 --version 9", 1, "User 1 has no entry 9.\n"),
+    ("users --external-id nobody", 1, "There is no user with external id nobody.\n"),
+    ("users set 7 --freeze", 1, "There is no user 7.\n"),
+    ("users set 1", 2, "give what to change"),
+    ("users set 1 --external-id x --no-external-id", 2, "give only one of --external-id"),
+    ("users set 1 --external-id=", 2, "Wrong in /externalId: not-printable.\n"),
+    ("users set 1 --floor 10001", 4, "less than a floor of 10001. Nothing was changed.\n"),
+    ("statement 7", 1, "There is no user 7.\n"),
+    ("statement 1 --csv --jsonl", 2, "give only one of --csv and --jsonl"),
+    ("statement 1 --csv --limit 5", 2, "--limit is for pages"),
+    ("statement 1 --order up", 2, "Invalid value for '--order'"),
+    ("statement 1 --from x", 2, "'x' is no time"),
     ("users --limit 0", 2, "Invalid value for '--limit'"),
     ("status --url nonsense", 2, "nonsense is not the URL of a service: "),
     ("status --url http://", 2, "http:// is not the URL of a service: "),
@@ -143,7 +168,13 @@ async def test_invalid_settings_are_a_usage_error() -> None:
     assert err.startswith("PORT: ")
 
 
-@pytest.mark.parametrize("line", ["status", "balance 1", "change 1 -2", "run x", "audit --now"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("status", "balance 1", "change 1 -2", "run x", "audit --now", "transfer 1 2 5"),
+        *("void 1-1", "users set 1 --freeze", "statement 1 --csv"),
+    ],
+)
 async def test_a_refused_connection_is_reported_in_a_sentence(line: str) -> None:
     """At once, one line on stderr and exit code 3; a default address is named as such."""
     port = free_port()
@@ -202,162 +233,6 @@ async def test_migrate_reports_the_schemas_revision(database: dict[str, str]) ->
     code, _, err = await run("migrate", DB_HOST="127.0.0.1", DB_PORT=str(free_port()))
     assert code == 3
     assert err.startswith("The database can't be reached: ")
-
-
-# -- balances ----------------------------------------------------------------------------------
-
-
-async def test_a_change_and_its_refusal_are_reported(
-    instance: Instance, client: httpx.AsyncClient
-) -> None:
-    """The new balance; the shortfall, with exit code 4; and both as the service's JSON."""
-    environment = {"BALANCE_APP_URL": instance.url}
-    code, out, err = await run("change", "1", "-2", "--key", "k1", **environment)
-    assert (code, err) == (0, "")
-    assert re.fullmatch(r"User 1 has 9998 after -2 \(version 2, \d{4}-.{14} UTC\)\.\n", out)
-    again = await run("change", "1", "-2", "--key=k1", **environment)
-    assert again == (0, f"{out[:-1]} This key's change was made before.\n", "")
-    assert (await run("change", "1", "3", "--key", "k1", **environment))[0] == 1
-
-    refused = "Refused: User 1 has 9998; withdrawing 10000 needs 2 more. Nothing was changed.\n"
-    assert await run("change", "1", "-10000", **environment) == (4, "", refused)
-    code, out, err = await run("change", "1", "-10000", "--key", "k2", "--json", **environment)
-    assert (code, err) == (4, refused)
-    assert json.loads(out) == (await client.get("/api/users/1/changes/k2")).json()["answer"]
-    code, out, _ = await run("change", "1", "9007199254740991", **environment)
-    assert (code, out) == (4, "")
-    code, out, err = await run("change", "--json", "1", "+7", **environment)
-    assert (code, err, json.loads(out)["balance"]) == (0, "", 10005)
-
-
-async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient) -> None:
-    """A user with the latest entries; users by pages; with --json the service's answer."""
-    environment = {"BALANCE_APP_URL": instance.url}
-    for number in range(1, 8):
-        await client.post(
-            "/api/balance",
-            json={"userId": 1, "amount": -number},
-            headers={"Idempotency-Key": f"key-{number}"},
-        )
-    await client.post("/api/users", json={"balance": 5})
-    code, out, err = await run("balance", "1", **environment)
-    assert (code, err) == (0, "")
-    first, _, header, *lines = out.splitlines()
-    assert first == "User 1 has 9972 at version 8."
-    assert re.split(r"  +", header.strip()) == [
-        *("VERSION", "AMOUNT", "BALANCE", "MADE (UTC)", "AGO", "KEY"),
-    ]
-    assert [line.split()[0] for line in lines] == ["8", "7", "6", "5", "4"]
-    assert re.fullmatch(r" +8 +-7 +9972 +\d{4}-.{14} +\d+ s ago +key-7 *", lines[0])
-    code, out, _ = await run("balance", "1", "--entries", "1", **environment)
-    assert len(out.splitlines()) == 4
-
-    for line, path in {
-        "balance 1": "/api/users/1",
-        "balance 1 --entries 2": "/api/users/1/entries?after=6&limit=2",
-        "users": "/api/users?after=0&limit=20",
-        "users --after 1": "/api/users?after=1&limit=20",
-    }.items():
-        body = (await client.get(path)).text
-        assert await run(*line.split(), "--json", **environment) == (0, f"{body}\n", "")
-
-    code, out, err = await run("users", "--limit", "1", **environment)
-    assert (code, err) == (0, "More: balance-app users --after=1 --limit=1\n")
-    assert [line.split()[:3] for line in out.splitlines()][1:] == [["1", "9972", "8"]]
-    assert (await run("users", "--limit=1", "--url", instance.url))[2] == (
-        f"More: balance-app users --after=1 --limit=1 --url={instance.url}\n"
-    )
-    code, out, err = await run(*shlex.split(err)[2:], **environment)
-    assert (code, err) == (0, "")
-    assert [line.split()[:3] for line in out.splitlines()][1:] == [["2", "5", "1"]]
-
-
-async def test_past_balances_are_shown(
-    instance: Instance, client: httpx.AsyncClient, database: dict[str, str]
-) -> None:
-    """By pages, the latest day first; an empty list is no failure."""
-    environment = {"BALANCE_APP_URL": instance.url}
-    nothing = (0, "There are no such daily balances.\n", "")
-    assert await run("daily-balances", "1", **environment) == nothing
-    connection = await connect(database)
-    await connection.execute("""
-        INSERT INTO daily_balances (user_id, day, version, balance, at)
-        SELECT 1, '2026-01-01'::date + n, n, 100 + n,
-               timestamptz '2026-01-01 23:50Z' + n * interval '1 day'
-        FROM generate_series(1, 3) AS n
-    """)
-    await connection.close()
-    code, out, err = await run("daily-balances", "1", "--limit=2", **environment)
-    assert code == 0
-    assert [re.split(r"  +", line.strip()) for line in out.splitlines()] == [
-        ["DAY", "BALANCE", "VERSION", "READ (UTC)"],
-        ["2026-01-04", "103", "3", "2026-01-04 23:50:00"],
-        ["2026-01-03", "102", "2", "2026-01-03 23:50:00"],
-    ]
-    assert err == ("Earlier ones: balance-app daily-balances 1 --before=2026-01-03 --limit=2\n")
-    code, out, err = await run(*shlex.split(err)[3:], "--json", **environment)
-    assert (code, err) == (0, "")
-    page = "/api/users/1/daily-balances?before=2026-01-03&limit=2"
-    assert out == (await client.get(page)).text + "\n"
-    assert [day["day"] for day in json.loads(out)["dailyBalances"]] == ["2026-01-02"]
-
-
-async def test_a_change_whose_answer_is_lost_is_made_once(
-    instance: Instance, client: httpx.AsyncClient
-) -> None:
-    """It is sent again with the same key, until an answer arrives; it takes effect once."""
-    async with losing(2, instance.port) as proxy:
-        code, out, err = await run("change", "1", "-2", BALANCE_APP_URL=proxy.url)
-    assert code == 0
-    assert out.startswith("User 1 has 9998 after -2 (version 2, ")
-    assert err.endswith("Sending it again with the same key.\n")
-    assert len(err.splitlines()) == 1
-    assert len(proxy.keys) == 3
-    assert len(set(proxy.keys)) == 1
-    assert (await client.get("/api/users/1")).json()["version"] == 2
-
-
-async def test_an_unknown_outcome_is_reported_with_its_key(
-    instance: Instance, client: httpx.AsyncClient
-) -> None:
-    """Exit code 5, and a command that repeats the request: it takes effect only once."""
-    async with losing(100, instance.port) as proxy:
-        code, out, err = await run("change", "1", "-2", "--patience=0", BALANCE_APP_URL=proxy.url)
-    assert (code, out) == (5, "")
-    assert "It is not known whether the change was made." in err
-    again = shlex.split(err.rpartition(": ")[2])
-    assert again == ["balance-app", "change", "1", "-2", f"--key={proxy.keys[0]}"]
-    code, out, _ = await run(*again[1:], BALANCE_APP_URL=instance.url)
-    assert code == 0
-    assert out.endswith("This key's change was made before.\n")
-    assert (await client.get("/api/users/1")).json()["version"] == 2
-
-
-@pytest.mark.parametrize(
-    ("answers", "patience", "code", "sent"),
-    [
-        ([UNKNOWN, UNAVAILABLE, http("200 OK", DONE)], 20, 0, 3),
-        ([UNAVAILABLE, http("200 OK", DONE)], 20, 0, 2),
-        ([UNAVAILABLE], 0, 3, 1),
-        ([UNKNOWN], 0, 5, 1),
-        # a "no" to the second try is not about the first
-        ([UNKNOWN, UNAVAILABLE], 1.9, 5, 2),
-        ([http("502 Bad Gateway", "<html>"), http("200 OK", DONE)], 20, 0, 2),
-        ([http("500 No", '{"detail":"A mistake.","applied":"unknown"}')], 0, 5, 1),
-        ([http("404 No", "<html>"), http("200 OK", DONE)], 20, 3, 1),
-        ([http("200 OK", "{}")], 20, 3, 1),
-    ],
-)
-async def test_a_change_is_sent_again_while_its_outcome_is_unknown(
-    answers: list[bytes], patience: float, code: int, sent: int
-) -> None:
-    """Until it is known or the time is over; another service is not sent it twice."""
-    async with answering(*answers) as other:
-        found, _, err = await run(
-            "change", "1", "-2", f"--patience={patience}", BALANCE_APP_URL=other.url
-        )
-    assert (found, len(other.requests)) == (code, sent), err
-    assert len(set(other.keys)) == 1
 
 
 # -- on a terminal -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`balance-app`: the service, its database, and everything that a running one can do.
 
-`app` has the commands that run something here, `remote` those for a running service,
-`session` executes these over HTTP (`client`) and `output` formats the answers: tables on a
-terminal, plain lines or the service's JSON elsewhere. The exit code says how it ended.
+`app` has the commands that run something here, `job_commands` and `balance_commands` those for a
+running service. They are executed by a `session` each, which uses the service by its public client
+(`balance_app.client`), and report by `output` and `balance_output`: tables on a terminal, plain
+lines or the service's JSON elsewhere. The exit code (`errors`) says how it ended.
 """

@@ -5,23 +5,14 @@ import os
 import sys
 from functools import partial
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from typer.core import TyperGroup
-from typing_extensions import override
 
 from balance_app import __version__
-from balance_app.cli.remote import (
-    Command,
-    Json,
-    Url,
-    fail,
-    global_options,
-    own_url,
-    remote_commands,
-    without_types,
-)
+from balance_app.cli.balance_commands import balance_commands
+from balance_app.cli.job_commands import job_commands
+from balance_app.cli.remote import Command, Group, Json, Url, fail, global_options, own_url
 from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
 
 if TYPE_CHECKING:
@@ -33,8 +24,8 @@ Exit codes:
 - 0: done
 - 1: refused or failed, or a check found a fault
 - 2: wrong usage or settings
-- 3: nobody answers, or the service is unavailable; nothing was changed
-- 4: a change that the balance does not allow; nothing was changed
+- 3: nobody answers, the service is unavailable, or an export broke off; nothing was changed
+- 4: what the account or the hold does not allow; nothing was changed
 - 5: it is not known whether it was done
 - 130: Ctrl-C
 """
@@ -43,15 +34,9 @@ Exit codes:
 MAX_SHARED_PORT: Final = 32_000  # from 32768 on, clients of the burst may have the ports
 
 
-class _Group(TyperGroup):
-    @override
-    def get_params(self, ctx: Any) -> list[Any]:
-        return without_types(super().get_params(ctx))
-
-
 cli = typer.Typer(
     name="balance-app",
-    cls=_Group,
+    cls=Group,
     help="Exact balances in real time and jobs without a master, by any number of equal instances.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
@@ -61,7 +46,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 service, database = typer.Typer(), typer.Typer()
-for commands in (service, remote_commands, database):
+for commands in (service, job_commands, balance_commands, database):
     cli.add_typer(commands)
 
 
@@ -83,8 +68,11 @@ def before_the_command(
 ) -> None:
     """Accept `--url` and `--json` before the command, too."""
     del version
-    accepting = {
-        each.callback.__name__ for each in remote_commands.registered_commands if each.callback
+    accepting = {"users"} | {
+        each.callback.__name__.replace("_", "-")
+        for commands in (job_commands, balance_commands)
+        for each in commands.registered_commands
+        if each.callback
     }
     if url is None:
         accepting.add("jobs")

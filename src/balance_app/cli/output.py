@@ -20,7 +20,7 @@ BAR: Final = 10
 Json = dict[str, Any]
 
 
-_STYLES: Final = {
+STYLES: Final = {
     Tone.GOOD: "green",
     Tone.RUN: "green",
     Tone.WAIT: "cyan",
@@ -62,20 +62,20 @@ def text(content: str, on: Console, style: str = "") -> Text:
 
 def status_table(status: Json, on: Console) -> RenderableType:
     """Return `/api/cron/status` as a table: the counts, a line per job, a line per instance."""
-    now = _moment(status["now"])
+    now = moment(status["now"])
     counts = status["counts"]
     line = (
         f"{counts['running']} running, {counts['waiting']} waiting ({counts['overdue']} overdue), "
         f"{counts['paused']} paused · {exact(now)} UTC"
     )
-    table = _table(("JOB", "STATE", "SERVER", "NOW", "LAST RUN"), cut=("LAST RUN",))
+    table = make_table(("JOB", "STATE", "SERVER", "NOW", "LAST RUN"), cut=("LAST RUN",))
     if on.is_terminal:
         table.columns[3].max_width = on.width // 3 if _is_roomy(on) else 23
     for job in sorted(status["jobs"], key=lambda job: (job["state"] != State.RUNNING, job["name"])):
         sign = job_sign(job)
         table.add_row(
             text(job["name"], on, "bold" if job["state"] == State.RUNNING else ""),
-            text(f"{sign.symbol} {sign.label}", on, _STYLES[sign.tone]),
+            text(f"{sign.symbol} {sign.label}", on, STYLES[sign.tone]),
             text(job["server"] or "", on),
             text(_activity(job, now, on), on),
             _last(job["lastRun"], now, on),
@@ -97,7 +97,7 @@ def status_table(status: Json, on: Console) -> RenderableType:
 
 def jobs_table(jobs: list[Json], on: Console) -> RenderableType:
     """Return a line per job that an instance would run."""
-    table = _table(("JOB", "SCHEDULE", "FROM"), cut=("SCHEDULE", "FROM"))
+    table = make_table(("JOB", "SCHEDULE", "FROM"), cut=("SCHEDULE", "FROM"))
     for job in jobs:
         table.add_row(
             text(job["name"], on),
@@ -114,7 +114,7 @@ def schedule(job: Json, now: datetime) -> str:
     if override is None:
         line += ", as its code declares."
     else:
-        line += f": set by {override['by']} {_since(_moment(override['at']), now)}."
+        line += f": set by {override['by']} {_since(moment(override['at']), now)}."
         line += f" Its code declares: {declared}."
     others = ", ".join(other["words"] for other in job["otherSchedules"])
     return line + (f" Other versions that are live declare: {others}." if others else "")
@@ -124,30 +124,30 @@ def job_line(job: Json, now: str, on: Console) -> Text:
     """Return one line about what a job does at the service's time `now`."""
     sign = job_sign(job)
     where = f" on {job['server']}" if job["server"] else ""
-    line = f"{sign.symbol} {job['name']} {sign.label}{where}, {_activity(job, _moment(now), on)}"
-    return text(line, on, _STYLES[sign.tone])
+    line = f"{sign.symbol} {job['name']} {sign.label}{where}, {_activity(job, moment(now), on)}"
+    return text(line, on, STYLES[sign.tone])
 
 
 def _activity(job: Json, now: datetime, on: Console) -> str:
     if job["state"] == State.RUNNING:
         since = job["stopRequestedAt"]
-        stopping = "" if since is None else f"  stop requested {_since(_moment(since), now)}"
+        stopping = "" if since is None else f"  stop requested {_since(moment(since), now)}"
         progress = _progress(job["progress"], on)
         return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + stopping
     if job["state"] == State.PAUSED:
         paused = job["paused"]
         because = f": {paused['reason']}" if paused["reason"] else ""
-        return f"by {paused['by']} {_since(_moment(paused['at']), now)}{because}"
+        return f"by {paused['by']} {_since(moment(paused['at']), now)}{because}"
     waiting = job["waiting"]
     until = waiting["until"] or (job["readyAt"] if waiting["reason"] == Reason.DUE else None)
     if until is None:
         return str(waiting["sentence"])
-    moment = _moment(until)
-    seconds = (moment - now).total_seconds()
+    due = moment(until)
+    seconds = (due - now).total_seconds()
     length = (duration if _is_roomy(on) else rough)(abs(seconds))
     failures = job["failuresInARow"]
     failing = f", failed {failures} times in a row" if failures > 1 else ""
-    return f"{'in' if seconds > 0 else 'since'} {length} ({brief(moment, now)}){failing}"
+    return f"{'in' if seconds > 0 else 'since'} {length} ({brief(due, now)}){failing}"
 
 
 def _progress(progress: Json | None, on: Console) -> str:
@@ -170,7 +170,7 @@ def _last(run: Json | None, now: datetime, on: Console) -> Text:
     if run is None:
         return Text()
     sign = outcome_sign(run["outcome"])
-    ended = _moment(run["endedAt"])
+    ended = moment(run["endedAt"])
     line = f"{sign.symbol} {ago((now - ended).total_seconds())}"
     if _is_roomy(on):
         line += f" ({brief(ended, now)})"
@@ -178,14 +178,14 @@ def _last(run: Json | None, now: datetime, on: Console) -> Text:
         line += f" {sign.label}"
     line += f" on {run['server']} in {duration(run['seconds'])}"
     line += f": {run['result']}" if run["result"] else ""
-    return text(line, on, _STYLES[sign.tone] if sign.tone == Tone.BAD else "dim")
+    return text(line, on, STYLES[sign.tone] if sign.tone == Tone.BAD else "dim")
 
 
 def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
     lines = []
     for instance in status["instances"]:
         names = [job["name"] for job in status["jobs"] if job["instanceId"] == instance["id"]]
-        up = duration((now - _moment(instance["startedAt"])).total_seconds())
+        up = duration((now - moment(instance["startedAt"])).total_seconds())
         limit = instance.get("maxRunning")
         of = "" if limit is None else f" of at most {limit}"
         line = f"{instance['server']}: {instance['running']}{of} running"
@@ -200,27 +200,27 @@ def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
 
 def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableType:
     """Return a line per run of `/api/cron/history`."""
-    table = _table(
+    table = make_table(
         ("STARTED (UTC)", "AGO", "JOB", "OUTCOME", "SERVER", "LASTED", "RESULT"), cut=("RESULT",)
     )
     for run in runs:
         sign = outcome_sign(run["outcome"])
         # A skipped tick has no start, only a due time.
-        started = _moment(run["startedAt"] if run["server"] else run["dueAt"])
+        started = moment(run["startedAt"] if run["server"] else run["dueAt"])
         lasted = duration(run["seconds"]) if run["server"] and run["seconds"] is not None else ""
         result = run["result"] or ""
         if run["outcome"] == Outcome.SKIPPED:
-            to = _moment(run["lastDueAt"] or run["dueAt"])
+            to = moment(run["lastDueAt"] or run["dueAt"])
             ticks = "1 tick" if run["ticks"] == 1 else f"{run['ticks']} ticks to {brief(to, now)}"
             result = f"{ticks}: {result}"
         table.add_row(
             text(brief(started, now) if on.is_terminal else exact(started), on),
             text(ago((now - started).total_seconds()), on),
             text(run["job"], on),
-            text(f"{sign.symbol} {sign.label}", on, _STYLES[sign.tone]),
+            text(f"{sign.symbol} {sign.label}", on, STYLES[sign.tone]),
             text(run["server"] or "", on),
             text(lasted, on),
-            text(result, on, _STYLES[sign.tone] if sign.tone == Tone.BAD else ""),
+            text(result, on, STYLES[sign.tone] if sign.tone == Tone.BAD else ""),
         )
     return table
 
@@ -228,12 +228,12 @@ def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableTyp
 def run_line(run: Json, now: datetime) -> Text:
     """Return what became of one run, in a sentence."""
     sign = outcome_sign(run["outcome"])
-    ended = _moment(run["endedAt"])
+    ended = moment(run["endedAt"])
     line = (
         f"{run['job']} {sign.label} {ago((now - ended).total_seconds())} ({exact(ended)} UTC) "
         f"on {run['server']} in {duration(run['seconds'])}."
     )
-    return Text(visible(line), style=_STYLES[sign.tone])
+    return Text(visible(line), style=STYLES[sign.tone])
 
 
 def run_log(log: Json, now: datetime) -> Text:
@@ -249,7 +249,7 @@ def run_log(log: Json, now: datetime) -> Text:
     for line in log["lines"]:
         style = _LEVELS.get(line["level"], "")
         first, *rest = line["text"].split("\n")
-        begin = f"{_moment(line['at']):%H:%M:%S} {line['level']:<8} "
+        begin = f"{moment(line['at']):%H:%M:%S} {line['level']:<8} "
         parts.append(Text(visible(begin + first), style=style))
         parts += [Text(visible(f"    {each}"), style=style) for each in rest]
     if not log["lines"]:
@@ -262,65 +262,18 @@ def run_log(log: Json, now: datetime) -> Text:
 def _run_begun(run: Json, now: datetime) -> Text:
     """Return what became of a run, or since when it goes on, or that it did not run."""
     if run["outcome"] == Outcome.SKIPPED:
-        return Text(visible(f"{run['job']} did not run ({exact(_moment(run['dueAt']))} UTC)."))
+        return Text(visible(f"{run['job']} did not run ({exact(moment(run['dueAt']))} UTC)."))
     if run["outcome"] is not None:
         return run_line(run, now)
-    started = exact(_moment(run["startedAt"]))
+    started = exact(moment(run["startedAt"]))
     line = f"{run['job']} runs on {run['server']} since {started} UTC."
-    return Text(visible(line), style=_STYLES[Tone.RUN])
-
-
-# -- balances ----------------------------------------------------------------------------------
-
-
-def users_table(accounts: list[Json], on: Console) -> RenderableType:
-    """Return a line per account."""
-    table = _table(("USER", "BALANCE", "VERSION", "CREATED (UTC)"), numbers=3)
-    for account in accounts:
-        table.add_row(
-            str(account["userId"]),
-            str(account["balance"]),
-            str(account["version"]),
-            text(exact(_moment(account["createdAt"])), on),
-        )
-    return table
-
-
-def entries_table(ledger: list[Json], now: datetime, on: Console) -> RenderableType:
-    """Return a line per entry."""
-    table = _table(
-        ("VERSION", "AMOUNT", "BALANCE", "MADE (UTC)", "AGO", "KEY"), cut=("KEY",), numbers=3
-    )
-    for entry in ledger:
-        made = _moment(entry["at"])
-        table.add_row(
-            str(entry["version"]),
-            f"{entry['amount']:+d}",
-            str(entry["balance"]),
-            text(exact(made), on),
-            text(ago((now - made).total_seconds()), on),
-            text(entry["key"] or "", on),
-        )
-    return table
-
-
-def daily_balances_table(days: list[Json], on: Console) -> RenderableType:
-    """Return a line per day."""
-    table = _table(("DAY", "BALANCE", "VERSION", "READ (UTC)"), numbers=3)
-    for day in days:
-        table.add_row(
-            day["day"],
-            str(day["balance"]),
-            str(day["version"]),
-            text(exact(_moment(day["at"])), on),
-        )
-    return table
+    return Text(visible(line), style=STYLES[Tone.RUN])
 
 
 # -- shared ------------------------------------------------------------------------------------
 
 
-def _table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: int = 0) -> Table:
+def make_table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: int = 0) -> Table:
     """Return a table whose first columns hold numbers, and whose columns `cut` may be cut."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for place, title in enumerate(titles):
@@ -337,9 +290,10 @@ def _is_roomy(on: Console) -> bool:
     return not on.is_terminal or on.width >= ROOMY
 
 
-def _since(moment: datetime, now: datetime) -> str:
-    return f"{ago((now - moment).total_seconds())} ({brief(moment, now)})"
+def _since(then: datetime, now: datetime) -> str:
+    return f"{ago((now - then).total_seconds())} ({brief(then, now)})"
 
 
-def _moment(text: str) -> datetime:
+def moment(text: str) -> datetime:
+    """Return a moment of the service's JSON."""
     return datetime.fromisoformat(text)
