@@ -11,8 +11,8 @@ from balance_app.balances.accounts import Patch
 from balance_app.balances.errors import InsufficientFunds
 from balance_app.balances.model import Movement
 from balance_app.balances.repository import REFUSALS_KEPT
+from balance_app.db.pool import KEEP_TO_INDEX
 from balance_app.http.body import MAX_INTEGER
-from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.schedule import Every
 from balance_app.jobs.transaction import LeaseLostError
 from balance_app.maintenance import batches, housekeeping, limits, summaries

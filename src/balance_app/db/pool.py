@@ -667,6 +667,32 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
         raise DatabaseUnavailable(cause.sentence, applied="no") from error
 
 
+# Without good statistics the planner may read and sort all rows of an index's range to find the
+# first few. With sorting off it reads them from the index in order.
+KEEP_TO_INDEX: Final = """
+SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
+"""
+
+
+async def read_in_order(
+    connection: Connection, sql: str, *arguments: object
+) -> list[asyncpg.Record]:
+    """Run a statement that reads a few rows in an index's order; return them.
+
+    Raises:
+        DatabaseUnavailable: as `read` does.
+    """
+    try:
+        async with connection.transaction(isolation="read_committed", readonly=True):
+            await connection.fetch(KEEP_TO_INDEX)
+            return await connection.fetch(sql, *arguments)
+    except Exception as error:
+        cause = classify(error)
+        if cause is None:
+            raise
+        raise DatabaseUnavailable(cause.sentence, applied="no") from error
+
+
 async def end_implicit_transaction(connection: Connection) -> None:
     """Release the locks of a statement that the caller has cut off.
 

@@ -5,8 +5,7 @@ from typing import Final
 
 from balance_app.balances.repository import REFUSALS_KEPT
 from balance_app.balances.state import EXPIRE, HOLDS_AT_ONCE
-from balance_app.db.pool import Connection
-from balance_app.jobs.api.history import KEEP_TO_INDEX
+from balance_app.db.pool import KEEP_TO_INDEX, Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches

@@ -10,8 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic_core import from_json
 
-from balance_app.db.pool import Database, read
-from balance_app.jobs.api.history import read_in_order
+from balance_app.db.pool import Database, read, read_in_order
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown

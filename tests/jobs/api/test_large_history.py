@@ -5,21 +5,18 @@ plan (asyncpg's prepared statements may get either), and with current, outdated 
 the table. The number of pages is bounded, not the time.
 """
 
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
-from typing import Any, Final, Literal, cast
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Final, Literal, cast
 from uuid import uuid4
 
-import asyncpg
 import pytest
 
-from balance_app.db.pool import Database
+from balance_app.db.pool import KEEP_TO_INDEX, Database
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.api import history
 from balance_app.jobs.api.controls import Controls
-from balance_app.jobs.api.history import KEEP_TO_INDEX, History
+from balance_app.jobs.api.history import History
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.job import Registry, job
@@ -31,8 +28,9 @@ from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
 from balance_app.web.queries import PageQueries
+from tests.explaining import OneConnection, both_plans, bounded, explaining
 from tests.jobs.rows import add_job
-from tests.jobs.support import AT_ONCE, LEASE, Connection, JobsDatabase, on
+from tests.jobs.support import AT_ONCE, LEASE, JobsDatabase, on
 
 RUNS: Final = 1_000_000
 # The million runs belong to jobs of every kind: one that always succeeds, one that never did (an
@@ -85,78 +83,6 @@ UPDATE pg_class SET reltuples = -1 WHERE oid = 'job_runs'::regclass
 Statistics = Literal["stale", "none", "fresh"]
 
 
-class Explaining:
-    """A connection that explains each statement with EXPLAIN (ANALYZE) before it runs it."""
-
-    def __init__(self, connection: Connection, mode: str) -> None:
-        self._connection = connection
-        self._mode = mode
-        # for each statement that reads the history: its text, the pages it touched, its plan
-        self.touched: list[tuple[str, int, str]] = []
-
-    async def fetch(self, sql: str, *arguments: object) -> list[Any]:
-        await self._explain(sql, arguments)
-        return cast("list[Any]", await self._connection.fetch(sql, *arguments))
-
-    async def fetchrow(self, sql: str, *arguments: object) -> Any:  # noqa: ANN401 - a row
-        await self._explain(sql, arguments)
-        return await self._connection.fetchrow(sql, *arguments)
-
-    def transaction(self, **_options: object) -> Any:  # noqa: ANN401 - a context manager
-        return self._connection.transaction()
-
-    async def _explain(self, sql: str, arguments: tuple[object, ...]) -> None:
-        if "job_run" not in sql:
-            return
-        given = f"({', '.join(map(_literal, arguments))})" if arguments else ""
-        await self._connection.execute(
-            f"SAVEPOINT explained; SET LOCAL plan_cache_mode = {self._mode}; "
-            f"PREPARE explained AS {sql}"
-        )
-        plan = await self._connection.fetchval(
-            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained{given}"
-        )
-        await self._connection.execute("ROLLBACK TO explained; DEALLOCATE explained")
-        root = json.loads(plan)[0]["Plan"]
-        pages = root["Shared Hit Blocks"] + root["Shared Read Blocks"]
-        # Pages read for planning do not depend on the history's size.
-        self.touched.append((sql, pages, plan))
-
-
-class OneConnection:
-    """A stand-in for the pool: runs all operations on one connection."""
-
-    def __init__(self, connection: Explaining) -> None:
-        self._connection = connection
-
-    async def run(
-        self,
-        operation: Callable[[Any], Awaitable[object]],
-        *,
-        priority: bool = False,  # noqa: ARG002 - nothing waits
-        lane: object = None,  # noqa: ARG002 - the same
-    ) -> object:
-        return await operation(self._connection)
-
-
-def _literal(value: object) -> str:
-    """Return an argument as an SQL literal, typed by its parameter."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, list) and value and isinstance(value[0], asyncpg.Range):
-        return _literal(f"{{{','.join(f'[{each.lower},{each.upper})' for each in value)}}}")
-    if isinstance(value, list | tuple):
-        items = ",".join(json.dumps(_text(item), ensure_ascii=False) for item in value)
-        return _literal(f"{{{items}}}")
-    return "'" + _text(value).replace("'", "''") + "'"
-
-
-def _text(value: object) -> str:
-    if isinstance(value, timedelta):
-        return f"{value.total_seconds()} s"
-    return value.isoformat() if isinstance(value, datetime) else str(value)
-
-
 @pytest.fixture(scope="module")
 async def large(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres) as jobs_db:
@@ -207,28 +133,6 @@ async def statistics(large: JobsDatabase, request: pytest.FixtureRequest) -> Sta
     return known
 
 
-@asynccontextmanager
-async def explaining(large: JobsDatabase, mode: str) -> AsyncIterator[Explaining]:
-    """Yield a connection that explains; all its changes are rolled back."""
-    transaction = large.admin.transaction()
-    await transaction.start()
-    try:
-        yield Explaining(large.admin, mode)
-    finally:
-        await transaction.rollback()
-
-
-def bounded(touched: Iterable[tuple[str, int, str]], pages: int) -> None:
-    """Check that each statement touched at most this many pages."""
-    touched = list(touched)
-    assert touched
-    for sql, number, plan in touched:
-        assert number <= pages, f"{number} pages by {sql}\n{plan}"
-
-
-both_plans = pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-
-
 @both_plans
 async def test_the_history_is_read_by_pages(
     large: JobsDatabase,
@@ -236,7 +140,7 @@ async def test_the_history_is_read_by_pages(
     mode: str,
 ) -> None:
     """For every job, outcome and cursor: only the rows that are shown."""
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         runs = History(cast("Database", OneConnection(connection)))
         for before in (MAX_INTEGER, RUNS // 2, 10):
             for job in (None, *NAMES):
@@ -254,7 +158,7 @@ async def test_a_log_is_read_by_its_run(
 ) -> None:
     """Of many runs with many lines, one's; of a run that said nothing as well."""
     first = await large.admin.fetchval("SELECT min(id) FROM job_runs WHERE job = 'many'")
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         runs = History(cast("Database", OneConnection(connection)))
         assert len((await runs.log(first)).lines) == 200
         assert (await runs.log(RUNS // 2)).lines == []
@@ -269,7 +173,7 @@ async def test_the_metrics_read_few_runs(
 ) -> None:
     """The last successes, also of jobs without one, and the last result of an audit."""
     registry = Registry([job(name=name, cron="0 0 * * *")(print) for name in NAMES])
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         found = await StatsReader(
             cast("Database", OneConnection(connection)),
             registry,
@@ -291,7 +195,7 @@ async def test_the_page_reads_few_runs(
     mode: str,
 ) -> None:
     """The last runs of each job, without skipped ticks, and the recent failures."""
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
         activity = await queries.activity(NAMES, ())
         shown = {name: len(await queries.last_runs(name, 60)) for name in NAMES}
@@ -314,7 +218,7 @@ async def test_runs_begin_and_end_by_an_index(
     mode: str,
 ) -> None:
     """A claim, a takeover, a refuted loss, a log, a finish, and the resuming of a paused job."""
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         database = cast("Database", OneConnection(connection))
         me = Me(uuid4(), "app1")
         jobs = JobRepository(database, me, LEASE)
@@ -362,7 +266,7 @@ async def test_old_runs_are_pruned_by_an_index(
     await large.admin.execute(
         "UPDATE job_runs SET ended_at = ended_at - interval '30 days' WHERE id <= 1000"
     )
-    async with explaining(large, mode) as connection:
+    async with explaining(large.admin, mode, "job_run") as connection:
         await large.admin.fetchval(KEEP_TO_INDEX)
         for name in ("", *sorted(NAMES)):
             await connection.fetchrow(PRUNE_RUNS, name, RUNS_AT_ONCE)
@@ -379,7 +283,7 @@ SELECT * FROM job_runs WHERE job = $3 AND id < $1 ORDER BY job DESC, id DESC LIM
 async def test_without_a_guard_many_pages_are_read(large: JobsDatabase, guard: str) -> None:
     """The controls: without any one of the guards, statements exceed the bound."""
     await large.admin.execute("ANALYZE job_runs")
-    async with explaining(large, "force_generic_plan") as connection:
+    async with explaining(large.admin, "force_generic_plan", "job_run") as connection:
         if guard == "range":
             await connection.fetch(BY_EQUALITY, MAX_INTEGER, 100, SINGLE)
         elif guard == "order":

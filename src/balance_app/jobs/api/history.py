@@ -5,29 +5,10 @@ from typing import Final
 import asyncpg
 from pydantic_core import from_json
 
-from balance_app.db.pool import Connection, Database, read
+from balance_app.db.pool import Connection, Database, read, read_in_order
 from balance_app.jobs.api.errors import JobNotFound, RunNotFound
 from balance_app.jobs.api.schemas import HistoryAnswer, LogLineAnswer, RunAnswer, RunLogAnswer
 from balance_app.jobs.run_log import LINES, TRACEBACK
-
-# Without good statistics the planner may read and sort all of a job's runs to find the last few.
-# With sorting off it reads them from an index in order.
-KEEP_TO_INDEX: Final = """
-SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
-"""
-
-
-async def read_in_order(
-    connection: Connection, sql: str, *arguments: object
-) -> list[asyncpg.Record]:
-    """Run a statement that reads the history in an index's order; return its rows.
-
-    Raises:
-        DatabaseUnavailable: as `read` does.
-    """
-    async with connection.transaction(isolation="read_committed", readonly=True):
-        await read(connection, KEEP_TO_INDEX)
-        return await read(connection, sql, *arguments)
 
 
 class History:

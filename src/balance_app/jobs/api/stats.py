@@ -5,9 +5,8 @@ from typing import Final
 
 import structlog
 
-from balance_app.db.pool import Connection, Database
+from balance_app.db.pool import Connection, Database, read_in_order
 from balance_app.errors import Problem
-from balance_app.jobs.api.history import read_in_order
 from balance_app.jobs.job import Job, Registry
 from balance_app.metrics import FleetStats, JobStats
 

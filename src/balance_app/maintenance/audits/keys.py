@@ -3,9 +3,8 @@
 from datetime import timedelta
 from typing import Final
 
-from balance_app.db.pool import Connection
+from balance_app.db.pool import KEEP_TO_INDEX, Connection
 from balance_app.http.body import MAX_INTEGER
-from balance_app.jobs.api.history import KEEP_TO_INDEX
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.audits import faults
