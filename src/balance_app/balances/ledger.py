@@ -1,19 +1,18 @@
 """The entries of users, and past balances, which are read from them.
 
-Versions are dense, and times never go back from one version to the next. So the last entry up to a
-time is found by bisection along the primary key, in some twenty look-ups for a million entries; a
-further index would cost each change its upkeep.
+Versions are dense, so a page is a range of versions: whatever plan PostgreSQL makes, it reads no
+more rows than the page has. Times never go back from one version to the next, so the last entry up
+to a time is found by bisection along the primary key, in some twenty look-ups for a million
+entries; a further index would cost each change its upkeep.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import Final
 
-from balance_app.balances.errors import EntryNotFound
+from balance_app.balances.errors import EntryNotFound, UserNotFound
 from balance_app.balances.model import Entry
-from balance_app.balances.state import read_state
-from balance_app.db.pool import Connection, Database, read
-from balance_app.http.body import MAX_INTEGER
+from balance_app.db.pool import Connection, Database, read, read_in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +32,17 @@ class Selection:
     begin: datetime | None = None
     end: datetime | None = None
     reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """Entries that are still to be read: of these versions, none if `first` is greater."""
+
+    user_id: int
+    first: int
+    last: int
+    reference: str | None = None
+    descending: bool = False
 
 
 class LedgerRepository:
@@ -57,20 +67,8 @@ class LedgerRepository:
         """
 
         async def find(connection: Connection) -> list[Entry]:
-            first, last = await versions(connection, user_id, selection)
-            if after is not None and descending:
-                last = min(last, after - 1)
-            elif after is not None:
-                first = max(first, after + 1)
-            if selection.reference is not None:
-                sql = BY_REFERENCE_BACKWARDS if descending else BY_REFERENCE
-                rows = await read(connection, sql, user_id, first, last, limit, selection.reference)
-            else:
-                sql = ENTRIES_BACKWARDS if descending else ENTRIES
-                rows = await read(connection, sql, user_id, first, last, limit)
-            if not rows:
-                await read_state(connection, user_id)
-            return [Entry(**row) for row in rows]
+            rest = await _begin(connection, user_id, selection, after, descending=descending)
+            return (await _read_page(connection, rest, limit))[0]
 
         return await self._database.run(find)
 
@@ -90,13 +88,13 @@ class LedgerRepository:
         """
 
         async def find(connection: Connection) -> Entry:
-            found = version
+            found = version or 0
             if at is not None:
-                found = (await read(connection, VERSION_AT, user_id, at))[0]["version"]
-            rows = await read(connection, ENTRIES, user_id, found, found, 1)
-            if rows:
-                return Entry(**rows[0])
-            await read_state(connection, user_id)
+                found = await _bisect(connection, user_id, at, inclusive=True)
+            entries = await _read_entries(connection, _Rest(user_id, found, found))
+            if entries:
+                return entries[0]
+            await _newest_version(connection, user_id)
             detail = (
                 f"User {user_id} has no entry {version}."
                 if at is None
@@ -118,68 +116,113 @@ class LedgerRepository:
         async def find(connection: Connection) -> list[DailyBalance]:
             rows = await read(connection, DAILY_BALANCES, user_id, before, limit)
             if not rows:
-                await read_state(connection, user_id)
+                await _newest_version(connection, user_id)
             return [DailyBalance(**row) for row in rows]
 
         return await self._database.run(find)
 
 
-async def versions(connection: Connection, user_id: int, selection: Selection) -> tuple[int, int]:
-    """Return the first and the last version that a selection's times include."""
-    first, last = 1, MAX_INTEGER
+async def _begin(
+    connection: Connection,
+    user_id: int,
+    selection: Selection,
+    after: int | None,
+    *,
+    descending: bool,
+) -> _Rest:
+    """Return what a selection includes at this moment.
+
+    Raises:
+        UserNotFound: there is no such user.
+    """
+    first, last = 1, await _newest_version(connection, user_id)
     if selection.begin is not None:
-        first = (await read(connection, VERSION_BEFORE, user_id, selection.begin))[0]["version"] + 1
+        first = 1 + await _bisect(connection, user_id, selection.begin, inclusive=False)
     if selection.end is not None:
-        last = (await read(connection, VERSION_BEFORE, user_id, selection.end))[0]["version"]
-    return first, last
+        last = min(last, await _bisect(connection, user_id, selection.end, inclusive=False))
+    if after is not None and descending:
+        last = min(last, after - 1)
+    elif after is not None:
+        first = max(first, after + 1)
+    return _Rest(user_id, first, last, selection.reference, descending)
 
 
-# Invariant: entry `low` is at or before the time (0: none needs to be), `high` + 1 is after it.
+async def _newest_version(connection: Connection, user_id: int) -> int:
+    rows = await read(connection, NEWEST_VERSION, user_id)
+    if not rows:
+        raise UserNotFound(user_id)
+    return int(rows[0]["version"])
+
+
+async def _bisect(connection: Connection, user_id: int, at: datetime, *, inclusive: bool) -> int:
+    """Return the version of the last entry before a time (or at it), 0 if there is none."""
+    rows = await read(connection, BISECT, user_id, at, inclusive)
+    return int(rows[0]["version"])
+
+
+async def _read_entries(connection: Connection, wanted: _Rest) -> list[Entry]:
+    """Return all entries of some versions, whatever their references."""
+    rows = await read(connection, ENTRIES, wanted.user_id, wanted.first, wanted.last)
+    return [Entry(**row) for row in rows]
+
+
+async def _read_page(connection: Connection, rest: _Rest, limit: int) -> tuple[list[Entry], _Rest]:
+    """Return the first entries of `rest`, up to `limit`, and what is still to be read then."""
+    if rest.reference is not None:
+        sql = BY_REFERENCE_BACKWARDS if rest.descending else BY_REFERENCE
+        rows = await read_in_order(
+            connection, sql, rest.user_id, rest.first, rest.last, limit, rest.reference
+        )
+        entries = [Entry(**row) for row in rows]
+        if len(entries) < limit:
+            return entries, replace(rest, first=rest.last + 1)
+        reached = entries[-1].version
+    elif rest.descending:
+        reached = max(rest.first, rest.last - limit + 1)
+        entries = (await _read_entries(connection, replace(rest, first=reached)))[::-1]
+    else:
+        reached = min(rest.last, rest.first + limit - 1)
+        entries = await _read_entries(connection, replace(rest, last=reached))
+    if rest.descending:
+        return entries, replace(rest, last=reached - 1)
+    return entries, replace(rest, first=reached + 1)
+
+
+NEWEST_VERSION: Final = "SELECT version FROM users WHERE id = $1"
+
+# Invariant: entry `low` is before the time (0: none needs to be), `high` + 1 is not. With LIMIT the
+# entry in the middle is looked up by its key: joined, outdated statistics can make the planner read
+# all of the user's entries at each step.
 #
-# $1 user, $2 time
-VERSION_AT: Final = """
+# $1 user, $2 time, $3 whether an entry of just this time is before it
+BISECT: Final = """
 WITH RECURSIVE bisection (low, high) AS (
     SELECT 0::bigint, coalesce((SELECT version FROM users WHERE id = $1), 0)
     UNION ALL
-    SELECT CASE WHEN at <= $2 THEN middle ELSE low END,
-           CASE WHEN at <= $2 THEN high ELSE middle - 1 END
+    SELECT CASE WHEN is_before THEN middle ELSE low END,
+           CASE WHEN is_before THEN high ELSE middle - 1 END
     FROM bisection
     CROSS JOIN LATERAL (SELECT (low + high + 1) / 2 AS middle) AS half
-    JOIN entries ON user_id = $1 AND version = middle
+    CROSS JOIN LATERAL (
+        SELECT at < $2 OR (at = $2 AND $3) AS is_before
+        FROM entries WHERE user_id = $1 AND version = middle LIMIT 1
+    ) AS entry
     WHERE low < high
 )
 SELECT low AS version FROM bisection WHERE low = high
 """
 
-# As VERSION_AT, for the last entry before the time.
-VERSION_BEFORE: Final = """
-WITH RECURSIVE bisection (low, high) AS (
-    SELECT 0::bigint, coalesce((SELECT version FROM users WHERE id = $1), 0)
-    UNION ALL
-    SELECT CASE WHEN at < $2 THEN middle ELSE low END,
-           CASE WHEN at < $2 THEN high ELSE middle - 1 END
-    FROM bisection
-    CROSS JOIN LATERAL (SELECT (low + high + 1) / 2 AS middle) AS half
-    JOIN entries ON user_id = $1 AND version = middle
-    WHERE low < high
-)
-SELECT low AS version FROM bisection WHERE low = high
-"""
-
-# $1 user, $2 first version, $3 last version, $4 limit
+# $1 user, $2 first version, $3 last version
 ENTRIES: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
        hold, reference, note
-FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 ORDER BY version LIMIT $4
+FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 ORDER BY version
 """
 
-ENTRIES_BACKWARDS: Final = """
-SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       hold, reference, note
-FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 ORDER BY version DESC LIMIT $4
-"""
-
-# As ENTRIES, along the index of references; $5 the reference
+# The index of references has these in order. It is read in this order (`read_in_order`): without
+# good statistics the planner may read and sort all entries with a reference to find the first few.
+#
+# $1 user, $2 first version, $3 last version, $4 limit, $5 reference
 BY_REFERENCE: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
        hold, reference, note
