@@ -13,7 +13,7 @@ from secrets import token_hex
 from types import ModuleType
 
 from balance_app import open_files, server, sessions
-from balance_app.balances import accounts, holds, repository, state
+from balance_app.balances import accounts, holds, ledger, repository, state
 from balance_app.balances.accounts import Patch
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
 from balance_app.balances.repository import CHANGE_ONCE, RECALL
@@ -225,6 +225,11 @@ def page_forms() -> None:
     put(account_actions, "Patch", lambda **patch: Patch(**{**patch, "settings_versions": None}))
 
 
+def export_page() -> None:
+    """Read all entries of an export at once."""
+    put(ledger, "EXPORT_PAGE", MAX_INTEGER)
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-snapshot": fresh_snapshot,
@@ -238,6 +243,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "durability": durability,
     "open-connections": open_connections,
     "page-forms": page_forms,
+    "export-page": export_page,
 }
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ both are shown by `GET /problems/{code}` and on the docs page.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic_core import to_json
@@ -142,6 +142,23 @@ class MethodNotAllowed(Problem):
     """
 
     status, code, title = 405, "method-not-allowed", "Method not allowed"
+
+
+class NotAcceptable(Problem):
+    """The client accepts none of the formats that this address has.
+
+    `formats` lists them. Name one in `Accept`, or send none for the first.
+    """
+
+    status, code, title = 406, "not-acceptable", "Not acceptable"
+    sample: ClassVar = {"formats": ("application/json", "text/csv", "application/jsonl")}
+
+    def __init__(self, formats: Sequence[str]) -> None:
+        super().__init__(
+            f"There is only {', '.join(formats)} here.",
+            headers={"Vary": "Accept"},
+            formats=list(formats),
+        )
 
 
 class RequestTimeout(Problem):

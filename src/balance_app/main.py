@@ -19,6 +19,7 @@ from balance_app.balances import accounts, holds, repository, state
 from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.api import holds as holds_api
 from balance_app.balances.api import movements, statement, users
+from balance_app.balances.api.export import Exporter
 from balance_app.balances.guard import Guard
 from balance_app.balances.holds import HoldRepository
 from balance_app.balances.ledger import LedgerRepository
@@ -137,6 +138,7 @@ async def _lifespan(
         HoldRepository(database, guard),
         AccountRepository(database, guard),
         LedgerRepository(database),
+        Exporter(stopping),
         *([] if scheduler is None else [scheduler]),
         status_reader,
         EventBroadcaster(status_reader.read, stopping),

@@ -200,6 +200,7 @@ INVALID: Final = (422, "invalid-request")
 MEDIA: Final = (415, "unsupported-media-type")
 LARGE: Final = (413, "body-too-large")
 NOWHERE: Final = (404, "not-found")
+UNACCEPTABLE: Final = (406, "not-acceptable")
 METHOD: Final = (405, "method-not-allowed")
 PARSER: Final = (400, None)
 CODING: Final = (501, None)
@@ -1202,6 +1203,18 @@ def days() -> Iterator[Case]:
         )
 
 
+def formats() -> Iterator[Case]:
+    """Formats that a ledger has not, and a page of an export."""
+    entries = "/api/users/1/entries"
+    for accept in ("text/html", "poison", "*/csv", "*/*;q=0", "text/csv;q=poison", "x/" * 5000):
+        sent = request("GET", entries, b"", f"Accept: {accept}")
+        yield Case(f"{entries} as {accept[:20]}", sent, *UNACCEPTABLE, poison=b"poison")
+    for accept in ("text/csv", "application/jsonl"):
+        sent = request("GET", f"{entries}?limit=1", b"", f"Accept: {accept}")
+        limit = ("query:limit", "not-with-export")
+        yield Case(f"{entries}?limit=1 as {accept}", sent, *INVALID, limit)
+
+
 def _is_decimal(text: str) -> bool:
     return text.isascii() and text.isdigit() and (text == "0" or not text.startswith("0"))
 
@@ -1327,5 +1340,6 @@ def all_cases() -> list[Case]:
         *(numbers, texts, refusals, malformed_bodies, wrong_objects, arguments, schedules),
         *(media_types, sizes, methods),
     )
-    more = (keys, tags, ids, addresses, queries, times, moments, filters, days, framing, headers)
-    return [case for group in (*groups, *more) for case in group()]
+    more = (keys, tags, ids, addresses, queries, times, moments, filters, formats, days)
+    http = (framing, headers)
+    return [case for group in (*groups, *more, *http) for case in group()]

@@ -6,13 +6,22 @@ to a time is found by bisection along the primary key, in some twenty look-ups f
 entries; a further index would cost each change its upkeep.
 """
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import partial
 from typing import Final
 
 from balance_app.balances.errors import EntryNotFound, UserNotFound
 from balance_app.balances.model import Entry
 from balance_app.db.pool import Connection, Database, read, read_in_order
+from balance_app.db.wait_queue import Lane
+from balance_app.errors import DatabaseUnavailable
+
+# Of all exports of an instance one reads at a time, so that the others' connections are free for
+# changes.
+EXPORTS: Final = Lane(("exports",))
+EXPORT_PAGE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,35 @@ class LedgerRepository:
             return (await _read_page(connection, rest, limit))[0]
 
         return await self._database.run(find)
+
+    async def export(
+        self, user_id: int, selection: Selection, *, after: int | None, descending: bool = False
+    ) -> AsyncGenerator[list[Entry], None]:
+        """Yield, page by page, all the entries that `entries` would return when this begins.
+
+        Together the pages are what one snapshot would have shown, as entries are never changed and
+        new ones only come after the last. No snapshot is held meanwhile: PostgreSQL would keep
+        every version of an account's row since then, and each change would have to pass them.
+
+        Raises:
+            UserNotFound: there is no such user.
+            DatabaseUnavailable: also when it was restored, or lost commits in a failover.
+        """
+
+        async def begin(connection: Connection) -> tuple[_Rest, list[Entry]]:
+            rest = await _begin(connection, user_id, selection, after, descending=descending)
+            return rest, await _read_entries(connection, _newest_of(rest))
+
+        selected, newest = await self._database.run(begin, lane=EXPORTS)
+        rest = selected
+        while rest.first <= rest.last:
+            read_page = partial(_read_page, rest=rest, limit=EXPORT_PAGE)
+            page, rest = await self._database.run(read_page, lane=EXPORTS)
+            yield page
+        # What loses an entry also loses all after it: with the newest, every other one is there.
+        read_newest = partial(_read_entries, wanted=_newest_of(selected))
+        if newest != await self._database.run(read_newest, lane=EXPORTS):
+            raise DatabaseUnavailable("The database lost entries meanwhile.", applied="no")
 
     async def reversals(self, user_id: int, versions: list[int]) -> dict[int, int]:
         """Return which of these entries are reversed, and by which entry each."""
@@ -158,6 +196,10 @@ async def _bisect(connection: Connection, user_id: int, at: datetime, *, inclusi
     """Return the version of the last entry before a time (or at it), 0 if there is none."""
     rows = await read(connection, BISECT, user_id, at, inclusive)
     return int(rows[0]["version"])
+
+
+def _newest_of(rest: _Rest) -> _Rest:
+    return replace(rest, first=rest.last)
 
 
 async def _read_entries(connection: Connection, wanted: _Rest) -> list[Entry]:

@@ -66,6 +66,10 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "schema": {"type": "string", "format": "uri-reference"},
         "example": "/api/users/2",
     },
+    "Content-Disposition": {
+        "description": "of an export: the name of its file",
+        "schema": _TEXT,
+    },
     "Connection": {
         "description": "`close`: the connection ends with this answer",
         "schema": _TEXT,

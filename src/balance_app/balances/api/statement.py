@@ -1,10 +1,19 @@
 """Routes of ledgers: a user's entries, and past balances."""
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
+from pydantic_core import to_json
 from starlette.requests import Request
+from starlette.responses import Response
 
+from balance_app.balances.api.export import (
+    CSV,
+    EXPORT_CONTENT,
+    JSON_LINES,
+    Exporter,
+    ExportResponse,
+)
 from balance_app.balances.api.schemas import (
     DailyBalancesAnswer,
     DaysPageQuery,
@@ -15,12 +24,15 @@ from balance_app.balances.api.schemas import (
 )
 from balance_app.balances.errors import UserNotFound
 from balance_app.balances.ledger import LedgerRepository, Selection
-from balance_app.errors import InvalidRequest
-from balance_app.http.openapi import problems
+from balance_app.errors import InvalidRequest, NotAcceptable
+from balance_app.http.negotiation import preferred
+from balance_app.http.openapi import headers, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
 
 router = APIRouter(prefix="/api", tags=["ledger"])
+
+JSON: Final = "application/json"
 
 
 def _ledger(request: Request) -> LedgerRepository:
@@ -29,28 +41,47 @@ def _ledger(request: Request) -> LedgerRepository:
 
 @router.get(
     "/users/{userId}/entries",
-    summary="Read a ledger",
-    response_description="One page of the user's ledger.",
+    summary="Read or export a ledger",
+    response_description="One page of the user's ledger, or an export.",
     response_model=EntriesAnswer,
-    responses=problems(UserNotFound, InvalidRequest),
+    responses={
+        200: {"content": EXPORT_CONTENT, **headers("Content-Disposition")},
+        **problems(UserNotFound, NotAcceptable, InvalidRequest),
+    },
     dependencies=[ONCE],
 )
-async def list_entries(
-    request: Request, user_id: PathUserId, page: EntriesPageQuery
-) -> dict[str, Any]:
-    """List a user's ledger, the opening balance first; the version is the cursor."""
+async def list_entries(request: Request, user_id: PathUserId, page: EntriesPageQuery) -> Response:
+    """List a user's ledger, the opening balance first; the version is the cursor.
+
+    With `Accept: text/csv` or `application/jsonl` the answer is an export: all entries (of the same
+    selection, in the same order, from `after` on) that are there when it begins, without `limit`.
+    Its last line says that it is complete, and repeats the number of entries, the first and the
+    last version, the sum of the amounts, and the balance after the last one. An export that broke
+    off has no such line; `after` its last entry the next one goes on.
+
+    In CSV the last line begins with `complete`, and has the rest in the column `note`. A key,
+    reference or note that a spreadsheet would take for a formula, or that begins with an
+    apostrophe, has one more apostrophe before it. JSON lines have every text as it is.
+    """
+    media_type = preferred(request, (JSON, CSV, JSON_LINES))
+    selection = Selection(page.begin, page.end, page.reference)
+    descending = page.order == "desc"
+    if media_type != JSON:
+        if "limit" in page.model_fields_set:
+            raise InvalidRequest(
+                ("query:limit", "not-with-export"), sentence="An export has no `limit`."
+            )
+        pages = _ledger(request).export(user_id, selection, after=page.after, descending=descending)
+        return ExportResponse(services(request)[Exporter], user_id, pages, media_type)
     entries = await _ledger(request).entries(
-        user_id,
-        Selection(page.begin, page.end, page.reference),
-        after=page.after,
-        limit=page.limit + 1,
-        descending=page.order == "desc",
+        user_id, selection, after=page.after, limit=page.limit + 1, descending=descending
     )
     shown = entries[: page.limit]
-    return {
+    body = {
         "entries": [entry_body(entry) for entry in shown],
         "next": shown[-1].version if len(entries) > page.limit else None,
     }
+    return Response(to_json(body), headers={"Vary": "Accept"}, media_type=JSON)
 
 
 @router.get(
