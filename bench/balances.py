@@ -135,6 +135,7 @@ class Server:
 
     def __init__(self, url: str, pid: int) -> None:
         self.url = url
+        self.pid = pid
         self._process = psutil.Process(pid)
 
     def cpu_seconds(self) -> float:
