@@ -190,7 +190,7 @@ async def test_the_head_of_a_stream_has_an_end(reader: httpx.AsyncClient, path: 
     [
         ("/api/balance", "POST"),
         ("/api/users", "GET, HEAD, POST"),
-        ("/api/users/1", "GET, HEAD"),
+        ("/api/users/1", "GET, HEAD, PATCH"),
         ("/jobs/a/cancel", "GET, HEAD, POST"),
         ("/jobs/a/run", "POST"),
         ("/docs/assets/swagger-ui.css", "GET, HEAD"),
