@@ -379,6 +379,12 @@ async def _call_accounts(call: Call) -> None:
         await call(200, "GET", f"{account}/{below}", user)
         await call(404, "GET", f"{account}/{below}", 404_404)
         await call(422, "GET", f"{account}/{below}", user, params={"limit": 0})
+    for media_type in ("text/csv", "application/jsonl"):
+        sent = {"Accept": media_type}
+        exported = await call(200, "GET", f"{account}/entries", user, headers=sent)
+        assert "content-disposition" in exported.headers
+        await call(404, "GET", f"{account}/entries", 404_404, headers=sent)
+    await call(406, "GET", f"{account}/entries", user, headers={"Accept": "text/html"})
     await call(200, "GET", "/api/users")
 
 

@@ -69,6 +69,12 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
     "Content-Disposition": {
         "description": "of an export: the name of its file",
         "schema": _TEXT,
+        "example": 'attachment; filename="user-1-entries.csv"',
+    },
+    "Vary": {
+        "description": "which header of the request chose the format of the answer",
+        "schema": _TEXT,
+        "example": "Accept",
     },
     "Connection": {
         "description": "`close`: the connection ends with this answer",

@@ -45,7 +45,7 @@ def _ledger(request: Request) -> LedgerRepository:
     response_description="One page of the user's ledger, or an export.",
     response_model=EntriesAnswer,
     responses={
-        200: {"content": EXPORT_CONTENT, **headers("Content-Disposition")},
+        200: {"content": EXPORT_CONTENT, **headers("Content-Disposition", "Vary")},
         **problems(UserNotFound, NotAcceptable, InvalidRequest),
     },
     dependencies=[ONCE],
