@@ -1,9 +1,10 @@
 """The ten jobs of this service, on its own data. They are also the worked example of writing jobs.
 
-Three audit: the ledger against the balances, keys against entries, the daily balances against the
-ledger. An audit that finds a mismatch fails, and its metric stays set until an audit succeeds.
-Three write summaries that could not be computed later, or only at a cost. One watches values that
-have a limit. Two delete data whose retention is over, and one refreshes the planner's statistics.
+Three audit: the ledger and the holds against the accounts, keys and external ids against what they
+name, the daily balances against the ledger. An audit that finds a mismatch fails, and its metric
+stays set until an audit succeeds. Three write summaries that could not be computed later, or only
+at a cost. One watches values that have a limit. Two delete data whose retention is over (one of
+them also ends overdue holds), and one refreshes the planner's statistics.
 
 All process their tables in batches, each a short transaction by `Run.transaction`, which checks the
 fence. So they hold no lock for long, and a run that has lost its lease writes nothing more. Each

@@ -1,4 +1,4 @@
-"""Jobs that delete old rows and refresh the planner's statistics."""
+"""Jobs that delete old rows, end overdue holds, and refresh the planner's statistics."""
 
 from datetime import timedelta
 from typing import Final
@@ -62,15 +62,12 @@ async def prune_refused_keys(run: Run) -> str:
         run,
         _prune,
         # the last user whose holds were looked at; None: all refusals come first
-        {"refusals": 0, "user": None, "accounts": 0},
+        {"refusals": 0, "user": None, "holds": 0},
         Rows("refusals and users", PRUNABLE, most=500, arguments=(REFUSALS_KEPT,)),
     )
     refusals = count(state["refusals"], "refusal")
-    accounts = count(state["accounts"], "account")
-    return (
-        f"removed {refusals} older than {REFUSALS_KEPT.days} days, "
-        f"ended overdue holds of {accounts}"
-    )
+    holds = count(state["holds"], "overdue hold")
+    return f"removed {refusals} older than {REFUSALS_KEPT.days} days, ended {holds}"
 
 
 async def _prune(connection: Connection, state: State, size: int) -> State:
@@ -90,15 +87,14 @@ async def _end_overdue_holds(connection: Connection, state: State, size: int) ->
     row = await connection.fetchrow(OVERDUE, state["user"], size)
     if row is None:
         return {"done": 0, "ended": True}
+    ended = 0
     if row["overdue"]:
-        ended = await connection.execute(EXPIRE, row["user_id"], HOLDS_AT_ONCE)
-        if ended == f"UPDATE {HOLDS_AT_ONCE}":  # it may have more of them
-            return {"done": 0}
-    return {
-        "done": row["users"],
-        "user": row["user_id"],
-        "accounts": state["accounts"] + row["overdue"],
-    }
+        status = await connection.execute(EXPIRE, row["user_id"], HOLDS_AT_ONCE)
+        ended = int(status.removeprefix("UPDATE "))
+    holds = state["holds"] + ended
+    if ended == HOLDS_AT_ONCE:  # the account may have more of them
+        return {"done": 0, "holds": holds}
+    return {"done": row["users"], "user": row["user_id"], "holds": holds}
 
 
 JOB_ROWS: Final = "SELECT count(*) FROM jobs"
