@@ -133,6 +133,14 @@ CREATE TABLE user_settings (
 UPDATE balance_app_version SET compatible_from = '0012';
 """
 
+# Older entries have the clock's time, also where it was set back.
+TIMES = """
+ALTER TABLE balance_app_version
+    ADD COLUMN times_rise_from timestamptz NOT NULL DEFAULT clock_timestamp();
+COMMENT ON COLUMN balance_app_version.times_rise_from IS
+    'no entry has an earlier time than the one before it, if that is from then on';
+"""
+
 # Apart from what is deposited and withdrawn: a transfer changes nothing in total.
 TOTALS = """
 ALTER TABLE daily_totals
@@ -142,6 +150,7 @@ ALTER TABLE daily_totals
 
 DROP = """
 UPDATE balance_app_version SET compatible_from = '0010';
+ALTER TABLE balance_app_version DROP COLUMN times_rise_from;
 ALTER TABLE daily_totals DROP COLUMN transfers, DROP COLUMN transferred;
 DROP TABLE user_settings, external_ids;
 ALTER TABLE idempotency_keys
@@ -174,7 +183,7 @@ ALTER TABLE users
 
 def upgrade() -> None:
     """Add columns and tables; no row is lost."""
-    for statement in (USERS, ENTRIES, HOLDS, KEYS, SETTINGS, TOTALS):
+    for statement in (USERS, ENTRIES, HOLDS, KEYS, SETTINGS, TIMES, TOTALS):
         op.execute(statement)
 
 

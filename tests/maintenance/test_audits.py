@@ -358,6 +358,19 @@ async def test_the_audit_knows_transfers_reversals_and_holds(
         assert re.fullmatch(f"{users} of 31 users {verb}: {message}", str(error.value))
 
 
+async def test_the_clock_of_older_entries_may_have_been_set_back(runner: JobRunner) -> None:
+    """An entry whose predecessor was made before times rose is no fault; a later one is."""
+    await runner.populate(30, 4)
+    await runner.rewrite(
+        "UPDATE entries SET at = at - interval '1 hour' WHERE user_id = 3 AND version = 4",
+        "UPDATE balance_app_version SET times_rise_from = clock_timestamp()",
+    )
+    assert (await runner.run("audit-ledger")).startswith("checked 120 entries")
+    await runner.rewrite("UPDATE balance_app_version SET times_rise_from = '-infinity'")
+    with pytest.raises(LedgerMismatchError, match="user 3: entry 4 is of "):
+        await runner.run("audit-ledger")
+
+
 async def test_the_audit_goes_on_after_the_first_fault(runner: JobRunner) -> None:
     """All users are checked; the first few that differ are named, the others counted."""
     await runner.populate(1200, 2)

@@ -61,7 +61,8 @@ WITH few AS MATERIALIZED (
         WHEN c.balance <> balance_before::numeric + c.amount THEN
             format('entry %s adds %s to %s and leaves %s',
                    c.version, c.amount, balance_before, c.balance)
-        WHEN c.at < at_before THEN
+        WHEN c.at < at_before
+             AND at_before >= (SELECT times_rise_from FROM balance_app_version) THEN
             format('entry %s is of %s, before entry %s of %s',
                    c.version, c.at, version_before, at_before)
         WHEN c.key IS NOT NULL AND CASE c.version WHEN 1 THEN (
@@ -161,8 +162,8 @@ LEFT JOIN (SELECT * FROM batch ORDER BY user_id DESC, version DESC LIMIT 1) AS t
 
 # Reads up to $3 holds after number $2 of user $1. Each must be recorded under its key; one that has
 # ended must agree with the entry that was the last one then, which of a captured hold is its own.
-# What is held of a user whose holds end in the batch must be the sum of the open ones (as many as
-# `state.EXPIRE` reads, too), and none of them may expire before the account is looked at for it.
+# What is held of a user whose holds end in the batch must be the sum of the open ones (all of them,
+# as it is one sum of one snapshot), and none may expire before the account is looked at for it.
 HOLDS: Final = """
 WITH batch AS MATERIALIZED (
     SELECT * FROM holds WHERE (user_id, number) > ($1, $2) ORDER BY user_id, number LIMIT $3
