@@ -6,7 +6,7 @@ import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 import pytest
@@ -573,6 +573,22 @@ async def test_an_export_is_complete_or_not(
             assert complete
     assert answer.endswith(got)
     assert got or not complete
+
+
+async def test_an_export_of_the_service_is_complete(instance: Instance) -> None:
+    """In both formats, of a selection, and of nothing."""
+    async with Service(instance.url) as client:
+        for number in range(5):
+            await client.change(1, -1, reference=f"r{number % 2}")
+        for written, first in {"csv": b"version,", "jsonl": b'{"version":2,'}.items():
+            pieces = client.statement(1, cast("Format", written), reference="r0")
+            got = b"".join([piece async for piece in pieces])
+            assert got.startswith(first)
+            assert len(got.splitlines()) == 3 + 1 + (written == "csv")
+            nothing = client.statement(1, cast("Format", written), after=6)
+            assert b"complete" in b"".join([piece async for piece in nothing])
+        with pytest.raises(UserNotFound):
+            await anext(client.statement(9, "csv"))
 
 
 async def test_an_export_that_does_not_begin_is_waited_for() -> None:

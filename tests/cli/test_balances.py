@@ -1,8 +1,12 @@
 """The commands for balances: what they do, print, and say of what is refused or not known."""
 
+import asyncio
+import csv
+import io
 import json
 import re
 import shlex
+import signal
 from datetime import datetime
 from typing import Final
 
@@ -10,7 +14,7 @@ import httpx
 import pytest
 
 from tests.processes import Instance, connect
-from tests.terminal import answering, http, losing, replacing, run
+from tests.terminal import PATIENCE_SECONDS, answering, command, http, losing, replacing, run
 
 pytestmark = pytest.mark.usefixtures("_fork_server")
 
@@ -314,6 +318,29 @@ async def test_an_unknown_outcome_has_the_command_that_resolves_it(line: str, ag
     assert err.endswith(f"takes effect once: balance-app {again.format(key=key)}\n")
 
 
+async def test_an_interrupted_change_has_the_command_that_resolves_it() -> None:
+    """Ctrl-C while it is under way: the key that it was sent with is not lost."""
+    requests: asyncio.Queue[str] = asyncio.Queue()
+
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.put_nowait((await reader.readuntil(b"\r\n\r\n")).decode())
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(never_answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    process = await command("change", "1", "-2", BALANCE_APP_URL=url)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        sent = await requests.get()
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    server.close()
+    key = sent.lower().partition("idempotency-key: ")[2].split()[0]
+    assert (process.returncode, out) == (130, b"")
+    assert "It is not known whether it was done. Send it again with its key" in err.decode()
+    assert f"takes effect once: balance-app change 1 -2 --key={key}\n" in err.decode()
+
+
 # -- users -------------------------------------------------------------------------------------
 
 
@@ -389,6 +416,26 @@ async def test_a_past_balance_is_shown(instance: Instance, client: httpx.AsyncCl
 
 
 # -- exports -----------------------------------------------------------------------------------
+
+
+async def test_a_statement_is_written(instance: Instance, client: httpx.AsyncClient) -> None:
+    """As CSV and as JSON lines, byte for byte as the service sends it."""
+    environment = {"BALANCE_APP_URL": instance.url}
+    for number in range(1, 4):
+        change = {"userId": 1, "amount": -number, "reference": f"r{number % 2}", "note": "ünd, =1"}
+        await client.post("/api/balance", json=change)
+    for option, media_type in {"--csv": "text/csv", "--jsonl": "application/jsonl"}.items():
+        for selection, query in {
+            "": "order=asc",
+            "--order desc --reference r1": "order=desc&reference=r1",
+        }.items():
+            code, out, err = await run("statement", "1", option, *selection.split(), **environment)
+            assert (code, err) == (0, "")
+            path = f"/api/users/1/entries?{query}"
+            assert out == (await client.get(path, headers={"Accept": media_type})).text
+    rows = list(csv.reader(io.StringIO((await run("statement", "1", "--csv", **environment))[1])))
+    assert [row[0] for row in rows] == ["version", "1", "2", "3", "4", "complete"]
+    assert await run("statement", "7", "--csv", **environment) == (1, "", "There is no user 7.\n")
 
 
 async def test_a_statement_that_broke_off_is_reported() -> None:

@@ -138,7 +138,7 @@ REFUSED: Final = [
     ("users set 1 --external-id=", 2, "Wrong in /externalId: not-printable.\n"),
     ("users set 1 --floor 10001", 4, "less than a floor of 10001. Nothing was changed.\n"),
     ("statement 7", 1, "There is no user 7.\n"),
-    ("statement 1 --csv --jsonl", 2, "give only one of --csv and --jsonl"),
+    ("statement 1 --csv --jsonl", 2, "give only one of --csv, --jsonl and"),
     ("statement 1 --csv --limit 5", 2, "--limit is for pages"),
     ("statement 1 --order up", 2, "Invalid value for '--order'"),
     ("statement 1 --from x", 2, "'x' is no time"),

@@ -266,8 +266,8 @@ def statement(  # noqa: PLR0913 - each is an option
     The last line of what is written says that it is complete. The exit code is 3, and stderr has a
     sentence, when it broke off before that.
     """
-    if csv and jsonl:
-        raise typer.BadParameter("give only one of --csv and --jsonl")
+    if csv + jsonl + json > 1:
+        raise typer.BadParameter("give only one of --csv, --jsonl and --json")
     if (csv or jsonl) and limit is not None:
         raise typer.BadParameter("--limit is for pages: all entries are written")
     with _open(url, as_json=json) as session:

@@ -1,6 +1,7 @@
 """What the commands for balances do: they send requests until they are answered, and report."""
 
 import sys
+import uuid
 from collections.abc import Callable, Coroutine
 from datetime import datetime
 from types import EllipsisType
@@ -40,6 +41,7 @@ class BalanceSession(Session):
         self, user: int, amount: int, *, key: str | None, reference: str | None, note: str | None
     ) -> None:
         """Change a balance once, however often the change must be sent."""
+        key = str(uuid.uuid4()) if key is None else key
         made = self._send(
             self._service.change(user, amount, key=key, reference=reference, note=note),
             "change",
@@ -47,6 +49,7 @@ class BalanceSession(Session):
             amount,
             reference=reference,
             note=note,
+            key=key,
         )
         self._report_made(made, lambda: output.change(made), "This key's change was made before.")
 
@@ -61,6 +64,7 @@ class BalanceSession(Session):
         note: str | None,
     ) -> None:
         """Move an amount from one user to another."""
+        key = str(uuid.uuid4()) if key is None else key
         made = self._send(
             self._service.transfer(payer, payee, amount, key=key, reference=reference, note=note),
             "transfer",
@@ -69,6 +73,7 @@ class BalanceSession(Session):
             amount,
             reference=reference,
             note=note,
+            key=key,
         )
         said = "This key's transfer was made before."
         self._report_made(made, lambda: output.transfer(made), said)
@@ -84,6 +89,7 @@ class BalanceSession(Session):
         note: str | None,
     ) -> None:
         """Reserve an amount."""
+        key = str(uuid.uuid4()) if key is None else key
         made = self._send(
             self._service.hold(
                 user, amount, expires_in_seconds=seconds, key=key, reference=reference, note=note
@@ -94,6 +100,7 @@ class BalanceSession(Session):
             **{"for": seconds},
             reference=reference,
             note=note,
+            key=key,
         )
         said = "This key's hold was placed before."
         self._report_made(made, lambda: output.placed_hold(made), said)
@@ -140,16 +147,15 @@ class BalanceSession(Session):
         Raises:
             RemoteError: it is refused, or its outcome is not known.
         """
+        how = "Send it again" + (" with its key" if "key" in options else "")
+        again = f"{how}, and it takes effect once: {self._command(*command, **options)}"
         try:
             return self._runner.run(call)
+        except KeyboardInterrupt:
+            self._message(f"It is not known whether it was done. {again}")
+            raise
         except OutcomeUnknown as failure:
-            again = self._command(*command, **options, key=failure.key)
-            how = " with its key" if failure.key else ""
-            raise RemoteError(
-                f"{failure} Send it again{how}, and it takes effect once: {again}",
-                Code.UNKNOWN,
-                answer=failure.answer,
-            ) from None
+            raise RemoteError(f"{failure} {again}", Code.UNKNOWN, answer=failure.answer) from None
         except ServiceFailure as failure:
             raise remote_error(failure) from None
         except UnicodeError:
