@@ -131,6 +131,7 @@ async def export(url: str, pid: int, user: int) -> str:
     """Export everything as JSON lines; return what came of it."""
     process = psutil.Process(pid)
     before = most = process.memory_info().rss
+    used = process.cpu_times().user
     tail, size, began = b"", 0, time.perf_counter()
     async with (
         httpx.AsyncClient(trust_env=False, timeout=60) as client,
@@ -146,7 +147,8 @@ async def export(url: str, pid: int, user: int) -> str:
     assert last["complete"], last
     assert last["sum"] == last["balance"], last
     return (
-        f"\n    {last['entries']} entries, {size / MIB:.0f} MiB in {took:.1f} s; resident memory "
+        f"\n    {last['entries']} entries, {size / MIB:.0f} MiB in {took:.1f} s "
+        f"({process.cpu_times().user - used:.1f} s of CPU, with the changes); resident memory "
         f"{before / MIB:.1f} MiB before, at most {most / MIB:.1f} MiB; sum = balance = "
         f"{last['sum']}"
     )

@@ -21,7 +21,7 @@ from balance_app.errors import DatabaseUnavailable
 # Of all exports of an instance one reads at a time, so that the others' connections are free for
 # changes.
 EXPORTS: Final = Lane(("exports",))
-EXPORT_PAGE: Final = 500
+EXPORT_PAGE: Final = 250
 
 
 @dataclass(frozen=True, slots=True)
