@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from balance_app.balances import repository
 from balance_app.balances.api.schemas import accepted_body
 from balance_app.balances.errors import UserNotFound
+from balance_app.balances.guard import LOCKED, Guard
 from balance_app.balances.model import Accepted, Movement, Outcome, Refused
 from balance_app.errors import Problem
 from tests.balances.repositories import Repositories, repositories
@@ -271,3 +272,17 @@ async def test_a_locked_account_is_named_and_the_other_one_goes_on(
     }
     assert transfers["accepted"] <= 3  # those that were under way when the lock was released
     assert set(changes) == {"accepted"}
+
+
+async def test_without_looking_who_locks_it_the_other_account_is_refused(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: a transfer that waits for the payee takes the payer for locked."""
+
+    async def locked(_guard: Guard, *_: object, **__: object) -> str:
+        return LOCKED
+
+    monkeypatch.setattr(Guard, "_check_progress", locked)
+    transfers, changes = await one_is_locked(database, payer_locked=False)
+    assert not all("LOCKED" in answer for answer in transfers)
+    assert set(changes) != {"accepted"}

@@ -39,7 +39,7 @@ KEY_IN_USE: Final = "Another try of this Idempotency-Key is still under way."
 # $1 the account, $2 the statements of ours that lock it until their commit
 PROGRESS: Final = """
 SELECT version + hold_events + settings_version AS changes,
-       holder.pid, holder.application_name, holder.own,
+       holder.pid, holder.application_name, holder.own, holder.waits,
        extract(epoch FROM clock_timestamp() - greatest(
            (SELECT at FROM entries WHERE user_id = id ORDER BY version DESC LIMIT 1),
            (SELECT at FROM holds WHERE user_id = id ORDER BY number DESC LIMIT 1)
@@ -47,7 +47,7 @@ SELECT version + hold_events + settings_version AS changes,
 FROM users LEFT JOIN LATERAL (
     SELECT pid, application_name, state = 'active' AND EXISTS (
         SELECT FROM unnest($2::text[]) AS ours WHERE query <> '' AND starts_with(ours, query)
-    ) AS own
+    ) AS own, wait_event_type IS NOT DISTINCT FROM 'Lock' AS waits
     FROM pg_locks JOIN pg_stat_activity USING (pid)
     WHERE locktype = 'transactionid' AND transactionid = users.xmax AND granted
     LIMIT 1
@@ -72,6 +72,8 @@ class _Progress:
         # were then
         self.since = self.checked_at = began_at
         self.changes: int | None = None
+        # who held the lock then: whether a session of ours, and its pid
+        self.holder: tuple[bool | None, int | None] | None = None
 
     def observe(self, changes: int, age_seconds: float | None) -> None:
         """Record the account's state; changes are found by number, as clocks may be set."""
@@ -230,9 +232,14 @@ class Guard:
         if row["pid"] is None and not sole:
             return None
         still = monotonic() - account.since
+        again = account.holder == (row["own"], row["pid"])
+        account.holder = row["own"], row["pid"]
         if row["own"]:
-            return COMMITTING if still >= settings.db_statement_seconds else None
-        if still < settings.db_lock_seconds * 3 / 4:
+            # A transfer of ours that waits for its other account finds out who locks that.
+            stuck = again and not row["waits"] and still >= settings.db_statement_seconds
+            return COMMITTING if stuck else None
+        # Between two of ours there is no holder for a moment.
+        if still < settings.db_lock_seconds * 3 / 4 or (row["pid"] is None and not again):
             return None
         log.warning(
             "account locked",
