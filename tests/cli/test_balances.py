@@ -14,7 +14,16 @@ import httpx
 import pytest
 
 from tests.processes import Instance, connect
-from tests.terminal import PATIENCE_SECONDS, answering, command, http, losing, replacing, run
+from tests.terminal import (
+    PATIENCE_SECONDS,
+    Screen,
+    answering,
+    command,
+    http,
+    losing,
+    replacing,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("_fork_server")
 
@@ -106,6 +115,7 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     assert [line.split()[:6] for line in out.splitlines()][1:] == [
         ["1", "9972", "0", "9972", "0", "8"]
     ]
+    assert await run("users", "--after=9", **environment) == (0, "There are no such users.\n", "")
     assert (await run("users", "--limit=1", "--url", instance.url))[2] == (
         f"More: balance-app users --after=1 --limit=1 --url={instance.url}\n"
     )
@@ -339,6 +349,21 @@ async def test_an_interrupted_change_has_the_command_that_resolves_it() -> None:
     assert (process.returncode, out) == (130, b"")
     assert "It is not known whether it was done. Send it again with its key" in err.decode()
     assert f"takes effect once: balance-app change 1 -2 --key={key}\n" in err.decode()
+
+
+async def test_a_narrow_terminal_leaves_out_what_is_not_needed(
+    instance: Instance, client: httpx.AsyncClient
+) -> None:
+    """Nothing is cut that a person looks for: amounts, what an entry is of, its reference."""
+    change = {"userId": 1, "amount": -2, "reference": "invoice 7", "note": "thanks"}
+    await client.post("/api/balance", json=change)
+    async with Screen("statement", "1", BALANCE_APP_URL=instance.url, COLUMNS="80") as screen:
+        assert await screen.end() == 0
+    assert "invoice 7" in screen.shown
+    assert "thanks" not in screen.shown
+    async with Screen("statement", "1", BALANCE_APP_URL=instance.url, COLUMNS="120") as screen:
+        assert await screen.end() == 0
+    assert "thanks" in screen.shown
 
 
 # -- users -------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from datetime import UTC, datetime
 from typing import Final
 
 from rich.console import Console, RenderableType
+from rich.text import Text
 
-from balance_app.cli.output import STYLES, Json, make_table, moment, text
+from balance_app.cli.output import STYLES, Json, is_roomy, make_table, moment, text
 from balance_app.client import Account, Change, Hold, PastBalance, State, Transfer
-from balance_app.formatting import ago, exact
+from balance_app.formatting import ago, brief, exact
 from balance_app.states import Tone
+
+Row = dict[str, str | Text]  # by the titles of columns
 
 _HOLDS: Final = {"open": "◔", "captured": "✓", "voided": "■", "expired": "□"}
 
@@ -90,74 +93,62 @@ def differences(before: Account, after: Account) -> str:
 
 def users_table(accounts: list[Json], on: Console) -> RenderableType:
     """Return a line per account."""
-    table = make_table(
-        (
-            *("USER", "BALANCE", "HELD", "AVAILABLE", "FLOOR", "VERSION"),
-            *("STATE", "EXTERNAL ID", "CREATED (UTC)"),
-        ),
-        cut=("EXTERNAL ID",),
-        numbers=6,
-    )
-    for each in accounts:
-        frozen = each["frozen"]
-        table.add_row(
-            *(str(each[name]) for name in ("userId", "balance", "held", "available", "floor")),
-            str(each["version"]),
-            text("‖ frozen" if frozen else "", on, STYLES[Tone.WARN]),
-            text(each["externalId"] or "", on),
-            text(exact(moment(each["createdAt"])), on),
-        )
-    return table
+    rows: list[Row] = [
+        {
+            "USER": str(each["userId"]),
+            "BALANCE": str(each["balance"]),
+            "HELD": str(each["held"]),
+            "AVAILABLE": str(each["available"]),
+            "FLOOR": str(each["floor"]),
+            "VERSION": str(each["version"]),
+            "STATE": text("‖ frozen" if each["frozen"] else "", on, STYLES[Tone.WARN]),
+            "EXTERNAL ID": text(each["externalId"] or "", on),
+            "CREATED (UTC)": text(exact(moment(each["createdAt"])), on),
+        }
+        for each in accounts
+    ]
+    return _rows(rows, on, cut=("EXTERNAL ID",), roomy=("CREATED (UTC)",), numbers=6)
 
 
 def entries_table(ledger: list[Json], now: datetime, on: Console) -> RenderableType:
     """Return a line per entry."""
-    table = make_table(
-        (
-            *("VERSION", "AMOUNT", "BALANCE", "HELD", "MADE (UTC)", "AGO", "WHAT"),
-            *("REFERENCE", "NOTE", "KEY"),
-        ),
-        cut=("REFERENCE", "NOTE", "KEY"),
-        numbers=4,
-    )
-    for entry in ledger:
-        made = moment(entry["at"])
-        table.add_row(
-            str(entry["version"]),
-            f"{entry['amount']:+d}",
-            str(entry["balance"]),
-            str(entry["held"]),
-            text(exact(made), on),
-            text(ago((now - made).total_seconds()), on),
-            text(_what(entry), on),
-            *(text(entry[name] or "", on) for name in ("reference", "note", "key")),
-        )
-    return table
+    rows: list[Row] = [
+        {
+            "VERSION": str(entry["version"]),
+            "AMOUNT": f"{entry['amount']:+d}",
+            "BALANCE": str(entry["balance"]),
+            "HELD": str(entry["held"]),
+            "MADE (UTC)": _when(entry["at"], now, on),
+            "AGO": _ago(entry["at"], now, on),
+            "WHAT": text(_what(entry), on),
+            "REFERENCE": text(entry["reference"] or "", on),
+            "NOTE": text(entry["note"] or "", on),
+            "KEY": text(entry["key"] or "", on),
+        }
+        for entry in ledger
+    ]
+    cut = ("REFERENCE", "NOTE", "KEY")
+    return _rows(rows, on, cut=cut, roomy=("AGO", "NOTE", "KEY"), numbers=4)
 
 
 def holds_table(holds: list[Json], now: datetime, on: Console) -> RenderableType:
     """Return a line per hold."""
-    table = make_table(
-        (
-            *("HOLD", "AMOUNT", "CAPTURED", "STATE", "PLACED (UTC)", "EXPIRES (UTC)"),
-            *("ENDED", "REFERENCE", "NOTE"),
-        ),
-        cut=("REFERENCE", "NOTE"),
-        numbers=3,
-    )
-    for hold in holds:
-        ended = hold["endedAt"]
-        table.add_row(
-            hold["id"],
-            str(hold["amount"]),
-            "" if hold["captured"] is None else str(hold["captured"]),
-            text(f"{_HOLDS.get(hold['state'], '?')} {hold['state']}", on),
-            text(exact(moment(hold["at"])), on),
-            text(exact(moment(hold["expiresAt"])), on),
-            text("" if ended is None else ago((now - moment(ended)).total_seconds()), on),
-            *(text(hold[name] or "", on) for name in ("reference", "note")),
-        )
-    return table
+    rows: list[Row] = [
+        {
+            "HOLD": hold["id"],
+            "AMOUNT": str(hold["amount"]),
+            "CAPTURED": "" if hold["captured"] is None else str(hold["captured"]),
+            "STATE": text(f"{_HOLDS.get(hold['state'], '?')} {hold['state']}", on),
+            "PLACED (UTC)": _when(hold["at"], now, on),
+            "EXPIRES (UTC)": _when(hold["expiresAt"], now, on),
+            "ENDED": _ago(hold["endedAt"], now, on),
+            "REFERENCE": text(hold["reference"] or "", on),
+            "NOTE": text(hold["note"] or "", on),
+        }
+        for hold in holds
+    ]
+    cut = ("REFERENCE", "NOTE")
+    return _rows(rows, on, cut=cut, roomy=("PLACED (UTC)", "ENDED", "NOTE"), numbers=3)
 
 
 def daily_balances_table(days: list[Json], on: Console) -> RenderableType:
@@ -171,6 +162,30 @@ def daily_balances_table(days: list[Json], on: Console) -> RenderableType:
             text(exact(moment(day["at"])), on),
         )
     return table
+
+
+def _rows(
+    rows: list[Row],
+    on: Console,
+    *,
+    cut: tuple[str, ...],
+    roomy: tuple[str, ...],
+    numbers: int,
+) -> RenderableType:
+    """Return rows (there are some) as a table; a narrow terminal shows no columns `roomy`."""
+    titles = [title for title in rows[0] if is_roomy(on) or title not in roomy]
+    table = make_table(tuple(titles), cut=cut, numbers=numbers)
+    for row in rows:
+        table.add_row(*(row[title] for title in titles))
+    return table
+
+
+def _when(at: str, now: datetime, on: Console) -> Text:
+    return text(brief(moment(at), now) if on.is_terminal else exact(moment(at)), on)
+
+
+def _ago(at: str | None, now: datetime, on: Console) -> Text:
+    return text("" if at is None else ago((now - moment(at)).total_seconds()), on)
 
 
 def _what(entry: Json) -> str:

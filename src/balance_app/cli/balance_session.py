@@ -174,7 +174,14 @@ class BalanceSession(Session):
         """Show users by id."""
         answer = self._get("/api/users", "users", after=after, limit=limit)
         accounts = answer.body["users"]
-        self._report(answer.text, lambda: output.users_table(accounts, self._out))
+        self._report(
+            answer.text,
+            lambda: (
+                output.users_table(accounts, self._out)
+                if accounts
+                else Text("There are no such users.")
+            ),
+        )
         if answer.body["next"] is not None:
             self._next_page("More", "users", after=answer.body["next"], limit=limit)
 

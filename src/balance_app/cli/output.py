@@ -70,7 +70,7 @@ def status_table(status: Json, on: Console) -> RenderableType:
     )
     table = make_table(("JOB", "STATE", "SERVER", "NOW", "LAST RUN"), cut=("LAST RUN",))
     if on.is_terminal:
-        table.columns[3].max_width = on.width // 3 if _is_roomy(on) else 23
+        table.columns[3].max_width = on.width // 3 if is_roomy(on) else 23
     for job in sorted(status["jobs"], key=lambda job: (job["state"] != State.RUNNING, job["name"])):
         sign = job_sign(job)
         table.add_row(
@@ -144,7 +144,7 @@ def _activity(job: Json, now: datetime, on: Console) -> str:
         return str(waiting["sentence"])
     due = moment(until)
     seconds = (due - now).total_seconds()
-    length = (duration if _is_roomy(on) else rough)(abs(seconds))
+    length = (duration if is_roomy(on) else rough)(abs(seconds))
     failures = job["failuresInARow"]
     failing = f", failed {failures} times in a row" if failures > 1 else ""
     return f"{'in' if seconds > 0 else 'since'} {length} ({brief(due, now)}){failing}"
@@ -160,7 +160,7 @@ def _progress(progress: Json | None, on: Console) -> str:
     percent = f"{int(share * 100)} %"
     if not on.is_terminal:
         return f"{done}/{total} ({percent}) {note}".rstrip()
-    if not _is_roomy(on):
+    if not is_roomy(on):
         return percent
     full = int(share * BAR)
     return f"{'━' * full}{'─' * (BAR - full)} {percent} of {total} {note}".rstrip()
@@ -172,7 +172,7 @@ def _last(run: Json | None, now: datetime, on: Console) -> Text:
     sign = outcome_sign(run["outcome"])
     ended = moment(run["endedAt"])
     line = f"{sign.symbol} {ago((now - ended).total_seconds())}"
-    if _is_roomy(on):
+    if is_roomy(on):
         line += f" ({brief(ended, now)})"
     if not on.is_terminal or run["outcome"] != Outcome.SUCCEEDED:
         line += f" {sign.label}"
@@ -286,7 +286,8 @@ def make_table(titles: tuple[str, ...], *, cut: tuple[str, ...] = (), numbers: i
     return table
 
 
-def _is_roomy(on: Console) -> bool:
+def is_roomy(on: Console) -> bool:
+    """Return whether there is room for what is not needed."""
     return not on.is_terminal or on.width >= ROOMY
 
 
