@@ -385,6 +385,10 @@ async def _call_accounts(call: Call) -> None:
         assert "content-disposition" in exported.headers
         await call(404, "GET", f"{account}/entries", 404_404, headers=sent)
     await call(406, "GET", f"{account}/entries", user, headers={"Accept": "text/html"})
+    for accept in ("text/csv", "application/jsonl"):
+        exported = await call(200, "GET", f"{account}/entries", user, headers={"Accept": accept})
+        assert "content-disposition" in exported.headers
+    await call(406, "GET", f"{account}/entries", user, headers={"Accept": "text/html"})
     await call(200, "GET", "/api/users")
 
 
