@@ -70,7 +70,6 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "description": "of an export: the name of its file",
         "schema": _TEXT,
         "example": 'attachment; filename="user-1-entries.csv"',
-        "example": 'attachment; filename="user-1-entries.csv"',
     },
     "Vary": {
         "description": "which header of the request chose the format of the answer",
