@@ -328,7 +328,7 @@ async def test_on_a_terminal_the_table_is_redrawn_in_place(
         await screen.until("2 paused")
         assert "\x1b[1A" in screen.shown or "\x1b[2K" in screen.shown
         screen.process.send_signal(signal.SIGINT)
-        assert await screen.end() == 0
+        assert await screen.end() == 0, screen.shown[-3000:]
     assert screen.shown.rindex("\x1b[?25h") > screen.shown.rindex("2 paused")
 
 
@@ -338,7 +338,7 @@ async def test_a_narrow_terminal_keeps_what_matters(
     """At 80 columns no line is broken, and state, server, time and outcome are shown."""
     await fill(connection)
     async with Screen("status", BALANCE_APP_URL=instance.url, COLUMNS="80", NO_COLOR="1") as screen:
-        assert await screen.end() == 0
+        assert await screen.end() == 0, screen.shown[-3000:]
     lines = [re.sub(r"\x1b\[[0-9;?]*\w", "", line).rstrip() for line in screen.shown.splitlines()]
     assert max(len(line) for line in lines) <= 80
     table = {line.split()[0]: line for line in lines[3:8]}

@@ -6,6 +6,7 @@ For programs a command prints the service's own JSON; every other message goes t
 import asyncio
 import shlex
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -76,6 +77,9 @@ class Session:
             return self._runner.run(call)
         except ServiceFailure as failure:
             raise remote_error(failure) from None
+        except asyncio.CancelledError:
+            # Only Ctrl-C cancels a call; the runner says so unless a time limit cancelled it, too.
+            raise KeyboardInterrupt from None
 
     def _each(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """Yield what a call of the service yields."""
@@ -90,7 +94,9 @@ class Session:
             while (item := self._run(following())) is not _END:
                 yield item  # type: ignore[misc]
         finally:
-            self._runner.run(close())
+            # After Ctrl-C the step that it ended may not have left the generator yet.
+            with suppress(RuntimeError):
+                self._run(close())
 
     def _get(self, path: str, has: str, **params: str | int | None) -> Received:
         """Read something: a JSON object that has this member."""
