@@ -125,7 +125,7 @@ def expiry() -> None:
     for module, names, guard in (
         (repository, ("CHANGE", "CHANGE_ONCE", "HOLD", "REFUSE_ONCE"), NOT_OVERDUE),
         (holds, ("CAPTURE", "VOID"), NOT_OVERDUE.replace("AND ", "AND locked.")),
-        (accounts, ("SET",), NOT_OVERDUE),
+        (accounts, ("SET", "ACCOUNT"), NOT_OVERDUE),
     ):
         for name in names:
             put(module, name, replaced(vars(module)[name], guard, ""))

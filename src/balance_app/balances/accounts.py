@@ -270,10 +270,12 @@ SELECT pg_sequence_last_value(pg_get_serial_sequence('users', 'id')::regclass) +
        (SELECT max(id) FROM users) AS highest
 """
 
+# No row means: there is no such user, or a hold has to be ended first.
 ACCOUNT: Final = """
 SELECT id AS user_id, balance, held, floor, frozen, version, settings_version, hold_events,
        external_id, created_at
-FROM users LEFT JOIN external_ids ON user_id = id WHERE id = $1
+FROM users LEFT JOIN external_ids ON user_id = id
+WHERE id = $1 AND holds_due_at > clock_timestamp()
 """
 
 ACCOUNTS: Final = """
@@ -292,9 +294,12 @@ EXTERNAL_ID: Final = "SELECT user_id FROM external_ids WHERE external_id = $1"
 
 
 async def _account(connection: Connection, user_id: int) -> Account:
-    await read_state(connection, user_id)
-    rows = await read(connection, ACCOUNT, user_id)
-    return Account(**rows[0])
+    for _ in range(MAX_RACES):
+        rows = await read(connection, ACCOUNT, user_id)
+        if rows:
+            return Account(**rows[0])
+        await read_state(connection, user_id)
+    raise lost_every_race()
 
 
 async def _by_external_id(connection: Connection, external_id: str) -> Account | None:
