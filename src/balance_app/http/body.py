@@ -72,6 +72,11 @@ async def read_json(request: Request, model: type[Model], *, key: str | None) ->
     return parse_json(body, model)
 
 
+async def read_optional_json(request: Request, model: type[Model]) -> Model:
+    """Read the body as `read_json` does; return the model's defaults where there is none."""
+    return await read_json(request, model, key=None) if has_body(request) else model()
+
+
 def parse_json(raw: bytes, model: type[Model]) -> Model:
     """Parse `raw` as one `model`; raises as `read_json` does."""
     # The nesting that a parser allows differs between versions of Python; no body needs much.

@@ -37,7 +37,7 @@ from balance_app.balances.holds import HoldRepository
 from balance_app.balances.model import Movement
 from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import InvalidRequest
-from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
+from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.openapi import headers, json_request, problems
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
@@ -107,11 +107,7 @@ async def capture_hold(request: Request, hold_id: PathHoldId) -> Response:
     It needs no `Idempotency-Key`: a hold ends once, and a further try to capture the same amount is
     answered as the first one.
     """
-    body = (
-        await read_json(request, CaptureRequest, key=None)
-        if has_body(request)
-        else CaptureRequest()
-    )
+    body = await read_optional_json(request, CaptureRequest)
     outcome = await _holds(request).capture(
         *split_id(hold_id), amount=body.amount, reference=body.reference, note=body.note
     )

@@ -40,7 +40,7 @@ from balance_app.balances.errors import (
 from balance_app.balances.model import Accepted, Movement, Outcome, kind_of
 from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import InvalidRequest
-from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
+from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.conditional import ANY, if_match
 from balance_app.http.openapi import headers, json_request, problems, tags_parameter
 from balance_app.http.services import services
@@ -143,7 +143,7 @@ async def reverse(request: Request, user_id: PathUserId, version: PathVersion) -
     It needs no `Idempotency-Key`: an entry is reversed once, and every further try is answered with
     the first reversal. It is refused where the account no longer has the money.
     """
-    body = await read_json(request, Described, key=None) if has_body(request) else Described()
+    body = await read_optional_json(request, Described)
     outcome = await _repository(request).reverse(
         user_id, version, reference=body.reference, note=body.note
     )

@@ -38,7 +38,7 @@ from balance_app.balances.errors import (
 )
 from balance_app.balances.ledger import LedgerRepository
 from balance_app.errors import InvalidRequest, MalformedRequest
-from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
+from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.conditional import ANY, if_match, matches_none
 from balance_app.http.openapi import headers, json_request, problems, tags_parameter
 from balance_app.http.params import ONCE, WhoQuery
@@ -126,7 +126,7 @@ async def open_account_once(request: Request, external_id: PathExternalId) -> Re
 
     An account that is there is not changed, whatever the body says.
     """
-    body = await read_json(request, OnceRequest, key=None) if has_body(request) else OnceRequest()
+    body = await read_optional_json(request, OnceRequest)
     account, created = await _accounts(request).open_once(
         Opening(body.balance, body.floor, external_id)
     )
