@@ -14,7 +14,8 @@ from balance_app.balances import repository
 from balance_app.balances.api.schemas import accepted_body
 from balance_app.balances.errors import UserNotFound
 from balance_app.balances.guard import LOCKED, Guard
-from balance_app.balances.model import Accepted, Movement, Outcome, Refused
+from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused
+from balance_app.db.pool import Connection
 from balance_app.errors import Problem
 from tests.balances.repositories import Repositories, repositories
 from tests.balances.snapshots import DEADLOCKS, snapshots
@@ -194,12 +195,20 @@ async def test_an_entry_is_reversed_once(
 
 
 async def test_without_the_unique_index_an_entry_is_reversed_twice(
-    database: dict[str, str],
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: who looks first and then writes, reverses twice."""
+    look = repository._reversal
+
+    async def look_then_wait(connection: Connection, entry: Entry) -> Accepted | None:
+        found = await look(connection, entry)
+        await asyncio.sleep(0.05)  # meanwhile others have looked, too
+        return found
+
     async with repositories(database):
         pass
     await query(database, "DROP INDEX entries_reverses_key")
+    monkeypatch.setattr(repository, "_reversal", look_then_wait)
     answers, found = await reversed_at_once(database, transfer=False, spare=500)
     assert found > 1
     assert answers["accepted"] > 1

@@ -93,8 +93,12 @@ async def fleet(
         for name in ("app1", "app2")
     ]
     async with processes.running(instances), AsyncExitStack() as stack:
-        clients = [http_client(instance.url) for instance in instances]
-        yield [await stack.enter_async_context(client) for client in clients]
+        clients = [
+            await stack.enter_async_context(http_client(instance.url)) for instance in instances
+        ]
+        # An instance is ready before it has declared its jobs.
+        await until(lambda found: bool(found["jobs"]), lambda: status(clients[0]))
+        yield clients
 
 
 async def status(client: httpx.AsyncClient) -> dict[str, Any]:
