@@ -82,6 +82,7 @@ class Application:
             body = bytes(LARGE)
         if scope["path"] == "/stream":
             await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
             while (await receive())["type"] != "http.disconnect":
                 pass
             self.left.set()
@@ -479,6 +480,53 @@ async def test_half_a_request_is_not_waited_for(sent: bytes) -> None:
         assert application.read == []
         await asyncio.sleep(0.05)
         assert not server.state.connections
+
+
+class Recorder:
+    """A transport that records what is written, write by write."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Record, and send."""
+        self.written.append(data)
+        self._transport.write(data)
+
+
+@on_both_loops
+@pytest.mark.parametrize(
+    ("request_", "body"),
+    [
+        (GET, b""),
+        (WHOLE, BODY),
+        (raw_request("HEAD", "/", "Host: a"), b""),
+        (raw_request("HEAD", "/", "Host: a", "Connection: close"), b""),
+        (raw_request("GET", "/stream", "Host: a"), b""),
+    ],
+    ids=["empty", "body", "head", "last head", "stream"],
+)
+async def test_an_answer_is_sent_by_one_write(request_: bytes, body: bytes) -> None:
+    """Its head goes with the first part of its body, even an empty one."""
+    recorders = []
+
+    class Recorded(LimitedProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.transport = Recorder(transport)  # type: ignore[assignment]
+            recorders.append(self.transport)
+
+    async with serving(kind=Recorded) as (_, server), server.client() as client:
+        await client.send(request_)
+        status, *_ = await client.answer()
+        assert status == 200
+        (recorder,) = recorders
+        (written,) = recorder.written  # type: ignore[attr-defined]
+        assert written.partition(b"\r\n\r\n")[2] == body
 
 
 @on_both_loops

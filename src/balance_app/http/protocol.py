@@ -70,12 +70,50 @@ class _RefusedError(Exception):
     """Stops the parser from within one of its callbacks."""
 
 
+class _JoinedWrites:
+    """The transport of a cycle: the head of an answer is sent with the first part of its body.
+
+    ASGI asks for that, and two writes would be two system calls and two packets.
+    """
+
+    __slots__ = ("_head", "_transport", "joins")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        # whether the next write is a head, and a part of its body comes next
+        self.joins = False
+
+    def write(self, data: bytes) -> None:
+        """Send data, after a head that waits for it."""
+        if self.joins:
+            self.joins = False
+            self._head = data
+            return
+        if self._head:
+            data = self._head + data
+            self._head = b""
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        """Return whether nothing more can be sent."""
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close the connection after what was written."""
+        if self._head:
+            self.write(b"")
+        self._transport.close()
+
+
 class _Cycle(RequestResponseCycle):
     """A request and its answer.
 
     The application gives its whole answer even if the client has sent its last byte, and even if
     the rest of the body can't be read.
     """
+
+    transport: _JoinedWrites  # type: ignore[assignment]
 
     # the rest of the body will not come; `fault` is the reason, if the client can be answered
     broken = False
@@ -97,7 +135,11 @@ class _Cycle(RequestResponseCycle):
 
     @override
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
-        if self.response_started or not (self.lingers or self.more_body):
+        if self.response_started:
+            return RequestResponseCycle.send(self, message)
+        # uvicorn writes no body for HEAD, not even an empty one.
+        self.transport.joins = self.scope["method"] != "HEAD"
+        if not (self.lingers or self.more_body):
             return RequestResponseCycle.send(self, message)
         return self._start_last_answer(message)
 
@@ -305,7 +347,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._read_target()
         self.cycle = cycle = _Cycle(
             scope=self.scope,
-            transport=self.transport,
+            transport=_JoinedWrites(self.transport),  # type: ignore[arg-type]
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
