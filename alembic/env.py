@@ -5,6 +5,7 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection
 
+import balance_app.access.tables
 import balance_app.balances.tables
 import balance_app.jobs.tables
 import balance_app.maintenance.tables  # noqa: F401 - each declares tables in `metadata`

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from balance_app.errors import InternalError
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
+from tests.access.gates import OpenGate
 from tests.balances.hostile import exchange, one_instance
 from tests.processes import Instance, http_client, query
 
@@ -74,8 +75,8 @@ async def test_logs_are_json_with_server_and_request(
 
 REFUSED: Final = {
     400: [b"GET / HTTP/1.1\r\n\r\n"],
-    431: [b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"x" * 70_000],
-    501: [b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"],
+    431: [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"x" * 70_000],
+    501: [b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"],
 }
 
 
@@ -116,7 +117,10 @@ async def test_an_internal_error_is_a_problem_too(
     app.add_exception_handler(Exception, _internal)
     app.router.add_route("/x", mistaken, methods=["GET", "POST"])
     middleware = RequestMiddleware(
-        app, direct={(method, "/x"): mistaken} if direct else {}, log_requests=False
+        app,
+        gate=OpenGate(),
+        direct={(method, "/x"): mistaken} if direct else {},
+        log_requests=False,
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(middleware), base_url="http://here"
@@ -207,7 +211,7 @@ async def test_a_half_closed_client_gets_its_answer(instance: Instance) -> None:
     """Twenty of twenty: a client that has closed its sending side still reads."""
     body = b'{"userId":1,"amount":-2}'
     head = (
-        "POST /api/balance HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        "POST /api/balance HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     for _ in range(20):

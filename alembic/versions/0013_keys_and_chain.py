@@ -27,7 +27,6 @@ CREATE TABLE api_keys (
     digest bytea NOT NULL, -- SHA-256 of the whole key
     name text NOT NULL, -- of the principal; never used again
     scopes text[] NOT NULL,
-    withdrawals_only boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     created_by text,
     expires_at timestamptz,
@@ -37,8 +36,8 @@ CREATE TABLE api_keys (
     CONSTRAINT api_keys_name_key UNIQUE (name),
     CONSTRAINT api_keys_digest_check CHECK (octet_length(digest) = 32),
     CONSTRAINT api_keys_scopes_check CHECK (
-        scopes <@ ARRAY['read', 'change', 'open', 'operate', 'metrics'] AND scopes <> '{}'
-        AND (NOT withdrawals_only OR 'change' = ANY (scopes))
+        scopes <@ ARRAY['read', 'withdraw', 'change', 'open', 'operate', 'metrics']
+        AND scopes <> '{}'
     )
 );
 -- A login of a person at the page, with a key, whose scopes it has and without which it ends.

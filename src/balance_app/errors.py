@@ -5,7 +5,7 @@ both are shown by `GET /problems/{code}` and on the docs page.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic_core import to_json
@@ -142,6 +142,12 @@ class MethodNotAllowed(Problem):
     """
 
     status, code, title = 405, "method-not-allowed", "Method not allowed"
+    sample: ClassVar = {"methods": {"GET", "HEAD"}}
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        super().__init__(
+            "This address does not take this method.", headers={"Allow": ", ".join(sorted(methods))}
+        )
 
 
 class NotAcceptable(Problem):

@@ -12,9 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Mount
 
 from balance_app import __version__
+from balance_app.access.gate import Gate, OpenToNetworkError
+from balance_app.access.repository import KeyRepository
+from balance_app.access.routes import methods_of
 from balance_app.balances import accounts, holds, repository, state
 from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.api import holds as holds_api
@@ -83,6 +85,7 @@ def create_app(
     """
     Problem.root_path = settings.root_path
     metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
+    gate = Gate(settings, metrics)
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
@@ -91,7 +94,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=partial(_lifespan, settings, stopping, registry, metrics),
+        lifespan=partial(_lifespan, settings, stopping, registry, metrics, gate),
     )
     for each in (movements, holds_api, users, statement):
         app.include_router(each.router)
@@ -106,6 +109,7 @@ def create_app(
     app.add_exception_handler(Exception, _internal_error_response)
     return RequestMiddleware(
         app,
+        gate=gate,
         direct={("POST", "/api/balance"): movements.change_balance},
         log_requests=settings.log_requests,
         root_path=settings.root_path,
@@ -114,11 +118,12 @@ def create_app(
 
 
 @asynccontextmanager
-async def _lifespan(
+async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     settings: Settings,
     stopping: asyncio.Event,
     registry: Registry,
     metrics: Metrics,
+    gate: Gate,
     app: FastAPI,
 ) -> AsyncIterator[None]:
     database = Database(settings, metrics)
@@ -128,11 +133,14 @@ async def _lifespan(
     status_reader = StatusReader(database, settings)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)
+    keys = KeyRepository(database)
     checks = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
         metrics,
         database,
+        gate,
+        keys,
         Readiness(database, stopping, informational=checks),
         BalanceRepository(database, guard, metrics),
         HoldRepository(database, guard),
@@ -150,7 +158,8 @@ async def _lifespan(
     try:
         try:
             await database.start()
-        except UnusableDatabaseError as error:
+            await gate.start(keys)
+        except (UnusableDatabaseError, OpenToNetworkError) as error:
             log.error("can't start", reason=str(error))  # noqa: TRY400 - the sentence suffices
             raise
         except Exception:
@@ -175,6 +184,7 @@ async def _lifespan(
         if scheduler is not None:
             await scheduler.close()
     finally:
+        await gate.stop()
         await database.stop()
         log.info("stopped")
 
@@ -225,26 +235,7 @@ async def _http_error_response(request: Request, error: Exception) -> Response:
         case 404:
             problem: Problem = NotFound("There is nothing at this address.")
         case 405:
-            problem = MethodNotAllowed(
-                "This address does not take this method.",
-                headers={"Allow": ", ".join(sorted(_methods(request, error)))},
-            )
+            problem = MethodNotAllowed(methods_of(request.scope["path"]))
         case _:
             problem = MalformedRequest("The request can't be read.")
     return problem.response(request.method)
-
-
-def _methods(request: Request, refused: HTTPException) -> set[str]:
-    """Return every method of an address; the router's refusal names those of one route only."""
-    app: FastAPI = request.app
-    routes = [route for route in app.routes if not isinstance(route, Mount)]
-    methods = {
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(
-            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes
-        )
-    }
-    if not methods:
-        methods = set((refused.headers or {}).get("Allow", "").split(", "))
-    return methods | {"HEAD"} if "GET" in methods else methods

@@ -175,6 +175,11 @@ class Metrics:
         )
         for each in (self.requests, self.changes, self.change_seconds, self.connection_wait):
             registry.register(each)
+        self.refused_keys: Final = Counter(
+            "balance_app_refused_keys",
+            "Requests whose key was wrong, expired or revoked.",
+            registry=registry,
+        )
         self.connections_in_use: Final = Gauge(
             "balance_app_connections_in_use",
             "Connections in use: for requests, or lent to transactions of jobs.",

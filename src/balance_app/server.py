@@ -14,6 +14,7 @@ from starlette.types import Scope
 from typing_extensions import override
 
 from balance_app import open_files
+from balance_app.access.gate import OpenToNetworkError
 from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scope import CountedCalls
@@ -65,6 +66,7 @@ def serve(settings: Settings, registry: Registry) -> None:
 
     Raises:
         ListenError: naming the address.
+        OpenToNetworkError: there are no keys, and others can reach the address.
         SystemExit: the start failed; the log has the reason.
     """
     limit = open_files.raise_limit()
@@ -100,6 +102,10 @@ def serve(settings: Settings, registry: Registry) -> None:
     server = _Server(config, stopping)
     try:
         server.run(sockets=sockets)
+    except SystemExit:
+        if app.gate.open_to_network is not None:
+            raise OpenToNetworkError(app.gate.open_to_network) from None
+        raise
     finally:
         for each in sockets:
             each.close()

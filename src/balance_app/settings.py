@@ -1,5 +1,6 @@
 """Configuration by environment (and `.env`), checked once when the program starts."""
 
+import ipaddress
 import os
 import re
 import socket
@@ -78,6 +79,19 @@ class Settings(BaseSettings):
     )
     root_path: str = Field(
         "", description="what a proxy puts before each path, as /balances, even if it strips it"
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="serve without keys on an address that others can reach: something before it "
+        "asks who they are",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="names that the Host header may have where there are no keys, comma-separated, "
+        "beside addresses and localhost; * for any",
+    )
+    rate_per_key: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="requests in a second that each key may send; by default any number"
     )
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         75,
@@ -206,6 +220,15 @@ class Settings(BaseSettings):
     def clock_reserve_seconds(self) -> float:
         """How long before its lease ends a run is no longer trusted to hold it."""
         return min(self.job_clock_reserve_seconds, self.job_lease_seconds / 3)
+
+    @cached_property
+    def is_loopback(self) -> bool:
+        """Whether only programs on this machine can reach the instance."""
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return False
+        return all(ipaddress.ip_address(each[4][0]).is_loopback for each in found)
 
     @property
     def database_is_configured(self) -> bool:

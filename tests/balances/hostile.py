@@ -1281,9 +1281,9 @@ def framing() -> Iterator[Case]:
         yield Case(f"chunk {name}", sent, *PARSER, poison=b"poison")
     heads = {
         "nonsense": b"poison\r\n\r\n",
-        "HTTP/1.10": b"GET /api/users HTTP/1.10\r\nHost: a\r\n\r\n",
+        "HTTP/1.10": b"GET /api/users HTTP/1.10\r\nHost: localhost\r\n\r\n",
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        "HTTP/9.9": b"GET /api/users HTTP/9.9\r\nHost: a\r\n\r\n",
+        "HTTP/9.9": b"GET /api/users HTTP/9.9\r\nHost: localhost\r\n\r\n",
         "HTTPS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         "line feeds alone": request(body=CHANGE).replace(b"\r\n", b"\n"),
         "no colon": b"GET /api/users HTTP/1.1\r\nHost localhost\r\n\r\n",

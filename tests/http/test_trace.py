@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.logs import REQUEST_ID, TRACE
+from tests.access.gates import OpenGate
 from tests.processes import Instance, connect, served
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -39,7 +40,7 @@ async def request_with(
     app = FastAPI()
     app.router.add_route("/x", _handler)
     middleware = RequestMiddleware(
-        app, direct={("GET", "/x"): _handler} if direct else {}, log_requests=False
+        app, gate=OpenGate(), direct={("GET", "/x"): _handler} if direct else {}, log_requests=False
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(middleware), base_url="http://here"
@@ -145,8 +146,8 @@ async def test_a_trace_ends_with_its_request(database: dict[str, str], tmp_path:
     log = tmp_path / "log"
     async with Instance(database, log=log, LOG_REQUESTS="true", JOBS_ENABLED="false") as instance:
         reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
-        traced = f"GET /first HTTP/1.1\r\nHost: x\r\ntraceparent: {VALID}\r\n\r\n"
-        plain = "GET /second HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        traced = f"GET /first HTTP/1.1\r\nHost: localhost\r\ntraceparent: {VALID}\r\n\r\n"
+        plain = "GET /second HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         writer.write((traced + plain).encode())
         answers = (await reader.read()).decode().lower()
         writer.close()

@@ -177,7 +177,7 @@ async def stop_uncancellable(
     instances = await serve(where, 2, {"FLEET_JOBS": "4", "FLEET_KIND": "uncancellable", **env})
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", instances[0].port)
-        head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /api/balance HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
         await writer.drain()
         signalled_at = monotonic()

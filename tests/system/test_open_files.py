@@ -16,7 +16,7 @@ LIMIT = 256
 CONNECTIONS = 300
 SERVED_AT_LEAST = LIMIT // 2
 PATIENCE_SECONDS = 10
-GET = b"GET /api/users/1 HTTP/1.1\r\nHost: a\r\n\r\n"
+GET = b"GET /api/users/1 HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()

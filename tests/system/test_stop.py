@@ -71,10 +71,10 @@ async def test_idle_clients_delay_no_stop(database: dict[str, str]) -> None:
     """Neither idle connections nor an unfinished request keep an instance from stopping."""
     async with Instance(database) as instance:
         connections = [await asyncio.open_connection("127.0.0.1", instance.port) for _ in range(21)]
-        head = "POST /api/balance HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /api/balance HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for number, (reader, writer) in enumerate(connections):
             if number < 10:  # idle after an answer; the others never sent a request
-                writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+                writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 await reader.readuntil(b"}")
             elif number == 20:
                 writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())

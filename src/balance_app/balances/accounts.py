@@ -106,7 +106,7 @@ class AccountRepository:
         self._database = database
         self._guard = guard
 
-    async def open(self, opening: Opening, key: str | None) -> Opened:
+    async def open(self, opening: Opening, key: str | None, by: str | None = None) -> Opened:
         """Create a user with an opening balance, at most once per `key`.
 
         Raises:
@@ -118,13 +118,13 @@ class AccountRepository:
         """
         try:
             if key is None:
-                return await self._database.run(lambda con: _open(con, opening, None))
-            return await self._guard.run(lambda con: _open(con, opening, key), key=key)
+                return await self._database.run(lambda con: _open(con, opening, None, by))
+            return await self._guard.run(lambda con: _open(con, opening, key, by), key=key)
         except Problem as problem:
             problem.under(key)
             raise
 
-    async def open_once(self, opening: Opening) -> tuple[Account, bool]:
+    async def open_once(self, opening: Opening, by: str | None = None) -> tuple[Account, bool]:
         """Return the account with an external id, and whether it was created for this."""
 
         async def find_or_open(connection: Connection) -> tuple[Account, bool]:
@@ -133,7 +133,7 @@ class AccountRepository:
                 if found is not None:
                     return found, False
                 try:
-                    return (await _open(connection, opening, None)).account, True
+                    return (await _open(connection, opening, None, by)).account, True
                 except ExternalIdTaken:
                     continue  # another request created it meanwhile
             raise lost_every_race()
@@ -191,25 +191,30 @@ class AccountRepository:
 # the next id belongs to an existing user. A key, or an external id, that another transaction has
 # written meanwhile makes the whole statement fail by its uniqueness.
 #
-# $1 balance, $2 floor, $3 external id, $4 key, $5 request
+# $1 balance, $2 floor, $3 external id, $4 key, $5 request, $6 who
 OPEN: Final = """
-WITH opened AS (
-    INSERT INTO users (balance, version, floor, created_at, changed_at)
-    SELECT $1::bigint, 1, $2::bigint, at, at FROM clock_timestamp() AS at
+WITH new AS MATERIALIZED (
+    -- the id is drawn first, as the hash covers it
+    SELECT nextval(pg_get_serial_sequence('users', 'id')) AS id, clock_timestamp() AS at
+), opened AS (
+    INSERT INTO users (id, balance, version, floor, created_at, changed_at, hash)
+    SELECT id, $1::bigint, 1, $2::bigint, at, at,
+           entry_hash('', id, 1, $1, $1, 0, at, $4, $6, NULL, NULL, NULL, NULL, NULL, NULL)
+    FROM new
     ON CONFLICT (id) DO NOTHING
-    RETURNING id, created_at
+    RETURNING id, created_at, hash
 ), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, key, at)
-    SELECT id, 1, $1, $1, $4::text, created_at FROM opened
+    INSERT INTO entries (user_id, version, amount, balance, key, at, by, hash)
+    SELECT id, 1, $1, $1, $4::text, created_at, $6, hash FROM opened
 ), named AS (
     INSERT INTO external_ids (external_id, user_id) SELECT $3, id FROM opened
     WHERE $3::text IS NOT NULL
 ), set AS (
-    INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, at)
-    SELECT id, 1, $2, false, $3, created_at FROM opened
+    INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, at, by)
+    SELECT id, 1, $2, false, $3, created_at, $6 FROM opened
     WHERE $2 <> 0 OR $3 IS NOT NULL
 ), recorded AS (
-    INSERT INTO opening_keys (key, user_id, request) SELECT $4, id, $5 FROM opened
+    INSERT INTO opening_keys (key, user_id, request, by) SELECT $4, id, $5, $6 FROM opened
     WHERE $4 IS NOT NULL
 )
 SELECT id, created_at FROM opened
@@ -217,13 +222,16 @@ SELECT id, created_at FROM opened
 
 # As durable as `repository.RECALL`.
 RECALL: Final = """
-SELECT user_id, request, amount, entries.at, pg_logical_emit_message(true, 'balance_app', '')
+SELECT user_id, request, opening_keys.by, entries.at,
+       pg_logical_emit_message(true, 'balance_app', '')
 FROM opening_keys JOIN entries USING (user_id)
 WHERE opening_keys.key = $1 AND version = 1
 """
 
 
-async def _open(connection: Connection, opening: Opening, key: str | None) -> Opened:
+async def _open(
+    connection: Connection, opening: Opening, key: str | None, by: str | None
+) -> Opened:
     if opening.balance < opening.floor:
         raise FloorNotCovered(
             user_id=None, balance=opening.balance, held=0, version=1, floor=opening.floor
@@ -231,11 +239,11 @@ async def _open(connection: Connection, opening: Opening, key: str | None) -> Op
     for _ in range(MAX_RACES):
         first = None if key is None else await write(connection, RECALL, key)
         if first is not None:
-            if first["request"] != opening.request:
+            if first["request"] != opening.request or first["by"] not in {None, by}:
                 raise IdempotencyKeyReused
             return Opened(_new(first["user_id"], first["at"], opening), replayed=True)
         try:
-            row = await write(connection, OPEN, *opening, key, opening.request)
+            row = await write(connection, OPEN, *opening, key, opening.request, by)
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name in EXTERNAL_IDS:
                 raise ExternalIdTaken from None

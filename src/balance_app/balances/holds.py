@@ -26,7 +26,7 @@ class HoldRepository:
         self._database = database
         self._guard = guard
 
-    async def capture(
+    async def capture(  # noqa: PLR0913 - the parts of a request
         self,
         user_id: int,
         number: int,
@@ -34,6 +34,7 @@ class HoldRepository:
         amount: int | None,
         reference: str | None,
         note: str | None,
+        by: str | None = None,
     ) -> Accepted | Refused:
         """Withdraw an amount of a hold (by default all of it), and release the rest.
 
@@ -47,17 +48,17 @@ class HoldRepository:
         """
 
         async def attempt(connection: Connection) -> asyncpg.Record | None:
-            return await write(connection, CAPTURE, user_id, number, amount, reference, note)
+            return await write(connection, CAPTURE, user_id, number, amount, reference, note, by)
 
         return await self._guard.run(
             lambda con: _end(con, user_id, number, attempt, amount=amount, captures=True), user_id
         )
 
-    async def void(self, user_id: int, number: int) -> Accepted | Refused:
+    async def void(self, user_id: int, number: int, *, by: str | None = None) -> Accepted | Refused:
         """Release a hold; a second time has the outcome of the first; raises as `capture` does."""
 
         async def attempt(connection: Connection) -> asyncpg.Record | None:
-            return await write(connection, VOID, user_id, number)
+            return await write(connection, VOID, user_id, number, by)
 
         return await self._guard.run(
             lambda con: _end(con, user_id, number, attempt, amount=None, captures=False), user_id
@@ -91,35 +92,42 @@ class HoldRepository:
 # what is available never falls. What the CHECKs compare is taken from the locked row, as in
 # `repository.TRANSFER`.
 #
-# $1 user, $2 number, $3 amount (NULL: all), $4 reference, $5 note
+# $1 user, $2 number, $3 amount (NULL: all), $4 reference, $5 note, $6 who
 CAPTURE: Final = """
 WITH locked AS MATERIALIZED (
     SELECT * FROM users WHERE id = $1 FOR NO KEY UPDATE
 ), hold AS MATERIALIZED (
-    SELECT amount, coalesce($3, amount) AS captured FROM locked JOIN holds ON user_id = id
+    SELECT amount, coalesce($3, amount) AS captured,
+           greatest(locked.changed_at, clock_timestamp()) AS at
+    FROM locked JOIN holds ON user_id = id
     WHERE number = $2 AND state = 'open'
     FOR NO KEY UPDATE OF holds
 ), account AS (
     UPDATE users SET balance = locked.balance - captured, held = locked.held - amount,
                      floor = locked.floor, version = locked.version + 1,
-                     hold_events = locked.hold_events + 1,
-                     changed_at = greatest(locked.changed_at, clock_timestamp())
+                     hold_events = locked.hold_events + 1, changed_at = hold.at,
+                     hash = entry_hash(locked.hash, locked.id, locked.version + 1, -captured,
+                                       locked.balance - captured, locked.held - amount, hold.at,
+                                       NULL, $6, NULL, NULL, NULL, $2, $4, $5)
     FROM locked CROSS JOIN hold
     WHERE users.id = locked.id AND captured <= amount AND NOT locked.frozen
       AND locked.holds_due_at > clock_timestamp()
-    RETURNING users.id, captured, users.balance, users.held, users.version, users.changed_at
+    RETURNING users.id, captured, users.balance, users.held, users.version, users.changed_at,
+              users.hash
 ), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, held, at, hold, reference, note)
-    SELECT id, version, -captured, balance, held, changed_at, $2, $4, $5 FROM account
+    INSERT INTO entries
+        (user_id, version, amount, balance, held, at, hold, reference, note, by, hash)
+    SELECT id, version, -captured, balance, held, changed_at, $2, $4, $5, $6, hash FROM account
 )
 UPDATE holds SET state = 'captured', captured = account.captured, ended_at = changed_at,
+                 ended_by = $6,
                  balance = account.balance, held = account.held, version = account.version
 FROM account WHERE user_id = account.id AND number = $2
 RETURNING user_id, number, amount, at, expires_at, key, reference, note, state, ended_at,
           holds.captured, holds.balance, holds.held, holds.version
 """
 
-# $1 user, $2 number
+# $1 user, $2 number, $3 who
 VOID: Final = """
 WITH locked AS MATERIALIZED (
     SELECT * FROM users WHERE id = $1 FOR NO KEY UPDATE
@@ -134,7 +142,7 @@ WITH locked AS MATERIALIZED (
     WHERE users.id = locked.id AND locked.holds_due_at > clock_timestamp()
     RETURNING users.id, users.balance, users.held, users.version, clock_timestamp() AS at
 )
-UPDATE holds SET state = 'voided', ended_at = account.at, balance = account.balance,
+UPDATE holds SET state = 'voided', ended_at = account.at, ended_by = $3, balance = account.balance,
                  held = account.held, version = account.version
 FROM account WHERE user_id = account.id AND number = $2
 RETURNING user_id, number, amount, holds.at, expires_at, key, reference, note, state, ended_at,

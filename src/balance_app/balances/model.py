@@ -136,6 +136,8 @@ class Movement(NamedTuple):
     to_user_id: int | None = None
     seconds: int | None = None
     tags: list[str] | None = None
+    # the principal; None where nobody was asked
+    by: str | None = None
 
     @property
     def sides(self) -> tuple[tuple[int, int], ...]:
@@ -183,6 +185,15 @@ class Refused(NamedTuple):
 
 
 Outcome = Accepted | Refused
+
+
+class Recorded(NamedTuple):
+    """What was asked with an idempotency key, by whom, and its outcome."""
+
+    amount: int
+    request: str | None
+    by: str | None
+    outcome: Outcome
 
 
 def kind_of(request: str | None) -> Literal["change", "transfer", "hold"]:

@@ -21,7 +21,16 @@ from balance_app.balances.errors import (
     VersionConflict,
 )
 from balance_app.balances.guard import Guard
-from balance_app.balances.model import Accepted, Entry, Hold, Movement, Outcome, Refused, State
+from balance_app.balances.model import (
+    Accepted,
+    Entry,
+    Hold,
+    Movement,
+    Outcome,
+    Recorded,
+    Refused,
+    State,
+)
 from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
 from balance_app.db.pool import Connection, Database, read, write, write_rows
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
@@ -72,7 +81,13 @@ class BalanceRepository:
         return await self._decide(movement, lambda con: _hold(con, movement))
 
     async def reverse(
-        self, user_id: int, version: int, *, reference: str | None, note: str | None
+        self,
+        user_id: int,
+        version: int,
+        *,
+        reference: str | None,
+        note: str | None,
+        by: str | None = None,
     ) -> Outcome:
         """Undo an entry by an opposite one, at most once; of a transfer both halves.
 
@@ -97,6 +112,7 @@ class BalanceRepository:
             reference=reference,
             note=note,
             to_user_id=None if payee is None else payee.user_id,
+            by=by,
         )
 
         async def attempt(connection: Connection) -> Accepted | None:
@@ -129,8 +145,8 @@ class BalanceRepository:
         """
         return await self._database.run(lambda con: _transfer_of(con, user_id, version))
 
-    async def outcome(self, user_id: int, key: str) -> tuple[str | None, Outcome]:
-        """Return what the request with this key of the user asked for, and its outcome.
+    async def recorded(self, user_id: int, key: str) -> Recorded:
+        """Return the request with this key of the user, and its outcome.
 
         Raises:
             KeyNotFound: nothing is recorded under it.
@@ -138,8 +154,7 @@ class BalanceRepository:
         found = await self._database.run(lambda con: _recorded(con, user_id, key))
         if found is None:
             raise KeyNotFound
-        _, request, outcome = found
-        return request, outcome
+        return found
 
     async def _decide(self, movement: Movement, attempt: Attempt) -> Outcome:
         started = perf_counter()
@@ -194,10 +209,12 @@ async def _recall(connection: Connection, movement: Movement) -> Outcome | None:
     first = await _recorded(connection, movement.user_id, movement.key)
     if first is None:
         return None
-    amount, request, outcome = first
-    if (amount, request) != (movement.amount, movement.request):
+    if (first.amount, first.request) != (movement.amount, movement.request):
         raise IdempotencyKeyReused
-    return outcome
+    # Where nobody was asked who he is, whoever knows the key may have sent it.
+    if first.by not in {None, movement.by}:
+        raise IdempotencyKeyReused
+    return first.outcome
 
 
 async def _refusal(connection: Connection, movement: Movement) -> Refused | None:
@@ -220,15 +237,20 @@ async def _refusal(connection: Connection, movement: Movement) -> Refused | None
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     changed_at = greatest(changed_at, clock_timestamp())
+                     (changed_at, hash) = (
+        SELECT at, entry_hash(hash, id, version + 1, $2, balance + $2, held, at, NULL, $8,
+                              NULL, NULL, $5, NULL, $6, $7)
+        FROM greatest(changed_at, clock_timestamp()) AS at
+    )
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
            OR concat_ws('.', version, settings_version, hold_events) = ANY ($4))
-    RETURNING id, version, balance, held, changed_at
+    RETURNING id, version, balance, held, changed_at, hash
 )
-INSERT INTO entries (user_id, version, amount, balance, held, at, reverses, reference, note)
-SELECT id, version, $2, balance, held, changed_at, $5, $6, $7 FROM changed
+INSERT INTO entries
+    (user_id, version, amount, balance, held, at, reverses, reference, note, by, hash)
+SELECT id, version, $2, balance, held, changed_at, $5, $6, $7, $8, hash FROM changed
 RETURNING version, balance, held, at
 """
 
@@ -237,20 +259,26 @@ RETURNING version, balance, held, at
 CHANGE_ONCE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     changed_at = greatest(changed_at, clock_timestamp())
+                     (changed_at, hash) = (
+        SELECT at, entry_hash(hash, id, version + 1, $2, balance + $2, held, at, $7, $9,
+                              NULL, NULL, NULL, NULL, $5, $6)
+        FROM greatest(changed_at, clock_timestamp()) AS at
+    )
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
            OR concat_ws('.', version, settings_version, hold_events) = ANY ($4))
       AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $7)
-    RETURNING id, version, balance, held, changed_at
+    RETURNING id, version, balance, held, changed_at, hash
 ), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, held, at, key, reference, note)
-    SELECT id, version, $2, balance, held, changed_at, $7, $5, $6 FROM changed
-    RETURNING user_id, version, amount, balance, held, at, key
+    INSERT INTO entries
+        (user_id, version, amount, balance, held, at, key, reference, note, by, hash)
+    SELECT id, version, $2, balance, held, changed_at, $7, $5, $6, $9, hash FROM changed
+    RETURNING user_id, version, amount, balance, held, at, key, by
 )
-INSERT INTO idempotency_keys (user_id, key, outcome, amount, request, balance, held, version, at)
-SELECT user_id, key, 'accepted', amount, $8, balance, held, version, at FROM entry
+INSERT INTO idempotency_keys
+    (user_id, key, outcome, amount, request, balance, held, version, at, by)
+SELECT user_id, key, 'accepted', amount, $8, balance, held, version, at, by FROM entry
 RETURNING version, balance, held, at
 """
 
@@ -261,9 +289,10 @@ async def _change(
     asked = movement.user_id, movement.amount, MAX_INTEGER, movement.tags
     said = movement.reference, movement.note
     if movement.key is None:
-        row = await write(connection, CHANGE, *asked, reverses, *said)
+        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by)
     else:
-        row = await write(connection, CHANGE_ONCE, *asked, *said, movement.key, movement.request)
+        once = movement.key, movement.request, movement.by
+        row = await write(connection, CHANGE_ONCE, *asked, *said, *once)
     if row is None:
         return None
     return Accepted(
@@ -286,7 +315,7 @@ async def _change(
 # CHECK of entries.
 #
 # $1 payer, $2 payee, $3 amount, $4 largest balance, $5 entity tags of the payer, $6 and $7 the
-# entries of payer and payee that are reversed, $8 key, $9 request, $10 reference, $11 note
+# entries of payer and payee that are reversed, $8 key, $9 request, $10 reference, $11 note, $12 who
 TRANSFER: Final = """
 WITH locked AS MATERIALIZED (
     SELECT * FROM users WHERE id IN ($1, $2) ORDER BY id FOR NO KEY UPDATE
@@ -301,26 +330,36 @@ WITH locked AS MATERIALIZED (
            AS fits,
            greatest(max(changed_at), clock_timestamp()) AS at
     FROM locked
+), half AS MATERIALIZED (
+    -- each account after the transfer, and its entry
+    SELECT own.id, own.version + 1 AS version, amount, own.balance + amount AS balance, own.held,
+           own.floor, own.hash, decided.at, CASE own.id WHEN $1 THEN $8::text END AS key,
+           other.id AS other_id, other.version + 1 AS other_version,
+           CASE own.id WHEN $1 THEN $6::bigint ELSE $7 END AS reverses
+    FROM locked AS own JOIN locked AS other ON other.id <> own.id
+    CROSS JOIN LATERAL (SELECT CASE own.id WHEN $1 THEN -$3 ELSE $3 END AS amount) AS moving
+    CROSS JOIN decided
+    WHERE fits
 ), moved AS (
-    UPDATE users SET balance = locked.balance + CASE users.id WHEN $1 THEN -$3 ELSE $3 END,
-                     held = locked.held, floor = locked.floor,
-                     version = locked.version + 1, changed_at = decided.at
-    FROM locked CROSS JOIN decided
-    WHERE users.id = locked.id AND fits
-    RETURNING users.id, users.version, users.balance, users.held, users.changed_at
+    UPDATE users SET balance = half.balance, held = half.held, floor = half.floor,
+                     version = half.version, changed_at = half.at,
+                     hash = entry_hash(half.hash, half.id, half.version, half.amount, half.balance,
+                                       half.held, half.at, half.key, $12, half.other_id,
+                                       half.other_version, half.reverses, NULL, $10, $11)
+    FROM half
+    WHERE users.id = half.id
+    RETURNING half.*, users.hash AS entry_hash
 ), entry AS (
-    INSERT INTO entries (user_id, version, amount, balance, held, at, key,
-                         other_user_id, other_version, reverses, reference, note)
-    SELECT own.id, own.version, CASE own.id WHEN $1 THEN -$3 ELSE $3 END, own.balance, own.held,
-           own.changed_at, CASE own.id WHEN $1 THEN $8::text END,
-           $1 + $2 - own.id, other.version, CASE own.id WHEN $1 THEN $6::bigint ELSE $7 END,
-           $10, $11
-    FROM moved AS own LEFT JOIN moved AS other ON other.id <> own.id
+    INSERT INTO entries (user_id, version, amount, balance, held, at, key, other_user_id,
+                         other_version, reverses, reference, note, by, hash)
+    SELECT id, version, amount, balance, held, at, key, other_id, other_version, reverses,
+           $10, $11, $12, entry_hash
+    FROM moved
     RETURNING *
 ), recorded AS (
     INSERT INTO idempotency_keys
-        (user_id, key, outcome, amount, request, balance, held, version, at)
-    SELECT user_id, key, 'accepted', amount, $9, balance, held, version, at FROM entry
+        (user_id, key, outcome, amount, request, balance, held, version, at, by)
+    SELECT user_id, key, 'accepted', amount, $9, balance, held, version, at, by FROM entry
     WHERE key IS NOT NULL
 )
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
@@ -348,6 +387,7 @@ async def _transfer(
         movement.request,
         movement.reference,
         movement.note,
+        movement.by,
     )
     if not rows:
         return None
@@ -358,7 +398,7 @@ async def _transfer(
 # As CHANGE for `held`: what is available never falls below the floor. The hold's number is that of
 # its event, unique for the account as it is given under the row's lock.
 #
-# $1 user, $2 amount, $3 entity tags, $4 seconds, $5 key, $6 request, $7 reference, $8 note
+# $1 user, $2 amount, $3 entity tags, $4 seconds, $5 key, $6 request, $7 reference, $8 note, $9 who
 HOLD: Final = """
 WITH placed AS (
     UPDATE users SET held = held + $2, hold_events = hold_events + 1,
@@ -371,13 +411,14 @@ WITH placed AS (
     RETURNING id, hold_events, balance, held, floor, frozen, version, settings_version,
               clock_timestamp() AS at
 ), hold AS (
-    INSERT INTO holds (user_id, number, amount, at, expires_at, key, reference, note)
-    SELECT id, hold_events, $2, at, at + $4::interval, $5, $7, $8 FROM placed
+    INSERT INTO holds (user_id, number, amount, at, expires_at, key, reference, note, by)
+    SELECT id, hold_events, $2, at, at + $4::interval, $5, $7, $8, $9 FROM placed
     RETURNING number, expires_at
 ), recorded AS (
     INSERT INTO idempotency_keys
-        (user_id, key, outcome, amount, request, balance, held, floor, version, at, hold)
-    SELECT id, $5, 'accepted', -$2, $6, balance, held, floor, version, at, hold_events FROM placed
+        (user_id, key, outcome, amount, request, balance, held, floor, version, at, hold, by)
+    SELECT id, $5, 'accepted', -$2, $6, balance, held, floor, version, at, hold_events, $9
+    FROM placed
     WHERE $5 IS NOT NULL
 )
 SELECT * FROM placed CROSS JOIN hold
@@ -396,6 +437,7 @@ async def _hold(connection: Connection, movement: Movement) -> Accepted | None:
         movement.request,
         movement.reference,
         movement.note,
+        movement.by,
     )
     if row is None:
         return None
@@ -416,12 +458,13 @@ async def _hold(connection: Connection, movement: Movement) -> Accepted | None:
 # written with the state that refuses, in one snapshot. No row means: the key is taken, or the state
 # allows it now.
 #
-# $1 user, $2 key, $3 amount, $4 request, $5 the user whose state refuses, $6 the amount there
+# $1 user, $2 key, $3 amount, $4 request, $5 the user whose state refuses, $6 the amount there,
+# $7 largest balance, $8 who
 REFUSE_ONCE: Final = """
 INSERT INTO idempotency_keys
-    (user_id, key, outcome, amount, request, balance, held, floor, frozen, version, refused_by)
+    (user_id, key, outcome, amount, request, balance, held, floor, frozen, version, refused_by, by)
 SELECT $1::bigint, $2::text, 'refused', $3::bigint, $4, balance, held, floor, frozen, version,
-       nullif($5::bigint, $1)
+       nullif($5::bigint, $1), $8
 FROM users
 WHERE id = $5 AND holds_due_at > clock_timestamp()
   AND (frozen OR balance + $6 > $7 OR $6 < 0 AND balance - held + $6 < floor)
@@ -443,6 +486,7 @@ async def _refuse_once(
         refused.state.user_id,
         refused.amount,
         MAX_INTEGER,
+        movement.by,
     )
     if row is None:
         return None
@@ -455,21 +499,18 @@ async def _refuse_once(
 # did every outcome that this statement can see. No row is locked: a replay neither waits for
 # changes of the account nor delays them.
 RECALL: Final = """
-SELECT outcome, amount, request, balance, held, floor, frozen, version, refused_by, hold,
+SELECT outcome, amount, request, balance, held, floor, frozen, version, refused_by, hold, by,
        pg_logical_emit_message(true, 'balance_app', '')
 FROM idempotency_keys
 WHERE user_id = $1 AND key = $2
 """
 
 
-async def _recorded(
-    connection: Connection, user_id: int, key: str
-) -> tuple[int, str | None, Outcome] | None:
-    """Return the amount, the other content, and the outcome of a key; None: it is not recorded."""
+async def _recorded(connection: Connection, user_id: int, key: str) -> Recorded | None:
     row = await write(connection, RECALL, user_id, key)
     if row is None:
         return None
-    amount, request = row["amount"], row["request"]
+    amount = row["amount"]
     outcome: Outcome
     if row["outcome"] == "refused":
         by = row["refused_by"]
@@ -482,7 +523,7 @@ async def _recorded(
     else:
         entry = await _entry(connection, user_id, row["version"])
         outcome = (await _with_other(connection, entry))._replace(replayed=True)
-    return amount, request, outcome
+    return Recorded(amount, row["request"], row["by"], outcome)
 
 
 PLACED: Final = """

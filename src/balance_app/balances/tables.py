@@ -10,6 +10,7 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     Index,
+    LargeBinary,
     PrimaryKeyConstraint,
     Table,
     Text,
@@ -43,6 +44,8 @@ users = Table(
     Column("holds_due_at", DateTime(timezone=True), nullable=False, server_default="infinity"),
     # the time of the last entry, which no later one goes before
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
+    # of the last entry
+    Column("hash", LargeBinary),
     CheckConstraint(
         f"held >= 0 AND balance - held >= floor AND balance <= {MAX_INTEGER} AND version >= 1",
         name="balance",
@@ -69,6 +72,9 @@ entries = Table(
     Column("hold", BigInteger),
     Column("reference", Text),
     Column("note", Text),
+    Column("by", Text),
+    # covers the entry and the hash of the one before
+    Column("hash", LargeBinary),
     PrimaryKeyConstraint("user_id", "version"),
     CheckConstraint(
         "(amount <> 0 OR version = 1) AND (other_user_id IS NULL) = (other_version IS NULL)",
@@ -108,6 +114,9 @@ holds = Table(
     Column("balance", BigInteger),
     Column("held", BigInteger),
     Column("version", BigInteger),
+    # who placed it, and who ended it; nobody, if it expired
+    Column("by", Text),
+    Column("ended_by", Text),
     PrimaryKeyConstraint("user_id", "number"),
     CheckConstraint("amount > 0", name="amount"),
     CheckConstraint("state IN ('open', 'captured', 'voided', 'expired')", name="state"),
@@ -138,6 +147,7 @@ idempotency_keys = Table(
     Column("frozen", Boolean, nullable=False, server_default="false"),
     Column("refused_by", BigInteger),
     Column("hold", BigInteger),
+    Column("by", Text),
     PrimaryKeyConstraint("user_id", "key"),
     CheckConstraint("outcome IN ('accepted', 'refused')", name="outcome"),
     Index("idempotency_keys_refused_at_idx", "at", postgresql_where=text("outcome = 'refused'")),
@@ -150,6 +160,7 @@ opening_keys = Table(
     Column("key", Text, primary_key=True),
     Column("user_id", BigInteger, nullable=False),
     Column("request", Text, nullable=False),
+    Column("by", Text),
 )
 
 # A directory of users, apart from the money.

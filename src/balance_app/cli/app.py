@@ -127,6 +127,7 @@ def serve(
     """Run one instance of the service; it is configured by the environment (see .env.example)."""
     import structlog
 
+    from balance_app.access.gate import OpenToNetworkError
     from balance_app.logs import configure_logs
     from balance_app.server import ListenError
     from balance_app.server import serve as run
@@ -149,6 +150,8 @@ def serve(
         run(settings, registry)
     except ListenError as error:
         fail(str(error))
+    except OpenToNetworkError as error:
+        fail(str(error), code=2)
 
 
 @_service()

@@ -1,4 +1,4 @@
-"""The outermost layer of each request: its ids, its log line, the problem when it fails.
+"""The outermost layer of each request: its ids, its principal, its log line, its problem.
 
 Plain ASGI, as Starlette's `BaseHTTPMiddleware` costs more than a change of a balance. It calls the
 function of the hot route itself, without the router's search for it.
@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from balance_app.access.gate import Gate
+from balance_app.access.keys import Principal
 from balance_app.errors import InternalError, Problem
 from balance_app.logs import REQUEST_ID, TRACE, Trace
 from balance_app.metrics import Metrics
@@ -35,56 +37,74 @@ _TRACEPARENT: Final = re.compile(
 _KNOWN_FLAGS: Final = 0b11  # sampled, and a trace id that is random
 
 
+class _RevokedError(Exception):
+    """The key of a streamed answer is not valid any more."""
+
+
 class RequestMiddleware:
     """The ASGI application that the server calls; it wraps the FastAPI application."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - from the composition root
         self,
         app: FastAPI,
         *,
+        gate: Gate,
         direct: Mapping[tuple[str, str], Handler],
         log_requests: bool,
         root_path: str = "",
         metrics: Metrics | None = None,
     ) -> None:
         self.app = app
+        self.gate = gate
         self._answers = (metrics or Metrics()).requests
         self._direct = {route: _as_app(handler, app) for route, handler in direct.items()}
         self._log_requests = log_requests
         self._root_path = root_path
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(  # noqa: C901 - functions of their own would cost each request
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Answer one request (ASGI)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        callers_id, traceparent = _callers_ids(scope)
-        request_id = callers_id or next(self._ids)
+        received = _headers_of(scope)
+        request_id = _callers_id(received) or next(self._ids)
         headers = [(b"x-request-id", request_id)]
         REQUEST_ID.set(request_id.decode())
-        trace = None
-        if traceparent is not None and (joined := _join(traceparent)) is not None:
-            trace, header = joined
-            headers.append((b"traceparent", header))
-        TRACE.set(trace)
+        traceparent = received.get(b"traceparent")
+        if traceparent is None:
+            TRACE.set(None)
+        else:
+            headers.extend(_join(traceparent))
         status = 0
         started = perf_counter()
         method = scope["method"]
         if method == "HEAD" or self._root_path:
             scope, send = self._adapt(scope, send)
+        principal: Principal | None = None
 
         async def send_with_ids(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].extend(headers)
+            elif message.get("more_body") and principal and not self.gate.is_valid(principal):
+                await send({"type": "http.response.body", "body": b""})
+                raise _RevokedError
             await send(message)
 
         try:
             path = scope["path"].removeprefix(self._root_path)
+            principal = self.gate.admit_known(method, path, received)
+            if principal is None:
+                principal = await self.gate.admit(method, path, received, scope["client"])
+            scope["principal"] = principal
             app = self._direct.get((scope["method"], path), self.app)
             await app(scope, receive, send_with_ids)
+        except _RevokedError:
+            log.info("stream ended: its key is not valid any more", path=scope["path"])
         except Problem as problem:
             await problem.response(method)(scope, receive, send_with_ids)
         except Exception:
@@ -109,7 +129,7 @@ class RequestMiddleware:
         `scope` is None if the request can't be read.
         """
         self._answers.inc(status)
-        callers_id = None if scope is None else _callers_ids(scope)[0]
+        callers_id = None if scope is None else _callers_id(_headers_of(scope))
         return callers_id or next(self._ids)
 
     def _adapt(self, scope: Scope, send: Send) -> tuple[Scope, Send]:
@@ -165,28 +185,35 @@ def _head_of(send: Send) -> Send:
     return send_head
 
 
-def _callers_ids(scope: Scope) -> tuple[bytes | None, bytes | None]:
-    """Return the caller's `X-Request-Id`, if valid, and its `traceparent`, if there is one."""
-    request_id = traceparent = None
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            if request_id is None and _REQUEST_ID.fullmatch(value):
-                request_id = bytes(value)
-        elif name == b"traceparent":
-            # Two are as invalid as one that can't be parsed.
-            traceparent = bytes(value) if traceparent is None else b""
-    return request_id, traceparent
+def _headers_of(scope: Scope) -> dict[bytes, bytes]:
+    """Return the request's headers by name; the values of one that came twice are joined."""
+    headers = dict(scope["headers"])
+    if len(headers) < len(scope["headers"]):
+        headers.clear()
+        for name, value in scope["headers"]:
+            headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
+    return headers
 
 
-def _join(traceparent: bytes) -> tuple[Trace, bytes] | None:
-    """Make this request a span of the caller's trace; None: the header names no trace.
+def _callers_id(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """Return the caller's `X-Request-Id`, if it is valid."""
+    request_id = headers.get(b"x-request-id")
+    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        return None
+    return bytes(request_id)
+
+
+def _join(traceparent: bytes) -> list[tuple[bytes, bytes]]:
+    """Make this request a span of the caller's trace, if the header names one.
 
     Returns:
-        The request's place in the trace, and the `traceparent` header for the answer.
+        The `traceparent` header for the answer, none if the caller's names no trace.
     """
     named = _TRACEPARENT.fullmatch(traceparent)
     if named is None or (named[1] == b"00" and named[4]):
-        return None
+        TRACE.set(None)
+        return []
     trace = Trace(named[2].decode(), f"{randrange(1, 2**64):016x}")
+    TRACE.set(trace)
     flags = int(named[3], 16) & _KNOWN_FLAGS
-    return trace, f"00-{trace.trace_id}-{trace.span_id}-{flags:02x}".encode()
+    return [(b"traceparent", f"00-{trace.trace_id}-{trace.span_id}-{flags:02x}".encode())]

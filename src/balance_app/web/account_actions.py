@@ -10,11 +10,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.keys import principal
+from balance_app.access.routes import CHANGE, MAKE, WITHDRAW, Needs
 from balance_app.balances.accounts import Account, AccountRepository, Patch
 from balance_app.balances.api.schemas import LONGEST_HOLD_SECONDS, SettingsRequest
 from balance_app.balances.errors import IdempotencyKeyReused, VersionConflict
@@ -30,7 +32,6 @@ from balance_app.errors import (
 )
 from balance_app.http.body import parse_json
 from balance_app.http.services import services
-from balance_app.jobs.api.router import refuse_other_sites
 from balance_app.web.accounts import PLACES, Attempt, account_page, number_of, settings_of
 from balance_app.web.forms import (
     INCOMPLETE,
@@ -56,9 +57,7 @@ Form: TypeAlias = Mapping[str, str]
 # What a form did: the query of the page that shows it, or the refusal.
 Done: TypeAlias = dict[str, object] | Refused
 
-router = APIRouter(
-    route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
-)
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 @router.post("/change")
@@ -94,6 +93,7 @@ async def change_account(request: Request, user_id: str) -> Response:
     action = _ACTIONS.get(do)
     if action is None:
         raise MalformedRequest(INCOMPLETE)
+    principal(request).require(*_NEEDS[do])
     try:
         done = await action(request, user, form)
         if not isinstance(done, Refused):
@@ -131,6 +131,8 @@ async def _change(request: Request, user_id: int, form: Form) -> Done:
     amount, what = positive(form, "amount"), form.get("what")
     if what not in {"withdraw", "add"}:
         raise InvalidRequest(("/what", "not-withdraw-or-add"))
+    if what == "add":
+        principal(request).require("change")
     return await _move(
         request, BalanceRepository.change, form, user_id, amount if what == "add" else -amount
     )
@@ -173,6 +175,7 @@ async def _move(  # noqa: PLR0913 - the parts of a movement
         said.note,
         to_user_id=to_user_id,
         seconds=seconds,
+        by=principal(request).name,
     )
     return _made(await method(services(request)[BalanceRepository], movement), user_id)
 
@@ -180,7 +183,11 @@ async def _move(  # noqa: PLR0913 - the parts of a movement
 async def _reverse(request: Request, user_id: int, form: Form) -> Done:
     said = described(form)
     outcome = await services(request)[BalanceRepository].reverse(
-        user_id, positive(form, "entry"), reference=said.reference, note=said.note
+        user_id,
+        positive(form, "entry"),
+        reference=said.reference,
+        note=said.note,
+        by=principal(request).name,
     )
     done = _made(outcome, user_id)
     if isinstance(outcome, Accepted) and outcome.replayed and isinstance(done, dict):
@@ -197,13 +204,16 @@ async def _capture(request: Request, user_id: int, form: Form) -> Done:
             amount=positive(form, "amount"),
             reference=said.reference,
             note=said.note,
+            by=principal(request).name,
         ),
         user_id,
     )
 
 
 async def _void(request: Request, user_id: int, form: Form) -> Done:
-    return _made(await services(request)[HoldRepository].void(user_id, _hold_of(form)), user_id)
+    by = principal(request).name
+    ended = await services(request)[HoldRepository].void(user_id, _hold_of(form), by=by)
+    return _made(ended, user_id)
 
 
 def _hold_of(form: Form) -> int:
@@ -252,7 +262,7 @@ async def _freeze(request: Request, user_id: int, form: Form) -> Done:
 
 async def _set(request: Request, user_id: int, patch: Patch, form: Form) -> Done:
     """Change settings; they may have been changed so before, as when a form is sent twice."""
-    accounts, by = services(request)[AccountRepository], who(form)
+    accounts, by = services(request)[AccountRepository], principal(request).name or who(form)
     try:
         await accounts.change_settings(user_id, patch, by)
     except VersionConflict as conflict:
@@ -297,4 +307,17 @@ _ACTIONS: Final[dict[str, Callable[[Request, int, Form], Coroutine[Any, Any, Don
     "settings": _settings,
     "freeze": _freeze,
     "thaw": _freeze,
+}
+
+# What the API's route for the same needs.
+_NEEDS: Final[dict[str, Needs]] = {
+    "change": WITHDRAW,
+    "transfer": CHANGE,
+    "hold": WITHDRAW,
+    "reverse": CHANGE,
+    "capture": WITHDRAW,
+    "void": WITHDRAW,
+    "settings": MAKE,
+    "freeze": MAKE,
+    "thaw": MAKE,
 }

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from balance_app.http.body import parse_json
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
-from balance_app.jobs.api.router import refuse_other_sites, wake
+from balance_app.jobs.api.router import wake
 from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, RunRequest, ScheduleRequest
 from balance_app.web.forms import go_to, read_form
 from balance_app.web.pages import Message, PageRoute, came_from, is_number
@@ -64,9 +64,7 @@ class JobForm(Pause):
 
 Action = Callable[[Controls, JobForm], Coroutine[Any, Any, object]]
 
-router = APIRouter(
-    route_class=PageRoute, include_in_schema=False, dependencies=[Depends(refuse_other_sites)]
-)
+router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
 
 @router.post("/jobs/{name}/run")

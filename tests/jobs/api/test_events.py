@@ -174,7 +174,7 @@ async def test_one_viewer_too_many_is_refused(
     app.add_exception_handler(Problem, _respond)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
         )
         with ExitStack() as viewers:
             for _ in range(3):

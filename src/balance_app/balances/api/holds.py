@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.keys import principal
 from balance_app.balances.api.movements import (
     IF_MATCH,
     MOVEMENT_PROBLEMS,
@@ -74,6 +75,7 @@ async def place_hold(request: Request) -> Response:
         body.note,
         seconds=body.expires_in_seconds,
         tags=tags,
+        by=principal(request).name,
     )
     return outcome_response(await services(request)[BalanceRepository].hold(movement))
 
@@ -109,7 +111,11 @@ async def capture_hold(request: Request, hold_id: PathHoldId) -> Response:
     """
     body = await read_optional_json(request, CaptureRequest)
     outcome = await _holds(request).capture(
-        *split_id(hold_id), amount=body.amount, reference=body.reference, note=body.note
+        *split_id(hold_id),
+        amount=body.amount,
+        reference=body.reference,
+        note=body.note,
+        by=principal(request).name,
     )
     return outcome_response(outcome)
 
@@ -126,7 +132,8 @@ async def capture_hold(request: Request, hold_id: PathHoldId) -> Response:
 )
 async def void_hold(request: Request, hold_id: PathHoldId) -> Response:
     """Release a hold; a further try is answered as the first one."""
-    return outcome_response(await _holds(request).void(*split_id(hold_id)))
+    by = principal(request).name
+    return outcome_response(await _holds(request).void(*split_id(hold_id), by=by))
 
 
 @router.get(

@@ -7,6 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.keys import principal
 from balance_app.balances.api.schemas import (
     KEY_PATTERN,
     ChangeAnswer,
@@ -77,7 +78,12 @@ async def change_balance(request: Request) -> Response:
     key = idempotency_key(request)
     tags = wanted_tags(request)
     body = await read_json(request, ChangeRequest, key=key)
-    movement = Movement(body.user_id, body.amount, key, body.reference, body.note, tags=tags)
+    sender = principal(request)
+    if body.amount > 0:
+        sender.require("change")
+    movement = Movement(
+        body.user_id, body.amount, key, body.reference, body.note, tags=tags, by=sender.name
+    )
     return outcome_response(await _repository(request).change(movement))
 
 
@@ -108,6 +114,7 @@ async def transfer(request: Request) -> Response:
         body.note,
         to_user_id=body.to_user_id,
         tags=tags,
+        by=principal(request).name,
     )
     return outcome_response(await _repository(request).transfer(movement))
 
@@ -145,7 +152,11 @@ async def reverse(request: Request, user_id: PathUserId, version: PathVersion) -
     """
     body = await read_optional_json(request, Described)
     outcome = await _repository(request).reverse(
-        user_id, version, reference=body.reference, note=body.note
+        user_id,
+        version,
+        reference=body.reference,
+        note=body.note,
+        by=principal(request).name,
     )
     return outcome_response(outcome)
 
@@ -158,8 +169,14 @@ async def reverse(request: Request, user_id: PathUserId, version: PathVersion) -
     responses=problems(KeyNotFound, InvalidRequest),
 )
 async def read_outcome(request: Request, user_id: PathUserId, key: PathKey) -> dict[str, Any]:
-    """Return the outcome of the user's request with this key; resolves an `applied: "unknown"`."""
-    asked, outcome = await _repository(request).outcome(user_id, key)
+    """Return the outcome of the user's request with this key; resolves an `applied: "unknown"`.
+
+    Without the scope `read` only that of one's own requests.
+    """
+    recorded = await _repository(request).recorded(user_id, key)
+    outcome, sender = recorded.outcome, principal(request)
+    if "read" not in sender.scopes and recorded.by not in {None, sender.name}:
+        raise KeyNotFound
     answer: dict[str, Any]
     if isinstance(outcome, Accepted):
         answer = {
@@ -170,7 +187,7 @@ async def read_outcome(request: Request, user_id: PathUserId, key: PathKey) -> d
     else:
         problem = outcome.problem
         answer = {"outcome": "refused", "status": problem.status, "answer": problem.body()}
-    return {"key": key, "kind": kind_of(asked), **answer}
+    return {"key": key, "kind": kind_of(recorded.request), **answer}
 
 
 def wanted_tags(request: Request) -> list[str] | None:

@@ -8,6 +8,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.keys import principal
 from balance_app.balances.accounts import Account, AccountRepository, Opening, Patch
 from balance_app.balances.api.schemas import (
     KEY_PATTERN,
@@ -77,7 +78,7 @@ async def open_account(request: Request) -> Response:
     key = idempotency_key(request)
     body = await read_json(request, OpenRequest, key=key)
     opening = Opening(body.balance, body.floor, body.external_id)
-    opened = await _accounts(request).open(opening, key)
+    opened = await _accounts(request).open(opening, key, principal(request).name)
     replayed = {"Idempotent-Replayed": "true"} if opened.replayed else {}
     return _response(opened.account, status=201, **replayed)
 
@@ -128,7 +129,7 @@ async def open_account_once(request: Request, external_id: PathExternalId) -> Re
     """
     body = await read_optional_json(request, OnceRequest)
     account, created = await _accounts(request).open_once(
-        Opening(body.balance, body.floor, external_id)
+        Opening(body.balance, body.floor, external_id), principal(request).name
     )
     return _response(account, status=201 if created else 200)
 
@@ -222,7 +223,9 @@ async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) 
         names="external_id" in body.model_fields_set,
         settings_versions=None if tags == ANY else [_settings_version(tag) for tag in tags],
     )
-    return _response(await _accounts(request).change_settings(user_id, patch, who.by))
+    return _response(
+        await _accounts(request).change_settings(user_id, patch, principal(request).name or who.by)
+    )
 
 
 @router.get(

@@ -152,16 +152,3 @@ class JobHasCode(Problem):
             f"Job {name} can't be forgotten: a live instance has its code, and would run it again.",
             job=name,
         )
-
-
-class CrossSiteRequest(Problem):
-    """A page of another site sent this request through a user's browser.
-
-    Nothing was changed. Send the request from this service's own pages, or from a program.
-    """
-
-    status, code, title = 403, "cross-site-request", "Cross-site request"
-    sample: ClassVar = {}
-
-    def __init__(self) -> None:
-        super().__init__("Pages of other sites can't control jobs.")

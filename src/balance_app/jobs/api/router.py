@@ -2,11 +2,12 @@
 
 from typing import Any, Final
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from balance_app.access.errors import CrossSiteRequest
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
@@ -14,7 +15,6 @@ from balance_app.http.params import ONCE, WhoQuery
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
-    CrossSiteRequest,
     InvalidArguments,
     JobHasCode,
     JobNotFound,
@@ -145,23 +145,6 @@ async def read_log(request: Request, run: RunId) -> Response:
     return _json(found.model_dump_json(by_alias=True).encode())
 
 
-async def refuse_other_sites(request: Request) -> None:
-    """Refuse requests from pages of other sites: CORS does not stop one without a body."""
-    site = request.headers.get("sec-fetch-site")
-    origin = request.headers.get("origin")
-    # Without TLS browsers send no Sec-Fetch-Site, only Origin.
-    own = f"://{request.headers.get('host')}"
-    if (
-        site not in {"same-origin", "none"}
-        if site is not None
-        else origin is not None and not origin.endswith(own)
-    ):
-        raise CrossSiteRequest
-
-
-_own_site = Depends(refuse_other_sites)
-
-
 @router.post(
     "/jobs/{name}/run",
     summary="Run a job now",
@@ -172,7 +155,7 @@ _own_site = Depends(refuse_other_sites)
         *(CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobRequested, JobWithoutCode),
         *(InvalidArguments, *BODY_PROBLEMS),
     ),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
     openapi_extra=json_request(RunRequest, required=False),
 )
 async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
@@ -192,7 +175,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Response:
     """Keep a job from starting; a run in progress continues to its end.
@@ -209,7 +192,7 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Let a paused job run again from its next tick; missed ticks are in the history.
@@ -226,7 +209,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     status_code=202,
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobNotRunning, InvalidRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Request a job's run to stop; its instance receives the request within one heartbeat.
@@ -244,7 +227,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, *BODY_PROBLEMS),
     openapi_extra=json_request(ScheduleRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Let a job have another schedule than its code declares: an interval, or a cron expression.
@@ -263,7 +246,7 @@ async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Respo
     response_description="The job has the schedule that its code declares.",
     response_model=JobAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Let a job have the schedule again that its code declares, in the same way.
@@ -279,7 +262,7 @@ async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Res
     response_description="The job is no longer listed.",
     response_model=ForgottenAnswer,
     responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobHasCode, InvalidRequest),
-    dependencies=[_own_site, ONCE],
+    dependencies=[ONCE],
 )
 async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     """Stop listing a job whose code no live instance has; its history can still be read.
