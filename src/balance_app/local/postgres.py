@@ -2,6 +2,7 @@
 
 The server is a child of this process (`pg_ctl` would leave it to PID 1, which in a container may
 be slow to reap it). It listens on a socket in its data directory alone, so no port can collide.
+It lets in nobody but the user who started it: the kernel says who connects.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import pwd
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,14 @@ from balance_app.settings import Settings
 
 MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, the server adds its file's name
 SYSTEM_USER: Final = "balance_app"
+
+# Who may connect (pg_hba.conf), and as which roles (pg_ident.conf): the users of this map, as any.
+_HBA: Final = """\
+# Written at each start of `balance-app up`.
+local all all peer map=starter
+local replication all peer map=starter
+"""
+_IDENT_LINE: Final = 'starter "{user}" all\n'
 
 
 class EmbeddedError(Exception):
@@ -172,7 +182,8 @@ class EmbeddedPostgres:
         """
         deadline = monotonic() + within_seconds
         try:
-            self.data.parent.mkdir(parents=True, exist_ok=True)
+            self.data.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_safe_parent(self.data.parent, self._owners())
             with _locked(self.data.parent) as lock:
                 await self._start(lock, deadline)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -190,9 +201,12 @@ class EmbeddedPostgres:
         if not self.data.exists() or not any(self.data.iterdir()):
             await asyncio.to_thread(self._initialise, lock)
         _require_complete(self.data)
+        _require_directory(self.data, self._owners())
         if self._user is not None:
-            self._make_traversable(self.data)
-            shutil.chown(self.socket_directory, self._user, self._user)
+            self._give(self.data)
+            if self.socket_directory != self.data:
+                self._give(self.socket_directory)
+        self._restrict_log_in()
         # The lock file of a dead server may name a pid that another program has now.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         options = [f"--{name}={value}" for name, value in self._options.items()]
@@ -254,9 +268,9 @@ class EmbeddedPostgres:
         shutil.rmtree(new, ignore_errors=True)  # of an interrupted start
         new.mkdir(mode=0o700)
         if self._user is not None:
-            self._make_traversable(new)
+            self._give(new)
         command = [str(self._bin / "initdb"), "-D", str(new), "-U", "postgres"]
-        command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions"]
+        command += ["--auth=peer", "--encoding=UTF8", "--locale=C", "--no-instructions"]
         result = subprocess.run(  # noqa: S603 - the package's own program
             command,
             check=False,
@@ -273,26 +287,91 @@ class EmbeddedPostgres:
             raise EmbeddedError(f"initdb failed:\n{result.stderr}{result.stdout}")
         new.rename(self.data)
 
-    def _make_traversable(self, data: Path) -> None:
-        """Give the unprivileged user that PostgreSQL requires access to its programs and data."""
+    def _restrict_log_in(self) -> None:
+        """Let only the user who started this connect, and the one that the server runs as."""
+        owner = self.data.stat()
+        for name, text in (
+            ("pg_hba.conf", _HBA),
+            (
+                "pg_ident.conf",
+                "".join(
+                    _IDENT_LINE.format(user=pwd.getpwuid(uid).pw_name)
+                    for uid in sorted({os.geteuid(), owner.st_uid})
+                ),
+            ),
+        ):
+            new = self.data / f"{name}.new"
+            new.unlink(missing_ok=True)
+            # Exclusively: the directory is the server's, and a link there may lead anywhere.
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+            new.replace(self.data / name)
+
+    def _give(self, directory: Path) -> None:
+        """Give a directory to the unprivileged user that PostgreSQL requires when root starts it.
+
+        That user may pass the directories above it, and above PostgreSQL's programs; nobody else
+        may who could not before.
+        """
         make_system_user()
-        shutil.chown(data, SYSTEM_USER, SYSTEM_USER)
-        for path in (*self._bin.parents, *data.parents):
-            mode = path.stat().st_mode
-            if not mode & stat.S_IXOTH:
-                path.chmod(mode | stat.S_IXOTH)  # search permission alone, not read
+        user = pwd.getpwnam(SYSTEM_USER)
+        os.chown(directory, user.pw_uid, user.pw_gid)
+        for path in (*self._bin.resolve().parents, *directory.resolve().parents):
+            let_pass(path, user)
+
+    def _owners(self) -> set[int]:
+        """Return whose directories this uses: this user's, and those it has given to the server."""
+        with contextlib.suppress(KeyError):
+            if self._user is not None:
+                return {os.geteuid(), pwd.getpwnam(self._user).pw_uid}
+        return {os.geteuid()}
 
     def _socket_directory(self) -> Path:
-        """Return the data directory, or one in the temporary directory if its path is too long."""
+        """Return the data directory, or one in the temporary directory if its path is too long.
+
+        Everybody can foresee the other one's name, and make something of that name first.
+        """
         if len(os.fsencode(self.data)) <= MAX_SOCKET_PATH:
             return self.data
         name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
         short = Path(tempfile.gettempdir()) / f"balance-app-{os.geteuid()}-{name}"
-        short.mkdir(mode=0o700, exist_ok=True)
-        # As root, `start` gives it to the user that the server runs as.
-        if short.stat().st_uid not in {os.geteuid(), _uid(self._user)}:
-            raise EmbeddedError(f"{short} belongs to another user.")
+        try:
+            short.mkdir(mode=0o700)
+        except FileExistsError:
+            _require_directory(short, self._owners(), mode=0o700)
         return short
+
+
+def _require_directory(path: Path, owners: set[int], *, mode: int | None = None) -> None:
+    """Refuse what is not a directory of one of these users, or another user's link to one.
+
+    Raises:
+        EmbeddedError: saying what is wrong with it.
+    """
+    status = path.stat() if path.exists() else path.lstat()
+    if not {path.lstat().st_uid, status.st_uid} <= owners:
+        raise EmbeddedError(f"{path} belongs to another user.")
+    if not stat.S_ISDIR(status.st_mode):
+        raise EmbeddedError(f"{path} is not a directory. Remove it.")
+    if mode is not None and stat.S_IMODE(status.st_mode) != mode:
+        raise EmbeddedError(f"{path} is open to other users. Remove it.")
+
+
+def _require_safe_parent(path: Path, owners: set[int]) -> None:
+    """Refuse a directory in which another user can replace the data directory.
+
+    Raises:
+        EmbeddedError: saying why.
+    """
+    status = path.stat()
+    if status.st_uid not in owners | {0}:
+        raise EmbeddedError(
+            f"{path} belongs to another user. BALANCE_APP_DATA names another directory."
+        )
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise EmbeddedError(f"Every user can write to {path}: `chmod o-w {path}`.")
 
 
 def make_system_user() -> None:
@@ -313,10 +392,49 @@ def make_system_user() -> None:
         os.close(directory)
 
 
-def _uid(user: str | None) -> int | None:
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam(user).pw_uid if user else None
-    return None
+# The parts of an access control list (linux/posix_acl_xattr.h), in the order in which they must be.
+_ACL: Final = "system.posix_acl_access"
+_ACL_VERSION: Final = struct.pack("<I", 2)
+_ENTRY: Final = struct.Struct("<HHI")  # whose, what, its id
+_OWNER, _USER, _GROUP, _MASK, _OTHERS = 0x01, 0x02, 0x04, 0x10, 0x20
+_NO_ID: Final = 0xFFFFFFFF
+_SEARCH: Final = 1
+
+
+def let_pass(directory: Path, user: pwd.struct_passwd) -> None:
+    """Let one user pass a directory to what is below it, and nobody else.
+
+    Raises:
+        EmbeddedError: the file system has no access control lists.
+    """
+    mode = directory.stat().st_mode
+    if mode & stat.S_IXOTH or directory.stat().st_uid == user.pw_uid:
+        return
+    try:
+        entries = list(_ENTRY.iter_unpack(os.getxattr(directory, _ACL)[len(_ACL_VERSION) :]))
+    except OSError:
+        entries = [
+            (_OWNER, mode >> 6 & 7, _NO_ID),
+            (_GROUP, mode >> 3 & 7, _NO_ID),
+            (_MASK, mode >> 3 & 7, _NO_ID),
+            (_OTHERS, mode & 7, _NO_ID),
+        ]
+    changed = [entry for entry in entries if entry[::2] != (_USER, user.pw_uid)]
+    changed = [
+        (whose, what | (_SEARCH if whose == _MASK else 0), id_) for whose, what, id_ in changed
+    ]
+    changed.append((_USER, _SEARCH, user.pw_uid))
+    changed.sort(key=lambda entry: (entry[0], entry[2]))
+    try:
+        os.setxattr(
+            directory, _ACL, _ACL_VERSION + b"".join(_ENTRY.pack(*each) for each in changed)
+        )
+    except OSError as error:
+        raise EmbeddedError(
+            f"The user {user.pw_name}, as which PostgreSQL runs when root starts it, can't pass "
+            f"{directory} ({error.strerror}). `chmod o+x {directory}` lets every user pass it; or "
+            "start this as another user than root."
+        ) from None
 
 
 def stop_with_parent(number: int) -> Callable[[], None] | None:
