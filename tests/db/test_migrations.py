@@ -434,7 +434,7 @@ async def test_0012_moves_every_kind_of_row_and_back(database: dict[str, str]) -
     assert [await connection.fetch(question) for question in KNOWN_BEFORE[:2]] == before[:2]
     moved = "SELECT key, user_id, request FROM opening_keys"
     assert [tuple(row) for row in await connection.fetch(moved)] == [("opened", 2, '{"balance":7}')]
-    await _move(connection, "0012", "0011")
+    await _move(connection, "head", "0011")
     assert [await connection.fetch(question) for question in KNOWN_BEFORE] == before
     assert [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)] == shape
     await _move(connection, "0011", "0012")
@@ -445,7 +445,7 @@ async def test_0012_moves_every_kind_of_row_and_back(database: dict[str, str]) -
         await _repeat_all(client)
         await _make_every_kind(client)
     known = [await connection.fetch(question) for question in KNOWN_BEFORE[:2]]
-    await _move(connection, "0012", "0011")
+    await _move(connection, "head", "0011")
     assert [await connection.fetch(question) for question in KNOWN_BEFORE[:2]] == known
     outcomes = await connection.fetch(
         "SELECT key, outcome FROM idempotency_keys WHERE key LIKE 'new-%' ORDER BY 1"
@@ -520,7 +520,7 @@ async def test_going_back_behind_0012_loses_nothing(database: dict[str, str], lo
     await connection.execute(lost)
     shape = [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)]
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
-        await _move(connection, "0012", "0011")
+        await _move(connection, "head", "0011")
     assert [await connection.fetch(question) for question in (CONSTRAINTS, INDEXES)] == shape
     await connection.close()
 

@@ -124,8 +124,8 @@ class Gate:
             except Exception:
                 log.exception("keys not read")
 
-    async def _refresh(self) -> None:
-        """Read the keys anew if one has changed.
+    async def _refresh(self, *, since: float | None = None) -> None:
+        """Read the keys anew if one has changed; with `since` unless they were read after that.
 
         Raises:
             DatabaseUnavailable: they can't be read.
@@ -133,6 +133,8 @@ class Gate:
         assert self._keys is not None  # noqa: S101 - `start` came before
         async with self._refreshing:
             began = monotonic()
+            if since is not None and self._refreshed_at >= since:
+                return
             generation, keys_required = await self._keys.state()
             if generation != self._generation and keys_required:
                 valid = await self._keys.valid()
@@ -216,9 +218,11 @@ class Gate:
         wait = self._wrong.take(client[0] if client else "", now)
         if wait > 0:
             raise TooManyRequests("Too many wrong keys came from this address.", seconds=wait)
-        if is_token(token) and now - self._early_at >= EARLY_SECONDS:
-            self._early_at = now
-            await self._refresh()
+        if is_token(token):
+            await asyncio.sleep(self._early_at + EARLY_SECONDS - now)
+            if self._refreshed_at < now:
+                self._early_at = monotonic()
+                await self._refresh(since=now)
         found = self._find(headers)
         if found is None:
             self._metrics.refused_keys.inc()
@@ -315,7 +319,9 @@ def _token_of(headers: Mapping[bytes, bytes]) -> bytes | None:
     authorization = headers.get(b"authorization")
     if authorization is not None:
         bearer = _BEARER.fullmatch(authorization.strip(b" \t"))
-        return bearer[1] if bearer else b""
+        if bearer is not None:
+            return bearer[1]
+        # That of another scheme may be for a proxy.
     cookie = headers.get(b"cookie")
     if cookie is not None and (named := _COOKIE.search(cookie)) is not None:
         return named[1]

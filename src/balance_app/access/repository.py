@@ -7,6 +7,7 @@ from balance_app.access.keys import Principal, Token, new_token
 from balance_app.db.pool import Connection, Database, read, write
 
 SESSION_TIME: Final = timedelta(hours=12)
+SESSIONS_KEPT: Final = timedelta(days=30)
 
 STATE: Final = "SELECT generation, keys_required FROM access_state"
 
@@ -33,10 +34,12 @@ WHERE revoked_at IS NULL AND sessions.expires_at > clock_timestamp()
 
 # Locks the row of the generation, so that generations rise in the order of the commits.
 #
-# $1 id, $2 digest, $3 id of the key, $4 how long it lasts
+# $1 id, $2 digest, $3 id of the key, $4 how long it lasts, $5 for how long ended ones are kept
 LOG_IN: Final = """
 WITH changed AS (
     UPDATE access_state SET generation = generation + 1
+), pruned AS (
+    DELETE FROM sessions WHERE expires_at < clock_timestamp() - $5::interval
 )
 INSERT INTO sessions (id, digest, key_id, expires_at)
 SELECT $1, $2, id, clock_timestamp() + $4 FROM api_keys WHERE id = $3

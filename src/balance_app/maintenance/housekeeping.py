@@ -165,6 +165,10 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
 # Plans depend on how many rows there are. A locked table is skipped until the next run; ANALYZE
 # blocks no reads or writes.
 ANALYZE: Final = {
+    "access_state": "ANALYZE (SKIP_LOCKED) access_state",
+    "actions": "ANALYZE (SKIP_LOCKED) actions",
+    "api_keys": "ANALYZE (SKIP_LOCKED) api_keys",
+    "sessions": "ANALYZE (SKIP_LOCKED) sessions",
     "instances": "ANALYZE (SKIP_LOCKED) instances",
     "counted_users": "ANALYZE (SKIP_LOCKED) counted_users",
     "daily_balances": "ANALYZE (SKIP_LOCKED) daily_balances",
