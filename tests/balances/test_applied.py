@@ -94,7 +94,8 @@ async def test_a_body_that_never_arrives_leaves_its_key_unknown(database: dict[s
 
 async def _half_a_request(instance: Instance, headers: str) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", instance.port)
-    head = f"POST /api/balance HTTP/1.1\r\nHost: localhost\r\n{headers}Content-Type: application/json\r\n"
+    head = f"POST /api/balance HTTP/1.1\r\nHost: localhost\r\n{headers}"
+    head += "Content-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: 26\r\n\r\n".encode())
     try:
         return await reader.read()
