@@ -5,6 +5,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from math import inf
 from time import monotonic
 from typing import Final
 
@@ -62,12 +63,14 @@ class Gate:
         self._keys: KeyRepository | None = None
         # why this instance may not start, if so
         self.open_to_network: str | None = None
+        self._posture_is_checked = False
         # of the last refresh; None until the first one
         self._keys_required: bool | None = None
         self._generation: int | None = None
         self._refreshed_at = 0.0
-        # by digest: who it is, and until when (monotonic)
+        # by digest: who it is, and until when (monotonic); and by the ids of key and session
         self._valid: dict[bytes, tuple[Principal, float]] = {}
+        self._ends: dict[tuple[str | None, str | None], float] = {}
         self._early_at = 0.0
         self._refreshing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -94,8 +97,7 @@ class Gate:
             await self._refresh()
         except Problem as problem:
             log.warning("keys not read", reason=problem.detail)
-        if self._keys_required is False:
-            self._check_posture()
+        self._check_posture()
         self._task = asyncio.create_task(self._refresh_always())
 
     async def stop(self) -> None:
@@ -105,8 +107,16 @@ class Gate:
             await asyncio.wait({self._task})
 
     def _check_posture(self) -> None:
+        """Check, once it is known, whether others can reach this instance without a key.
+
+        Raises:
+            OpenToNetworkError: they can, and that was not allowed.
+        """
+        if self._keys_required is None or self._posture_is_checked:
+            return
+        self._posture_is_checked = True
         settings = self._settings
-        if settings.is_loopback:
+        if self._keys_required or settings.is_loopback:
             return
         if not settings.allow_anonymous:
             self.open_to_network = open_to_network(settings)
@@ -119,6 +129,10 @@ class Gate:
             try:
                 await self._refresh()
                 await self._note_use()
+                self._check_posture()
+            except OpenToNetworkError as error:
+                # It was not known when this instance started: requests are refused.
+                log.error("open to the network", reason=str(error))  # noqa: TRY400
             except Problem as problem:
                 log.debug("keys not read", reason=problem.detail)
             except Exception:
@@ -139,12 +153,14 @@ class Gate:
             if generation != self._generation and keys_required:
                 valid = await self._keys.valid()
                 now = monotonic()
+                ends = [inf if each.seconds is None else now + each.seconds for each in valid]
                 self._valid = {
-                    each.digest: (
-                        each.principal,
-                        float("inf") if each.seconds is None else now + each.seconds,
-                    )
-                    for each in valid
+                    each.digest: (each.principal, until)
+                    for each, until in zip(valid, ends, strict=True)
+                }
+                self._ends = {
+                    (principal.key_id, principal.session_id): until
+                    for principal, until in self._valid.values()
                 }
             self._generation, self._keys_required = generation, keys_required
             self._refreshed_at = began
@@ -168,12 +184,7 @@ class Gate:
         """Return whether a key, or a session, that was valid still is; for streams."""
         if principal.key_id is None:
             return principal is ANYBODY or self.is_anonymous
-        now = monotonic()
-        return any(
-            until > now
-            and (known.key_id, known.session_id) == (principal.key_id, principal.session_id)
-            for known, until in self._valid.values()
-        )
+        return self._ends.get((principal.key_id, principal.session_id), 0.0) > monotonic()
 
     # -- requests ----------------------------------------------------------------------------
 
