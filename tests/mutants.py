@@ -21,6 +21,7 @@ from balance_app.db import migrations
 from balance_app.db import pool as database
 from balance_app.db.pool import Connection, read, write
 from balance_app.http.body import MAX_INTEGER
+from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
 from balance_app.web import account_actions
@@ -202,6 +203,11 @@ def migration_lock() -> None:
     put(database, "migrate", migrate)
 
 
+def stay() -> None:
+    """Refuse new connections, although there are idle ones."""
+    LimitedProtocol._make_room = lambda self: False  # type: ignore[method-assign] # noqa: ARG005
+
+
 def reserve() -> None:
     """Let clients use every file descriptor."""
     put(open_files, "for_clients", lambda _settings, limit: limit * 2)
@@ -240,6 +246,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "statement": statement,
     "migration-lock": migration_lock,
     "open-files": reserve,
+    "giving-way": stay,
     "durability": durability,
     "open-connections": open_connections,
     "page-forms": page_forms,

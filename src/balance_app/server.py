@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from balance_app import open_files
 from balance_app.access.gate import OpenToNetworkError
+from balance_app.http.endings import Endings
 from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scope import CountedCalls
@@ -75,6 +76,7 @@ def serve(settings: Settings, registry: Registry) -> None:
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
+        endings = Endings()
         body_seconds = settings.body_seconds
 
         @override

@@ -6,7 +6,7 @@ The real protocol on real sockets, in front of an application that answers when 
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import update_wrapper
 from inspect import Parameter, Signature, signature
 from types import ModuleType
@@ -16,10 +16,12 @@ import pytest
 import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 from balance_app.errors import RequestTimeout
-from balance_app.http import protocol
+from balance_app.http import endings, protocol
+from balance_app.http.endings import Ending, Endings
 from balance_app.http.protocol import LimitedProtocol
 from tests.balances.hostile import chunked, raw_request
 
@@ -28,6 +30,13 @@ LATER: Final = 0.3
 BODY: Final = b'{"userId":1,"amount":-2}'
 LARGE: Final = 16 * 1024 * 1024  # more than the kernel buffers
 LENGTH: Final = f"Content-Length: {len(BODY)}"
+
+
+@pytest.fixture(autouse=True)
+def hasty_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log soon what has ended."""
+    monkeypatch.setattr(endings, "GATHER_SECONDS", 0.05)
+
 
 Scenario = Callable[..., Coroutine[Any, Any, None]]
 
@@ -86,6 +95,14 @@ class Application:
             while (await receive())["type"] != "http.disconnect":
                 pass
             self.left.set()
+            return
+        if scope["path"] == "/events":
+            kind = (b"content-type", b"text/event-stream; charset=utf-8")
+            await send({"type": "http.response.start", "status": 200, "headers": [kind]})
+            event = b"data: " + bytes(1000) + b"\n\n"
+            while not self.left.is_set():
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await asyncio.sleep(0.005)
             return
         length = (b"content-length", b"%d" % len(body))
         await send({"type": "http.response.start", "status": status, "headers": [length]})
@@ -149,13 +166,15 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    *, keep_alive: float = 60, kind: type[LimitedProtocol] = LimitedProtocol
+    *, keep_alive: float = 60, patience: float = 60, kind: type[LimitedProtocol] = LimitedProtocol
 ) -> AsyncIterator[tuple[Application, Server]]:
     """Serve an application with a short time limit for heads."""
 
     class Hasty(kind):  # type: ignore[misc, valid-type]
+        endings = Endings()
         head_seconds = body_seconds = SOON
         linger_seconds = 1.0
+        write_seconds = stream_seconds = patience
 
     application, state = Application(), ServerState()
     config = uvicorn.Config(application, ws="none", log_config=None)
@@ -512,20 +531,19 @@ class Recorder:
 )
 async def test_an_answer_is_sent_by_one_write(request_: bytes, body: bytes) -> None:
     """Its head goes with the first part of its body, even an empty one."""
-    recorders = []
+    recorders: list[Recorder] = []
 
     class Recorded(LimitedProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self.transport = Recorder(transport)  # type: ignore[assignment]
-            recorders.append(self.transport)
+            recorders.append(Recorder(transport))
+            super().connection_made(recorders[-1])  # type: ignore[arg-type]
 
     async with serving(kind=Recorded) as (_, server), server.client() as client:
         await client.send(request_)
         status, *_ = await client.answer()
         assert status == 200
         (recorder,) = recorders
-        (written,) = recorder.written  # type: ignore[attr-defined]
+        (written,) = recorder.written
         assert written.partition(b"\r\n\r\n")[2] == body
 
 
@@ -726,7 +744,7 @@ class Blind(LimitedProtocol):
     """Mutant: does not detect that the client reads."""
 
     def _count_unsent(self) -> int:
-        return 0
+        return self._writes.written
 
 
 UNREAD: Final = {
@@ -739,7 +757,10 @@ UNREAD: Final = {
 
 async def is_ended(packets: list[bytes], kind: type[LimitedProtocol]) -> bool:
     """Send, read nothing, and return whether the server closes the connection."""
-    async with serving(keep_alive=SOON, kind=kind) as (_, server), server.client() as client:
+    async with (
+        serving(keep_alive=SOON, patience=SOON, kind=kind) as (_, server),
+        server.client() as client,
+    ):
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.writer.write(b"".join(packets))
         with suppress(TimeoutError):
@@ -767,7 +788,7 @@ async def test_without_the_deadline_an_answer_is_kept_for_ever() -> None:
 
 async def slow_reader(kind: type[LimitedProtocol]) -> int:
     """Read an answer for many times the idle limit; return how many bytes arrived."""
-    async with serving(keep_alive=0.5, kind=kind) as (_, server):
+    async with serving(patience=0.5, kind=kind) as (_, server):
         loop, arrived = asyncio.get_running_loop(), 0
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.setblocking(False)  # noqa: FBT003 - socket's own
@@ -784,6 +805,198 @@ async def test_a_client_that_reads_slowly_gets_all_of_its_answer() -> None:
     """As long as it reads at all; the mutant that does not detect reads cuts it off."""
     assert await slow_reader(LimitedProtocol) >= LARGE
     assert await slow_reader(Blind) < LARGE
+
+
+class Careless(LimitedProtocol):
+    """Mutant: waits until the events that a client does not take fill the buffers."""
+
+    def _watch_events(self) -> None:
+        pass
+
+
+async def stream_ends(kind: type[LimitedProtocol], *, reads: bool) -> bool:
+    """Open a stream of events in a small window; return whether the server ends it."""
+    loop = asyncio.get_running_loop()
+    async with serving(patience=SOON, kind=kind) as (application, server):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)  # noqa: FBT003 - socket's own
+            await loop.sock_connect(client, ("127.0.0.1", server.port))
+            await loop.sock_sendall(client, raw_request("GET", "/events", "Host: a"))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.5):
+                    while not server.state.connections:  # noqa: ASYNC110 - of the server
+                        await asyncio.sleep(0.01)
+                    while server.state.connections:
+                        await (loop.sock_recv(client, 100_000) if reads else asyncio.sleep(0.01))
+                    return True
+        application.left.set()
+        return False
+
+
+@on_both_loops
+async def test_a_stream_ends_when_its_reader_stands_still() -> None:
+    """Long before its events fill the buffers of the kernel; a stream that is read goes on."""
+    with capture_logs() as lines:
+        assert await stream_ends(LimitedProtocol, reads=False)
+        await asyncio.sleep(LATER)
+    assert [line["event"] for line in lines] == [Ending.NOT_READING]
+    assert not await stream_ends(LimitedProtocol, reads=True)
+
+
+@on_both_loops
+async def test_without_the_watch_it_is_kept() -> None:
+    """The control."""
+    assert not await stream_ends(Careless, reads=False)
+
+
+# -- a client that does not send ----------------------------------------------------------------
+
+
+class Hospitable(LimitedProtocol):
+    """Mutant, as in an earlier version: a connection without a request may be idle."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_deadline(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+
+async def is_silently_closed(sent: bytes, kind: type[LimitedProtocol]) -> bool:
+    """Send no whole head on some connections; return whether all are closed, without an answer."""
+    async with serving(kind=kind) as (_, server), AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.client()) for _ in range(20)]
+        busy = await stack.enter_async_context(server.client())
+        await busy.send(GET)
+        assert (await busy.answer())[0] == 200
+        for client in clients:
+            client.writer.write(sent)
+        closed = not await clients[0].is_quiet()
+        if closed:
+            for client in clients:
+                assert await client.rest() == b""
+        await busy.send(GET)  # others are not harmed
+        assert (await busy.answer())[0] == 200
+        return closed
+
+
+@on_both_loops
+@pytest.mark.parametrize("sent", [b"", b"\r\n"], ids=["nothing", "an empty line"])
+async def test_a_connection_without_a_request_is_closed(sent: bytes) -> None:
+    """At the limit of a head, not at that of an idle connection; one line in the log says so."""
+    with capture_logs() as lines:
+        assert await is_silently_closed(sent, LimitedProtocol)
+        await asyncio.sleep(LATER)
+    assert [(line["event"], line["count"]) for line in lines] == [(Ending.SILENT, 20)]
+    assert not await is_silently_closed(sent, Hospitable)
+
+
+class Generous(LimitedProtocol):
+    """Mutant, as in an earlier version: the first byte of the first head renews its time."""
+
+    def on_message_begin(self) -> None:
+        self._clear_deadline()
+        super().on_message_begin()
+
+
+async def keeps_its_deadline(kind: type[LimitedProtocol]) -> bool:
+    """Return whether the first byte of a first head leaves its deadline as it was."""
+    async with serving(kind=kind) as (_, server), server.client() as client:
+        while not server.state.connections:  # noqa: ASYNC110 - of the server
+            await asyncio.sleep(0.01)
+        (connection,) = server.state.connections
+        assert isinstance(connection, LimitedProtocol)
+        before = connection._deadline
+        await asyncio.sleep(0.02)
+        await client.send(b"G")
+        return connection._deadline == before
+
+
+@on_both_loops
+async def test_the_time_of_a_first_head_begins_with_the_connection() -> None:
+    """A client that sends its first byte late gets no more time; with the mutant it does."""
+    assert await keeps_its_deadline(LimitedProtocol)
+    assert not await keeps_its_deadline(Generous)
+
+
+@on_both_loops
+async def test_slow_heads_and_bodies_are_logged_once() -> None:
+    """With their number: one line for each would let anybody fill the log."""
+    with capture_logs() as lines:
+        async with serving() as (_, server), AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(server.client()) for _ in range(12)]
+            for number, client in enumerate(clients):
+                client.writer.write(post(LENGTH) if number % 2 else b"POST")
+            for client in clients:
+                assert (await client.answer())[0] == 408
+            await asyncio.sleep(LATER)
+    (line,) = [line for line in lines if line["log_level"] != "debug"]
+    assert (line["event"], line["count"]) == (Ending.TRICKLING, 12)
+    assert line["log_level"] == "warning"
+
+
+class Impatient(LimitedProtocol):
+    max_connections = 3
+    headless_seconds = 0.0
+
+
+class Rigid(Impatient):
+    """Mutant, as in an earlier version: refuses the newest, whatever the others do."""
+
+    def _make_room(self) -> bool:
+        return False
+
+
+async def newest_of_a_crowd(kind: type[LimitedProtocol]) -> int:
+    """Fill a server with connections, of which all but one send nothing; return what one more gets.
+
+    The one that has a request under way is answered.
+    """
+    async with serving(kind=kind) as (application, server), AsyncExitStack() as stack:
+        server.kind.head_seconds = 60
+        application.leave.clear()
+        busy = await stack.enter_async_context(server.client())
+        await busy.send(WHOLE)
+        for _ in range(2):
+            await stack.enter_async_context(server.client())
+        while len(server.state.connections) < 3:  # noqa: ASYNC110 - of the server
+            await asyncio.sleep(0.01)
+        newest = await stack.enter_async_context(server.client())
+        await newest.send(GET)
+        application.leave.set()
+        assert (await busy.answer())[2] == BODY
+        return (await newest.answer())[0]
+
+
+@on_both_loops
+async def test_idle_connections_give_way_to_new_ones() -> None:
+    """Those without a request; the mutant refuses the new one."""
+    with capture_logs() as lines:
+        assert await newest_of_a_crowd(Impatient) == 200
+        await asyncio.sleep(LATER)
+    assert [(line["event"], line["count"]) for line in lines] == [(Ending.REPLACED, 1)]
+    assert await newest_of_a_crowd(Rigid) == 503
+
+
+@on_its_loop
+async def test_an_ending_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came meanwhile is counted in the next line; each kind has lines of its own."""
+    monkeypatch.setattr(endings, "LOG_EVERY_SECONDS", 0.2)
+    loop, noted = asyncio.get_running_loop(), Endings()
+    with capture_logs() as lines:
+        for _ in range(3):
+            noted.note(Ending.SILENT, None, loop)
+        noted.note(Ending.FULL, None, loop)
+        await asyncio.sleep(0.1)
+        said = [(line["event"], line["count"], line["log_level"]) for line in lines]
+        assert sorted(said) == [(Ending.SILENT, 3, "info"), (Ending.FULL, 1, "warning")]
+        for _ in range(20):
+            noted.note(Ending.SILENT, None, loop)
+        assert len(lines) == 2
+        await asyncio.sleep(0.5)
+        assert [(line["count"], line["log_level"]) for line in lines[2:]] == [(20, "warning")]
+        noted.note(Ending.SILENT, None, loop)
+        await asyncio.sleep(0.1)
+        assert [line["count"] for line in lines[3:]] == [1]
 
 
 # -- the protocol's own answers -----------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from balance_app import open_files
+from balance_app.http.endings import GATHER_SECONDS
 from balance_app.settings import Settings
 from tests.processes import Instance, query
 
@@ -16,6 +17,7 @@ LIMIT = 256
 CONNECTIONS = 300
 SERVED_AT_LEAST = LIMIT // 2
 PATIENCE_SECONDS = 10
+LOGGED_SECONDS = GATHER_SECONDS + 1
 GET = b"GET /api/users/1 HTTP/1.1\r\nHost: localhost\r\n\r\n"
 END_SESSIONS = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
@@ -37,6 +39,7 @@ async def test_more_connections_than_descriptors(database: dict[str, str], tmp_p
     program = ("-c", LIMITED, "balance_app", "serve")
     async with Instance(database, program=program, log=log, JOBS_ENABLED="false") as instance:
         first, again = await crowd(instance, database)
+        await asyncio.sleep(LOGGED_SECONDS)
     assert set(first) == {"200", "503"}
     assert first.total() == CONNECTIONS
     assert first["200"] >= SERVED_AT_LEAST
@@ -52,6 +55,25 @@ async def test_without_a_limit_clients_are_not_answered(database: dict[str, str]
     async with Instance(database, program=program) as instance:
         first, _ = await crowd(instance, database)
     assert first["closed"] > 0
+
+
+async def test_silent_connections_shut_out_nobody(database: dict[str, str], tmp_path: Path) -> None:
+    """More than there are descriptors: they give way to others, and the log says so."""
+    log = tmp_path / "log"
+    program = ("-c", LIMITED, "balance_app", "serve")
+    async with Instance(database, program=program, log=log, JOBS_ENABLED="false") as instance:
+        assert await served_beside_silent_ones(instance)
+        await asyncio.sleep(LOGGED_SECONDS)
+    output = log.read_text()
+    assert output.count("others need their file descriptors") == 1
+    assert "Too many open files" not in output
+
+
+async def test_without_giving_way_they_shut_out_all_others(database: dict[str, str]) -> None:
+    """The control: each other client gets a 503 for as long as the silent ones may stay."""
+    program = ("-c", LIMITED, "tests.mutants", "giving-way")
+    async with Instance(database, program=program) as instance:
+        assert not await served_beside_silent_ones(instance)
 
 
 def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +124,24 @@ async def crowd(instance: Instance, database: dict[str, str]) -> tuple[Counter[s
         return Counter(statuses), Counter(with_service)
     finally:
         for _, writer in opened:
+            writer.close()
+
+
+async def served_beside_silent_ones(instance: Instance) -> bool:
+    """Open connections that send nothing, many times the limit; return whether others get in."""
+    silent = await asyncio.gather(
+        *(asyncio.open_connection("127.0.0.1", instance.port) for _ in range(CONNECTIONS)),
+    )
+    try:
+        for _ in range(8):
+            await asyncio.sleep(0.5)
+            newest = await asyncio.open_connection("127.0.0.1", instance.port)
+            silent.append(newest)
+            if await request(newest) == "200":
+                return True
+        return False
+    finally:
+        for _, writer in silent:
             writer.close()
 
 

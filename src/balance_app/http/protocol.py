@@ -4,24 +4,27 @@ What ends a connection early (a head that is late or too large, input that can't
 that has sent its last byte) does not cut off the answer to a request under way: the application
 answers that request, and then the connection ends.
 
-A connection has at most one deadline: an idle one may stay for `timeout_keep_alive` seconds, a head
-has `HEAD_SECONDS` from its first byte, or from the answer before it, a body `body_seconds` from its
-head. An application that reads a late body gets `RequestTimeout`, raised by `receive`. The
-application itself limits how long it takes to answer; but a connection whose client reads nothing
-for `timeout_keep_alive` seconds, while more is to be sent, is reset.
+A connection has at most one deadline: the first head has `HEAD_SECONDS` from the connection on,
+later ones from their first byte, or from the answer before them; between requests a connection may
+be idle for `timeout_keep_alive` seconds; a body has `body_seconds` from its head. An application
+that reads a late body gets `RequestTimeout`, raised by `receive`. The application itself limits how
+long it takes to answer; but a connection whose client takes nothing for `WRITE_SECONDS`, while more
+is to be sent, is reset (a stream of events: `STREAM_SECONDS`).
+
+When the file descriptors are used up, connections that are idle give way to new ones.
 """
 
 import asyncio
 import fcntl
+import heapq
 import re
 import socket
 import struct
 import sys
 import termios
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from contextvars import Context
-from time import monotonic
 from typing import Any, ClassVar, Final, NoReturn, cast
 from urllib.parse import unquote
 
@@ -44,15 +47,25 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedTransferCoding,
 )
+from balance_app.http.endings import Ending, Endings
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with its framing
 HEAD_SECONDS: Final = 10.0
 LINGER_SECONDS: Final = 2.0
+WRITE_SECONDS: Final = 30.0
+STREAM_SECONDS: Final = 10.0
+CHECKS: Final = 4  # of a reader, within the time that it may stand still
 # Connections beyond the limit that are kept until their request can be refused.
 REFUSED_AT_ONCE: Final = 16
 REFUSAL_SECONDS: Final = 1.0
-LOG_EVERY_SECONDS: Final = 60.0
+# When there are too many: how long a connection without a whole head is left alone, and an idle one
+# that was answered; how many of all give way at once, and how often they are searched.
+HEADLESS_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 10.0
+GIVING_WAY: Final = 1 / 16
+SEARCH_EVERY_SECONDS: Final = 0.25
+_EVENTS: Final = b"text/event-stream"
 _RESET: Final = struct.pack("ii", 1, 0)  # linger for no time
 
 _FULL: Final = Overloaded("This instance has no free file descriptor for more connections.")
@@ -71,18 +84,20 @@ class _RefusedError(Exception):
 
 
 class _JoinedWrites:
-    """The transport of a cycle: the head of an answer is sent with the first part of its body.
+    """The transport of answers: the head of one is sent with the first part of its body.
 
     ASGI asks for that, and two writes would be two system calls and two packets.
     """
 
-    __slots__ = ("_head", "_transport", "joins")
+    __slots__ = ("_head", "_transport", "joins", "written")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._head = b""
         # whether the next write is a head, and a part of its body comes next
         self.joins = False
+        # bytes that were given to the transport
+        self.written = 0
 
     def write(self, data: bytes) -> None:
         """Send data, after a head that waits for it."""
@@ -93,6 +108,7 @@ class _JoinedWrites:
         if self._head:
             data = self._head + data
             self._head = b""
+        self.written += len(data)
         self._transport.write(data)
 
     def is_closing(self) -> bool:
@@ -120,6 +136,9 @@ class _Cycle(RequestResponseCycle):
     fault: Problem | None = None
     # further input is read and dropped, or a reset may destroy the answer
     lingers = False
+    # the headers of the answer; called when the answer is known to be a stream of events
+    headers: Iterable[tuple[bytes, bytes]] = ()
+    on_events: Callable[[], None]
 
     def break_off(self, fault: Problem | None = None) -> None:
         """Report to the application that the rest of the body will not come."""
@@ -136,7 +155,12 @@ class _Cycle(RequestResponseCycle):
     @override
     def send(self, message: ASGISendEvent) -> Coroutine[Any, Any, None]:
         if self.response_started:
+            if message.get("more_body") and self.headers:
+                if any(value.startswith(_EVENTS) for _, value in self.headers):
+                    self.on_events()
+                self.headers = ()
             return RequestResponseCycle.send(self, message)
+        self.headers = message["headers"]  # type: ignore[typeddict-item]
         # uvicorn writes no body for HEAD, not even an empty one.
         self.transport.joins = self.scope["method"] != "HEAD"
         if not (self.lingers or self.more_body):
@@ -159,13 +183,17 @@ class _Cycle(RequestResponseCycle):
 class LimitedProtocol(HttpToolsProtocol):
     """One connection.
 
-    Connections beyond `max_connections` are answered with 503: they must not take the descriptors
-    that the database's connections need.
+    Connections beyond `max_connections` must not take the descriptors that the database's
+    connections need: idle ones give way to them, or they are answered with 503.
     """
 
     max_connections: ClassVar[int | None] = None
-    logged_full_at: ClassVar[float | None] = None
+    endings: ClassVar[Endings]
+    searched_at: ClassVar[float] = 0.0  # for connections that give way
     head_seconds = HEAD_SECONDS
+    headless_seconds = HEADLESS_SECONDS
+    write_seconds = WRITE_SECONDS
+    stream_seconds = STREAM_SECONDS
     body_seconds: ClassVar[float | None] = None
     linger_seconds = LINGER_SECONDS
 
@@ -189,28 +217,32 @@ class LimitedProtocol(HttpToolsProtocol):
     _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
     _timer_at = 0.0
-    # the timer that checks whether the client reads; bytes that it had not taken at the last check
+    # the timer that checks whether the client reads; bytes that it had taken at the last check, and
+    # when it had last taken any
     _reader_timer: asyncio.TimerHandle | None = None
-    _unsent_bytes = 0
+    _taken_bytes = 0
+    _taken_at = 0.0
+    # the answer under way is a stream of events
+    _sends_events = False
 
     # -- the connection ----------------------------------------------------------------------
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._set_deadline(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self._writes = _JoinedWrites(transport)
+        self._set_deadline(self.head_seconds, self._head_timed_out)
         limit = self.max_connections
         if limit is not None and len(self.connections) > limit:
             self._refuse_connection(len(self.connections) - limit)
 
     def _refuse_connection(self, excess: int) -> None:
-        now, logged = monotonic(), LimitedProtocol.logged_full_at
-        if logged is None or now - logged > LOG_EVERY_SECONDS:
-            LimitedProtocol.logged_full_at = now
-            log.warning("too many connections for the limit of open files", reason=_FULL.detail)
+        if self._make_room():
+            return
+        self._note(Ending.FULL)
         if excess > REFUSED_AT_ONCE:
             self._discards_input = True
-            self.transport.write(self._last_answer(_FULL, log.debug))
+            self._writes.write(self._last_answer(_FULL, log.debug))
             self.transport.close()
             return
         # The request is read before it is refused, so that no reset loses the answer.
@@ -222,6 +254,46 @@ class LimitedProtocol(HttpToolsProtocol):
         response.headers["Connection"] = "close"
         response.raw_headers.extend(self._note_refusal(_FULL, log.debug, scope))
         await response(scope, receive, send)
+
+    def _make_room(self) -> bool:
+        """Close some connections that are idle; return whether there were any.
+
+        First those that have sent no whole head, then those that wait for a further request, as
+        any server may close at any time.
+        """
+        now, kind = self.loop.time(), type(self)
+        if now - kind.searched_at < SEARCH_EVERY_SECONDS:
+            return False
+        kind.searched_at = now
+        idle = (
+            (rank, each)
+            for each in self.connections
+            if (rank := cast("LimitedProtocol", each).idle_rank(now)) is not None
+        )
+        most = max(1, int(len(self.connections) * GIVING_WAY))
+        longest = heapq.nsmallest(most, idle, key=lambda pair: pair[0])
+        for _, each in longest:
+            self.connections.discard(each)
+            cast("LimitedProtocol", each).give_way()
+        return bool(longest)
+
+    def idle_rank(self, now: float) -> tuple[bool, float] | None:
+        """Return the place in the order in which idle connections give way; None: this stays."""
+        if self._on_deadline == self._head_timed_out:
+            since = self._deadline - self.head_seconds
+            return (False, since) if now - since >= self.headless_seconds else None
+        if self._on_deadline == self.timeout_keep_alive_handler:
+            since = self._deadline - self.timeout_keep_alive
+            return (True, since) if now - since >= IDLE_SECONDS else None
+        return None
+
+    def give_way(self) -> None:
+        """Close the connection for the sake of another."""
+        self._note(Ending.REPLACED)
+        self._close()
+
+    def _note(self, why: Ending) -> None:
+        self.endings.note(why, self.client, self.loop)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -320,7 +392,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @override
     def on_message_begin(self) -> None:
-        self._clear_deadline()
+        if self._heads:  # the first one's began with the connection
+            self._clear_deadline()
         self._in_head = True
         self._heads += 1
         super().on_message_begin()
@@ -347,7 +420,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._read_target()
         self.cycle = cycle = _Cycle(
             scope=self.scope,
-            transport=_JoinedWrites(self.transport),  # type: ignore[arg-type]
+            transport=self._writes,  # type: ignore[arg-type]
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,
@@ -358,6 +431,7 @@ class LimitedProtocol(HttpToolsProtocol):
             keep_alive=version != "1.0" and not is_connect and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
+        cycle.on_events = self._watch_events
         if self._is_under_way():
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
@@ -439,8 +513,9 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        self._sends_events = False
         if self.transport.is_closing():
-            self._set_deadline(self.timeout_keep_alive, self._watch_reader)
+            self._set_deadline(self.linger_seconds, self._watch_reader)
             return
         self.flow.resume_reading()
         if self._running is not None and self._running.lingers:
@@ -455,6 +530,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._set_deadline(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _head_timed_out(self) -> None:
+        if not self._in_head:
+            self._note(Ending.SILENT)
+            self._close()
+            return
+        self._note(Ending.TRICKLING)
         self._refuse(RequestTimeout(f"The head did not arrive within {self.head_seconds:g} s."))
 
     def _set_body_deadline(self) -> None:
@@ -465,6 +545,7 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = self._running
         assert cycle is not None  # noqa: S101 - whose body is waited for
         if cycle.more_body and not (cycle.response_started or cycle.broken):
+            self._note(Ending.TRICKLING)
             sentence = f"The body did not arrive within {self.body_seconds:g} s."
             cycle.break_off(RequestTimeout(sentence, headers={"Connection": "close"}))
 
@@ -479,7 +560,9 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle.more_body:
                 cycle.break_off()
         elif not self.transport.is_closing():
-            self.transport.write(self._last_answer(problem, log.info))
+            # Of late ones there may be many: `endings` counts them.
+            write_log = log.debug if isinstance(problem, RequestTimeout) else log.info
+            self._writes.write(self._last_answer(problem, write_log))
             self._linger()
 
     def count_refusal(self, _status: int, _scope: Scope | None) -> bytes | None:
@@ -529,7 +612,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._reader_timer is not None and not self.transport.is_closing():
+        if self._reader_timer is not None and not self._is_watched():
             self._reader_timer.cancel()
             self._reader_timer = None
 
@@ -541,32 +624,49 @@ class LimitedProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         """Close the connection after sending what is buffered, as long as the client reads it."""
         self.transport.close()
-        self._set_deadline(self.timeout_keep_alive, self._watch_reader)
+        self._set_deadline(self.linger_seconds, self._watch_reader)
+
+    def _watch_events(self) -> None:
+        """Watch the reader of a stream from its start: its events fill no buffer for long."""
+        self._sends_events = True
+        self._watch_reader()
+
+    def _is_watched(self) -> bool:
+        return self.flow.write_paused or self._sends_events or self.transport.is_closing()
 
     def _watch_reader(self) -> None:
         if self._reader_timer is None and self in self.connections:
-            self._unsent_bytes = self._count_unsent()
-            self._reader_timer = self.loop.call_later(
-                self.timeout_keep_alive, self._check_reader, context=Context()
-            )
+            self._taken_bytes = self._writes.written - self._count_unsent()
+            self._taken_at = self.loop.time()
+            self._check_reader_later()
+
+    def _check_reader_later(self) -> None:
+        self._reader_timer = self.loop.call_later(
+            self._reader_seconds() / CHECKS, self._check_reader, context=Context()
+        )
+
+    def _reader_seconds(self) -> float:
+        return self.stream_seconds if self._sends_events else self.write_seconds
 
     def _check_reader(self) -> None:
-        """Reset the connection if the client has read nothing since the last check."""
+        """Reset the connection if the client has taken nothing for too long."""
         self._reader_timer = None
-        if self._count_unsent() < self._unsent_bytes:
-            self._watch_reader()
-        else:
-            log.info(
-                "connection ended: the client reads nothing",
-                client=self.client,
-                unsent_bytes=self._unsent_bytes,
-            )
+        if not self._is_watched():
+            return
+        now, unsent = self.loop.time(), self._count_unsent()
+        taken = self._writes.written - unsent
+        if unsent == 0 or taken > self._taken_bytes:
+            self._taken_bytes, self._taken_at = taken, now
+        elif now - self._taken_at >= self._reader_seconds():
+            self._note(Ending.NOT_READING)
             # Without a reset the kernel would keep the unsent bytes for minutes.
             with suppress(OSError):
                 self.transport.get_extra_info("socket").setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, _RESET
                 )
             self.transport.abort()
+            return
+        self._check_reader_later()
 
     def _count_unsent(self) -> int:
         """Return how many bytes the client has not acknowledged, in this process and the kernel.
