@@ -9,6 +9,7 @@ import asyncpg
 from typing_extensions import override
 
 from balance_app.balances.accounts import AccountRepository, Opening, Patch
+from balance_app.balances.chain import entry_hash
 from balance_app.balances.guard import Guard
 from balance_app.balances.holds import HoldRepository
 from balance_app.balances.model import Accepted, Movement, Refused
@@ -117,15 +118,19 @@ class JobRunner:
         return result
 
     async def rewrite(self, *statements: str) -> None:
-        """Change rows with the ledger's triggers off."""
+        """Change rows with the ledger's triggers off, and the hash chain with them."""
         async with self.connection.transaction():
-            await self.connection.execute("ALTER TABLE entries DISABLE TRIGGER USER")
+            await self.connection.execute("SET LOCAL session_replication_role = replica")
             for statement in statements:
                 await self.connection.execute(statement)
-            await self.connection.execute("ALTER TABLE entries ENABLE TRIGGER USER")
+            await chain_again(self.connection)
 
     async def populate(self, users: int, entries: int) -> None:
-        """Give users 1 to `users` this many entries each; every second one has a key."""
+        """Give users 1 to `users` this many entries each; every second one has a key.
+
+        They are older than the hash chain.
+        """
+        await self.connection.execute("UPDATE balance_app_version SET chained_from = 'infinity'")
         for statement in POPULATE:
             await self.connection.execute(statement, users, entries)
         await self.connection.execute(
@@ -211,6 +216,22 @@ class JobRunner:
         return [tuple(row) for row in await self.connection.fetch(sql, *arguments)]
 
 
+async def chain_again(connection: Connection) -> None:
+    """Compute every hash of the ledgers anew; entries and accounts without one stay so."""
+    heads: dict[int, bytes] = {}
+    hashes = []
+    for entry in await connection.fetch("SELECT * FROM entries ORDER BY user_id, version"):
+        user_id = entry["user_id"]
+        heads[user_id] = entry_hash(heads.get(user_id, b""), entry)
+        hashes.append((user_id, entry["version"], heads[user_id]))
+    await connection.executemany(
+        "UPDATE entries SET hash = $3 WHERE (user_id, version) = ($1, $2) AND hash <> $3", hashes
+    )
+    await connection.executemany(
+        "UPDATE users SET hash = $2 WHERE id = $1 AND hash <> $2", list(heads.items())
+    )
+
+
 POPULATE = (
     """
     INSERT INTO users (id, balance, version)
@@ -225,7 +246,7 @@ POPULATE = (
     WHERE id > 1 OR version > 1
     """,
     """
-    UPDATE users SET balance = balance - $2 + 1, version = $2 + 0 * $1 WHERE id = 1
+    UPDATE users SET balance = balance - $2 + 1, version = $2 + 0 * $1, hash = NULL WHERE id = 1
     """,
     """
     INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version, at)

@@ -41,7 +41,7 @@ FRESH = {
     "audit-ledger": r"checked 1 entry of 1 user: all balances match",
     "prune-refused-keys": (r"removed 0 refusals older than 7 days, ended 0 overdue holds"),
     "audit-keys": r"checked 0 keys and external ids: all agree with the ledger",
-    "note-daily-balances": r"read 1 user: recorded 1 new balance",
+    "note-daily-balances": r"read 1 user: recorded 1 new balance; seal 1 is [\da-f]{64}",
     "total-days": r"read 1 user: counted 1 new entry",
     "prune-history": r"removed 0 runs older than 30 days and 0 instances not seen for a day",
     "audit-daily-balances": r"checked 1 daily balance: all agree with the ledger",
@@ -76,7 +76,7 @@ def test_every_job_has_a_description_of_one_line() -> None:
 # old runs of each job.
 BUSY = {
     "watch-limits": (16, r"watched 8 limits and 30 users: .+"),
-    "audit-ledger": (26, r"checked 120 entries of 30 users: all balances match"),
+    "audit-ledger": (57, r"checked 120 entries of 30 users: all balances match"),
     "prune-refused-keys": (
         25,
         r"removed 60 refusals older than 7 days, ended 0 overdue holds",
@@ -164,6 +164,9 @@ async def traces(runner: JobRunner, *, but: str = "") -> dict[str, str]:
         table: str(await runner.rows(sql))
         for table, sql in {
             "daily_balances": "SELECT user_id, day, version FROM daily_balances ORDER BY 1, 2",
+            "seals": "SELECT number, heads FROM seals ORDER BY 1",
+            "seal_parts": "SELECT * FROM seal_parts ORDER BY 1, 2",
+            "hashes": "SELECT id, hash FROM users ORDER BY 1",
             "daily_totals": "SELECT * FROM daily_totals ORDER BY 1",
             "counted_users": "SELECT * FROM counted_users ORDER BY 1",
             "table_sizes": "SELECT name, bytes FROM table_sizes ORDER BY at, name",

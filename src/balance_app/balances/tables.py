@@ -195,5 +195,7 @@ daily_balances = Table(
     Column("version", BigInteger, nullable=False),
     Column("balance", BigInteger, nullable=False),
     Column("at", DateTime(timezone=True), nullable=False),
+    # whether a seal covers this version
+    Column("sealed", Boolean, nullable=False, server_default="false"),
     PrimaryKeyConstraint("user_id", "day"),
 )

@@ -48,6 +48,8 @@ RIGHTS: Final = {
     "job_declarations": ("SELECT", "INSERT", "UPDATE"),
     "instances": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "daily_balances": ("SELECT", "INSERT", "UPDATE"),
+    "seals": ("SELECT", "INSERT"),
+    "seal_parts": ("SELECT", "INSERT"),
     "daily_totals": ("SELECT", "INSERT", "UPDATE"),
     "counted_users": ("SELECT", "INSERT", "UPDATE"),
     "table_sizes": ("SELECT", "INSERT", "DELETE"),

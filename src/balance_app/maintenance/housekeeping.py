@@ -183,6 +183,8 @@ ANALYZE: Final = {
     "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
     "jobs": "ANALYZE (SKIP_LOCKED) jobs",
     "opening_keys": "ANALYZE (SKIP_LOCKED) opening_keys",
+    "seal_parts": "ANALYZE (SKIP_LOCKED) seal_parts",
+    "seals": "ANALYZE (SKIP_LOCKED) seals",
     "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",
     "user_settings": "ANALYZE (SKIP_LOCKED) user_settings",
     "users": "ANALYZE (SKIP_LOCKED) users",

@@ -7,50 +7,73 @@ from balance_app.db.pool import Connection, read
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
+from balance_app.maintenance.seals import Seal, add_part, seal
 
 ENTRIES_AT_ONCE: Final = 2000
 LISTS_AT_ONCE: Final = 50
 
 # Writes at most one row per user and UTC day, from the day's latest snapshot, and only if there is
 # a new version: there are never more rows than entries. The time is read after the snapshot was
-# taken, so a balance is never recorded for a day before it existed.
+# taken, so a balance is never recorded for a day before it existed. A version that was recorded
+# while its account had no hash is sealed as soon as it has one, in the row that it has.
 RECORD_BALANCES: Final = """
 WITH few AS MATERIALIZED (
-    SELECT id, version, balance FROM users WHERE id > $1 ORDER BY id LIMIT $2
+    SELECT id, version, balance, hash FROM users WHERE id > $1 ORDER BY id LIMIT $2
 ), snapshot AS MATERIALIZED (
     SELECT clock_timestamp() AS at
-), recorded AS (
-    INSERT INTO daily_balances (user_id, day, version, balance, at)
-    SELECT id, (snapshot.at AT TIME ZONE 'UTC')::date, few.version, few.balance, snapshot.at
+), fresh AS MATERIALIZED (
+    SELECT id AS user_id, few.version, few.balance, few.hash,
+           latest.version IS DISTINCT FROM few.version AS is_new,
+           CASE WHEN latest.version = few.version THEN latest.day
+                ELSE (snapshot.at AT TIME ZONE 'UTC')::date END AS day,
+           CASE WHEN latest.version = few.version THEN latest.at ELSE snapshot.at END AS at
     FROM few CROSS JOIN snapshot LEFT JOIN LATERAL (
-        SELECT version FROM daily_balances WHERE user_id = id ORDER BY day DESC LIMIT 1
+        SELECT version, day, at, sealed FROM daily_balances
+        WHERE user_id = id ORDER BY day DESC LIMIT 1
     ) AS latest ON true
-    WHERE latest.version IS DISTINCT FROM few.version
+    WHERE latest.version IS DISTINCT FROM few.version OR few.hash IS NOT NULL AND NOT latest.sealed
+), recorded AS (
+    INSERT INTO daily_balances (user_id, day, version, balance, at, sealed)
+    SELECT user_id, day, version, balance, at, hash IS NOT NULL FROM fresh
     ON CONFLICT (user_id, day) DO UPDATE
-    SET version = excluded.version, balance = excluded.balance, at = excluded.at
-    RETURNING user_id
+    SET version = excluded.version, balance = excluded.balance, at = excluded.at,
+        sealed = excluded.sealed
 )
-SELECT count(*) AS users, max(id) AS user_id, (SELECT count(*) FROM recorded) AS recorded FROM few
+SELECT count(*) AS users, max(id) AS user_id,
+       (SELECT count(*) FROM fresh WHERE is_new) AS recorded,
+       ARRAY(SELECT user_id FROM fresh WHERE hash IS NOT NULL ORDER BY user_id) AS user_ids,
+       ARRAY(SELECT version FROM fresh WHERE hash IS NOT NULL ORDER BY user_id) AS versions,
+       ARRAY(SELECT hash FROM fresh WHERE hash IS NOT NULL ORDER BY user_id) AS hashes
+FROM few
 """
 
 
 @job(name="note-daily-balances", every=timedelta(minutes=10))
 async def note_daily_balances(run: Run) -> str:
-    """Record each user's balance at the end of each day."""
-    start = {"user": FIRST_ID, "recorded": 0}
+    """Record each user's balance at the end of each day, and seal the ledgers that changed."""
+    start = {"user": FIRST_ID, "recorded": 0, "seal": None}
     state = await in_batches(run, _note_daily_balances, start, Rows("users", USERS, most=1000))
     users, recorded = count(state["done"], "user"), count(state["recorded"], "new balance")
-    return f"read {users}: recorded {recorded}"
+    sentence = f"read {users}: recorded {recorded}"
+    if state["seal"] is None:
+        return sentence
+    made = Seal(*state["seal"])
+    # Whoever ships the logs elsewhere has a witness: a run that goes on here may say it twice.
+    run.log.info("sealed", seal=made.number, digest=made.digest, heads=made.heads)
+    return f"{sentence}; seal {made.number} is {'' if made.heads else 'still '}{made.digest}"
 
 
 async def _note_daily_balances(connection: Connection, state: State, size: int) -> State:
     row = await connection.fetchrow(RECORD_BALANCES, state["user"], size)
     assert row is not None  # noqa: S101 - an aggregate always has one
+    await add_part(connection, row["user_ids"], row["versions"], row["hashes"])
+    ended = row["users"] < size
     return {
         "done": row["users"],
         "user": row["user_id"],
         "recorded": state["recorded"] + row["recorded"],
-        "ended": row["users"] < size,
+        "seal": await seal(connection) if ended else None,
+        "ended": ended,
     }
 
 

@@ -1,10 +1,13 @@
 """The tables that only the jobs write, declared for alembic like those of the features."""
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
+    CheckConstraint,
     Column,
     Date,
     DateTime,
+    LargeBinary,
     Numeric,
     PrimaryKeyConstraint,
     Table,
@@ -43,4 +46,26 @@ table_sizes = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("estimated_rows", BigInteger),
     PrimaryKeyConstraint("at", "name"),
+)
+
+seals = Table(
+    "seals",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("heads", BigInteger, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+)
+
+seal_parts = Table(
+    "seal_parts",
+    metadata,
+    Column("seal", BigInteger, nullable=False),
+    Column("part", BigInteger, nullable=False),
+    Column("user_ids", ARRAY(BigInteger), nullable=False),
+    Column("versions", ARRAY(BigInteger), nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("seal", "part"),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
 )

@@ -3,12 +3,10 @@
 from datetime import timedelta
 from typing import Final
 
-import asyncpg
-
 from balance_app.db.pool import KEEP_TO_INDEX, Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.audits import faults
+from balance_app.maintenance.audits import chain, faults
 from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
 
 ROWS: Final = """
@@ -225,7 +223,7 @@ FROM reach LEFT JOIN tail ON true
 
 @job(name="audit-ledger", every=timedelta(minutes=5))
 async def audit_ledger(run: Run) -> str:
-    """Check that each balance is the last entry's, and entries and holds agree with each other."""
+    """Check balances, entries and holds against each other, and the hash chain of the entries."""
     state = await in_batches(
         run,
         _audit_ledger,
@@ -234,10 +232,18 @@ async def audit_ledger(run: Run) -> str:
             "version": 0,
             "balance": 0,
             "at": "-infinity",
+            # of the last entry that was read of the user, in hexadecimal digits
+            "hash": None,
             "users": 0,
             # the last one that was read; None: all entries come first
             "hold": None,
             "holds": 0,
+            # accounts without a hash, the first one, and how many got one of how many that were
+            # tried; None: holds come before
+            "unhashed": 0,
+            "first_unhashed": None,
+            "folded": None,
+            "tried": 0,
             **faults.NONE,
             "last_wrong": None,
         },
@@ -249,10 +255,14 @@ async def audit_ledger(run: Run) -> str:
     checked = count(state["done"] - state["holds"], "entry", "entries")
     if state["holds"]:
         checked += f" and {count(state['holds'], 'hold')}"
-    return f"checked {checked} of {users}: all balances match"
+    left = state["unhashed"] - (state["folded"] or 0)
+    unhashed = f"; {count(left, 'older account has', 'older accounts have')} no hash yet"
+    return f"checked {checked} of {users}: all balances match{unhashed if left else ''}"
 
 
 async def _audit_ledger(connection: Connection, state: State, size: int) -> State:
+    if state["folded"] is not None:
+        return await chain.give_first_hash(connection, state, size)
     if state["hold"] is not None:
         return await _audit_holds(connection, state, size)
     await connection.fetchval(KEEP_TO_INDEX)
@@ -260,8 +270,11 @@ async def _audit_ledger(connection: Connection, state: State, size: int) -> Stat
         LEDGER, state["user"], state["version"], state["balance"], size, state["at"]
     )
     assert row is not None  # noqa: S101 - the statement always has one
+    links = await chain.check_links(connection, state, size, (row["user_id"], row["version"]))
+    wrong = links.faults | dict(zip(row["wrong"], row["faults"], strict=True))
     progress = {
-        **_add(state, row),
+        **_add(state, wrong),
+        **links.progress,
         "done": row["entries"],
         "users": state["users"] + row["users"],
     }
@@ -280,22 +293,26 @@ async def _audit_holds(connection: Connection, state: State, size: int) -> State
     await connection.fetchval(KEEP_TO_INDEX)
     row = await connection.fetchrow(HOLDS, state["user"], state["hold"], size)
     assert row is not None  # noqa: S101 - the statement always has one
-    return {
-        **_add(state, row),
+    progress = {
+        **_add(state, dict(zip(row["wrong"], row["faults"], strict=True))),
         "done": row["holds"],
         "holds": state["holds"] + row["holds"],
         "user": row["user_id"],
         "hold": row["number"],
         "ended": row["ended"],
     }
+    if not row["ended"] or not state["unhashed"]:
+        return progress
+    first = {"user": state["first_unhashed"] - 1, "version": 0, "hash": None, "folded": 0}
+    return {**progress, **first, "ended": False}
 
 
-def _add(state: State, row: asyncpg.Record) -> State:
+def _add(state: State, wrong: dict[int, str]) -> State:
     # A user whose rows are read in two batches may have faults in both; only the first counts. So
     # does it of one who was named for an entry, and has a hold that differs, too.
     found = {
         user: f"user {user}: {fault}"
-        for user, fault in zip(row["wrong"], row["faults"], strict=True)
+        for user, fault in sorted(wrong.items())
         if user != state["last_wrong"]
         and not any(each.startswith(f"user {user}: ") for each in state["named"])
     }
