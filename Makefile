@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test check coverage lint format bench screenshots reset psql migration release lock clean \
+.PHONY: help run load test check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
 	docker-up docker-down docker-reset docker-logs
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -49,11 +49,14 @@ coverage: $(READY) ## run all tests, and measure which branches of the source th
 	@$(MAKE) --no-print-directory test MEASURED="-m coverage run"
 	@$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report
 
-lint: $(READY) ## ruff, mypy, the direction of imports
+lint: $(READY) ## ruff, mypy, the direction of imports, bandit, this project's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet -ll --recursive src loadtest bench alembic examples
+	$(BIN)/ast-grep test --skip-snapshot-tests
+	$(BIN)/ast-grep scan --error=unused-suppression
 
 format: $(READY) ## format the code with ruff
 	$(BIN)/ruff check --fix .
@@ -76,7 +79,7 @@ migration: $(READY) ## make an empty migration with the next number: make migrat
 	@last=$$(ls alembic/versions/*.py | tail -1 | xargs basename | cut -c1-4) && \
 		$(BIN)/alembic revision --rev-id "$$(printf %04d $$((10#$$last + 1)))" -m "$(NAME)"
 
-release: $(READY) ## check everything, tag the version of pyproject.toml, build the wheel into dist/
+release: $(READY) ## check everything, tag the version of pyproject.toml, build wheel and sbom into dist/
 	@version=$$($(BIN)/balance-app --version | cut -d ' ' -f 2) && \
 		{ test -z "$$(git status --porcelain)" || { echo "There are changes that are not committed."; exit 1; }; } && \
 		{ grep -qE "^## \[$$version\] - [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md || \
@@ -84,15 +87,33 @@ release: $(READY) ## check everything, tag the version of pyproject.toml, build 
 		{ ! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "v$$version exists already."; exit 1; }; } && \
 		$(MAKE) check && \
 		$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && \
+		$(MAKE) sbom && \
 		git tag --annotate "v$$version" --message "balance_app $$version" && \
-		echo "Tagged v$$version; the wheel is in dist/. The image: docker build --build-arg VERSION=$$version ."
+		echo "Tagged v$$version; the wheel and sbom.json are in dist/. The image: docker build --build-arg VERSION=$$version ."
 
-lock: ## renew the lock files (needs uv)
+sbom: $(READY) ## list what the image installs, with versions and hashes: dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	@# The lock has no graph of dependencies, of which the tool warns.
+	@$(BIN)/python -W ignore -m cyclonedx_py requirements --output-reproducible --pyproject pyproject.toml \
+		--output-file dist/sbom.json requirements.lock
+	@echo "dist/sbom.json has $$(grep -c '"purl"' dist/sbom.json) packages."
+
+lock: lock-images ## renew the lock files (needs uv), and the digests of the base images (needs docker)
 	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--no-emit-index-url --no-header pyproject.toml --extra local --group dev \
 		-c requirements.lock -o requirements-dev.lock
+
+# A tag may mean another image tomorrow; its digest never does. It names the index of all platforms.
+lock-images:
+	@for file in Dockerfile docker-compose.yml; do \
+		for image in $$(grep -oE '[a-z]+:[0-9a-z.-]+@sha256:[0-9a-f]{64}' $$file | cut -d @ -f 1 | sort -u); do \
+			digest=$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $$image) || \
+				{ echo "The base images keep their digests: that of $$image can't be learned here."; continue; }; \
+			sed -i.old -E "s/$$image@sha256:[0-9a-f]{64}/$$image@$$digest/" $$file && rm $$file.old; \
+		done; \
+	done
 
 clean: ## delete the environment and the caches, but no data
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache

@@ -53,5 +53,5 @@ def visible(text: str) -> str:
 
 def url(host: str, port: int) -> str:
     """Return the URL, on this machine, of a server that listens on `host`, or on all addresses."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - all, not one
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound  # nosec
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

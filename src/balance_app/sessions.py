@@ -114,5 +114,6 @@ PIN_SECONDS: Final = 2.5
 async def reset(connection: asyncpg.Connection[asyncpg.Record]) -> None:
     """Undo what a job may have changed in its session; a pool calls it at each release."""
     authorization = "SET SESSION AUTHORIZATION DEFAULT; RESET ROLE"
+    # ast-grep-ignore: sql-from-pieces - all of it is constant
     await connection.execute(f"{authorization}; {connection.get_reset_query()}; DISCARD TEMP")
     await pin(connection)

@@ -166,6 +166,7 @@ class Gate:
             self._refreshed_at = began
 
     async def _note_use(self) -> None:
+        # ast-grep-ignore: instance-clock - how often the statement is sent; its day is the server's
         today = datetime.now(UTC).date()
         noted = self._noted[1] if self._noted[0] == today else set()
         new = self._used - noted

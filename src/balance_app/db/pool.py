@@ -189,6 +189,7 @@ class Database:
         tries = 0
         while True:
             try:
+                # ast-grep-ignore: acquire-without-timeout - the run that waits has its own
                 return await self._lent.acquire()
             except asyncpg.TooManyConnectionsError as error:
                 cause = classify(error)

@@ -67,6 +67,7 @@ class RunLog:
         name: str,
         fence: int,
         *,
+        # ast-grep-ignore: instance-clock - when a line was written, for people
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         mask: Mask = str,
         debug: bool = False,

@@ -72,6 +72,7 @@ class RunTransaction:
     async def enter(self, connection: Connection) -> None:
         """Begin, while the run holds its lease."""
         milliseconds = round(self._longest_seconds * 1000)
+        # ast-grep-ignore: sql-from-pieces - several statements have no parameters; it is a number
         await connection.execute(BEGIN.format(milliseconds=milliseconds))
         if await connection.fetchrow(ENTER, self.name, self.fence, self._holder) is None:
             raise LeaseLostError(f"{self.name} has lost its lease.")

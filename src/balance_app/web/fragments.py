@@ -247,7 +247,8 @@ class Fragments:
             lambda clock: clock[1] + view_models.CLOCKS[clock[2]](now - float(clock[3])), html
         )
         html = html.replace(_SHIFT, f'{_SHIFT} x="{-shift}%"')
-        return Markup(  # noqa: S704 - fragments are escaped when rendered
+        # Fragments are escaped when they are rendered.
+        return Markup(  # noqa: S704  # nosec
             _GROWING.sub(
                 lambda bar: f'{bar[0]} width="{charts.growing(100 + shift - float(bar[1]))}%"', html
             )
