@@ -1,4 +1,7 @@
-FROM python:3.13-slim AS builder
+# `make lock` renews the digest. From elsewhere, such as a registry of your own: --build-arg PYTHON_IMAGE=...
+ARG PYTHON_IMAGE=python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
+
+FROM $PYTHON_IMAGE AS builder
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -28,7 +31,7 @@ RUN /opt/build/bin/hatchling build -t wheel \
  && PIP_REQUIRE_HASHES=0 pip --python /opt/venv/bin/python install --no-deps --no-index dist/*.whl
 
 
-FROM python:3.13-slim
+FROM $PYTHON_IMAGE
 
 ARG VERSION=unreleased
 LABEL org.opencontainers.image.title="balance_app" \

@@ -55,12 +55,29 @@ def test_the_example_is_valid_with_all_its_lines_uncommented(
     assert settings.db_password.get_secret_value() == "PASSWORD"
 
 
+@pytest.mark.parametrize("file", ["Dockerfile", "docker-compose.yml"])
+def test_base_images_are_named_by_digest(file: str) -> None:
+    """What a tag means changes; what was tested is what is built and started."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    images = re.findall(
+        r"^(?:ARG PYTHON_IMAGE=| +image: \$\{POSTGRES_IMAGE:-)(.+?)\}?$", text, re.MULTILINE
+    )
+    assert [bool(re.fullmatch(r"[a-z]+:[\w.-]+@sha256:[0-9a-f]{64}", each)) for each in images] == [
+        True
+    ]
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"$PYTHON_IMAGE"}
+    assert set(re.findall(r"^ +image: (\S+)", text, re.MULTILINE)) <= {
+        "balance-app",
+        f"${{POSTGRES_IMAGE:-{images[0]}}}",
+    }
+
+
 def test_the_instances_differ_in_name_and_port_only() -> None:
     """All other configuration is the same for all."""
     blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
     assert [number for number, _ in blocks] == ["1", "2", "3", "4", "5"]
     configured = {
-        block.replace("    build: .\n", "")
+        block.replace("    build: { context: ., args: [PYTHON_IMAGE] }\n", "")
         .replace(f"SERVER_ID: app{number} ", "SERVER_ID: app# ")
         .replace(f":300{number}:", ":300#:")
         for number, block in blocks
