@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -18,6 +19,7 @@ import pytest
 from alembic import command
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from balance_app.db import migrations
 from balance_app.db.migrations import (
     MIGRATION_LOCK,
     RIGHTS,
@@ -387,6 +389,27 @@ async def _migrate_in_a_process(database: dict[str, str], **env: str) -> asyncio
         env={**os.environ, **database, **env},
         stderr=asyncio.subprocess.DEVNULL,
     )
+
+
+async def test_a_schema_that_changes_meanwhile_is_not_incomplete(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and version are of one moment, also while another instance migrates."""
+    other = await connect(database)
+    await _move(other, "base", "0011")
+    read_version, reads = migrations._version, 0
+
+    async def migrated_meanwhile(*arguments: Any) -> Any:  # noqa: ANN401
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            await _move(other, "0011", "head")
+        return await read_version(*arguments)
+
+    monkeypatch.setattr(migrations, "_version", migrated_meanwhile)
+    assert await migrations.find(settings_for(database)) is not None
+    assert reads == 2
+    await other.close()
 
 
 # -- 0012: keys of accounts ---------------------------------------------------------------------

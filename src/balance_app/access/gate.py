@@ -97,6 +97,8 @@ class Gate:
             await self._refresh()
         except Problem as problem:
             log.warning("keys not read", reason=problem.detail)
+        except Exception:
+            log.exception("keys not read")
         self._check_posture()
         self._task = asyncio.create_task(self._refresh_always())
 

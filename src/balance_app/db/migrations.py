@@ -139,7 +139,8 @@ SELECT nspname::text AS schema, relname::text AS name, pg_class.oid::bigint AS o
        relkind IN ('r', 'p') AS is_table, pg_get_userbyid(relowner)::text AS owner,
        pg_has_role(relowner, 'USAGE') AS is_ours,
        ARRAY(SELECT attname::text FROM pg_attribute
-             WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped) AS columns
+             WHERE attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped
+             ORDER BY attnum) AS columns
 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
 WHERE nspname = ANY ($1::text[]) AND relname = ANY ($2::text[])
 ORDER BY relname
@@ -307,10 +308,7 @@ async def _inspect(connection: "asyncpg.Connection[Any]", settings: Settings) ->
             f'The role "{role}" may not use {place}: '
             f"GRANT USAGE ON SCHEMA {_quoted(schema)} TO {_quoted(role)}."
         )
-    names = [*RIGHTS, VERSION_TABLE, "alembic_version"]
-    rows = await connection.fetch(RELATIONS, [schema], names)
-    relations = {row["name"]: row for row in rows}
-    version = await _version(connection, schema, relations, place)
+    relations, version = await _tables_and_version(connection, schema, place)
     if version is not None:
         fault = version.fault()
         if fault is None:
@@ -340,6 +338,24 @@ async def _inspect(connection: "asyncpg.Connection[Any]", settings: Settings) ->
 WHAT_TO_DO: Final = (
     "Nothing was changed. Name a schema of its own (DB_SCHEMA), or another database (DB_NAME)."
 )
+
+
+async def _tables_and_version(
+    connection: "asyncpg.Connection[Any]", schema: str, place: str
+) -> tuple[dict[str, Any], Version | None]:
+    """Return our tables, by name, and the version, as they were at one moment.
+
+    Another instance may migrate meanwhile. (No snapshot would do: a migration that rewrites a table
+    empties it for older ones.)
+    """
+    names = [*RIGHTS, VERSION_TABLE, "alembic_version"]
+    before = None
+    while True:
+        rows = await connection.fetch(RELATIONS, [schema], names)
+        relations = {row["name"]: row for row in rows}
+        if before is not None and relations == before[0]:
+            return before
+        before = relations, await _version(connection, schema, relations, place)
 
 
 async def _version(
