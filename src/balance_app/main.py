@@ -41,6 +41,7 @@ from balance_app.http import health, openapi
 from balance_app.http.body import FAULT_CODES
 from balance_app.http.health import Readiness
 from balance_app.http.middleware import RequestMiddleware
+from balance_app.http.seats import Seats
 from balance_app.http.services import Services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.events import EventBroadcaster
@@ -62,6 +63,8 @@ from balance_app.web.router import router as pages_router
 from balance_app.web.stream import PageStream
 
 log = structlog.get_logger(__name__)
+
+MAX_STREAMS = 1000  # of events
 
 # The statements that lock an account until their commit.
 LOCKING = (
@@ -131,6 +134,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     stats = StatsReader(database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
     metrics.set_fleet_query(stats.read)
     status_reader = StatusReader(database, settings)
+    streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
@@ -149,11 +153,11 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         Exporter(stopping),
         *([] if scheduler is None else [scheduler]),
         status_reader,
-        EventBroadcaster(status_reader.read, stopping),
+        EventBroadcaster(status_reader.read, stopping, streams),
         Controls(database, status_reader, registry),
         History(database),
         queries,
-        PageStream(status_reader, queries, stopping, root_path=settings.root_path),
+        PageStream(status_reader, queries, stopping, streams, root_path=settings.root_path),
     )
     try:
         try:

@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     rate_per_key: Annotated[float, Field(gt=0)] | None = Field(
         None, description="requests in a second that each key may send; by default any number"
     )
+    streams_per_client: Annotated[int, Field(ge=1)] = Field(
+        20,
+        description="streams of events of one address (and key) at once, of 1000; behind a proxy "
+        "all clients have its address",
+    )
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         75,
         description="how long a connection may be idle; longer than a proxy keeps it (nginx: 60)",

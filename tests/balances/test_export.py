@@ -16,10 +16,12 @@ import psutil
 import pytest
 from starlette.types import Message
 
+from balance_app.access.errors import TooManyRequests
 from balance_app.balances import ledger as ledger_module
 from balance_app.balances.api import export as export_module
 from balance_app.balances.api.export import (
     CSV,
+    EXPORTS_PER_CLIENT,
     JSON_LINES,
     MAX_EXPORTS,
     Exporter,
@@ -299,7 +301,9 @@ async def rows(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
 class Download:
     """The client of one export: it takes a piece whenever `more` allows it."""
 
-    def __init__(self, exporter: Exporter, pages: Pages, user_id: int = 1) -> None:
+    def __init__(
+        self, exporter: Exporter, pages: Pages, user_id: int = 1, address: str = "127.0.0.1"
+    ) -> None:
         self.user_id = user_id
         self.more = asyncio.Semaphore(0)
         self.gone = asyncio.Event()
@@ -307,7 +311,7 @@ class Download:
         self.began = asyncio.Event()
         self.complete = False
         response = ExportResponse(exporter, user_id, pages, JSON_LINES)
-        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "client": (address, 1)}
         self.task = asyncio.ensure_future(response(scope, self._receive, self._send))
 
     async def _receive(self) -> Message:
@@ -442,7 +446,7 @@ async def test_nothing_breaks_off_by_itself(rows: JobsDatabase) -> None:
 
     exporter = new_exporter()
     assert says_complete(await broken_off(rows, nothing, exporter))
-    with exporter.one_more():
+    with exporter.seats.take({}):
         pass
 
 
@@ -535,17 +539,26 @@ async def test_a_client_that_is_gone_ends_its_export(rows: JobsDatabase) -> None
 
 
 async def test_so_many_exports_run_at_once(rows: JobsDatabase) -> None:
-    """One more is refused with 503, until another has ended, however that ended."""
+    """One more is refused with 503, until another has ended, however that ended.
+
+    One client gets half of them, then 429.
+    """
     ledger = await add_ledger(rows.admin, seed=8, entries=2 * EXPORT_PAGE)
     exporter = new_exporter()
 
-    def begin() -> Download:
-        return Download(exporter, pages_of(rows, ledger[0].user_id))
+    def begin(address: str = "127.0.0.1") -> Download:
+        pages = pages_of(rows, ledger[0].user_id)
+        return Download(exporter, pages, address=address)
 
-    downloads = [begin() for _ in range(MAX_EXPORTS)]
+    downloads = [begin() for _ in range(EXPORTS_PER_CLIENT)]
     for download in downloads:
         await download.began.wait()
-    refused = begin()
+    with pytest.raises(TooManyRequests):
+        await begin().task
+    downloads += [begin("127.0.0.2") for _ in range(MAX_EXPORTS - EXPORTS_PER_CLIENT)]
+    for download in downloads:
+        await download.began.wait()
+    refused = begin("127.0.0.3")
     with pytest.raises(Overloaded) as full:
         await refused.task
     assert full.value.headers == {"Retry-After": "1"}
@@ -563,9 +576,13 @@ async def test_so_many_exports_run_at_once(rows: JobsDatabase) -> None:
 
 
 @asynccontextmanager
-async def reading(instance: Instance, user_id: int) -> AsyncIterator[asyncio.StreamReader]:
+async def reading(
+    instance: Instance, user_id: int, address: str = "127.0.0.1"
+) -> AsyncIterator[asyncio.StreamReader]:
     """Ask for an export, and read its head; a small buffer lets the server wait soon."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", instance.port, limit=2**16)
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", instance.port, limit=2**16, local_addr=(address, 0)
+    )
     writer.write(
         f"GET /api/users/{user_id}/entries HTTP/1.1\r\nHost: localhost\r\n"
         f"Accept: {JSON_LINES}\r\n\r\n".encode()
@@ -603,8 +620,9 @@ async def test_changes_go_on_while_clients_stop_reading(
     user_id = await large_ledger(database, 100_000)
     admin = await connect(database)
     async with AsyncExitStack() as stack:
-        for _ in range(MAX_EXPORTS):
-            await stack.enter_async_context(reading(instance, user_id))
+        for number in range(MAX_EXPORTS):
+            address = f"127.0.0.{2 + number // EXPORTS_PER_CLIENT}"
+            await stack.enter_async_context(reading(instance, user_id, address))
         full = await client.get(f"/api/users/{user_id}/entries", headers={"Accept": CSV})
         assert (full.status_code, full.headers["retry-after"]) == (503, "1")
         assert (await client.get(f"/api/users/{user_id}/entries")).is_success

@@ -27,6 +27,7 @@ from tests.balances.hostile import chunked, raw_request
 
 SOON: Final = 0.2  # seconds that a head has in these tests
 LATER: Final = 0.3
+GATHER: Final = 0.15  # seconds in which the connections that end together are counted
 BODY: Final = b'{"userId":1,"amount":-2}'
 LARGE: Final = 16 * 1024 * 1024  # more than the kernel buffers
 LENGTH: Final = f"Content-Length: {len(BODY)}"
@@ -35,7 +36,7 @@ LENGTH: Final = f"Content-Length: {len(BODY)}"
 @pytest.fixture(autouse=True)
 def hasty_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log soon what has ended."""
-    monkeypatch.setattr(endings, "GATHER_SECONDS", 0.05)
+    monkeypatch.setattr(endings, "GATHER_SECONDS", GATHER)
 
 
 Scenario = Callable[..., Coroutine[Any, Any, None]]
@@ -817,14 +818,14 @@ class Careless(LimitedProtocol):
 async def stream_ends(kind: type[LimitedProtocol], *, reads: bool) -> bool:
     """Open a stream of events in a small window; return whether the server ends it."""
     loop = asyncio.get_running_loop()
-    async with serving(patience=SOON, kind=kind) as (application, server):
+    async with serving(patience=0.6, kind=kind) as (application, server):
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.setblocking(False)  # noqa: FBT003 - socket's own
             await loop.sock_connect(client, ("127.0.0.1", server.port))
             await loop.sock_sendall(client, raw_request("GET", "/events", "Host: a"))
             with suppress(TimeoutError):
-                async with asyncio.timeout(1.5):
+                async with asyncio.timeout(2):
                     while not server.state.connections:  # noqa: ASYNC110 - of the server
                         await asyncio.sleep(0.01)
                     while server.state.connections:
@@ -980,22 +981,22 @@ async def test_idle_connections_give_way_to_new_ones() -> None:
 @on_its_loop
 async def test_an_ending_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """What came meanwhile is counted in the next line; each kind has lines of its own."""
-    monkeypatch.setattr(endings, "LOG_EVERY_SECONDS", 0.2)
+    monkeypatch.setattr(endings, "LOG_EVERY_SECONDS", 0.4)
     loop, noted = asyncio.get_running_loop(), Endings()
     with capture_logs() as lines:
         for _ in range(3):
             noted.note(Ending.SILENT, None, loop)
         noted.note(Ending.FULL, None, loop)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(GATHER + 0.05)
         said = [(line["event"], line["count"], line["log_level"]) for line in lines]
         assert sorted(said) == [(Ending.SILENT, 3, "info"), (Ending.FULL, 1, "warning")]
         for _ in range(20):
             noted.note(Ending.SILENT, None, loop)
         assert len(lines) == 2
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         assert [(line["count"], line["log_level"]) for line in lines[2:]] == [(20, "warning")]
         noted.note(Ending.SILENT, None, loop)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(GATHER + 0.05)
         assert [line["count"] for line in lines[3:]] == [1]
 
 

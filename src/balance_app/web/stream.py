@@ -19,6 +19,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
+from balance_app.http.seats import Seats
 from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.web import view_models
@@ -26,7 +27,7 @@ from balance_app.web.fragments import Fragments
 from balance_app.web.queries import Activity, PageQueries
 from balance_app.web.rendering import add_root_path
 
-_VERSION: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
+_VERSION: Final = re.compile(r"[0-9]{1,15}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read when no run changes
 UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match a new status
 
@@ -39,6 +40,7 @@ class PageStream:
         status_reader: StatusReader,
         queries: PageQueries,
         stopping: asyncio.Event,
+        seats: Seats,
         *,
         root_path: str = "",
     ) -> None:
@@ -58,7 +60,7 @@ class PageStream:
         self._boot = token_hex(4)
         self._events: dict[tuple[int | None, str | None], bytes] = {}
         self._compressed: dict[bytes, bytes] = {}
-        self._broadcaster = EventBroadcaster(self._poll, stopping)
+        self._broadcaster = EventBroadcaster(self._poll, stopping, seats)
         self.fragments = Fragments()
 
     @property
@@ -138,13 +140,13 @@ class PageStream:
             self._watched = +self._watched
 
     @contextmanager
-    def watching(self, job: str | None) -> Iterator[None]:
-        """Count a viewer of everything, or of one job.
+    def watching(self, job: str | None, scope: Scope) -> Iterator[None]:
+        """Count a viewer of everything, or of one job, who sent this request.
 
         Raises:
-            Overloaded: there are too many viewers.
+            Overloaded, TooManyRequests: there are too many viewers.
         """
-        with self._broadcaster.viewer(), self.keeping(job) if job else nullcontext():
+        with self._broadcaster.viewer(scope), self.keeping(job) if job else nullcontext():
             yield
 
     async def events(self, since: str | None, job: str | None) -> AsyncIterator[bytes]:
@@ -204,11 +206,12 @@ class PageStreamResponse(EventSourceResponse):
             headers["Content-Encoding"] = "gzip"
             events = _gzip(events, stream.compress)
         super().__init__(events, headers=headers)
-        self._watching = stream.watching(job)
+        self._stream = stream
+        self._job = job
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._watching:
+        with self._stream.watching(self._job, scope):
             await super().__call__(scope, receive, send)
 
 

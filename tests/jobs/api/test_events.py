@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import httpx
 import pytest
@@ -11,7 +12,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Problem
+from balance_app.http.seats import Seats
 from balance_app.http.services import Services
 from balance_app.jobs.api import events as events_module
 from balance_app.jobs.api import router
@@ -38,6 +40,14 @@ class StubReader:
         return StatusSnapshot(moment, b'{"read":%d}' % self.count, {}, [], {})
 
 
+# A client as `httpx.ASGITransport` names it.
+SCOPE: Final = {"type": "http", "client": ("127.0.0.1", 123)}
+
+
+def seats(most: int = 100, per_client: int = 100) -> Seats:
+    return Seats("streams", most=most, per_client=per_client)
+
+
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> StubReader:
     """The broadcaster's reader, with short ticks."""
@@ -46,7 +56,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubReader:
 
 
 async def follow(broadcaster: EventBroadcaster, received: list[bytes]) -> None:
-    with broadcaster.viewer():
+    with broadcaster.viewer(SCOPE):
         async for event in broadcaster.events():
             received.append(event)  # noqa: PERF401 - the test reads it meanwhile
 
@@ -66,7 +76,7 @@ async def until(what: Callable[[], bool]) -> None:
 
 async def test_one_read_serves_all_viewers(stub: StubReader) -> None:
     """A hundred viewers get the same events, each from one read."""
-    broadcaster = EventBroadcaster(stub.read, asyncio.Event())
+    broadcaster = EventBroadcaster(stub.read, asyncio.Event(), seats())
     received, viewers = watch(broadcaster, 100)
     await until(lambda: stub.count >= 6)
     for viewer in viewers:
@@ -80,7 +90,7 @@ async def test_one_read_serves_all_viewers(stub: StubReader) -> None:
 
 async def test_nothing_is_read_without_viewers(stub: StubReader) -> None:
     """Reads end with the last viewer, and begin again with the next."""
-    broadcaster = EventBroadcaster(stub.read, asyncio.Event())
+    broadcaster = EventBroadcaster(stub.read, asyncio.Event(), seats())
     assert stub.count == 0
     for _ in range(2):
         received, (viewer,) = watch(broadcaster, 1)
@@ -95,10 +105,10 @@ async def test_nothing_is_read_without_viewers(stub: StubReader) -> None:
 
 async def test_a_newcomer_sees_the_newest_event_at_once(stub: StubReader) -> None:
     """A viewer that joins between two ticks gets an event without waiting or another read."""
-    broadcaster = EventBroadcaster(stub.read, asyncio.Event())
+    broadcaster = EventBroadcaster(stub.read, asyncio.Event(), seats())
     received, (viewer,) = watch(broadcaster, 1)
     await until(lambda: len(received[0]) > 1)
-    with broadcaster.viewer():
+    with broadcaster.viewer(SCOPE):
         events = broadcaster.events()
         await anext(events)
         before = stub.count
@@ -110,8 +120,8 @@ async def test_a_newcomer_sees_the_newest_event_at_once(stub: StubReader) -> Non
 
 async def test_a_slow_viewer_gets_the_newest_event(stub: StubReader) -> None:
     """Events that were sent while it was not reading are dropped."""
-    broadcaster = EventBroadcaster(stub.read, asyncio.Event())
-    with broadcaster.viewer():
+    broadcaster = EventBroadcaster(stub.read, asyncio.Event(), seats())
+    with broadcaster.viewer(SCOPE):
         events = broadcaster.events()
         await anext(events)
         first = await anext(events)
@@ -125,7 +135,7 @@ async def test_a_slow_viewer_gets_the_newest_event(stub: StubReader) -> None:
 async def test_all_streams_end_when_the_instance_stops(stub: StubReader, *, hangs: bool) -> None:
     """Also while a read hangs."""
     stopping = asyncio.Event()
-    broadcaster = EventBroadcaster(stub.read, stopping)
+    broadcaster = EventBroadcaster(stub.read, stopping, seats())
     received, viewers = watch(broadcaster, 20)
     await until(lambda: all(len(each) > 1 for each in received))
     stub.hangs = hangs
@@ -149,7 +159,7 @@ async def test_all_streams_end_when_the_instance_stops(stub: StubReader, *, hang
 )
 async def test_a_failed_read_is_an_event_too(stub: StubReader, error: Exception, code: str) -> None:
     """`unavailable` carries the problem; the status is sent again after recovery."""
-    broadcaster = EventBroadcaster(stub.read, asyncio.Event())
+    broadcaster = EventBroadcaster(stub.read, asyncio.Event(), seats())
     received, (viewer,) = watch(broadcaster, 1)
     stub.error = error
     await until(lambda: any(event.startswith(b"event: unavailable") for event in received[0]))
@@ -161,13 +171,17 @@ async def test_a_failed_read_is_an_event_too(stub: StubReader, error: Exception,
     await asyncio.gather(viewer, return_exceptions=True)
 
 
+@pytest.mark.parametrize(
+    ("most", "code", "status"), [(2, "overloaded", 503), (9, "too-many-requests", 429)]
+)
 async def test_one_viewer_too_many_is_refused(
-    stub: StubReader, monkeypatch: pytest.MonkeyPatch
+    stub: StubReader, most: int, code: str, status: int
 ) -> None:
-    """It gets a 503; when another viewer has left, a new one is accepted."""
-    monkeypatch.setattr(events_module, "MAX_VIEWERS", 3)
+    """With 503 when all seats are taken, with 429 when a client has its share; until one leaves."""
     stopping = asyncio.Event()
-    broadcaster = EventBroadcaster(stub.read, stopping)
+    broadcaster = EventBroadcaster(
+        stub.read, stopping, seats(most, per_client=2 if status == 429 else 9)
+    )
     app = FastAPI()
     app.state.services = Services(broadcaster)
     app.include_router(router.router)
@@ -177,12 +191,12 @@ async def test_one_viewer_too_many_is_refused(
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
         )
         with ExitStack() as viewers:
-            for _ in range(3):
-                viewers.enter_context(broadcaster.viewer())
-            with pytest.raises(Overloaded):
-                viewers.enter_context(broadcaster.viewer())
+            for _ in range(2):
+                viewers.enter_context(broadcaster.viewer(SCOPE))
+            with pytest.raises(Problem, match="already"):
+                viewers.enter_context(broadcaster.viewer(SCOPE))
             full = await client.get("/api/cron/events")
-            assert (full.status_code, full.json()["code"]) == (503, "overloaded")
+            assert (full.status_code, full.json()["code"]) == (status, code)
             assert full.headers["retry-after"] == "1"
         stopping.set()  # this client reads to the end of the stream
         assert (await client.get("/api/cron/events")).status_code == 200

@@ -8,8 +8,8 @@ slowly) has none, and its connection ends without the end of the HTTP message.
 import asyncio
 import csv
 import io
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from balance_app.balances.api.schemas import entry_body
 from balance_app.balances.model import Entry
-from balance_app.errors import Overloaded, Problem
+from balance_app.errors import Problem
+from balance_app.http.seats import Seats
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +32,7 @@ Pages = AsyncGenerator[list[Entry], None]
 CSV: Final = "text/csv"
 JSON_LINES: Final = "application/jsonl"
 MAX_EXPORTS: Final = 8
+EXPORTS_PER_CLIENT: Final = 4
 READER_SECONDS: Final = 30.0
 
 COLUMNS: Final = (
@@ -179,22 +181,7 @@ class Exporter:
 
     def __init__(self, stopping: asyncio.Event) -> None:
         self._stopping = stopping
-        self._under_way = 0
-
-    @contextmanager
-    def one_more(self) -> Iterator[None]:
-        """Count an export within the block.
-
-        Raises:
-            Overloaded: there are `MAX_EXPORTS` already.
-        """
-        if self._under_way >= MAX_EXPORTS:
-            raise Overloaded(f"{self._under_way} exports are under way on this instance already.")
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
+        self.seats = Seats("exports", most=MAX_EXPORTS, per_client=EXPORTS_PER_CLIENT)
 
     async def pieces(self, pages: Pages, written: Format) -> AsyncGenerator[bytes, None]:
         """Yield an export of these pages piece by piece.
@@ -249,7 +236,7 @@ class ExportResponse(StreamingResponse):
                 raise BrokenOffError("The client reads too slowly.") from None
 
         async with aclosing(self._pieces) as pieces:
-            with self._exporter.one_more():
+            with self._exporter.seats.take(scope):
                 # What can't even begin is answered with a problem.
                 first = await anext(pieces)
                 self.body_iterator = _with_first(first, pieces)

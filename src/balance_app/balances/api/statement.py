@@ -7,6 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.errors import TooManyRequests
 from balance_app.balances.api.export import (
     CSV,
     EXPORT_CONTENT,
@@ -46,7 +47,7 @@ def _ledger(request: Request) -> LedgerRepository:
     response_model=EntriesAnswer,
     responses={
         200: {"content": EXPORT_CONTENT, **headers("Content-Disposition", "Vary")},
-        **problems(UserNotFound, NotAcceptable, InvalidRequest),
+        **problems(UserNotFound, NotAcceptable, InvalidRequest, TooManyRequests),
     },
     dependencies=[ONCE],
 )

@@ -15,12 +15,12 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from balance_app.errors import InternalError, Overloaded, Problem
+from balance_app.errors import InternalError, Problem
+from balance_app.http.seats import Seats
 from balance_app.jobs.api.status import StatusSnapshot
 
 log = structlog.get_logger(__name__)
 
-MAX_VIEWERS: Final = 1000
 TICK_SECONDS: Final = 1.0
 RETRY_MILLISECONDS: Final = 1000  # how soon a disconnected viewer connects again
 
@@ -29,10 +29,14 @@ class EventBroadcaster:
     """Sends the newest status event to every viewer of this instance, until the instance stops."""
 
     def __init__(
-        self, read_status: Callable[[], Awaitable[StatusSnapshot]], stopping: asyncio.Event
+        self,
+        read_status: Callable[[], Awaitable[StatusSnapshot]],
+        stopping: asyncio.Event,
+        seats: Seats,
     ) -> None:
         self._read_status = read_status
         self._stopping = stopping
+        self._seats = seats
         self._viewers = 0
         self._ticker: asyncio.Task[None] | None = None
         # the newest event, the number of events so far, and set when the next is published
@@ -41,22 +45,21 @@ class EventBroadcaster:
         self._published = asyncio.Event()
 
     @contextmanager
-    def viewer(self) -> Iterator[None]:
-        """Count a viewer within the block.
+    def viewer(self, scope: Scope) -> Iterator[None]:
+        """Count a viewer within the block, who sent this request.
 
         Raises:
-            Overloaded: there are `MAX_VIEWERS` already.
+            Overloaded, TooManyRequests: there are too many viewers.
         """
-        if self._viewers >= MAX_VIEWERS:
-            raise Overloaded(f"This instance has {self._viewers} viewers already.")
-        self._viewers += 1
-        if self._ticker is None:
-            # An empty context: it reads for all viewers.
-            self._ticker = asyncio.create_task(self._tick(), context=Context())
-        try:
-            yield
-        finally:
-            self._viewers -= 1
+        with self._seats.take(scope):
+            self._viewers += 1
+            if self._ticker is None:
+                # An empty context: it reads for all viewers.
+                self._ticker = asyncio.create_task(self._tick(), context=Context())
+            try:
+                yield
+            finally:
+                self._viewers -= 1
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield each new event; events that were replaced meanwhile are left out."""
@@ -120,5 +123,5 @@ class EventStreamResponse(EventSourceResponse):
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._broadcaster.viewer():
+        with self._broadcaster.viewer(scope):
             await super().__call__(scope, receive, send)

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from balance_app.access.errors import CrossSiteRequest
+from balance_app.access.errors import CrossSiteRequest, TooManyRequests
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
@@ -100,7 +100,7 @@ async def read_status(request: Request) -> Response:
     summary="Watch every job",
     response_description="Events (Server-Sent Events), until the client disconnects.",
     response_class=StreamingResponse,
-    responses={**problems(), **_EVENTS},
+    responses={**problems(TooManyRequests), **_EVENTS},
 )
 async def watch_status(request: Request) -> Response:
     """Send the status now and every second, as events.
