@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import override
 
+from balance_app.access.keys import ANYBODY, principal
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
@@ -38,6 +39,9 @@ class PageRoute(APIRoute):
 
         async def handle_for_people(request: Request) -> Response:
             try:
+                sender = principal(request)
+                if sender is not ANYBODY:  # a form that is refused is answered with the whole page
+                    sender.require("read")
                 return await handle(request)
             except Problem as problem:
                 return problem_page(request, problem)
