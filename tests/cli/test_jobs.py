@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
-from tests.processes import Instance, connect, http_client, query
+from tests.processes import Instance, connect, http_client
 from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
@@ -552,48 +552,3 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
     first, second = out.decode().splitlines()
     assert re.fullmatch(r"one succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in 15 s\.", first)
     assert re.fullmatch(SHOWN, second)
-
-
-# -- the audit ---------------------------------------------------------------------------------
-
-
-async def test_the_ledger_is_audited_on_request(database: dict[str, str]) -> None:
-    """The last audit's result is shown; --now requests one, which names the users that differ."""
-    async with Instance(database, JOB_MIN_SECONDS="0.3", JOB_WARM_UP_SECONDS="0") as instance:
-        environment = {"BALANCE_APP_URL": instance.url}
-        code, out, err = await run("audit", "--now", **environment)
-        assert code == 0
-        assert "Waiting for " in err.splitlines()[0]
-        first, second = out.splitlines()
-        assert re.match(r"audit-ledger succeeded \d+ s ago \([-:\d ]+ UTC\) on app1 in ", first)
-        assert second == "checked 1 entry of 1 user: all balances match"
-
-        await query(database, "ALTER TABLE users DISABLE TRIGGER USER")
-        await query(database, "UPDATE users SET balance = 1 WHERE id = 1")
-        code, out, _ = await run("audit", **environment)
-        assert (code, out.splitlines()[1]) == (0, second)
-        code, out, err = await run("audit", "--now", **environment)
-        assert code == 1
-        assert re.match(
-            r"audit-ledger is requested\. Waiting for the end of its run; the last one took ", err
-        )
-        first, second = out.splitlines()
-        assert first.startswith("audit-ledger failed ")
-        assert "1 of 1 user differs: user 1: the balance is 1 at version 1" in second
-        code, out, _ = await run("audit", "--json", **environment)
-        assert (code, json.loads(out)["outcome"]) == (1, "failed")
-
-
-async def test_an_unfinished_audit_is_no_success(
-    instance: Instance, connection: Connection
-) -> None:
-    """Without a finished audit the exit code is 1."""
-    await add_job(connection, "audit-ledger")
-    await add_run(connection, "audit-ledger", 1, outcome="lost")
-    code, out, err = await run("audit", BALANCE_APP_URL=instance.url)
-    assert (code, out) == (1, "")
-    assert err == "The ledger was not audited yet: request it with --now.\n"
-    await add_run(connection, "audit-ledger", 2, outcome="succeeded", result="all match")
-    await add_run(connection, "audit-ledger", 3, outcome="cancelled")
-    code, out, _ = await run("audit", BALANCE_APP_URL=instance.url)
-    assert (code, out.splitlines()[1]) == (0, "all match")

@@ -39,7 +39,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     assert set(commands) == {
         *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
-        *("audit", "change", "transfer", "hold", "capture", "void", "reverse"),
+        *("audit", "seals", "change", "transfer", "hold", "capture", "void", "reverse"),
         *("balance", "user", "users", "statement", "holds", "daily-balances"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
@@ -111,7 +111,6 @@ REFUSED: Final = [
     ("schedule x --every 1.5", 2, "Invalid value for '--every'"),
     ("history --outcome x", 2, "Invalid value for '--outcome'"),
     ("history NO", 2, "Wrong in query:job: not-a-name.\n"),
-    ("audit", 1, "There is no job audit-ledger.\n"),
     ("transfer 1 1 5", 2, "Wrong in /toUserId: same-user.\n"),
     ("transfer 1 7 5", 1, "There is no user 7.\n"),
     ("transfer 1 2 -5", 2, "Wrong in /amount: out-of-range.\n"),
@@ -147,6 +146,10 @@ REFUSED: Final = [
     ("status --url http://", 2, "http:// is not the URL of a service: "),
     ("status --url http://[::1", 2, "http://[::1 is not the URL of a service: "),
     ("migrate", 2, "No database is configured: "),
+    ("audit", 2, "No database is configured, and none runs here: "),
+    ("seals", 2, "No database is configured, and none runs here: "),
+    ("audit --seal 00", 2, "a digest has 64 hexadecimal digits"),
+    ("audit --url http://localhost", 2, "No such option: --url"),
     ("serve", 2, "No database is configured: "),
     ("moon", 2, "No such command 'moon'"),
 ]
@@ -171,7 +174,7 @@ async def test_invalid_settings_are_a_usage_error() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        *("status", "balance 1", "change 1 -2", "run x", "audit --now", "transfer 1 2 5"),
+        *("status", "balance 1", "change 1 -2", "run x", "history", "transfer 1 2 5"),
         *("void 1-1", "users set 1 --freeze", "statement 1 --csv"),
     ],
 )

@@ -216,19 +216,27 @@ class JobRunner:
         return [tuple(row) for row in await self.connection.fetch(sql, *arguments)]
 
 
+async def hashes_of(connection: Connection) -> dict[tuple[int, int], bytes]:
+    """Return the hash of each entry, by user and version."""
+    hashes: dict[tuple[int, int], bytes] = {}
+    user, last = 0, b""
+    for entry in await connection.fetch("SELECT * FROM entries ORDER BY user_id, version"):
+        last = entry_hash(last if entry["user_id"] == user else b"", entry)
+        user = entry["user_id"]
+        hashes[user, entry["version"]] = last
+    return hashes
+
+
 async def chain_again(connection: Connection) -> None:
     """Compute every hash of the ledgers anew; entries and accounts without one stay so."""
-    heads: dict[int, bytes] = {}
-    hashes = []
-    for entry in await connection.fetch("SELECT * FROM entries ORDER BY user_id, version"):
-        user_id = entry["user_id"]
-        heads[user_id] = entry_hash(heads.get(user_id, b""), entry)
-        hashes.append((user_id, entry["version"], heads[user_id]))
+    hashes = await hashes_of(connection)
     await connection.executemany(
-        "UPDATE entries SET hash = $3 WHERE (user_id, version) = ($1, $2) AND hash <> $3", hashes
+        "UPDATE entries SET hash = $3 WHERE (user_id, version) = ($1, $2) AND hash <> $3",
+        [(user, version, hashed) for (user, version), hashed in hashes.items()],
     )
     await connection.executemany(
-        "UPDATE users SET hash = $2 WHERE id = $1 AND hash <> $2", list(heads.items())
+        "UPDATE users SET hash = $2 WHERE id = $1 AND hash <> $2",
+        list({user: hashed for (user, _), hashed in hashes.items()}.items()),
     )
 
 

@@ -15,11 +15,11 @@ A seal covers the heads (last entries) of the ledgers that have changed since th
 that seal: whoever knows the digest of one can tell later whether anything it covers was rewritten.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
@@ -38,7 +38,13 @@ _MORE_TEXTS: Final = ("reference", "note")
 _COLUMNS: Final = 14
 
 
-def entry_hash(previous: bytes, entry: Mapping[str, Any]) -> bytes:
+class Row(Protocol):
+    """A row of entries."""
+
+    def __getitem__(self, column: str, /) -> Any: ...  # noqa: ANN401
+
+
+def entry_hash(previous: bytes, entry: Row) -> bytes:
     """Return the hash of an entry after one with the hash `previous`."""
     hashed = sha256(previous)
     hashed.update(
@@ -67,6 +73,14 @@ def entry_hash(previous: bytes, entry: Mapping[str, Any]) -> bytes:
 def microseconds(moment: datetime | int) -> int:
     """Return a time as PostgreSQL sends it; a number is one already."""
     return moment if isinstance(moment, int) else (moment - EPOCH) // MICROSECOND
+
+
+def moment(sent: int) -> datetime:
+    """Return a time that PostgreSQL sent as a number; year 1 or 9999 for one beyond them."""
+    try:
+        return EPOCH + sent * MICROSECOND
+    except OverflowError:
+        return datetime(9999 if sent > 0 else 1, 1, 1, tzinfo=UTC)
 
 
 def _text(text: str | None) -> bytes:

@@ -12,6 +12,7 @@ import typer
 from balance_app import __version__
 from balance_app.cli.balance_commands import balance_commands
 from balance_app.cli.job_commands import job_commands
+from balance_app.cli.ledger_commands import ledger_commands
 from balance_app.cli.remote import Command, Group, Json, Url, fail, global_options, own_url
 from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
 
@@ -46,7 +47,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 service, database = typer.Typer(), typer.Typer()
-for commands in (service, job_commands, balance_commands, database):
+for commands in (service, job_commands, balance_commands, ledger_commands, database):
     cli.add_typer(commands)
 
 
@@ -75,7 +76,7 @@ def before_the_command(
         if each.callback
     }
     if url is None:
-        accepting.add("jobs")
+        accepting |= {"audit", "jobs", "seals"}
     if not json:
         accepting.add("healthcheck")
     if (json or url is not None) and context.invoked_subcommand not in accepting:

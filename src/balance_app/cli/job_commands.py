@@ -196,24 +196,6 @@ def forget(
         session.forget(job, by=by or login_name())
 
 
-@_job()
-def audit(
-    *,
-    now: Annotated[
-        bool, typer.Option("--now", help="request an audit and wait for its result")
-    ] = False,
-    by: By = None,
-    json: Json = False,
-    url: Url = None,
-) -> None:
-    """Show what the last audit of the ledger found.
-
-    The exit code is 0 only if it found no fault.
-    """
-    with _open(url, as_json=json) as session:
-        raise typer.Exit(session.audit_now(by=by or login_name()) if now else session.audit())
-
-
 # -- shared ------------------------------------------------------------------------------------
 
 

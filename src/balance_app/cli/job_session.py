@@ -21,12 +21,10 @@ from balance_app.client.transport import Call
 from balance_app.formatting import duration, exact, visible
 from balance_app.states import Outcome, State
 
-AUDIT: Final = "audit-ledger"
 COMPLETION_SECONDS: Final = 0.7
 
 # After any other outcome another run goes on with the tick.
 _CONCLUSIVE: Final = {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.CANCELLED}
-_AUDIT_OUTCOMES: Final = {Outcome.SUCCEEDED, Outcome.FAILED}
 _CONTROL_MESSAGES: Final = {
     "run": "{name} is ready to run: an instance claims it.",
     "pause": "{name} is paused by {by}.",
@@ -153,19 +151,6 @@ class JobSession(Session):
     def run_and_wait(self, job: str, *, by: str, args: dict[str, Any] | None = None) -> Code:
         """Run a job now, or join its run under way; show its end, return the exit code."""
         return self._report_run(*self._wait(job, self._request_run(job, by, args)))
-
-    def audit_now(self, *, by: str) -> Code:
-        """Request an audit of the ledger, show what it finds, return the exit code."""
-        return self.run_and_wait(AUDIT, by=by)
-
-    def audit(self) -> Code:
-        """Show what the last audit of the ledger found; return the exit code."""
-        answer = self._get("/api/cron/history", "runs", job=AUDIT, limit=100)
-        found = (run for run in answer.body["runs"] if run["outcome"] in _AUDIT_OUTCOMES)
-        run = next(found, None)
-        if run is None:
-            raise RemoteError("The ledger was not audited yet: request it with --now.", Code.FAILED)
-        return self._report_run(run, answer.now)
 
     def read_status(self) -> Received:
         """Return what every job is doing."""

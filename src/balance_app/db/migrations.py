@@ -273,6 +273,23 @@ async def find(settings: Settings) -> Installation | None:
     return found.installation if isinstance(found, Schema) else None
 
 
+async def require_schema(connection: "asyncpg.Connection[Any]") -> None:
+    """Check that this program can read the schema; the role needs no right to write.
+
+    Raises:
+        UnusableDatabaseError: it can't, or there is none.
+    """
+    try:
+        row = await connection.fetchrow(SCHEMA_VERSION)
+    except asyncpg.UndefinedTableError:
+        row = None
+    if row is None:
+        raise UnusableDatabaseError("The database has no schema of balance_app (DB_SCHEMA).")
+    fault = Version(row["version_num"], row["compatible_from"]).fault()
+    if fault is not None:
+        raise UnusableDatabaseError(fault)
+
+
 async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":
     arguments = settings.connect_arguments()
     # The default search path is inspected: it may lead to tables that a release before has made.

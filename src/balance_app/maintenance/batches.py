@@ -6,10 +6,10 @@ keys: neither can become a scan of a whole table.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, NamedTuple, Protocol
 
 from balance_app.db.pool import Connection
-from balance_app.jobs.run import Run
 
 State = dict[str, Any]
 Batch = Callable[[Connection, State, int], Awaitable[State]]
@@ -38,7 +38,27 @@ class Rows(NamedTuple):
     arguments: tuple[object, ...] = ()
 
 
-async def in_batches(run: Run, batch: Batch, start: State, rows: Rows) -> State:
+class Steps(Protocol):
+    """What batches need of a `Run`."""
+
+    @property
+    def resumed(self) -> Any:  # noqa: ANN401 - any JSON
+        """The state of a run before, to go on from."""
+
+    def transaction(self) -> AbstractAsyncContextManager[Connection]:
+        """Open the transaction of a batch."""
+
+    async def checkpoint(self, state: object) -> None:
+        """Store the state after it."""
+
+    def progress(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Report it."""
+
+    async def pace(self) -> None:
+        """Wait before the next batch."""
+
+
+async def in_batches(run: Steps, batch: Batch, start: State, rows: Rows) -> State:
     """Process batches until the state that `batch` returns has `ended`; return that state.
 
     Each batch and its state are one transaction, so a run that is interrupted continues after the

@@ -36,8 +36,8 @@ FROM seal_parts WHERE seal = $1
 SEAL: Final = "INSERT INTO seals (number, at, heads, digest) VALUES ($1, $2, $3, $4)"
 
 
-class Seal(NamedTuple):
-    """A seal, for people and logs."""
+class Sealed(NamedTuple):
+    """The seal that a run made, or found, for people and logs."""
 
     number: int
     digest: str
@@ -59,7 +59,7 @@ async def add_part(
     await connection.execute(ADD_PART, number, part, user_ids, versions, digest)
 
 
-async def seal(connection: Connection) -> Seal | None:
+async def seal(connection: Connection) -> Sealed | None:
     """Seal the parts since the last seal; without any, return that with no heads, if there is one.
 
     The transaction holds the job's lease when it commits, so seals are made one after the other.
@@ -67,10 +67,10 @@ async def seal(connection: Connection) -> Seal | None:
     last = await connection.fetchrow(LAST)
     assert last is not None  # noqa: S101 - the statement always has one
     if not last["part"]:
-        return Seal(last["number"], last["seal"].hex(), 0) if last["number"] else None
+        return Sealed(last["number"], last["seal"].hex(), 0) if last["number"] else None
     number = last["number"] + 1
     made = await connection.fetchrow(HEADS, number)
     assert made is not None  # noqa: S101 - an aggregate always has one
     digest = chain.seal_digest(last["digest"], number, made["heads"], made["at"])
     await connection.execute(SEAL, number, made["at"], made["heads"], digest)
-    return Seal(number, digest.hex(), made["heads"])
+    return Sealed(number, digest.hex(), made["heads"])

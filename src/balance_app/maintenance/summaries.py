@@ -7,7 +7,7 @@ from balance_app.db.pool import Connection, read
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
-from balance_app.maintenance.seals import Seal, add_part, seal
+from balance_app.maintenance.seals import Sealed, add_part, seal
 
 ENTRIES_AT_ONCE: Final = 2000
 LISTS_AT_ONCE: Final = 50
@@ -57,7 +57,7 @@ async def note_daily_balances(run: Run) -> str:
     sentence = f"read {users}: recorded {recorded}"
     if state["seal"] is None:
         return sentence
-    made = Seal(*state["seal"])
+    made = Sealed(*state["seal"])
     # Whoever ships the logs elsewhere has a witness: a run that goes on here may say it twice.
     run.log.info("sealed", seal=made.number, digest=made.digest, heads=made.heads)
     return f"{sentence}; seal {made.number} is {'' if made.heads else 'still '}{made.digest}"

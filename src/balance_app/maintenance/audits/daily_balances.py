@@ -7,7 +7,7 @@ from balance_app.db.pool import Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.audits import faults
-from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
+from balance_app.maintenance.batches import FIRST_ID, Rows, State, Steps, count, in_batches
 
 DAILY_BALANCES: Final = """
 SELECT greatest(
@@ -45,6 +45,15 @@ FROM (SELECT) AS always LEFT JOIN tail ON true
 @job(name="audit-daily-balances", every=timedelta(minutes=20))
 async def audit_daily_balances(run: Run) -> str:
     """Check that the daily balances agree with the ledger."""
+    return await check_daily_balances(run)
+
+
+async def check_daily_balances(run: Steps) -> str:
+    """Return what was checked.
+
+    Raises:
+        LedgerMismatchError: a daily balance differs.
+    """
     start = {"user": FIRST_ID, "day": "-infinity", **faults.NONE}
     state = await in_batches(
         run, _audit_daily_balances, start, Rows("daily balances", DAILY_BALANCES, most=1000)

@@ -8,7 +8,7 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.audits import faults
-from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
+from balance_app.maintenance.batches import FIRST_ID, Rows, State, Steps, count, in_batches
 
 KEYS: Final = """
 SELECT (greatest(
@@ -129,6 +129,15 @@ SELECT (SELECT count(*) FROM batch) AS rows, (SELECT max(external_id) FROM batch
 @job(name="audit-keys", every=timedelta(minutes=8))
 async def audit_keys(run: Run) -> str:
     """Check that each key's recorded answer agrees with the ledger, and each external id."""
+    return await check_keys(run)
+
+
+async def check_keys(run: Steps) -> str:
+    """Return what was checked.
+
+    Raises:
+        LedgerMismatchError: a key or external id differs.
+    """
     start = {"table": "idempotency_keys", "user": FIRST_ID, "key": "", **faults.NONE}
     state = await in_batches(run, _audit_keys, start, Rows("keys", KEYS, most=1000))
     keys = count(state["done"], "key or external id", "keys and external ids")

@@ -7,7 +7,7 @@ from balance_app.db.pool import KEEP_TO_INDEX, Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
 from balance_app.maintenance.audits import chain, faults
-from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
+from balance_app.maintenance.batches import FIRST_ID, Rows, State, Steps, count, in_batches
 
 ROWS: Final = """
 SELECT (greatest(
@@ -224,6 +224,15 @@ FROM reach LEFT JOIN tail ON true
 @job(name="audit-ledger", every=timedelta(minutes=5))
 async def audit_ledger(run: Run) -> str:
     """Check balances, entries and holds against each other, and the hash chain of the entries."""
+    return await check_ledger(run, folds=True)
+
+
+async def check_ledger(run: Steps, *, folds: bool) -> str:
+    """Return what was checked; with `folds` give older accounts their first hash, too.
+
+    Raises:
+        LedgerMismatchError: a user's rows differ.
+    """
     state = await in_batches(
         run,
         _audit_ledger,
@@ -238,10 +247,11 @@ async def audit_ledger(run: Run) -> str:
             # the last one that was read; None: all entries come first
             "hold": None,
             "holds": 0,
-            # accounts without a hash, the first one, and how many got one of how many that were
-            # tried; None: holds come before
+            # accounts without a hash, the first one, whether they are to get one, and how many did
+            # of how many that were tried; None: holds come before
             "unhashed": 0,
             "first_unhashed": None,
+            "folds": folds,
             "folded": None,
             "tried": 0,
             **faults.NONE,
@@ -301,7 +311,7 @@ async def _audit_holds(connection: Connection, state: State, size: int) -> State
         "hold": row["number"],
         "ended": row["ended"],
     }
-    if not row["ended"] or not state["unhashed"]:
+    if not (row["ended"] and state["folds"] and state["unhashed"]):
         return progress
     first = {"user": state["first_unhashed"] - 1, "version": 0, "hash": None, "folded": 0}
     return {**progress, **first, "ended": False}
