@@ -1,14 +1,22 @@
-"""Structured logs: coloured lines on a terminal, one JSON object per line elsewhere."""
+"""Structured logs: coloured lines on a terminal, one JSON object per line elsewhere.
+
+Texts of others come into them, in errors and in paths. No secret does; and on a terminal, what does
+not print is shown as a space (JSON escapes it), so that nobody can write lines, or colours, of his
+own.
+"""
 
 import logging
 import sys
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TextIO
+from functools import partial
+from typing import Any, Final, NamedTuple, TextIO
 
 import structlog
 
+from balance_app.formatting import visible
+from balance_app.masks import SECRET_FIELDS, Mask, mask_of
 from balance_app.settings import Settings
 
 
@@ -60,11 +68,16 @@ def configure_logs(settings: Settings) -> None:
         add_server,
         _add_ids,
     ]
+    mask = mask_of(settings)
     last: list[structlog.types.Processor] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=_write_traceback)]
+        [
+            cleaner(lambda text: visible(mask(text))),
+            structlog.dev.ConsoleRenderer(exception_formatter=partial(_write_traceback, mask)),
+        ]
         if console
         else [
-            structlog.processors.ExceptionRenderer(format_traceback),
+            structlog.processors.ExceptionRenderer(partial(format_traceback, mask=mask)),
+            cleaner(mask),
             structlog.processors.JSONRenderer(),
         ]
     )
@@ -110,5 +123,44 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[: limit // 2]} [{len(text) - limit} characters] {text[-limit // 2 :]}"
 
 
-def _write_traceback(file: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
-    file.write("\n" + format_traceback(exc_info))
+def _write_traceback(mask: Mask, file: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    # Indented: an error's text may have lines that look like those of a log.
+    file.writelines(f"\n  {visible(line)}" for line in format_traceback(exc_info, mask).split("\n"))
+
+
+# What every line has, and no client; `exc_info` has a renderer of its own.
+_OWN: Final = frozenset({"level", "logger", "server", "timestamp", "exc_info"})
+DEEPEST: Final = 5  # values inside values
+
+
+def _text_of(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception as error:  # noqa: BLE001 - the rest of the line is still of use
+        return f"a {type(value).__name__} without a text ({type(error).__name__})"
+
+
+def cleaner(clean: Callable[[str], str]) -> structlog.types.Processor:
+    """Return a processor that cleans all texts of a line, those inside of other values, too."""
+
+    def cleaned(value: object, depth: int = 0) -> object:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if depth < DEEPEST and isinstance(value, Mapping):
+            return {clean(str(name)): field(name, each, depth) for name, each in value.items()}
+        if depth < DEEPEST and isinstance(value, list | tuple):
+            return [cleaned(each, depth + 1) for each in value]
+        return clean(value if isinstance(value, str) else _text_of(value))
+
+    def field(name: object, value: object, depth: int) -> object:
+        return "***" if str(name).lower() in SECRET_FIELDS else cleaned(value, depth + 1)
+
+    def clean_line(
+        _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        return {
+            clean(name): value if name in _OWN else field(name, value, 0)
+            for name, value in event.items()
+        }
+
+    return clean_line

@@ -28,9 +28,9 @@ from balance_app.jobs.run_log import (
     RunLog,
     Unwritten,
     log_arguments,
-    mask_of,
 )
 from balance_app.jobs.threads import ThreadRun
+from balance_app.masks import mask_of
 from balance_app.settings import load_settings
 from tests.jobs.fleet import read_event_logs
 from tests.jobs.jobs_db import JobsDatabase as Fleet

@@ -13,14 +13,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote
 from uuid import UUID
 
 import structlog
-from pydantic_core import to_json
 
 from balance_app.logs import format_traceback
-from balance_app.settings import Settings
+from balance_app.masks import Mask
 
 # What is kept of a run: its last lines, so many and so many bytes of them; and of one line.
 MOST_LINES: Final = 200
@@ -31,8 +29,6 @@ MESSAGE_CHARACTERS: Final = 1900
 MOST_CAUSES: Final = 10
 DEEPEST_CAUSE: Final = 5
 _WORD: Final = re.compile(r"[^\s\"'=]+")
-
-Mask = Callable[[str], str]
 
 
 class Line(NamedTuple):
@@ -164,26 +160,6 @@ class RunLog:
         except Exception as reason:  # noqa: BLE001 - an error that can't be formatted is one, too
             text = f"{type(error).__name__}, without a traceback ({type(reason).__name__})"
         return storable(text, None)
-
-
-def mask_of(settings: Settings) -> Mask:
-    """Return what replaces the settings' secrets in a text by `***`, however they are written."""
-    forms = {
-        form
-        for secret in settings.secrets
-        for form in (
-            secret,
-            quote(secret, safe=""),
-            repr(secret)[1:-1],
-            to_json(secret)[1:-1].decode(),
-        )
-    }
-    if not forms:
-        return str
-    # The longest first: one may be a part of another.
-    longest_first = sorted(forms, key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(form) for form in longest_first))
-    return lambda text: pattern.sub("***", text)
 
 
 def _error(exc_info: object) -> BaseException | None:

@@ -32,9 +32,10 @@ from balance_app.jobs.repository import (
     Me,
 )
 from balance_app.jobs.run import Run
-from balance_app.jobs.run_log import RunLog, mask_of, storable
+from balance_app.jobs.run_log import RunLog, storable
 from balance_app.jobs.runner import RunResult, execute, stop
 from balance_app.jobs.scope import track_runs
+from balance_app.masks import mask_of
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 

@@ -1,0 +1,51 @@
+"""What nobody may read in a text that is kept or shown: it is replaced by `***`."""
+
+import re
+from collections.abc import Callable
+from typing import Final, TypeAlias
+from urllib.parse import quote
+
+from pydantic_core import to_json
+
+from balance_app.settings import Settings
+
+Mask: TypeAlias = Callable[[str], str]
+
+# Headers and fields whose values are secrets, whatever they look like.
+SECRET_FIELDS: Final = frozenset({"authorization", "cookie", "set-cookie", "password"})
+# A key or a session; its id is none of the secret, and tells which one it was.
+_KEY: Final = re.compile(r"(b[as]_[0-9a-z]{12}_)[0-9A-Za-z_-]{16,}")
+_AUTHORIZATION: Final = re.compile(
+    r"""(authorization["']?\s*[:=,]\s*b?["']?)[^\s"',;)\]}]+(?:\s+[^\s"',;)\]}]+)?""", re.IGNORECASE
+)
+_CREDENTIALS: Final = re.compile(r"\b(bearer|basic)\s+[0-9A-Za-z._~+/=-]{16,}", re.IGNORECASE)
+
+
+def mask_of(settings: Settings) -> Mask:
+    """Return what masks the settings' secrets, however they are written, and what `mask_keys` does.
+
+    It does not mask what is empty: nothing would be left.
+    """
+    forms = {
+        form
+        for secret in settings.secrets
+        for form in (
+            secret,
+            quote(secret, safe=""),
+            repr(secret)[1:-1],
+            to_json(secret)[1:-1].decode(),
+        )
+    }
+    if not forms:
+        return mask_keys
+    # The longest first: one may be a part of another.
+    longest_first = sorted(forms, key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(form) for form in longest_first))
+    return lambda text: mask_keys(pattern.sub("***", text))
+
+
+def mask_keys(text: str) -> str:
+    """Mask keys, sessions and what a client authorizes itself with."""
+    text = _KEY.sub(r"\1***", text)
+    text = _AUTHORIZATION.sub(r"\1***", text)
+    return _CREDENTIALS.sub(r"\1 ***", text)
