@@ -1,7 +1,8 @@
 """Shared fixtures: one real PostgreSQL, an empty database per test, instances and clients."""
 
 import os
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 import httpx
@@ -11,13 +12,22 @@ from balance_app.db.migrations import migrate
 from balance_app.settings import load_settings
 from tests import fork_server
 from tests.jobs.support import JobsDatabase
-from tests.processes import DATABASE_VARIABLES, Instance, empty_database, http_client
+from tests.processes import DATABASE_VARIABLES, Instance, empty_database, http_client, kept_logs
 from tests.system.databases import own_postgres
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that parallel workers finish together."""
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/system/", "tests/jobs/")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_secret_is_logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Search the logs of all instances for keys, sessions and passwords, after the last test."""
+    kept_logs.directory = tmp_path_factory.mktemp("logs")
+    yield
+    assert kept_logs.secrets() == []
+    shutil.rmtree(kept_logs.directory)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Self, cast
+from typing import ClassVar, Self, cast
 from uuid import uuid4
 
 import asyncpg
@@ -55,6 +56,43 @@ def _reserve(port: int) -> int:
 _holders: list[socket.socket] = []
 
 
+class KeptLogs:
+    """The logs of all instances of a run of the tests: no secret may be in them."""
+
+    KEY: ClassVar = re.compile(rb"b[as]_[0-9a-z]{12}_[0-9A-Za-z_-]{20}")
+    SECRET_FROM: ClassVar = 8  # characters; shorter passwords of tests are words
+
+    def __init__(self) -> None:
+        self.directory: Path | None = None  # None: they are thrown away
+        self._paths: set[Path] = set()
+        self._passwords: set[bytes] = set()
+
+    def add(self, name: str, path: Path | None, environment: Mapping[str, str]) -> Path:
+        """Return where an instance logs: in a file of the test's, or in one of these."""
+        password = environment.get("DB_PASSWORD", "")
+        if len(password) >= self.SECRET_FROM:
+            self._passwords.add(password.encode())
+        if path is None:
+            if self.directory is None:
+                return Path(os.devnull)
+            path = self.directory / f"{name}-{uuid4().hex}.log"
+        self._paths.add(path)
+        return path
+
+    def secrets(self) -> list[str]:
+        """Return the lines that have a key, a session or a password in them."""
+        return [
+            f"{path.name}: {line.decode(errors='replace')}"
+            for path in self._paths
+            if path.exists()
+            for line in path.read_bytes().splitlines()
+            if self.KEY.search(line) or any(each in line for each in self._passwords)
+        ]
+
+
+kept_logs = KeptLogs()
+
+
 class Instance:
     """One instance of the service, as a process of its own."""
 
@@ -90,7 +128,7 @@ class Instance:
 
     async def launch(self) -> None:
         """Start the process, without waiting until it is ready."""
-        path = self._log or Path(os.devnull)
+        path = kept_logs.add(self.name, self._log, self._environment)
         module, *arguments = self._program
         if fork_server.running and module in fork_server.FORKABLE:
             child = await fork_server.running[0].fork(

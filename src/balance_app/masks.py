@@ -11,6 +11,7 @@ from balance_app.settings import Settings
 
 Mask: TypeAlias = Callable[[str], str]
 
+SHORTEST: Final = 3
 # Headers and fields whose values are secrets, whatever they look like.
 SECRET_FIELDS: Final = frozenset({"authorization", "cookie", "set-cookie", "password"})
 # A key or a session; its id is none of the secret, and tells which one it was.
@@ -24,11 +25,12 @@ _CREDENTIALS: Final = re.compile(r"\b(bearer|basic)\s+[0-9A-Za-z._~+/=-]{16,}", 
 def mask_of(settings: Settings) -> Mask:
     """Return what masks the settings' secrets, however they are written, and what `mask_keys` does.
 
-    It does not mask what is empty: nothing would be left.
+    A password of one or two characters is in every text.
     """
     forms = {
         form
         for secret in settings.secrets
+        if len(secret) >= SHORTEST
         for form in (
             secret,
             quote(secret, safe=""),
