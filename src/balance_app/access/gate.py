@@ -47,6 +47,8 @@ HOSTS: Final = 1_000
 _COOKIE: Final = re.compile(rb"(?:^|;)[ \t]*(?:__Host-)?ba=([^; \t]*)")
 _BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ \t]+)")
 
+_HOST: Final = re.compile(r"(?:\[([^][]*)\]|([^][:]*))(?::[0-9]*)?")
+
 _AWAY: Final = "The keys could not be read from the database."
 
 
@@ -302,9 +304,10 @@ class Gate:
         allowed = self._allowed_hosts
         if "*" in allowed or not host:  # HTTP/1.0 has no Host, nor has it browsers
             return True
-        text = host.decode("latin-1").lower()
-        name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
-        name = name.rstrip(".")
+        parts = _HOST.fullmatch(host.decode("latin-1").lower())
+        if parts is None:
+            return False
+        name = (parts[1] or parts[2]).rstrip(".")
         try:
             ipaddress.ip_address(name)
         except ValueError:
@@ -324,7 +327,7 @@ class Gate:
         if site is not None:
             if site not in {b"same-origin", b"none"}:
                 raise CrossSiteRequest
-        elif origin is not None and not origin.endswith(b"://" + headers.get(b"host", b"")):
+        elif origin is not None and origin.partition(b"://")[2] != headers.get(b"host", b""):
             raise CrossSiteRequest
 
 
