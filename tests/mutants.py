@@ -13,6 +13,7 @@ from secrets import token_hex
 from types import ModuleType
 
 from balance_app import logs, open_files, server, sessions
+from balance_app.access import gate
 from balance_app.balances import accounts, holds, ledger, repository, state
 from balance_app.balances.accounts import Patch
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
@@ -237,6 +238,16 @@ def page_forms() -> None:
     put(account_actions, "Patch", lambda **patch: Patch(**{**patch, "settings_versions": None}))
 
 
+def key_refresh() -> None:
+    """Read the keys at the start only."""
+    put(gate, "REFRESH_SECONDS", 1e6)
+
+
+def key_of_stream() -> None:
+    """Check the key of a stream at its beginning only."""
+    gate.Gate.is_valid = lambda *_: True  # type: ignore[method-assign]
+
+
 def export_page() -> None:
     """Read all entries of an export at once."""
     put(ledger, "EXPORT_PAGE", MAX_INTEGER)
@@ -258,6 +269,8 @@ GUARDS: dict[str, Callable[[], None]] = {
     "open-connections": open_connections,
     "page-forms": page_forms,
     "export-page": export_page,
+    "key-refresh": key_refresh,
+    "key-of-stream": key_of_stream,
 }
 
 if __name__ == "__main__":
