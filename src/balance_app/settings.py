@@ -4,10 +4,11 @@ import ipaddress
 import os
 import re
 import socket
+import stat
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -380,6 +381,39 @@ def _require_readable(file: Path) -> None:
         ) from None
     if "\0" in text:
         raise BadSettingsError(f"{file} is not text in UTF-8 (it has NUL in it): save it in UTF-8.")
+
+
+def exposed_secrets() -> list[str]:
+    """Return a warning if `.env` has secrets in it and other users can read it.
+
+    It is no error: containers mount such files.
+    """
+    try:
+        mode = ENV_FILE.stat().st_mode
+    except OSError:
+        return []
+    if not mode & (stat.S_IRGRP | stat.S_IROTH):
+        return []
+    secrets = [
+        name
+        for name, value in dotenv_values(ENV_FILE, encoding="utf-8-sig").items()
+        if value and _is_secret(name.upper(), value)
+    ]
+    if not secrets:
+        return []
+    return [f"Other users can read {', '.join(secrets)} in {ENV_FILE}: `chmod 600 {ENV_FILE}`."]
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Return whether a line of `.env` is a secret; a database's URL is one if it has a password."""
+    field = Settings.model_fields.get(name.lower())
+    kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+    if name.endswith("DATABASE_URL"):
+        try:
+            return bool(passwords(value) - {""})
+        except ValueError:
+            return True
+    return SecretStr in kinds or name == "BALANCE_APP_KEY"
 
 
 def unknown_names() -> list[str]:

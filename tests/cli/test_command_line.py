@@ -89,6 +89,37 @@ def test_unknown_settings_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("DB_PASSWORD=geheim", "DB_PASSWORD"),
+        ("db_password='geheim'", "db_password"),
+        ("DATABASE_URL=postgresql://u:geheim@h/d", "DATABASE_URL"),
+        ("DATABASE_URL=postgresql://h/d?password=geheim", "DATABASE_URL"),
+        ("MIGRATE_DATABASE_URL=postgresql://u:geheim@h/d", "MIGRATE_DATABASE_URL"),
+        ("BALANCE_APP_KEY=ba_geheim", "BALANCE_APP_KEY"),
+        ("DATABASE_URL=postgresql://u@h/d", None),
+        ("DB_PASSWORD=", None),
+        ("DB_USER=geheim", None),
+    ],
+)
+def test_a_secret_that_others_can_read_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, name: str | None
+) -> None:
+    """By one sentence, without its value; a file of its owner alone is not."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / ".env"
+    file.write_text(f"PORT=9\n{line}\n")
+    for mode in (0o600, 0o400, 0o640, 0o604, 0o644):
+        file.chmod(mode)
+        said = settings.exposed_secrets()
+        assert len(said) == (mode & 0o077 != 0 and name is not None)
+        assert not said or f"read {name} in" in said[0]
+        assert "geheim" not in "".join(said)
+    file.unlink()
+    assert settings.exposed_secrets() == []
+
+
 async def test_options_precede_the_environment_which_precedes_the_file(tmp_path: Path) -> None:
     """For the client commands, and for `up`, whose port they use."""
     (tmp_path / ".env").write_text("PORT=9\n")

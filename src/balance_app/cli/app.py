@@ -14,7 +14,13 @@ from balance_app.cli.balance_commands import balance_commands
 from balance_app.cli.job_commands import job_commands
 from balance_app.cli.ledger_commands import ledger_commands
 from balance_app.cli.remote import Command, Group, Json, Url, fail, global_options, own_url
-from balance_app.settings import BadSettingsError, Settings, load_settings, unknown_names
+from balance_app.settings import (
+    BadSettingsError,
+    Settings,
+    exposed_secrets,
+    load_settings,
+    unknown_names,
+)
 
 if TYPE_CHECKING:
     from balance_app.jobs.job import Registry
@@ -227,7 +233,7 @@ def migrate() -> None:
 
     settings = load_settings()
     _require_database(settings)
-    for sentence in unknown_names():
+    for sentence in (*unknown_names(), *exposed_secrets()):
         typer.echo(sentence, err=True)
     try:
         schema = asyncio.run(run(settings, partial(typer.echo, err=True)))
@@ -312,11 +318,11 @@ def _require_database(settings: Settings) -> None:
 
 
 def _warnings(settings: Settings) -> list[str]:
-    """Raise the limit of open files; return warnings about it and about unknown settings."""
+    """Raise the limit of open files; return warnings about it and about the settings."""
     from balance_app import open_files
 
     shortage = open_files.shortage(settings, open_files.raise_limit())
-    return [*unknown_names(), *([] if shortage is None else [shortage])]
+    return [*unknown_names(), *exposed_secrets(), *([] if shortage is None else [shortage])]
 
 
 def main() -> None:
