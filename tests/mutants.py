@@ -21,6 +21,7 @@ from balance_app.balances.repository import CHANGE_ONCE, RECALL
 from balance_app.db import migrations
 from balance_app.db import pool as database
 from balance_app.db.pool import Connection, read, write
+from balance_app.http import middleware, protocol
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
@@ -210,6 +211,13 @@ def log_all() -> None:
     logs.configure_logs(load_settings())
 
 
+def bare() -> None:
+    """Answer without the headers that all answers have."""
+    put(server, "ALWAYS", ())
+    for each in (middleware, protocol):
+        put(each, "NO_STORE", (b"x-nothing", b""))
+
+
 def stay() -> None:
     """Refuse new connections, although there are idle ones."""
     LimitedProtocol._make_room = lambda self: False  # type: ignore[method-assign] # noqa: ARG005
@@ -265,6 +273,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "open-files": reserve,
     "giving-way": stay,
     "masks": log_all,
+    "answer-headers": bare,
     "durability": durability,
     "open-connections": open_connections,
     "page-forms": page_forms,

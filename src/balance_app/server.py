@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from balance_app import open_files
 from balance_app.access.gate import OpenToNetworkError
+from balance_app.http.answer_headers import ALWAYS
 from balance_app.http.endings import Endings
 from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
@@ -96,7 +97,7 @@ def serve(settings: Settings, registry: Registry) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        headers=[("X-Server-Id", settings.server_id)],
+        headers=[("X-Server-Id", settings.server_id), *ALWAYS],
         backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.stop_seconds,

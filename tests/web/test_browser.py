@@ -169,6 +169,17 @@ async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> No
         await says(page, "#state", "live")
 
 
+async def test_the_docs_work_under_their_policy(site: Site, browser: Browser) -> None:
+    """Swagger UI shows the operations and sends requests; the policy refuses nothing of it."""
+    async with tab(browser, site.instance.url) as page:
+        await page.goto("/docs")
+        await page.click("text=Read a user >> nth=0")
+        await page.fill("[data-param-name=userId] input", "1")
+        await page.click("button.execute")
+        await says(page, ".live-responses-table", "x-request-id")
+        assert await page.evaluate("document.scripts[1].src.endsWith('/docs/assets/docs.js')")
+
+
 async def test_focus_and_selection_survive_updates(site: Site, browser: Browser) -> None:
     """The focused button stays where it is, and no other takes its place."""
     instance = await add_instance(site.connection, "app1")

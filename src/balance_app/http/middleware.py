@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from balance_app.access.gate import Gate
 from balance_app.access.keys import Principal
 from balance_app.errors import InternalError, Problem
+from balance_app.http.answer_headers import NO_STORE
 from balance_app.logs import REQUEST_ID, TRACE, Trace
 from balance_app.metrics import Metrics
 
@@ -34,6 +35,7 @@ _REQUEST_ID: Final = re.compile(rb"[!-~]{1,100}")
 _TRACEPARENT: Final = re.compile(
     rb"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?"
 )
+FIRST_PROBLEM: Final = 400  # the least status of one
 _KNOWN_FLAGS: Final = 0b11  # sampled, and a trace id that is random
 
 
@@ -62,7 +64,7 @@ class RequestMiddleware:
         self._root_path = root_path
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
 
-    async def __call__(  # noqa: C901 - functions of their own would cost each request
+    async def __call__(  # noqa: C901, PLR0915 - functions of their own would cost each request
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer one request (ASGI)."""
@@ -84,19 +86,27 @@ class RequestMiddleware:
         if method == "HEAD" or self._root_path:
             scope, send = self._adapt(scope, send)
         principal: Principal | None = None
+        path = scope["path"].removeprefix(self._root_path)
+        app: ASGIApp = self.app
 
         async def send_with_ids(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].extend(headers)
+                sent = message["headers"]
+                # An answer of a direct route has none yet.
+                if app is not self.app or (
+                    (status >= FIRST_PROBLEM or path.startswith("/api/"))
+                    and not any(name == b"cache-control" for name, _ in sent)
+                ):
+                    sent.append(NO_STORE)
+                sent.extend(headers)
             elif message.get("more_body") and principal and not self.gate.is_valid(principal):
                 await send({"type": "http.response.body", "body": b""})
                 raise _RevokedError
             await send(message)
 
         try:
-            path = scope["path"].removeprefix(self._root_path)
             principal = self.gate.admit_known(method, path, received)
             if principal is None:
                 principal = await self.gate.admit(method, path, received, scope["client"])

@@ -47,6 +47,7 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedTransferCoding,
 )
+from balance_app.http.answer_headers import NO_STORE
 from balance_app.http.endings import Ending, Endings
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -252,6 +253,7 @@ class LimitedProtocol(HttpToolsProtocol):
     async def _answer_full(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = _FULL.response(scope["method"])
         response.headers["Connection"] = "close"
+        response.raw_headers.append(NO_STORE)
         response.raw_headers.extend(self._note_refusal(_FULL, log.debug, scope))
         await response(scope, receive, send)
 
@@ -584,7 +586,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _last_answer(self, problem: Problem, write_log: Callable[..., None]) -> bytes:
         response = problem.response()
         ids = self._note_refusal(problem, write_log)
-        headers = [*self.server_state.default_headers, *response.raw_headers, *ids]
+        headers = [*self.server_state.default_headers, *response.raw_headers, NO_STORE, *ids]
         lines = [STATUS_LINE[problem.status], *(b"%b: %b\r\n" % header for header in headers)]
         return b"".join([*lines, b"connection: close\r\n\r\n", response.body])
 

@@ -30,7 +30,6 @@ HEADERS: Final = {
     ),
     "Referrer-Policy": "same-origin",
     "Vary": "Accept-Encoding",
-    "X-Content-Type-Options": "nosniff",
 }
 _OWN_URL: Final = re.compile(r'(?<= )(?:href|src|action|formaction|data-stream)="(?=/)')
 _FILES: Final = Path(__file__).parent / "static"
@@ -126,7 +125,6 @@ def file(request: Request, name: str) -> Response | None:
         headers={
             "Cache-Control": "public, max-age=31536000, immutable" if current else "no-cache",
             "Vary": "Accept-Encoding",
-            "X-Content-Type-Options": "nosniff",
             **({"Content-Encoding": "gzip"} if compressed else {}),
         },
     )

@@ -1,0 +1,13 @@
+"""Headers of answers, whichever part of the service they come from."""
+
+from typing import Final
+
+# All answers have them, those of the protocol itself, too: nobody guesses what they are by content,
+# and no page of another site takes it in.
+ALWAYS: Final = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
+# Those about money, and problems, unless they say otherwise: no cache keeps them.
+NO_STORE: Final = (b"cache-control", b"no-store")
