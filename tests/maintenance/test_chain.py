@@ -20,12 +20,12 @@ from tests.maintenance.runner import CutError, JobRunner
 # What finds each forgery, alone; then after every hash was computed anew; then after the seals were
 # made anew, too. With the digest of the last seal that was noted elsewhere all are found.
 # audit-ledger, the whole check; then with new hashes: the whole check
-CHANGED = "entry 5 is not what its hash is of"
+CHANGED = "entry 5 does not match its hash"
 RESEALED = "seal 2: entries that it covers were rewritten: of user 3 up to 5"
 FOUND: dict[str, tuple[str | None, str | None, str | None]] = {
     "an amount": (
-        "entry 3 is not what its hash is of",
-        "entry 3 is not what its hash is of",
+        "entry 3 does not match its hash",
+        "entry 3 does not match its hash",
         "seal 1: entries that it covers were rewritten: of user 3 up to 3",
     ),
     "a note": (CHANGED, CHANGED, RESEALED),
@@ -38,16 +38,16 @@ FOUND: dict[str, tuple[str | None, str | None, str | None]] = {
         "user 3: entry 5 is missing, which seal 2 covers",
     ),
     "a middle entry that is gone": (
-        "entry 3 is not what its hash is of",
-        "entry 3 is not what its hash is of",
+        "entry 3 does not match its hash",
+        "entry 3 does not match its hash",
         "seal 1: entries that it covers were rewritten: of user 3 up to 3",
     ),
     "a stray entry": (
-        "entry 6 is not what its hash is of",
-        "entry 6 is not what its hash is of",
+        "entry 6 does not match its hash",
+        "entry 6 does not match its hash",
         None,
     ),
-    "swapped entries": ("entry 4 is not what its hash is of", "entry 4 is not what", RESEALED),
+    "swapped entries": ("entry 4 does not match its hash", "entry 4 does not match", RESEALED),
     "no hash at the end": (
         "entry 5 has no hash, but entry 4 has",
         "entry 5 has no hash, but entry 4 has",
@@ -67,7 +67,7 @@ FOUND: dict[str, tuple[str | None, str | None, str | None]] = {
     "a seal that is gone": (None, "seal 1 is missing", "seal 1 is missing"),
     "the last seal that is gone": (None, None, None),
     "no seals": (None, "there are no seals, but balances that were sealed", "there are no seals"),
-    "the time of a seal": (None, "seal 2 is not what its digest is of", "seal 2 is not what"),
+    "the time of a seal": (None, "seal 2 does not match its digest", "seal 2 does not match"),
     "what a seal covers": (
         None,
         "seal 2: entries that it covers were rewritten: of user 3 up to 4",
@@ -267,7 +267,7 @@ async def test_older_accounts_get_their_hash_in_steps(
     for size in (1, 1000):
         monkeypatch.setattr(batches, "BATCHES", size)
         assert await audit(runner) == (
-            "3 of 5 users differ: user 3: entry 8 is not what its hash is of; "
+            "3 of 5 users differ: user 3: entry 8 does not match its hash; "
             "user 4: the hash of the account is not that of entry 7, the last; "
             "user 5: the hash of the account is not that of entry 7, the last"
         )
@@ -424,7 +424,7 @@ async def test_ledgers_larger_than_a_page_are_checked(
         monkeypatch.setattr(verification, "ROWS_AT_ONCE", size)
         faults = (await verify(database)).faults
         assert faults[:3] == [
-            "user 4: entry 10 is not what its hash is of",
+            "user 4: entry 10 does not match its hash",
             "user 5: the hash of the account is not that of entry 9, the last",
             "user 9: there are entries, but no account",
         ]

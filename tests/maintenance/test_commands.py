@@ -47,12 +47,12 @@ async def test_a_forged_ledger_is_named(runner: JobRunner, database: dict[str, s
     await forgery.forge(runner.connection, *forgery.FORGERIES["an amount"])
     code, out, _ = await run("audit", **database)
     assert code == 1
-    assert out.splitlines()[0] == "user 3: entry 3 is not what its hash is of"
+    assert out.splitlines()[0] == "user 3: entry 3 does not match its hash"
     assert out.splitlines()[-2] == "Checked 10 entries of 4 users and 2 seals: 2 faults."
     code, out, _ = await run("audit", "--json", **database)
     assert code == 1
     found = json.loads(out)
-    assert found["faults"][0] == "user 3: entry 3 is not what its hash is of"
+    assert found["faults"][0] == "user 3: entry 3 does not match its hash"
     assert (found["entries"], found["seals"], found["withoutHash"]) == (10, 2, 0)
     await forgery.forge(runner.connection, chain=True)
     await forgery.seal_again(runner.connection)

@@ -129,7 +129,7 @@ class _Ledger:
         elif stored is None and self.is_stored:
             self.fault = f"entry {version} has no hash, but entry {version - 1} has"
         elif stored is not None and stored != computed:
-            self.fault = f"entry {version} is not what its hash is of"
+            self.fault = f"entry {version} does not match its hash"
         self.version, self.balance = version, entry["balance"]
         self.hash, self.is_stored = stored or computed, stored is not None
 
@@ -167,14 +167,15 @@ class Verification:
 
     async def run(self, noted: bytes | None = None) -> Checked:
         """Check everything; `noted` is the digest of a seal that was noted elsewhere."""
-        await self._check_ledgers()
+        await self.check_ledgers()
         await self._check_seals(noted)
         await self._check_as_jobs()
         return self.checked
 
     # -- the chain -----------------------------------------------------------------------------
 
-    async def _check_ledgers(self) -> None:
+    async def check_ledgers(self) -> None:
+        """Check the entries of each user, their hashes, and what the account has of them."""
         await _read_times_as_numbers(self._connection)
         chained_from = await self._connection.fetchval(CHAINED_FROM)
         total = await self._connection.fetchval(ENTRIES_ABOUT)
@@ -227,7 +228,7 @@ class Verification:
                 digest, heads = await self._check_parts(number, digest)
                 computed = seal_digest(digest, number, heads, seal["at"])
                 if (computed, heads) != (seal["digest"], seal["heads"]):
-                    faults.append(f"seal {number} is not what its digest is of")
+                    faults.append(f"seal {number} does not match its digest")
                 if computed == noted:
                     self.checked.noted_seal = _seal(seal)
                 # Each seal is compared by itself: a fault of one is none of those after it.
@@ -287,19 +288,19 @@ class Verification:
     # -- what the jobs audit -------------------------------------------------------------------
 
     async def _check_as_jobs(self) -> None:
-        steps = _ReadOnly(self._connection, self._report)
-        for check in (
-            check_ledger(steps, folds=False),
-            check_keys(steps),
-            check_daily_balances(steps),
+        steps = ReadOnly(self._connection, self._report)
+        for name, check in (
+            ("audit-ledger", check_ledger(steps, folds=False)),
+            ("audit-keys", check_keys(steps)),
+            ("audit-daily-balances", check_daily_balances(steps)),
         ):
             try:
                 await check
             except LedgerMismatchError as error:
-                self.checked.faults.append(str(error))
+                self.checked.faults.append(f"{name}: {error}")
 
 
-class _ReadOnly:
+class ReadOnly:
     """The steps of an audit outside of a job's run."""
 
     resumed = None

@@ -71,7 +71,7 @@ WITH RECURSIVE batch AS MATERIALIZED (
                  ELSE coalesce(hash_before, folded.hash, CASE WHEN l.user_id = $1 THEN $3 END) END,
             l.user_id, l.version, amount, balance, held, at, key, by, other_user_id, other_version,
             reverses, hold, reference, note
-        ) THEN format('entry %s is not what its hash is of', l.version)
+        ) THEN format('entry %s does not match its hash', l.version)
         END AS fault
     FROM linked AS l LEFT JOIN folded
     ON (folded.user_id, folded.version) = (l.user_id, l.version - 1)
