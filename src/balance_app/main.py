@@ -58,6 +58,8 @@ from balance_app.settings import Settings
 from balance_app.web.account_actions import router as account_actions_router
 from balance_app.web.accounts import router as accounts_router
 from balance_app.web.actions import router as actions_router
+from balance_app.web.login import refusal_page
+from balance_app.web.login import router as login_router
 from balance_app.web.queries import PageQueries
 from balance_app.web.router import router as pages_router
 from balance_app.web.stream import PageStream
@@ -103,7 +105,9 @@ def create_app(
         app.include_router(each.router)
     for router in (jobs_router, health.router):
         app.include_router(router)
-    for router in (pages_router, accounts_router, actions_router, account_actions_router):
+    for router in (pages_router, login_router, accounts_router):
+        app.include_router(router)
+    for router in (actions_router, account_actions_router):
         app.include_router(router)
     openapi.add_docs(app)
     app.add_exception_handler(Problem, _problem_response)
@@ -114,6 +118,7 @@ def create_app(
         app,
         gate=gate,
         direct={("POST", "/api/balance"): movements.change_balance},
+        refusal_page=refusal_page,
         log_requests=settings.log_requests,
         root_path=settings.root_path,
         metrics=metrics,
@@ -138,6 +143,12 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
+    broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
+    page_stream = PageStream(
+        status_reader, queries, stopping, streams, root_path=settings.root_path
+    )
+    for stream in (broadcaster, page_stream):
+        gate.when_changed(stream.wake)
     checks = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
@@ -153,11 +164,11 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         Exporter(stopping),
         *([] if scheduler is None else [scheduler]),
         status_reader,
-        EventBroadcaster(status_reader.read, stopping, streams),
+        broadcaster,
         Controls(database, status_reader, registry),
         History(database),
         queries,
-        PageStream(status_reader, queries, stopping, streams, root_path=settings.root_path),
+        page_stream,
     )
     try:
         try:

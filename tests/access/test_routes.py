@@ -87,6 +87,7 @@ MAY: Final = {
     "POST /jobs/{name}/schedule/reset": shown(OPERATE),
     "POST /jobs/{name}/forget": shown(OPERATE),
     "GET /users": READ,
+    "POST /users": shown(MAKE),
     "GET /users/{user_id}": READ,
     "POST /change": shown(LESSEN),
     "POST /users/{user_id}": shown(MOVE | LESSEN | MAKE),
@@ -172,7 +173,10 @@ async def refusals(app: RequestMiddleware, database: dict[str, str]) -> dict[str
                 expected = "unauthorized" if status == 401 else "insufficient-scope"
                 assert response.json()["code"] == expected
 
-    await asyncio.gather(*(ask(number, route) for number, route in enumerate(MAY)))
+    ends_sessions = "POST /logout"
+    others = [route for route in MAY if route != ends_sessions]
+    await asyncio.gather(*(ask(number, route) for number, route in enumerate(others)))
+    await ask(len(others), ends_sessions)
     return found
 
 

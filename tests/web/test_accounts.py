@@ -177,7 +177,7 @@ async def test_an_account_is_shown_with_all_that_it_has(site: Site) -> None:
     assert "balance 960 held 100 available 860 floor -50" in shown
     assert "● open · customer & co" in shown
     assert "version 4 entries" in shown
-    assert re.search(r"set by ada at \d{4}-", shown)
+    assert re.search(r"[-\d]+ [:\d]+ ada floor -50 customer & co", text(html, "settings-history"))
     assert re.search(
         r"The balance from [-\d: ]+ UTC to [-\d: ]+ UTC: first 1 000, lowest 930, highest 1 000, "
         r"last 960\.",

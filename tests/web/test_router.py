@@ -525,7 +525,7 @@ async def test_forms_of_other_sites_and_invalid_forms_are_refused(
     headers = dict(change.get("headers", {}))
     if headers.get("Content-Type") == "FORM":
         headers["Content-Type"] = "application/x-www-form-urlencoded"
-    options["headers"] = headers
+    options["headers"] = {"Accept": "text/html", **headers}
     if status == 403:
         options["data"] = {"by": "ada", "user": "1", "what": "add", "amount": "1", "key": "k"}
     before = await site.connection.fetchrow(BEFORE)

@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
@@ -44,7 +44,10 @@ WRONG_RATE: Final = 10
 ADDRESSES: Final = 10_000
 HOSTS: Final = 1_000
 
-_COOKIE: Final = re.compile(rb"(?:^|;)[ \t]*(?:__Host-)?ba=([^; \t]*)")
+# The one that only this host can have set over TLS counts before the other.
+_COOKIES: Final = [
+    re.compile(rb"(?:^|[;,])[ \t]*%b=([^;, \t]*)" % name) for name in (b"__Host-ba", b"ba")
+]
 _BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ \t]+)")
 
 _HOST: Final = re.compile(r"(?:\[([^][]*)\]|([^][:]*))(?::[0-9]*)?")
@@ -76,6 +79,7 @@ class Gate:
         self._early_at = 0.0
         self._refreshing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._when_changed: list[Callable[[], None]] = []
         # which keys were used, and on which day that is noted
         self._used: set[str] = set()
         self._noted: tuple[object, set[str]] = (None, set())
@@ -109,6 +113,10 @@ class Gate:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+
+    def when_changed(self, call: Callable[[], None]) -> None:
+        """Call this whenever a key or session is new or has ended; for streams."""
+        self._when_changed.append(call)
 
     def _check_posture(self) -> None:
         """Check, once it is known, whether others can reach this instance without a key.
@@ -166,8 +174,12 @@ class Gate:
                     (principal.key_id, principal.session_id): until
                     for principal, until in self._valid.values()
                 }
+            is_changed = generation != self._generation
             self._generation, self._keys_required = generation, keys_required
             self._refreshed_at = began
+        if is_changed:
+            for call in self._when_changed:
+                call()
 
     async def _note_use(self) -> None:
         # ast-grep-ignore: instance-clock - how often the statement is sent; its day is the server's
@@ -208,7 +220,7 @@ class Gate:
             self._check_site(method, headers)
             return ANYBODY
         if self._keys_required:
-            found = self._find(headers)
+            found = self._find(_token_of(headers))
             if found is not None:
                 return self._allow(found, needs, method, path, headers)
             return None
@@ -227,10 +239,24 @@ class Gate:
         Raises:
             Unauthorized: there is no valid key in the request.
         """
-        now = monotonic()
         token = _token_of(headers)
         if token is None:
             raise Unauthorized
+        found = await self.identify(token, client)
+        return self._allow(found, needs_of(method, path), method, path, headers)
+
+    async def identify(self, token: bytes, client: tuple[str, int] | None) -> Principal:
+        """Return whose key or session this is, after a look into the database for one that is new.
+
+        Raises:
+            Unauthorized: it is not valid.
+            TooManyRequests: too many wrong ones came from this address.
+            DatabaseUnavailable: the keys can't be read.
+        """
+        found = self._find(token)
+        if found is not None:
+            return found
+        now = monotonic()
         wait = self._wrong.take(client[0] if client else "", now)
         if wait > 0:
             raise TooManyRequests("Too many wrong keys came from this address.", seconds=wait)
@@ -239,22 +265,28 @@ class Gate:
             if self._refreshed_at < now:
                 self._early_at = monotonic()
                 await self._refresh(since=now)
-        found = self._find(headers)
+        found = self._find(token)
         if found is None:
             self._metrics.refused_keys.inc()
             raise Unauthorized("The key is wrong, expired or revoked.")
-        return self._allow(found, needs_of(method, path), method, path, headers)
+        return found
 
-    def _find(self, headers: Mapping[bytes, bytes]) -> Principal | None:
-        """Return whose valid key a request has.
+    def sender(self, headers: Mapping[bytes, bytes]) -> Principal:
+        """Return whose valid key a request has, whatever it may do; for pages that are open."""
+        token = _token_of(headers)
+        principal, until = self._valid.get(digest_of(token or b""), (ANYBODY, 0.0))
+        return principal if until > monotonic() else ANYBODY
+
+    def _find(self, token: bytes | None) -> Principal | None:
+        """Return whose valid key or session this is.
 
         Raises:
             DatabaseUnavailable: the keys were read too long ago.
+            TooManyRequests: it is used too often.
         """
         now = monotonic()
         if now - self._refreshed_at > TRUST_SECONDS:
             raise DatabaseUnavailable(_AWAY, applied="no")
-        token = _token_of(headers)
         if token is None:
             return None
         principal, until = self._valid.get(digest_of(token), (None, 0.0))
@@ -340,8 +372,10 @@ def _token_of(headers: Mapping[bytes, bytes]) -> bytes | None:
             return bearer[1]
         # That of another scheme may be for a proxy.
     cookie = headers.get(b"cookie")
-    if cookie is not None and (named := _COOKIE.search(cookie)) is not None:
-        return named[1]
+    if cookie is not None:
+        for pattern in _COOKIES:
+            if (named := pattern.search(cookie)) is not None:
+                return named[1]
     return None
 
 

@@ -103,7 +103,15 @@ class KeyRepository:
         token = new_token("bs")
 
         async def insert(connection: Connection) -> datetime:
-            row = await write(connection, LOG_IN, token.id, token.digest, key.key_id, SESSION_TIME)
+            row = await write(
+                connection,
+                LOG_IN,
+                token.id,
+                token.digest,
+                key.key_id,
+                SESSION_TIME,
+                SESSIONS_KEPT,
+            )
             assert row is not None  # noqa: S101 - keys are never deleted
             ends: datetime = row["expires_at"]
             return ends

@@ -83,6 +83,7 @@ NEEDS: Final[dict[tuple[str, str], Needs]] = {
     ("POST", "/jobs/{name}/forget"): OPERATE,
     ("GET", "/actions"): READ,
     ("GET", "/users"): READ,
+    ("POST", "/users"): MAKE,
     ("GET", "/users/{user_id}"): READ,
     # one form of them for each movement, and for the settings: the form's handler asks further
     ("POST", "/change"): WITHDRAW,

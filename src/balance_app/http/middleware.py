@@ -28,6 +28,8 @@ from balance_app.metrics import Metrics
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+# Returns a refusal as a page for people; None: its address is for programs.
+RefusalPage = Callable[[Request, Problem], Response | None]
 
 _BOOT: Final = uuid4().hex[:12]  # makes the request ids of this process unique
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,100}")
@@ -52,6 +54,7 @@ class RequestMiddleware:
         *,
         gate: Gate,
         direct: Mapping[tuple[str, str], Handler],
+        refusal_page: RefusalPage = lambda _request, _problem: None,
         log_requests: bool,
         root_path: str = "",
         metrics: Metrics | None = None,
@@ -60,6 +63,7 @@ class RequestMiddleware:
         self.gate = gate
         self._answers = (metrics or Metrics()).requests
         self._direct = {route: _as_app(handler, app) for route, handler in direct.items()}
+        self._refusal_page = refusal_page
         self._log_requests = log_requests
         self._root_path = root_path
         self._ids = (f"{_BOOT}-{number:x}".encode() for number in count(1))
@@ -116,7 +120,7 @@ class RequestMiddleware:
         except _RevokedError:
             log.info("stream ended: its key is not valid any more", path=scope["path"])
         except Problem as problem:
-            await problem.response(method)(scope, receive, send_with_ids)
+            await self._refusal(scope, received, problem)(scope, receive, send_with_ids)
         except Exception:
             log.exception("internal error", method=method, path=scope["path"])
             if not status:
@@ -132,6 +136,16 @@ class RequestMiddleware:
                     status=status,
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes], problem: Problem) -> Response:
+        """Return the answer that carries a problem, for a browser as a page."""
+        if b"text/html" in headers.get(b"accept", b""):
+            scope["app"] = self.app
+            scope.setdefault("principal", self.gate.sender(headers))
+            page = self._refusal_page(Request(scope), problem)
+            if page is not None:
+                return page
+        return problem.response(scope["method"])
 
     def count_refusal(self, status: int, scope: Scope | None) -> bytes:
         """Count an answer of the protocol's own; return the id of its request.

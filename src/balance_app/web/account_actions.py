@@ -16,9 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.access.keys import principal
-from balance_app.access.routes import CHANGE, MAKE, WITHDRAW, Needs
-from balance_app.balances.accounts import Account, AccountRepository, Patch
-from balance_app.balances.api.schemas import LONGEST_HOLD_SECONDS, SettingsRequest
+from balance_app.balances.accounts import Account, AccountRepository, Opening, Patch
+from balance_app.balances.api.schemas import LONGEST_HOLD_SECONDS, OpenRequest, SettingsRequest
 from balance_app.balances.errors import IdempotencyKeyReused, VersionConflict
 from balance_app.balances.holds import HoldRepository
 from balance_app.balances.model import Accepted, Movement, Outcome, Refusal, Refused
@@ -32,7 +31,16 @@ from balance_app.errors import (
 )
 from balance_app.http.body import parse_json
 from balance_app.http.services import services
-from balance_app.web.accounts import PLACES, Attempt, account_page, number_of, settings_of
+from balance_app.web.accounts import (
+    NEEDS,
+    PLACES,
+    Attempt,
+    OpeningAttempt,
+    account_page,
+    number_of,
+    settings_of,
+    users_page,
+)
 from balance_app.web.forms import (
     INCOMPLETE,
     described,
@@ -93,7 +101,7 @@ async def change_account(request: Request, user_id: str) -> Response:
     action = _ACTIONS.get(do)
     if action is None:
         raise MalformedRequest(INCOMPLETE)
-    principal(request).require(*_NEEDS[do])
+    principal(request).require(*NEEDS[do])
     try:
         done = await action(request, user, form)
         if not isinstance(done, Refused):
@@ -112,6 +120,34 @@ async def change_account(request: Request, user_id: str) -> Response:
             keep_key=_keeps_key(problem),
         )
     return await account_page(request, user, attempt)
+
+
+@router.post("/users")
+async def open_account(request: Request) -> Response:
+    """Create a user, once however often the form is sent; go to the account's page."""
+    form = await read_form(request)
+    key = key_of(form)
+    try:
+        given = {
+            "balance": whole(form, "balance"),
+            "floor": whole(form, "floor"),
+            "externalId": form.get("externalId", "").strip() or None,
+        }
+        asked = parse_json(to_json(given), OpenRequest)
+        opened = await services(request)[AccountRepository].open(
+            Opening(asked.balance, asked.floor, asked.external_id), key, principal(request).name
+        )
+    except Problem as problem:
+        undecided = isinstance(problem, DatabaseUnavailable | Overloaded)
+        attempt = OpeningAttempt(
+            form,
+            Message("bad", refusal(problem, "")),
+            problem.status,
+            headers=problem.headers if undecided else None,
+            keep_key=_keeps_key(problem),
+        )
+        return await users_page(request, attempt)
+    return go_to(f"/users/{opened.account.user_id}?did=open")
 
 
 def _message(problem: Problem, form: Form) -> Message:
@@ -307,17 +343,4 @@ _ACTIONS: Final[dict[str, Callable[[Request, int, Form], Coroutine[Any, Any, Don
     "settings": _settings,
     "freeze": _freeze,
     "thaw": _freeze,
-}
-
-# What the API's route for the same needs.
-_NEEDS: Final[dict[str, Needs]] = {
-    "change": WITHDRAW,
-    "transfer": CHANGE,
-    "hold": WITHDRAW,
-    "reverse": CHANGE,
-    "capture": WITHDRAW,
-    "void": WITHDRAW,
-    "settings": MAKE,
-    "freeze": MAKE,
-    "thaw": MAKE,
 }

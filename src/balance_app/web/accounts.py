@@ -12,7 +12,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.balances.accounts import Account, AccountRepository
+from balance_app.access.routes import CHANGE, MAKE, WITHDRAW, Needs
+from balance_app.balances.accounts import Account, AccountRepository, Settings
 from balance_app.balances.errors import HoldNotFound, UserNotFound
 from balance_app.balances.holds import HoldRepository
 from balance_app.balances.ledger import LedgerRepository, Selection
@@ -22,7 +23,15 @@ from balance_app.http.params import PRINTABLE_PATTERN
 from balance_app.http.services import services
 from balance_app.web import charts
 from balance_app.web.forms import go_to
-from balance_app.web.pages import NO_USER, Message, PageRoute, is_number, respond, stream_of
+from balance_app.web.pages import (
+    NO_USER,
+    Message,
+    PageRoute,
+    is_number,
+    may,
+    respond,
+    stream_of,
+)
 from balance_app.web.view_models import exact, number
 
 USERS_ON_PAGE: Final = 25
@@ -30,6 +39,7 @@ ENTRIES_ON_PAGE: Final = 25
 HOLDS_ON_PAGE: Final = 5
 DAYS_DRAWN: Final = 90
 ENTRIES_DRAWN: Final = 100
+SETTINGS_ON_PAGE: Final = 5
 # What an external id and a reference may be.
 LONGEST_TEXT: Final = 200
 
@@ -48,6 +58,16 @@ class Attempt(NamedTuple):
     keep_key: bool = False
 
 
+class OpeningAttempt(NamedTuple):
+    """What the form that creates a user requested, and its outcome."""
+
+    form: Mapping[str, str]
+    message: Message
+    status: int
+    headers: Mapping[str, str] | None = None
+    keep_key: bool = False
+
+
 class Statement(NamedTuple):
     """Entries of a page, the latest first, and the queries of the pages beside it."""
 
@@ -55,6 +75,13 @@ class Statement(NamedTuple):
     # the reversals of those entries that are reversed, by their versions
     reversals: dict[int, int]
     newer: str | None
+    older: str | None
+
+
+class SettingsHistory(NamedTuple):
+    """Changes of settings, the latest first, and the query of the earlier ones."""
+
+    changes: list[Settings]
     older: str | None
 
 
@@ -75,24 +102,47 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 @router.get("/users")
 async def list_users(request: Request) -> Response:
     """List users by id, or find them by id or external id; go to the page of the only one."""
+    return await users_page(request)
+
+
+async def users_page(request: Request, attempt: OpeningAttempt | None = None) -> Response:
+    """Return the list of users, also with the outcome of the form that creates one.
+
+    When they can't be read, the page of a form that was sent has that form alone.
+
+    Raises:
+        InvalidRequest: a parameter of the query is invalid.
+    """
     query = request.query_params
     sought, after = query.get("find", "").strip(), _cursor(request, "after")
-    await stream_of(request).refresh()
     accounts = services(request)[AccountRepository]
-    if sought:
-        found = await _find(accounts, sought)
-        if len(found) == 1:
-            return go_to(f"/users/{found[0].user_id}")
-    else:
-        found = await accounts.accounts(after=after or 0, limit=USERS_ON_PAGE + 1)
-    shown = found[:USERS_ON_PAGE]
+    try:
+        await stream_of(request).refresh()
+        if sought:
+            found = await _find(accounts, sought)
+            if len(found) == 1:
+                return go_to(f"/users/{found[0].user_id}")
+        else:
+            found = await accounts.accounts(after=after or 0, limit=USERS_ON_PAGE + 1)
+    except (DatabaseUnavailable, Overloaded):
+        if attempt is None:
+            raise
+        found = None
+    shown = (found or [])[:USERS_ON_PAGE]
+    form: Mapping[str, str] = attempt.form if attempt else {}
     view = {
         "users": shown,
+        "are_known": found is not None,
         "sought": sought,
         "after": after,
-        "next": shown[-1].user_id if len(found) > USERS_ON_PAGE else None,
+        "next": shown[-1].user_id if len(found or ()) > USERS_ON_PAGE else None,
+        "form": form,
+        "said": attempt.message if attempt else None,
+        "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
     }
-    return respond(request, "users.html", view, status=404 if sought and not found else 200)
+    if attempt is not None:
+        return respond(request, "users.html", view, status=attempt.status, headers=attempt.headers)
+    return respond(request, "users.html", view, status=404 if found == [] and sought else 200)
 
 
 async def _find(accounts: AccountRepository, sought: str) -> list[Account]:
@@ -163,6 +213,7 @@ async def account_page(request: Request, user_id: int, attempt: Attempt | None =
         return default
 
     view |= {
+        "offered": {do for do, needs in NEEDS.items() if may(request, needs)},
         "place": place,
         "said": message,
         "typed": typed,
@@ -186,6 +237,21 @@ PLACES: Final = {
     "settings": "settings",
     "freeze": "freeze",
     "thaw": "freeze",
+    "open": "open",
+}
+
+
+# What a form needs: what the API's route for the same does.
+NEEDS: Final[dict[str, Needs]] = {
+    "change": WITHDRAW,
+    "transfer": CHANGE,
+    "hold": WITHDRAW,
+    "capture": WITHDRAW,
+    "void": WITHDRAW,
+    "reverse": CHANGE,
+    "settings": MAKE,
+    "freeze": MAKE,
+    "thaw": MAKE,
 }
 
 
@@ -198,12 +264,9 @@ async def _account(request: Request, user_id: int, tried: str) -> dict[str, obje
     days = await ledger.daily_balances(user_id, before=date.max, limit=DAYS_DRAWN)
     past = {day.version: (day.at.timestamp(), day.balance) for day in days}
     past |= {entry.version: (entry.at.timestamp(), entry.balance) for entry in recent}
-    changes = await services(request)[AccountRepository].settings(
-        user_id, after=account.settings_version - 1, limit=1
-    )
     return {
         "account": account,
-        "changed": changes[0] if changes else None,
+        "history": await _settings(request, account),
         "line": charts.balances([past[version] for version in sorted(past)]),
         "statement": await _statement(request, account),
         "reference": _reference(request),
@@ -262,6 +325,20 @@ async def _statement(request: Request, account: Account) -> Statement:
     )
 
 
+async def _settings(request: Request, account: Account) -> SettingsHistory:
+    """Return the latest changes of settings, or those up to a version."""
+    upto = min(_cursor(request, "settings") or account.settings_version, account.settings_version)
+    found = await services(request)[AccountRepository].settings(
+        account.user_id, after=max(0, upto - SETTINGS_ON_PAGE - 1), limit=SETTINGS_ON_PAGE + 1
+    )
+    changes = [each for each in reversed(found) if each.settings_version <= upto]
+    older = changes[SETTINGS_ON_PAGE:]
+    return SettingsHistory(
+        changes[:SETTINGS_ON_PAGE],
+        urlencode({"settings": older[0].settings_version}) if older else None,
+    )
+
+
 async def _holds(request: Request, account: Account, tried: str) -> Holds:
     """Return the open holds after a number, and one that was asked for or `tried` to end."""
     holds = services(request)[HoldRepository]
@@ -295,6 +372,9 @@ async def _done(request: Request, user_id: int) -> Message | None:
         if did in {"hold", "void"} and is_number(hold):
             found = await services(request)[HoldRepository].hold(user_id, int(hold))
             return Message("good", _placed(found))
+        if did == "open":
+            opened = await services(request)[LedgerRepository].past(user_id, version=1)
+            return Message("good", f"Done: user {user_id} is there, with {number(opened.balance)}.")
         if did in {"settings", "freeze", "thaw"}:
             account = await services(request)[AccountRepository].account(user_id)
             return Message("good", f"Done: {settings_of(account)}.")

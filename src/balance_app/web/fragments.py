@@ -35,11 +35,19 @@ _GROWING: Final = re.compile(r'data-from="([0-9.-]+)"')
 
 
 class Fragment(NamedTuple):
-    """An element: the data it was made from, its HTML, the version that changed it."""
+    """An element: the data it was made from, its HTML, the version that changed it.
+
+    `quiet` is the HTML without buttons, for those who may not control jobs.
+    """
 
     seed: object
     html: str
+    quiet: str
     version: int
+
+    def shown(self, *, buttons: bool) -> str:
+        """Return the HTML for a viewer."""
+        return self.html if buttons else self.quiet
 
 
 class Section(NamedTuple):
@@ -53,11 +61,12 @@ class Section(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A fragment that may have to be rendered."""
+    """A fragment that may have to be rendered; `quietly` without buttons, if it has some."""
 
     id: str
     seed: object
     render: Callable[[], str]
+    quietly: Callable[[], str] | None = None
 
 
 class Fragments:
@@ -124,7 +133,8 @@ class Fragments:
         if current is not None and current.html == html:
             self._rendered[draft.id] = current._replace(seed=draft.seed)
             return False
-        self._rendered[draft.id] = Fragment(draft.seed, html, version)
+        quiet = html if draft.quietly is None else str(draft.quietly())
+        self._rendered[draft.id] = Fragment(draft.seed, html, quiet, version)
         return True
 
     def _drafts(
@@ -174,7 +184,8 @@ class Fragments:
         return Draft(
             f"job-{job['name']}",
             (job, ended),
-            lambda: str(self._macros.job_row(job, charts.spark(runs))),
+            lambda: str(self._macros.job_row(job, charts.spark(runs), buttons=True)),
+            lambda: str(self._macros.job_row(job, charts.spark(runs), buttons=False)),
         )
 
     def _lane(self, name: str, activity: Activity | None, now: float) -> Draft:
@@ -205,15 +216,18 @@ class Fragments:
 
     # -- what is sent ------------------------------------------------------------------------
 
-    def sections(self, now: float) -> dict[str, Markup]:
+    def sections(self, now: float, *, buttons: bool) -> dict[str, Markup]:
         """Return each list as HTML, with its clocks filled in for `now`."""
-        return {name: self._fill(self._list(name, None), now) for name in self._sections}
+        return {
+            name: self._fill(self._list(name, None, buttons=buttons), now)
+            for name in self._sections
+        }
 
-    def row(self, name: str, now: float) -> Markup:
+    def row(self, name: str, now: float, *, buttons: bool) -> Markup:
         """Return the row of a job that is shown or watched, with its clocks filled in."""
-        return self._fill(self._rendered[f"job-{name}"].html, now)
+        return self._fill(self._rendered[f"job-{name}"].shown(buttons=buttons), now)
 
-    def changes(self, since: int | None, job: str | None) -> dict[str, str]:
+    def changes(self, since: int | None, job: str | None, *, buttons: bool) -> dict[str, str]:
         """Return the elements that changed after the version `since`, by their ids.
 
         None: all of them. With `job` the row of that job alone.
@@ -221,20 +235,20 @@ class Fragments:
         if job is not None:
             row = self._rendered.get(f"job-{job}")
             new = row is not None and (since is None or row.version > since)
-            return {f"job-{job}": row.html} if row is not None and new else {}
+            return {f"job-{job}": row.shown(buttons=buttons)} if row is not None and new else {}
         return {
-            name: self._list(name, since)
+            name: self._list(name, since, buttons=buttons)
             for name, section in self._sections.items()
             if since is None
             or section.version > since
             or any(self._rendered[id_].version > since for id_ in section.ids)
         }
 
-    def _list(self, name: str, since: int | None) -> str:
+    def _list(self, name: str, since: int | None, *, buttons: bool) -> str:
         section = self._sections[name]
         origin = f' data-origin="{self._origin:.1f}"' if name == "lanes" else ""
         fragments = "".join(
-            self._rendered[id_].html
+            self._rendered[id_].shown(buttons=buttons)
             if since is None or self._rendered[id_].version > since
             else f'<{section.fragment_tag} id="{escape(id_)}" data-same></{section.fragment_tag}>'
             for id_ in section.ids

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from fastapi.routing import APIRoute
@@ -10,7 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import override
 
-from balance_app.access.keys import ANYBODY, principal
+from balance_app.access.gate import Gate
+from balance_app.access.keys import ANYBODY, Principal, principal
+from balance_app.access.routes import READ, Needs
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
@@ -39,9 +41,9 @@ class PageRoute(APIRoute):
 
         async def handle_for_people(request: Request) -> Response:
             try:
-                sender = principal(request)
-                if sender is not ANYBODY:  # a form that is refused is answered with the whole page
-                    sender.require("read")
+                who = principal(request)
+                if who is not ANYBODY:  # a form that is refused is answered with the whole page
+                    who.require(*READ)
                 return await handle(request)
             except Problem as problem:
                 return problem_page(request, problem)
@@ -86,6 +88,19 @@ def path_of(request: Request, path: str) -> str:
     return path.removeprefix(request.scope["root_path"])
 
 
+def sender(request: Request) -> Principal:
+    """Return who sends the request, also where nobody is asked."""
+    known = cast("Principal", request.scope.get("principal", ANYBODY))
+    if known is not ANYBODY:
+        return known
+    return services(request)[Gate].sender(dict(request.headers.raw))
+
+
+def may(request: Request, needs: Needs) -> bool:
+    """Say whether who sends the request may do what needs one of these scopes."""
+    return not sender(request).scopes.isdisjoint(needs)
+
+
 def stream_of(request: Request) -> PageStream:
     """Return the page's event stream, with its fragments."""
     return services(request)[PageStream]
@@ -99,12 +114,19 @@ def respond(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Return a page with what all pages have."""
-    fragments = stream_of(request).fragments
+    """Return a page with what all pages have; without `read` it has nothing of the service."""
+    fragments, settings = stream_of(request).fragments, services(request)[Settings]
+    reads = may(request, READ)
+    is_anonymous = services(request)[Gate].is_anonymous
     common = {
         "message": None,
-        "title": fragments.title,
-        "now": fragments.snapshot.now.timestamp() if fragments.snapshot else None,
-        "server": services(request)[Settings].server_id,
+        "title": fragments.title if reads else "balance_app",
+        "now": fragments.snapshot.now.timestamp() if reads and fragments.snapshot else None,
+        "server": settings.server_id,
+        "sender": sender(request),
+        "reads": reads,
+        "may": lambda scope: may(request, (scope,)),
+        # where it listens, if anybody who reaches it may do everything
+        "open_at": settings.host if is_anonymous and not settings.is_loopback else None,
     }
     return page(request, template, {**common, **view}, status=status, headers=headers)

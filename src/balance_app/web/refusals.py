@@ -27,6 +27,7 @@ _FAULTS: Final = {
     "/note": "a note has at most 500 printable characters.",
     "/lasts": "a hold lasts at least a second, and at most a year.",
     "/entry": "an entry's number is a whole number above 0.",
+    "/balance": f"an opening balance is a whole number from 0 up to {number(MAX_INTEGER)}.",
     "/floor": "a floor is a whole number; below 0 it allows an overdraft.",
     "/externalId": "an external id has at most 200 printable characters.",
     "/by": "a name has at most 100 printable characters.",
@@ -105,8 +106,9 @@ def _of_request(problem: Problem, members: dict[str, Any]) -> str | None:
 
 def _has(state: dict[str, Any]) -> str:
     """Return what a user has, and why not all of it may be spent."""
-    user, balance, held = state["userId"], number(state["balance"]), state["held"]
-    has = f"user {user} has {balance}"
+    user, balance, held = state.get("userId"), number(state["balance"]), state["held"]
+    has = "the new user" if user is None else f"user {user}"
+    has = f"{has} has {balance}"
     if held:
         has = (
             f"user {user} has {number(state['available'])} available "

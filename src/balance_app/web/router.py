@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.access.routes import OPERATE
 from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.ledger import LedgerRepository, Selection
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
@@ -30,6 +31,7 @@ from balance_app.web.pages import (
     PageRoute,
     came_from,
     is_number,
+    may,
     respond,
     sentence,
     stream_of,
@@ -73,6 +75,7 @@ async def watch(request: Request) -> Response:
         stream_of(request),
         since=request.headers.get("last-event-id") or request.query_params.get("since"),
         job=request.query_params.get("job"),
+        buttons=may(request, OPERATE),
         compress=accepts_gzip(request),
     )
 
@@ -185,7 +188,7 @@ async def overview_page(
     view = {
         "message": message or _job_message(request),
         "version": stream.version,
-        "sections": stream.fragments.sections(now),
+        "sections": stream.fragments.sections(now, buttons=may(request, OPERATE)),
         "shown": len(stream.fragments.shown),
         "hidden": len(snapshot.jobs) - len(stream.fragments.shown),
         "account": await _account(request, user),
@@ -294,7 +297,8 @@ async def job_page(
         forgotten = services(request)[StatusReader].forgotten(name)
         if forgotten is None:
             job = _job(snapshot, name)
-            row, version = stream.fragments.row(name, now), stream.version
+            row = stream.fragments.row(name, now, buttons=may(request, OPERATE))
+            version = stream.version
     page = await history.page(
         job=name,
         outcome=outcome,

@@ -58,7 +58,7 @@ class PageStream:
         self._watched: Counter[str] = Counter()
         # A version means nothing to another process, as after a restart.
         self._boot = token_hex(4)
-        self._events: dict[tuple[int | None, str | None], bytes] = {}
+        self._events: dict[tuple[int | None, str | None, bool], bytes] = {}
         self._compressed: dict[bytes, bytes] = {}
         self._broadcaster = EventBroadcaster(self._poll, stopping, seats)
         self.fragments = Fragments()
@@ -149,24 +149,30 @@ class PageStream:
         with self._broadcaster.viewer(scope), self.keeping(job) if job else nullcontext():
             yield
 
-    async def events(self, since: str | None, job: str | None) -> AsyncIterator[bytes]:
+    def wake(self) -> None:
+        """Send each viewer an empty part, as `EventBroadcaster.wake`."""
+        self._broadcaster.wake()
+
+    async def events(
+        self, since: str | None, job: str | None, *, buttons: bool
+    ) -> AsyncIterator[bytes]:
         """Yield what has changed for a viewer who has the version `since`, at each poll."""
         boot, _, number = (since or "").partition(".")
         has = int(number) if boot == self._boot and _VERSION.fullmatch(number) else None
         async for event in self._broadcaster.events():
             if event.startswith(b"event: status"):
                 had, has = has, self.fragments.version
-                yield self._event(had, job)
+                yield self._event(had, job, buttons=buttons)
             else:  # how soon to reconnect, or that the database is unavailable
                 yield event
 
-    def _event(self, since: int | None, job: str | None) -> bytes:
-        """Return the event for all who have the version `since`."""
-        cached = self._events.get((since, job))
+    def _event(self, since: int | None, job: str | None, *, buttons: bool) -> bytes:
+        """Return the event for all who have the version `since`, and buttons or none."""
+        cached = self._events.get((since, job, buttons))
         if cached is None:
             snapshot = self.fragments.snapshot
             assert snapshot is not None  # noqa: S101 - a poll came before
-            changes = self.fragments.changes(since, job)
+            changes = self.fragments.changes(since, job, buttons=buttons)
             data = {
                 "now": snapshot.now.timestamp(),
                 "title": self.fragments.title,
@@ -177,7 +183,7 @@ class PageStream:
             cached = format_sse_event(
                 event="status", data_str=to_json(data).decode(), id=self.version
             )
-            self._events[since, job] = cached
+            self._events[since, job, buttons] = cached
         return cached
 
     def compress(self, event: bytes) -> bytes:
@@ -194,14 +200,20 @@ class PageStreamResponse(EventSourceResponse):
     """The stream to one viewer, compressed if its browser accepts that."""
 
     def __init__(
-        self, stream: PageStream, *, since: str | None, job: str | None, compress: bool
+        self,
+        stream: PageStream,
+        *,
+        since: str | None,
+        job: str | None,
+        buttons: bool,
+        compress: bool,
     ) -> None:
         headers = {
             "Cache-Control": "no-store",
             "Vary": "Accept-Encoding",
             "X-Accel-Buffering": "no",
         }
-        events = stream.events(since, job)
+        events = stream.events(since, job, buttons=buttons)
         if compress:
             headers["Content-Encoding"] = "gzip"
             events = _gzip(events, stream.compress)
@@ -223,7 +235,7 @@ async def _gzip(
     yield b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
     async for event in events:
         checksum, size = zlib.crc32(event, checksum), size + len(event)
-        yield compress(event)
+        yield compress(event) if event else event
     yield b"\x03\x00" + checksum.to_bytes(4, "little") + (size & 0xFFFFFFFF).to_bytes(4, "little")
 
 

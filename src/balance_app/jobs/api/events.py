@@ -61,13 +61,20 @@ class EventBroadcaster:
             finally:
                 self._viewers -= 1
 
+    def wake(self) -> None:
+        """Send each viewer an empty part; the request middleware ends streams without a key."""
+        published, self._published = self._published, asyncio.Event()
+        published.set()
+
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield each new event; events that were replaced meanwhile are left out."""
+        """Yield each new event, or nothing; those that were replaced meanwhile are left out."""
         yield format_sse_event(retry=RETRY_MILLISECONDS)
         seen = 0
         while not self._stopping.is_set():
             if self._event is None or self._events == seen:
                 await self._published.wait()
+                if self._event is not None and self._events == seen:
+                    yield b""  # `wake`
             else:
                 seen = self._events
                 yield self._event
@@ -89,10 +96,9 @@ class EventBroadcaster:
             self._publish(None)
 
     def _publish(self, event: bytes | None) -> None:
-        published, self._published = self._published, asyncio.Event()
         self._event = event
         self._events += event is not None
-        published.set()
+        self.wake()
 
     async def _next_event(self) -> bytes:
         try:

@@ -129,11 +129,26 @@ function disconnect() {
   clearTimeout(retry);
 }
 
-function reconnect() {
+async function reconnect() {
+  const refused = stream?.readyState === EventSource.CLOSED;
   disconnect();
   if (paused) return;
   setState("warn", "↻", "reconnecting …");
+  if (refused && await loggedOut()) return;
   retry = setTimeout(() => connect(version), RETRY * (1 + Math.random()));
+}
+
+/* A refused stream is not tried again by its browser, and does not say why it is refused. */
+async function loggedOut() {
+  const answer = await fetch(document.body.dataset.stream, { method: "HEAD" }).catch(() => null);
+  if (answer?.status !== 401 || stream) return false;
+  const link = byId("login");
+  const root = link.pathname.length - "/login".length;
+  link.search = new URLSearchParams({ next: (location.pathname + location.search).slice(root) });
+  link.hidden = false;
+  button.hidden = true;
+  setState("bad", "✕", `logged out at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
+  return true;
 }
 
 button.hidden = !document.body.dataset.stream;
@@ -157,10 +172,10 @@ async function load(address, options) {
   if (busy) return;
   busy = true;
   try {
-    const answer = await fetch(address, options);
+    const answer = await fetch(address, { ...options, headers: { Accept: "text/html" } });
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const main = page.getElementById("main");
-    if (!main) { location.assign(answer.url); return; }
+    if (!main || answer.redirected && /\/login$/.test(new URL(answer.url).pathname)) { location.assign(answer.url); return; }
     Idiomorph.morph(byId("main"), main, { ignoreActiveValue: options === undefined });
     document.body.dataset.stream = page.body.dataset.stream;
     document.title = page.title;
@@ -177,7 +192,7 @@ async function load(address, options) {
 }
 
 async function openConfirmation(address) {
-  const page = new DOMParser().parseFromString(await (await fetch(address)).text(), "text/html");
+  const page = new DOMParser().parseFromString(await (await fetch(address, { headers: { Accept: "text/html" } })).text(), "text/html");
   const question = page.getElementById("question"), dialog = byId("confirm");
   if (!question) { location.assign(address); return; }
   question.querySelector("h1").id = "confirm-title";
@@ -194,7 +209,7 @@ document.addEventListener("submit", (event) => {
     if (/\/(cancel|forget)$/.test(address.pathname)) { event.preventDefault(); openConfirmation(address); }
     return;
   }
-  if (address.pathname.endsWith("/forget")) return;  // it leads to another page
+  if (/\/(forget|login|logout|users)$/.test(address.pathname)) return;  // they lead to another page
   event.preventDefault();
   const fields = new URLSearchParams(new FormData(form, by));
   const name = localStorage.getItem("by"), given = form.elements.by?.value;
