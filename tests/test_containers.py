@@ -11,11 +11,14 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 DEPENDS_ON_THE_PLACE = {
+    "BALANCE_APP_KEY",
     "BALANCE_APP_URL",
     "DATABASE_URL",
     "DB_HOST",
     "DB_PASSWORD",
     "JOB_MAX_RUNNING",
+    "MIGRATE_DATABASE_URL",
+    "RATE_PER_KEY",
     "SERVER_ID",
     "SHARED_PORT",
 }

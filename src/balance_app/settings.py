@@ -48,6 +48,11 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None, description="postgresql://user:password@host:port/name; wins over the DB_* parts"
     )
+    migrate_database_url: SecretStr | None = Field(
+        None,
+        description="the same database as its owner, who migrates it and makes keys; by default "
+        "as DATABASE_URL or DB_USER",
+    )
     db_host: str | None = Field(None, description="host name, address, or socket directory")
     db_port: Port = 5432
     db_user: str = "postgres"
@@ -148,6 +153,9 @@ class Settings(BaseSettings):
     balance_app_url: str | None = Field(
         None, description="the service that the command line calls; default: the one at HOST, PORT"
     )
+    balance_app_key: SecretStr | None = Field(
+        None, description="the key that the command line sends to the service"
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -165,7 +173,7 @@ class Settings(BaseSettings):
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "migrate_database_url")
     @classmethod
     def _is_postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
         if url is not None:
@@ -241,13 +249,22 @@ class Settings(BaseSettings):
         """Whether a database was named, by URL or by host."""
         return self.database_url is not None or self.db_host is not None
 
+    def as_owner(self) -> "Settings":
+        """Return the settings with which the database's owner connects."""
+        if self.migrate_database_url is None:
+            return self
+        owner = self.model_copy(update={"database_url": self.migrate_database_url})
+        owner.__dict__.pop("_target", None)  # of the other URL
+        return owner
+
     @cached_property
     def secrets(self) -> frozenset[str]:
-        """What nobody may read: every secret setting, and the passwords in DATABASE_URL."""
+        """What nobody may read: every secret setting, and the passwords in URLs."""
         fields = (getattr(self, name) for name in type(self).model_fields)
         found = {each.get_secret_value() for each in fields if isinstance(each, SecretStr)}
-        if self.database_url is not None:
-            found |= passwords(self.database_url.get_secret_value())
+        for url in (self.database_url, self.migrate_database_url):
+            if url is not None:
+                found |= passwords(url.get_secret_value())
         return frozenset(found - {""})
 
     @property
@@ -413,7 +430,12 @@ def _is_secret(name: str, value: str) -> bool:
             return bool(passwords(value) - {""})
         except ValueError:
             return True
-    return SecretStr in kinds or name == "BALANCE_APP_KEY"
+    return SecretStr in kinds
+
+
+def is_in_environment(name: str) -> bool:
+    """Return whether the environment sets a setting, so that `.env` does not count."""
+    return any(each.upper() == name and value for each, value in os.environ.items())
 
 
 def unknown_names() -> list[str]:

@@ -40,11 +40,11 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
         *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
         *("audit", "seals", "change", "transfer", "hold", "capture", "void", "reverse"),
-        *("balance", "user", "users", "statement", "holds", "daily-balances"),
+        *("balance", "user", "users", "statement", "holds", "daily-balances", "keys"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
     assert "\x1b" not in out
-    for name in (*commands, "users set"):
+    for name in (*commands, "users set", "keys create", "keys list", "keys revoke"):
         code, out, _ = await run(*name.split(), "--help")
         assert code == 0
         assert "<bool>" not in out

@@ -107,6 +107,26 @@ def jobs_table(jobs: list[Json], on: Console) -> RenderableType:
     return table
 
 
+def keys_table(keys: list[Json], on: Console) -> RenderableType:
+    """Return a line per key."""
+    styles = {"valid": "green", "expired": "yellow", "revoked": "red"}
+    table = make_table(
+        ("NAME", "STATE", "SCOPES", "ENDS", "LAST USED", "SESSIONS", "MADE BY"), cut=("MADE BY",)
+    )
+    for key in keys:
+        ends = key["revokedAt"] or key["expiresAt"]
+        table.add_row(
+            text(key["name"], on),
+            text(key["state"], on, styles[key["state"]]),
+            text(" ".join(key["scopes"]), on),
+            text("never" if ends is None else exact(moment(ends)), on),
+            text(key["lastUsedOn"] or "never", on),
+            text(str(key["sessions"]), on),
+            text(f"{key['createdBy'] or ''} {key['createdAt'][:10]}", on),
+        )
+    return table
+
+
 def schedule(job: Json, now: datetime) -> str:
     """Return when a job is due, whether that was set at run time, and what else is declared."""
     override, declared = job["scheduleOverride"], job["declaredSchedule"]["words"]
