@@ -26,7 +26,8 @@ def command(*arguments: str, cwd: str = str(ROOT), **env: str) -> Awaitable[fork
 
 def environment(**env: str) -> dict[str, str]:
     """Return its environment, without inherited variables that change its behaviour or output."""
-    of_its_own = {"BALANCE_APP_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PORT", "HOST"}
+    of_its_own = {"BALANCE_APP_URL", "BALANCE_APP_KEY", "XDG_CONFIG_HOME", "NO_COLOR"}
+    of_its_own |= {"FORCE_COLOR", "COLUMNS", "PORT", "HOST"}
     of_its_own |= set(DATABASE_VARIABLES)
     return {
         **{name: value for name, value in os.environ.items() if name not in of_its_own},

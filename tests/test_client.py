@@ -24,17 +24,22 @@ from balance_app.client import (
     IdempotencyKeyReused,
     IncompleteExport,
     InsufficientFunds,
+    InsufficientScope,
     InvalidRequest,
     InvalidURL,
     KeyNotFound,
+    KeyNotSent,
+    MisdirectedRequest,
     NotReversible,
     NotTheService,
     OutcomeUnknown,
     Refused,
     Service,
     ServiceFailure,
+    TooManyRequests,
     Transfer,
     TransferNotFound,
+    Unauthorized,
     Unavailable,
     UserFrozen,
     UserNotFound,
@@ -44,7 +49,8 @@ from balance_app.client import (
 from balance_app.client.failures import refusal
 from balance_app.client.service import Format
 from balance_app.client.transport import Call, _wait_seconds
-from tests.processes import Instance, free_port
+from tests.access.keyring import keys_are_needed, make_key, revoke
+from tests.processes import Instance, free_port, served
 from tests.terminal import ROOT, answering, http, losing, replacing
 
 pytestmark = pytest.mark.usefixtures("_fork_server")
@@ -616,3 +622,128 @@ async def test_the_documented_program_runs(instance: Instance) -> None:
     async with Service(instance.url) as client:
         assert (await client.user(1)).balance == 9995
         assert (await client.user(1)).created_at < datetime.now(UTC) + timedelta(days=1)
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_does_not_suffice_has_a_class(
+    instance: Instance, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, a wrong one, one without the scope, a revoked one; BALANCE_APP_KEY is one, too."""
+    monkeypatch.delenv("BALANCE_APP_KEY", raising=False)
+    reading = await make_key(database, "read")
+    await keys_are_needed(instance.url)
+    async with Service(instance.url, key=reading.text) as client:
+        assert (await client.user(1)).balance == 10_000
+        with pytest.raises(InsufficientScope) as refused:
+            await client.change(1, -2)
+        assert sorted(refused.value.needs) == ["change", "withdraw"]
+        async with Service(instance.url, key="") as nobody:
+            with pytest.raises(Unauthorized, match="needs a key"):
+                await nobody.user(1)
+        async with Service(instance.url, key=reading.text[:-1] + "!") as wrong:
+            with pytest.raises(Unauthorized, match="wrong, expired or revoked"):
+                await wrong.change(1, -2, key="k")
+        monkeypatch.setenv("BALANCE_APP_KEY", reading.text)
+        async with Service(instance.url) as other:
+            assert (await other.user(1)).balance == 10_000
+        async with (
+            httpx.AsyncClient() as http_client,
+            Service(instance.url, http=http_client) as own,
+        ):
+            with pytest.raises(Unauthorized):
+                await own.user(1)
+        await revoke(database, reading)
+        with pytest.raises(Unauthorized):
+            await _until_refused(client)
+
+
+async def _until_refused(client: Service) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            await client.user(1)
+
+
+async def test_a_name_that_is_not_the_services_has_a_class(instance: Instance) -> None:
+    """Without keys only names of this machine are accepted."""
+    async with (
+        httpx.AsyncClient(headers={"Host": "evil.example"}) as http_client,
+        Service(instance.url, http=http_client) as client,
+    ):
+        with pytest.raises(MisdirectedRequest, match="ALLOWED_HOSTS"):
+            await client.user(1)
+
+
+async def test_a_key_that_comes_too_often_waits_as_long_as_it_is_told(
+    database: dict[str, str],
+) -> None:
+    """All calls succeed while there is patience; else it is TooManyRequests, and not executed."""
+    async with served(database, RATE_PER_KEY="2") as http_client:
+        url, key = str(http_client.base_url), (await make_key(database)).text
+        await keys_are_needed(url)
+        async with Service(url, key=key, patience=30) as client:
+            made = await asyncio.gather(*(client.change(1, -1) for _ in range(5)))
+        assert sorted(each.account.balance for each in made) == list(range(9995, 10_000))
+        async with Service(url, key=key, patience=0) as client:
+            calls = [client.user(1) for _ in range(8)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [each for each in answers if isinstance(each, TooManyRequests)]
+        assert refused
+        assert {(each.applied, each.retry_after) for each in refused} == {("no", 1.0)}
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "421 Misdirected"])
+async def test_a_key_refused_after_a_lost_answer_leaves_the_outcome_unknown(
+    instance: Instance, status: str
+) -> None:
+    """The first try took effect: the refusal of the second says nothing about it."""
+    code = {"401": "unauthorized", "403": "insufficient-scope", "421": "misdirected-request"}
+    refusal = http(
+        status,
+        f'{{"code":"{code[status[:3]]}","detail":"No.","status":{status[:3]},"needs":["change"],'
+        '"applied":"unknown"}',
+    )
+    async with (
+        replacing(instance.port, lambda number, _: b"" if number == 0 else refusal) as proxy,
+        Service(proxy.url) as client,
+    ):
+        with pytest.raises(OutcomeUnknown) as unknown:
+            await client.change(1, -2)
+        assert unknown.value.key == proxy.keys[0]
+    async with Service(instance.url) as client:
+        assert (await client.outcome(1, unknown.value.key or "")).amount == -2
+        # Where no answer was lost, it is what it is.
+        async with answering(refusal) as stand_in, Service(stand_in.url) as refused:
+            with pytest.raises((Unauthorized, InsufficientScope, MisdirectedRequest)):
+                await refused.change(1, -2, key="mine")
+            assert len(stand_in.requests) == 1
+
+
+async def test_a_key_that_others_could_read_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that is none; nothing shows it. A client of one's own answers for its way itself."""
+    monkeypatch.setenv("BALANCE_APP_KEY", "geheim")
+    for url, key in (
+        ("http://bank.example", "geheim"),
+        ("http://bank.example", None),
+        ("http://10.0.0.1:3000", "geheim"),
+        ("https://bank.example", "geheim\r\nX-More: 1"),
+        ("https://bank.example", "geheim 2"),
+        ("https://bank.example", "geh\u00e9im"),
+        ("https://user:password@bank.example", "geheim"),
+    ):
+        with pytest.raises(KeyNotSent) as refused:
+            Service(url, key=key)
+        assert "geh" not in str(refused.value)
+        assert "password@" not in str(refused.value)
+    Service("https://user:password@bank.example")
+    Service("http://bank.example", key="")
+    async with answering(http("200 OK", "{}")) as stand_in:
+        mounts = {"all://": httpx.AsyncHTTPTransport(proxy=stand_in.url)}
+        async with (
+            httpx.AsyncClient(mounts=mounts) as own,
+            Service("http://bank.example", key="geheim", http=own, patience=0) as client,
+        ):
+            with pytest.raises(ServiceFailure):
+                await client.user(1)
+        assert "authorization: bearer geheim" in stand_in.requests[0].lower()

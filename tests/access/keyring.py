@@ -1,10 +1,11 @@
 """Keys and sessions of tests, made as the database's owner makes them."""
 
+import asyncio
 from typing import Final
 from uuid import uuid4
 
 from balance_app.access.keys import SCOPES, Kind, Token, new_token
-from tests.processes import query
+from tests.processes import http_client, query
 
 MAKE: Final = """
 WITH changed AS (
@@ -45,6 +46,13 @@ async def make_key(
     name = name or f"key-{uuid4().hex}"
     await query(database, MAKE, token.id, token.digest, name, list(scopes or SCOPES), seconds)
     return token
+
+
+async def keys_are_needed(url: str) -> None:
+    """Wait until an instance has noticed that there is a key."""
+    async with http_client(url) as client:
+        while (await client.get("/api/users")).status_code != 401:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.05)
 
 
 async def revoke(database: dict[str, str], token: Token) -> None:

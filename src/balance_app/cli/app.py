@@ -12,8 +12,18 @@ import typer
 from balance_app import __version__
 from balance_app.cli.balance_commands import balance_commands
 from balance_app.cli.job_commands import job_commands
+from balance_app.cli.key_commands import key_commands
 from balance_app.cli.ledger_commands import ledger_commands
-from balance_app.cli.remote import Command, Group, Json, Url, fail, global_options, own_url
+from balance_app.cli.remote import (
+    Command,
+    Group,
+    Json,
+    KeyFile,
+    Url,
+    fail,
+    global_options,
+    own_url,
+)
 from balance_app.settings import (
     BadSettingsError,
     Settings,
@@ -53,7 +63,10 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 service, database = typer.Typer(), typer.Typer()
-for commands in (service, job_commands, balance_commands, ledger_commands, database):
+for commands in (
+    *(service, job_commands, balance_commands),
+    *(ledger_commands, key_commands, database),
+):
     cli.add_typer(commands)
 
 
@@ -71,23 +84,29 @@ Version = Annotated[
 
 @cli.callback()
 def before_the_command(
-    context: typer.Context, *, json: Json = False, url: Url = None, version: Version = False
+    context: typer.Context,
+    *,
+    json: Json = False,
+    url: Url = None,
+    key_file: KeyFile = None,
+    version: Version = False,
 ) -> None:
-    """Accept `--url` and `--json` before the command, too."""
+    """Accept `--url`, `--key-file` and `--json` before the command, too."""
     del version
-    accepting = {"users"} | {
+    given = {"url": url, "key-file": key_file, "json": json or None}
+    remote = {"users"} | {
         each.callback.__name__.replace("_", "-")
         for commands in (job_commands, balance_commands)
         for each in commands.registered_commands
         if each.callback
     }
-    if url is None:
-        accepting |= {"audit", "jobs", "seals"}
-    if not json:
-        accepting.add("healthcheck")
-    if (json or url is not None) and context.invoked_subcommand not in accepting:
-        fail(f"`{context.invoked_subcommand}` takes no {'--json' if json else '--url'}.", code=2)
-    global_options.update(json=json, url=url)
+    # What takes some of them only.
+    others = {"url": {"healthcheck"}, "json": {"audit", "jobs", "keys", "seals"}}
+    command = context.invoked_subcommand or ""
+    for name, value in given.items():
+        if value is not None and command not in remote | others.get(name, set()):
+            fail(f"`{command}` takes no --{name}.", code=2)
+    global_options.update(json=json, url=url, key_file=key_file)
 
 
 _service = partial(service.command, cls=Command, rich_help_panel="The service")
@@ -110,6 +129,7 @@ def up(
     ] = None,
 ) -> None:
     """Run instances on this machine, and a database if none is configured."""
+    from balance_app.access.gate import OpenToNetworkError
     from balance_app.local.launcher import LaunchError, launch
 
     settings = load_settings()
@@ -123,6 +143,8 @@ def up(
         code = asyncio.run(launch(settings, instances=instances, shared_port=port))
     except LaunchError as error:
         fail(str(error))
+    except OpenToNetworkError as error:
+        fail(str(error), code=2)
     raise typer.Exit(code)
 
 

@@ -1,14 +1,24 @@
 """The commands for the balances of a running service; `balance_session` executes them."""
 
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from balance_app.cli.remote import By, Command, Group, Json, Limit, Url, login_name, open_session
+from balance_app.cli.remote import (
+    By,
+    Command,
+    Group,
+    Json,
+    Limit,
+    Url,
+    login_name,
+    open_session,
+    read_moment,
+)
 
 if TYPE_CHECKING:
     from balance_app.cli.balance_session import BalanceSession
@@ -37,17 +47,6 @@ class Order(StrEnum):
 
     ASC = "asc"
     DESC = "desc"
-
-
-def _moment(text: str) -> datetime:
-    """Read a moment; without a zone it is in UTC, as all that is shown."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is no time: write it like 2026-11-21 or 2026-11-21T21:49:33Z."
-        ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 UserId = Annotated[int, typer.Argument(metavar="USER", help="the user's id")]
@@ -219,7 +218,7 @@ def user(
     *,
     at: Annotated[
         datetime | None,
-        typer.Option(parser=_moment, metavar="TIME", help="the balance at this time; UTC"),
+        typer.Option(parser=read_moment, metavar="TIME", help="the balance at this time; UTC"),
     ] = None,
     version: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="the balance after this entry")
@@ -244,11 +243,11 @@ def statement(  # noqa: PLR0913 - each is an option
     ] = False,
     begin: Annotated[
         datetime | None,
-        typer.Option("--from", parser=_moment, metavar="TIME", help="made then or later; UTC"),
+        typer.Option("--from", parser=read_moment, metavar="TIME", help="made then or later; UTC"),
     ] = None,
     end: Annotated[
         datetime | None,
-        typer.Option("--to", parser=_moment, metavar="TIME", help="made before; UTC"),
+        typer.Option("--to", parser=read_moment, metavar="TIME", help="made before; UTC"),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="TEXT", help="with exactly this reference")

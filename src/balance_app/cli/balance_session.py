@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from balance_app.cli import balance_output as output
-from balance_app.cli.errors import Code, RemoteError, remote_error
+from balance_app.cli.errors import Code, RemoteError
 from balance_app.cli.session import Session
 from balance_app.client import (
     Account,
@@ -157,7 +157,7 @@ class BalanceSession(Session):
         except OutcomeUnknown as failure:
             raise RemoteError(f"{failure} {again}", Code.UNKNOWN, answer=failure.answer) from None
         except ServiceFailure as failure:
-            raise remote_error(failure) from None
+            raise self._error(failure) from None
         except UnicodeError:
             raise RemoteError("What is sent has to be text in UTF-8.", Code.WRONG) from None
         except ValueError as error:
@@ -231,7 +231,7 @@ class BalanceSession(Session):
                 problem=conflict.code,
             ) from None
         except ServiceFailure as failure:
-            raise remote_error(failure) from None
+            raise self._error(failure) from None
         self._report_account(changed)
 
     def _report_account(self, account: Account) -> None:

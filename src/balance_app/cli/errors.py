@@ -3,12 +3,16 @@
 from enum import IntEnum
 from typing import Final
 
+from balance_app.cli.credentials import Credential
 from balance_app.client import (
+    InsufficientScope,
     InvalidRequest,
     InvalidURL,
+    KeyNotSent,
     OutcomeUnknown,
     Refused,
     ServiceFailure,
+    Unauthorized,
     Unavailable,
 )
 from balance_app.formatting import visible
@@ -54,9 +58,11 @@ class RemoteError(Exception):
         self.problem = problem
 
 
-def remote_error(failure: ServiceFailure) -> RemoteError:
-    """Return how a command ends by a failure of the client."""
+def remote_error(failure: ServiceFailure, credential: Credential | None = None) -> RemoteError:
+    """Return how a command ends by a failure of the client; its key was this one."""
     sentence = str(failure)
+    if credential is not None:
+        sentence += _advice(failure, credential)
     if isinstance(failure, Refused):
         code = Code.WRONG if isinstance(failure, InvalidRequest) else Code.FAILED
         if failure.code in _BY_THE_STATE:
@@ -67,5 +73,21 @@ def remote_error(failure: ServiceFailure) -> RemoteError:
     if isinstance(failure, Unavailable):
         return RemoteError(sentence, Code.UNAVAILABLE, answer=failure.answer)
     return RemoteError(
-        sentence, Code.WRONG if isinstance(failure, InvalidURL) else Code.UNAVAILABLE
+        sentence,
+        Code.WRONG if isinstance(failure, InvalidURL | KeyNotSent) else Code.UNAVAILABLE,
     )
+
+
+def _advice(failure: ServiceFailure, credential: Credential) -> str:
+    """Return what helps against a refusal of the key, as further sentences."""
+    if isinstance(failure, Unauthorized):
+        return (
+            f" It was that of {credential.origin}." if credential.key else f" {credential.origin}"
+        )
+    if isinstance(failure, InsufficientScope):
+        scopes = " or ".join(f"--scope {each}" for each in failure.needs)
+        return (
+            f" It is of {credential.origin}; whoever runs the service makes one that has it: "
+            f"`balance-app keys create NAME {scopes}`."
+        )
+    return ""

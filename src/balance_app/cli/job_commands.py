@@ -12,6 +12,7 @@ from balance_app.cli.remote import (
     Json,
     Limit,
     Url,
+    credential_for,
     fail,
     login_name,
     open_session,
@@ -31,7 +32,8 @@ def _complete_job(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from balance_app.cli.job_session import job_names  # noqa: PLC0415 - slow to import
 
     with suppress(Exception):
-        names = job_names(service_url(ctx.params.get("url") or ctx.find_root().params.get("url")))
+        url = ctx.params.get("url") or ctx.find_root().params.get("url")
+        names = job_names(service_url(url), credential_for(url))
         return [(name, summary) for name, summary in names if name.startswith(incomplete)]
     return []
 

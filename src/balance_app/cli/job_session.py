@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from balance_app.cli import output
+from balance_app.cli.credentials import Credential
 from balance_app.cli.errors import Code, RemoteError
 from balance_app.cli.events import Event, follow
 from balance_app.cli.session import Session, print_json
@@ -259,9 +260,11 @@ class JobSession(Session):
         return Group(output.status_table(status, self._out), Text(), sentence)
 
 
-def job_names(url: str) -> list[tuple[str, str]]:
+def job_names(url: str, credential: Credential) -> list[tuple[str, str]]:
     """Return the jobs of a service, each with what it does; the time limit is short."""
-    with JobSession(url, as_json=True, timeout=COMPLETION_SECONDS) as session:
+    with JobSession(
+        url, credential=credential, as_json=True, timeout=COMPLETION_SECONDS
+    ) as session:
         status = session.read_status()
     return [
         (visible(job["name"]), shorten(visible(job["description"]), 60, placeholder=" ..."))

@@ -1,8 +1,10 @@
-"""What the commands for a running service share: options, and how they reach it."""
+"""What the commands share: options, and how those for a running service reach it."""
 
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -10,36 +12,57 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from balance_app.formatting import url as address
-from balance_app.settings import Settings, load_settings
+from balance_app.settings import Settings, is_in_environment, load_settings
 
 if TYPE_CHECKING:
+    from balance_app.cli.credentials import Credential
     from balance_app.cli.session import Session
 
     Used = TypeVar("Used", bound=Session)
 
 
-def _without_types(params: list[Any]) -> list[Any]:
-    """Return parameters; the help shows flags without a type."""
+def _completed(params: list[Any], context: Any) -> list[Any]:  # noqa: ANN401 - of the library
+    """Return parameters as all commands have them.
+
+    The help shows flags without a type. What takes a URL and `--json` is for a running service, and
+    takes `--key-file`, too.
+    """
     for param in params:
         if getattr(param, "is_flag", False):
             param.metavar = ""
+    names = {each.name for each in params}
+    if {"url", "json"} <= names and "key_file" not in names:
+        params.insert(-1, _key_file(context))
     return params
 
 
 class Command(TyperCommand):
-    """A command whose help shows flags without a type."""
+    """A command of this program."""
 
     @override
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
+        return _completed(super().get_params(ctx), ctx)
 
 
 class Group(TyperGroup):
-    """A group of commands whose help shows flags without a type."""
+    """A group of commands of this program."""
 
     @override
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
+        return _completed(super().get_params(ctx), ctx)
+
+
+def _key_file(context: Any) -> Any:  # noqa: ANN401 - of the library
+    """Return the program's own option, as one of a command."""
+
+    def remember(context: object, option: object, value: str | None) -> None:
+        del context, option
+        global_options["key_file"] = value or global_options.get("key_file")
+
+    program = context.find_root().command
+    option = copy(next(each for each in program.params if each.name == "key_file"))
+    option.callback, option.expose_value = remember, False
+    return option
 
 
 # the options that were given before the command's name
@@ -50,6 +73,13 @@ Url = Annotated[
     typer.Option(
         metavar="URL",
         help="where the service is; by default BALANCE_APP_URL, or this machine (HOST, PORT)",
+    ),
+]
+KeyFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="has the key; by default BALANCE_APP_KEY, or what is in ~/.config/balance-app/key",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the service's own JSON")]
@@ -65,24 +95,52 @@ def open_session(
     kind: "type[Used]", url: str | None, *, as_json: bool, patience: float = 0
 ) -> "Iterator[Used]":
     """Yield a session with a service; a refusal is reported, and ends the program."""
-    from balance_app.cli.errors import Code, RemoteError  # noqa: PLC0415 - slow; see below
+    from balance_app.cli.errors import Code, RemoteError, remote_error  # noqa: PLC0415 - slow
+    from balance_app.client import KeyNotSent  # noqa: PLC0415 - the same
 
     url = url or global_options.get("url")
     as_json = as_json or bool(global_options.get("json"))
-    settings = None if url else load_settings()
-    reached_by = (f"--url={url}",) if url else ()
+    named = {"url": url, "key-file": global_options.get("key_file")}
+    reached_by = tuple(f"--{name}={value}" for name, value in named.items() if value)
     try:
         with kind(
-            service_url(url), as_json=as_json, reached_by=reached_by, patience=patience
+            service_url(url),
+            credential=credential_for(url),
+            as_json=as_json,
+            reached_by=reached_by,
+            patience=patience,
         ) as session:
             yield session
+    except KeyNotSent as error:
+        fail(str(error), code=remote_error(error).code)
     except RemoteError as error:
         if as_json and error.answer is not None:
             typer.echo(error.answer)
-        guessed = settings is not None and settings.balance_app_url is None
+        guessed = not url and load_settings().balance_app_url is None
         guessed = guessed and error.code is Code.UNAVAILABLE and error.answer is None
         hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""
         fail(f"{error}{hint}", code=error.code)
+
+
+def credential_for(given: str | None) -> "Credential":
+    """Return the key for the service that `service_url` returns.
+
+    Raises:
+        KeyNotSent: it can't be used, or must not be sent there.
+    """
+    from balance_app.cli.credentials import Setting, find_credential  # noqa: PLC0415 - slow
+
+    settings, url = load_settings(), service_url(given)
+    of_file = not (given or is_in_environment("BALANCE_APP_URL"))
+    key = settings.balance_app_key
+    return find_credential(
+        Setting(url, of_file and settings.balance_app_url is not None),
+        Setting(
+            None if key is None else key.get_secret_value(),
+            not is_in_environment("BALANCE_APP_KEY"),
+        ),
+        global_options.get("key_file"),
+    )
 
 
 def own_url(settings: Settings) -> str:
@@ -104,6 +162,17 @@ def login_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # an id without a name, as containers have
         return "command line"
+
+
+def read_moment(text: str) -> datetime:
+    """Read a moment; without a zone it is in UTC, as all that is shown."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no time: write it like 2026-11-21 or 2026-11-21T21:49:33Z."
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def fail(sentence: str, *, code: int = 1) -> NoReturn:

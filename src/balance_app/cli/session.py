@@ -14,7 +14,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from balance_app.cli import output
-from balance_app.cli.errors import remote_error
+from balance_app.cli.credentials import Credential
+from balance_app.cli.errors import RemoteError, remote_error
 from balance_app.client import Service, ServiceFailure, Unavailable
 from balance_app.client.answers import Received
 from balance_app.client.transport import Call
@@ -31,10 +32,11 @@ class Session:
     Every method prints the service's answer, and raises RemoteError where it is a refusal.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option
         self,
         url: str,
         *,
+        credential: Credential,
         as_json: bool,
         reached_by: tuple[str, ...] = (),
         patience: float = 0,
@@ -46,10 +48,15 @@ class Session:
         """
         try:
             self._service = Service(
-                url, patience=patience, timeout=timeout, on_retry=self._report_retry
+                url,
+                key=credential.key,
+                patience=patience,
+                timeout=timeout,
+                on_retry=self._report_retry,
             )
         except ServiceFailure as failure:
             raise remote_error(failure) from None
+        self._credential = credential
         self._runner = asyncio.Runner()
         self._retry_is_reported = False
         self._as_json = as_json
@@ -76,10 +83,13 @@ class Session:
         try:
             return self._runner.run(call)
         except ServiceFailure as failure:
-            raise remote_error(failure) from None
+            raise self._error(failure) from None
         except asyncio.CancelledError:
             # Only Ctrl-C cancels a call; the runner says so unless a time limit cancelled it, too.
             raise KeyboardInterrupt from None
+
+    def _error(self, failure: ServiceFailure) -> RemoteError:
+        return remote_error(failure, self._credential)
 
     def _each(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """Yield what a call of the service yields."""

@@ -15,6 +15,10 @@ class InvalidURL(ServiceFailure):
     """This is not the URL of a service."""
 
 
+class KeyNotSent(ServiceFailure):
+    """The key is none, or others could read it on its way to this URL; nothing was sent."""
+
+
 class NotTheService(ServiceFailure):
     """Something else answers at the URL."""
 
@@ -41,6 +45,13 @@ class Unavailable(ServiceFailure):
         self.applied = applied
         self.answer = answer
         self.retry_after = retry_after
+
+
+class TooManyRequests(Unavailable):
+    """The key, or wrong keys from this address, came too often: wait `retry_after` seconds.
+
+    The request was not executed.
+    """
 
 
 class OutcomeUnknown(ServiceFailure):
@@ -83,6 +94,25 @@ class Refused(ServiceFailure):
         self.code = str(problem.get("code", ""))
         for name in attributes(type(self)):
             setattr(self, name, problem[to_camel(name)])
+
+
+class Unauthorized(Refused):
+    """The service needs a key, or this one is wrong, expired or revoked."""
+
+    code = "unauthorized"
+
+
+class InsufficientScope(Refused):
+    """The key may not do this: it `needs` one of these scopes."""
+
+    code = "insufficient-scope"
+    needs: list[str]
+
+
+class MisdirectedRequest(Refused):
+    """The service asks for no keys, and is not known under the name in the URL (ALLOWED_HOSTS)."""
+
+    code = "misdirected-request"
 
 
 class _AccountRefused(Refused):
@@ -208,6 +238,8 @@ class InvalidRequest(Refused):
     errors: list[dict[str, str]]
 
 
+# The request was refused before the service looked whether an earlier try was accepted.
+NOT_ADMITTED: Final = frozenset({401, 403, 421})
 # By a later state of the account another try of the same request may be accepted.
 ACCOUNT_REFUSED: Final = _AccountRefused
 

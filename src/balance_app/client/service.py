@@ -52,10 +52,11 @@ class Service:
     class per problem), `Unavailable` (nothing was changed), `OutcomeUnknown` or `NotTheService`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option
         self,
         url: str,
         *,
+        key: str | None = None,
         patience: float = 30,
         timeout: float | None = None,
         http: httpx.AsyncClient | None = None,
@@ -63,15 +64,18 @@ class Service:
     ) -> None:
         """`timeout`: how many seconds a try may wait for the next part of its answer.
 
-        `http` is a client of your own, which has its own certificates, proxies and authentication;
+        `key` is the API key, by default BALANCE_APP_KEY of the environment; it is sent to an https
+        URL and to this machine only. `http` is a client of your own, which has its own
+        certificates, proxies and authentication, so that only a given `key` is sent, and anywhere;
         you close it. `on_retry` is called with the failure of a try before the wait for the next
         one; what it raises ends the call.
 
         Raises:
             InvalidURL: the URL is none of a service.
+            KeyNotSent: the key is none, or others could read it on its way.
         """
         self.transport = Transport(
-            url, patience=patience, timeout=timeout, http=http, on_retry=on_retry
+            url, key=key, patience=patience, timeout=timeout, http=http, on_retry=on_retry
         )
 
     async def close(self) -> None:

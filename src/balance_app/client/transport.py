@@ -1,9 +1,11 @@
 """Sends requests to the service at one URL until they are answered.
 
-Nothing here logs a request. A password in the URL is sent as it should be, and shown nowhere.
+Nothing here logs a request. A password in the URL and the key are sent as they should be, and shown
+nowhere.
 """
 
 import asyncio
+import ipaddress
 import os
 import random
 import re
@@ -22,12 +24,15 @@ from pydantic_core import from_json
 from balance_app.client.answers import Received
 from balance_app.client.failures import (
     ACCOUNT_REFUSED,
+    NOT_ADMITTED,
     Applied,
     InvalidURL,
+    KeyNotSent,
     NotTheService,
     OutcomeUnknown,
     Refused,
     ServiceFailure,
+    TooManyRequests,
     Unavailable,
     refusal,
 )
@@ -41,7 +46,10 @@ CHANGE_SECONDS: Final = 30.0  # a change may wait in a queue before it is made
 FIRST_WAIT_SECONDS: Final = 0.1
 LONGEST_WAIT_SECONDS: Final = 5.0
 
-_RETRIABLE: Final = frozenset({408, 429, 503})
+_TOO_MANY_REQUESTS: Final = 429
+_RETRIABLE: Final = frozenset({408, _TOO_MANY_REQUESTS, 503})
+# what HTTP calls a token68 or a word
+_KEY: Final = re.compile("[!-~]{1,1000}")
 _TAG: Final = re.compile(r'(?:W/)?"([^"]*)"')
 
 
@@ -77,16 +85,20 @@ class Call:
 class Transport:
     """The connections to the service at one URL."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of the service
         self,
         url: str,
         *,
+        key: str | None,
         patience: float,
         timeout: float | None,
         http: httpx.AsyncClient | None,
         on_retry: Callable[[Unavailable], None] | None,
     ) -> None:
         self.url, self._auth = _split(url)
+        if key is None and http is None and self._auth is httpx.USE_CLIENT_DEFAULT:
+            key = os.environ.get("BALANCE_APP_KEY")
+        self._headers = _authorization(key, self.url, self._auth, checked=http is None)
         self._patience = patience
         self._timeout = timeout
         self._on_retry = on_retry
@@ -152,8 +164,12 @@ class Transport:
                 await asyncio.sleep(wait)
             except Refused as error:
                 error.doubtful = doubtful
-                # Without a key to record it, a refusal by the state is one of this try alone.
-                if doubtful and call.key is None and isinstance(error, ACCOUNT_REFUSED):
+                # Without a key to record it, a refusal by the state is one of this try alone; so is
+                # one that came before the service looked for a record.
+                of_this_try = error.status in NOT_ADMITTED or (
+                    call.key is None and isinstance(error, ACCOUNT_REFUSED)
+                )
+                if doubtful and of_this_try:
                     raise _unknown(call, error) from error
                 raise
             except NotTheService as error:
@@ -209,7 +225,7 @@ class Transport:
             self.url + call.path,
             params={name: value for name, value in given if value is not None},
             json=call.json,
-            headers=call.headers,
+            headers={**self._headers, **call.headers},
             timeout=httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
         )
         return await http.send(request, stream=stream, auth=self._auth, follow_redirects=False)
@@ -239,9 +255,11 @@ class Transport:
             if answer.is_server_error or status in _RETRIABLE:
                 return Unavailable(sentence, applied="no", retry_after=retry_after)
             return NotTheService(sentence)
-        unknown = body.get("applied") == "unknown"
+        # There `applied` covers earlier calls with the key, of which this one knows nothing.
+        unknown = body.get("applied") == "unknown" and status not in NOT_ADMITTED
         if unknown or status in _RETRIABLE:
-            return Unavailable(
+            kind = TooManyRequests if status == _TOO_MANY_REQUESTS else Unavailable
+            return kind(
                 visible(f"{self.url} answers {status}: {detail}"),
                 applied="unknown" if unknown else "no",
                 answer=answer.text,
@@ -273,6 +291,36 @@ def _split(url: str) -> tuple[str, Any]:
         )
     auth = httpx.BasicAuth(parsed.username, parsed.password) if parsed.userinfo else None
     return str(parsed.copy_with(userinfo=b"")).rstrip("/"), auth or httpx.USE_CLIENT_DEFAULT
+
+
+def _authorization(key: str | None, url: str, auth: object, *, checked: bool) -> dict[str, str]:
+    """Return the header with which a key is sent; none without one.
+
+    Raises:
+        KeyNotSent: it can't be sent, or, if `checked`, others could read it.
+    """
+    if not key:
+        return {}
+    if not _KEY.fullmatch(key):
+        raise KeyNotSent("The key is none of this service: it is one word of visible characters.")
+    if auth is not httpx.USE_CLIENT_DEFAULT:
+        raise KeyNotSent("A URL with a user and a password leaves no room for a key: omit one.")
+    if checked and not is_private(url):
+        raise KeyNotSent(
+            f"The key is not sent to {visible(url)}, as others could read it on its way: use https."
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def is_private(url: str) -> bool:
+    """Return whether nobody can read what is sent to a URL: by TLS, or within this machine."""
+    parsed = httpx.URL(url)
+    if parsed.scheme == "https" or parsed.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parsed.host).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -120,6 +120,7 @@ class RequestMiddleware:
         except _RevokedError:
             log.info("stream ended: its key is not valid any more", path=scope["path"])
         except Problem as problem:
+            problem.under(_idempotency_key(received))
             await self._refusal(scope, received, problem)(scope, receive, send_with_ids)
         except Exception:
             log.exception("internal error", method=method, path=scope["path"])
@@ -217,6 +218,11 @@ def _headers_of(scope: Scope) -> dict[bytes, bytes]:
         for name, value in scope["headers"]:
             headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
     return headers
+
+
+def _idempotency_key(headers: Mapping[bytes, bytes]) -> str | None:
+    key = headers.get(b"idempotency-key")
+    return None if key is None else key.decode("latin-1")
 
 
 def _callers_id(headers: Mapping[bytes, bytes]) -> bytes | None:
