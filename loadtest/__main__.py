@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from loadtest.accounts import Account, Accounts, Ledger
 from loadtest.burst import BurstConfig, Progress, fire
+from loadtest.key import find_key
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find, locate
 from loadtest.progress import shown
 from loadtest.report import Report
@@ -74,6 +76,14 @@ def main(  # noqa: PLR0913 - each is an option
     keys: Annotated[
         bool, typer.Option("--keys", help="send a unique Idempotency-Key with each request")
     ] = False,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="has the API key, if the service needs one (default: BALANCE_APP_KEY, from the "
+            "environment or `.env`)",
+        ),
+    ] = None,
     timeout: Annotated[
         int,
         typer.Option(
@@ -93,15 +103,16 @@ def main(  # noqa: PLR0913 - each is an option
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     connections = min(connections or requests, requests)
-    config = partial(
-        BurstConfig,
-        amount=amount,
-        requests=requests,
-        connections=connections,
-        keyed=keys,
-        timeout_seconds=timeout,
-    )
     try:
+        config = partial(
+            BurstConfig,
+            amount=amount,
+            requests=requests,
+            connections=connections,
+            keyed=keys,
+            timeout_seconds=timeout,
+            api_key=find_key(key_file, urls_are_given=bool(urls)),
+        )
         allow_open_files(connections)
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
             report = runner.run(_run(config, urls or [], user=user, balance=balance, quiet=as_json))
@@ -121,7 +132,7 @@ def main(  # noqa: PLR0913 - each is an option
 
 
 async def _run(
-    config_for: Callable[..., BurstConfig],
+    config_for: partial[BurstConfig],
     urls: list[str],
     *,
     user: int | None,
@@ -130,7 +141,7 @@ async def _run(
 ) -> Report:
     targets = [Target.parse(url) for url in urls]
     targets = [await locate(target) for target in targets] or await find()
-    accounts = Accounts(targets[0])
+    accounts = Accounts(targets[0], config_for.keywords["api_key"])
     before = await (accounts.create(balance) if user is None else accounts.find(user))
     config = config_for(targets=targets, user_id=before.user_id)
     progress = Progress()

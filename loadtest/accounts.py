@@ -9,6 +9,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
+from loadtest.key import NEEDED
 from loadtest.preconditions import CannotRunError, Target
 
 _CALL_TIMEOUT_SECONDS = 30
@@ -65,8 +66,9 @@ class Accounts:
     or breaks its contract.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, api_key: str | None = None) -> None:
         self._target = target
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def create(self, balance: int) -> Account:
         """Create a user with an opening balance."""
@@ -98,7 +100,10 @@ class Accounts:
     def _client(self) -> httpx.AsyncClient:
         # trust_env=False: no proxy of the environment for a loopback address.
         return httpx.AsyncClient(
-            base_url=self._target.url, timeout=_CALL_TIMEOUT_SECONDS, trust_env=False
+            base_url=self._target.url,
+            headers=self._headers,
+            timeout=_CALL_TIMEOUT_SECONDS,
+            trust_env=False,
         )
 
     async def _read(
@@ -112,6 +117,9 @@ class Accounts:
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise CannotRunError(f"{_place(error.request)} got no answer: {reason}.") from error
+        if response.status_code in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            given = "This key does not suffice" if self._headers else "The service needs a key"
+            raise CannotRunError(f"{given} ({response.text[:300]}): {NEEDED}")
         if response.status_code != expected:
             raise CannotRunError(
                 f"{_place(response.request)} answered {response.status_code} instead of "

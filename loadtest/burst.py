@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loadtest.preconditions import CannotRunError, Target
 
@@ -25,7 +25,7 @@ class BurstConfig:
     """What to fire: `requests` times the same change of `amount` on one user.
 
     `keyed` gives each request an Idempotency-Key of its own. `timeout_seconds` bounds the opening
-    and the firing together.
+    and the firing together. `api_key` is sent with each request, None: the service needs none.
     """
 
     targets: Sequence[Target]
@@ -35,6 +35,7 @@ class BurstConfig:
     connections: int
     keyed: bool
     timeout_seconds: float
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)
@@ -262,6 +263,8 @@ def _share(config: BurstConfig, lane: int, lanes: int) -> list[tuple[int, bytes]
         f"POST /api/balance HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
+    if config.api_key is not None:
+        head += f"Authorization: Bearer {config.api_key}\r\n"
     return [
         (number, f"{head}{_key_header(config)}\r\n{body}".encode("ascii"))
         for number in range(lane, config.requests, lanes)

@@ -7,11 +7,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from loadtest import preconditions
 from loadtest.__main__ import EXIT_NOT_RUN, cli
+from loadtest.key import find_key
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find
+from tests.access.keyring import keys_are_needed, make_key
+from tests.processes import Instance
 
 
 def test_absent_service() -> None:
@@ -123,3 +126,59 @@ def test_impossible_options(option: str) -> None:
     result = CliRunner().invoke(cli, [option])
     assert result.exit_code == EXIT_NOT_RUN
     assert f"Error: Invalid value for '{option.partition('=')[0]}'" in result.stderr
+
+
+def test_the_key_is_read_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from a file that others can read; nor is it sent to an address that `.env` names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("BALANCE_APP_URL", "BALANCE_APP_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_key(None, urls_are_given=False) is None
+    file = tmp_path / "key"
+    file.write_text("of-the-file\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("BALANCE_APP_KEY", "of-the-environment")
+    assert find_key(None, urls_are_given=False) == "of-the-environment"
+    assert find_key(file, urls_are_given=False) == "of-the-file"
+    (tmp_path / ".env").write_text("BALANCE_APP_URL=http://127.0.0.1:1\nBALANCE_APP_KEY=written\n")
+    for key_file in (None, file):
+        assert find_key(key_file, urls_are_given=True) != "written"
+        with pytest.raises(CannotRunError, match=r"\.env") as refused:
+            find_key(key_file, urls_are_given=False)
+        assert "of-the" not in str(refused.value)
+    monkeypatch.delenv("BALANCE_APP_KEY")
+    assert find_key(None, urls_are_given=False) == "written"
+    file.chmod(0o640)
+    with pytest.raises(CannotRunError, match="chmod 600"):
+        find_key(file, urls_are_given=True)
+    file.chmod(0o600)
+    for text in ("", "two words", "caf\u00e9"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(CannotRunError):
+            find_key(file, urls_are_given=True)
+
+
+async def test_a_service_with_keys_is_tested_with_one(
+    instance: Instance, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, or with one that does not suffice, a sentence says which it needs."""
+    weak = await make_key(database, "read")
+    strong = await make_key(database, "open", "change", "read")
+    await keys_are_needed(instance.url)
+
+    async def fire(**env: str) -> Result:
+        monkeypatch.delenv("BALANCE_APP_KEY", raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return await asyncio.to_thread(CliRunner().invoke, cli, [instance.url, "--requests=20"])
+
+    passed = await fire(BALANCE_APP_KEY=strong.text)
+    assert (passed.exit_code, "PASS" in passed.stdout) == (0, True), passed.output
+    for env in ({}, {"BALANCE_APP_KEY": weak.text}):
+        refused = await fire(**env)
+        assert (refused.exit_code, refused.stdout) == (EXIT_NOT_RUN, "")
+        assert "its scopes must be open, change and read" in refused.stderr
+        assert weak.text not in refused.stderr
+    assert strong.text not in passed.output
