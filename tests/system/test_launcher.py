@@ -14,6 +14,7 @@ from time import monotonic
 import psutil
 
 from tests.processes import DATABASE_VARIABLES, free_ports, http_client
+from tests.system.databases import own_postgres
 from tests.system.sizes import report_figures
 
 INSTANCES = 2
@@ -116,6 +117,33 @@ async def test_a_taken_port_is_reported(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_what_is_open_to_the_network_without_keys_does_not_start(tmp_path: Path) -> None:
+    """`up` starts nothing, not even PostgreSQL; its advice works; `serve` refuses the same."""
+    port = str(free_ports(2, below=32_000))
+    up = ("up", "--instances=1", f"--port={port}")
+    everywhere = {"HOST": "0.0.0.0"}  # noqa: S104 - that is what is tested
+    sentence = "HOST=0.0.0.0 is open to the network and there are no keys: make one"
+    code, output = await _run(tmp_path, *up, **everywhere)
+    assert (code, output.count("\n")) == (2, 1), output
+    assert output.startswith(sentence)
+    assert list(tmp_path.iterdir()) == []
+    async with own_postgres() as server:
+        database = server.environment()
+        for command in (up, ("serve",)):
+            code, output = await _run(tmp_path, *command, **everywhere, **database, PORT=port)
+            assert code == 2, output
+            lines = [line for line in output.splitlines() if line.startswith(sentence)]
+            assert len(lines) == 1, output
+
+    code, output = await _run(tmp_path, "keys", "create", "first", "--scope=read")
+    assert code == 0, output
+    assert re.search("^ba_", output, re.MULTILINE)
+    async with _up(tmp_path, **everywhere) as launched:
+        await launched.ready("app1")
+        async with http_client(f"http://127.0.0.1:{launched.port}") as client:
+            assert (await client.get("/api/users/1")).status_code == 401
+
+
 class _Launched:
     """A running `balance-app up`, and its output."""
 
@@ -170,14 +198,14 @@ class _Launched:
 
 
 @asynccontextmanager
-async def _up(data: Path) -> AsyncIterator[_Launched]:
+async def _up(data: Path, **env: str) -> AsyncIterator[_Launched]:
     port = free_ports(INSTANCES + 1, below=32_000)
     output = data / "output"
     with output.open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app"),
             *("up", "--instances", str(INSTANCES), "--port", str(port)),
-            env=_environment(data),
+            env={**_environment(data), **env},
             cwd=data,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=stdout,
@@ -195,11 +223,11 @@ async def _up(data: Path) -> AsyncIterator[_Launched]:
                 process_left.kill()
 
 
-async def _run(data: Path, *arguments: str) -> tuple[int, str]:
+async def _run(data: Path, *arguments: str, **env: str) -> tuple[int, str]:
     """Run `balance-app`; return its exit code and its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "balance_app", *arguments),
-        env=_environment(data),
+        env={**_environment(data), **env},
         cwd=data,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

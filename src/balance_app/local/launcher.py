@@ -17,6 +17,9 @@ from typing import Final
 import httpx
 from rich.console import Console
 
+from balance_app.access.gate import OpenToNetworkError, open_to_network
+from balance_app.access.owner import keys_are_required
+from balance_app.db.outages import classify
 from balance_app.formatting import url
 from balance_app.local.postgres import (
     EmbeddedError,
@@ -25,7 +28,7 @@ from balance_app.local.postgres import (
     stop_with_parent,
 )
 from balance_app.server import ListenError, listen
-from balance_app.settings import Settings
+from balance_app.settings import Settings, load_settings
 
 STOP_SECONDS: Final = 4.0
 READY_SECONDS: Final = 60.0
@@ -52,6 +55,7 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
 
     Raises:
         LaunchError: a port is taken, or the embedded database can't run.
+        OpenToNetworkError: there are no keys, and others can reach the instances.
     """
     stop = asyncio.Event()
     kill = asyncio.Event()
@@ -69,8 +73,11 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
     try:
         if not settings.database_is_configured:
             database = EmbeddedPostgres(data_directory(settings))
+            if _is_new(database):
+                await _check_posture(settings, None)
             console.print("Starting PostgreSQL ...")
             await database.start()
+        await _check_posture(settings, database)
         _print_addresses(settings, shared_port, database)
         chosen = "log_level" in settings.model_fields_set
         log_level = settings.log_level if chosen else "warning"
@@ -96,6 +103,32 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             await database.stop()
         if stop.is_set():
             console.print("Stopped.")
+
+
+def _is_new(database: EmbeddedPostgres) -> bool:
+    return not os.path.exists(database.data)  # noqa: PTH110 - Path's raises for some names
+
+
+async def _check_posture(settings: Settings, database: EmbeddedPostgres | None) -> None:
+    """Refuse to serve anybody who can reach the address, before an instance starts.
+
+    Raises:
+        OpenToNetworkError: there are no keys.
+    """
+    if settings.is_loopback or settings.allow_anonymous:
+        return
+    if database is not None:
+        variables = {name.lower(): value for name, value in database.environment().items()}
+        settings = load_settings(**variables, host=settings.host)
+    if settings.database_is_configured:
+        try:
+            if await keys_are_required(settings.as_owner()):
+                return
+        except Exception as error:
+            if classify(error) is None:
+                raise
+            return  # the instances report it, and refuse requests until they know
+    raise OpenToNetworkError(open_to_network(settings))
 
 
 def _require_free_ports(host: str, ports: list[int]) -> None:
