@@ -156,7 +156,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         database,
         gate,
         keys,
-        Readiness(database, stopping, informational=checks),
+        Readiness(database, stopping, informational=checks, is_anonymous=lambda: gate.is_anonymous),
         BalanceRepository(database, guard, metrics),
         HoldRepository(database, guard),
         AccountRepository(database, guard),

@@ -13,8 +13,11 @@ import jsonschema_rs
 import pytest
 
 import balance_app.main  # noqa: F401 - with it every problem is known
+from balance_app.access.keys import Token
+from balance_app.access.routes import NEEDS, OPEN
 from balance_app.balances import errors
 from balance_app.errors import PROBLEM_JSON, all_problems, explain
+from tests.access.keyring import bearer, keys_are_needed, make_key
 from tests.balances.hostile import one_instance
 from tests.processes import Instance, http_client
 from tests.system.sizes import size
@@ -60,18 +63,31 @@ def before_call(context, case, kwargs):
 """
 
 
-# 428 is what RFC 6585 has for a header that makes a request conditional.
+# 428 is what RFC 6585 has for a header that makes a request conditional. 409: an API key that is
+# left out is added again by `--header`.
 CONFIGURATION: Final = """
 [checks]
-missing_required_header.expected-statuses = [400, 401, 403, 406, 415, 422, 428]
+missing_required_header.expected-statuses = [400, 401, 403, 406, 409, 415, 422, 428]
 """
 
 
 @pytest.fixture(scope="module")
 async def instance(postgres: dict[str, str]) -> AsyncIterator[Instance]:
     """One instance for the whole file."""
-    async with one_instance(postgres) as (running, _):
+    async with one_instance(postgres) as (running, database):
+        KEY.append(await make_key(database))
+        await keys_are_needed(running.url)
         yield running
+
+
+# with all scopes, of the instance of this file
+KEY: Final[list[Token]] = []
+
+
+def _client(instance: Instance) -> httpx.AsyncClient:
+    client = http_client(instance.url)
+    client.headers.update(bearer(KEY[-1]))
+    return client
 
 
 async def test_the_service_keeps_to_its_openapi_document(
@@ -85,6 +101,7 @@ async def test_the_service_keeps_to_its_openapi_document(
         *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
         *("--max-examples", str(EXAMPLES), "--generation-deterministic", "--seed", "1"),
         *("--continue-on-failure", "--no-color"),
+        *("--header", "Authorization: " + bearer(KEY[-1])["Authorization"]),
         cwd=tmp_path,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": _path_with(tmp_path)},
         stdin=asyncio.subprocess.DEVNULL,
@@ -161,6 +178,32 @@ async def test_every_refusal_is_documented_as_a_problem(instance: Instance) -> N
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
+async def test_each_operation_names_its_scopes_and_how_it_refuses_without(
+    instance: Instance,
+) -> None:
+    """As the table by which requests are refused; open ones ask nobody."""
+    document = await _document(instance)
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    needs = {(method, re.sub(r":\w+}", "}", path)): each for (method, path), each in NEEDS.items()}
+    for name, operation in _operations(document):
+        method, path = name.upper().split()[0], name.split()[1]
+        scopes = [each["key"] for each in operation["security"]]
+        assert scopes == [[scope] for scope in needs[method, path]], name
+        found = {
+            code
+            for status in ("401", "403", "421", "429")
+            for code in operation["responses"]
+            .get(status, {})
+            .get("content", {})
+            .get(PROBLEM_JSON, {})
+            .get("examples", {})
+        }
+        expected = {"unauthorized", "insufficient-scope", "misdirected-request"}
+        expected |= {"too-many-requests"} | ({"cross-site-request"} if method != "GET" else set())
+        assert found == (set() if needs[method, path] == OPEN else expected), name
+
+
 async def test_numbers_are_documented_with_their_limits(instance: Instance) -> None:
     """Every integer of a request has a least and a greatest value in the document."""
     for name, operation in _operations(await _document(instance)):
@@ -217,10 +260,10 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
     document = await _document(instance)
     seen: set[str] = set()
     codes: set[str] = set()
-    async with http_client(instance.url) as client:
+    async with _client(instance) as client:
 
         async def call(
-            status: int,
+            status: int | None,
             method: str,
             template: str,
             *values: object,
@@ -228,8 +271,9 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
         ) -> httpx.Response:
             path = re.sub(r"{\w+}", "{}", template).format(*values)
             answer = await client.request(method, path, **more)
-            assert answer.status_code == status, (method, path, answer.text)
-            described = document["paths"][template][method.lower()]["responses"][str(status)]
+            assert status in {answer.status_code, None}, (method, path, answer.text)
+            answers = document["paths"][template][method.lower()]["responses"]
+            described = answers[str(answer.status_code)]
             carried = _check_headers(document, described, answer)
             seen.update(carried)
             if answer.headers.get("content-type") == PROBLEM_JSON:
@@ -246,7 +290,7 @@ async def test_headers_are_documented_on_the_answers_that_carry_them(instance: I
     assert of_balances - codes == {"user-id-taken", "balance-limit-exceeded"}
     for name, operation in _operations(document):
         for status, described in operation["responses"].items():
-            assert ("Retry-After" in described["headers"]) == (status == "503"), name
+            assert ("Retry-After" in described["headers"]) == (status in {"429", "503"}), name
 
 
 JSON: Final = {"Content-Type": "application/json"}
@@ -401,6 +445,16 @@ async def _call_others(call: Call) -> None:
     await call(404, "DELETE", "/api/cron/jobs/{name}/schedule", "none")
     await call(200, "GET", "/problems")
     await call(200, "GET", "/readyz")
+    await call(200, "GET", "/metrics")
+    wrong = {"Authorization": "Bearer wrong"}
+    refused = await call(401, "GET", "/metrics", headers=wrong)
+    assert refused.headers["www-authenticate"] == "Bearer"
+    await call(401, "POST", "/api/balance", json={"userId": 1, "amount": 1}, headers=wrong)
+    page = {"Sec-Fetch-Site": "cross-site"}
+    await call(403, "POST", "/api/balance", json={"userId": 1, "amount": 1}, headers=page)
+    for _ in range(20):
+        tried = await call(None, "GET", "/api/users", headers=wrong)
+    assert tried.status_code == 429
 
 
 async def test_every_header_has_an_example(instance: Instance) -> None:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from balance_app.db.migrations import SCHEMA_VERSION, Version
+from balance_app.db.outages import Kind
 from balance_app.db.pool import Database, read
 from balance_app.errors import Problem
 from balance_app.http.services import services
@@ -32,19 +33,32 @@ class Readiness:
         stopping: asyncio.Event,
         *,
         informational: Mapping[str, Callable[[], str]],
+        is_anonymous: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Add the `informational` checks: they are reported, and don't make it unready."""
+        """Add the `informational` checks: they are reported, and don't make it unready.
+
+        Unless `is_anonymous`, a fault of the schema is not told, as nobody asks who reads it.
+        """
         self._database = database
         self._stopping = stopping
         self._informational = informational
+        self._is_anonymous = is_anonymous
+        self._logged = "ok"
 
     async def check(self) -> tuple[dict[str, str], bool]:
         """Return the checks, each "ok" or a fault, and whether this instance is ready."""
         checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
-        checks |= await _database_checks(self._database)
+        found = await _database_checks(self._database)
+        if found["database"] == "ok" and found["schema"] != self._logged:
+            self._logged = found["schema"]
+            log.warning("schema checked", result=self._logged)
+        checks |= found if self._is_anonymous() else _without_details(found)
         ready = all(found == "ok" for found in checks.values())
         return checks | {name: check() for name, check in self._informational.items()}, ready
 
+
+NOT_KNOWN: Final = "not known"
+SCHEMA_UNFIT: Final = "The schema does not fit this program; the log says why."
 
 _READY_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -110,14 +124,25 @@ async def _database_checks(database: Database) -> dict[str, str]:
     try:
         rows = await database.run(lambda con: read(con, SCHEMA_VERSION), priority=True)
     except Problem as problem:
-        return {"database": problem.detail, "schema": "not known"}
+        return {"database": problem.detail, "schema": NOT_KNOWN}
     except Exception as error:  # noqa: BLE001 - a check reports, whatever it is
         log.warning("readiness check failed", error=repr(error))
-        return {"database": "The database refused the query.", "schema": "not known"}
+        return {"database": "The database refused the query.", "schema": NOT_KNOWN}
     if not rows:
         return {"database": "ok", "schema": "The schema has no version."}
     fault = Version(rows[0]["version_num"], rows[0]["compatible_from"]).fault()
     return {"database": "ok", "schema": fault or "ok"}
+
+
+def _without_details(checks: dict[str, str]) -> dict[str, str]:
+    """Replace sentences that name revisions, roles or tables."""
+    schema, database = checks["schema"], checks["database"]
+    if schema not in {"ok", NOT_KNOWN}:
+        schema = SCHEMA_UNFIT
+    general = tuple(str(kind.value).removesuffix(".") for kind in Kind if kind is not Kind.SCHEMA)
+    if database != "ok" and not database.startswith(general):
+        database = Kind.UNEXPECTED.value
+    return {"database": database, "schema": schema}
 
 
 _OPENMETRICS: Final = "application/openmetrics-text"

@@ -1,5 +1,6 @@
 """The OpenAPI description, and the page at `/docs`, which works without the internet."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
+from balance_app.access.errors import (
+    CrossSiteRequest,
+    InsufficientScope,
+    MisdirectedRequest,
+    TooManyRequests,
+    Unauthorized,
+)
+from balance_app.access.routes import NEEDS, OPEN, Needs
 from balance_app.errors import (
     PROBLEM_JSON,
     SAFE_METHODS,
@@ -48,6 +57,12 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
         "required": True,
         "schema": {"type": "integer", "minimum": 0},
         "example": 1,
+    },
+    "WWW-Authenticate": {
+        "description": "how to send a key",
+        "required": True,
+        "schema": _TEXT,
+        "example": "Bearer",
     },
     "Idempotent-Replayed": {
         "description": "`true`: this repeats the first answer to this key",
@@ -94,6 +109,8 @@ shown at [/]({root}/).
   refuses it; **503**: the database is unavailable, or the service overloaded: wait `Retry-After`
   seconds.
 * `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
+* Send `Authorization: Bearer` and an API key; each operation names the scopes of which the key
+  needs one. Until the first key is made (`balance-app keys create`), no request needs one.
 * Send an `Idempotency-Key` with a change that you may have to repeat: it takes effect once, and
   the answer is the same every time.
 
@@ -129,6 +146,16 @@ _DOCS_HEADERS: Final = {
         "object-src 'none'"
     ),
     "Referrer-Policy": "same-origin",
+}
+
+SECURITY_SCHEME: Final = "key"
+SECURITY_SCHEMES: Final = {
+    SECURITY_SCHEME: {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "API key",
+        "description": "a key of `balance-app keys create`, such as `ba_...`",
+    }
 }
 
 # `*`, or entity tags; `conditional` lets these through, and obsolete characters of headers.
@@ -251,19 +278,44 @@ def add_docs(app: FastAPI) -> None:
         raise NotFound("There is no such problem.")
 
     generate = app.openapi
+    needs = {(method, _CONVERTER.sub("", path)): each for (method, path), each in NEEDS.items()}
 
     def openapi() -> dict[str, Any]:
         described = generate()
         described["components"]["schemas"]["Problem"] = _problem_schema()
         described["components"]["headers"] = HEADERS
-        for operations in described["paths"].values():
-            for operation in operations.values():
+        described["components"]["securitySchemes"] = SECURITY_SCHEMES
+        for path, operations in described["paths"].items():
+            for method, operation in operations.items():
+                _describe_access(operation, method.upper(), needs[method.upper(), path])
                 _describe_headers(operation)
             for method in operations.keys() & {each.lower() for each in SAFE_METHODS}:
                 _describe_read(operations[method])
         return described
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend it
+
+
+_CONVERTER: Final = re.compile(r":\w+(?=\})")
+
+
+def _describe_access(operation: dict[str, Any], method: str, needs: Needs) -> None:
+    """Add the scopes that an operation needs, and what the middleware refuses it with."""
+    if needs == OPEN:
+        operation["security"] = []
+        return
+    operation["security"] = [{SECURITY_SCHEME: [scope]} for scope in needs]
+    kinds = [Unauthorized, InsufficientScope, MisdirectedRequest, TooManyRequests]
+    if method not in SAFE_METHODS:
+        kinds.append(CrossSiteRequest)
+    answers = operation["responses"]
+    for status, described in problems(*kinds, always=(DatabaseUnavailable,)).items():
+        present = answers.setdefault(str(status), described)
+        examples = present["content"][PROBLEM_JSON]["examples"]
+        if not described["content"][PROBLEM_JSON]["examples"].keys() <= examples.keys():
+            examples |= described["content"][PROBLEM_JSON]["examples"]
+            present["description"] += f"; or {described['description']}"
+    operation["responses"] = dict(sorted(answers.items()))
 
 
 def _describe_read(operation: dict[str, Any]) -> None:
@@ -280,7 +332,7 @@ def _describe_headers(operation: dict[str, Any]) -> None:
     is_keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", ()))
     for status, answer in operation["responses"].items():
         names = ["X-Server-Id", "X-Request-Id", "traceparent"]
-        if status == "503":
+        if status == "503":  # of all kinds, as of those that are no problems
             names.append("Retry-After")
         if status[0] in "45":
             names.append("Connection")

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from balance_app.access.errors import CrossSiteRequest, TooManyRequests
+from balance_app.access.errors import TooManyRequests
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
@@ -152,7 +152,7 @@ async def read_log(request: Request, run: RunId) -> Response:
     status_code=202,
     response_model=JobAnswer,
     responses=problems(
-        *(CrossSiteRequest, JobNotFound, JobRunning, JobPaused, JobRequested, JobWithoutCode),
+        *(JobNotFound, JobRunning, JobPaused, JobRequested, JobWithoutCode),
         *(InvalidArguments, *BODY_PROBLEMS),
     ),
     dependencies=[ONCE],
@@ -174,7 +174,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     response_description="The job is paused.",
     status_code=202,
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
+    responses=problems(JobNotFound, InvalidRequest),
     dependencies=[ONCE],
 )
 async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Response:
@@ -191,7 +191,7 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
     response_description="The job is not paused.",
     status_code=202,
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
+    responses=problems(JobNotFound, InvalidRequest),
     dependencies=[ONCE],
 )
 async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Response:
@@ -208,7 +208,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     response_description="The instance that runs the job gets the request with its next heartbeat.",
     status_code=202,
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, JobNotRunning, InvalidRequest),
+    responses=problems(JobNotFound, JobNotRunning, InvalidRequest),
     dependencies=[ONCE],
 )
 async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Response:
@@ -225,7 +225,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     summary="Set a job's schedule",
     response_description="The job has this schedule.",
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, *BODY_PROBLEMS),
+    responses=problems(JobNotFound, *BODY_PROBLEMS),
     openapi_extra=json_request(ScheduleRequest),
     dependencies=[ONCE],
 )
@@ -245,7 +245,7 @@ async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Respo
     summary="Reset a job's schedule",
     response_description="The job has the schedule that its code declares.",
     response_model=JobAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, InvalidRequest),
+    responses=problems(JobNotFound, InvalidRequest),
     dependencies=[ONCE],
 )
 async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Response:
@@ -261,7 +261,7 @@ async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Res
     summary="Forget a job",
     response_description="The job is no longer listed.",
     response_model=ForgottenAnswer,
-    responses=problems(CrossSiteRequest, JobNotFound, JobRunning, JobHasCode, InvalidRequest),
+    responses=problems(JobNotFound, JobRunning, JobHasCode, InvalidRequest),
     dependencies=[ONCE],
 )
 async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
