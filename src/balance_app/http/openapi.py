@@ -253,8 +253,8 @@ def _describe_text(schema: object) -> None:
 def add_docs(app: FastAPI) -> None:
     """Add `/docs`, its assets, and the explanations of the problems."""
     assets = Path(fastapi_offline.__file__).parent / "static"
-    # ast-grep-ignore: route-out-of-sight - it has files only
     files = StaticFiles(directory=assets, packages=[("balance_app.http", "static")])
+    # ast-grep-ignore: route-out-of-sight - it has files only
     app.mount("/docs/assets", files, name="docs-assets")
 
     @app.get("/docs", include_in_schema=False)
