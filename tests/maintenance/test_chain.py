@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from balance_app.balances import repository
 from balance_app.balances.accounts import Opening
 from balance_app.balances.chain import entry_hash
 from balance_app.balances.model import Accepted, Movement, Refused
@@ -16,6 +17,7 @@ from tests.balances.repositories import Repositories, repositories
 from tests.maintenance import forgery
 from tests.maintenance.forgery import FORGERIES, audit, forge, seal_again, verify
 from tests.maintenance.runner import CutError, JobRunner
+from tests.mutants import replaced
 
 # What finds each forgery, alone; then after every hash was computed anew; then after the seals were
 # made anew, too. With the digest of the last seal that was noted elsewhere all are found.
@@ -229,6 +231,23 @@ async def _move(instance: Repositories, other: int, number: int) -> None:
         case _:
             made = await instance.balances.change(Movement(one, 5, by="till"))
     assert not isinstance(made, Refused)
+
+
+async def test_the_hash_before_is_not_that_of_a_snapshot(
+    runner: JobRunner, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: read from the entry before, it is that of an older one."""
+    before = "(SELECT hash FROM entries WHERE user_id = $1 ORDER BY version DESC LIMIT 1)"
+    statement = replaced(repository.CHANGE, "entry_hash(hash,", f"entry_hash({before},")
+    monkeypatch.setattr(repository, "CHANGE", statement)
+    async with repositories(database, 5, DB_POOL_SIZE=2) as instances:
+        user = await instances[0].opened(1000)
+        await asyncio.gather(
+            *(each.balances.change(Movement(user, -1)) for _ in range(20) for each in instances)
+        )
+    assert await audit(runner) is not None
+    fault = (await verify(database)).faults[0]
+    assert re.fullmatch(rf"user {user}: entry \d+ does not match its hash", fault)
 
 
 # -- accounts that are older than the chain -----------------------------------------------------
