@@ -1,41 +1,13 @@
-"""Keys and sessions of tests, made as the database's owner makes them."""
+"""Keys and sessions of tests, made by the statements of the command line and of the login."""
 
 import asyncio
-from typing import Final
+from datetime import timedelta
 from uuid import uuid4
 
 from balance_app.access.keys import SCOPES, Kind, Token, new_token
+from balance_app.access.owner import CREATE, REVOKE
+from balance_app.access.repository import LOG_IN, LOG_OUT, SESSIONS_KEPT
 from tests.processes import http_client, query
-
-MAKE: Final = """
-WITH changed AS (
-    UPDATE access_state SET generation = generation + 1, keys_required = true
-)
-INSERT INTO api_keys (id, digest, name, scopes, expires_at)
-VALUES ($1, $2, $3, $4, clock_timestamp() + make_interval(secs => $5))
-"""
-
-REVOKE: Final = """
-WITH changed AS (
-    UPDATE access_state SET generation = generation + 1
-)
-UPDATE api_keys SET revoked_at = clock_timestamp() WHERE id = $1
-"""
-
-LOG_IN: Final = """
-WITH changed AS (
-    UPDATE access_state SET generation = generation + 1
-)
-INSERT INTO sessions (id, digest, key_id, expires_at)
-VALUES ($1, $2, $3, clock_timestamp() + make_interval(secs => $4))
-"""
-
-LOG_OUT: Final = """
-WITH changed AS (
-    UPDATE access_state SET generation = generation + 1
-)
-UPDATE sessions SET revoked_at = clock_timestamp() WHERE id = $1
-"""
 
 
 async def make_key(
@@ -44,26 +16,23 @@ async def make_key(
     """Make a key, by default with all scopes and for ever."""
     token = new_token("ba")
     name = name or f"key-{uuid4().hex}"
-    await query(database, MAKE, token.id, token.digest, name, list(scopes or SCOPES), seconds)
+    lasts = None if seconds is None else timedelta(seconds=seconds)
+    given = list(scopes or SCOPES)
+    await query(database, CREATE, token.id, token.digest, name, given, "test", None, lasts)
     return token
 
 
-async def keys_are_needed(url: str) -> None:
-    """Wait until an instance has noticed that there is a key."""
-    async with http_client(url) as client:
-        while (await client.get("/api/users")).status_code != 401:  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.05)
-
-
-async def revoke(database: dict[str, str], token: Token) -> None:
+async def revoke(database: dict[str, str], key: Token) -> None:
     """Revoke a key."""
-    await query(database, REVOKE, token.id)
+    [known] = await query(database, "SELECT name FROM api_keys WHERE id = $1", key.id)
+    await query(database, REVOKE, known["name"], "test")
 
 
 async def log_in(database: dict[str, str], key: Token, seconds: float = 3600) -> Token:
     """Begin a session."""
     token = new_token("bs")
-    await query(database, LOG_IN, token.id, token.digest, key.id, seconds)
+    lasts = timedelta(seconds=seconds)
+    await query(database, LOG_IN, token.id, token.digest, key.id, lasts, SESSIONS_KEPT)
     return token
 
 
@@ -77,11 +46,18 @@ def unknown(kind: Kind = "ba") -> Token:
     return new_token(kind)
 
 
-def bearer(token: Token) -> dict[str, str]:
+def bearer(key: Token) -> dict[str, str]:
     """Return the header field of a key."""
-    return {"Authorization": f"Bearer {token.text}"}
+    return {"Authorization": f"Bearer {key.text}"}
 
 
-def cookie(token: Token) -> dict[str, str]:
+def cookie(session: Token) -> dict[str, str]:
     """Return the header field of a session."""
-    return {"Cookie": f"ba={token.text}"}
+    return {"Cookie": f"ba={session.text}"}
+
+
+async def keys_are_needed(url: str) -> None:
+    """Wait until an instance has noticed that there is a key."""
+    async with http_client(url) as client:
+        while (await client.get("/api/users")).status_code != 401:
+            await asyncio.sleep(0.05)
