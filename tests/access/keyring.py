@@ -59,5 +59,5 @@ def cookie(session: Token) -> dict[str, str]:
 async def keys_are_needed(url: str) -> None:
     """Wait until an instance has noticed that there is a key."""
     async with http_client(url) as client:
-        while (await client.get("/api/users")).status_code != 401:
+        while (await client.get("/api/users")).status_code != 401:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.05)
