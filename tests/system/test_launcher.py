@@ -2,17 +2,21 @@
 
 import asyncio
 import os
+import pwd
 import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
 import psutil
+import pytest
 
+from balance_app.local.postgres import SYSTEM_USER
 from tests.processes import DATABASE_VARIABLES, free_ports, http_client
 from tests.system.databases import own_postgres
 from tests.system.sizes import report_figures
@@ -22,11 +26,21 @@ READY_SECONDS = 60
 STOP_SECONDS = 5
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory that nobody else changes: each run of pytest closes its common one anew."""
+    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
+        yield Path(top)
+
+
 async def test_a_killed_instance_is_restarted_and_ctrl_c_stops_everything(tmp_path: Path) -> None:
     """All instances serve one port, a killed one is replaced, Ctrl-C leaves no process."""
     async with _up(tmp_path) as launched:
         pids = {name: await launched.ready(name) for name in ("app1", "app2")}
         assert len(set(pids.values())) == INSTANCES
+        # Started by root, they run as the user of their database.
+        user = pwd.getpwnam(SYSTEM_USER).pw_uid if os.geteuid() == 0 else os.geteuid()
+        assert {psutil.Process(pid).uids().real for pid in pids.values()} == {user}
         assert await launched.withdraw(2) == 9_998
 
         psutil.Process(pids["app1"]).kill()

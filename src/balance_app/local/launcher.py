@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final
 
@@ -22,11 +22,13 @@ from balance_app.access.owner import keys_are_required
 from balance_app.db.outages import classify
 from balance_app.formatting import url
 from balance_app.local.postgres import (
+    SYSTEM_USER,
     EmbeddedError,
     EmbeddedPostgres,
     data_directory,
     stop_with_parent,
 )
+from balance_app.local.unprivileged import why_root
 from balance_app.server import ListenError, listen
 from balance_app.settings import Settings, load_settings
 
@@ -44,10 +46,11 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One instance to run: its name and its own port."""
+    """One instance to run: its name and its own port; as which user, None: as this one."""
 
     name: str
     port: int
+    user: str | None = None
 
 
 async def launch(settings: Settings, *, instances: int, shared_port: int) -> int:
@@ -88,8 +91,13 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             "SHARED_PORT": str(shared_port),
             "LOG_LEVEL": log_level,
         }
+        user = None
+        if database is not None and os.geteuid() == 0:
+            user = await _unprivileged_user(shared_port, environment)
         supervisors = [
-            asyncio.create_task(_keep_running(instance, environment, settings.host, stop, kill))
+            asyncio.create_task(
+                _keep_running(replace(instance, user=user), environment, settings.host, stop, kill)
+            )
             for instance in fleet
         ]
         if database is not None:
@@ -131,6 +139,15 @@ async def _check_posture(settings: Settings, database: EmbeddedPostgres | None) 
     raise OpenToNetworkError(open_to_network(settings))
 
 
+async def _unprivileged_user(port: int, environment: dict[str, str]) -> str | None:
+    """Return the user that instances run as when root starts them; None: as root."""
+    why = await why_root(port, environment)
+    if why is None:
+        return SYSTEM_USER
+    console.print(f"The instances run as root: {why}", style="red")
+    return None
+
+
 def _require_free_ports(host: str, ports: list[int]) -> None:
     try:
         for port in ports:
@@ -166,6 +183,9 @@ async def _keep_running(
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches it through this process alone
             preexec_fn=stop_with_parent(signal.SIGTERM),
+            user=instance.user,
+            group=instance.user,
+            extra_groups=None if instance.user is None else [],
         )
         ready = asyncio.create_task(_report_ready(instance, host, process))
         await _first(process.wait(), stop.wait())
