@@ -26,7 +26,8 @@ from balance_app.http.body import MAX_INTEGER
 from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
 from balance_app.settings import Settings, load_settings
-from balance_app.web import account_actions
+from balance_app.web import account_actions, login, pages, router
+from balance_app.web import accounts as accounts_page
 
 
 def put(module: ModuleType, name: str, instead: object) -> None:
@@ -246,6 +247,13 @@ def page_forms() -> None:
     put(account_actions, "Patch", lambda **patch: Patch(**{**patch, "settings_versions": None}))
 
 
+def page_scopes() -> None:
+    """Show each form and button to whoever may read, and go wherever the login is told to."""
+    for module in (accounts_page, pages, router):
+        put(module, "may", lambda *_: True)
+    put(login, "own_path", str)
+
+
 def key_refresh() -> None:
     """Read the keys at the start only."""
     put(gate, "REFRESH_SECONDS", 1e6)
@@ -277,6 +285,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "durability": durability,
     "open-connections": open_connections,
     "page-forms": page_forms,
+    "page-scopes": page_scopes,
     "export-page": export_page,
     "key-refresh": key_refresh,
     "key-of-stream": key_of_stream,

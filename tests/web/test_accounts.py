@@ -21,10 +21,15 @@ def text(html: str, id_: str | None = None) -> str:
     return pages.text(html, id_).replace("\N{MINUS SIGN}", "-")
 
 
-def fields_of(html: str, do: str) -> dict[str, str]:
-    """Return the fields of the form that does something, as a browser would send them."""
+def fields_of(html: str, do: str = "") -> dict[str, str]:
+    """Return the fields of the form that does something, as a browser would send them.
+
+    By default of that which creates a user.
+    """
     (form,) = (
-        form for form in re.findall(r"<form.*?</form>", html, re.DOTALL) if f'value="{do}"' in form
+        form
+        for form in re.findall(r"<form.*?</form>", html, re.DOTALL)
+        if (f'value="{do}"' if do else 'aria-labelledby="open-title"') in form
     )
     given: dict[str, str] = {}
     select = ""
@@ -462,10 +467,71 @@ async def test_settings_that_somebody_else_changed_are_not_overwritten_unseen(si
     assert (await account(site, user))["floor"] == 5
 
 
+async def test_a_user_is_created_once_by_a_form(site: Site) -> None:
+    """However often the form is sent; a refusal keeps what was typed."""
+    name, before = token_hex(8), await site.value("SELECT count(*) FROM users")
+    typed = {"balance": "1 000", "floor": "-50", "externalId": f" {name} "}
+    sent = {**fields_of(await site.page("/users")), **typed}
+    made = [await site.send("/users", **sent) for _ in range(3)]
+    assert len({answer.headers["location"] for answer in made}) == 1
+    html = await follow(site, made[0])
+    user = re.search(r"/users/(\d+)", made[0].headers["location"])
+    assert user is not None
+    assert text(html, "message") == f"Done: user {user[1]} is there, with 1 000."
+    found = await account(site, user[1])
+    assert (found["balance"], found["floor"], found["externalId"]) == (1000, -50, name)
+    assert await site.value("SELECT count(*) FROM users") == before + 1
+    for change, status, sentence in (
+        ({"balance": "2 000"}, 422, "this form was sent before with other values"),
+        ({"key": token_hex(8)}, 409, "another user has this external id"),
+        ({"balance": "-1"}, 422, "an opening balance is a whole number from 0 up to"),
+        ({"balance": "x"}, 422, "an opening balance is a whole number from 0 up to"),
+        ({"balance": str(2**53)}, 422, "an opening balance is a whole number from 0 up to"),
+        ({"floor": "1e3"}, 422, "a floor is a whole number"),
+        (
+            {"floor": "2000", "key": token_hex(8)},
+            409,
+            "the new user has 1 000, which is less than a floor of 2 000",
+        ),
+        ({"externalId": "a\nb"}, 422, "an external id has at most 200 printable characters"),
+        ({"key": ""}, 400, "The form is incomplete."),
+    ):
+        answer = await site.send("/users", **{**sent, **change})
+        assert answer.status_code == status, change
+        assert sentence in text(answer.text)
+        if status != 400:
+            kept = fields_of(answer.text)
+            assert kept["balance"] == {**sent, **change}["balance"]
+            assert (kept["key"] == {**sent, **change}["key"]) == (change != {"balance": "2 000"})
+    assert await site.value("SELECT count(*) FROM users") == before + 1
+
+
+async def test_changes_of_settings_are_listed_page_by_page(site: Site) -> None:
+    """The latest first, with who made them; none for an account that has had none."""
+    user = await site.open()
+    assert "Changes of settings" not in text(await site.page(f"/users/{user}"))
+    for floor in range(1, 13):
+        await patch(site, user, floor=-floor)
+    path, seen = f"/users/{user}", []
+    while path:
+        html = await site.page(path)
+        seen.append(re.findall(r"ada floor -(\d+) \S", text(html, "settings-history")))
+        older = re.search(r'href="([^"]+)">Earlier settings', html)
+        path = older[1] if older else ""
+    assert seen == [["12", "11", "10", "9", "8"], ["7", "6", "5", "4", "3"], ["2", "1"]]
+    assert "Wrong" not in text(await site.page(f"/users/{user}?settings=x", 422), "message")
+    assert "ada floor -12" in text(
+        await site.page(f"/users/{user}?settings=99"), "settings-history"
+    )
+
+
 async def test_without_keys_and_tags_forms_are_not_safe(database: dict[str, str]) -> None:
     """Control: a form that is sent twice takes effect twice, and overwrites settings unseen."""
     mutant = ("-m", "tests.mutants", "page-forms")
     async with served(database, program=mutant) as client:
+        sent = {**fields_of((await client.get("/users")).text), "balance": "5"}
+        made = {(await client.post("/users", data=sent)).headers["location"] for _ in range(2)}
+        assert len(made) == 2
         html = (await client.get("/users/1")).text
         sent = {**fields_of(html, "change"), "amount": "5"}
         for _ in range(2):

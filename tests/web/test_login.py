@@ -359,6 +359,30 @@ async def test_the_page_shows_what_its_key_may_do(site: Locked, scope: str) -> N
             assert "Your name" not in html
 
 
+async def test_without_the_guards_the_page_shows_all_and_leads_anywhere(
+    database: dict[str, str],
+) -> None:
+    """Control: nothing else hides a button, or keeps the login from leading elsewhere.
+
+    What a form may do is decided by the gate all the same.
+    """
+    mutant = ("-m", "tests.mutants", "page-scopes")
+    async with (
+        Instance(database, JOBS_ENABLED="false", program=mutant) as instance,
+        locked(instance, database) as own,
+        own.browser("read") as visitor,
+    ):
+        await add_job(own.connection, "job-waiting")
+        assert 'formaction="/jobs/job-waiting/pause"' in await visitor.page()
+        async with visitor.client.stream("GET", "/live") as answer:
+            event = await Watch(answer).event()
+            assert "formaction" in "".join(event["html"].values())
+        entered = await visitor.log_in(visitor.key.text, "//evil.example")
+        assert entered.headers["location"] == "//evil.example"
+        assert (await visitor.send("/jobs/job-waiting/pause", by="x")).status_code == 403
+        assert (await visitor.send("/users/1", do="freeze", tag="1.1.1")).status_code == 403
+
+
 @pytest.mark.parametrize("job", ["", "?job=job-waiting"])
 async def test_the_stream_has_buttons_for_operators_alone(site: Locked, job: str) -> None:
     """Also while both watch."""
@@ -421,6 +445,24 @@ async def test_a_stream_ends_with_its_session(
         for _ in range(3):
             assert (await watch.event())["kind"] == "status"
         print(f"{path} ended {monotonic() - began:.2f} s after its session was {ending}")
+
+
+async def test_without_its_check_a_stream_outlives_its_session(database: dict[str, str]) -> None:
+    """Control: nothing else ends it."""
+    mutant = ("-m", "tests.mutants", "key-of-stream")
+    async with (
+        Instance(database, JOBS_ENABLED="false", program=mutant) as instance,
+        locked(instance, database) as own,
+        own.browser("read") as visitor,
+        visitor.client.stream("GET", "/live") as answer,
+    ):
+        watch = Watch(answer)
+        await watch.event()
+        await revoke(own.database, visitor.key)
+        while (await visitor.client.get("/users")).status_code != 303:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.05)
+        for _ in range(3):
+            await watch.event()
 
 
 async def test_the_stream_of_an_anonymous_viewer_ends_with_the_first_key(

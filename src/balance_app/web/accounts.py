@@ -215,7 +215,8 @@ async def account_page(request: Request, user_id: int, attempt: Attempt | None =
     view |= {
         "offered": {do for do, needs in NEEDS.items() if may(request, needs)},
         "place": place,
-        "said": message,
+        "message": message if did == "open" else None,
+        "said": None if did == "open" else message,
         "typed": typed,
         "keep_key": attempt is not None and attempt.keep_key,
         "new_key": lambda: f"page-{token_urlsafe(16)}",
@@ -237,7 +238,6 @@ PLACES: Final = {
     "settings": "settings",
     "freeze": "freeze",
     "thaw": "freeze",
-    "open": "open",
 }
 
 
