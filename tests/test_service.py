@@ -13,10 +13,13 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from balance_app.db.outages import Cause, Kind
 from balance_app.errors import InternalError
+from balance_app.http.health import NOT_KNOWN, SCHEMA_UNFIT, without_details
 from balance_app.http.middleware import RequestMiddleware
 from balance_app.server import ListenError, listen
 from tests.access.gates import OpenGate
+from tests.access.keyring import bearer, keys_are_needed, make_key, unknown
 from tests.balances.hostile import exchange, one_instance
 from tests.processes import Instance, http_client, query
 
@@ -40,6 +43,52 @@ async def test_health_names_what_fails(client: httpx.AsyncClient, database: dict
     assert answer.json()["checks"]["database"] == "ok"
     assert "0002" in answer.json()["checks"]["schema"]
     assert (await client.get("/livez")).status_code == 200
+
+
+async def test_health_names_no_revision_once_keys_are_needed(
+    client: httpx.AsyncClient, instance: Instance, database: dict[str, str]
+) -> None:
+    """Nobody asks who reads it; that a check fails is told, and the log says why."""
+    await make_key(database)
+    await keys_are_needed(instance.url)
+    answer = await client.get("/readyz")
+    assert answer.json()["checks"] == {"stopping": "ok", "database": "ok", "schema": "ok"}
+    await query(database, "UPDATE balance_app_version SET version_num = '0002'")
+    answer = await client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["checks"] == {
+        "stopping": "ok",
+        "database": "ok",
+        "schema": SCHEMA_UNFIT,
+    }
+    assert without_details({"database": 'The role "x" lacks rights.', "schema": NOT_KNOWN}) == {
+        "database": Kind.UNEXPECTED.value,
+        "schema": NOT_KNOWN,
+    }
+    password = Cause(Kind.PASSWORD, "no", sqlstate="28P01").sentence
+    assert without_details({"database": password, "schema": NOT_KNOWN})["database"] == password
+
+
+async def test_a_refusal_by_the_key_does_not_speak_of_earlier_tries(
+    client: httpx.AsyncClient, instance: Instance, database: dict[str, str]
+) -> None:
+    """A change was made with an idempotency key; the same request without a valid key knows not."""
+    change, keyed = {"userId": 1, "amount": -1}, {"Idempotency-Key": "k"}
+    made = await client.post("/api/balance", json=change, headers=keyed)
+    assert made.status_code == 200
+    cross = {**keyed, "Sec-Fetch-Site": "cross-site"}
+    answers = [
+        await client.post("/api/balance", json=change, headers=cross),
+        await client.post("/api/balance", json=change, headers={**keyed, "Host": "evil.example"}),
+    ]
+    reading = await make_key(database, "read")
+    await keys_are_needed(instance.url)
+    for more in ({}, bearer(unknown()), bearer(reading)):
+        answers.append(await client.post("/api/balance", json=change, headers={**keyed, **more}))
+        unkeyed = await client.post("/api/balance", json=change, headers=more)
+        assert (unkeyed.status_code, unkeyed.json()["applied"]) == (answers[-1].status_code, "no")
+    assert [each.status_code for each in answers] == [403, 421, 401, 401, 403]
+    assert [each.json()["applied"] for each in answers] == ["unknown"] * 5
 
 
 async def test_every_answer_names_its_server_and_request(client: httpx.AsyncClient) -> None:

@@ -109,7 +109,7 @@ async def test_the_service_keeps_to_its_openapi_document(
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        output, _ = await asyncio.wait_for(tester.communicate(), 120)
+        output, _ = await asyncio.wait_for(tester.communicate(), 400)
     finally:
         if tester.returncode is None:
             tester.kill()
@@ -251,7 +251,7 @@ def _contents(document: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[st
 # Headers that any answer may have.
 COMMON_HEADERS: Final = {
     *("date", "content-type", "content-length", "transfer-encoding", "cache-control"),
-    *("x-accel-buffering", "vary"),
+    *("x-accel-buffering", "vary", "x-content-type-options", "cross-origin-resource-policy"),
 }
 
 
@@ -452,9 +452,10 @@ async def _call_others(call: Call) -> None:
     await call(401, "POST", "/api/balance", json={"userId": 1, "amount": 1}, headers=wrong)
     page = {"Sec-Fetch-Site": "cross-site"}
     await call(403, "POST", "/api/balance", json={"userId": 1, "amount": 1}, headers=page)
-    for _ in range(20):
-        tried = await call(None, "GET", "/api/users", headers=wrong)
-    assert tried.status_code == 429
+    while True:  # until there are more than a second allows
+        tries = (call(None, "GET", "/api/users", headers=wrong) for _ in range(50))
+        if 429 in {each.status_code for each in await asyncio.gather(*tries)}:
+            return
 
 
 async def test_every_header_has_an_example(instance: Instance) -> None:

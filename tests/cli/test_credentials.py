@@ -177,12 +177,16 @@ async def test_every_command_sends_the_key_and_none_shows_it(
         code, out, err = await run(*command.split(), "--json", **token)
         assert '"code":"insufficient-scope"' in out
         assert name not in out + err
-    async with Screen("status", "--watch", **token) as screen:
-        await screen.until("running")
     assert (await run("healthcheck", f"--url={instance.url}"))[0] == 0
     words = {"COMP_WORDS": "balance-app run ", "COMP_CWORD": "2"}
     code, _, err = await run(**words, _BALANCE_APP_COMPLETE="complete_bash", **token)
     assert (code, err) == (0, "")
+    # A stream that the key no longer opens is not opened again and again.
+    async with Screen("status", "--watch", **token) as screen:
+        await screen.until("running")
+        assert (await run("keys", "revoke", "reader", **database))[0] == 0
+        await screen.until("The key is wrong, expired or revoked.")
+        assert await screen.end() == 1
 
 
 def test_no_log_of_the_client_has_the_key(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,12 @@ from typing import Any, Final, NamedTuple
 
 from pydantic_core import from_json
 
-from balance_app.client import ServiceFailure
+from balance_app.client import (
+    InsufficientScope,
+    MisdirectedRequest,
+    ServiceFailure,
+    Unauthorized,
+)
 from balance_app.client.transport import Transport
 
 STREAM_SECONDS: Final = 5.0  # an event comes every second
@@ -22,12 +27,18 @@ class Event(NamedTuple):
 
 
 async def follow(transport: Transport) -> AsyncGenerator[Event, None]:
-    """Yield the events for ever; between two streams `broken`, with a `detail` that says so."""
+    """Yield the events for ever; between two streams `broken`, with a `detail` that says so.
+
+    Raises:
+        Unauthorized, InsufficientScope, MisdirectedRequest: the next try would be refused, too.
+    """
     while True:
         message = "The stream ended."
         try:
             async for event in _events(transport):
                 yield event
+        except (Unauthorized, InsufficientScope, MisdirectedRequest):
+            raise
         except ServiceFailure as error:
             message = str(error)
         yield Event("broken", {"detail": f"{message} Reconnecting."}, "")

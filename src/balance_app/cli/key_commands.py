@@ -250,7 +250,7 @@ def _run(work: "Callable[[Owner], Awaitable[None]]", *, makes_database: bool = F
 async def _database(settings: Settings, *, makes: bool) -> AsyncIterator[Settings]:
     """Yield the settings of the configured database, or of the embedded one, which is started.
 
-    It runs already where `balance-app up` does. It is not migrated if it does: `up` has done so.
+    It runs already where `balance-app up` does.
     """
     if settings.database_is_configured or settings.migrate_database_url is not None:
         yield settings
@@ -273,6 +273,7 @@ async def _database(settings: Settings, *, makes: bool) -> AsyncIterator[Setting
         server = EmbeddedPostgres(where)
         found = load_settings(db_host=str(server.socket_directory), db_user="postgres")
         if running_server(where) is not None:
+            await migrate(found)  # `up` may just have started it
             yield found
             return
         typer.echo(f"Starting PostgreSQL on {where} for this command.", err=True)

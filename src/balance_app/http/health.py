@@ -52,7 +52,7 @@ class Readiness:
         if found["database"] == "ok" and found["schema"] != self._logged:
             self._logged = found["schema"]
             log.warning("schema checked", result=self._logged)
-        checks |= found if self._is_anonymous() else _without_details(found)
+        checks |= found if self._is_anonymous() else without_details(found)
         ready = all(found == "ok" for found in checks.values())
         return checks | {name: check() for name, check in self._informational.items()}, ready
 
@@ -134,7 +134,7 @@ async def _database_checks(database: Database) -> dict[str, str]:
     return {"database": "ok", "schema": fault or "ok"}
 
 
-def _without_details(checks: dict[str, str]) -> dict[str, str]:
+def without_details(checks: dict[str, str]) -> dict[str, str]:
     """Replace sentences that name revisions, roles or tables."""
     schema, database = checks["schema"], checks["database"]
     if schema not in {"ok", NOT_KNOWN}:
