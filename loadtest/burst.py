@@ -162,6 +162,8 @@ class _Connection:
             asyncio.LimitOverrunError, KeyError, ValueError: the answer is not HTTP/1.1 with a
                 Content-Length.
         """
+        if self._streams is not None and self._streams[0].at_eof():
+            self.close()  # idle for too long, as when opening all takes longer than a head may
         reader, writer = self._streams or await self.open()
         writer.write(request)
         status, headers = _parse_head(await reader.readuntil(b"\r\n\r\n"))
