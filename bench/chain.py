@@ -141,7 +141,10 @@ async def cpu_seconds(connection: Connection) -> float:
 async def changes(connection: Connection, *, waits: bool) -> None:
     """Print what changes of an account take, by both statements."""
     await connection.execute(f"SET synchronous_commit = {'on' if waits else 'off'}")
-    account = await connection.fetchval(OPEN, bytes(32))
+    accounts = {
+        hashed: await connection.fetchval(OPEN, bytes(32) if hashed else None)
+        for hashed in (True, False)
+    }
     cpu: dict[bool, list[float]] = {True: [], False: []}
     wal: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * ROUNDS):
@@ -151,7 +154,7 @@ async def changes(connection: Connection, *, waits: bool) -> None:
         begin = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
         before = await cpu_seconds(connection)
         for _ in range(CHANGES):
-            await statement.fetch(account, -1, MAX_INTEGER, None, None, None, None, *more)
+            await statement.fetch(accounts[hashed], -1, MAX_INTEGER, None, None, None, None, *more)
         cpu[hashed].append((await cpu_seconds(connection) - before) / CHANGES * 1e6)
         since = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), $1)::float8"
         wal[hashed].append(await connection.fetchval(since, begin) / CHANGES)
@@ -159,12 +162,8 @@ async def changes(connection: Connection, *, waits: bool) -> None:
     print(f"(b) a change on one connection, whose commit {kind}")
     for hashed in (False, True):
         size = await connection.fetchval(
-            """
-            SELECT avg(pg_column_size(entries)) FROM entries
-            WHERE user_id = $1 AND version > 1 AND (hash IS NOT NULL) = $2
-            """,
-            account,
-            hashed,
+            "SELECT avg(pg_column_size(entries)) FROM entries WHERE user_id = $1 AND version > 1",
+            accounts[hashed],
         )
         print(
             f"    {'with' if hashed else 'without'} a hash: {_middle(cpu[hashed])} µs of the "

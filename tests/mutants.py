@@ -46,7 +46,7 @@ READ_FIRST = "SELECT balance, version FROM users WHERE id = $1"
 
 THEN_WRITE = """
 WITH changed AS (
-    UPDATE users SET balance = $3, version = version + 1 WHERE id = $1
+    UPDATE users SET balance = $3, version = version + 1, hash = NULL WHERE id = $1
     RETURNING id, version, balance
 )
 INSERT INTO entries (user_id, version, amount, balance)
@@ -58,7 +58,7 @@ OWN_SNAPSHOT = """
 WITH seen AS (
     SELECT balance, version FROM users WHERE id = $1
 ), changed AS (
-    UPDATE users SET balance = balance + $2, version = version + 1
+    UPDATE users SET balance = balance + $2, version = version + 1, hash = NULL
     WHERE id = $1 AND balance + $2 BETWEEN 0 AND $3
     RETURNING id, version, balance
 ), entry AS (

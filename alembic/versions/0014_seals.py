@@ -1,6 +1,6 @@
 """Seals: one running digest over the heads of all ledgers, to be noted outside of the database.
 
-Instances of the release before may run beside it. Nothing is rewritten but one row of `users`.
+Nothing is rewritten.
 """
 
 from alembic import op
@@ -43,21 +43,22 @@ SEALED = """
 ALTER TABLE daily_balances ADD COLUMN sealed boolean NOT NULL DEFAULT false;
 """
 
-# An account that is created later has a hash from its first entry on. Until an hour after the
-# migration an instance of the release before may still have created one without. In a new
-# database there was none; its first account gets its hash here.
+# An account that is created later has a hash from its first entry on. For a day after the
+# migration an instance of the release before may still create one without. For a new database
+# there is none: what this transaction has created gets its hash here.
 CHAINED_FROM = """
 UPDATE users SET hash = entry_hash(
     '', user_id, entries.version, amount, entries.balance, entries.held, at, key, by, other_user_id,
     other_version, reverses, hold, reference, note
 )
-FROM entries WHERE id = 1 AND user_id = 1 AND entries.version = 1 AND users.version = 1;
+FROM entries
+WHERE id = 1 AND user_id = 1 AND entries.version = 1 AND users.version = 1 AND created_at >= now();
 ALTER TABLE balance_app_version
-    ADD COLUMN chained_from timestamptz NOT NULL DEFAULT clock_timestamp() + interval '1 hour';
+    ADD COLUMN chained_from timestamptz NOT NULL DEFAULT clock_timestamp() + interval '1 day';
 COMMENT ON COLUMN balance_app_version.chained_from IS
     'accounts that are created from here on always have a hash';
 UPDATE balance_app_version SET chained_from = '-infinity'
-WHERE NOT EXISTS (SELECT FROM users WHERE hash IS NULL);
+WHERE NOT EXISTS (SELECT FROM users WHERE created_at < now());
 """
 
 DROP = """

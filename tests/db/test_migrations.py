@@ -412,6 +412,34 @@ async def test_a_schema_that_changes_meanwhile_is_not_incomplete(
     await other.close()
 
 
+# -- 0014: which accounts have a hash ------------------------------------------------------------
+
+HASHED = """
+SELECT array_agg(hash IS NOT NULL ORDER BY id), chained_from = '-infinity',
+       chained_from > clock_timestamp() + interval '23 hours'
+FROM users CROSS JOIN balance_app_version GROUP BY chained_from
+"""
+
+
+async def test_0014_gives_the_first_account_of_a_new_database_its_hash(
+    database: dict[str, str],
+) -> None:
+    """There every account must have one; older accounts get theirs by a job."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    row = await connection.fetchrow(HASHED)
+    assert row is not None
+    assert tuple(row) == ([True], True, False)
+    await _move(connection, "head", "0013")
+    await connection.execute("UPDATE users SET hash = NULL")
+    await connection.execute("INSERT INTO users (balance, version) VALUES (0, 1)")
+    await _move(connection, "0013", "head")
+    row = await connection.fetchrow(HASHED)
+    assert row is not None
+    assert tuple(row) == ([False, False], False, True)
+    await connection.close()
+
+
 # -- 0012: keys of accounts ---------------------------------------------------------------------
 
 # A key of each outcome that there was before, and changes without one.
