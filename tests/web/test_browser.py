@@ -347,7 +347,7 @@ async def test_an_accounts_page_reports_in_place(site: Site, browser: Browser) -
         await says(page, "#said-freeze", "and the account is frozen.")
         await page.get_by_role("button", name="Thaw the account").click()
         await says(page, "#said-freeze", "and the account is not frozen.")
-        await says(page, ".details", "set by ada")
+        await says(page, "#settings-history", "ada")
         assert await page.evaluate(MARKED) == 1
         assert page.url == f"{site.instance.url}/users/{user}"
         await page.get_by_role("link", name=f"user {other}").click()

@@ -140,13 +140,14 @@ async function reconnect() {
 
 /* A refused stream is not tried again by its browser, and does not say why it is refused. */
 async function loggedOut() {
-  const answer = await fetch(document.body.dataset.stream, { method: "HEAD" }).catch(() => null);
+  const answer = await fetch(document.body.dataset.stream, { method: "HEAD", signal: AbortSignal.timeout(SILENCE) }).catch(() => null);
   if (answer?.status !== 401 || stream) return false;
   const link = byId("login");
   const root = link.pathname.length - "/login".length;
   link.search = new URLSearchParams({ next: (location.pathname + location.search).slice(root) });
   link.hidden = false;
   button.hidden = true;
+  document.querySelector(".who")?.remove();
   setState("bad", "✕", `logged out at ${new Date(now() * 1000).toISOString().slice(11, 19)} UTC`);
   return true;
 }
