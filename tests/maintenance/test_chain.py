@@ -128,6 +128,25 @@ async def test_a_forgery_is_found(runner: JobRunner, database: dict[str, str], w
         assert fault.startswith(f"no seal has the digest {noted.hex()}: ")
 
 
+@pytest.mark.parametrize("at", ["infinity", "-infinity", "20000-01-01", "0044-03-15 BC"])
+async def test_a_time_that_python_lacks_is_found(
+    runner: JobRunner, database: dict[str, str], at: str
+) -> None:
+    """Of an entry and of a seal."""
+    await forgery.build(runner)
+    await forge(
+        runner.connection,
+        f"UPDATE entries SET at = '{at}' WHERE (user_id, version) = (3, 5)",  # noqa: S608
+        f"UPDATE seals SET at = '{at}' WHERE number = 2",  # noqa: S608
+    )
+    assert "user 3: entry 5 " in (await audit(runner) or "")
+    faults = (await verify(database)).faults
+    assert faults[:2] == [
+        "user 3: entry 5 does not match its hash",
+        "seal 2 does not match its digest",
+    ]
+
+
 def assert_found(faults: list[str], expected: str | None) -> None:
     if expected is None:
         assert faults == []
@@ -173,6 +192,18 @@ async def test_the_hash_is_that_of_the_database(runner: JobRunner) -> None:
         previous = source.choice((b"", source.randbytes(32)))
         computed = await runner.connection.fetchval(sql, previous, *row.values())
         assert computed == entry_hash(previous, row), (previous, row)
+
+
+async def test_the_hash_covers_each_column(runner: JobRunner) -> None:
+    """A column that is added to entries must be added to the hash, too."""
+    await runner.populate(2, 2)
+    entry = dict((await runner.connection.fetch("SELECT * FROM entries WHERE version = 2"))[0])
+    covered = entry_hash(b"", entry)
+    for name in entry.keys() - {"hash"}:
+        other = entry["at"] + timedelta(microseconds=1) if name == "at" else 7
+        if name in {"key", "by", "reference", "note"}:
+            other = "another"
+        assert entry_hash(b"", {**entry, name: other}) != covered, name
 
 
 async def test_the_chain_is_whole_under_concurrent_changes(
