@@ -54,8 +54,9 @@ CREATE TABLE sessions (
 );
 """
 
-# Written in the transaction of what it records. `by` is the principal: a key's name; NULL: nobody
-# was asked.
+# Written in the transaction of what it records. `by` is the principal: a key's name. Where nobody
+# was asked it is who the request names, or NULL. Actions are kept; each list of them is an index
+# read backwards.
 ACTIONS = """
 CREATE TABLE actions (
     id bigint GENERATED ALWAYS AS IDENTITY,
@@ -67,6 +68,8 @@ CREATE TABLE actions (
     after jsonb,
     CONSTRAINT actions_pkey PRIMARY KEY (id)
 );
+CREATE INDEX actions_by_id_idx ON actions (by, id);
+CREATE INDEX actions_subject_id_idx ON actions (subject, id);
 """
 
 BY = """

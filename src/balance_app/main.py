@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app import __version__
+from balance_app.access.actions import ActionRepository
 from balance_app.access.gate import Gate, OpenToNetworkError
 from balance_app.access.repository import KeyRepository
 from balance_app.access.routes import methods_of
@@ -37,7 +38,7 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.formatting import url
-from balance_app.http import health, openapi
+from balance_app.http import actions, health, openapi
 from balance_app.http.body import FAULT_CODES
 from balance_app.http.health import Readiness
 from balance_app.http.middleware import RequestMiddleware
@@ -57,6 +58,7 @@ from balance_app.metrics import Metrics
 from balance_app.settings import Settings
 from balance_app.web.account_actions import router as account_actions_router
 from balance_app.web.accounts import router as accounts_router
+from balance_app.web.action_list import router as action_list_router
 from balance_app.web.actions import router as actions_router
 from balance_app.web.login import refusal_page
 from balance_app.web.login import router as login_router
@@ -103,11 +105,11 @@ def create_app(
     )
     for each in (movements, holds_api, users, statement):
         app.include_router(each.router)
-    for router in (jobs_router, health.router):
+    for router in (jobs_router, actions.router, health.router):
         app.include_router(router)
     for router in (pages_router, login_router, accounts_router):
         app.include_router(router)
-    for router in (actions_router, account_actions_router):
+    for router in (actions_router, account_actions_router, action_list_router):
         app.include_router(router)
     openapi.add_docs(app)
     app.add_exception_handler(Problem, _problem_response)
@@ -156,6 +158,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         database,
         gate,
         keys,
+        ActionRepository(database),
         Readiness(database, stopping, informational=checks, is_anonymous=lambda: gate.is_anonymous),
         BalanceRepository(database, guard, metrics),
         HoldRepository(database, guard),

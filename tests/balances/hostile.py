@@ -693,6 +693,7 @@ def methods() -> Iterator[Case]:
         "/api/balance": {"POST"},
         "/api/users": {"GET", "POST"},
         "/api/users/1": {"GET", "PATCH"},
+        "/api/actions": {"GET"},
         "/api/users/1/entries": {"GET"},
         "/api/users/1/entries/1/reverse": {"POST"},
         "/api/users/1/daily-balances": {"GET"},
@@ -1066,6 +1067,7 @@ def queries() -> Iterator[Case]:
         "/api/users/1/daily-balances": "before",
         "/api/users/1/settings": "after",
         "/api/users/1/holds": "after",
+        "/api/actions": "before",
     }
     for path, cursor in lists.items():
         for name in ("limit",) if cursor == "before" else ("after", "limit"):

@@ -175,9 +175,9 @@ async def test_past_balances_are_read_by_day(
 PROBLEM: Final = {"type", "title", "status", "detail", "code", "applied"}
 STATE: Final = {"userId", "balance", "held", "available", "version"}
 ACCOUNT: Final = STATE | {"floor", "frozen", "settingsVersion", "externalId", "createdAt"}
-DETAILS: Final = {"amount", "at", "key", "reference", "note"}
+DETAILS: Final = {"amount", "at", "key", "reference", "note", "by"}
 TRANSFER: Final = DETAILS | {"id", "from", "to", "reverses", "reversedBy"}
-HOLD: Final = DETAILS | {"id", "userId", "state", "expiresAt", "endedAt", "captured"}
+HOLD: Final = DETAILS | {"id", "userId", "state", "expiresAt", "endedAt", "endedBy", "captured"}
 ENTRY: Final = DETAILS | {"version", "balance", "held"}
 ENTRY_OF: Final = ENTRY | {"transfer", "otherUserId", "reverses", "hold"}
 REFUSAL: Final = PROBLEM | STATE | {"floor", "amount"}
@@ -213,6 +213,7 @@ async def test_what_each_answer_consists_of(client: httpx.AsyncClient) -> None:
         assert known == {
             "key": key,
             "kind": kind,
+            "by": None,
             "outcome": outcome,
             "status": first.status_code,
             "answer": first.json(),

@@ -188,7 +188,7 @@ async def test_the_numbers_of_a_table_add_up_with_its_last_row(client: httpx.Asy
     amounts = [row["amount"] for row in csv.DictReader(io.StringIO(text, newline=""))]
     balance = (await client.get("/api/users/1")).json()["balance"]
     assert sum(int(amount) for amount in amounts if amount) == balance
-    assert {len(row) for row in csv.reader(io.StringIO(text, newline=""))} == {12}
+    assert {len(row) for row in csv.reader(io.StringIO(text, newline=""))} == {13}
 
 
 # -- which format -------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ async def test_a_transfer_is_two_entries_that_name_each_other(client: httpx.Asyn
         "key": "k",
         "reference": "rent",
         "note": "May",
+        "by": None,
         "from": {"userId": 1, "balance": 9997, "held": 0, "available": 9997, "version": 2},
         "to": {"userId": payee, "balance": 13, "held": 0, "available": 13, "version": 2},
         "reverses": None,

@@ -445,6 +445,7 @@ async def _call_accounts(call: Call) -> None:
 
 async def _call_others(call: Call) -> None:
     """Routes of jobs, and about the service."""
+    await call(200, "GET", "/api/actions")
     await call(200, "GET", "/api/cron/status")
     await call(404, "GET", "/api/cron/runs/{run}/log", 404_404)
     await call(404, "POST", "/api/cron/jobs/{name}/run", "none")

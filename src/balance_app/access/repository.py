@@ -40,18 +40,31 @@ WITH changed AS (
     UPDATE access_state SET generation = generation + 1
 ), pruned AS (
     DELETE FROM sessions WHERE expires_at < clock_timestamp() - $5::interval
+), begun AS (
+    INSERT INTO sessions (id, digest, key_id, expires_at)
+    SELECT $1, $2, id, clock_timestamp() + $4 FROM api_keys WHERE id = $3
+    RETURNING id, key_id, expires_at
+), action AS (
+    INSERT INTO actions (by, action, subject, after)
+    SELECT name, 'logged in', 'key ' || name,
+           jsonb_build_object('session', begun.id, 'expiresAt', begun.expires_at)
+    FROM begun JOIN api_keys ON api_keys.id = key_id
 )
-INSERT INTO sessions (id, digest, key_id, expires_at)
-SELECT $1, $2, id, clock_timestamp() + $4 FROM api_keys WHERE id = $3
-RETURNING expires_at
+SELECT expires_at FROM begun
 """
 
 LOG_OUT: Final = """
 WITH changed AS (
     UPDATE access_state SET generation = generation + 1
+), ended AS (
+    UPDATE sessions SET revoked_at = clock_timestamp() WHERE id = $1 AND revoked_at IS NULL
+    RETURNING id, key_id
+), action AS (
+    INSERT INTO actions (by, action, subject, before)
+    SELECT name, 'logged out', 'key ' || name, jsonb_build_object('session', ended.id)
+    FROM ended JOIN api_keys ON api_keys.id = key_id
 )
-UPDATE sessions SET revoked_at = clock_timestamp() WHERE id = $1 AND revoked_at IS NULL
-RETURNING id
+SELECT id FROM ended
 """
 
 USED: Final = """

@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     ForeignKey,
     Identity,
+    Index,
     LargeBinary,
     PrimaryKeyConstraint,
     Table,
@@ -86,4 +87,6 @@ actions = Table(
     Column("before", JSONB),
     Column("after", JSONB),
     PrimaryKeyConstraint("id"),
+    Index("actions_by_id_idx", "by", "id"),
+    Index("actions_subject_id_idx", "subject", "id"),
 )

@@ -216,6 +216,11 @@ WITH new AS MATERIALIZED (
 ), recorded AS (
     INSERT INTO opening_keys (key, user_id, request, by) SELECT $4, id, $5, $6 FROM opened
     WHERE $4 IS NOT NULL
+), action AS (
+    INSERT INTO actions (at, by, action, subject, after)
+    SELECT created_at, $6, 'user created', 'user ' || id,
+           jsonb_build_object('balance', $1::bigint, 'floor', $2::bigint, 'externalId', $3::text)
+    FROM opened
 )
 SELECT id, created_at FROM opened
 """
@@ -317,13 +322,15 @@ async def _by_external_id(connection: Connection, external_id: str) -> Account |
 
 # What is available is never below the floor, the new one included. The external id changes with the
 # settings or not at all: its uniqueness makes the whole statement fail. The one that is kept in the
-# history is read in the snapshot, and is the present one if the settings' version still is.
+# history is read in the snapshot, and is the present one if the settings' version still is; so are
+# the settings before. A request that finds them as it wants them is in the history, and no action.
 #
 # $1 user, $2 floor, $3 frozen (NULL: as it is), $4 whether the external id changes, $5 to what,
 # $6 settings versions that may be changed (NULL: any), $7 who
 SET: Final = """
 WITH seen AS MATERIALIZED (
-    SELECT id, settings_version, external_id
+    SELECT id, settings_version, external_id,
+           jsonb_build_object('floor', floor, 'frozen', frozen, 'externalId', external_id) AS before
     FROM users LEFT JOIN external_ids ON user_id = id WHERE id = $1
 ), account AS (
     UPDATE users SET floor = coalesce($2, floor), frozen = coalesce($3, frozen),
@@ -334,17 +341,28 @@ WITH seen AS MATERIALIZED (
       AND ($6::bigint[] IS NULL OR users.settings_version = ANY ($6))
       AND holds_due_at > clock_timestamp()
     RETURNING users.id, floor, frozen, users.settings_version,
-              CASE WHEN $4 THEN $5 ELSE external_id END AS external_id
+              CASE WHEN $4 THEN $5 ELSE external_id END AS external_id, before
 ), named AS (
     INSERT INTO external_ids (external_id, user_id) SELECT $5, id FROM account
     WHERE $4 AND $5::text IS NOT NULL
     ON CONFLICT (user_id) DO UPDATE SET external_id = excluded.external_id
 ), unnamed AS (
     DELETE FROM external_ids USING account WHERE user_id = id AND $4 AND $5 IS NULL
+), kept AS (
+    INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, by)
+    SELECT id, settings_version, floor, frozen, external_id, $7 FROM account
+    RETURNING *
+), action AS (
+    INSERT INTO actions (at, by, action, subject, before, after)
+    SELECT kept.at, $7, 'user settings changed', 'user ' || user_id, before, after
+    FROM kept JOIN account ON account.id = user_id
+    CROSS JOIN LATERAL (
+        SELECT jsonb_build_object('floor', kept.floor, 'frozen', kept.frozen,
+                                  'externalId', kept.external_id) AS after
+    ) AS settings
+    WHERE before <> after
 )
-INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, by)
-SELECT id, settings_version, floor, frozen, external_id, $7 FROM account
-RETURNING settings_version
+SELECT settings_version FROM kept
 """
 
 SETTINGS: Final = """

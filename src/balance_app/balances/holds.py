@@ -123,8 +123,8 @@ UPDATE holds SET state = 'captured', captured = account.captured, ended_at = cha
                  ended_by = $6,
                  balance = account.balance, held = account.held, version = account.version
 FROM account WHERE user_id = account.id AND number = $2
-RETURNING user_id, number, amount, at, expires_at, key, reference, note, state, ended_at,
-          holds.captured, holds.balance, holds.held, holds.version
+RETURNING user_id, number, amount, at, expires_at, key, reference, note, by, state, ended_at,
+          ended_by, holds.captured, holds.balance, holds.held, holds.version
 """
 
 # $1 user, $2 number, $3 who
@@ -145,27 +145,27 @@ WITH locked AS MATERIALIZED (
 UPDATE holds SET state = 'voided', ended_at = account.at, ended_by = $3, balance = account.balance,
                  held = account.held, version = account.version
 FROM account WHERE user_id = account.id AND number = $2
-RETURNING user_id, number, amount, holds.at, expires_at, key, reference, note, state, ended_at,
-          captured, holds.balance, holds.held, holds.version
+RETURNING user_id, number, amount, holds.at, expires_at, key, reference, note, by, state, ended_at,
+          ended_by, captured, holds.balance, holds.held, holds.version
 """
 
 # An end that is reported must be durable, as in `repository.RECALL`.
 ENDED: Final = """
-SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
-       balance, held, version, pg_logical_emit_message(true, 'balance_app', '')
+SELECT user_id, number, amount, at, expires_at, key, reference, note, by, state, ended_at,
+       ended_by, captured, balance, held, version, pg_logical_emit_message(true, 'balance_app', '')
 FROM holds WHERE user_id = $1 AND number = $2
 """
 
 HOLDS: Final = """
-SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
-       balance, held, version
+SELECT user_id, number, amount, at, expires_at, key, reference, note, by, state, ended_at,
+       ended_by, captured, balance, held, version
 FROM holds
 WHERE user_id = $1 AND ($2::text IS NULL OR state = $2) AND number > $3 ORDER BY number LIMIT $4
 """
 
 HOLD: Final = """
-SELECT user_id, number, amount, at, expires_at, key, reference, note, state, ended_at, captured,
-       balance, held, version
+SELECT user_id, number, amount, at, expires_at, key, reference, note, by, state, ended_at,
+       ended_by, captured, balance, held, version
 FROM holds WHERE user_id = $1 AND number = $2
 """
 

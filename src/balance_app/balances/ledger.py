@@ -257,7 +257,7 @@ SELECT low AS version FROM bisection WHERE low = high
 # $1 user, $2 first version, $3 last version
 ENTRIES: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       hold, reference, note
+       hold, reference, note, by
 FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 ORDER BY version
 """
 
@@ -267,14 +267,14 @@ FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 ORDER BY version
 # $1 user, $2 first version, $3 last version, $4 limit, $5 reference
 BY_REFERENCE: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       hold, reference, note
+       hold, reference, note, by
 FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 AND reference = $5
 ORDER BY version LIMIT $4
 """
 
 BY_REFERENCE_BACKWARDS: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       hold, reference, note
+       hold, reference, note, by
 FROM entries WHERE user_id = $1 AND version BETWEEN $2 AND $3 AND reference = $5
 ORDER BY version DESC LIMIT $4
 """

@@ -81,7 +81,8 @@ class Entry(NamedTuple):
     """An entry of a user's ledger; `balance` and `held` are those after it.
 
     Of a transfer each half names the other; `reverses` is the version of the entry that it undoes,
-    `hold` the number of the hold that it captures.
+    `hold` the number of the hold that it captures. `by` is the principal, None where nobody was
+    asked.
     """
 
     user_id: int
@@ -97,6 +98,7 @@ class Entry(NamedTuple):
     hold: int | None = None
     reference: str | None = None
     note: str | None = None
+    by: str | None = None
 
 
 class Hold(NamedTuple):
@@ -113,8 +115,10 @@ class Hold(NamedTuple):
     key: str | None = None
     reference: str | None = None
     note: str | None = None
+    by: str | None = None
     state: Literal["open", "captured", "voided", "expired"] = "open"
     ended_at: datetime | None = None
+    ended_by: str | None = None
     captured: int | None = None
     balance: int | None = None
     held: int | None = None

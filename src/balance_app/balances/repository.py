@@ -303,6 +303,7 @@ async def _change(
             reverses=reverses,
             reference=movement.reference,
             note=movement.note,
+            by=movement.by,
             **row,
         )
     )
@@ -363,7 +364,7 @@ WITH locked AS MATERIALIZED (
     WHERE key IS NOT NULL
 )
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       reference, note
+       reference, note, by
 FROM entry ORDER BY amount
 """
 
@@ -450,6 +451,7 @@ async def _hold(connection: Connection, movement: Movement) -> Accepted | None:
         movement.key,
         movement.reference,
         movement.note,
+        movement.by,
     )
     return Accepted(hold=hold, state=_state(row, movement.user_id))
 
@@ -527,13 +529,13 @@ async def _recorded(connection: Connection, user_id: int, key: str) -> Recorded 
 
 
 PLACED: Final = """
-SELECT user_id, number, amount, at, expires_at, key, reference, note FROM holds
+SELECT user_id, number, amount, at, expires_at, key, reference, note, by FROM holds
 WHERE user_id = $1 AND number = $2
 """
 
 ENTRY: Final = """
 SELECT user_id, version, amount, balance, held, at, key, other_user_id, other_version, reverses,
-       hold, reference, note
+       hold, reference, note, by
 FROM entries WHERE user_id = $1 AND version = $2
 """
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from balance_app import __version__
+from balance_app.cli.action_commands import action_commands
 from balance_app.cli.balance_commands import balance_commands
 from balance_app.cli.job_commands import job_commands
 from balance_app.cli.key_commands import key_commands
@@ -64,7 +65,7 @@ cli = typer.Typer(
 )
 service, database = typer.Typer(), typer.Typer()
 for commands in (
-    *(service, job_commands, balance_commands),
+    *(service, job_commands, balance_commands, action_commands),
     *(ledger_commands, key_commands, database),
 ):
     cli.add_typer(commands)
@@ -96,7 +97,7 @@ def before_the_command(
     given = {"url": url, "key-file": key_file, "json": json or None}
     remote = {"users"} | {
         each.callback.__name__.replace("_", "-")
-        for commands in (job_commands, balance_commands)
+        for commands in (job_commands, balance_commands, action_commands)
         for each in commands.registered_commands
         if each.callback
     }

@@ -124,11 +124,12 @@ def entries_table(ledger: list[Json], now: datetime, on: Console) -> RenderableT
             "REFERENCE": text(entry["reference"] or "", on),
             "NOTE": text(entry["note"] or "", on),
             "KEY": text(entry["key"] or "", on),
+            "BY": text(entry["by"] or "-", on),
         }
         for entry in ledger
     ]
-    cut = ("REFERENCE", "NOTE", "KEY")
-    return _rows(rows, on, cut=cut, roomy=("AGO", "NOTE", "KEY"), numbers=4)
+    cut = ("REFERENCE", "NOTE", "KEY", "BY")
+    return _rows(rows, on, cut=cut, roomy=("AGO", "NOTE", "KEY", "BY"), numbers=4)
 
 
 def holds_table(holds: list[Json], now: datetime, on: Console) -> RenderableType:
@@ -144,11 +145,14 @@ def holds_table(holds: list[Json], now: datetime, on: Console) -> RenderableType
             "ENDED": _ago(hold["endedAt"], now, on),
             "REFERENCE": text(hold["reference"] or "", on),
             "NOTE": text(hold["note"] or "", on),
+            "BY": text(hold["by"] or "-", on),
+            "ENDED BY": text(hold["endedBy"] or "-" if hold["endedAt"] else "", on),
         }
         for hold in holds
     ]
-    cut = ("REFERENCE", "NOTE")
-    return _rows(rows, on, cut=cut, roomy=("PLACED (UTC)", "ENDED", "NOTE"), numbers=3)
+    cut = ("REFERENCE", "NOTE", "BY", "ENDED BY")
+    roomy = ("PLACED (UTC)", "ENDED", "NOTE", "BY", "ENDED BY")
+    return _rows(rows, on, cut=cut, roomy=roomy, numbers=3)
 
 
 def daily_balances_table(days: list[Json], on: Console) -> RenderableType:

@@ -6,6 +6,7 @@ Colour only repeats a symbol or a label. Control characters from outside become 
 from datetime import datetime
 from typing import Any, Final
 
+from pydantic_core import to_json
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -243,6 +244,29 @@ def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableTyp
             text(result, on, STYLES[sign.tone] if sign.tone == Tone.BAD else ""),
         )
     return table
+
+
+def actions_table(actions: list[Json], now: datetime, on: Console) -> RenderableType:
+    """Return a line per action of `/api/actions`."""
+    table = make_table(
+        ("DONE (UTC)", "BY", "WHAT", "TO", "BEFORE", "AFTER"), cut=("BEFORE", "AFTER")
+    )
+    for each in actions:
+        at = moment(each["at"])
+        table.add_row(
+            text(brief(at, now) if on.is_terminal else exact(at), on),
+            text(each["by"] or "-", on),
+            text(each["action"], on),
+            text(each["subject"], on),
+            text(_members(each["before"]), on),
+            text(_members(each["after"]), on),
+        )
+    return table
+
+
+def _members(state: Json | None) -> str:
+    """Return what something was or is."""
+    return to_json(state).decode() if state else "-"
 
 
 def run_line(run: Json, now: datetime) -> Text:

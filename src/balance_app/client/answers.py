@@ -88,6 +88,7 @@ class Change(_Single):
     key: str | None
     reference: str | None
     note: str | None
+    by: str | None = None
     reverses: int | None
 
 
@@ -101,6 +102,7 @@ class Transfer(_Single):
     key: str | None
     reference: str | None
     note: str | None
+    by: str | None = None
     payer: State
     payee: State
     reverses: str | None
@@ -118,10 +120,12 @@ class Hold(_Single):
     at: datetime
     expires_at: datetime
     ended_at: datetime | None
+    ended_by: str | None = None
     captured: int | None
     key: str | None
     reference: str | None
     note: str | None
+    by: str | None = None
     account: State | None = None
 
 
@@ -152,6 +156,7 @@ class Entry(_Answer):
     key: str | None
     reference: str | None
     note: str | None
+    by: str | None = None
     transfer: str | None
     other_user_id: int | None
     reverses: int | None

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 
+from balance_app.access.keys import principal
 from balance_app.errors import InvalidRequest
 
 
@@ -88,7 +89,7 @@ class Who(QueryModel):
     by: Annotated[
         str,
         Field(
-            description="who requests it, for display",
+            description="who requests it, for display; with a key its name counts instead",
             json_schema_extra=printable_schema(100),
             examples=["ada"],
         ),
@@ -97,6 +98,11 @@ class Who(QueryModel):
 
 
 WhoQuery = Annotated[Who, Query()]
+
+
+def name_of(request: Request, who: Who) -> str:
+    """Return who requests a control: the principal, where there is one, whatever else is said."""
+    return principal(request).name or who.by
 
 
 async def _refuse_repeated(request: Request) -> None:

@@ -36,7 +36,7 @@ EXPORTS_PER_CLIENT: Final = 4
 READER_SECONDS: Final = 30.0
 
 COLUMNS: Final = (
-    *("version", "amount", "balance", "held", "at", "key", "reference", "note"),
+    *("version", "amount", "balance", "held", "at", "key", "reference", "note", "by"),
     *("transfer", "otherUserId", "reverses", "hold"),
 )
 # A spreadsheet takes a cell that begins so for a formula, or drops the character.
@@ -99,7 +99,7 @@ def _csv(rows: list[list[object]]) -> bytes:
 def _cells(entry: Entry) -> list[object]:
     body = entry_body(entry)
     body["at"] = entry.at.isoformat().replace("+00:00", "Z")
-    for name in ("key", "reference", "note"):
+    for name in ("key", "reference", "note", "by"):
         if (text := body[name]) is not None and text.startswith(_FORMULA):
             body[name] = f"'{text}"
     return [body[name] for name in COLUMNS]

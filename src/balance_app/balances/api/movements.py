@@ -187,7 +187,7 @@ async def read_outcome(request: Request, user_id: PathUserId, key: PathKey) -> d
     else:
         problem = outcome.problem
         answer = {"outcome": "refused", "status": problem.status, "answer": problem.body()}
-    return {"key": key, "kind": kind_of(recorded.request), **answer}
+    return {"key": key, "kind": kind_of(recorded.request), "by": recorded.by, **answer}
 
 
 def wanted_tags(request: Request) -> list[str] | None:

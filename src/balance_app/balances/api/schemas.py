@@ -328,6 +328,13 @@ AnyAmount = Annotated[int, Field(examples=[-2])]
 AnyKey = Annotated[str | None, Field(examples=["order-42"], description="its Idempotency-Key")]
 AnyReference = Annotated[str | None, Field(examples=["invoice 2026-117"])]
 AnyNote = Annotated[str | None, Field(examples=[None])]
+AnyBy = Annotated[
+    str | None,
+    Field(
+        examples=["till-1"],
+        description="the name of the key that the request came with; null where none was needed",
+    ),
+]
 AnyExternalId = Annotated[str | None, Field(examples=["customer-7"])]
 TransferId = Annotated[str, Field(examples=["1-2"], description="the payer's id and entry")]
 HoldId = Annotated[str, Field(examples=["1-1"], description="the user's id and a number")]
@@ -356,6 +363,7 @@ class ChangeDetails(_Answer):
     key: AnyKey
     reference: AnyReference
     note: AnyNote
+    by: AnyBy
     reverses: Annotated[int | None, Field(examples=[None])]
 
 
@@ -374,6 +382,7 @@ class TransferAnswer(_Answer):
     key: AnyKey
     reference: AnyReference
     note: AnyNote
+    by: AnyBy
     payer: Annotated[StateAnswer, Field(alias="from")]
     payee: Annotated[StateAnswer, Field(alias="to")]
     reverses: Annotated[
@@ -394,10 +403,15 @@ class HoldAnswer(_Answer):
     at: Instant
     expires_at: Instant
     ended_at: Annotated[datetime | None, Field(examples=[None])]
+    ended_by: Annotated[
+        str | None,
+        Field(examples=[None], description="as `by`; null also for a hold that has expired"),
+    ]
     captured: Annotated[int | None, Field(examples=[None])]
     key: AnyKey
     reference: AnyReference
     note: AnyNote
+    by: AnyBy
 
 
 class HoldStateAnswer(HoldAnswer):
@@ -473,6 +487,7 @@ class EntryAnswer(_Answer):
     key: AnyKey
     reference: AnyReference
     note: AnyNote
+    by: AnyBy
     transfer: Annotated[str | None, Field(examples=[None])]
     other_user_id: Annotated[int | None, Field(examples=[None])]
     reverses: Annotated[int | None, Field(examples=[None])]
@@ -507,6 +522,7 @@ class KeyAnswer(_Answer):
 
     key: Annotated[str, Field(examples=["order-42"])]
     kind: Annotated[Literal["change", "transfer", "hold"], Field(examples=["change"])]
+    by: AnyBy
     outcome: Annotated[Literal["accepted", "refused"], Field(examples=["accepted"])]
     status: Annotated[int, Field(examples=[200])]
     answer: Annotated[
@@ -548,6 +564,7 @@ def change_body(entry: Entry) -> dict[str, Any]:
         "key": entry.key,
         "reference": entry.reference,
         "note": entry.note,
+        "by": entry.by,
         "reverses": entry.reverses,
     }
     return {**state_body(entry), "change": change}
@@ -563,6 +580,7 @@ def transfer_body(payer: Entry, payee: Entry, reversed_by: Entry | None = None) 
         "key": payer.key,
         "reference": payer.reference,
         "note": payer.note,
+        "by": payer.by,
         "from": state_body(payer),
         "to": state_body(payee),
         "reverses": None if payee.reverses is None else "{}-{}".format(*undone),
@@ -582,10 +600,12 @@ def hold_body(hold: Hold, state: State | None = None) -> dict[str, Any]:
         "at": hold.at,
         "expiresAt": hold.expires_at,
         "endedAt": hold.ended_at,
+        "endedBy": hold.ended_by,
         "captured": hold.captured,
         "key": hold.key,
         "reference": hold.reference,
         "note": hold.note,
+        "by": hold.by,
     }
     return body if state is None else {**body, "account": state_body(state)}
 
@@ -623,6 +643,7 @@ def entry_body(entry: Entry) -> dict[str, Any]:
         "key": entry.key,
         "reference": entry.reference,
         "note": entry.note,
+        "by": entry.by,
         "transfer": transfer,
         "otherUserId": entry.other_user_id,
         "reverses": entry.reverses,

@@ -61,7 +61,7 @@ async def list_entries(request: Request, user_id: PathUserId, page: EntriesPageQ
     off has no such line; `after` its last entry the next one goes on.
 
     In CSV the last line begins with `complete`, and has the rest in the column `note`. A key,
-    reference or note that a spreadsheet would take for a formula, or that begins with an
+    reference, note or name that a spreadsheet would take for a formula, or that begins with an
     apostrophe, has one more apostrophe before it. JSON lines have every text as it is.
     """
     media_type = preferred(request, (JSON, CSV, JSON_LINES))

@@ -42,7 +42,7 @@ from balance_app.errors import InvalidRequest, MalformedRequest
 from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.conditional import ANY, if_match, matches_none
 from balance_app.http.openapi import headers, json_request, problems, tags_parameter
-from balance_app.http.params import ONCE, WhoQuery
+from balance_app.http.params import ONCE, WhoQuery, name_of
 from balance_app.http.services import services
 
 router = APIRouter(prefix="/api", tags=["users"])
@@ -224,7 +224,7 @@ async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) 
         settings_versions=None if tags == ANY else [_settings_version(tag) for tag in tags],
     )
     return _response(
-        await _accounts(request).change_settings(user_id, patch, principal(request).name or who.by)
+        await _accounts(request).change_settings(user_id, patch, name_of(request, who))
     )
 
 

@@ -1,6 +1,7 @@
 """The controls of a job: run, pause, resume, cancel and forget it, and override its schedule.
 
-Each is one conditional statement, so concurrent requests are safe. The instance that runs the job
+Each is one conditional statement, so concurrent requests are safe; one that changes the job also
+records who did (`actions`), one that changes nothing does not. The instance that runs the job
 receives a request with its next heartbeat, all others with their next claim.
 """
 
@@ -148,6 +149,7 @@ class Controls:
                 skipped and skipped.ticks,
                 f"paused by {row['paused_by']}{because}",
                 row["schedule"],
+                by,
             )
             done = await self._database.run(
                 lambda con, arguments=arguments: write(con, RESUME, *arguments),  # type: ignore[misc]
@@ -185,7 +187,7 @@ class Controls:
                 row["held"],
                 _tick_ahead(row, schedule or row["schedule"]),
                 schedule,
-                None if schedule is None else by,
+                by,
             )
             done = await self._database.run(
                 lambda con, arguments=arguments: write(con, OVERRIDE, *arguments),  # type: ignore[misc]
@@ -269,17 +271,33 @@ def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
 # code no live instance has ($3: the lease), as its run would never start. Of two requests with
 # different arguments ($4) for one run the first is kept. A checkpoint belongs to other arguments.
 RUN: Final = """
-UPDATE jobs
-SET due_at = least(due_at, moment), ready_at = least(ready_at, moment),
-    requested_by = coalesce(requested_by, $2), requested_args = coalesce(requested_args, $4),
-    checkpoint = CASE WHEN $4::jsonb IS NULL THEN checkpoint END
-FROM (SELECT clock_timestamp() AS moment) AS request
-WHERE name = $1 AND paused_at IS NULL AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
-  AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
-  AND EXISTS (SELECT FROM instances WHERE last_heartbeat_at + $3::interval > clock_timestamp()
-              AND number <= highest_number AND name <> ALL (missing))
-  AND (requested_by IS NULL OR $4::jsonb IS NULL OR requested_args = $4)
-RETURNING name
+WITH before AS MATERIALIZED (
+    SELECT due_at, ready_at, requested_by, clock_timestamp() AS moment FROM jobs
+    WHERE name = $1 FOR NO KEY UPDATE
+), requested AS (
+    UPDATE jobs
+    SET due_at = least(jobs.due_at, moment), ready_at = least(jobs.ready_at, moment),
+        requested_by = coalesce(jobs.requested_by, $2),
+        requested_args = coalesce(requested_args, $4),
+        checkpoint = CASE WHEN $4::jsonb IS NULL THEN checkpoint END
+    FROM before
+    WHERE name = $1 AND paused_at IS NULL
+      AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
+      AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
+      AND EXISTS (SELECT FROM instances WHERE last_heartbeat_at + $3::interval > clock_timestamp()
+                  AND number <= highest_number AND name <> ALL (missing))
+      AND (jobs.requested_by IS NULL OR $4::jsonb IS NULL OR requested_args = $4)
+    RETURNING name, jobs.due_at
+), action AS (
+    -- a run that is requested already, and ready, stays as it is
+    INSERT INTO actions (by, action, subject, before, after)
+    SELECT $2, 'job run requested', 'job ' || name, jsonb_build_object('dueAt', before.due_at),
+           jsonb_build_object('dueAt', requested.due_at)
+           || CASE WHEN $4::jsonb IS NULL THEN '{}' ELSE jsonb_build_object('args', $4::jsonb) END
+    FROM requested CROSS JOIN before
+    WHERE before.requested_by IS NULL OR ready_at > moment
+)
+SELECT name FROM requested
 """
 
 # Only a job that no instance runs or could run. A run whose lease has expired is recorded as lost,
@@ -300,30 +318,57 @@ WITH candidate AS MATERIALIZED (
     FROM candidate
     WHERE candidate.holder IS NOT NULL AND job = candidate.name
       AND job_runs.fence = candidate.fence AND job_runs.outcome IS NULL
+), forgotten AS (
+    UPDATE jobs SET
+        forgotten_at = clock_timestamp(), forgotten_by = $2,
+        holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
+        cancel_requested_by = NULL, releasing = false, done = NULL, total = NULL, note = NULL,
+        requested_by = NULL, requested_args = NULL
+    FROM candidate WHERE jobs.name = candidate.name
+    RETURNING jobs.name, forgotten_at, forgotten_by
+), action AS (
+    INSERT INTO actions (by, action, subject)
+    SELECT $2, 'job forgotten', 'job ' || name FROM forgotten
 )
-UPDATE jobs SET
-    forgotten_at = clock_timestamp(), forgotten_by = $2,
-    holder = NULL, server = NULL, started_at = NULL, lease_expires_at = NULL,
-    cancel_requested_by = NULL, releasing = false, done = NULL, total = NULL, note = NULL,
-    requested_by = NULL, requested_args = NULL
-FROM candidate WHERE jobs.name = candidate.name
-RETURNING forgotten_at, forgotten_by
+SELECT forgotten_at, forgotten_by FROM forgotten
 """
 
 # A run in progress keeps its lease. The first pause is kept.
 PAUSE: Final = """
-UPDATE jobs
-SET paused_at = coalesce(paused_at, clock_timestamp()), paused_by = coalesce(paused_by, $2),
-    pause_reason = CASE WHEN paused_at IS NULL THEN $3 ELSE pause_reason END
-WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
-RETURNING name
+WITH before AS MATERIALIZED (
+    SELECT paused_at FROM jobs WHERE name = $1 FOR NO KEY UPDATE
+), paused AS (
+    UPDATE jobs
+    SET paused_at = coalesce(jobs.paused_at, clock_timestamp()),
+        paused_by = coalesce(paused_by, $2),
+        pause_reason = CASE WHEN jobs.paused_at IS NULL THEN $3 ELSE pause_reason END
+    FROM before
+    WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
+    RETURNING name
+), action AS (
+    INSERT INTO actions (by, action, subject, after)
+    SELECT $2, 'job paused', 'job ' || name, jsonb_build_object('reason', $3::text)
+    FROM paused CROSS JOIN before WHERE paused_at IS NULL
+)
+SELECT name FROM paused
 """
 
 # Only a run that holds its lease can be cancelled.
 CANCEL: Final = """
-UPDATE jobs SET cancel_requested_by = coalesce(cancel_requested_by, $2)
-WHERE name = $1 AND holder IS NOT NULL AND lease_expires_at > clock_timestamp()
-RETURNING name
+WITH before AS MATERIALIZED (
+    SELECT cancel_requested_by FROM jobs WHERE name = $1 FOR NO KEY UPDATE
+), cancelled AS (
+    UPDATE jobs SET cancel_requested_by = coalesce(jobs.cancel_requested_by, $2)
+    FROM before
+    WHERE name = $1 AND holder IS NOT NULL AND lease_expires_at > clock_timestamp()
+    RETURNING name, server, started_at
+), action AS (
+    INSERT INTO actions (by, action, subject, before)
+    SELECT $2, 'job run cancelled', 'job ' || name,
+           jsonb_build_object('server', server, 'startedAt', started_at)
+    FROM cancelled CROSS JOIN before WHERE cancel_requested_by IS NULL
+)
+SELECT name FROM cancelled
 """
 
 PAUSED: Final = """
@@ -338,9 +383,12 @@ FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgo
 # old one is cleared.
 #
 # $2 to $5 and $11 the row as it was read, $6 the next tick, $7 to $9 the missed ticks, $10 the
-# reason
+# reason, $12 who
 RESUME: Final = """
-WITH resumed AS (
+WITH pause AS MATERIALIZED (
+    -- `paused_at` tells this pause from others
+    SELECT paused_by, pause_reason FROM jobs WHERE name = $1 AND paused_at = $2
+), resumed AS (
     UPDATE jobs
     SET paused_at = NULL, paused_by = NULL, pause_reason = NULL, lost_streak = 0,
         due_at = coalesce($6, due_at), ready_at = coalesce($6, ready_at),
@@ -357,6 +405,12 @@ WITH resumed AS (
     SELECT name, $7::timestamptz, $8::timestamptz, $9, clock_timestamp(), clock_timestamp(),
            'skipped', $10::text
     FROM resumed WHERE $9::bigint IS NOT NULL
+), action AS (
+    INSERT INTO actions (by, action, subject, before)
+    SELECT $12, 'job resumed', 'job ' || name,
+           jsonb_build_object('pausedBy', paused_by, 'pausedAt', $2::timestamptz,
+                              'reason', pause_reason)
+    FROM resumed CROSS JOIN pause
 )
 SELECT name FROM resumed
 """
@@ -375,15 +429,24 @@ FROM jobs WHERE name = $1 AND (forgotten_at IS NULL OR last_heartbeat_at > forgo
 # $2 to $6 the row as it was read, $7 the next tick (null: the tick stays), $8 the override (null:
 # none), $9 who requested it
 OVERRIDE: Final = """
-UPDATE jobs
-SET schedule_override = $8, overridden_by = $9,
-    overridden_at = CASE WHEN $8::text IS NOT NULL THEN clock_timestamp() END,
-    due_at = coalesce($7, due_at), ready_at = coalesce($7, ready_at),
-    startup_marked_at = CASE WHEN $7::timestamptz IS NULL THEN startup_marked_at END
-WHERE name = $1 AND schedule = $2 AND schedule_override IS NOT DISTINCT FROM $3
-  AND due_at = $4 AND ready_at = $5 AND (holder IS NOT NULL) = $6
-  AND ($7::timestamptz IS NULL OR due_at > clock_timestamp())
-RETURNING name
+WITH changed AS (
+    UPDATE jobs
+    SET schedule_override = $8, overridden_by = CASE WHEN $8::text IS NOT NULL THEN $9::text END,
+        overridden_at = CASE WHEN $8::text IS NOT NULL THEN clock_timestamp() END,
+        due_at = coalesce($7, due_at), ready_at = coalesce($7, ready_at),
+        startup_marked_at = CASE WHEN $7::timestamptz IS NULL THEN startup_marked_at END
+    WHERE name = $1 AND schedule = $2 AND schedule_override IS NOT DISTINCT FROM $3
+      AND due_at = $4 AND ready_at = $5 AND (holder IS NOT NULL) = $6
+      AND ($7::timestamptz IS NULL OR due_at > clock_timestamp())
+    RETURNING name
+), action AS (
+    INSERT INTO actions (by, action, subject, before, after)
+    SELECT $9, CASE WHEN $8::text IS NULL THEN 'job schedule reset' ELSE 'job schedule set' END,
+           'job ' || name, jsonb_build_object('schedule', coalesce($3::text, $2::text)),
+           jsonb_build_object('schedule', coalesce($8::text, $2::text))
+    FROM changed
+)
+SELECT name FROM changed
 """
 
 

@@ -11,7 +11,7 @@ from balance_app.access.errors import TooManyRequests
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, has_body, read_json
 from balance_app.http.openapi import json_request, problems
-from balance_app.http.params import ONCE, WhoQuery
+from balance_app.http.params import ONCE, WhoQuery, name_of
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
@@ -165,7 +165,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     replaces declared arguments for this run.
     """
     args = (await read_json(request, RunRequest, key=None)).args if has_body(request) else None
-    return _steered(request, await _controls(request).run(name, who.by, args))
+    return _steered(request, await _controls(request).run(name, name_of(request, who), args))
 
 
 @router.post(
@@ -182,7 +182,9 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
 
     Pausing a paused job changes nothing.
     """
-    return _steered(request, await _controls(request).pause(name, pause.by, pause.reason))
+    return _steered(
+        request, await _controls(request).pause(name, name_of(request, pause), pause.reason)
+    )
 
 
 @router.post(
@@ -199,7 +201,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
     Resuming a job that is not paused changes nothing.
     """
-    return _steered(request, await _controls(request).resume(name, who.by))
+    return _steered(request, await _controls(request).resume(name, name_of(request, who)))
 
 
 @router.post(
@@ -217,7 +219,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     If the answer has a `workEndedAt`, the run's work is done: the run still succeeds, and ends now
     instead of after its minimum duration.
     """
-    return _steered(request, await _controls(request).cancel(name, who.by))
+    return _steered(request, await _controls(request).cancel(name, name_of(request, who)))
 
 
 @router.put(
@@ -237,7 +239,11 @@ async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Respo
     Setting the schedule that was set already changes nothing.
     """
     body = await read_json(request, ScheduleRequest, key=None)
-    return _steered(request, await _controls(request).set_schedule(name, who.by, body), status=200)
+    return _steered(
+        request,
+        await _controls(request).set_schedule(name, name_of(request, who), body),
+        status=200,
+    )
 
 
 @router.delete(
@@ -253,7 +259,11 @@ async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Res
 
     Resetting a schedule that was not set changes nothing.
     """
-    return _steered(request, await _controls(request).set_schedule(name, who.by, None), status=200)
+    return _steered(
+        request,
+        await _controls(request).set_schedule(name, name_of(request, who), None),
+        status=200,
+    )
 
 
 @router.post(
@@ -269,7 +279,7 @@ async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
     Forgetting a forgotten job changes nothing. If code declares it again, it starts fresh.
     """
-    forgotten = await _controls(request).forget(name, who.by)
+    forgotten = await _controls(request).forget(name, name_of(request, who))
     answer = {"name": name, "forgottenAt": forgotten.at, "forgottenBy": forgotten.by}
     return _json(to_json(answer))
 
