@@ -29,8 +29,8 @@ KINDS: Final = {kind.code: kind for kind in all_problems()}
 # Rules that no schema can express: a key belongs to one content for ever (each request gets its
 # own), an entity tag is one that the account has or not, no transfer is to oneself, no moment both
 # a time and a version, and 2.0 is not an integer here (in JSON Schema it is: such numbers are sent
-# as integers). That each operation asks for its scope is tested in tests/access: here too many wrong
-# keys would come from one address.
+# as integers). That each operation asks for its scope is tested in tests/access: here too many
+# wrong keys would come from one address.
 HOOKS: Final = """
 import re
 import uuid
