@@ -196,6 +196,8 @@ async def test_each_operation_names_its_scopes_and_how_it_refuses_without(
     for name, operation in _operations(document):
         method, path = name.upper().split()[0], name.split()[1]
         scopes = [each["key"] for each in operation["security"]]
+        described = operation.get("description", "").count("The key needs the scope ")
+        assert described == min(1, len(scopes)), name
         assert scopes == [[scope] for scope in needs[method, path]], name
         found = {
             code

@@ -134,10 +134,7 @@ def create(
             err=True,
         )
         if made.is_first:
-            typer.echo(
-                "It is the first one: from now on every request to the service needs a key.",
-                err=True,
-            )
+            typer.echo("From now on every request to the service needs a key.", err=True)
 
     _run(work, makes_database=True)
 

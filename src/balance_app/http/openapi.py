@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -280,6 +281,7 @@ def add_docs(app: FastAPI) -> None:
     generate = app.openapi
     needs = {(method, _CONVERTER.sub("", path)): each for (method, path), each in NEEDS.items()}
 
+    @cache
     def openapi() -> dict[str, Any]:
         described = generate()
         described["components"]["schemas"]["Problem"] = _problem_schema()
@@ -305,6 +307,8 @@ def _describe_access(operation: dict[str, Any], method: str, needs: Needs) -> No
         operation["security"] = []
         return
     operation["security"] = [{SECURITY_SCHEME: [scope]} for scope in needs]
+    scopes = " or ".join(f"`{scope}`" for scope in needs)
+    operation["description"] += f"\n\nThe key needs the scope {scopes}."
     kinds = [Unauthorized, InsufficientScope, MisdirectedRequest, TooManyRequests]
     if method not in SAFE_METHODS:
         kinds.append(CrossSiteRequest)
