@@ -383,7 +383,8 @@ async def test_of_two_principals_with_one_key_one_wins(database: dict[str, str],
     async with scene(database) as on:
         told = await race(on, *bodies()[what])
     outcome = "refused" if what.startswith("refused") else "accepted"
-    assert sorted(told, key=str) == [{outcome: 50}, {"idempotency-key-reused": 50}]
+    expected = [{outcome: 50}, {"idempotency-key-reused": 50}]
+    assert sorted(told, key=str) == sorted(expected, key=str)
 
 
 async def test_without_the_comparison_both_win(
@@ -471,8 +472,8 @@ async def test_a_refused_or_failed_statement_leaves_no_action(database: dict[str
         before = await actions_of(on)
         await on.connection.execute("ALTER TABLE user_settings ADD CHECK (floor <> -13)")
         headers = {**on.prepares, "If-Match": "*"}
-        with pytest.raises(Exception, match="user_settings"):
-            await on.client.patch("/api/users/1", json={"floor": -13}, headers=headers)
+        failed = await on.client.patch("/api/users/1", json={"floor": -13}, headers=headers)
+        assert failed.status_code == 500
         assert await actions_of(on) == before
 
 

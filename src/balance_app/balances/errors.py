@@ -303,7 +303,7 @@ class CaptureExceedsHold(Problem):
 
 
 class IdempotencyKeyReused(Problem):
-    """This idempotency key belongs to a request with different content.
+    """This idempotency key belongs to another request: with different content, or another API key.
 
     Nothing was changed. Use a new key for every new request, and the same one only to repeat it.
     """
@@ -312,7 +312,7 @@ class IdempotencyKeyReused(Problem):
     sample: ClassVar = {}
 
     def __init__(self) -> None:
-        super().__init__("This Idempotency-Key was used before, with different content.")
+        super().__init__("This Idempotency-Key was used before, by another request.")
 
 
 def _state(

@@ -116,6 +116,8 @@ class JobSession(Session):
         fields = {"server": answer.body["server"], "by": by, "name": job}
         if answer.body["paused"] is not None:
             fields["by"] = answer.body["paused"]["by"]
+        if verb == "cancel":
+            fields["by"] = answer.body["cancelRequestedBy"] or by
         late = verb == "cancel" and answer.body.get("workEndedAt") is not None
         sentence = _CONTROL_MESSAGES["cancel late" if late else verb]
         self._report(answer.text, lambda: Text(visible(sentence.format(**fields))))
