@@ -20,7 +20,7 @@ from balance_app.sessions import PINNED, SEARCH_PATH
 # The first segments of this service's own paths.
 OWN_PATHS: Final = frozenset(
     {
-        *("api", "change", "docs", "health", "jobs", "live", "livez", "login", "logout"),
+        *("actions", "api", "change", "docs", "health", "jobs", "live", "livez", "login", "logout"),
         *("metrics", "openapi.json", "problems", "readyz", "static", "users"),
     }
 )
