@@ -33,6 +33,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
         "The service",
         "Jobs of a running service",
         "Balances of a running service",
+        "Actions at a running service",
         "The database",
     ]
     commands = re.findall(r"^│ ([a-z][a-z-]+) +\S", out, re.MULTILINE)
@@ -40,7 +41,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
         *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
         *("audit", "seals", "change", "transfer", "hold", "capture", "void", "reverse"),
-        *("balance", "user", "users", "statement", "holds", "daily-balances", "keys"),
+        *("balance", "user", "users", "statement", "holds", "daily-balances", "keys", "actions"),
     }
     assert re.findall(r"• (\d+): ", out) == ["0", "1", "2", "3", "4", "5", "130"]
     assert "\x1b" not in out
