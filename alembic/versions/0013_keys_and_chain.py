@@ -55,8 +55,8 @@ CREATE TABLE sessions (
 """
 
 # Written in the transaction of what it records. `by` is the principal: a key's name. Where nobody
-# was asked it is who the request names, or NULL. Actions are kept; each list of them is an index
-# read backwards.
+# was asked it is who the request names, or NULL. `at` is the database's own: no statement gives it.
+# Actions are kept; each list of them is an index read backwards.
 ACTIONS = """
 CREATE TABLE actions (
     id bigint GENERATED ALWAYS AS IDENTITY,

@@ -217,8 +217,8 @@ WITH new AS MATERIALIZED (
     INSERT INTO opening_keys (key, user_id, request, by) SELECT $4, id, $5, $6 FROM opened
     WHERE $4 IS NOT NULL
 ), action AS (
-    INSERT INTO actions (at, by, action, subject, after)
-    SELECT created_at, $6, 'user created', 'user ' || id,
+    INSERT INTO actions (by, action, subject, after)
+    SELECT $6, 'user created', 'user ' || id,
            jsonb_build_object('balance', $1::bigint, 'floor', $2::bigint, 'externalId', $3::text)
     FROM opened
 )
@@ -353,8 +353,8 @@ WITH seen AS MATERIALIZED (
     SELECT id, settings_version, floor, frozen, external_id, $7 FROM account
     RETURNING *
 ), action AS (
-    INSERT INTO actions (at, by, action, subject, before, after)
-    SELECT kept.at, $7, 'user settings changed', 'user ' || user_id, before, after
+    INSERT INTO actions (by, action, subject, before, after)
+    SELECT $7, 'user settings changed', 'user ' || user_id, before, after
     FROM kept JOIN account ON account.id = user_id
     CROSS JOIN LATERAL (
         SELECT jsonb_build_object('floor', kept.floor, 'frozen', kept.frozen,

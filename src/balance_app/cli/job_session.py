@@ -114,9 +114,10 @@ class JobSession(Session):
         """Run, pause, resume or cancel a job."""
         answer = self._control(verb, job, by, reason, args)
         fields = {"server": answer.body["server"], "by": by, "name": job}
-        if answer.body["paused"] is not None:
+        # The first request is kept; with a key its name counts.
+        if verb == "pause" and answer.body["paused"] is not None:
             fields["by"] = answer.body["paused"]["by"]
-        if verb == "cancel":
+        elif verb == "cancel":
             fields["by"] = answer.body["cancelRequestedBy"] or by
         late = verb == "cancel" and answer.body.get("workEndedAt") is not None
         sentence = _CONTROL_MESSAGES["cancel late" if late else verb]
