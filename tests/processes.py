@@ -13,17 +13,21 @@ from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import ClassVar, Self, cast
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import asyncpg
 import httpx
 
+from balance_app.local.postgres import SUPERUSER
+from balance_app.settings import Settings
 from tests import fork_server
 
 START_SECONDS = 60
 # Programs that the fork server has imported; any other one is run by a new Python process.
 SERVE = ("balance_app", "serve")
 FLEET = ("tests.jobs.fleet",)
+RUN_ROLE = Settings.model_fields["db_run_role"].default
 DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DATABASE_URL")
 
 
@@ -112,7 +116,7 @@ class Instance:
         self._log = log
         self._environment = {
             **{k: v for k, v in os.environ.items() if k not in DATABASE_VARIABLES},
-            **database,
+            **as_instance(database),
             "SERVER_ID": name,
             "PORT": str(self.port),
             "LOG_FORMAT": "json",
@@ -231,6 +235,18 @@ def http_client(base_url: str = "", *, timeout: float = 30) -> httpx.AsyncClient
     return httpx.AsyncClient(base_url=base_url, timeout=timeout, trust_env=False, verify=False)  # noqa: S501
 
 
+def as_instance(database: dict[str, str]) -> dict[str, str]:
+    """Return the variables of an instance on a database of the embedded superuser.
+
+    It migrates as the superuser, and serves as the role that may only serve. Any other user stays.
+    """
+    if database.get("DB_USER") != SUPERUSER or {"DATABASE_URL", "DB_PASSWORD"} & database.keys():
+        return database
+    place = urlencode({"host": database["DB_HOST"], "port": database["DB_PORT"]})
+    url = f"postgresql://{SUPERUSER}@/{database['DB_NAME']}?{place}"
+    return {"MIGRATE_DATABASE_URL": url, **database, "DB_USER": RUN_ROLE}
+
+
 async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
     """Connect to the database that these DB_* variables name."""
     if "DATABASE_URL" in database:
@@ -242,6 +258,14 @@ async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Recor
         password=database.get("DB_PASSWORD"),
         database=database.get("DB_NAME", "postgres"),
     )
+
+
+@asynccontextmanager
+async def unguarded(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIterator[None]:
+    """Open a transaction that writes past triggers and foreign keys, as only a superuser can."""
+    async with connection.transaction():
+        await connection.execute("SET LOCAL session_replication_role = replica")
+        yield
 
 
 async def query(database: dict[str, str], sql: str, *arguments: object) -> list[asyncpg.Record]:

@@ -27,7 +27,7 @@ from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.states import Outcome
 from tests.jobs.rows import add_job, insert
 from tests.jobs.support import JobsDatabase, on, until
-from tests.processes import Instance, connect, http_client, running
+from tests.processes import Instance, connect, http_client, running, unguarded
 from tests.system.databases import session_waits
 
 # every sample, by its name and labels: name{a="b",c="d"}
@@ -488,14 +488,16 @@ async def test_an_audit_s_result_stands_until_the_next(jobs_db: JobsDatabase) ->
 
 async def test_a_failed_audit_is_recognized_as_a_mismatch(jobs_db: JobsDatabase) -> None:
     """A manipulated ledger is a mismatch at `/metrics`, by the audit's own result."""
-    await jobs_db.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
+    async with unguarded(jobs_db.admin):
+        await jobs_db.admin.execute("UPDATE users SET balance = balance + 1 WHERE id = 1")
     try:
         async with scheduler(jobs_db, [audit_ledger]) as (_, metrics):
             metrics.set_fleet_query(_stats_reader(jobs_db, Registry([audit_ledger])).read)
             await jobs_db.ended("audit-ledger")
             found = await of(metrics)
     finally:
-        await jobs_db.admin.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
+        async with unguarded(jobs_db.admin):
+            await jobs_db.admin.execute("UPDATE users SET balance = balance - 1 WHERE id = 1")
     assert found['balance_app_fleet_job_audit_mismatch{job_name="audit-ledger"}'] == 1
     assert found['balance_app_fleet_job_last_run_failed{job_name="audit-ledger"}'] == 1
     assert 'balance_app_fleet_job_last_success_timestamp_seconds{job_name="audit-ledger"}' not in (

@@ -63,6 +63,14 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}$",
         description="the schema of all tables of this service; created if it is missing",
     )
+    db_run_role: str = Field(
+        "balance_app_run",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,62}$",
+        description="the role as which instances connect: migrations grant it what they need",
+    )
+    db_run_password: SecretStr | None = Field(
+        None, description="the password that `balance-app migrate` gives to DB_RUN_ROLE"
+    )
 
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
         3, description="connections per instance: one works, one waits for the row, one spare"
@@ -179,6 +187,13 @@ class Settings(BaseSettings):
         if url is not None:
             parse(url.get_secret_value())
         return url
+
+    @field_validator("db_run_password")
+    @classmethod
+    def _is_plain(cls, password: SecretStr | None) -> SecretStr | None:
+        if password is not None and not re.fullmatch("[ -~]+", password.get_secret_value()):
+            raise ValueError("must consist of printable ASCII characters")
+        return password
 
     @field_validator("db_host")
     @classmethod

@@ -11,12 +11,13 @@ from balance_app.http.middleware import RequestMiddleware
 from balance_app.jobs.job import Registry
 from balance_app.main import create_app
 from balance_app.settings import load_settings
+from tests.processes import as_instance
 
 
 @asynccontextmanager
 async def serving(database: dict[str, str], **settings: Any) -> AsyncIterator[RequestMiddleware]:  # noqa: ANN401 - of any kind
     """Run the application in this process."""
-    of_database = {name.lower(): value for name, value in database.items()}
+    of_database = {name.lower(): value for name, value in as_instance(database).items()}
     app = create_app(
         load_settings(**of_database, jobs_enabled=False, **settings), asyncio.Event(), Registry([])
     )

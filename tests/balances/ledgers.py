@@ -8,6 +8,7 @@ from typing import Final
 from balance_app.balances.ledger import Selection
 from balance_app.balances.model import Entry
 from tests.jobs.support import Connection
+from tests.processes import unguarded
 
 BEGIN: Final = datetime(2026, 1, 1, tzinfo=UTC)
 TICK: Final = timedelta(microseconds=1)
@@ -39,7 +40,8 @@ FROM (SELECT number * 7919 % $2 + 1 AS n FROM generate_series(1, $2::bigint) AS 
 async def add_user(admin: Connection, *, balance: int, version: int) -> int:
     """Insert a user without entries; return the id."""
     sql = "INSERT INTO users (balance, version) VALUES ($1, $2) RETURNING id"
-    return int(await admin.fetchval(sql, balance, version))
+    async with unguarded(admin):
+        return int(await admin.fetchval(sql, balance, version))
 
 
 async def add_ledger(admin: Connection, seed: int, entries: int) -> list[Entry]:

@@ -12,7 +12,7 @@ from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
 from tests.jobs.support import until
-from tests.processes import connect, served
+from tests.processes import connect, served, unguarded
 
 HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
@@ -133,9 +133,10 @@ async def test_ids_that_are_taken_are_named(
     """Users were imported with ids beyond the sequence: one clear answer, no error in the log."""
     del postgres
     connection = await connect(database)
-    await connection.execute(
-        "INSERT INTO users (id, balance, version) SELECT n, 0, 1 FROM generate_series(2, 50) n"
-    )
+    async with unguarded(connection):
+        await connection.execute(
+            "INSERT INTO users (id, balance, version) SELECT n, 0, 1 FROM generate_series(2, 50) n"
+        )
     await connection.execute("SELECT pg_stat_force_next_flush()")
     before = await _rollbacks(connection, database)
     for headers in ({}, KEYED):

@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 
 async def read_rules(database: dict[str, str], *also: str) -> list[Rule]:
     """Return the rules of the tables that have users, after further statements."""
-    await migrate(settings_for(database))
+    await migrate(settings_for(database).as_owner())
     connection = await connect(database)
     try:
         for statement in also:

@@ -11,16 +11,16 @@ from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
 from balance_app.errors import DatabaseUnavailable
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, http_client
+from tests.processes import Instance, as_instance, connect, http_client
 
 
 def settings_for(database: dict[str, str]) -> Settings:
-    return load_settings(**{name.lower(): value for name, value in database.items()})
+    return load_settings(**{name.lower(): value for name, value in as_instance(database).items()})
 
 
 async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str, str]) -> None:
     """An operation that raises CancelledError fails its caller, and the queue goes on."""
-    await migrate(settings_for(database))
+    await migrate(settings_for(database).as_owner())
     line = db.Database(settings_for(database))
     await line.start()
 

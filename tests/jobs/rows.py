@@ -10,7 +10,7 @@ import asyncpg
 
 from balance_app.db.pool import Database
 from balance_app.settings import Settings, load_settings
-from tests.processes import connect
+from tests.processes import as_instance, connect
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -19,7 +19,9 @@ EVER = 10**6  # an instance that knows jobs up to this number knows all
 
 def settings_for(database: dict[str, str], **more: object) -> Settings:
     """Settings of an instance on this database."""
-    return load_settings(**{name.lower(): value for name, value in database.items()}, **more)
+    return load_settings(
+        **{name.lower(): value for name, value in as_instance(database).items()}, **more
+    )
 
 
 @asynccontextmanager

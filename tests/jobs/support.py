@@ -19,7 +19,7 @@ from balance_app.jobs.repository import Claimed, ClaimPolicy, ClaimResult, JobRe
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.settings import Settings, load_settings
-from tests.processes import connect, empty_database
+from tests.processes import as_instance, connect, empty_database
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -219,7 +219,7 @@ async def _on(
     variables: dict[str, str], settings: Mapping[str, object]
 ) -> AsyncIterator[JobsDatabase]:
     values = {
-        **{name.lower(): value for name, value in variables.items()},
+        **{name.lower(): value for name, value in as_instance(variables).items()},
         "job_min_seconds": 0,
         "job_lease_seconds": 3,
         "job_heartbeat_seconds": 0.5,

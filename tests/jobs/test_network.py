@@ -26,6 +26,7 @@ TAKES_PART_SECONDS = 30
 # PostgreSQL itself records each renewal of a lease that was over.
 WATCH_LEASES = """
 CREATE TABLE revived (job text, fence bigint);
+GRANT ALL ON revived TO PUBLIC;
 CREATE FUNCTION note_revival() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO revived VALUES (new.name, new.fence);

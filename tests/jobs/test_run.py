@@ -25,6 +25,7 @@ from balance_app.jobs.run import (
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
 from tests.jobs.support import Instance, JobsDatabase, on, until
+from tests.processes import RUN_ROLE
 
 Result = TypeVar("Result")
 
@@ -34,8 +35,14 @@ NOTE = "INSERT INTO notes VALUES ($1)"
 @pytest.fixture(scope="module")
 async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
     async with on(postgres, job_lease_seconds=6) as jobs_db:
-        await jobs_db.admin.execute("CREATE TABLE notes (what text UNIQUE DEFERRABLE)")
+        # A job may have rights that the service itself does not need.
+        await jobs_db.admin.execute(
+            "CREATE TABLE notes (what text UNIQUE DEFERRABLE); GRANT ALL ON notes TO PUBLIC;"
+            f'GRANT TEMPORARY ON DATABASE "{jobs_db.variables["DB_NAME"]}" TO PUBLIC;'
+            f"GRANT pg_monitor TO {RUN_ROLE}"
+        )
         yield jobs_db
+        await jobs_db.admin.execute(f"REVOKE pg_monitor FROM {RUN_ROLE}")
 
 
 @pytest.fixture
@@ -513,7 +520,7 @@ async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: 
 async def test_an_idle_transaction_is_ended(postgres: dict[str, str]) -> None:
     """The server ends a transaction that is idle for as long as a lease."""
     async with on(postgres, job_lease_seconds=1.5) as quick:
-        await quick.admin.execute("CREATE TABLE notes (what text)")
+        await quick.admin.execute("CREATE TABLE notes (what text); GRANT ALL ON notes TO PUBLIC")
         other = quick.instance(lease=timedelta(seconds=30))
         await other.declare("moon")
         run = other.run(await other.claim())

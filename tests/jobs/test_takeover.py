@@ -46,7 +46,8 @@ SOON = timedelta(seconds=0.5)
 FENCED = """
 CREATE TABLE fenced (
     job text NOT NULL, fence bigint NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp()
-)
+);
+GRANT ALL ON fenced TO PUBLIC
 """
 # in the order of the commits, whatever time their transactions recorded
 COMMITTED = "SELECT job, fence FROM fenced ORDER BY pg_xact_commit_timestamp(xmin), fence"

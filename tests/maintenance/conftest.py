@@ -7,12 +7,14 @@ import pytest
 from balance_app.db.pool import Database
 from balance_app.settings import load_settings
 from tests.maintenance.runner import JobRunner
-from tests.processes import connect
+from tests.processes import as_instance, connect
 
 
 @pytest.fixture
 async def runner(database: dict[str, str]) -> AsyncIterator[JobRunner]:
-    settings = load_settings(**{name.lower(): value for name, value in database.items()})
+    settings = load_settings(
+        **{name.lower(): value for name, value in as_instance(database).items()}
+    )
     pool = Database(settings)
     await pool.start()
     connection = await connect(database)

@@ -8,7 +8,7 @@ from balance_app.balances.model import Accepted, Movement
 from balance_app.maintenance.audits import LedgerMismatchError
 from balance_app.maintenance.verification import Checked, Verification
 from tests.maintenance.runner import Connection, JobRunner, chain_again, hashes_of
-from tests.processes import connect
+from tests.processes import connect, unguarded
 
 # Rewrites user 3: | 1 opened 500 | 2 -10 | 3 -20 | 4 -30 | 5 -40, sealed at 3 and at 5.
 FORGERIES: Final = {
@@ -113,8 +113,7 @@ async def change(runner: JobRunner, user_id: int, amount: int, key: str | None =
 
 async def forge(connection: Connection, *statements: str, chain: bool = False) -> None:
     """Rewrite rows as the database's owner can, past triggers and foreign keys."""
-    async with connection.transaction():
-        await connection.execute("SET LOCAL session_replication_role = replica")
+    async with unguarded(connection):
         for statement in statements:
             await connection.execute(statement)
         if chain:
@@ -131,8 +130,7 @@ async def seal_again(connection: Connection) -> None:
     seals = await connection.fetch("SELECT * FROM seals ORDER BY number")
     parts = await connection.fetch("SELECT * FROM seal_parts ORDER BY seal, part")
     versions = dict(tuple(row) for row in await connection.fetch("SELECT id, version FROM users"))
-    async with connection.transaction():
-        await connection.execute("SET LOCAL session_replication_role = replica")
+    async with unguarded(connection):
         await connection.execute("TRUNCATE seals, seal_parts")
         digest = b""
         for number, seal in enumerate(seals, 1):

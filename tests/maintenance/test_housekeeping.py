@@ -28,7 +28,7 @@ from tests.maintenance.runner import (
     days_as_they_were,
 )
 from tests.mutants import replaced
-from tests.processes import connect
+from tests.processes import connect, unguarded
 
 # those that are analyzed, and the two with the schema's version
 TABLES = len(ANALYZE) + 1
@@ -414,7 +414,10 @@ async def test_a_locked_table_is_skipped_until_the_next_run(
 async def test_a_balance_near_the_limit_is_reported(runner: JobRunner) -> None:
     """It is no fault, but its next deposit may be refused."""
     await runner.populate(5, 1)
-    await runner.connection.execute("UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER)
+    async with unguarded(runner.connection):
+        await runner.connection.execute(
+            "UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER
+        )
     assert await runner.run("watch-limits") == (
         "watched 8 limits and 5 users: 2 users are near the largest balance, first user 3"
     )
@@ -478,13 +481,14 @@ TRANSFERS_AND_HOLDS = """
 async def test_each_batch_reads_a_bounded_number_of_rows(runner: JobRunner) -> None:
     """With 102 000 entries, half of them one user's, a batch reads at most 16 000 rows."""
     await runner.populate(10_000, 5)
-    await runner.connection.execute("""
-        WITH changed AS (
-            UPDATE users SET balance = balance + 50000, version = version + 50000 WHERE id = 1
-        )
-        INSERT INTO entries (user_id, version, amount, balance)
-        SELECT 1, 5 + n, 1, 9996 + n FROM generate_series(1, 50000) AS n
-    """)
+    async with unguarded(runner.connection):
+        await runner.connection.execute("""
+            WITH changed AS (
+                UPDATE users SET balance = balance + 50000, version = version + 50000 WHERE id = 1
+            )
+            INSERT INTO entries (user_id, version, amount, balance)
+            SELECT 1, 5 + n, 1, 9996 + n FROM generate_series(1, 50000) AS n
+        """)
     await runner.run("note-daily-balances")
     await runner.rewrite(TRANSFERS_AND_HOLDS)
     await runner.connection.execute("""

@@ -127,7 +127,8 @@ RUN_SECONDS = 8
 RUN_LEASE = 11
 ANEW = """
 BEGIN; DROP SCHEMA public CASCADE; CREATE SCHEMA public;
-CREATE TABLE fenced (job text, fence bigint, begun float8); COMMIT
+CREATE TABLE fenced (job text, fence bigint, begun float8);
+GRANT ALL ON fenced TO PUBLIC; COMMIT
 """
 
 
@@ -188,6 +189,7 @@ async def test_two_services_in_two_schemas_do_not_disturb_each_other(
     for schema in event_logs:
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         await connection.execute(f"CREATE TABLE {schema}.fenced (job text, fence bigint)")
+        await connection.execute(f"GRANT ALL ON {schema}.fenced TO PUBLIC")
     async with running(fleets), http_client(timeout=20) as http:
         for number, instance in enumerate(fleets, start=1):
             for _ in range(number):

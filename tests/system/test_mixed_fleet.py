@@ -66,7 +66,7 @@ put(declarations, "IN_EFFECT", replaced(declarations.IN_EFFECT, *order))
 WATCH: Final = """
 CREATE SCHEMA watch;
 CREATE TABLE watch.schedules (id bigserial, schedule text);
-CREATE FUNCTION watch.note() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION watch.note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     INSERT INTO watch.schedules (schedule) VALUES (NEW.schedule);
     RETURN NULL;

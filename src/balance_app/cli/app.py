@@ -249,17 +249,28 @@ def _probe_url(url: str) -> tuple[int, str]:
 
 @_database()
 def migrate() -> None:
-    """Migrate the database's schema to this program's version."""
-    from balance_app.db.migrations import UnusableDatabaseError
+    """Migrate the database's schema to this program's version, as the owner of its tables.
+
+    It connects by MIGRATE_DATABASE_URL, if that is set, and grants what instances need to
+    DB_RUN_ROLE.
+    """
+    from balance_app.db.migrations import Schema, UnusableDatabaseError, grant
     from balance_app.db.migrations import migrate as run
     from balance_app.db.outages import PERMANENT, classify
 
-    settings = load_settings()
+    settings = load_settings().as_owner()
     _require_database(settings)
     for sentence in (*unknown_names(), *exposed_secrets()):
         typer.echo(sentence, err=True)
+
+    async def migrate_and_grant() -> Schema:
+        report = partial(typer.echo, err=True)
+        migrated = await run(settings, report)
+        await grant(settings, report)
+        return migrated
+
     try:
-        schema = asyncio.run(run(settings, partial(typer.echo, err=True)))
+        schema = asyncio.run(migrate_and_grant())
     except UnusableDatabaseError as error:
         fail(str(error))
     except Exception as error:

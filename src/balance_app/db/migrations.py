@@ -9,8 +9,13 @@ killed or frozen meanwhile has sent all of it or nothing, so that no other insta
 """
 
 import asyncio
+import base64
+import hashlib
+import hmac
+import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -32,8 +37,13 @@ RETRY_SECONDS: Final = 0.3
 # Requests queue behind an upgrade that waits for a table: they are served between its tries.
 LOCKED_SECONDS: Final = 2.0
 
-# The privileges that the service's role needs on each table.
+# The privileges that an instance needs on each table, or on some of its columns; which, and what
+# jobs need beside, is in the function `grant_to_instances` of migration 0015.
 RIGHTS: Final = {
+    "access_state": ("SELECT", "UPDATE"),
+    "api_keys": ("SELECT", "UPDATE"),
+    "sessions": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "actions": ("SELECT", "INSERT"),
     "users": ("SELECT", "INSERT", "UPDATE"),
     "entries": ("SELECT", "INSERT"),
     "holds": ("SELECT", "INSERT", "UPDATE"),
@@ -146,12 +156,13 @@ WHERE nspname = ANY ($1::text[]) AND relname = ANY ($2::text[])
 ORDER BY relname
 """
 
-# $1 schema, $2 and $3 pairs of a table and a privilege
+# $1 schema, $2 and $3 pairs of a table and a privilege; a role without DELETE has it on no column
 MISSING_RIGHTS: Final = """
 SELECT name, string_agg(privilege, ', ' ORDER BY privilege) AS rights
 FROM unnest($2::text[], $3::text[]) AS needed (name, privilege)
 JOIN pg_class ON relname = name AND relnamespace = to_regnamespace(quote_ident($1))
-WHERE NOT has_table_privilege(pg_class.oid, privilege)
+WHERE NOT CASE privilege WHEN 'DELETE' THEN has_table_privilege(pg_class.oid, privilege)
+          ELSE has_any_column_privilege(pg_class.oid, privilege) END
 GROUP BY name ORDER BY name
 """
 
@@ -174,6 +185,7 @@ SET LOCAL lock_timeout = '1s';
 SELECT set_config('transaction_timeout', '0', true)
 WHERE current_setting('server_version_num')::integer >= 170000;
 SET LOCAL search_path = {schema};
+SET LOCAL balance_app.run_role = '{run_role}';
 DO $balance_app$
 DECLARE
     found text;
@@ -251,12 +263,93 @@ async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: 
             if isinstance(found, Schema):
                 return found
             report(f"Migrating {found.place} from {found.upgrade_from} to {alembic_head()}.")
-            wait = await _upgrade(connection, settings.db_schema, found)
+            with _warnings_of(connection, report):
+                wait = await _upgrade(connection, settings, found)
         finally:
             connection.terminate()
         if wait is not None:
             report(wait.reason)
             await asyncio.sleep(wait.seconds)
+
+
+GRANT: Final = """
+BEGIN;
+SELECT pg_advisory_xact_lock({lock});
+SELECT {schema}.grant_to_instances('{run_role}');
+COMMIT
+"""
+
+
+async def grant(settings: Settings, report: Callable[[str], None]) -> None:
+    """Grant what instances need to their role, and give it its password, if one is configured.
+
+    Only the owner of the tables does; for another role there is nothing to do.
+
+    Raises:
+        UnusableDatabaseError: the password can't be set.
+    """
+    connection = await _connect(settings)
+    schema, role = settings.db_schema, settings.db_run_role
+    names = {"schema": _quoted(schema), "run_role": role, "lock": _lock(schema)}
+    try:
+        if not await connection.fetchval(MAY_GRANT, schema):
+            return
+        with _warnings_of(connection, report):
+            await connection.execute(GRANT.format(**names))
+        if settings.db_run_password is not None:
+            verifier = password_verifier(settings.db_run_password.get_secret_value())
+            # ast-grep-ignore: sql-from-pieces - no parameter can stand there; neither has a quote
+            await connection.execute(f"ALTER ROLE {_quoted(role)} PASSWORD '{verifier}'")
+            report(f'The role "{role}" has the password DB_RUN_PASSWORD.')
+    except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedObjectError) as error:
+        raise UnusableDatabaseError(
+            f'The role "{role}" can\'t be given its password: {error.args[0]}.'
+        ) from None
+    finally:
+        connection.terminate()
+
+
+# $1 the schema
+MAY_GRANT: Final = """
+SELECT has_function_privilege(pg_proc.oid, 'EXECUTE')
+FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace
+WHERE nspname = $1 AND proname = 'grant_to_instances'
+"""
+
+
+def password_verifier(password: str) -> str:
+    """Return what PostgreSQL stores of a password (RFC 5803): it gets into no log of statements."""
+    salt = secrets.token_bytes(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, SCRAM_ITERATIONS)
+    client, server = (
+        hmac.digest(salted, name, "sha256") for name in (b"Client Key", b"Server Key")
+    )
+    parts = (salt, hashlib.sha256(client).digest(), server)
+    written = [base64.b64encode(part).decode() for part in parts]
+    return "SCRAM-SHA-256${}:{}${}:{}".format(SCRAM_ITERATIONS, *written)
+
+
+SCRAM_ITERATIONS: Final = 4096  # PostgreSQL's own
+
+
+@contextmanager
+def _warnings_of(
+    connection: "asyncpg.Connection[Any]", report: Callable[[str], None]
+) -> Iterator[None]:
+    """Report the sentences of our own functions in the database."""
+
+    def listen(_connection: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.sqlstate == OWN_WARNING:
+            report(message.message)
+
+    connection.add_log_listener(listen)
+    try:
+        yield
+    finally:
+        connection.remove_log_listener(listen)
+
+
+OWN_WARNING: Final = "BL003"
 
 
 async def find(settings: Settings) -> Installation | None:
@@ -450,9 +543,8 @@ async def _refuse_unusable(
     if lacking:
         rights = "; ".join(f"{row['rights']} on {row['name']}" for row in lacking)
         raise UnusableDatabaseError(
-            f'The role "{role}" lacks rights in {place}: {rights}. '
-            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {_quoted(schema)} "
-            f"TO {_quoted(role)}."
+            f'The role "{role}" lacks rights in {place}: {rights}. As '
+            f'"{relations["jobs"]["owner"]}", run `balance-app migrate` with DB_RUN_ROLE={role}.'
         )
 
 
@@ -482,15 +574,17 @@ def _refuse_without_rights(
 
 
 async def _upgrade(
-    connection: "asyncpg.Connection[Any]", schema: str, found: _Upgrade
+    connection: "asyncpg.Connection[Any]", settings: Settings, found: _Upgrade
 ) -> _Wait | None:
     """Send an upgrade; return a wait when another session is in the way."""
+    schema = settings.db_schema
     lock = _lock(schema)
     # Checked first, as an upgrade that finds the lock taken fails, and fills the server's log.
     if (wait := await _running_upgrade(connection, lock)) is not None:
         return wait
     message = UPGRADE.format(
         schema=_quoted(schema),
+        run_role=settings.db_run_role,
         lock=lock,
         version_table=VERSION_TABLE,
         revision=found.upgrade_from,

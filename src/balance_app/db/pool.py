@@ -485,6 +485,8 @@ class Database:
 
     async def _migrate_and_connect(self) -> _OwnConnection | None:
         """Migrate, and return a connection; None: the server is a standby."""
+        if self.settings.migrate_database_url is not None:
+            await migrate(self.settings.as_owner(), self._report_migration)
         schema = await migrate(self.settings, self._report_migration)
         connection = await self._open_connection()
         try:
@@ -514,6 +516,10 @@ class Database:
         for warning in warnings:
             if warning not in self._server_warnings:
                 log.error("PostgreSQL is not durable", reason=warning)
+        if row["may_do"] is not None:
+            warnings.append(MAY_DO_ALL.format(**row))
+            if warnings[-1] not in self._server_warnings:
+                log.warning("too many rights", role=row["role"], reason=warnings[-1])
         for whose in ("server", "role", "database"):
             shortage = _shortage(self.settings, whose, row)
             if shortage is None:
@@ -587,6 +593,11 @@ def _terminate(connection: Connection) -> None:
             connection.terminate()
 
 
+MAY_DO_ALL: Final = (
+    "This instance connects to its database as {may_do}: whoever gets at that connection can "
+    "rewrite the ledger. docs/production.md says how to serve as a role that can't."
+)
+
 # Limits of role and database do not hold for a superuser; -1 is none. All other sessions that share
 # a limit are counted, those of this instance too.
 SERVER: Final = """
@@ -602,6 +613,11 @@ SELECT pg_is_in_recovery() AS in_recovery,
        - current_setting('superuser_reserved_connections')::integer
        - coalesce(current_setting('reserved_connections', true)::integer, 0) AS server_limit,
        (SELECT count(*) FROM others) AS server_used,
+       session_user::text AS role,
+       CASE WHEN rolsuper THEN 'a superuser'
+            WHEN pg_has_role(session_user, (SELECT relowner FROM pg_class
+                                            WHERE oid = to_regclass('entries')), 'MEMBER')
+            THEN 'the owner of the tables' END AS may_do,
        CASE WHEN rolsuper THEN -1 ELSE rolconnlimit END AS role_limit,
        (SELECT count(*) FROM others WHERE usesysid = pg_roles.oid) AS role_used,
        CASE WHEN rolsuper THEN -1 ELSE datconnlimit END AS database_limit,

@@ -100,7 +100,8 @@ async def readyz(request: Request) -> Response:
 
     `jobs` names the jobs that could not be declared here; the instance is ready nevertheless. So it
     is with `warnings`, present only if there are any: a read-only server, fewer connections than
-    configured, a server that may lose what it has acknowledged (`fsync`).
+    configured, a server that may lose what it has acknowledged (`fsync`), a role with too many
+    rights.
     """
     parts = services(request)
     checks, ready = await parts[Readiness].check()

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from balance_app.access.gate import OpenToNetworkError, open_to_network
 from balance_app.access.owner import keys_are_required
+from balance_app.db.migrations import UnusableDatabaseError, grant, migrate
 from balance_app.db.outages import classify
 from balance_app.formatting import url
 from balance_app.local.postgres import (
@@ -80,13 +81,14 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
                 await _check_posture(settings, None)
             console.print("Starting PostgreSQL ...")
             await database.start()
+            await _migrate(database)
         await _check_posture(settings, database)
         _print_addresses(settings, shared_port, database)
         chosen = "log_level" in settings.model_fields_set
         log_level = settings.log_level if chosen else "warning"
         environment = {
             **os.environ,
-            **(database.environment() if database else {}),
+            **({} if database is None else database.environment(settings.db_run_role)),
             "HOST": settings.host,
             "SHARED_PORT": str(shared_port),
             "LOG_LEVEL": log_level,
@@ -146,6 +148,21 @@ async def _unprivileged_user(port: int, environment: dict[str, str]) -> str | No
         return SYSTEM_USER
     console.print(f"The instances run as root: {why}", style="red")
     return None
+
+
+async def _migrate(database: EmbeddedPostgres) -> None:
+    """Migrate as the superuser of the embedded database: the instances only serve.
+
+    Raises:
+        LaunchError: the schema can't be used.
+    """
+    variables = {name.lower(): value for name, value in database.environment().items()}
+    owner = load_settings(**variables)
+    try:
+        await migrate(owner, console.print)
+        await grant(owner, console.print)
+    except UnusableDatabaseError as error:
+        raise LaunchError(str(error)) from None
 
 
 def _require_free_ports(host: str, ports: list[int]) -> None:

@@ -30,6 +30,7 @@ from balance_app.settings import Settings
 
 MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, the server adds its file's name
 SYSTEM_USER: Final = "balance_app"
+SUPERUSER: Final = "postgres"
 
 # Who may connect (pg_hba.conf), and as which roles (pg_ident.conf): the users of this map, as any.
 _HBA: Final = """\
@@ -158,12 +159,12 @@ class EmbeddedPostgres:
         self._user = SYSTEM_USER if os.geteuid() == 0 else None
         self.socket_directory = self._socket_directory()
 
-    def environment(self) -> dict[str, str]:
-        """Return the DB_* variables with which an instance connects to this server."""
+    def environment(self, role: str = SUPERUSER) -> dict[str, str]:
+        """Return the DB_* variables with which to connect to this server as a role."""
         return {
             "DB_HOST": str(self.socket_directory),
             "DB_PORT": "5432",
-            "DB_USER": "postgres",
+            "DB_USER": role,
             "DB_NAME": "postgres",
         }
 
@@ -269,7 +270,7 @@ class EmbeddedPostgres:
         new.mkdir(mode=0o700)
         if self._user is not None:
             self._give(new)
-        command = [str(self._bin / "initdb"), "-D", str(new), "-U", "postgres"]
+        command = [str(self._bin / "initdb"), "-D", str(new), "-U", SUPERUSER]
         command += ["--auth=peer", "--encoding=UTF8", "--locale=C", "--no-instructions"]
         result = subprocess.run(  # noqa: S603 - the package's own program
             command,

@@ -26,6 +26,16 @@ SELECT greatest(
 """
 
 
+class MissingRightError(Exception):
+    """The role lacks rights without which the job would see less than it reports on."""
+
+    def __init__(self, *missing: str) -> None:
+        super().__init__(
+            f"the role of this instance lacks {', '.join(missing)}: run `balance-app migrate` as "
+            "the owner of the tables, or see docs/production.md"
+        )
+
+
 class Rows(NamedTuple):
     """The rows that a job processes."""
 

@@ -8,7 +8,14 @@ from balance_app.balances.state import EXPIRE, HOLDS_AT_ONCE
 from balance_app.db.pool import KEEP_TO_INDEX, Connection
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import FIRST_ID, Rows, State, count, in_batches
+from balance_app.maintenance.batches import (
+    FIRST_ID,
+    MissingRightError,
+    Rows,
+    State,
+    count,
+    in_batches,
+)
 from balance_app.maintenance.summaries import TABLES
 
 # The lines and the traceback of a run are deleted with it: up to 200 rows each.
@@ -197,8 +204,15 @@ SELECT set_config('statement_timeout', $1, true),
        set_config('stats_fetch_consistency', 'none', true)
 """
 
+# ANALYZE skips a table that the role has no right to, with a warning only. Before PostgreSQL 17 the
+# right was that of the owner, of the table or the database.
 CHANGED: Final = """
-SELECT n_mod_since_analyze AS rows, last_analyze FROM pg_stat_user_tables
+SELECT n_mod_since_analyze AS rows, last_analyze,
+       CASE WHEN current_setting('server_version_num')::integer >= 170000
+            THEN has_table_privilege(relid, 'MAINTAIN')
+            ELSE pg_has_role(relowner, 'USAGE') OR pg_has_role(datdba, 'USAGE') END AS may_analyze
+FROM pg_stat_user_tables JOIN pg_class ON pg_class.oid = relid
+JOIN pg_database ON datname = current_database()
 WHERE relid = to_regclass($1)
 """
 
@@ -225,6 +239,8 @@ async def _refresh_statistics(connection: Connection, state: State, _size: int) 
     progress = {"done": 1, "table": table, "ended": table == max(ANALYZE)}
     await connection.fetchrow(SETTINGS, f"{ANALYZE_SECONDS}s")
     before = await connection.fetchrow(CHANGED, table)
+    if before is not None and not before["may_analyze"]:
+        raise MissingRightError(f"MAINTAIN on {table} (PostgreSQL 17 or newer), or its ownership")
     if before is None or (before["last_analyze"] is not None and before["rows"] == 0):
         return progress
     await connection.execute(ANALYZE[table], timeout=ANALYZE_SECONDS)

@@ -7,13 +7,31 @@ from balance_app.db.pool import Connection
 from balance_app.http.body import MAX_INTEGER
 from balance_app.jobs.job import job
 from balance_app.jobs.run import Run
-from balance_app.maintenance.batches import FIRST_ID, USERS, Rows, State, count, in_batches
+from balance_app.maintenance.batches import (
+    FIRST_ID,
+    USERS,
+    MissingRightError,
+    Rows,
+    State,
+    count,
+    in_batches,
+)
 
 NEAR: Final = 0.8  # of a limit
 
 
 class LimitNearError(Exception):
     """A value is near its limit."""
+
+
+# What LIMITS can't see: PostgreSQL shows a role without these rights less, and reports no error.
+HIDDEN: Final = """
+SELECT 'membership in pg_read_all_stats' WHERE NOT pg_has_role('pg_read_all_stats', 'USAGE')
+UNION ALL
+SELECT format('SELECT on sequence %s', sequencename) FROM pg_sequences
+WHERE schemaname = current_schema()
+  AND NOT has_sequence_privilege(format('%I.%I', schemaname, sequencename), 'SELECT, USAGE')
+"""
 
 
 # The users so near the largest balance that larger deposits will soon be refused.
@@ -80,6 +98,8 @@ async def _watch_limits(connection: Connection, state: State, size: int) -> Stat
     row = await connection.fetchrow(NEAR_LARGEST, state["user"], size, NEAR, MAX_INTEGER)
     assert row is not None  # noqa: S101 - an aggregate always has one
     ended = row["users"] < size
+    if ended and (hidden := await connection.fetch(HIDDEN)):
+        raise MissingRightError(*(name for (name,) in hidden))
     return {
         "done": row["users"],
         "user": row["user_id"],
