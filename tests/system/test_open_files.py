@@ -133,7 +133,7 @@ async def served_beside_silent_ones(instance: Instance) -> bool:
         *(asyncio.open_connection("127.0.0.1", instance.port) for _ in range(CONNECTIONS)),
     )
     try:
-        for _ in range(8):
+        for _ in range(12):
             await asyncio.sleep(0.5)
             newest = await asyncio.open_connection("127.0.0.1", instance.port)
             silent.append(newest)

@@ -62,7 +62,7 @@ REFUSED_AT_ONCE: Final = 16
 REFUSAL_SECONDS: Final = 1.0
 # When there are too many: how long a connection without a whole head is left alone, and an idle one
 # that was answered; how many of all give way at once, and how often they are searched.
-HEADLESS_SECONDS: Final = 1.0
+HEADLESS_SECONDS: Final = 2.0
 IDLE_SECONDS: Final = 10.0
 GIVING_WAY: Final = 1 / 16
 SEARCH_EVERY_SECONDS: Final = 0.25
