@@ -15,11 +15,12 @@ from balance_app.access import routes
 from balance_app.access.keys import ANONYMOUS
 from balance_app.balances import repository
 from balance_app.balances.api import holds as holds_api
+from balance_app.jobs.api import controls
 from balance_app.jobs.api import router as jobs_api
 from balance_app.web import account_actions, accounts
 from tests.access.application import client_at, keys_are_asked_for, serving
 from tests.access.keyring import bearer, make_key
-from tests.jobs.rows import Connection, add_instance, add_job, running
+from tests.jobs.rows import Connection, add_instance, add_job, migrated, running
 from tests.processes import connect
 
 LIAR: Final = {"by": "somebody else"}
@@ -414,14 +415,14 @@ async def test_each_control_is_one_action(database: dict[str, str]) -> None:
     async with scene(database) as on:
         name = await on.job()
         jobs = f"/api/cron/jobs/{name}"
-        controls: list[tuple[str, str, object]] = [
+        requests: list[tuple[str, str, object]] = [
             ("POST", f"{jobs}/run", None),
             ("POST", f"{jobs}/pause?reason=why", None),
             ("POST", f"{jobs}/resume", None),
             ("PUT", f"{jobs}/schedule", {"everySeconds": 60}),
             ("DELETE", f"{jobs}/schedule", None),
         ]
-        for method, path, body in controls:
+        for method, path, body in requests:
             for _ in range(2):
                 answer = await on.client.request(method, path, json=body, headers=on.prepares)
                 assert answer.is_success, answer.text
@@ -439,6 +440,70 @@ async def test_each_control_is_one_action(database: dict[str, str]) -> None:
         assert told[2][1]["pausedBy"] == "stagehand"
         assert told[3][1:] == ({"schedule": "every 300 s"}, {"schedule": "every 60 s"})
         assert told[4][1:] == ({"schedule": "every 60 s"}, {"schedule": "every 300 s"})
+
+
+# The statements of controls: the column that has who did, and what they take besides the job and
+# who requests it.
+AT_ONCE: Final[dict[str, tuple[str, list[object]]]] = {
+    "RUN": ("requested_by", [timedelta(seconds=60), None]),
+    "PAUSE": ("paused_by", [None]),
+    "CANCEL": ("cancel_requested_by", []),
+    "FORGET": ("forgotten_by", [timedelta(seconds=60), "no instance"]),
+}
+
+
+async def control_at_once(database: dict[str, str], statement: str, sql: str) -> list[str]:
+    """Let eight sessions control a job whose row was changed meanwhile; return who did by actions.
+
+    Raises:
+        AssertionError: the job does not name the first of them.
+    """
+    column, rest = AT_ONCE[statement]
+    async with migrated(database) as (_, connection):
+        instance = await add_instance(connection)
+        state = running(instance, "app1") if statement == "CANCEL" else {}
+        await add_job(connection, "moon", last_heartbeat_at=None, **state)
+        if statement == "FORGET":
+            await connection.execute("UPDATE instances SET missing = '{moon}'")
+        sessions = [await connect(database) for _ in range(8)]
+        pids = [each.get_server_pid() for each in sessions]
+        async with connection.transaction():
+            await connection.execute("UPDATE jobs SET lost_streak = 1")
+            sent = [
+                asyncio.create_task(each.fetch(sql, "moon", f"racer-{number}", *rest))
+                for number, each in enumerate(sessions)
+            ]
+            while await connection.fetchval(WAITING, pids) < len(sessions):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.02)
+        await asyncio.gather(*sent)
+        for each in sessions:
+            await each.close()
+        found = await connection.fetch("SELECT by FROM actions ORDER BY id")
+        first = await connection.fetchval(f"SELECT {column} FROM jobs")  # noqa: S608 - from above
+    assert first == found[0]["by"]
+    return [each["by"] for each in found]
+
+
+WAITING: Final = """
+SELECT count(*) FROM pg_stat_activity WHERE pid = ANY ($1) AND wait_event_type = 'Lock'
+"""
+
+
+@pytest.mark.parametrize("statement", AT_ONCE)
+async def test_of_controls_at_once_one_is_an_action(
+    database: dict[str, str], statement: str
+) -> None:
+    """The one that changed the job, which names who did; the others found it changed."""
+    sql = getattr(controls, statement)
+    assert len(await control_at_once(database, statement, sql)) == 1
+
+
+async def test_without_a_lock_each_control_takes_itself_for_the_first(
+    database: dict[str, str],
+) -> None:
+    """Control: what was before is read as it was when the statement began."""
+    sql = controls.PAUSE.replace("FOR NO KEY UPDATE", "")
+    assert len(await control_at_once(database, "PAUSE", sql)) == 8
 
 
 async def test_users_and_their_settings_are_actions(database: dict[str, str]) -> None:
