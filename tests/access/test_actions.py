@@ -228,7 +228,7 @@ async def written_by(connection: Connection, name: str) -> set[str]:
     return found
 
 
-# Logins have no scope: see test_login.
+# Logins are tested below.
 CHANGING: Final = [
     f"{method} {path}"
     for method, path in routes.NEEDS
@@ -540,6 +540,20 @@ async def test_a_refused_or_failed_statement_leaves_no_action(database: dict[str
         failed = await on.client.patch("/api/users/1", json={"floor": -13}, headers=headers)
         assert failed.status_code == 500
         assert await actions_of(on) == before
+
+
+async def test_logins_are_actions(database: dict[str, str]) -> None:
+    """A login and a logout have the name of the key; a wrong key, and a second logout, are none."""
+    async with scene(database) as on:
+        key = await make_key(database, name="ada")
+        for sent in (key.text, key.text[:-1]):
+            answer = await on.client.post("/login", data={"key": sent})
+        assert answer.status_code == 401
+        for _ in range(2):
+            await on.client.post("/logout")
+        found = await actions_of(on, subject="key ada", by="ada")
+        assert [each["action"] for each in found] == ["logged out", "logged in"]
+        assert found[0]["before"]["session"] == found[1]["after"]["session"]
 
 
 async def test_actions_are_listed_page_by_page(database: dict[str, str]) -> None:
