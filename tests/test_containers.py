@@ -76,6 +76,17 @@ def test_base_images_are_named_by_digest(file: str) -> None:
     }
 
 
+def test_only_this_machine_reaches_the_instances_without_a_key() -> None:
+    """Compose serves without keys, on ports of 127.0.0.1 alone; the image does neither."""
+    assert "ALLOW_ANONYMOUS: ${ALLOW_ANONYMOUS:-true}" in COMPOSE
+    ports = re.findall(r'"([^"]+:3000)"', COMPOSE)
+    assert len(ports) == COMPOSE.count("ports:") == 5
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert "HOST=0.0.0.0" in image
+    assert "ANONYMOUS" not in image
+
+
 def test_the_instances_differ_in_name_and_port_only() -> None:
     """All other configuration is the same for all."""
     blocks = re.findall(r"^  app(\d):\n((?:    .*\n)+)", COMPOSE, re.MULTILINE)
