@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from balance_app.access.keys import SCOPES, Kind, Token, new_token
 from balance_app.access.owner import CREATE, REVOKE
-from balance_app.access.repository import LOG_IN, LOG_OUT, SESSIONS_KEPT
+from balance_app.access.repository import LOG_IN, LOG_OUT, SESSIONS_KEPT, SESSIONS_OF_KEY
 from tests.processes import http_client, query
 
 
@@ -32,7 +32,9 @@ async def log_in(database: dict[str, str], key: Token, seconds: float = 3600) ->
     """Begin a session."""
     token = new_token("bs")
     lasts = timedelta(seconds=seconds)
-    await query(database, LOG_IN, token.id, token.digest, key.id, lasts, SESSIONS_KEPT)
+    await query(
+        database, LOG_IN, token.id, token.digest, key.id, lasts, SESSIONS_KEPT, SESSIONS_OF_KEY
+    )
     return token
 
 

@@ -224,6 +224,25 @@ async def test_wrong_keys_are_slowed_per_address(database: dict[str, str]) -> No
         assert (await visitor.log_in(visitor.key.text)).status_code == 303
 
 
+async def test_a_key_has_a_hundred_sessions(site: Locked) -> None:
+    """One more ends the oldest of them, and no session of another key."""
+    async with site.browser("read") as other, site.browser("read") as visitor:
+        first = visitor.client.cookies["ba"]
+        sql = "SELECT count(*) FROM sessions WHERE key_id = $1"
+        for number in range(2, 103):
+            visitor.client.cookies.clear()
+            assert (await visitor.log_in(visitor.key.text)).status_code == 303
+            assert await site.connection.fetchval(sql, visitor.key.id) == min(number, 100)
+        assert await visitor.page()
+        assert await other.page()
+        began = monotonic()
+        old = {"Cookie": f"ba={first}"}
+        visitor.client.cookies.clear()
+        while (await visitor.client.get("/", headers=old)).status_code != 303:
+            assert monotonic() - began < WITHIN_SECONDS
+            await asyncio.sleep(0.05)
+
+
 async def test_a_session_is_known_to_every_instance_at_once(database: dict[str, str]) -> None:
     """And its end within two seconds."""
     async with (

@@ -8,6 +8,8 @@ from balance_app.db.pool import Connection, Database, read, write
 
 SESSION_TIME: Final = timedelta(hours=12)
 SESSIONS_KEPT: Final = timedelta(days=30)
+# A key that only reads could fill the table, and the memory of all instances, by logins.
+SESSIONS_OF_KEY: Final = 100
 
 STATE: Final = "SELECT generation, keys_required FROM access_state"
 
@@ -34,12 +36,15 @@ WHERE revoked_at IS NULL AND sessions.expires_at > clock_timestamp()
 
 # Locks the row of the generation, so that generations rise in the order of the commits.
 #
-# $1 id, $2 digest, $3 id of the key, $4 how long it lasts, $5 for how long ended ones are kept
+# $1 id, $2 digest, $3 id of the key, $4 how long it lasts, $5 for how long ended ones are kept,
+# $6 how many other sessions the key keeps, the latest
 LOG_IN: Final = """
 WITH changed AS (
     UPDATE access_state SET generation = generation + 1
 ), pruned AS (
-    DELETE FROM sessions WHERE expires_at < clock_timestamp() - $5::interval
+    DELETE FROM sessions
+    WHERE expires_at < clock_timestamp() - $5::interval
+       OR id IN (SELECT id FROM sessions WHERE key_id = $3 ORDER BY created_at DESC OFFSET $6)
 ), begun AS (
     INSERT INTO sessions (id, digest, key_id, expires_at)
     SELECT $1, $2, id, clock_timestamp() + $4 FROM api_keys WHERE id = $3
@@ -124,6 +129,7 @@ class KeyRepository:
                 key.key_id,
                 SESSION_TIME,
                 SESSIONS_KEPT,
+                SESSIONS_OF_KEY - 1,
             )
             assert row is not None  # noqa: S101 - keys are never deleted
             ends: datetime = row["expires_at"]
