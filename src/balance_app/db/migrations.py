@@ -295,7 +295,7 @@ async def grant(settings: Settings, report: Callable[[str], None]) -> None:
         if not await connection.fetchval(MAY_GRANT, schema):
             return
         with _warnings_of(connection, report):
-            # ast-grep-ignore: sql-from-pieces - several statements have no parameters; names are quoted
+            # ast-grep-ignore: sql-from-pieces - it can have no parameters; no name has a quote
             await connection.execute(GRANT.format(**names))
         if settings.db_run_password is not None:
             verifier = password_verifier(settings.db_run_password.get_secret_value())
