@@ -17,6 +17,7 @@ from balance_app.jobs.schedule import Every
 from balance_app.jobs.transaction import LeaseLostError
 from balance_app.maintenance import batches, housekeeping, limits, summaries
 from balance_app.maintenance.audits import daily_balances, keys, ledger
+from balance_app.maintenance.batches import MissingRightError
 from balance_app.maintenance.housekeeping import ANALYZE
 from balance_app.maintenance.limits import LimitNearError
 from tests.maintenance.runner import (
@@ -28,7 +29,7 @@ from tests.maintenance.runner import (
     days_as_they_were,
 )
 from tests.mutants import replaced
-from tests.processes import connect, unguarded
+from tests.processes import RUN_ROLE, connect, unguarded
 
 # those that are analyzed, and the two with the schema's version
 TABLES = len(ANALYZE) + 1
@@ -549,3 +550,25 @@ async def rows_read(connection: Connection, sql: str, *arguments: object) -> int
         return looked_at + sum(below(child) for child in node.get("Plans", ()))
 
     return below(plan["Plan"])
+
+
+@pytest.mark.parametrize(
+    ("job", "revoked", "missing"),
+    [
+        ("refresh-statistics", "MAINTAIN ON users", "MAINTAIN on users"),
+        ("watch-limits", "SELECT ON SEQUENCE job_runs_id_seq", "SELECT on sequence job_runs_id"),
+        ("watch-limits", "pg_read_all_stats", "membership in pg_read_all_stats"),
+    ],
+)
+async def test_a_job_that_cannot_see_fails(
+    runner: JobRunner, job: str, revoked: str, missing: str
+) -> None:
+    """PostgreSQL only shows it less, or skips a table; the control: with its rights it passes."""
+    assert await runner.run(job)
+    await runner.connection.execute(f"REVOKE {revoked} FROM {RUN_ROLE}")
+    try:
+        with pytest.raises(MissingRightError, match=missing):
+            await runner.run(job)
+    finally:
+        await runner.connection.execute("SELECT grant_to_instances($1)", RUN_ROLE)
+    assert await runner.run(job)
