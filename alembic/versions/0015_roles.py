@@ -53,7 +53,7 @@ BEGIN
             ('api_keys', 'SELECT, UPDATE (last_used_on)'),
             ('sessions', 'SELECT, INSERT (id, digest, key_id, expires_at), UPDATE (revoked_at),
                           DELETE'),
-            ('actions', 'SELECT, INSERT (at, by, action, subject, before, after)'),
+            ('actions', 'SELECT, INSERT (by, action, subject, before, after)'),
             ('users', 'SELECT,
                        INSERT (id, balance, version, floor, created_at, changed_at, hash),
                        UPDATE (balance, version, changed_at, hash, held, hold_events, holds_due_at,

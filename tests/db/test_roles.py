@@ -27,7 +27,7 @@ TABLE: Final[dict[str, dict[str, str]]] = {
         "UPDATE": "revoked_at",
         "DELETE": ALL,
     },
-    "actions": {"SELECT": ALL, "INSERT": "at by action subject before after"},
+    "actions": {"SELECT": ALL, "INSERT": "by action subject before after"},
     "users": {
         "SELECT": ALL,
         "INSERT": "id balance version floor created_at changed_at hash",
@@ -227,6 +227,7 @@ FORBIDDEN: Final = (
     "DELETE FROM access_state",
     "UPDATE actions SET by = NULL",
     "DELETE FROM actions",
+    "INSERT INTO actions (at, action, subject) VALUES ('2000-01-01', 'x', 'y')",
     "UPDATE seals SET digest = ''",
     "DELETE FROM seals",
     "UPDATE seal_parts SET digest = ''",
