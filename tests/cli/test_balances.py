@@ -94,10 +94,10 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     assert first == "User 1 has 9972 at version 8."
     assert re.split(r"  +", header.strip()) == [
         *("VERSION", "AMOUNT", "BALANCE", "HELD", "MADE (UTC)", "AGO", "WHAT"),
-        *("REFERENCE", "NOTE", "KEY"),
+        *("REFERENCE", "NOTE", "KEY", "BY"),
     ]
     assert [line.split()[0] for line in lines] == ["8", "7", "6", "5", "4"]
-    assert re.fullmatch(r" +8 +-7 +9972 +0 +\d{4}-.{14} +\d+ s ago +change +key-7 *", lines[0])
+    assert re.fullmatch(r" +8 +-7 +9972 +0 +\d{4}-.{14} +\d+ s ago +change +key-7 +- *", lines[0])
     code, out, _ = await run("balance", "1", "--entries", "1", **environment)
     assert len(out.splitlines()) == 4
 
