@@ -209,7 +209,7 @@ async def test_the_whole_range_can_be_moved_at_once(target: Target) -> None:
         "/docs",
         "/docs/assets/swagger-ui.css",
         "/problems/insufficient-funds",
-        "http://elsewhere.example/api/users/1",
+        "http://localhost/api/users/1",
     ],
 )
 async def test_an_unusual_but_right_address_is_read(target: Target, path: str) -> None:

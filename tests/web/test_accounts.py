@@ -190,7 +190,7 @@ async def test_an_account_is_shown_with_all_that_it_has(site: Site) -> None:
     )
     rows = {version: text(html, f"entry-{version}") for version in range(1, 5)}
     assert "+1 000 balance 1 000 opening balance" in rows[1]
-    assert re.search(r"-30 balance 970 to user \d+ rent – reversed by entry 4$", rows[2])
+    assert re.search(r"-30 balance 970 to user \d+ rent \N{EN DASH} reversed by entry 4$", rows[2])
     assert "-40 balance 930 100 held captures hold 2" in rows[3]
     assert re.search(r"\+30 .* reverses entry 2, from user \d+ wrong one", rows[4])
     links = [unescape(link) for link in re.findall(r'href="([^"]+)"', html)]

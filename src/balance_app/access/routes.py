@@ -98,7 +98,7 @@ _PARAMETER: Final = re.compile(r"\{\w+(:\w+)?\}")
 def _compile(template: str) -> re.Pattern[str]:
     parts = _PARAMETER.split(template)
     # `split` returns the texts, and between them the groups
-    kinds = [(".+" if kind else "[^/]+") for kind in parts[1::2]]
+    kinds = [(".*" if kind else "[^/]+") for kind in parts[1::2]]
     texts = [re.escape(text) for text in parts[::2]]
     return re.compile("".join(a + b for a, b in zip(texts, [*kinds, ""], strict=True)), re.DOTALL)
 
