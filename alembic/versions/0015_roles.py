@@ -160,15 +160,22 @@ SELECT grant_to_instances(coalesce(
 # The statements of the program write balance, version and entry at once, so the entry is there when
 # this fires, at the end of the statement. Versions are dense: a balance of the past has an entry,
 # too. A lookup by the primary key is its cost; what changes no balance costs nothing.
+#
+# A program of an older release would leave an entry without a hash behind others, for ever. After
+# the error of an undefined column it compares the schema with itself, and finds itself too old.
 BALANCES = """
 CREATE FUNCTION require_entry() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    entry_hash bytea;
 BEGIN
-    IF NOT EXISTS (
-        SELECT FROM entries
-        WHERE user_id = NEW.id AND version = NEW.version AND balance = NEW.balance
-    ) THEN
+    SELECT hash INTO entry_hash FROM entries
+    WHERE user_id = NEW.id AND version = NEW.version AND balance = NEW.balance;
+    IF NOT FOUND THEN
         RAISE EXCEPTION 'user % has no entry % with balance %', NEW.id, NEW.version, NEW.balance
             USING ERRCODE = 'BL004';
+    ELSIF entry_hash IS DISTINCT FROM NEW.hash THEN
+        RAISE EXCEPTION 'user % has another hash than entry %', NEW.id, NEW.version
+            USING ERRCODE = 'undefined_column';
     END IF;
     IF TG_OP = 'UPDATE' THEN
         IF NEW.version <> OLD.version + 1 THEN

@@ -553,7 +553,7 @@ async def _make_every_kind(client: httpx.AsyncClient) -> None:
     [
         """
         UPDATE users SET floor = -1;
-        WITH changed AS (UPDATE users SET balance = -1, version = 2)
+        WITH changed AS (UPDATE users SET balance = -1, version = 2, hash = NULL)
         INSERT INTO entries (user_id, version, amount, balance) VALUES (1, 2, -10001, -1)
         """,
         """

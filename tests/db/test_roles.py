@@ -295,7 +295,7 @@ async def test_a_balance_without_its_entry_is_refused(
     # a change, as the program makes it
     changed = await role.execute("""
         WITH changed AS (
-            UPDATE users SET balance = balance - 2, version = version + 1 WHERE id = 1
+            UPDATE users SET balance = balance - 2, version = version + 1, hash = NULL WHERE id = 1
             RETURNING id, version, balance
         )
         INSERT INTO entries (user_id, version, amount, balance)

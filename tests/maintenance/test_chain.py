@@ -5,6 +5,7 @@ import random
 import re
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 import pytest
 
 from balance_app.balances import repository
@@ -401,6 +402,33 @@ async def test_without_the_lock_a_first_hash_is_never_given(
         await task
     with pytest.raises(LedgerMismatchError):
         await runner.run("audit-ledger")
+
+
+async def test_a_program_without_hashes_can_break_no_chain(
+    runner: JobRunner, database: dict[str, str]
+) -> None:
+    """It changes accounts that have no hash yet; of others its change is refused as a whole."""
+    await runner.populate(2, 3)
+    await runner.accounts.open(Opening(9), None)
+    change = """
+        WITH changed AS (
+            UPDATE users SET balance = balance + 1, version = version + 1 WHERE id = $1
+            RETURNING id, version, balance
+        )
+        INSERT INTO entries (user_id, version, amount, balance)
+        SELECT id, version, 1, balance FROM changed
+    """
+    await runner.connection.execute(change, 2)
+    with pytest.raises(asyncpg.UndefinedColumnError, match="user 3 has another hash than entry 2"):
+        await runner.connection.execute(change, 3)
+    assert (await verify(database)).faults == []
+    assert await audit(runner) is None
+    # the control
+    await runner.connection.execute("DROP TRIGGER users_changed_with_entry ON users")
+    await runner.connection.execute(change, 3)
+    assert await audit(runner) == (
+        "1 of 3 users differs: user 3: entry 2 has no hash, but entry 1 has"
+    )
 
 
 # -- runs that are cut off ------------------------------------------------------------------------
