@@ -160,7 +160,7 @@ async def test_a_limit_of_connections_refuses_no_request(
         assert set(answers) - {"200"}
         return
     assert answers == {"200": 400}
-    assert "53300" in ready["warnings"][0]
+    assert "53300" in str(ready["warnings"])
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     logged = [line for line in lines if line["event"] == "no further connection"]
     assert len(logged) == 1
@@ -182,7 +182,7 @@ async def test_too_few_connections_are_reported_at_start(
             async with http_client(instance.url) as client:
                 assert await fire(client, 60) == {"200": 60}
                 warnings = (await client.get("/readyz")).json()["warnings"]
-            assert "role's limit is 4 connections" in warnings[0]
+            assert "role's limit is 4 connections" in str(warnings)
         else:
             assert await asyncio.wait_for(instance.process.wait(), 30) == 3
         await instance.stop()
