@@ -240,7 +240,9 @@ def as_instance(database: dict[str, str]) -> dict[str, str]:
 
     It migrates as the superuser, and serves as the role that may only serve. Any other user stays.
     """
-    if database.get("DB_USER") != SUPERUSER or {"DATABASE_URL", "DB_PASSWORD"} & database.keys():
+    if database.get("DB_USER") != SUPERUSER or not database.get("DB_HOST"):
+        return database
+    if {"DATABASE_URL", "DB_PASSWORD"} & database.keys():
         return database
     place = urlencode({"host": database["DB_HOST"], "port": database["DB_PORT"]})
     url = f"postgresql://{SUPERUSER}@/{database['DB_NAME']}?{place}"

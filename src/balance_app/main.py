@@ -159,7 +159,9 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         gate,
         keys,
         ActionRepository(database),
-        Readiness(database, stopping, informational=checks, is_anonymous=lambda: gate.is_anonymous),
+        Readiness(
+            database, stopping, informational=checks, shows_details=lambda: gate.shows_details
+        ),
         BalanceRepository(database, guard, metrics),
         HoldRepository(database, guard),
         AccountRepository(database, guard),

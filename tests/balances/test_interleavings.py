@@ -110,8 +110,8 @@ INTERFERENCES: dict[str, Interference] = {
     "deposits with a key": lambda con, of: repository._change(con, Movement(of.first, 7, "k")),
     "withdraws from the second": lambda con, of: repository._change(con, Movement(of.second, -45)),
     "holds": lambda con, of: repository._hold(con, Movement(of.first, -60, seconds=60)),
-    "captures": lambda con, of: con.fetch(holds.CAPTURE, of.first, 1, 10, None, None),
-    "voids": lambda con, of: con.fetch(holds.VOID, of.first, 1),
+    "captures": lambda con, of: con.fetch(holds.CAPTURE, of.first, 1, 10, None, None, None),
+    "voids": lambda con, of: con.fetch(holds.VOID, of.first, 1, None),
     "pays": lambda con, of: repository._transfer(
         con, Movement(of.first, -60, to_user_id=of.second)
     ),

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from balance_app.db.pool import Connection
+from balance_app.local.postgres import SUPERUSER
 from balance_app.sessions import PINNED, PoolerError, open_session, reset
 from balance_app.settings import Settings, load_settings
 from tests.processes import Instance, connect, http_client, query, running
@@ -139,7 +140,12 @@ async def test_the_service_works_under_hostile_defaults(
     async with hostile(database):
         instances = [
             Instance(
-                database, name, log=tmp_path / name, JOB_MIN_SECONDS="0", JOB_WARM_UP_SECONDS="0"
+                database,
+                name,
+                log=tmp_path / name,
+                JOB_MIN_SECONDS="0",
+                JOB_WARM_UP_SECONDS="0",
+                DB_USER=SUPERUSER,  # who alone can undo a default of session_replication_role
             )
             for name in ("app1", "app2")
         ]

@@ -24,7 +24,8 @@ VALID = f"00-{TRACE_ID}-{PARENT}-01"
 A_MISTAKE = """
 ALTER TABLE users RENAME TO true_users;
 CREATE VIEW users AS SELECT id, balance / (id - id) AS balance, version, created_at, held, floor,
-    frozen, settings_version, hold_events, holds_due_at, changed_at FROM true_users
+    frozen, settings_version, hold_events, holds_due_at, changed_at FROM true_users;
+GRANT SELECT ON users TO PUBLIC
 """
 
 

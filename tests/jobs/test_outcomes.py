@@ -125,6 +125,8 @@ INSERT INTO late VALUES (1)
 
 async def test_a_conflict_of_transactions_is_the_jobs_failure(jobs_db: JobsDatabase) -> None:
     """A deadlock or a serialization failure names its cause; it is no outage and no release."""
+    owner = await jobs_db.connect()
+    await owner.execute(f"GRANT TEMPORARY ON DATABASE {jobs_db.variables['DB_NAME']} TO PUBLIC")
 
     async def deadlock(run: Run) -> None:
         other = await jobs_db.connect()

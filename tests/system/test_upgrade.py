@@ -12,8 +12,9 @@ from time import monotonic
 import httpx
 import pytest
 
+from balance_app.local.postgres import SUPERUSER
 from tests.jobs.fleet import overlaps, read_event_logs
-from tests.processes import Instance, connect, http_client
+from tests.processes import RUN_ROLE, Instance, connect, http_client
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.sizes import report_figures, size
 
@@ -102,6 +103,8 @@ class Fleet:
             JOB_SETTLING_SECONDS="0.5",  # the name in the previous release
             JOB_LEASE_SECONDS="6",
             JOB_HEARTBEAT_SECONDS="1",
+            # The release before has one role for everything.
+            DB_USER=SUPERUSER if old else RUN_ROLE,
         )
 
     async def replace(self, number: int, *, old: bool) -> None:

@@ -197,6 +197,13 @@ class Gate:
         """Whether nobody is asked for a key."""
         return self._keys_required is False
 
+    @property
+    def shows_details(self) -> bool:
+        """Whether whoever reads an open route may see all, as a user of this machine may."""
+        if self._keys_required is None:
+            return self._settings.is_loopback
+        return not self._keys_required
+
     def is_valid(self, principal: Principal) -> bool:
         """Return whether a key, or a session, that was valid still is; for streams."""
         if principal.key_id is None:
@@ -219,6 +226,8 @@ class Gate:
         if needs == OPEN and needs is not None:
             self._check_site(method, headers)
             return ANYBODY
+        if self._keys_required is None:
+            return None
         if self._keys_required:
             found = self._find(_token_of(headers))
             if found is not None:
@@ -239,6 +248,12 @@ class Gate:
         Raises:
             Unauthorized: there is no valid key in the request.
         """
+        if self._keys_required is None:
+            # The database was not there when this instance started.
+            await self._refresh(since=monotonic())
+            known = self.admit_known(method, path, headers)
+            if known is not None:
+                return known
         token = _token_of(headers)
         if token is None:
             raise Unauthorized
@@ -319,8 +334,6 @@ class Gate:
         return principal
 
     def _check_anonymous(self, headers: Mapping[bytes, bytes]) -> None:
-        if self._keys_required is None:
-            raise DatabaseUnavailable(_AWAY, applied="no")
         settings = self._settings
         if not (settings.is_loopback or settings.allow_anonymous):
             raise Unauthorized(open_to_network(settings))

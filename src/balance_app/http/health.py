@@ -33,16 +33,16 @@ class Readiness:
         stopping: asyncio.Event,
         *,
         informational: Mapping[str, Callable[[], str]],
-        is_anonymous: Callable[[], bool] = lambda: True,
+        shows_details: Callable[[], bool] = lambda: True,
     ) -> None:
         """Add the `informational` checks: they are reported, and don't make it unready.
 
-        Unless `is_anonymous`, a fault of the schema is not told, as nobody asks who reads it.
+        Unless `shows_details`, a fault of the schema is not told, as nobody asks who reads it.
         """
         self._database = database
         self._stopping = stopping
         self._informational = informational
-        self._is_anonymous = is_anonymous
+        self._shows_details = shows_details
         self._logged = "ok"
 
     async def check(self) -> tuple[dict[str, str], bool]:
@@ -52,7 +52,7 @@ class Readiness:
         if found["database"] == "ok" and found["schema"] != self._logged:
             self._logged = found["schema"]
             log.warning("schema checked", result=self._logged)
-        checks |= found if self._is_anonymous() else without_details(found)
+        checks |= found if self._shows_details() else without_details(found)
         ready = all(found == "ok" for found in checks.values())
         return checks | {name: check() for name, check in self._informational.items()}, ready
 
