@@ -339,6 +339,28 @@ async def test_a_key_that_counts_is_not_deleted(
     assert await role.execute(DELETE_KEY, "accepted 0") == "DELETE 1"
 
 
+@pytest.mark.parametrize("guarded", [True, False])
+async def test_the_guard_reads_no_table_whole(database: dict[str, str], *, guarded: bool) -> None:
+    """Neither with the plan that a session made when there was one entry; control: by default."""
+    await migrate(load_settings(**{name.lower(): value for name, value in database.items()}))
+    owner = await connect(database)
+    if not guarded:
+        await owner.execute("ALTER FUNCTION require_entry RESET enable_seqscan")
+    async with owner.transaction():
+        for _ in range(10):
+            await owner.execute(
+                "WITH changed AS (UPDATE users SET balance = balance - 1, version = version + 1 "
+                "RETURNING id, version, balance, hash) "
+                "INSERT INTO entries (user_id, version, amount, balance, hash) "
+                "SELECT id, version, -1, balance, hash FROM changed"
+            )
+        scans = await owner.fetchval(
+            "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'entries'"
+        )
+    await owner.close()
+    assert (scans == 0) == guarded
+
+
 def test_the_guard_keeps_refusals_as_long_as_the_program() -> None:
     """The trigger has the days as a constant."""
     versions = Path(alembic_config().get_main_option("script_location") or "") / "versions"
