@@ -162,9 +162,9 @@ class Index:
     def projected(self) -> defaultdict[int, list[history.Operation]]:
         """Return the changes and reads of each account, in the form that `tests.history` checks."""
         operations: defaultdict[int, list[history.Operation]] = defaultdict(list)
-        for op in self.tries:
+        for number, op in enumerate(self.tries):
             for half in self.sides(op.request):
-                projected = self._projection(op, half)
+                projected = self._projection(op, half, number)
                 if projected is not None:
                     operations[half.user_id].append(projected)
         for read in self.reads:
@@ -180,13 +180,13 @@ class Index:
             return [Half(request.user_id, -request.amount, request.key)]
         return self.halves(request)
 
-    def _projection(self, op: Try, half: Half) -> history.Operation | None:
+    def _projection(self, op: Try, half: Half, number: int) -> history.Operation | None:
         key, amount, sent, answered = half.key, half.amount, op.sent, op.answered
         if isinstance(op.outcome, Refused) and op.outcome.state.user_id == half.user_id:
             seen = op.outcome.state
             lowest = seen.held + self.accounts[half.user_id].floor
             if isinstance(op.request, Reverse | Capture):
-                key = f"{key}, sent {sent}"  # it has no key to remember: the next try may succeed
+                key = f"{key}, try {number}"  # it has no key to remember: the next try may succeed
             return history.Refused(
                 key, amount, seen.version, seen.balance, sent, answered, op.replayed, lowest
             )
