@@ -20,6 +20,12 @@ _AUTHORIZATION: Final = re.compile(
     r"""(authorization["']?\s*[:=,]\s*b?["']?)[^\s"',;)\]}]+(?:\s+[^\s"',;)\]}]+)?""", re.IGNORECASE
 )
 _CREDENTIALS: Final = re.compile(r"\b(bearer|basic)\s+[0-9A-Za-z._~+/=-]{16,}", re.IGNORECASE)
+# Each with the words of which one is in whatever it matches.
+_PATTERNS: Final = (
+    (("ba_", "bs_"), _KEY, r"\1***"),
+    (("authorization",), _AUTHORIZATION, r"\1***"),
+    (("bearer", "basic"), _CREDENTIALS, r"\1 ***"),
+)
 
 
 def mask_of(settings: Settings) -> Mask:
@@ -48,6 +54,10 @@ def mask_of(settings: Settings) -> Mask:
 
 def mask_keys(text: str) -> str:
     """Mask keys, sessions and what a client authorizes itself with."""
-    text = _KEY.sub(r"\1***", text)
-    text = _AUTHORIZATION.sub(r"\1***", text)
-    return _CREDENTIALS.sub(r"\1 ***", text)
+    # Most texts have none. To look for the words first is ten times as fast as the patterns, which
+    # would stop all threads for a second with a text of megabytes.
+    lowered = text.lower() if text.isascii() else None
+    for words, pattern, masked in _PATTERNS:
+        if lowered is None or any(word in lowered for word in words):
+            text = pattern.sub(masked, text)
+    return text
