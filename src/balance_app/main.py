@@ -17,7 +17,6 @@ from balance_app import __version__
 from balance_app.access.actions import ActionRepository
 from balance_app.access.gate import Gate, OpenToNetworkError
 from balance_app.access.repository import KeyRepository
-from balance_app.access.routes import methods_of
 from balance_app.balances import accounts, holds, repository, state
 from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.api import holds as holds_api
@@ -33,7 +32,6 @@ from balance_app.errors import (
     InternalError,
     InvalidRequest,
     MalformedRequest,
-    MethodNotAllowed,
     NotFound,
     Problem,
 )
@@ -254,8 +252,6 @@ async def _http_error_response(request: Request, error: Exception) -> Response:
     match error.status_code:
         case 404:
             problem: Problem = NotFound("There is nothing at this address.")
-        case 405:
-            problem = MethodNotAllowed(methods_of(request.scope["path"]))
         case _:
             problem = MalformedRequest("The request can't be read.")
     return problem.response(request.method)
