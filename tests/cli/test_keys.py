@@ -173,7 +173,7 @@ async def _everything(database: dict[str, str]) -> str:
 async def test_only_the_owner_makes_keys(instance: Instance, database: dict[str, str]) -> None:
     """Another role is told what to do; with MIGRATE_DATABASE_URL the owner's is used."""
     del instance
-    role = f"clerk_{os.getpid()}"
+    role = f"serving_{os.getpid()}"
     connection = await connect(database)
     try:
         await connection.execute(
@@ -181,15 +181,17 @@ async def test_only_the_owner_makes_keys(instance: Instance, database: dict[str,
             f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role};"
             f"REVOKE ALL ON api_keys FROM {role}"
         )
-        clerk = {**database, "DB_USER": role, "DB_PASSWORD": "geheim"}
+        limited = {**database, "DB_USER": role, "DB_PASSWORD": "geheim"}
         owner = f"postgresql://{database.get('DB_USER', 'postgres')}@/{database['DB_NAME']}"
         owner += f"?host={database['DB_HOST']}&port={database['DB_PORT']}"
         for command in ("create x --scope=read", "list", "revoke x"):
-            code, out, err = await run("keys", *command.split(), **clerk)
+            code, out, err = await run("keys", *command.split(), **limited)
             assert (code, out, err.count("\n")) == (1, "", 1), err
             assert "permission denied for table api_keys" in err
             assert "MIGRATE_DATABASE_URL" in err
-            code, _, err = await run("keys", *command.split(), **clerk, MIGRATE_DATABASE_URL=owner)
+            code, _, err = await run(
+                "keys", *command.split(), **limited, MIGRATE_DATABASE_URL=owner
+            )
             assert (code, "permission denied" in err) == (0, False), err
     finally:
         await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
