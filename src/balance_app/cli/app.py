@@ -22,6 +22,7 @@ from balance_app.cli.remote import (
     KeyFile,
     Url,
     fail,
+    fail_for_database,
     global_options,
     own_url,
 )
@@ -256,7 +257,6 @@ def migrate() -> None:
     """
     from balance_app.db.migrations import Schema, UnusableDatabaseError, grant
     from balance_app.db.migrations import migrate as run
-    from balance_app.db.outages import PERMANENT, classify
 
     settings = load_settings().as_owner()
     _require_database(settings)
@@ -273,11 +273,8 @@ def migrate() -> None:
         schema = asyncio.run(migrate_and_grant())
     except UnusableDatabaseError as error:
         fail(str(error))
-    except Exception as error:
-        if (cause := classify(error)) is None:
-            raise
-        code = 1 if cause.kind in PERMANENT else 3
-        fail(f"{cause.sentence} ({settings.database_address}: {cause.text})", code=code)
+    except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's
+        fail_for_database(error, settings.database_address)
     typer.echo(f"The schema is at {schema.revision}.")
 
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
-from balance_app.cli.remote import Command, Group, fail, global_options, login_name, read_moment
+from balance_app.cli.remote import (
+    Command,
+    Group,
+    fail,
+    fail_for_database,
+    global_options,
+    login_name,
+    read_moment,
+)
 from balance_app.formatting import exact, visible
 from balance_app.settings import Settings, load_settings
 
@@ -221,7 +229,6 @@ def _run(work: "Callable[[Owner], Awaitable[None]]", *, makes_database: bool = F
     """Do something as the database's owner; what it refuses is reported, and ends the program."""
     from balance_app.access.owner import NotTheOwnerError, Owner  # noqa: PLC0415 - slow to import
     from balance_app.db.migrations import UnusableDatabaseError  # noqa: PLC0415 - the same
-    from balance_app.db.outages import PERMANENT, classify  # noqa: PLC0415 - the same
 
     async def connected(settings: Settings) -> None:
         async with _database(settings, makes=makes_database) as found, Owner(found) as owner:
@@ -236,11 +243,8 @@ def _run(work: "Callable[[Owner], Awaitable[None]]", *, makes_database: bool = F
         fail(f"{error} `balance-app migrate` makes it, or updates an older one.")
     except typer.Exit:
         raise
-    except Exception as error:
-        if (cause := classify(error)) is None:
-            raise
-        code = 1 if cause.kind in PERMANENT else 3
-        fail(f"{cause.sentence} ({cause.text})", code=code)
+    except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's
+        fail_for_database(error)
 
 
 @asynccontextmanager
@@ -268,7 +272,7 @@ async def _database(settings: Settings, *, makes: bool) -> AsyncIterator[Setting
                 f"made none in {where.parent}."
             )
         server = EmbeddedPostgres(where)
-        found = load_settings(db_host=str(server.socket_directory), db_user="postgres")
+        found = server.settings()
         if running_server(where) is not None:
             await migrate(found)  # `up` may just have started it
             yield found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from balance_app.cli.remote import Command, Limit, fail, global_options
+from balance_app.cli.remote import Command, Limit, fail, fail_for_database, global_options
 from balance_app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -108,7 +108,6 @@ def _read(read: "Read[Result]") -> "Result":
     import asyncpg  # noqa: PLC0415 - slow to import
 
     from balance_app.db.migrations import UnusableDatabaseError, require_schema  # noqa: PLC0415
-    from balance_app.db.outages import PERMANENT, classify  # noqa: PLC0415
     from balance_app.sessions import open_session  # noqa: PLC0415
 
     settings = _settings()
@@ -127,11 +126,8 @@ def _read(read: "Read[Result]") -> "Result":
         fail(str(error))
     except asyncpg.InsufficientPrivilegeError as error:
         fail(f"The role may not read all that is to be checked: {error}.")
-    except Exception as error:
-        if (cause := classify(error)) is None:
-            raise
-        code = 1 if cause.kind in PERMANENT else 3
-        fail(f"{cause.sentence} ({settings.database_address}: {cause.text})", code=code)
+    except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's
+        fail_for_database(error, settings.database_address)
 
 
 def _settings() -> Settings:
@@ -154,10 +150,9 @@ def _settings() -> Settings:
                 "start `balance-app up`.",
                 code=2,
             )
-        environment = EmbeddedPostgres(where).environment()
+        return EmbeddedPostgres(where).settings()
     except EmbeddedError as error:
         fail(str(error))
-    return load_settings(**{name.lower(): value for name, value in environment.items()})
 
 
 def _digest(text: str) -> bytes:

@@ -179,3 +179,17 @@ def fail(sentence: str, *, code: int = 1) -> NoReturn:
     """Report why the program ends, and end it."""
     typer.echo(sentence, err=True)
     raise typer.Exit(code)
+
+
+def fail_for_database(error: Exception, address: str | None = None) -> NoReturn:
+    """End the program with what an error of the database means; raise one of another kind.
+
+    The exit code is 3 if waiting may help.
+    """
+    from balance_app.db.outages import PERMANENT, classify  # noqa: PLC0415 - slow to import
+
+    cause = classify(error)
+    if cause is None:
+        raise error
+    text = cause.text if address is None else f"{address}: {cause.text}"
+    fail(f"{cause.sentence} ({text})", code=1 if cause.kind in PERMANENT else 3)

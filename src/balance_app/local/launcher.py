@@ -31,7 +31,7 @@ from balance_app.local.postgres import (
 )
 from balance_app.local.unprivileged import why_root
 from balance_app.server import ListenError, listen
-from balance_app.settings import Settings, load_settings
+from balance_app.settings import Settings
 
 STOP_SECONDS: Final = 4.0
 READY_SECONDS: Final = 60.0
@@ -128,8 +128,7 @@ async def _check_posture(settings: Settings, database: EmbeddedPostgres | None) 
     if settings.is_loopback or settings.allow_anonymous:
         return
     if database is not None:
-        variables = {name.lower(): value for name, value in database.environment().items()}
-        settings = load_settings(**variables, host=settings.host)
+        settings = database.settings(host=settings.host)
     if settings.database_is_configured:
         try:
             if await keys_are_required(settings.as_owner()):
@@ -156,8 +155,7 @@ async def _migrate(database: EmbeddedPostgres) -> None:
     Raises:
         LaunchError: the schema can't be used.
     """
-    variables = {name.lower(): value for name, value in database.environment().items()}
-    owner = load_settings(**variables)
+    owner = database.settings()
     try:
         await migrate(owner, console.print)
         await grant(owner, console.print)

@@ -24,9 +24,9 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
-from balance_app.settings import Settings
+from balance_app.settings import Settings, load_settings
 
 MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, the server adds its file's name
 SYSTEM_USER: Final = "balance_app"
@@ -167,6 +167,11 @@ class EmbeddedPostgres:
             "DB_USER": role,
             "DB_NAME": "postgres",
         }
+
+    def settings(self, **overrides: Any) -> Settings:  # noqa: ANN401 - any field's value
+        """Return the settings with which a program connects to this server as its superuser."""
+        variables = {name.lower(): value for name, value in self.environment().items()}
+        return load_settings(**variables, **overrides)
 
     @property
     def process(self) -> asyncio.subprocess.Process:
