@@ -11,14 +11,8 @@ from balance_app.access.actions import ActionRepository
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.openapi import problems
-from balance_app.http.params import (
-    DECIMAL,
-    ONCE,
-    Limit,
-    QueryModel,
-    printable,
-    printable_schema,
-)
+from balance_app.http.paging import BeforeId, Limit, cut_page
+from balance_app.http.params import ONCE, QueryModel, printable, printable_schema
 from balance_app.http.services import services
 
 router = APIRouter(prefix="/api", tags=["actions"])
@@ -48,11 +42,7 @@ class ActionsPage(QueryModel):
         ),
         printable(LONGEST_SUBJECT),
     ] = None
-    before: Annotated[
-        int,
-        Field(ge=1, le=MAX_INTEGER, description="the `next` of the previous page"),
-        DECIMAL,
-    ] = MAX_INTEGER
+    before: BeforeId = MAX_INTEGER
     limit: Limit = 100
 
 
@@ -101,8 +91,8 @@ async def list_actions(request: Request, page: ActionsPageQuery) -> dict[str, An
     found = await services(request)[ActionRepository].page(
         by=page.by, subject=page.subject, before=page.before, limit=page.limit + 1
     )
-    shown = found[: page.limit]
+    shown, last = cut_page(found, page.limit)
     return {
         "actions": [action._asdict() for action in shown],
-        "next": shown[-1].id if len(found) > page.limit else None,
+        "next": None if last is None else last.id,
     }

@@ -74,8 +74,6 @@ def _time(value: object) -> object:
 
 Time = Annotated[datetime, Field(examples=["2026-11-21T21:49:33Z"]), BeforeValidator(_time)]
 
-Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
-
 
 class QueryModel(BaseModel):
     """Query parameters; unknown ones are refused. A route that takes a model depends on `ONCE`."""

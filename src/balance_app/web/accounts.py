@@ -19,6 +19,7 @@ from balance_app.balances.holds import HoldRepository
 from balance_app.balances.ledger import LedgerRepository, Selection
 from balance_app.balances.model import Entry, Hold
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, Overloaded, Problem
+from balance_app.http.paging import cut_page
 from balance_app.http.params import PRINTABLE_PATTERN
 from balance_app.http.services import services
 from balance_app.web import charts
@@ -128,14 +129,14 @@ async def users_page(request: Request, attempt: OpeningAttempt | None = None) ->
         if attempt is None:
             raise
         found = None
-    shown = (found or [])[:USERS_ON_PAGE]
+    shown, last = cut_page(found or [], USERS_ON_PAGE)
     form: Mapping[str, str] = attempt.form if attempt else {}
     view = {
         "users": shown,
         "are_known": found is not None,
         "sought": sought,
         "after": after,
-        "next": shown[-1].user_id if len(found or ()) > USERS_ON_PAGE else None,
+        "next": None if last is None else last.user_id,
         "form": form,
         "said": attempt.message if attempt else None,
         "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
@@ -346,14 +347,14 @@ async def _holds(request: Request, account: Account, tried: str) -> Holds:
     found = await holds.holds(
         account.user_id, state="open", after=after or 0, limit=HOLDS_ON_PAGE + 1
     )
-    shown = found[:HOLDS_ON_PAGE]
+    shown, last = cut_page(found, HOLDS_ON_PAGE)
     one = None
     if sought is not None and sought not in [hold.number for hold in shown]:
         one = await holds.hold(account.user_id, sought)
     elif is_number(tried) and int(tried) not in [hold.number for hold in shown]:
         with suppress(HoldNotFound):
             one = await holds.hold(account.user_id, int(tried))
-    more = urlencode({"holds": shown[-1].number}) if len(found) > HOLDS_ON_PAGE else None
+    more = None if last is None else urlencode({"holds": last.number})
     return Holds(shown, more, one)
 
 

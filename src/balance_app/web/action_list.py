@@ -13,6 +13,7 @@ from balance_app.access.actions import ActionRepository
 from balance_app.errors import InvalidRequest
 from balance_app.http.actions import LONGEST_NAME, LONGEST_SUBJECT
 from balance_app.http.body import MAX_INTEGER
+from balance_app.http.paging import cut_page
 from balance_app.http.params import PRINTABLE_PATTERN
 from balance_app.http.services import services
 from balance_app.web.pages import PageRoute, is_number, respond, stream_of
@@ -44,15 +45,13 @@ async def list_actions(request: Request) -> Response:
         before=int(before or MAX_INTEGER),
         limit=ACTIONS_ON_PAGE + 1,
     )
-    shown = found[:ACTIONS_ON_PAGE]
+    shown, last = cut_page(found, ACTIONS_ON_PAGE)
     named = {name: text for name, text in given.items() if text}
     view = {
         **given,
         "actions": shown,
         "first": urlencode(named) if before else None,
-        "next": urlencode({**named, "before": shown[-1].id})
-        if len(found) > ACTIONS_ON_PAGE
-        else None,
+        "next": None if last is None else urlencode({**named, "before": last.id}),
         "filtered": lambda name, text: urlencode({name: text}),
         "page_of": _page_of,
         "members": _members,

@@ -19,6 +19,7 @@ from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.ledger import LedgerRepository, Selection
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
+from balance_app.http.paging import cut_page
 from balance_app.http.services import services
 from balance_app.jobs.api.errors import JobNotFound, RunNotFound
 from balance_app.jobs.api.history import History
@@ -108,10 +109,10 @@ async def list_jobs(request: Request) -> Response:
             or (state == "failed" and status.summary.failed)
         )
     ]
-    shown = names[:JOBS_ON_PAGE]
+    shown, last = cut_page(names, JOBS_ON_PAGE)
     view = {
         "jobs": [_job(snapshot, name) for name in shown],
-        "next": shown[-1] if len(names) > JOBS_ON_PAGE else None,
+        "next": last,
         "name": begin,
         "state_is": state,
         "states": STATES,
@@ -218,7 +219,7 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
         days = await ledger.daily_balances(int(user), before=date.max, limit=DAYS_SHOWN)
     except Problem as problem:
         return {"requested": user, "problem": sentence(problem, "GET")}
-    shown = entries[:ENTRIES_SHOWN]
+    shown, last = cut_page(entries, ENTRIES_SHOWN)
     return {
         "requested": user,
         "problem": None,
@@ -229,7 +230,7 @@ async def _account(request: Request, user: str) -> dict[str, Any]:
         "version": account.version,
         "entries": shown,
         "days": days,
-        "older": shown[-1].version if len(entries) > ENTRIES_SHOWN else None,
+        "older": None if last is None else last.version,
     }
 
 

@@ -40,6 +40,7 @@ from balance_app.balances.repository import BalanceRepository
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.openapi import headers, json_request, problems
+from balance_app.http.paging import cut_page
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
 
@@ -149,8 +150,8 @@ async def list_holds(request: Request, user_id: PathUserId, page: HoldsPageQuery
     found = await _holds(request).holds(
         user_id, state=page.state, after=page.after, limit=page.limit + 1
     )
-    shown = found[: page.limit]
+    shown, last = cut_page(found, page.limit)
     return {
         "holds": [hold_body(hold) for hold in shown],
-        "next": shown[-1].number if len(found) > page.limit else None,
+        "next": None if last is None else last.number,
     }

@@ -14,7 +14,8 @@ from balance_app.balances.accounts import Account
 from balance_app.balances.model import Accepted, Entry, Hold, State
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel, header_values
-from balance_app.http.params import DECIMAL, Limit, QueryModel, Time, printable, printable_schema
+from balance_app.http.paging import Limit
+from balance_app.http.params import DECIMAL, QueryModel, Time, printable, printable_schema
 
 KEY_PATTERN: Final = r"^[!-~]{1,255}$"
 _KEY: Final = re.compile(KEY_PATTERN.encode())

@@ -28,6 +28,7 @@ from balance_app.balances.ledger import LedgerRepository, Selection
 from balance_app.errors import InvalidRequest, NotAcceptable
 from balance_app.http.negotiation import preferred
 from balance_app.http.openapi import headers, problems
+from balance_app.http.paging import cut_page
 from balance_app.http.params import ONCE
 from balance_app.http.services import services
 
@@ -77,10 +78,10 @@ async def list_entries(request: Request, user_id: PathUserId, page: EntriesPageQ
     entries = await _ledger(request).entries(
         user_id, selection, after=page.after, limit=page.limit + 1, descending=descending
     )
-    shown = entries[: page.limit]
+    shown, last = cut_page(entries, page.limit)
     body = {
         "entries": [entry_body(entry) for entry in shown],
-        "next": shown[-1].version if len(entries) > page.limit else None,
+        "next": None if last is None else last.version,
     }
     return Response(to_json(body), headers={"Vary": "Accept"}, media_type=JSON)
 
@@ -102,8 +103,8 @@ async def list_daily_balances(
     listed ended with the balance of the day before it. `next` is the `before` of the next page.
     """
     days = await _ledger(request).daily_balances(user_id, before=page.before, limit=page.limit + 1)
-    shown = days[: page.limit]
+    shown, last = cut_page(days, page.limit)
     return {
         "daily_balances": shown,
-        "next": shown[-1].day if len(days) > page.limit else None,
+        "next": None if last is None else last.day,
     }

@@ -42,6 +42,7 @@ from balance_app.errors import InvalidRequest, MalformedRequest
 from balance_app.http.body import BODY_PROBLEMS, read_json, read_optional_json
 from balance_app.http.conditional import ANY, if_match, matches_none
 from balance_app.http.openapi import headers, json_request, problems, tags_parameter
+from balance_app.http.paging import cut_page
 from balance_app.http.params import ONCE, WhoQuery, name_of
 from balance_app.http.services import services
 
@@ -99,10 +100,10 @@ async def list_accounts(request: Request, page: UsersPageQuery) -> dict[str, Any
         found = [] if named is None or named.user_id <= page.after else [named]
     else:
         found = await accounts.accounts(after=page.after, limit=page.limit + 1)
-    shown = found[: page.limit]
+    shown, last = cut_page(found, page.limit)
     return {
         "users": [account_body(account) for account in shown],
-        "next": shown[-1].user_id if len(found) > page.limit else None,
+        "next": None if last is None else last.user_id,
     }
 
 
@@ -239,10 +240,10 @@ async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) 
 async def list_settings(request: Request, user_id: PathUserId, page: PageQuery) -> dict[str, Any]:
     """List the settings that an account had, and who set them; `settingsVersion` is the cursor."""
     found = await _accounts(request).settings(user_id, after=page.after, limit=page.limit + 1)
-    shown = found[: page.limit]
+    shown, last = cut_page(found, page.limit)
     return {
         "settings": shown,
-        "next": shown[-1].settings_version if len(found) > page.limit else None,
+        "next": None if last is None else last.settings_version,
     }
 
 

@@ -6,6 +6,7 @@ import asyncpg
 from pydantic_core import from_json
 
 from balance_app.db.pool import Connection, Database, read, read_in_order
+from balance_app.http.paging import cut_page
 from balance_app.jobs.api.errors import JobNotFound, RunNotFound
 from balance_app.jobs.api.schemas import HistoryAnswer, LogLineAnswer, RunAnswer, RunLogAnswer
 from balance_app.jobs.run_log import LINES, TRACEBACK
@@ -35,10 +36,10 @@ class History:
             found = await self._database.run(lambda con: read(con, JOB, job))
             if not found:
                 raise JobNotFound(job)
-        shown = rows[:limit]
+        shown, last = cut_page(rows, limit)
         return HistoryAnswer(
             runs=[_run(row) for row in shown],
-            next=shown[-1]["id"] if len(rows) > limit else None,
+            next=None if last is None else last["id"],
         )
 
     async def log(self, run_id: int) -> RunLogAnswer:

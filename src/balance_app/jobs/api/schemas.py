@@ -19,14 +19,8 @@ from pydantic_core import PydanticCustomError
 
 from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel
-from balance_app.http.params import (
-    DECIMAL,
-    Limit,
-    QueryModel,
-    Who,
-    printable,
-    printable_schema,
-)
+from balance_app.http.paging import BeforeId, Limit
+from balance_app.http.params import DECIMAL, QueryModel, Who, printable, printable_schema
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule, ScheduleError
 from balance_app.states import Outcome, Reason, State
@@ -98,11 +92,7 @@ class Page(QueryModel):
         Field(description="only runs with this outcome", examples=["failed"]),
         BeforeValidator(_is_outcome),
     ] = None
-    before: Annotated[
-        int,
-        Field(ge=1, le=MAX_INTEGER, description="the `next` of the previous page"),
-        DECIMAL,
-    ] = MAX_INTEGER
+    before: BeforeId = MAX_INTEGER
     limit: Limit = 100
 
 
