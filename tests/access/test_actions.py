@@ -274,7 +274,7 @@ async def test_whatever_changes_something_says_who_did(database: dict[str, str])
     ("module", "name", "instead", "routes_found"),
     [
         (holds_api, "principal", lambda _: ANONYMOUS, {"/api/holds"}),
-        (jobs_api, "name_of", lambda _, who: who.by, {"/api/cron/"}),
+        (jobs_api, "name_of", lambda _, claimed: claimed, {"/api/cron/"}),
         (account_actions, "principal", lambda _: ANONYMOUS, {"/users", "/change"}),
     ],
 )

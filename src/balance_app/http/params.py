@@ -98,9 +98,9 @@ class Who(QueryModel):
 WhoQuery = Annotated[Who, Query()]
 
 
-def name_of(request: Request, who: Who) -> str:
+def name_of(request: Request, claimed: str) -> str:
     """Return who requests a control: the principal, where there is one, whatever else is said."""
-    return principal(request).name or who.by
+    return principal(request).name or claimed
 
 
 async def _refuse_repeated(request: Request) -> None:

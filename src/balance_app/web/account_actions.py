@@ -30,6 +30,7 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.http.body import parse_json
+from balance_app.http.params import name_of
 from balance_app.http.services import services
 from balance_app.web.accounts import (
     NEEDS,
@@ -298,7 +299,7 @@ async def _freeze(request: Request, user_id: int, form: Form) -> Done:
 
 async def _set(request: Request, user_id: int, patch: Patch, form: Form) -> Done:
     """Change settings; they may have been changed so before, as when a form is sent twice."""
-    accounts, by = services(request)[AccountRepository], principal(request).name or who(form)
+    accounts, by = services(request)[AccountRepository], name_of(request, who(form))
     try:
         await accounts.change_settings(user_id, patch, by)
     except VersionConflict as conflict:

@@ -10,9 +10,9 @@ from pydantic_core import from_json, to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.access.keys import principal
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, Overloaded, Problem
 from balance_app.http.body import parse_json
+from balance_app.http.params import name_of
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
@@ -129,7 +129,7 @@ async def _control(request: Request, name: str, what: str, action: Action) -> Re
     except ValidationError as error:
         place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
         raise InvalidRequest((f"/{place}", "not-printable")) from None
-    fields.by = principal(request).name or fields.by
+    fields.by = name_of(request, fields.by)
     try:
         done = await action(services(request)[Controls], fields)
     except (DatabaseUnavailable, Overloaded, JobNotFound):

@@ -225,7 +225,7 @@ async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) 
         settings_versions=None if tags == ANY else [_settings_version(tag) for tag in tags],
     )
     return _response(
-        await _accounts(request).change_settings(user_id, patch, name_of(request, who))
+        await _accounts(request).change_settings(user_id, patch, name_of(request, who.by))
     )
 
 

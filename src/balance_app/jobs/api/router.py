@@ -165,7 +165,7 @@ async def run_job(request: Request, name: PathName, who: WhoQuery) -> Response:
     replaces declared arguments for this run.
     """
     args = (await read_json(request, RunRequest, key=None)).args if has_body(request) else None
-    return _steered(request, await _controls(request).run(name, name_of(request, who), args))
+    return _steered(request, await _controls(request).run(name, name_of(request, who.by), args))
 
 
 @router.post(
@@ -183,7 +183,7 @@ async def pause_job(request: Request, name: PathName, pause: PauseQuery) -> Resp
     Pausing a paused job changes nothing.
     """
     return _steered(
-        request, await _controls(request).pause(name, name_of(request, pause), pause.reason)
+        request, await _controls(request).pause(name, name_of(request, pause.by), pause.reason)
     )
 
 
@@ -201,7 +201,7 @@ async def resume_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
     Resuming a job that is not paused changes nothing.
     """
-    return _steered(request, await _controls(request).resume(name, name_of(request, who)))
+    return _steered(request, await _controls(request).resume(name, name_of(request, who.by)))
 
 
 @router.post(
@@ -219,7 +219,7 @@ async def cancel_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     If the answer has a `workEndedAt`, the run's work is done: the run still succeeds, and ends now
     instead of after its minimum duration.
     """
-    return _steered(request, await _controls(request).cancel(name, name_of(request, who)))
+    return _steered(request, await _controls(request).cancel(name, name_of(request, who.by)))
 
 
 @router.put(
@@ -241,7 +241,7 @@ async def set_schedule(request: Request, name: PathName, who: WhoQuery) -> Respo
     body = await read_json(request, ScheduleRequest, key=None)
     return _steered(
         request,
-        await _controls(request).set_schedule(name, name_of(request, who), body),
+        await _controls(request).set_schedule(name, name_of(request, who.by), body),
         status=200,
     )
 
@@ -261,7 +261,7 @@ async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Res
     """
     return _steered(
         request,
-        await _controls(request).set_schedule(name, name_of(request, who), None),
+        await _controls(request).set_schedule(name, name_of(request, who.by), None),
         status=200,
     )
 
@@ -279,7 +279,7 @@ async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Respons
 
     Forgetting a forgotten job changes nothing. If code declares it again, it starts fresh.
     """
-    forgotten = await _controls(request).forget(name, name_of(request, who))
+    forgotten = await _controls(request).forget(name, name_of(request, who.by))
     answer = {"name": name, "forgottenAt": forgotten.at, "forgottenBy": forgotten.by}
     return _json(to_json(answer))
 
