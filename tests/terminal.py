@@ -83,6 +83,10 @@ class Screen:
                 assert more, self.shown
                 self.shown += more
 
+    def type(self, text: str) -> None:
+        """Type a text on its keyboard."""
+        os.write(self._leader, text.encode())
+
     async def end(self) -> int:
         """Read to the end; return the exit code."""
         async with asyncio.timeout(PATIENCE_SECONDS):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from datetime import timedelta
 from functools import partial
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Final
@@ -276,6 +277,52 @@ def migrate() -> None:
     except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's
         fail_for_database(error, settings.database_address)
     typer.echo(f"The schema is at {schema.revision}.")
+
+
+@_database()
+def restored(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False) -> None:
+    """Make a database that was restored from a backup safe against all that is older.
+
+    Fences, ids and generations go on far above what can have been given since the backup's moment;
+    leases and logins end. Run it as the owner, before instances start; see docs/backup.md.
+    """
+    import asyncpg
+
+    from balance_app.cli.key_commands import principal, run_as_owner
+    from balance_app.maintenance.batches import count
+    from balance_app.maintenance.restoration import make_safe
+
+    async def work(owner: Settings) -> None:
+        from balance_app.db.migrations import require_schema
+        from balance_app.sessions import open_session
+
+        connection = await open_session(owner.connect_arguments())
+        try:
+            await require_schema(connection)
+            if not yes:
+                typer.confirm(
+                    f"Was {owner.database_address} restored from a backup? Its running jobs will "
+                    "count as lost, and everybody has to log in again",
+                    abort=True,
+                )
+            lease = timedelta(seconds=owner.job_lease_seconds)
+            made = await make_safe(connection, by=principal(), lease=lease)
+        except asyncpg.InsufficientPrivilegeError as error:
+            fail(
+                f"The role of this connection may not do that ({error.args[0]}): it is for the "
+                "owner of the tables (MIGRATE_DATABASE_URL)."
+            )
+        finally:
+            connection.terminate()
+        for job, server in made.runs:
+            typer.echo(f"The run of {job} on {server} is lost.")
+        typer.echo(
+            f"Nothing older can write to it: {count(len(made.runs), 'run')} lost, "
+            f"{count(made.sessions, 'login')} ended, fences and ids raised. Keys that were revoked "
+            "since the backup's moment are valid again: `balance-app keys list`."
+        )
+
+    run_as_owner(work)
 
 
 @_database()

@@ -127,7 +127,7 @@ def create(
     async def work(owner: "Owner") -> None:
         try:
             made = await owner.create_key(
-                name, scopes, by=_by(), expires=expires, deliver=_print_key
+                name, scopes, by=principal(), expires=expires, deliver=_print_key
             )
         except NameTakenError:
             fail(
@@ -173,7 +173,7 @@ def revoke(name: Name) -> None:
 
     async def work(owner: "Owner") -> None:
         try:
-            revoked_at = await owner.revoke_key(name, by=_by())
+            revoked_at = await owner.revoke_key(name, by=principal())
         except NoSuchKeyError as error:
             near = get_close_matches(name, error.names, 1)
             fail(f"There is no key {name}.{f' Did you mean {near[0]}?' if near else ''}")
@@ -191,7 +191,8 @@ def revoke(name: Name) -> None:
 # -- shared ------------------------------------------------------------------------------------
 
 
-def _by() -> str:
+def principal() -> str:
+    """Return who uses the command line, as lists of actions name them."""
     return f"cli:{visible(login_name())}"
 
 
@@ -226,22 +227,36 @@ def _as_json(key: "Known") -> dict[str, object]:
 
 
 def _run(work: "Callable[[Owner], Awaitable[None]]", *, makes_database: bool = False) -> None:
-    """Do something as the database's owner; what it refuses is reported, and ends the program."""
+    """Do something with keys, as the database's owner."""
     from balance_app.access.owner import NotTheOwnerError, Owner  # noqa: PLC0415 - slow to import
-    from balance_app.db.migrations import UnusableDatabaseError  # noqa: PLC0415 - the same
 
     async def connected(settings: Settings) -> None:
-        async with _database(settings, makes=makes_database) as found, Owner(found) as owner:
+        async with Owner(settings) as owner:
             await work(owner)
+
+    try:
+        run_as_owner(connected, makes_database=makes_database)
+    except NotTheOwnerError as error:
+        fail(str(error))
+
+
+def run_as_owner(
+    work: "Callable[[Settings], Awaitable[None]]", *, makes_database: bool = False
+) -> None:
+    """Do something with the settings of the database's owner; report why it can't be used."""
+    from balance_app.access.owner import NotTheOwnerError  # noqa: PLC0415 - slow to import
+    from balance_app.db.migrations import UnusableDatabaseError  # noqa: PLC0415 - the same
+
+    async def with_database(settings: Settings) -> None:
+        async with _database(settings, makes=makes_database) as found:
+            await work(found.as_owner())
 
     settings = load_settings()
     try:
-        asyncio.run(connected(settings))
-    except NotTheOwnerError as error:
-        fail(str(error))
+        asyncio.run(with_database(settings))
     except UnusableDatabaseError as error:
         fail(f"{error} `balance-app migrate` makes it, or updates an older one.")
-    except typer.Exit:
+    except (typer.Exit, NotTheOwnerError):
         raise
     except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's
         fail_for_database(error)

@@ -55,6 +55,7 @@ class Kind(Enum):
     CLOSED = "The database allows no connections."
     SCHEMA = "The schema can't be used."
     SCHEMA_LOST = "Tables of this service are missing in the database, in whole or in part."
+    REPLACED = "The database was replaced by another, as one that was restored from a backup."
     UNEXPECTED = "The database can't be used; the log says why."
 
 

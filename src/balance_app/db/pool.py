@@ -340,7 +340,7 @@ class Database:
             return idle
         self._connecting += 1
         try:
-            connection = await self._open_connection()
+            connection = await self._open_same()
         except asyncio.CancelledError:
             if _is_cancelled():  # the event loop ends
                 raise
@@ -348,6 +348,9 @@ class Database:
         except Exception as error:  # noqa: BLE001 - whatever it is, there is no connection
             cause = classify(error) or Cause(Kind.UNEXPECTED, "no", text=repr(error))
         else:
+            if connection is None:
+                await self._leave_replaced()
+                return None
             self._open.add(connection)
             self._refusal, self._refusals = None, 0
             return connection
@@ -365,6 +368,26 @@ class Database:
             if not connection.is_closed():
                 return connection
         return None
+
+    async def _open_same(self) -> _OwnConnection | None:
+        """Open a connection; None: it leads to another database than those before."""
+        connection = await self._open_connection()
+        try:
+            found = str(await connection.fetchval(INSTALLATION))
+        except BaseException:
+            connection.terminate()
+            raise
+        if self.installation is None or found == self.installation.id:
+            return connection
+        connection.terminate()
+        return None
+
+    async def _leave_replaced(self) -> None:
+        """Leave a database whose address leads to another one now, and begin there as at start."""
+        for connection in self._open:
+            connection.terminate()
+        await self._lent.expire_connections()
+        self._mark_unavailable(Cause(Kind.REPLACED, "no"))
 
     async def _open_connection(self) -> _OwnConnection:
         return await open_session(
@@ -626,6 +649,9 @@ FROM pg_roles, pg_database
 WHERE rolname = session_user AND pg_database.datname = current_database()
 """
 
+
+# Another one after a restore: see `maintenance/restoration.py`.
+INSTALLATION: Final = "SELECT installation FROM balance_app_version"
 
 READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::boolean"
 

@@ -51,6 +51,8 @@ class HeartbeatThread:
         self._stopped = False
         self._answered_at = monotonic()
         self._thread: threading.Thread | None = None
+        # whether the connection may lead to a database that was replaced
+        self._connect_anew = False
         # why the thread could not be started
         self._start_error: str | None = None
         # when the last successful heartbeat was sent (monotonic)
@@ -63,8 +65,10 @@ class HeartbeatThread:
     def start(self, capabilities: Capabilities) -> None:
         """Start to renew; called in the service's event loop, in the main thread.
 
-        If the thread can't be started, `fault` tries again.
+        If the thread can't be started, `fault` tries again. Called again when the tables were
+        replaced, it renews on a new connection.
         """
+        self._connect_anew = True
         self._leases.start()
         self._capabilities = capabilities
         self._service = asyncio.get_running_loop()
@@ -140,8 +144,7 @@ class HeartbeatThread:
                 started = monotonic()
                 pause = self._settings.job_heartbeat_seconds
                 try:
-                    if connection is None or connection.is_closed():
-                        connection = await self._connect()
+                    connection = await self._connected(connection)
                     if self._service_answers() and not await self._renew(connection):
                         pause = RETRY_SECONDS
                     logged = None
@@ -166,6 +169,18 @@ class HeartbeatThread:
             watch.cancel()
             if connection is not None:
                 connection.terminate()
+
+    async def _connected(
+        self, connection: "asyncpg.Connection[asyncpg.Record] | None"
+    ) -> "asyncpg.Connection[asyncpg.Record]":
+        """Return the connection, or a new one when it is closed, or may lead to an old database."""
+        if self._connect_anew:
+            self._connect_anew = False
+            if connection is not None:
+                connection.terminate()
+        if connection is None or connection.is_closed():
+            return await self._connect()
+        return connection
 
     async def _connect(self) -> "asyncpg.Connection[asyncpg.Record]":
         arguments = self._settings.connect_arguments()
