@@ -157,6 +157,8 @@ def serve(
     launched: Annotated[bool, typer.Option(hidden=True, help="by `up`, which has warned")] = False,
 ) -> None:
     """Run one instance of the service; it is configured by the environment (see .env.example)."""
+    if os.getpid() == 1:
+        _leave_process_1()  # before this process is large
     import structlog
 
     from balance_app.access.gate import OpenToNetworkError
@@ -165,12 +167,6 @@ def serve(
     from balance_app.server import serve as run
 
     settings = load_settings()
-    if settings.jobs_enabled and os.getpid() == 1:
-        fail(
-            "As process 1 this instance could not be ended by the kernel when it is frozen, and a "
-            "job might run twice: start the container with an init (`docker run --init`), or "
-            "without jobs (JOBS_ENABLED=false)."
-        )
     _require_database(settings)
     configure_logs(settings)
     warnings = _warnings(settings)
@@ -184,6 +180,19 @@ def serve(
         fail(str(error))
     except OpenToNetworkError as error:
         fail(str(error), code=2)
+
+
+def _leave_process_1() -> None:
+    from balance_app.minimal_init import become_child
+
+    try:
+        become_child()
+    except OSError as error:
+        fail(
+            "As process 1 this instance could not be ended by the kernel when it is frozen, and a "
+            "job might run twice; and a child process, to run in instead, can't be started "
+            f"({error.strerror}): start the container with an init (`docker run --init`)."
+        )
 
 
 @_service()
