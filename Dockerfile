@@ -33,17 +33,17 @@ RUN /opt/build/bin/hatchling build -t wheel \
 
 FROM $PYTHON_IMAGE
 
-ARG VERSION=unreleased
-LABEL org.opencontainers.image.title="balance_app" \
-      org.opencontainers.image.version="$VERSION" \
-      org.opencontainers.image.description="Exact user balances in real time on PostgreSQL" \
-      org.opencontainers.image.licenses="MIT"
-
-RUN useradd --uid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin app
+# The init is Debian's, as the base image is; the archive's signatures are checked by apt.
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends tini \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log \
+ && useradd --uid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin app
 
 COPY --from=builder /opt/venv /opt/venv
 
+# HOME is set for any user, also one that /etc/passwd does not name (`--user 12345`); nothing is written to it.
 ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOST=0.0.0.0 \
@@ -59,5 +59,18 @@ COPY src/balance_app/http/probe.py /opt/probe.py
 HEALTHCHECK --interval=10s --timeout=30s --start-period=60s --retries=3 \
     CMD ["python", "-I", "-S", "/opt/probe.py"]
 
-# For PID 1 the kernel ignores signals without a handler: run it with an init (`--init`).
+# An instance ends itself by a signal, which the kernel drops for process 1. With -s the init also works where
+# the runner brings one of its own, or shares the processes of a pod.
+ENTRYPOINT ["tini", "-s", "--"]
 CMD ["balance-app", "serve"]
+
+# Last: another version or revision builds no layer again.
+ARG VERSION=unreleased
+ARG REVISION=unknown
+ARG SOURCE=unknown
+LABEL org.opencontainers.image.title="balance_app" \
+      org.opencontainers.image.description="Exact user balances in real time on PostgreSQL" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.source="$SOURCE" \
+      org.opencontainers.image.licenses="MIT"

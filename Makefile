@@ -89,7 +89,8 @@ release: $(READY) ## check everything, tag the version of pyproject.toml, build 
 		$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . && \
 		$(MAKE) sbom && \
 		git tag --annotate "v$$version" --message "balance_app $$version" && \
-		echo "Tagged v$$version; the wheel and sbom.json are in dist/. The image: docker build --build-arg VERSION=$$version ."
+		echo "Tagged v$$version; the wheel and sbom.json are in dist/. The image: docker build --build-arg VERSION=$$version \
+			--build-arg REVISION=$$(git rev-parse HEAD) --build-arg SOURCE=URL --tag balance-app:$$version ."
 
 sbom: $(READY) ## list what the image installs, with versions and hashes: dist/sbom.json (CycloneDX)
 	@mkdir -p dist

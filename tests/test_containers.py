@@ -76,6 +76,17 @@ def test_base_images_are_named_by_digest(file: str) -> None:
     }
 
 
+def test_the_image_brings_its_init_and_its_labels() -> None:
+    """It starts by itself in any runner, on any platform, and says what it was built from."""
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert 'ENTRYPOINT ["tini", "-s", "--"]\nCMD ["balance-app", "serve"]' in image
+    assert "init:" not in COMPOSE
+    assert set(re.findall(r"org\.opencontainers\.image\.(\w+)=", image)) == {
+        *("title", "description", "version", "revision", "source", "licenses")
+    }
+    assert not re.search("amd64|x86_64|arm64|aarch64|--platform", image)
+
+
 def test_only_this_machine_reaches_the_instances_without_a_key() -> None:
     """Compose serves without keys, on ports of 127.0.0.1 alone; the image does neither."""
     assert "ALLOW_ANONYMOUS: ${ALLOW_ANONYMOUS:-true}" in COMPOSE
