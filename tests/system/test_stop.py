@@ -92,12 +92,8 @@ async def _wait_until_it_listens_no_more(instance: Instance) -> None:
     async with asyncio.timeout(10):
         while True:
             try:
-                # Just before, the kernel drops what begins a connection.
-                async with asyncio.timeout(0.1):
-                    _, writer = await asyncio.open_connection("127.0.0.1", instance.port)
-                writer.close()
+                _, writer = await asyncio.open_connection("127.0.0.1", instance.port)
             except ConnectionRefusedError:
                 return
-            except TimeoutError:
-                continue
+            writer.close()
             await asyncio.sleep(0.02)
