@@ -12,7 +12,7 @@ from collections.abc import Callable
 from secrets import token_hex
 from types import ModuleType
 
-from balance_app import logs, open_files, server, sessions
+from balance_app import logs, open_files, proxies, server, sessions
 from balance_app.access import gate
 from balance_app.balances import accounts, holds, ledger, repository, state
 from balance_app.balances.accounts import Patch
@@ -264,6 +264,19 @@ def key_of_stream() -> None:
     gate.Gate.is_valid = lambda *_: True  # type: ignore[method-assign]
 
 
+def abrupt_stop() -> None:
+    """Stop at once: reset what waits to be accepted, and close what seems idle."""
+    put(server, "refuse_new", lambda _listener: None)
+    put(server, "ACCEPT_SECONDS", 0)
+    LimitedProtocol._is_new = lambda _self: False  # type: ignore[method-assign]
+    LimitedProtocol._has_input = lambda _self: False  # type: ignore[method-assign]
+
+
+def every_proxy() -> None:
+    """Believe what anybody says who is behind it."""
+    proxies.Proxies.trust = lambda *_: True  # type: ignore[method-assign]
+
+
 def export_page() -> None:
     """Read all entries of an export at once."""
     put(ledger, "EXPORT_PAGE", MAX_INTEGER)
@@ -287,6 +300,8 @@ GUARDS: dict[str, Callable[[], None]] = {
     "page-forms": page_forms,
     "page-scopes": page_scopes,
     "export-page": export_page,
+    "every-proxy": every_proxy,
+    "abrupt-stop": abrupt_stop,
     "key-refresh": key_refresh,
     "key-of-stream": key_of_stream,
 }

@@ -82,11 +82,16 @@ LOCKING = (
 
 
 def create_app(
-    settings: Settings, stopping: asyncio.Event, registry: Registry
+    settings: Settings,
+    stopping: asyncio.Event,
+    registry: Registry,
+    *,
+    closing: asyncio.Event | None = None,
 ) -> RequestMiddleware:
     """Return the application of one instance; its lifespan migrates, connects, and runs jobs.
 
-    `stopping` is set by the server when the instance is to stop.
+    `stopping` is set by the server when the instance is to stop: it is not ready, its runs are
+    released. `closing` is set when it listens no more, by default at once: what is under way ends.
     """
     Problem.root_path = settings.root_path
     metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
@@ -99,7 +104,9 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=partial(_lifespan, settings, stopping, registry, metrics, gate),
+        lifespan=partial(
+            _lifespan, settings, stopping, closing or stopping, registry, metrics, gate
+        ),
     )
     for each in (movements, holds_api, users, statement):
         app.include_router(each.router)
@@ -129,6 +136,7 @@ def create_app(
 async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     settings: Settings,
     stopping: asyncio.Event,
+    closing: asyncio.Event,
     registry: Registry,
     metrics: Metrics,
     gate: Gate,
@@ -164,7 +172,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         HoldRepository(database, guard),
         AccountRepository(database, guard),
         LedgerRepository(database),
-        Exporter(stopping),
+        Exporter(closing),
         *([] if scheduler is None else [scheduler]),
         status_reader,
         broadcaster,
@@ -191,13 +199,12 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         log.info("started", address=url(settings.host, settings.port), version=__version__)
         if scheduler is not None:
             scheduler.start()
-        refusal = asyncio.create_task(
-            _refuse_in_time(database, stopping, settings.stop_seconds / 6)
-        )
+        refusal = asyncio.create_task(_refuse_in_time(database, closing, settings.stop_seconds / 6))
         releasing = asyncio.create_task(_release_runs(scheduler, stopping))
         yield
         refusal.cancel()
         stopping.set()
+        closing.set()
         await releasing
         if scheduler is not None:
             await scheduler.close()
@@ -207,10 +214,9 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         log.info("stopped")
 
 
-async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: float) -> None:
-    """Refuse queued requests soon after the signal, so that time is left to answer all of them."""
-    await stopping.wait()
-    log.info("stopping")
+async def _refuse_in_time(database: Database, closing: asyncio.Event, seconds: float) -> None:
+    """Refuse queued requests soon after no more come, so that time is left to answer all."""
+    await closing.wait()
     await asyncio.sleep(seconds)
     database.refuse_requests()
 
@@ -218,6 +224,7 @@ async def _refuse_in_time(database: Database, stopping: asyncio.Event, seconds: 
 async def _release_runs(scheduler: Scheduler | None, stopping: asyncio.Event) -> None:
     """Release the runs at once after the signal, while requests are still answered."""
     await stopping.wait()
+    log.info("stopping")
     if scheduler is not None:
         await scheduler.stop()
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Generator
 from types import FrameType
 
@@ -21,9 +24,26 @@ from balance_app.http.protocol import LimitedProtocol
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scope import CountedCalls
 from balance_app.main import create_app
+from balance_app.proxies import Proxies
 from balance_app.settings import Settings
 
 BACKLOG = 4096  # in a burst, connections arrive faster than one process accepts them
+ACCEPT_SECONDS = 0.1  # for connections that are being made when the listening socket closes
+
+# A program of the kernel's packet filter that drops each segment with SYN and without ACK: what
+# begins a connection, and nothing of those that have begun. Its operations: load the byte of flags,
+# mask it, jump if it is not SYN alone, drop, pass.
+_NO_SYN = b"".join(
+    struct.pack("HBBI", *operation)
+    for operation in (
+        (0x30, 0, 0, 13),
+        (0x54, 0, 0, 0x12),
+        (0x15, 0, 1, 0x02),
+        (0x06, 0, 0, 0),
+        (0x06, 0, 0, 0xFFFF),
+    )
+)
+_SO_ATTACH_FILTER = 26  # of Linux
 
 
 class ListenError(Exception):
@@ -35,15 +55,54 @@ class ListenError(Exception):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, stopped by signals with exit code 0."""
+    """uvicorn's server, stopped by signals with exit code 0, so that no connection is reset.
 
-    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+    From the first signal on the instance is not ready, and each answer ends its connection. For
+    `drain_seconds` it goes on to listen, and keeps idle connections: until proxies have noticed.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        protocol: type[LimitedProtocol],
+        *,
+        stopping: asyncio.Event,
+        closing: asyncio.Event,
+        drain_seconds: float,
+    ) -> None:
         super().__init__(config)
+        self._protocol = protocol
         self._stopping = stopping
+        self._closing = closing
+        self._drain_seconds = drain_seconds
 
+    @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; a second signal ends the wait for proxies."""
+        if self._drain_seconds and self.started and not self._stopping.is_set():
+            self._stopping.set()
+            self._protocol.end_with_answers(self.server_state.connections)
+            asyncio.get_running_loop().call_later(self._drain_seconds, self._close, sig, frame)
+            return
+        self._close(sig, frame, again=True)
+
+    def _close(self, sig: int, frame: FrameType | None, *, again: bool = False) -> None:
         self._stopping.set()
-        super().handle_exit(sig, frame)
+        self._closing.set()
+        if again or not self.should_exit:
+            super().handle_exit(sig, frame)
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept all connections that clients take for made, then close the listening sockets.
+
+        The kernel resets those that wait to be accepted when their socket closes.
+        """
+        self._protocol.ends_connections = True
+        for each in sockets or ():
+            refuse_new(each)
+        await asyncio.sleep(ACCEPT_SECONDS)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -72,13 +131,14 @@ def serve(settings: Settings, registry: Registry) -> None:
         SystemExit: the start failed; the log has the reason.
     """
     limit = open_files.raise_limit()
-    stopping = asyncio.Event()
-    app = create_app(settings, stopping, registry)
+    stopping, closing = asyncio.Event(), asyncio.Event()
+    app = create_app(settings, stopping, registry, closing=closing)
 
     class Protocol(LimitedProtocol):
         max_connections = open_files.for_clients(settings, limit)
         endings = Endings()
         body_seconds = settings.body_seconds
+        proxies = Proxies(settings.proxy_networks) if settings.proxy_networks else None
 
         @override
         def count_refusal(self, status: int, scope: Scope | None) -> bytes:
@@ -96,13 +156,15 @@ def serve(settings: Settings, registry: Registry) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=False,  # the protocol reads them, of trusted proxies
         headers=[("X-Server-Id", settings.server_id), *ALWAYS],
         backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.stop_seconds,
     )
-    server = _Server(config, stopping)
+    server = _Server(
+        config, Protocol, stopping=stopping, closing=closing, drain_seconds=settings.drain_seconds
+    )
     try:
         server.run(sockets=sockets)
     except SystemExit:
@@ -112,6 +174,18 @@ def serve(settings: Settings, registry: Registry) -> None:
     finally:
         for each in sockets:
             each.close()
+
+
+def refuse_new(listener: socket.socket) -> None:
+    """Let the kernel drop what begins a connection, where it can: the client tries again later.
+
+    Once the socket is closed, it is refused then, which every proxy takes for "not sent".
+    """
+    if sys.platform == "linux":
+        program = ctypes.create_string_buffer(_NO_SYN)
+        described = struct.pack("HP", len(_NO_SYN) // 8, ctypes.addressof(program))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:

@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from balance_app.connection_url import Target, host_name, parse, passwords
+from balance_app.proxies import Network, networks
 from balance_app.sessions import PINNED, SEARCH_PATH
 
 # The first segments of this service's own paths.
@@ -104,21 +105,31 @@ class Settings(BaseSettings):
         description="names that the Host header may have where there are no keys, comma-separated, "
         "beside addresses and localhost; * for any",
     )
+    trusted_proxies: str = Field(
+        "",
+        description="addresses and networks of proxies whose X-Forwarded-For, -Proto and -Host are "
+        "believed, comma-separated",
+    )
     rate_per_key: Annotated[float, Field(gt=0)] | None = Field(
         None, description="requests in a second that each key may send; by default any number"
     )
     streams_per_client: Annotated[int, Field(ge=1)] = Field(
         20,
         description="streams of events of one address (and key) at once, of 1000; behind a proxy "
-        "all clients have its address",
+        "that is not one of TRUSTED_PROXIES all clients have its address",
     )
     keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
         75,
         description="how long a connection may be idle; longer than a proxy keeps it (nginx: 60)",
     )
     body_seconds: Seconds = Field(5.0, description="longest time for a request body to arrive")
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        0.0,
+        description="how long the instance listens after SIGTERM, not ready, until proxies send it "
+        "nothing more; longer than they keep an idle connection to it",
+    )
     stop_seconds: Annotated[int, Field(ge=1, le=60)] = Field(
-        3, description="how long requests under way may take to end after SIGTERM"
+        3, description="how long requests under way may take to end after SIGTERM and DRAIN_SECONDS"
     )
 
     jobs_enabled: bool = Field(
@@ -216,6 +227,12 @@ class Settings(BaseSettings):
             raise ValueError(f"must not begin with a path of this program's own ({prefix})")
         return prefix
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, proxies: str) -> str:
+        networks(proxies)
+        return proxies
+
     @model_validator(mode="after")
     def _lock_wait_ends_first(self) -> Self:
         if self.db_lock_seconds >= self.db_statement_seconds:
@@ -252,12 +269,19 @@ class Settings(BaseSettings):
 
     @cached_property
     def is_loopback(self) -> bool:
-        """Whether only programs on this machine can reach the instance."""
+        """Whether only programs on this machine can reach the instance, and no proxy for others."""
+        if self.proxy_networks:
+            return False
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             return False
         return all(ipaddress.ip_address(each[4][0]).is_loopback for each in found)
+
+    @cached_property
+    def proxy_networks(self) -> tuple[Network, ...]:
+        """The proxies that are believed."""
+        return networks(self.trusted_proxies)
 
     @property
     def database_is_configured(self) -> bool:

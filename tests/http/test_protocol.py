@@ -4,6 +4,7 @@ The real protocol on real sockets, in front of an application that answers when 
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -17,6 +18,7 @@ import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
+from typing_extensions import override
 from uvicorn.server import ServerState
 
 from balance_app.errors import RequestTimeout
@@ -155,6 +157,12 @@ class Server:
         self.port = port
         self.state = state
 
+    def stop(self) -> None:
+        """End all connections, as uvicorn does."""
+        self.kind.ends_connections = True
+        for connection in list(self.state.connections):
+            connection.shutdown()
+
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
         """Connect."""
@@ -173,7 +181,7 @@ async def serving(
 
     class Hasty(kind):  # type: ignore[misc, valid-type]
         endings = Endings()
-        head_seconds = body_seconds = SOON
+        head_seconds = last_head_seconds = body_seconds = SOON
         linger_seconds = 1.0
         write_seconds = stream_seconds = patience
 
@@ -1047,17 +1055,93 @@ async def test_the_protocols_own_answers_are_counted_and_have_an_id() -> None:
 
 @on_its_loop
 async def test_a_stop_closes_idle_connections_and_completes_answers() -> None:
-    """Idle ones and half a head at once; connections with a request get its answer first."""
+    """An idle one is closed at once; connections with a request get its answer first."""
     async with serving() as (application, server):
         application.leave.clear()
-        async with server.client() as idle, server.client() as begun, server.client() as busy:
-            await begun.send(GET[:9])
+        async with server.client() as idle, server.client() as busy:
             await busy.send(post(LENGTH), BODY)
-            for connection in list(server.state.connections):
-                connection.shutdown()
+            await asyncio.sleep(LATER)  # until it is no new connection
+            server.stop()
             assert await idle.rest() == b""
-            assert await begun.rest() == b""
             application.leave.set()
             status, headers, body = await busy.answer()
             assert (status, headers["connection"], body) == (200, "close", BODY)
             assert await busy.rest() == b""
+
+
+class Abrupt(LimitedProtocol):
+    """Takes whoever has no request under way for idle (the control)."""
+
+    @override
+    def _is_new(self) -> bool:
+        return False
+
+    @override
+    def _has_input(self) -> bool:
+        return False
+
+
+async def answer_at_stop(kind: type[LimitedProtocol], before: list[bytes], after: bytes) -> int:
+    """Stop while a request is on its way; return the status of its answer, 0 if it has none."""
+    async with serving(kind=kind) as (_, server), server.client() as client:
+        for request in before:
+            await client.send(request)
+            await client.answer()
+        await asyncio.sleep(0.05)  # until it is accepted
+        os.write(client.writer.get_extra_info("socket").fileno(), after)
+        server.stop()
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            status, headers, _ = await client.answer()
+            assert headers["connection"] == "close"
+            return status
+    return 0
+
+
+@pytest.mark.parametrize("before", [[], [GET]], ids=["new", "used"])
+@on_its_loop
+async def test_a_request_that_arrives_with_the_stop_is_answered(before: list[bytes]) -> None:
+    """A proxy has sent it already, and may not send it again."""
+    assert await answer_at_stop(LimitedProtocol, before, GET) == 200
+
+
+@pytest.mark.parametrize("before", [[], [GET]], ids=["new", "used"])
+@on_its_loop
+async def test_without_the_look_it_is_lost(before: list[bytes]) -> None:
+    """Control: its connection passes for an idle one."""
+    assert await answer_at_stop(Abrupt, before, GET) == 0
+
+
+@on_its_loop
+async def test_half_a_head_is_waited_for_a_moment() -> None:
+    """Then its client is told."""
+    async with serving() as (_, server), server.client() as client, server.client() as other:
+        await client.send(GET[:9])
+        await other.send(GET[:9])
+        await asyncio.sleep(0.05)
+        server.stop()
+        await client.send(GET[9:])
+        assert (await client.answer())[0] == 200
+        assert (await other.answer())[0] == 408
+        assert await other.rest() == b""
+
+
+@on_its_loop
+async def test_while_it_drains_idle_connections_stay() -> None:
+    """The next answer of each is its last one; so is one under way."""
+    async with (
+        serving() as (application, server),
+        server.client() as idle,
+        server.client() as busy,
+    ):
+        await idle.send(GET)
+        assert "connection" not in (await idle.answer())[1]
+        application.leave.clear()
+        await busy.send(post(LENGTH), BODY)
+        server.kind.end_with_answers(server.state.connections)
+        application.leave.set()
+        for client in (busy, idle):
+            if client is idle:
+                await client.send(GET)
+            status, headers, _ = await client.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await client.rest() == b""

@@ -92,8 +92,12 @@ async def _wait_until_it_listens_no_more(instance: Instance) -> None:
     async with asyncio.timeout(10):
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", instance.port)
+                # Just before, the kernel drops what begins a connection.
+                async with asyncio.timeout(0.1):
+                    _, writer = await asyncio.open_connection("127.0.0.1", instance.port)
+                writer.close()
             except ConnectionRefusedError:
                 return
-            writer.close()
+            except TimeoutError:
+                continue
             await asyncio.sleep(0.02)

@@ -52,6 +52,8 @@ _BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ \t]+)")
 
 _HOST: Final = re.compile(r"(?:\[([^][]*)\]|([^][:]*))(?::[0-9]*)?")
 
+_DEFAULT_PORTS: Final = {b"http": b":80", b"https": b":443"}
+
 _AWAY: Final = "The keys could not be read from the database."
 
 
@@ -372,8 +374,15 @@ class Gate:
         if site is not None:
             if site not in {b"same-origin", b"none"}:
                 raise CrossSiteRequest
-        elif origin is not None and origin.partition(b"://")[2] != headers.get(b"host", b""):
+        elif origin is not None and not _is_of(origin, headers.get(b"host", b"")):
             raise CrossSiteRequest
+
+
+def _is_of(origin: bytes, host: bytes) -> bool:
+    """Return whether a page of this origin is one of this host."""
+    scheme, _, named = origin.partition(b"://")
+    # Some proxies name the port that a browser leaves out.
+    return host in {named, named + _DEFAULT_PORTS.get(scheme, b"")}
 
 
 def _token_of(headers: Mapping[bytes, bytes]) -> bytes | None:
@@ -394,6 +403,11 @@ def _token_of(headers: Mapping[bytes, bytes]) -> bytes | None:
 
 def open_to_network(settings: Settings) -> str:
     """Return the sentence about an instance that would serve anybody."""
+    if settings.proxy_networks:
+        return (
+            "By TRUSTED_PROXIES others reach this instance, and there are no keys: make one "
+            "(`balance-app keys create`), or set ALLOW_ANONYMOUS=true if the proxy asks who it is."
+        )
     return (
         f"HOST={settings.host} is open to the network and there are no keys: make one "
         "(`balance-app keys create`), or set HOST=127.0.0.1, or ALLOW_ANONYMOUS=true behind "

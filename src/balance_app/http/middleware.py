@@ -135,6 +135,7 @@ class RequestMiddleware:
                     method=method,
                     path=scope["path"],
                     status=status,
+                    client=_address_of(scope),
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
 
@@ -218,6 +219,11 @@ def _headers_of(scope: Scope) -> dict[bytes, bytes]:
         for name, value in scope["headers"]:
             headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
     return headers
+
+
+def _address_of(scope: Scope) -> str | None:
+    """Return the client's address, as far as proxies that are trusted have said it."""
+    return scope["client"][0] if scope["client"] else None
 
 
 def _idempotency_key(headers: Mapping[bytes, bytes]) -> str | None:

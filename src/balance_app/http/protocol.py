@@ -49,10 +49,12 @@ from balance_app.errors import (
 )
 from balance_app.http.answer_headers import NO_STORE
 from balance_app.http.endings import Ending, Endings
+from balance_app.proxies import Proxies
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_FRAMED_BYTES: Final = 1024 * 1024  # of one request: its body with its framing
 HEAD_SECONDS: Final = 10.0
+LAST_HEAD_SECONDS: Final = 0.5  # when the instance stops: for a head that is on its way
 LINGER_SECONDS: Final = 2.0
 WRITE_SECONDS: Final = 30.0
 STREAM_SECONDS: Final = 10.0
@@ -190,8 +192,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     max_connections: ClassVar[int | None] = None
     endings: ClassVar[Endings]
+    # the instance stops: each answer is the last one of its connection
+    ends_connections: ClassVar[bool] = False
+    proxies: ClassVar[Proxies | None] = None  # those that are believed
     searched_at: ClassVar[float] = 0.0  # for connections that give way
     head_seconds = HEAD_SECONDS
+    last_head_seconds = LAST_HEAD_SECONDS
     headless_seconds = HEADLESS_SECONDS
     write_seconds = WRITE_SECONDS
     stream_seconds = STREAM_SECONDS
@@ -209,6 +215,8 @@ class LimitedProtocol(HttpToolsProtocol):
     # further input is dropped; the client has sent its last byte
     _discards_input = False
     _input_ended = False
+    # what the headers of a proxy say counts
+    _is_of_proxy = False
     # the last host that passed the check on this connection
     _checked_host: bytes | None = None
     # why the parser was stopped
@@ -233,6 +241,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._writes = _JoinedWrites(transport)
         self._set_deadline(self.head_seconds, self._head_timed_out)
+        if self.proxies is not None and self.client is not None:
+            self._is_of_proxy = self.proxies.trust(self.client[0])
         limit = self.max_connections
         if limit is not None and len(self.connections) > limit:
             self._refuse_connection(len(self.connections) - limit)
@@ -351,12 +361,50 @@ class LimitedProtocol(HttpToolsProtocol):
             cast("_Cycle", self.cycle).break_off()
         return True
 
+    @classmethod
+    def end_with_answers(cls, connections: Iterable[object]) -> None:
+        """Make each answer the last one of its connection, unless it has begun already."""
+        cls.ends_connections = True
+        for each in connections:
+            cast("LimitedProtocol", each).end_with_answer()
+
+    def end_with_answer(self) -> None:
+        """Close the connection after the answer under way, if its head can still say so."""
+        if self._is_under_way() and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
     @override
     def shutdown(self) -> None:
+        """Close the connection, after the answer to a request that is under way or arrives now.
+
+        A proxy that has just sent a request takes a closed connection for a failed request.
+        """
         if self._is_under_way():
             self.cycle.keep_alive = False
-        elif not self._discards_input:  # else it is lingering, and closes soon
+        elif self._discards_input:
+            pass  # it is lingering, and closes soon
+        elif self._in_head:
+            self._set_deadline(self.last_head_seconds, self._head_timed_out)
+        elif self._has_input() or self._is_new():
+            self._set_deadline(self.last_head_seconds, self._close)
+        else:
             self.transport.close()
+
+    def _is_new(self) -> bool:
+        """Return whether its first request may be on its way: proxies connect to send one."""
+        since = self._deadline - self.head_seconds
+        return (
+            self._on_deadline == self._head_timed_out
+            and self.loop.time() - since < self.last_head_seconds
+        )
+
+    def _has_input(self) -> bool:
+        """Return whether the kernel has bytes that this process has not read yet."""
+        with suppress(OSError):
+            descriptor = self.transport.get_extra_info("socket").fileno()
+            unread = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
+            return int.from_bytes(unread, sys.byteorder) > 0
+        return False
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -420,6 +468,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self.scope["method"] = method.decode("ascii")
         self.scope["http_version"] = version
         self._read_target()
+        if self._is_of_proxy:
+            self._read_forwarded()
         self.cycle = cycle = _Cycle(
             scope=self.scope,
             transport=self._writes,  # type: ignore[arg-type]
@@ -430,7 +480,12 @@ class LimitedProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and not is_connect and self.parser.should_keep_alive(),
+            keep_alive=(
+                version != "1.0"
+                and not is_connect
+                and not self.ends_connections
+                and self.parser.should_keep_alive()
+            ),
             on_response=self.on_response_complete,
         )
         cycle.on_events = self._watch_events
@@ -489,6 +544,20 @@ class LimitedProtocol(HttpToolsProtocol):
         self.scope["path"] = unquote(path) if "%" in path else path
         self.scope["raw_path"] = raw_path
         self.scope["query_string"] = target.query or b""
+
+    def _read_forwarded(self) -> None:
+        """Take client, scheme and host from what the proxy says of them."""
+        assert self.proxies is not None  # noqa: S101 - whose connection this is
+        client, scheme, host = self.proxies.read(self.headers)
+        if client is not None:
+            self.scope["client"] = client
+        if scheme is not None:
+            self.scope["scheme"] = scheme
+        if host is not None and _HOST.fullmatch(host):
+            self.headers[:] = [
+                *((name, value) for name, value in self.headers if name != b"host"),
+                (b"host", host),
+            ]
 
     def _stop(self, fault: Problem) -> NoReturn:
         self._fault = fault
@@ -580,7 +649,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Count and log an answer of the protocol's own; return its headers."""
         request_id = self.count_refusal(problem.status, scope)
         ids = {} if request_id is None else {"request_id": request_id.decode()}
-        write_log("request refused", reason=problem.detail, client=self.client, **ids)
+        client = self.client if scope is None else scope["client"]
+        write_log("request refused", reason=problem.detail, client=client, **ids)
         return [] if request_id is None else [(b"x-request-id", request_id)]
 
     def _last_answer(self, problem: Problem, write_log: Callable[..., None]) -> bytes:

@@ -90,6 +90,7 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             **os.environ,
             **({} if database is None else database.environment(settings.db_run_role)),
             "HOST": settings.host,
+            "DRAIN_SECONDS": "0",  # all stop together: no other takes the requests
             "SHARED_PORT": str(shared_port),
             "LOG_LEVEL": log_level,
         }

@@ -185,10 +185,9 @@ def _refusal(problem: Problem) -> str:
 def _is_tls(request: Request) -> bool:
     """Say whether the browser came over TLS, which a proxy may have ended.
 
-    Its own header says so, for the page that has the form; the header of a proxy could be sent by
-    anybody.
+    Its own header says so, for the page that has the form; and so does a trusted proxy.
     """
-    return request.headers.get("origin", request.url.scheme).startswith("https")
+    return "https" in {request.scope["scheme"], request.headers.get("origin", "").partition(":")[0]}
 
 
 def _sessions(request: Request) -> list[str]:
