@@ -167,12 +167,104 @@ def test_an_unsupported_url_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("host", "message"), [("db:5433", "DB_PORT=5433"), ("a b", "host"), ("a..b", "host")]
+    ("host", "message"),
+    [
+        ("db:5433", "DB_PORT=5433"),
+        ("a:5433,b:5434", "as many ports in DB_PORT"),
+        ("a,,b", "empty host"),
+        ("a,", "empty host"),
+        ("a b", "host"),
+        ("a..b", "host"),
+    ],
 )
 def test_an_invalid_host_is_refused(
     monkeypatch: pytest.MonkeyPatch, host: str, message: str
 ) -> None:
-    """DB_HOST contains a host and nothing else."""
+    """DB_HOST contains hosts and nothing else."""
     monkeypatch.setenv("DB_HOST", host)
     with pytest.raises(BadSettingsError, match=f"^DB_HOST: .*{message}"):
         load_settings()
+
+
+@pytest.mark.parametrize("port", ["5432,5433", "0,1,2", "1,,2", "5432;5433;5434", "70000"])
+def test_invalid_ports_are_refused(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    """One port, or one for each host."""
+    monkeypatch.setenv("DB_HOST", "a,b,c")
+    monkeypatch.setenv("DB_PORT", port)
+    with pytest.raises(BadSettingsError, match="DB_PORT"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("a", "6", "a port 6"),
+        ("a, b", "6", "a port 6, b port 6"),
+        ("a,b", "6, 7", "a port 6, b port 7"),
+        ("[::1],::2,/run/pg", "5432", "::1 port 5432, ::2 port 5432, /run/pg port 5432"),
+    ],
+)
+def test_several_hosts_are_read(
+    monkeypatch: pytest.MonkeyPatch, host: str, port: str, address: str
+) -> None:
+    """With one port for all, or one for each."""
+    monkeypatch.setenv("DB_HOST", host)
+    monkeypatch.setenv("DB_PORT", port)
+    assert load_settings().database_address == address
+
+
+def test_hosts_of_the_environment_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a URL has none, those of libpq's PGHOST; a single one is left to the driver."""
+    monkeypatch.setenv("PGHOST", "a,b")
+    assert arguments("postgresql:///d")["host"] == ["a", "b"]
+    monkeypatch.setenv("PGHOST", "a")
+    assert arguments("postgresql:///d")["host"] is None
+
+
+URL = "postgresql://h/d"
+TLS_REFUSED: list[tuple[dict[str, str], str]] = [
+    ({"DB_HOST": "h", "DB_SSLMODE": "yes"}, "^DB_SSLMODE: "),
+    (
+        {"DB_HOST": "h", "DB_SSLMODE": "verify-full"},
+        "DB_SSLMODE=verify-full needs .*DB_SSLROOTCERT",
+    ),
+    ({"DB_HOST": "h", "DB_SSLMODE": "require", "DB_SSLROOTCERT": "/no"}, "DB_SSLROOTCERT .*read"),
+    ({"DB_HOST": "h", "DB_SSLMODE": "require", "DB_SSLCERT": "/no"}, "DB_SSLCERT .*read"),
+    ({"DB_HOST": "h", "DB_SSLROOTCERT": __file__}, "DB_SSLROOTCERT.*prefer"),
+    (
+        {"DB_HOST": "h", "DB_SSLMODE": "require", "DB_SSLROOTCERT": __file__},
+        "without a certificate",
+    ),
+    ({"DB_HOST": "h", "DB_SSLMODE": "require", "DB_SSLCERT": __file__}, "DB_SSLCERT.*DB_SSLKEY"),
+    ({"DB_HOST": "h", "DB_SSLKEY": __file__}, "DB_SSLKEY.*no certificate"),
+    ({"DATABASE_URL": URL, "DB_SSLMODE": "verify-full"}, "^DATABASE_URL: .*root certificate"),
+    ({"DATABASE_URL": URL, "DB_SSLKEY": __file__}, "^DATABASE_URL: .*DB_SSLKEY"),
+    (
+        {"DATABASE_URL": f"{URL}?sslmode=disable", "DB_SSLMODE": "require"},
+        "^DATABASE_URL: .*sslmode.*DB_SSLMODE",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), TLS_REFUSED)
+def test_settings_of_tls_that_can_not_be_used_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    """At once: a wrong file, one without effect, and one that contradicts the URL."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettingsError, match=message) as refusal:
+        load_settings()
+    assert "\n" not in str(refusal.value)
+
+
+def test_settings_of_tls_fill_what_a_url_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The URL's own parameters win; the owner's may differ."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://h/d?ssl_min_protocol_version=TLSv1.3")
+    monkeypatch.setenv("MIGRATE_DATABASE_URL", "postgresql://h/d?sslmode=disable")
+    monkeypatch.setenv("DB_SSLMODE", "require")
+    settings = load_settings()
+    dsn = "postgresql://?sslmode=require&ssl_min_protocol_version=TLSv1.3"
+    assert settings.connect_arguments()["dsn"] == dsn
+    assert settings.as_owner().connect_arguments()["dsn"] == "postgresql://?sslmode=disable"

@@ -1,4 +1,4 @@
-"""Strict parsing of DATABASE_URL.
+"""Strict parsing of DATABASE_URL, and of the settings that say the same in parts.
 
 The rules are libpq's, as people try a URL with `psql URL`. Where libpq guesses, this parser refuses
 the URL: a character of the password that also separates parts of the URL must be written as % and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -36,8 +36,10 @@ class Target(NamedTuple):
     connect_seconds: float | None
 
 
-def parse(url: str) -> Target:
+def parse(url: str, tls: Mapping[str, str] | None = None) -> Target:
     """Read `postgresql://user:password@host:port/name?parameters`.
+
+    `tls` holds parameters of TLS for what the URL leaves open.
 
     Raises:
         UrlError: the URL can't be used.
@@ -56,8 +58,56 @@ def parse(url: str) -> Target:
         "target_session_attrs": "any",
     }
     arguments["host"], arguments["port"] = _hosts(hosts)
+    if arguments["host"] is None and "," in (several := os.environ.get("PGHOST", "")):
+        arguments["host"] = [host_name(host) for host in several.split(",")]
     parameters = _parameters(query)
-    return _apply(arguments, parameters)
+    return _apply(arguments, _with_tls(parameters, tls or {}))
+
+
+def from_parts(
+    hosts: str | None, ports: str, tls: Mapping[str, str], **arguments: str | None
+) -> Target:
+    """Make the target that DB_HOST and the other parts of a connection name.
+
+    Raises:
+        UrlError: the parameters of TLS can't be used; the message begins with a setting's name.
+    """
+    _check_use(tls, tls)
+    _check_tls(tls, lambda parameter: f"DB_{parameter.upper()}")
+    found: dict[str, Any] = {**arguments, "target_session_attrs": "any"}
+    found["host"] = None if hosts is None else hosts.split(",")
+    found["port"] = 5432 if hosts is None else [int(port) for port in ports.split(",")]
+    return _apply(found, dict(tls))
+
+
+def tls_parameters(url: str) -> dict[str, str]:
+    """Return the parameters of TLS in a URL that `parse` has read."""
+    parameters = _parameters(_split(url.strip().partition("://")[2])[3])
+    return {key: value for key, value in parameters.items() if key in _TLS}
+
+
+def _with_tls(parameters: dict[str, str], tls: Mapping[str, str]) -> dict[str, str]:
+    """Add parameters of TLS that the URL does not set; a certificate and its key are a pair."""
+    own = parameters.keys()
+    pair = {"sslcert", "sslkey"}
+    both = parameters | {
+        key: value
+        for key, value in tls.items()
+        if key not in own and not (key in pair and pair & own)
+    }
+    _check_use(tls, both)
+    return both
+
+
+def _check_use(tls: Mapping[str, str], parameters: Mapping[str, str]) -> None:
+    """Refuse settings of TLS that would be without effect."""
+    mode = parameters.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer"
+    if "sslrootcert" in tls and mode in {"disable", "allow", "prefer"}:
+        raise UrlError(
+            f"DB_SSLROOTCERT verifies nothing with sslmode {mode}: set DB_SSLMODE=verify-full"
+        )
+    if "sslkey" in tls and "sslcert" not in parameters:
+        raise UrlError("DB_SSLKEY is the key of no certificate: set DB_SSLCERT, too")
 
 
 def passwords(url: str) -> set[str]:
@@ -283,7 +333,7 @@ _HINTS: Final[Mapping[str, str]] = {
 def _apply(arguments: dict[str, Any], parameters: dict[str, str]) -> Target:
     for key, value in parameters.items():
         _check_value(key, value)
-    _check_files(parameters)
+    _check_tls(parameters, str)
     if "host" in parameters:
         arguments["host"] = [host_name(host) for host in parameters["host"].split(",")]
         arguments["port"] = 5432
@@ -320,24 +370,39 @@ def _check_options(text: str) -> None:
             raise UrlError(f"has options that set {ours}, which this service sets itself")
 
 
-def _check_files(parameters: Mapping[str, str]) -> None:
+def _check_tls(parameters: Mapping[str, str], named: Callable[[str], str]) -> None:
     """Load the files that the driver loads with each connection, to refuse wrong ones at start."""
     for key in _FILES:
         if key in parameters and not os.access(parameters[key], os.R_OK):
-            raise UrlError(f"names a file as {key} that can't be read")
-    certificates = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
+            raise UrlError(f"{named(key)} names a file that can't be read")
+    mode, root = parameters.get("sslmode", ""), named("sslrootcert")
     default = Path("~/.postgresql/root.crt").expanduser()
-    mode = parameters.get("sslmode", "")
+    certificates = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
     if mode.startswith("verify") and not (certificates or default.is_file()):
-        raise UrlError(f"sets sslmode={mode}, which needs the file of an sslrootcert")
+        raise UrlError(f"{named('sslmode')}={mode} needs the file of a root certificate ({root})")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if "sslrootcert" in parameters:
             context.load_verify_locations(parameters["sslrootcert"])
-        if "sslcert" in parameters and "sslkey" in parameters:
-            password = parameters.get("sslpassword", "")
-            context.load_cert_chain(
-                parameters["sslcert"], parameters["sslkey"], password=lambda: password
-            )
     except (OSError, ValueError):  # an ssl.SSLError is an OSError
-        raise UrlError("names files for TLS without a certificate, or without its key") from None
+        raise UrlError(f"{root} names a file without a certificate") from None
+    if "sslcert" not in parameters:
+        return
+    password = parameters.get("sslpassword", "")
+    try:
+        context.load_cert_chain(
+            parameters["sslcert"],
+            parameters.get("sslkey") or os.environ.get("PGSSLKEY") or _default_key(),
+            password=lambda: password,
+        )
+    except (OSError, ValueError):
+        raise UrlError(
+            f"{named('sslcert')} and {named('sslkey')} name no certificate with its key "
+            "(or the key needs another password)"
+        ) from None
+
+
+def _default_key() -> Path | None:
+    """Return where the driver looks for a key that is not named; else its certificate's file."""
+    file = Path("~/.postgresql/postgresql.key").expanduser()
+    return file if file.is_file() else None

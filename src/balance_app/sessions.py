@@ -21,10 +21,15 @@ Handling" of the manual. Not pinned, as they change no meaning here or are the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import asyncpg
+
+if TYPE_CHECKING:
+    _Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    _Connection = asyncpg.Connection
 
 PINNED: Final[Mapping[str, str]] = {
     # what a transaction sees and keeps
@@ -78,18 +83,150 @@ WHERE always OR current_setting(name, true) <> value
 """
 
 
+# a host and its port
+Host: TypeAlias = tuple[str, int]
+
+
 class PoolerError(Exception):
     """A pooler between this program and PostgreSQL breaks sessions."""
 
 
-async def open_session(arguments: dict[str, Any]) -> asyncpg.Connection[asyncpg.Record]:
+class StandbyError(Exception):
+    """The server is a standby: it may lack changes that were acknowledged."""
+
+
+class Session(_Connection):
+    """A connection that knows which of several hosts it leads to."""
+
+    __slots__ = ("host", "hosts")
+    # the one of several, and all of them
+    host: Host | None
+    hosts: tuple[Host, ...]
+
+    @property
+    def address(self) -> str:
+        """Host and port, for people."""
+        return shown(self.hosts if self.host is None else [self.host])
+
+    def is_current(self) -> bool:
+        """Return whether no later connection of this program has found another primary."""
+        return _primaries.get(self.hosts, self.host) == self.host
+
+    def is_standby(self) -> bool:
+        """Return whether its server was a standby when it last reported that (no round trip)."""
+        return getattr(self.get_settings(), "in_hot_standby", "off") == "on"
+
+    def is_read_only(self) -> bool:
+        """Return whether it can't be written to by default, as last reported (no round trip)."""
+        return getattr(self.get_settings(), "default_transaction_read_only", "off") == "on"
+
+
+# The host of each list that was the primary when one was last found.
+_primaries: Final[dict[tuple[Host, ...], Host]] = {}
+
+
+async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa: ANN401 - asyncpg's
+    """Connect to the one of several hosts that is a primary; the arguments are `asyncpg.connect`'s.
+
+    The last primary is tried first, and each host has the whole `timeout` (asyncpg's own search
+    shares it among them, so a frozen host hides the next). Of two primaries the one that can be
+    written to counts: another one may be about to become a standby. A single host may be a standby.
+
+    Raises:
+        StandbyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: of
+            several hosts the most telling error, with a note on each.
+    """
+    arguments["connection_class"] = Session
+    hosts = tuple(addresses(arguments))
+    if len(hosts) <= 1:
+        connection: Session = await asyncpg.connect(dsn, **arguments)
+        connection.hosts, connection.host = hosts, None
+        return connection
+    if arguments["target_session_attrs"] == "any":
+        arguments["target_session_attrs"] = "primary"
+    connection = await _find_primary(hosts, dsn, arguments)
+    assert connection.host is not None  # noqa: S101 - of several
+    _primaries[hosts] = connection.host
+    return connection
+
+
+async def _find_primary(
+    hosts: tuple[Host, ...], dsn: str | None, arguments: dict[str, Any]
+) -> Session:
+    errors: list[Exception] = []
+    notes = []
+    # Primaries that can't be written to: one of them, unless the next host is one that can be.
+    read_only: list[Session] = []
+    try:
+        for host in sorted(hosts, key=lambda host: host != _primaries.get(hosts)):
+            try:
+                session = await _connect_to(host, dsn, arguments)
+            except Exception as error:  # noqa: BLE001 - the next host may be the primary
+                errors.append(error)
+                notes.append(f"{shown([host])}: {str(error) or 'no answer in time'}")
+                continue
+            session.hosts, session.host = hosts, host
+            if not session.is_read_only():
+                return session
+            read_only.append(session)
+        if read_only:
+            return read_only.pop(0)
+    finally:
+        for session in read_only:
+            session.terminate()
+    telling = max(errors, key=_telling)
+    for note in notes:
+        telling.add_note(note)
+    raise telling
+
+
+async def _connect_to(host: Host, dsn: str | None, arguments: dict[str, Any]) -> Session:
+    one = arguments | {"host": host[0], "port": host[1]}
+    try:
+        connection: Session = await asyncpg.connect(dsn, **one)
+    except asyncpg.TargetServerAttributeNotMatched as error:
+        if arguments["target_session_attrs"] == "primary":
+            raise StandbyError("is a standby") from error
+        raise
+    return connection
+
+
+def addresses(arguments: Mapping[str, Any]) -> list[Host]:
+    """Return hosts and ports of the arguments of a connection; none: the local sockets."""
+    hosts, ports = arguments["host"] or [], arguments["port"]
+    hosts = hosts if isinstance(hosts, list) else [hosts]
+    ports = ports if isinstance(ports, list) else [ports]
+    return list(zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=True))
+
+
+def shown(hosts: Iterable[Host]) -> str:
+    """Return hosts and ports for people."""
+    return ", ".join(f"{host} port {port}" for host, port in hosts) or "the local sockets"
+
+
+def _telling(error: Exception) -> int:
+    """Rank an error by what it says about the absence of a primary.
+
+    A server that answers may be the primary; one that is a standby is none.
+    """
+    if isinstance(error, TimeoutError):
+        return 0
+    if isinstance(error, OSError) and "SSL" not in str(error):
+        return 1
+    if isinstance(error, StandbyError | asyncpg.TargetServerAttributeNotMatched):
+        return 2
+    return 3 if isinstance(error, asyncpg.CannotConnectNowError) else 4
+
+
+async def open_session(arguments: dict[str, Any]) -> Session:
     """Connect to PostgreSQL with the keyword arguments that `Settings` makes.
 
     Raises:
         PoolerError: the pinned parameters have not reached PostgreSQL.
-        OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: see `outages`.
+        StandbyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: see
+            `connect` and `outages`.
     """
-    connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**arguments)
+    connection = await connect(**arguments)
     try:
         await pin(connection)
     except BaseException:

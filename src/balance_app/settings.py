@@ -5,18 +5,36 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from balance_app.connection_url import Target, host_name, parse, passwords
+from balance_app.connection_url import (
+    LAST_PORT,
+    SSL_MODES,
+    Target,
+    UrlError,
+    from_parts,
+    host_name,
+    parse,
+    passwords,
+    tls_parameters,
+)
 from balance_app.proxies import Network, networks
-from balance_app.sessions import PINNED, SEARCH_PATH
+from balance_app.sessions import PINNED, SEARCH_PATH, addresses, shown
 
 # The first segments of this service's own paths.
 OWN_PATHS: Final = frozenset(
@@ -46,6 +64,20 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
+    # Before the URLs, which are checked together with them.
+    db_sslmode: str | None = Field(
+        None,
+        pattern=f"^({'|'.join(SSL_MODES)})$",
+        description="whether the connection has TLS, and what is verified (libpq's sslmode)",
+    )
+    db_sslrootcert: str | None = Field(
+        None, description="file of the certificates that may sign the database's"
+    )
+    db_sslcert: str | None = Field(
+        None, description="file of the certificate that this service shows to the database"
+    )
+    db_sslkey: str | None = Field(None, description="file of that certificate's key")
+
     database_url: SecretStr | None = Field(
         None, description="postgresql://user:password@host:port/name; wins over the DB_* parts"
     )
@@ -54,8 +86,12 @@ class Settings(BaseSettings):
         description="the same database as its owner, who migrates it and makes keys; by default "
         "as DATABASE_URL or DB_USER",
     )
-    db_host: str | None = Field(None, description="host name, address, or socket directory")
-    db_port: Port = 5432
+    db_host: str | None = Field(
+        None,
+        description="host name, address, or socket directory; of several, comma-separated, the one "
+        "that is the primary",
+    )
+    db_port: str = Field("5432", description="its port; or one for each host, comma-separated")
     db_user: str = "postgres"
     db_password: SecretStr | None = None
     db_name: str = "postgres"
@@ -194,9 +230,16 @@ class Settings(BaseSettings):
 
     @field_validator("database_url", "migrate_database_url")
     @classmethod
-    def _is_postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None:
-            parse(url.get_secret_value())
+    def _is_postgres_url(cls, url: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if url is None:
+            return None
+        tls = _tls(info.data)
+        parse(url.get_secret_value(), tls)
+        # The owner may have another certificate.
+        own = tls_parameters(url.get_secret_value()) if info.field_name == "database_url" else {}
+        for name, value in tls.items():
+            if own.get(name, value) != value:
+                raise ValueError(f"sets {name} otherwise than DB_{name.upper()}: set one of them")
         return url
 
     @field_validator("db_run_password")
@@ -208,14 +251,32 @@ class Settings(BaseSettings):
 
     @field_validator("db_host")
     @classmethod
-    def _is_host(cls, host: str | None) -> str | None:
-        if host is None:
+    def _are_hosts(cls, hosts: str | None) -> str | None:
+        if hosts is None:
             return None
-        address = host.removeprefix("[").removesuffix("]")
-        name, colon, port = address.partition(":")
-        if colon and name and port.isdecimal():
-            raise ValueError(f"names a port: write DB_HOST={name} and DB_PORT={port}")
-        return host_name(address)
+        names = []
+        for each in hosts.split(","):
+            address = each.strip().removeprefix("[").removesuffix("]")
+            name, colon, port = address.partition(":")
+            if colon and name and port.isdecimal():
+                example = f"DB_HOST={name} and DB_PORT={port}"
+                if "," in hosts:
+                    example = "the hosts in DB_HOST, and as many ports in DB_PORT"
+                raise ValueError(f"names a port: write {example}")
+            if not address and "," in hosts:
+                raise ValueError("has an empty host in its list of hosts")
+            names.append(host_name(address))
+        return ",".join(names)
+
+    @field_validator("db_port", mode="before")
+    @classmethod
+    def _are_ports(cls, ports: object) -> str:
+        found = [each.strip() for each in str(ports).split(",")]
+        if not all(
+            re.fullmatch("[0-9]{1,5}", each) and 1 <= int(each) <= LAST_PORT for each in found
+        ):
+            raise ValueError("must be a number from 1 to 65535, or one for each host of DB_HOST")
+        return ",".join(found)
 
     @field_validator("root_path")
     @classmethod
@@ -232,6 +293,19 @@ class Settings(BaseSettings):
     def _are_networks(cls, proxies: str) -> str:
         networks(proxies)
         return proxies
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.database_url is not None or self.db_host is None:
+            return self
+        hosts, ports = self.db_host.count(",") + 1, self.db_port.count(",") + 1
+        if ports not in {1, hosts}:
+            raise ValueError(f"DB_PORT has {ports} ports, and DB_HOST {hosts} hosts")
+        try:
+            self._target  # noqa: B018 - reads the files of TLS
+        except UrlError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _lock_wait_ends_first(self) -> Self:
@@ -320,14 +394,7 @@ class Settings(BaseSettings):
     @property
     def database_address(self) -> str:
         """Where the database is: hosts and ports, for people."""
-        hosts, ports = self._target.arguments["host"], self._target.arguments["port"]
-        if hosts is None:
-            return "the local sockets"
-        hosts = hosts if isinstance(hosts, list) else [hosts]
-        ports = ports if isinstance(ports, list) else [ports]
-        if len(ports) < len(hosts):
-            ports = ports * len(hosts)
-        return ", ".join(f"{host} port {port}" for host, port in zip(hosts, ports, strict=True))
+        return shown(addresses(self._target.arguments))
 
     def statement_arguments(self) -> dict[str, Any]:
         """Return `connect_arguments` for connections whose statements are short.
@@ -382,18 +449,23 @@ class Settings(BaseSettings):
 
     @cached_property
     def _target(self) -> Target:
+        tls = _tls(dict(self))
         if self.database_url is not None:
-            return parse(self.database_url.get_secret_value())
-        password = self.db_password.get_secret_value() if self.db_password else None
-        arguments = {
-            "host": self.db_host,
-            "port": self.db_port,
-            "user": self.db_user,
-            "password": password,
-            "database": self.db_name,
-            "target_session_attrs": "any",
-        }
-        return Target(arguments, {}, None)
+            return parse(self.database_url.get_secret_value(), tls)
+        return from_parts(
+            self.db_host,
+            self.db_port,
+            tls,
+            user=self.db_user,
+            password=self.db_password.get_secret_value() if self.db_password else None,
+            database=self.db_name,
+        )
+
+
+def _tls(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parameters of TLS that settings have, by libpq's names."""
+    names = ("sslmode", "sslrootcert", "sslcert", "sslkey")
+    return {name: value for name in names if (value := settings.get(f"db_{name}")) is not None}
 
 
 class BadSettingsError(Exception):

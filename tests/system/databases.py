@@ -1,6 +1,7 @@
 """PostgreSQL servers that a test may kill, stop and freeze."""
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -10,7 +11,7 @@ from time import monotonic
 import asyncpg
 import psutil
 
-from balance_app.local.postgres import EmbeddedPostgres
+from balance_app.local.postgres import SUPERUSER, EmbeddedPostgres, binaries
 from tests.processes import connect
 
 WAITERS = """
@@ -89,3 +90,52 @@ def _signal(
         with suppress(psutil.NoSuchProcess):
             how(backend)
     return backends
+
+
+@asynccontextmanager
+async def standby_of(primary: EmbeddedPostgres, **options: str) -> AsyncIterator[EmbeddedPostgres]:
+    """Run a streaming standby of a server for one test; its `application_name` is `standby`."""
+    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
+        Path(top).chmod(0o711)
+        data = Path(top) / "data"
+        await _copy(primary, data)
+        server = EmbeddedPostgres(data, options=options)
+        await server.start()
+        try:
+            yield server
+        finally:
+            if server.process.returncode is None:
+                await thaw(server)
+            await server.stop()
+
+
+async def _copy(primary: EmbeddedPostgres, data: Path) -> None:
+    """Make a base backup that starts as a standby."""
+    owner = primary.data.stat()
+    data.mkdir(mode=0o700)
+    os.chown(data, owner.st_uid, owner.st_gid)
+    source = f"host={primary.socket_directory} user={SUPERUSER} application_name=standby"
+    process = await asyncio.create_subprocess_exec(
+        *(binaries() / "pg_basebackup", "--pgdata", data, "--dbname", source),
+        *("--write-recovery-conf", "--checkpoint=fast"),
+        cwd=data.parent,
+        user=owner.st_uid,
+        group=owner.st_gid,
+    )
+    assert await process.wait() == 0
+    (data / ".s.PGSQL.5432.lock").unlink(missing_ok=True)  # it was copied, too
+
+
+async def promote(server: EmbeddedPostgres) -> None:
+    """Make a standby the primary."""
+    connection = await connect(server.environment())
+    try:
+        assert await connection.fetchval("SELECT pg_promote()")
+    finally:
+        await connection.close()
+
+
+def hosts(*servers: EmbeddedPostgres) -> dict[str, str]:
+    """Return the DB_* variables that name several servers."""
+    directories = (str(server.socket_directory) for server in servers)
+    return {**servers[0].environment(), "DB_HOST": ",".join(directories)}

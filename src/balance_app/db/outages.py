@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from balance_app.errors import Applied
-from balance_app.sessions import PoolerError
+from balance_app.sessions import PoolerError, StandbyError
 
 
 class Kind(Enum):
@@ -32,7 +32,7 @@ class Kind(Enum):
     TLS = "The database can't be reached: no secure connection (TLS) can be made."
     STARTING = "The database is starting or shutting down."
     ENDED = "The database ended the session."
-    STANDBY = "The database is a standby: it may lack changes that were acknowledged."
+    STANDBY = "No primary of the database is found, only a standby, which may lack changes."
     NO_FITTING_HOST = "No host of the database meets target_session_attrs."
     READ_ONLY = "The database is read-only at present: balances can be read, but not changed."
     FULL = "The database accepts no more connections: a limit is reached."
@@ -132,6 +132,8 @@ def is_fatal(error: BaseException) -> bool:
 def classify(error: BaseException) -> Cause | None:
     """Return the cause of an error; None: the statement itself is at fault."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if notes := getattr(error, "__notes__", None):  # one for each of several hosts
+        text = "; ".join(notes)
     if isinstance(error, asyncpg.PostgresError):
         return _from_server(error, error.sqlstate or "", text)
     kind = _from_driver(error, text)
@@ -147,6 +149,7 @@ def _from_driver(error: BaseException, text: str) -> Kind | None:
 # The first match counts: some exceptions are instances of several of these types.
 _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (PoolerError, Kind.POOLER),
+    (StandbyError, Kind.STANDBY),
     (asyncpg.ClientConfigurationError, Kind.SETTINGS),
     (gaierror, Kind.UNKNOWN_HOST),
     (ssl.SSLError, Kind.TLS),

@@ -35,13 +35,12 @@ from balance_app.db.outages import (
 from balance_app.db.wait_queue import Lane, WaitQueue
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.metrics import Metrics
-from balance_app.sessions import open_session, pin, reset
+from balance_app.sessions import Session, StandbyError, connect, open_session, pin, reset
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
-_OwnConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Result = TypeVar("Result")
 
 ROLLBACK_SECONDS: Final = 0.3
@@ -66,18 +65,23 @@ class Database:
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self.settings = settings
         # open connections for requests that no worker uses
-        self._idle: list[_OwnConnection] = []
+        self._idle: list[Session] = []
         # all open connections for requests, and how many workers run an operation
-        self._open: set[_OwnConnection] = set()
+        self._open: set[Session] = set()
         self._busy = 0
         self._lent: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             **settings.job_arguments(),
             min_size=0,
             max_size=settings.job_connections,
             max_inactive_connection_lifetime=60,
+            connect=self._connect_lent,
             init=pin,
             reset=reset,
         )
+        # open connections of that pool
+        self._lent_open: set[Session] = set()
+        # of the primary that was found last
+        self._address: str | None = None
         self._queue: WaitQueue[_Operation] = WaitQueue()
         self._workers: set[asyncio.Task[None] | None] = set()
         # why the database can't be used; None when it can
@@ -99,7 +103,7 @@ class Database:
         # how many workers connect at this moment
         self._connecting = 0
         # connections to close at their release
-        self._expired: set[_OwnConnection] = set()
+        self._expired: set[Session] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._writable: asyncio.Task[None] | None = None
         self._schema_check: asyncio.Task[None] | None = None
@@ -184,6 +188,11 @@ class Database:
             raise
         finally:
             await self._lent.release(connection)
+
+    async def _connect_lent(self, dsn: str | None = None, **arguments: Any) -> Session:  # noqa: ANN401
+        connection = await connect(dsn, **arguments)
+        self._lent_open = {each for each in self._lent_open if not each.is_closed()} | {connection}
+        return connection
 
     async def _acquire_lent(self) -> PoolConnectionProxy[asyncpg.Record]:
         tries = 0
@@ -280,7 +289,7 @@ class Database:
 
         The next operation's statement is sent before the caller of the last one resumes.
         """
-        connection: _OwnConnection | None = None
+        connection: Session | None = None
         try:
             while self._queue.ready:
                 if connection is None or connection.is_closed():
@@ -301,14 +310,14 @@ class Database:
             if connection is not None:
                 self._release(connection)
 
-    def _release(self, connection: _OwnConnection) -> None:
+    def _release(self, connection: Session) -> None:
         if connection in self._expired:
             self._expired.discard(connection)
             connection.terminate()
         elif not connection.is_closed():
             self._idle.append(connection)
 
-    async def _serve(self, operation: _Operation, connection: _OwnConnection) -> None:
+    async def _serve(self, operation: _Operation, connection: Session) -> None:
         """Execute a queued operation."""
         execute, answer, since, priority = operation
         if answer.done():  # the caller is gone
@@ -334,7 +343,7 @@ class Database:
             if not answer.done():
                 answer.set_exception(error)
 
-    async def _connection(self) -> _OwnConnection | None:
+    async def _connection(self) -> Session | None:
         """Return an idle connection, or a new one; None when none can be made now."""
         if (idle := self._take_idle()) is not None:
             return idle
@@ -362,14 +371,14 @@ class Database:
     def _forget_closed(self) -> None:
         self._open = {connection for connection in self._open if not connection.is_closed()}
 
-    def _take_idle(self) -> _OwnConnection | None:
+    def _take_idle(self) -> Session | None:
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed():
                 return connection
         return None
 
-    async def _open_same(self) -> _OwnConnection | None:
+    async def _open_same(self) -> Session | None:
         """Open a connection; None: it leads to another database than those before."""
         connection = await self._open_connection()
         try:
@@ -389,13 +398,37 @@ class Database:
         await self._lent.expire_connections()
         self._mark_unavailable(Cause(Kind.REPLACED, "no"))
 
-    async def _open_connection(self) -> _OwnConnection:
-        return await open_session(
+    async def _open_connection(self) -> Session:
+        """Return a new connection to the primary.
+
+        Raises:
+            StandbyError: the only host is a standby.
+            what `open_session` raises.
+        """
+        connection = await open_session(
             {
                 **self.settings.statement_arguments(),
                 "command_timeout": self.settings.db_statement_seconds,
             }
         )
+        if connection.is_standby():
+            connection.terminate()
+            raise StandbyError("is a standby")
+        if connection.address != self._address:
+            self._leave_other_hosts(connection.address)
+        return connection
+
+    def _leave_other_hosts(self, address: str) -> None:
+        """Close the connections to a former primary.
+
+        One that is frozen or cut off closes none itself; what it still commits may be lost.
+        """
+        if self._address is not None:
+            log.warning("another host is the primary", address=address, was=self._address)
+            for connection in self._open | self._lent_open:
+                if connection.address != address:
+                    connection.terminate()
+        self._address = address
 
     # -- unavailable, and available again -----------------------------------------------------
 
@@ -410,7 +443,7 @@ class Database:
         self._refusal = cause
         self._log_cause("no further connection", cause)
 
-    def _handle_failure(self, error: Exception, connection: _OwnConnection) -> None:
+    def _handle_failure(self, error: Exception, connection: Session) -> None:
         """Act on the error of an operation: for its connection, and for the database."""
         cause = None
         if isinstance(error, DatabaseUnavailable) and error.__cause__ is not None:
@@ -476,9 +509,7 @@ class Database:
         while True:
             try:
                 connection = await self._migrate_and_connect()
-                if connection is not None:
-                    break
-                cause = Cause(Kind.STANDBY, "no")
+                break
             except Exception as error:
                 cause = _start_failure(error)
                 # At start the error ends the instance; later an operator may remove the cause.
@@ -498,7 +529,8 @@ class Database:
             tries += 1
         while (idle := self._take_idle()) is not None:
             idle.terminate()
-        self._open = {connection}
+        self._forget_closed()
+        self._open.add(connection)
         self._idle = [connection]
         self._outage = self._refusal = None
         self._refusals, self._connect_at = 0, 0.0
@@ -506,18 +538,14 @@ class Database:
         if self._serving:
             log.info("database available", after_seconds=round(monotonic() - started, 1))
 
-    async def _migrate_and_connect(self) -> _OwnConnection | None:
-        """Migrate, and return a connection; None: the server is a standby."""
+    async def _migrate_and_connect(self) -> Session:
+        """Migrate, and return a connection."""
         if self.settings.migrate_database_url is not None:
             await migrate(self.settings.as_owner(), self._report_migration)
         schema = await migrate(self.settings, self._report_migration)
         connection = await self._open_connection()
         try:
-            row = await connection.fetchrow(SERVER)
-            if row is None or row["in_recovery"]:
-                connection.terminate()
-                return None
-            self._check_server(row)
+            self._check_server(await _server(connection))
         except BaseException:
             connection.terminate()
             raise
@@ -568,7 +596,7 @@ class Database:
         while True:
             await asyncio.sleep(_pause_seconds(Kind.READ_ONLY, tries))
             tries += 1
-            with suppress(Exception):  # the workers handle any other failure
+            try:
                 connection = await self._open_connection()
                 try:
                     if await connection.fetchval(READ_ONLY):
@@ -576,12 +604,30 @@ class Database:
                 finally:
                     connection.terminate()
                 break
+            except StandbyError as error:  # the primary was demoted: what it reads may be old
+                self._read_only = None
+                self._mark_unavailable(Cause(Kind.STANDBY, "no", text=str(error)))
+                return
+            except Exception:  # noqa: BLE001, S110 - the workers handle any other failure
+                pass
         log.info("database writable")
         self._read_only = None
         await self._lent.expire_connections()
         self._expired = {each for each in self._open if not each.is_closed()}
         while (idle := self._take_idle()) is not None:
             self._release(idle)
+
+
+async def _server(connection: Session) -> asyncpg.Record:
+    """Read what there is to check of the server.
+
+    Raises:
+        StandbyError: it is a standby (a pooler may not pass on what `is_standby` reads).
+    """
+    row = await connection.fetchrow(SERVER)
+    if row is None or row["in_recovery"]:
+        raise StandbyError("is a standby")
+    return row
 
 
 def _start_failure(error: Exception) -> Cause:

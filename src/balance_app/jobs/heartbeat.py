@@ -23,7 +23,7 @@ from balance_app.jobs.leases import LEAVE, HeldLeases, Lease, Renewal, renew_lea
 from balance_app.jobs.repository import Me
 from balance_app.jobs.run_log import WRITE_LOGS, log_arguments
 from balance_app.metrics import Metrics
-from balance_app.sessions import open_session
+from balance_app.sessions import Session, open_session
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -137,7 +137,7 @@ class HeartbeatThread:
         self._loop = asyncio.get_running_loop()
         self._soon = asyncio.Event()
         watch = asyncio.create_task(self._stop_before_expiry())
-        connection: asyncpg.Connection[asyncpg.Record] | None = None
+        connection: Session | None = None
         logged: Kind | str | None = None
         try:
             while not self._stopped:
@@ -170,19 +170,16 @@ class HeartbeatThread:
             if connection is not None:
                 connection.terminate()
 
-    async def _connected(
-        self, connection: "asyncpg.Connection[asyncpg.Record] | None"
-    ) -> "asyncpg.Connection[asyncpg.Record]":
+    async def _connected(self, connection: Session | None) -> Session:
         """Return the connection, or a new one when it is closed, or may lead to an old database."""
-        if self._connect_anew:
-            self._connect_anew = False
-            if connection is not None:
-                connection.terminate()
+        anew, self._connect_anew = self._connect_anew, False
+        if connection is not None and (anew or not connection.is_current()):
+            connection.terminate()
         if connection is None or connection.is_closed():
             return await self._connect()
         return connection
 
-    async def _connect(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def _connect(self) -> Session:
         arguments = self._settings.connect_arguments()
         arguments["timeout"] = min(arguments["timeout"], self._lease_seconds / 6)
         return await open_session(arguments)
