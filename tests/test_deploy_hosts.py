@@ -20,9 +20,10 @@ ROOT: Final = Path(__file__).parents[1]
 DEPLOY: Final = ROOT / "deploy"
 DOCKERFILE: Final = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 EXAMPLE: Final = (ROOT / ".env.example").read_text(encoding="utf-8")
+PRODUCTION: Final = (ROOT / "docs" / "production.md").read_text(encoding="utf-8")
 UNIT: Final = DEPLOY / "balance-app@.service"
 # the oldest that kubernetes.yaml is for, and the newest whose schemas are installed
-VERSIONS: Final = ("1.30", kubernetes_validate.latest_version())
+VERSIONS: Final = ("1.27", kubernetes_validate.latest_version())
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -99,8 +100,10 @@ def test_all_settings_exist_and_differ_from_their_defaults() -> None:
     values = {**BY_KIND["ConfigMap"]["data"], **BY_KIND["Secret"]["stringData"]}
     own = dict(re.findall(r"([A-Z_]+)=(\S+)", of_unit("Environment")))
     in_pods = [each["name"] for each in CONTAINER["env"]]
+    documented = re.findall(r"^([A-Z_]+)=", PRODUCTION, re.MULTILINE)
     known = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
-    assert {*values, *own, *in_pods} <= known
+    assert {"DB_HOST", "HOST"} <= set(documented)
+    assert {*values, *own, *in_pods, *documented} <= known
     settings = load_settings(**{name.lower(): value for name, value in values.items()})
     for name in values:
         assert getattr(settings, name.lower()) != Settings.model_fields[name.lower()].default, name
@@ -162,10 +165,17 @@ def test_the_pods_keep_to_the_restricted_profile(pod: dict[str, Any]) -> None:
 
 def test_there_is_time_to_stop() -> None:
     """Requests under way end, and jobs are handed back, before anybody sends SIGKILL."""
-    needed = Settings.model_fields["stop_seconds"].default + 5
-    pause = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert POD["spec"]["terminationGracePeriodSeconds"] >= pause + needed
-    assert int(of_unit("TimeoutStopSec")) >= needed
+    stop = Settings.model_fields["stop_seconds"].default
+    drain = {
+        "terminationGracePeriodSeconds": int(BY_KIND["ConfigMap"]["data"]["DRAIN_SECONDS"]),
+        "TimeoutStopSec": int(re.findall(r"^DRAIN_SECONDS=(\d+)$", PRODUCTION, re.MULTILINE)[0]),
+    }
+    limits = {
+        "terminationGracePeriodSeconds": POD["spec"]["terminationGracePeriodSeconds"],
+        "TimeoutStopSec": int(of_unit("TimeoutStopSec")),
+    }
+    for name, limit in limits.items():
+        assert limit >= drain[name] + stop + 5, name
     assert of_unit("KillMode") == "mixed"
 
 
