@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+import certifi
 import kubernetes_validate
 import pytest
 import yaml
@@ -104,6 +105,9 @@ def test_all_settings_exist_and_differ_from_their_defaults() -> None:
     known = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
     assert {"DB_HOST", "HOST"} <= set(documented)
     assert {*values, *own, *in_pods, *documented} <= known
+    (volume,) = CONTAINER["volumeMounts"]
+    assert Path(values["DB_SSLROOTCERT"]).parent == Path(volume["mountPath"])
+    values["DB_SSLROOTCERT"] = certifi.where()  # it is read
     settings = load_settings(**{name.lower(): value for name, value in values.items()})
     for name in values:
         assert getattr(settings, name.lower()) != Settings.model_fields[name.lower()].default, name
@@ -119,7 +123,8 @@ def test_instances_do_not_have_the_owners_password() -> None:
     assert BY_KIND["ConfigMap"]["data"]["DB_USER"] == Settings.model_fields["db_run_role"].default
     secrets = [each["secretRef"]["name"] for each in CONTAINER["envFrom"] if "secretRef" in each]
     assert secrets == [BY_KIND["Secret"]["metadata"]["name"]]
-    assert MIGRATING["envFrom"] == [{"secretRef": {"name": "balance-app-owner"}}]
+    settings = {"configMapRef": {"name": BY_KIND["ConfigMap"]["metadata"]["name"]}}
+    assert MIGRATING["envFrom"] == [settings, {"secretRef": {"name": "balance-app-owner"}}]
     assert "balance-app-owner" not in secrets
 
 
@@ -153,7 +158,8 @@ def test_the_pods_keep_to_the_restricted_profile(pod: dict[str, Any]) -> None:
         "runAsGroup": user,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    assert not {"hostNetwork", "hostPID", "hostIPC", "volumes"} & set(spec)
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+    assert [set(volume) for volume in spec["volumes"]] == [{"name", "configMap"}]
     assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
     for container in spec["containers"]:
         assert container["securityContext"] == {
