@@ -268,3 +268,16 @@ def test_settings_of_tls_fill_what_a_url_leaves_open(monkeypatch: pytest.MonkeyP
     dsn = "postgresql://?sslmode=require&ssl_min_protocol_version=TLSv1.3"
     assert settings.connect_arguments()["dsn"] == dsn
     assert settings.as_owner().connect_arguments()["dsn"] == "postgresql://?sslmode=disable"
+
+
+def test_a_user_without_a_home_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers and systemd have users that no file names: nothing of theirs is there."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert load_settings(db_host="h").database_address == "h port 5432"
+    with pytest.raises(BadSettingsError, match="root certificate"):
+        load_settings(db_host="h", db_sslmode="verify-full")

@@ -376,9 +376,8 @@ def _check_tls(parameters: Mapping[str, str], named: Callable[[str], str]) -> No
         if key in parameters and not os.access(parameters[key], os.R_OK):
             raise UrlError(f"{named(key)} names a file that can't be read")
     mode, root = parameters.get("sslmode", ""), named("sslrootcert")
-    default = Path("~/.postgresql/root.crt").expanduser()
     certificates = parameters.get("sslrootcert") or os.environ.get("PGSSLROOTCERT")
-    if mode.startswith("verify") and not (certificates or default.is_file()):
+    if mode.startswith("verify") and not (certificates or _default_file("root.crt").is_file()):
         raise UrlError(f"{named('sslmode')}={mode} needs the file of a root certificate ({root})")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
@@ -404,5 +403,10 @@ def _check_tls(parameters: Mapping[str, str], named: Callable[[str], str]) -> No
 
 def _default_key() -> Path | None:
     """Return where the driver looks for a key that is not named; else its certificate's file."""
-    file = Path("~/.postgresql/postgresql.key").expanduser()
+    file = _default_file("postgresql.key")
     return file if file.is_file() else None
+
+
+def _default_file(name: str) -> Path:
+    """Return where libpq looks for a file; below no directory, if this user has no home."""
+    return Path(os.path.expanduser(f"~/.postgresql/{name}"))  # noqa: PTH111 - Path's raises
