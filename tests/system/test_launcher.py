@@ -158,6 +158,96 @@ async def test_what_is_open_to_the_network_without_keys_does_not_start(tmp_path:
             assert (await client.get("/api/users/1")).status_code == 401
 
 
+A_JOB = """
+import asyncio
+from datetime import timedelta
+from balance_app.jobs import Run, job
+
+@job(name="linger", every=timedelta(seconds=1), min_duration=timedelta(0))
+async def linger(run: Run) -> None:
+    "Last longer than the test."
+    print("printed by version {version}")
+    await asyncio.sleep(600)
+"""
+
+
+async def test_a_save_restarts_the_instances_one_after_another(tmp_path: Path) -> None:
+    """Jobs are released and taken over, requests are answered; wrong code changes nothing."""
+    module = tmp_path / "lib" / "shop_jobs.py"
+    module.parent.mkdir()
+    module.write_text(A_JOB.format(version=1))
+    env = {"PYTHONPATH": str(module.parent), "JOBS_MODULES": "shop_jobs", "JOBS_ENTRY_POINTS": "0"}
+    async with _up(tmp_path, "--reload", **env) as launched:
+        pids = {name: await launched.ready(name) for name in ("app1", "app2")}
+        await launched.wait_for_output("printed by version 1")
+        answers: list[int] = []
+        asking = asyncio.create_task(launched.ask(answers))
+
+        module.write_text(A_JOB.format(version=2))
+        await launched.wait_for_output(r"lib/shop_jobs\.py changed\.")
+        for name, pid in pids.items():
+            pids[name] = await launched.ready(name, but_not=pid)
+        await launched.wait_for_output("printed by version 2")
+        assert {run["outcome"] for run in await launched.history("linger")} == {"released", None}
+
+        module.write_text(A_JOB.format(version=3).replace("def ", "def: "))
+        await launched.wait_for_output(r"shop_jobs can't be imported: SyntaxError: .*line 7")
+        await launched.wait_for_output("The instances go on as they were, until the next save.")
+        assert {psutil.Process(pid).status() for pid in pids.values()} <= {"sleeping", "running"}
+
+        module.write_text(A_JOB.format(version=4))
+        for name, pid in pids.items():
+            await launched.ready(name, but_not=pid)
+        await launched.wait_for_output("printed by version 4")
+        assert not asking.done()
+        asking.cancel()
+        assert set(answers) == {200}
+        assert await launched.end(signal.SIGTERM) < STOP_SECONDS
+        assert launched.process.returncode == 0
+    report_figures(f"{len(answers)} requests were answered meanwhile")
+
+
+async def test_the_log_of_each_instance_is_kept(tmp_path: Path) -> None:
+    """In a file that only its owner can read, with more than the console; also when `up` ended."""
+    logs = tmp_path / "its logs"
+    async with _up(tmp_path, f"--log-dir={logs}") as launched:
+        pids = {name: await launched.ready(name) for name in ("app1", "app2")}
+        assert {path.name for path in logs.iterdir()} == {"app1.log", "app2.log"}
+        assert {path.stat().st_mode & 0o777 for path in logs.iterdir()} == {0o600}
+        code, output = await _run(tmp_path, "logs", "app2")
+        assert code == 0
+        assert '"event": "started"' in output
+        assert '"server": "app1"' not in output
+        psutil.Process(pids["app1"]).kill()
+        await launched.ready("app1", but_not=pids["app1"])
+        shown = await launched.wait_for_output("app1 was ended by SIGKILL")
+        assert '"event": "started"' not in shown.string
+    code, output = await _run(tmp_path, "logs", "app1", "--lines=1000")
+    assert code == 0
+    assert output.count('"event": "started"') == 2
+    assert output.index('"started"') < output.index("app1 was ended by SIGKILL; restart in")
+    assert '"event": "stopped"' in output
+    assert await _run(tmp_path, "logs", "app3") == (
+        1,
+        f"There is no log of app3 in {logs}; there are app1, app2.\n",
+    )
+
+
+async def test_where_no_log_can_be_kept(tmp_path: Path) -> None:
+    """A directory that was named is needed; the default one is not."""
+    (tmp_path / "logs").touch()
+    async with _up(tmp_path) as launched:
+        await launched.wait_for_output(f"logs can't be kept: {tmp_path}/logs: File exists")
+        await launched.ready("app1")
+    port = str(free_ports(2, below=32_000))
+    code, output = await _run(
+        tmp_path, "up", "--instances=1", f"--port={port}", f"--log-dir={tmp_path}/output/x"
+    )
+    assert code == 1
+    assert f"The instances' logs can't be kept: {tmp_path}/output/x: Not a directory." in output
+    assert "Traceback" not in output
+
+
 class _Launched:
     """A running `balance-app up`, and its output."""
 
@@ -193,6 +283,18 @@ class _Launched:
             )
         return int(answer.raise_for_status().json()["balance"])
 
+    async def ask(self, answers: list[int]) -> None:
+        """Read a balance again and again, on a new connection each time; note the answers."""
+        while True:
+            async with http_client(f"http://127.0.0.1:{self.port}") as http:
+                answers.append((await http.get("/api/users/1")).status_code)
+
+    async def history(self, job: str) -> list[dict[str, str | None]]:
+        """Return the runs of a job."""
+        async with http_client(f"http://127.0.0.1:{self.port}") as http:
+            answer = await http.get("/api/cron/history", params={"job": job})
+        return list(answer.raise_for_status().json()["runs"])
+
     def family(self) -> list[psutil.Process]:
         """Return the launcher and all its descendant processes."""
         launcher = psutil.Process(self.process.pid)
@@ -212,13 +314,13 @@ class _Launched:
 
 
 @asynccontextmanager
-async def _up(data: Path, **env: str) -> AsyncIterator[_Launched]:
+async def _up(data: Path, *options: str, **env: str) -> AsyncIterator[_Launched]:
     port = free_ports(INSTANCES + 1, below=32_000)
     output = data / "output"
     with output.open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app"),
-            *("up", "--instances", str(INSTANCES), "--port", str(port)),
+            *("up", "--instances", str(INSTANCES), "--port", str(port), *options),
             env={**_environment(data), **env},
             cwd=data,
             stdin=asyncio.subprocess.DEVNULL,

@@ -3,9 +3,11 @@
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -27,6 +29,7 @@ from balance_app.cli.remote import (
     global_options,
     own_url,
 )
+from balance_app.formatting import visible
 from balance_app.settings import (
     BadSettingsError,
     Settings,
@@ -112,6 +115,15 @@ def before_the_command(
     global_options.update(json=json, url=url, key_file=key_file)
 
 
+LogDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        file_okay=False,
+        help="where the instances' logs are, by default `logs` in BALANCE_APP_DATA",
+    ),
+]
+
 _service = partial(service.command, cls=Command, rich_help_panel="The service")
 _database = partial(database.command, cls=Command, rich_help_panel="The database")
 
@@ -130,21 +142,28 @@ def up(
             help="shared by all, by default PORT; each instance also has one above it",
         ),
     ] = None,
+    *,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="restart them when their code or a job's changes")
+    ] = False,
+    log_dir: LogDirectory = None,
 ) -> None:
     """Run instances on this machine, and a database if none is configured."""
     from balance_app.access.gate import OpenToNetworkError
-    from balance_app.local.launcher import LaunchError, launch
+    from balance_app.local.launcher import LaunchError, Options, launch
+    from balance_app.local.reloading import ReloadError, places
 
     settings = load_settings()
-    _load_jobs(settings)
+    registry = _load_jobs(settings)
     port = port or settings.port
     if port > MAX_SHARED_PORT:
         fail(f"PORT is {port}: `up` needs one up to {MAX_SHARED_PORT}, and those above.", code=2)
     for sentence in _warnings(settings):
         typer.echo(sentence, err=True)
     try:
-        code = asyncio.run(launch(settings, instances=instances, shared_port=port))
-    except LaunchError as error:
+        options = Options(instances, port, log_dir, places(registry) if reload else None)
+        code = asyncio.run(launch(settings, options))
+    except (LaunchError, ReloadError) as error:
         fail(str(error))
     except OpenToNetworkError as error:
         fail(str(error), code=2)
@@ -155,6 +174,7 @@ def up(
 def serve(
     *,
     launched: Annotated[bool, typer.Option(hidden=True, help="by `up`, which has warned")] = False,
+    check: Annotated[bool, typer.Option(hidden=True, help="end before anything starts")] = False,
 ) -> None:
     """Run one instance of the service; it is configured by the environment (see .env.example)."""
     if os.getpid() == 1:
@@ -167,6 +187,9 @@ def serve(
     from balance_app.server import serve as run
 
     settings = load_settings()
+    if check:
+        _load_jobs(settings)
+        return
     _require_database(settings)
     configure_logs(settings)
     warnings = _warnings(settings)
@@ -193,6 +216,48 @@ def _leave_process_1() -> None:
             "job might run twice; and a child process, to run in instead, can't be started "
             f"({error.strerror}): start the container with an init (`docker run --init`)."
         )
+
+
+@_service()
+def logs(
+    instance: Annotated[
+        str | None, typer.Argument(metavar="[INSTANCE]", help="as app3; by default all")
+    ] = None,
+    *,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines, too")] = False,
+    lines: Annotated[int, typer.Option(min=0, metavar="N", help="the last so many")] = 100,
+    log_dir: LogDirectory = None,
+) -> None:
+    """Show what the instances of `up` have printed, of one or of each, while it runs or after.
+
+    They log more than the console shows: all from LOG_LEVEL on, by default `info`.
+    """
+    from balance_app.local.instance_logs import Tail, find_directory, names
+    from balance_app.local.instance_logs import follow as new_lines
+
+    directory = log_dir or find_directory(load_settings())
+    found = names(directory)
+    if not found:
+        fail(
+            f"There are no logs in {directory}: `balance-app up` writes them (with --log-dir into "
+            "another directory)."
+        )
+    if instance is not None and instance not in found:
+        known = ", ".join(found)
+        fail(f"There is no log of {visible(instance)} in {directory}; there are {known}.")
+    tails = {name: Tail(directory, name) for name in found if instance in {None, name}}
+    width = 0 if instance else max(len(name) for name in tails)
+
+    def show(name: str, line: str) -> None:
+        typer.echo(visible(line) if instance else f"{name:{width}} | {visible(line)}")
+
+    for name, tail in tails.items():
+        for line in tail.last(lines):
+            show(name, line)
+    if follow:
+        with suppress(KeyboardInterrupt):
+            for name, line in new_lines(directory, tails, others=instance is None):
+                show(name, line)
 
 
 @_service()

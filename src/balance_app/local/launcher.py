@@ -11,8 +11,10 @@ import sys
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 import httpx
 from rich.console import Console
@@ -22,6 +24,7 @@ from balance_app.access.owner import keys_are_required
 from balance_app.db.migrations import UnusableDatabaseError, grant, migrate
 from balance_app.db.outages import classify
 from balance_app.formatting import url
+from balance_app.local.instance_logs import InstanceLog, Output, open_directory
 from balance_app.local.postgres import (
     SYSTEM_USER,
     EmbeddedError,
@@ -29,6 +32,7 @@ from balance_app.local.postgres import (
     data_directory,
     stop_with_parent,
 )
+from balance_app.local.reloading import Code, Places, ReloadError
 from balance_app.local.unprivileged import why_root
 from balance_app.server import ListenError, listen
 from balance_app.settings import Settings
@@ -54,25 +58,45 @@ class Instance:
     user: str | None = None
 
 
-async def launch(settings: Settings, *, instances: int, shared_port: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `up` is called with."""
+
+    instances: int
+    # the port of all; each instance has one above it, too
+    shared_port: int
+    # where to keep their logs; None: in the data directory, if that is possible
+    log_dir: Path | None = None
+    # the code whose changes restart the instances; None: nothing does
+    watched: Places | None = None
+
+
+class _Requests(NamedTuple):
+    """What signals request: to stop, and not to wait for that any more."""
+
+    stop: asyncio.Event
+    kill: asyncio.Event
+
+
+async def launch(settings: Settings, options: Options) -> int:
     """Run everything until SIGINT or SIGTERM; return the exit code.
 
     Raises:
-        LaunchError: a port is taken, or the embedded database can't run.
+        LaunchError: a port is taken, the embedded database can't run, or logs can't be kept.
         OpenToNetworkError: there are no keys, and others can reach the instances.
     """
-    stop = asyncio.Event()
-    kill = asyncio.Event()
+    requests = _Requests(asyncio.Event(), asyncio.Event())
 
     def request_stop() -> None:
-        (kill if stop.is_set() else stop).set()
+        (requests.kill if requests.stop.is_set() else requests.stop).set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, request_stop)
 
-    fleet = [Instance(f"app{n}", shared_port + n) for n in range(1, instances + 1)]
-    _require_free_ports(settings.host, [shared_port, *(instance.port for instance in fleet)])
+    port = options.shared_port
+    fleet = [Instance(f"app{n}", port + n) for n in range(1, options.instances + 1)]
+    _require_free_ports(settings.host, [port, *(instance.port for instance in fleet)])
     database: EmbeddedPostgres | None = None
     try:
         if not settings.database_is_configured:
@@ -83,37 +107,62 @@ async def launch(settings: Settings, *, instances: int, shared_port: int) -> int
             await database.start()
             await _migrate(database)
         await _check_posture(settings, database)
-        _print_addresses(settings, shared_port, database)
-        chosen = "log_level" in settings.model_fields_set
-        log_level = settings.log_level if chosen else "warning"
-        environment = {
-            **os.environ,
-            **({} if database is None else database.environment(settings.db_run_role)),
-            "HOST": settings.host,
-            "DRAIN_SECONDS": "0",  # all stop together: no other takes the requests
-            "SHARED_PORT": str(shared_port),
-            "LOG_LEVEL": log_level,
-        }
-        user = None
-        if database is not None and os.geteuid() == 0:
-            user = await _unprivileged_user(shared_port, environment)
-        supervisors = [
-            asyncio.create_task(
-                _keep_running(replace(instance, user=user), environment, settings.host, stop, kill)
-            )
-            for instance in fleet
-        ]
-        if database is not None:
-            supervisors.append(asyncio.create_task(_watch(database, stop)))
-        await asyncio.wait(supervisors)
-        return max(supervisor.result() for supervisor in supervisors)
+        return await _supervise(settings, options, fleet, database, requests)
     except EmbeddedError as error:
         raise LaunchError(str(error)) from error
     finally:
         if database is not None:
             await database.stop()
-        if stop.is_set():
+        if requests.stop.is_set():
             console.print("Stopped.")
+
+
+async def _supervise(
+    settings: Settings,
+    options: Options,
+    fleet: list[Instance],
+    database: EmbeddedPostgres | None,
+    requests: _Requests,
+) -> int:
+    """Run the instances on their database until requested to stop; return the exit code."""
+    outputs = await _open_logs(settings, options.log_dir, fleet)
+    reload: asyncio.Task[None] | None = None
+    try:
+        _print_addresses(settings, options.shared_port, database)
+        environment = {
+            **os.environ,
+            **({} if database is None else database.environment(settings.db_run_role)),
+            "HOST": settings.host,
+            "DRAIN_SECONDS": "0",  # all stop together: no other takes the requests
+            "SHARED_PORT": str(options.shared_port),
+            **_log_environment(settings, kept=bool(outputs)),
+        }
+        user = None
+        if database is not None and os.geteuid() == 0:
+            user = await _unprivileged_user(options.shared_port, environment)
+        supervisors = [
+            _Supervisor(
+                replace(instance, user=user),
+                settings.host,
+                environment,
+                outputs.get(instance.name),
+            )
+            for instance in fleet
+        ]
+        tasks = [asyncio.create_task(each.run(*requests)) for each in supervisors]
+        if database is not None:
+            tasks.append(asyncio.create_task(_watch(database, requests.stop)))
+        if options.watched is not None:
+            code = Code(options.watched, environment, user)
+            reload = asyncio.create_task(_reload(code, supervisors))
+        await asyncio.wait(tasks)
+        return max(task.result() for task in tasks)
+    finally:
+        if reload is not None:
+            reload.cancel()
+            await asyncio.wait({reload})
+        for output in outputs.values():
+            await output.close()
 
 
 def _is_new(database: EmbeddedPostgres) -> bool:
@@ -173,6 +222,46 @@ def _require_free_ports(host: str, ports: list[int]) -> None:
         raise LaunchError(f"{error}{hint}") from None
 
 
+async def _open_logs(
+    settings: Settings, given: Path | None, fleet: list[Instance]
+) -> dict[str, Output]:
+    """Return each instance's output, which is kept; none if that is neither possible nor requested.
+
+    Raises:
+        LaunchError: the directory that was given can't be used.
+    """
+    quiet = "log_level" not in settings.model_fields_set
+    report = partial(console.print, style="red", markup=False)
+    try:
+        directory = open_directory(settings, given)
+        outputs = {
+            each.name: Output(InstanceLog(directory, each.name), report, quiet=quiet)
+            for each in fleet
+        }
+        for output in outputs.values():
+            await output.open()
+    except OSError as error:
+        sentence = f"The instances' logs can't be kept: {error.filename}: {error.strerror}."
+        if given is not None:
+            raise LaunchError(sentence) from None
+        report(f"{sentence} `--log-dir` names another directory.")
+        return {}
+    return outputs
+
+
+def _log_environment(settings: Settings, *, kept: bool) -> dict[str, str]:
+    """Return how the instances log: where it is kept, with more than the console shows."""
+    level = settings.log_level
+    if "log_level" not in settings.model_fields_set:
+        level = "info" if kept else "warning"
+    if not kept:
+        return {"LOG_LEVEL": level}
+    log_format = settings.log_format
+    if log_format == "auto":  # the instances have a pipe
+        log_format = "console" if sys.stderr.isatty() else "json"
+    return {"LOG_LEVEL": level, "LOG_FORMAT": log_format, "PYTHONUNBUFFERED": "1"}
+
+
 def _print_addresses(settings: Settings, port: int, database: EmbeddedPostgres | None) -> None:
     where = url(settings.host, port)
     console.print(f"  page       {where}")
@@ -182,58 +271,129 @@ def _print_addresses(settings: Settings, port: int, database: EmbeddedPostgres |
     console.print("  Ctrl-C stops everything.\n")
 
 
-async def _keep_running(
-    instance: Instance,
-    environment: dict[str, str],
-    host: str,
-    stop: asyncio.Event,
-    kill: asyncio.Event,
-) -> int:
-    """Run an instance until `stop`; restart it when it ends, with growing pauses."""
-    ends = 0
-    while not stop.is_set():
-        started = monotonic()
-        process = await asyncio.create_subprocess_exec(
+class _Supervisor:
+    """Keeps one instance running: starts it again when it ends, or when it is to be replaced."""
+
+    def __init__(
+        self, instance: Instance, host: str, environment: dict[str, str], output: Output | None
+    ) -> None:
+        self.name = instance.name
+        self._instance = instance
+        self._where = url(host, instance.port)
+        self._environment = {
+            **environment,
+            "SERVER_ID": instance.name,
+            "PORT": str(instance.port),
+        }
+        self._output = output
+        # set while the running process is to be replaced, and when its successor is ready or ended
+        self._replaced = asyncio.Event()
+        self._started = asyncio.Event()
+        self._is_ready = False
+
+    async def run(self, stop: asyncio.Event, kill: asyncio.Event) -> int:
+        """Run the instance until `stop`; restart it when it ends, with growing pauses."""
+        ends = 0
+        while not stop.is_set():
+            started = monotonic()
+            process = await self._start()
+            ready = asyncio.create_task(self._report_ready(process))
+            await _first(process.wait(), stop.wait(), self._replaced.wait())
+            ready.cancel()
+            if stop.is_set() or self._replaced.is_set():
+                code = await _stop(process, kill)
+                if stop.is_set():
+                    return code
+                self._replaced.clear()
+                ends = 0
+                continue
+            self._is_ready = False
+            self._started.set()
+            ends = 0 if monotonic() - started > HEALTHY_SECONDS else ends
+            pause = PAUSES_SECONDS[min(ends, len(PAUSES_SECONDS) - 1)]
+            ends += 1
+            await self._report_end(f"{_exit_reason(process)}; restart in {pause:g} s")
+            await _first(asyncio.sleep(pause), stop.wait(), self._replaced.wait())
+            self._replaced.clear()
+        return 0
+
+    async def replace(self) -> bool:
+        """Stop the instance, which releases its jobs, and start it; return whether it is ready."""
+        self._started.clear()
+        self._replaced.set()
+        await self._started.wait()
+        return self._is_ready
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        instance = self._instance
+        out, err = (None, None) if self._output is None else self._output.descriptors
+        return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "balance_app", "serve", "--launched"),
-            env={**environment, "SERVER_ID": instance.name, "PORT": str(instance.port)},
+            env=self._environment,
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
             start_new_session=True,  # Ctrl-C reaches it through this process alone
             preexec_fn=stop_with_parent(signal.SIGTERM),
             user=instance.user,
             group=instance.user,
             extra_groups=None if instance.user is None else [],
         )
-        ready = asyncio.create_task(_report_ready(instance, host, process))
-        await _first(process.wait(), stop.wait())
-        ready.cancel()
-        if stop.is_set():
-            return await _stop(process, kill)
-        ends = 0 if monotonic() - started > HEALTHY_SECONDS else ends
-        pause = PAUSES_SECONDS[min(ends, len(PAUSES_SECONDS) - 1)]
-        ends += 1
-        console.print(
-            f"[bold red]{instance.name}[/] {_exit_reason(process)}; restart in {pause:g} s",
-            style="red",
-        )
-        await _first(asyncio.sleep(pause), stop.wait())
-    return 0
+
+    async def _report_ready(self, process: asyncio.subprocess.Process) -> None:
+        started = monotonic()
+        self._is_ready = await _is_ready(self._where, until=started + READY_SECONDS)
+        self._started.set()
+        if self._is_ready:
+            console.print(
+                f"[bold green]{self.name}[/] ready at {self._where} "
+                f"({monotonic() - started:.1f} s, pid {process.pid})"
+            )
+        else:
+            console.print(
+                f"{self.name} is not ready after {READY_SECONDS:g} s: see {self._where}/readyz"
+            )
+
+    async def _report_end(self, sentence: str) -> None:
+        console.print(f"[bold red]{self.name}[/] {sentence}", style="red")
+        if self._output is not None:
+            await self._output.note(f"{self.name} {sentence}")
 
 
-async def _report_ready(instance: Instance, host: str, process: asyncio.subprocess.Process) -> None:
-    started = monotonic()
-    where = url(host, instance.port)
+async def _is_ready(where: str, *, until: float) -> bool:
     async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
-        while monotonic() - started < READY_SECONDS:
+        while monotonic() < until:
             with suppress(httpx.HTTPError):
                 if (await client.get(f"{where}/readyz")).is_success:
-                    took = monotonic() - started
-                    console.print(
-                        f"[bold green]{instance.name}[/] ready at {where} "
-                        f"({took:.1f} s, pid {process.pid})"
-                    )
-                    return
+                    return True
             await asyncio.sleep(0.1)
-    console.print(f"{instance.name} is not ready after {READY_SECONDS:g} s: see {where}/readyz")
+    return False
+
+
+async def _reload(code: Code, supervisors: list[_Supervisor]) -> None:
+    """Restart the instances one after another on each save, if their code can be imported."""
+    try:
+        async for changed in code.changes():
+            console.print(f"\n{_named(changed)} changed.", markup=False)
+            error = await code.import_error()
+            if error is not None:
+                console.print(error, style="red", markup=False)
+                console.print("The instances go on as they were, until the next save.")
+                continue
+            for supervisor in supervisors:
+                if not code.saved.empty():
+                    break  # what an instance would import now is not checked
+                if not await supervisor.replace():
+                    console.print("The others go on as they were, until the next save.")
+                    break
+    except ReloadError as error:
+        console.print(str(error), style="red", markup=False)
+
+
+def _named(files: list[Path]) -> str:
+    first, *others = files
+    name = os.path.relpath(first) if first.is_relative_to(Path.cwd()) else str(first)
+    return f"{name} and {len(others)} more" if others else name
 
 
 async def _stop(process: asyncio.subprocess.Process, kill: asyncio.Event) -> int:
