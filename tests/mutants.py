@@ -121,6 +121,11 @@ def recall() -> None:
     put(repository, "RECALL", replaced(RECALL, waits, "0"))
 
 
+def warnings() -> None:
+    """Take a commit for durable of which PostgreSQL warns that the standby may lack it."""
+    del sessions.Session._process_log_message
+
+
 NOT_OVERDUE = "AND holds_due_at > clock_timestamp()"
 
 
@@ -287,6 +292,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "fresh-snapshot": fresh_snapshot,
     "key": key,
     "recall": recall,
+    "warnings": warnings,
     "expiry": expiry,
     "halves": halves,
     "statement": statement,

@@ -95,6 +95,10 @@ class StandbyError(Exception):
     """The server is a standby: it may lack changes that were acknowledged."""
 
 
+class NotReplicatedError(Exception):
+    """A commit is on the primary alone: its wait for a synchronous standby was cancelled."""
+
+
 class Session(_Connection):
     """A connection that knows which of several hosts it leads to."""
 
@@ -119,6 +123,14 @@ class Session(_Connection):
     def is_read_only(self) -> bool:
         """Return whether it can't be written to by default, as last reported (no round trip)."""
         return getattr(self.get_settings(), "default_transaction_read_only", "off") == "on"
+
+    def _process_log_message(self, fields: dict[str, str], last_query: str) -> None:
+        # After `pg_cancel_backend` PostgreSQL reports a commit that the standby may lack as made,
+        # with a warning. An error here becomes the error of the statement. The function's name is
+        # not translated.
+        if fields.get("R") == "SyncRepWaitForLSN":
+            raise NotReplicatedError(fields.get("M", ""))
+        super()._process_log_message(fields, last_query)  # type: ignore[misc] # not in the stubs
 
 
 # The host of each list that was the primary when one was last found.

@@ -129,9 +129,9 @@ class AccountRepository:
 
         async def find_or_open(connection: Connection) -> tuple[Account, bool]:
             for _ in range(MAX_RACES):
-                found = await _by_external_id(connection, opening.external_id or "")
-                if found is not None:
-                    return found, False
+                row = await write(connection, MADE, opening.external_id)
+                if row is not None:
+                    return await _account(connection, row["user_id"]), False
                 try:
                     return (await _open(connection, opening, None, by)).account, True
                 except ExternalIdTaken:
@@ -304,6 +304,12 @@ WHERE holds_due_at <= clock_timestamp()
 """
 
 EXTERNAL_ID: Final = "SELECT user_id FROM external_ids WHERE external_id = $1"
+
+# As durable as `repository.RECALL`, to be answered in place of a second opening.
+MADE: Final = """
+SELECT user_id, pg_logical_emit_message(true, 'balance_app', '') FROM external_ids
+WHERE external_id = $1
+"""
 
 
 async def _account(connection: Connection, user_id: int) -> Account:

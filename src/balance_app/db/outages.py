@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from balance_app.errors import Applied
-from balance_app.sessions import PoolerError, StandbyError
+from balance_app.sessions import NotReplicatedError, PoolerError, StandbyError
 
 
 class Kind(Enum):
@@ -33,6 +33,7 @@ class Kind(Enum):
     STARTING = "The database is starting or shutting down."
     ENDED = "The database ended the session."
     STANDBY = "No primary of the database is found, only a standby, which may lack changes."
+    NOT_REPLICATED = "A commit did not wait for its standby: if the primary fails now, it is lost."
     NO_FITTING_HOST = "No host of the database meets target_session_attrs."
     READ_ONLY = "The database is read-only at present: balances can be read, but not changed."
     FULL = "The database accepts no more connections: a limit is reached."
@@ -150,6 +151,7 @@ def _from_driver(error: BaseException, text: str) -> Kind | None:
 _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (PoolerError, Kind.POOLER),
     (StandbyError, Kind.STANDBY),
+    (NotReplicatedError, Kind.NOT_REPLICATED),
     (asyncpg.ClientConfigurationError, Kind.SETTINGS),
     (gaierror, Kind.UNKNOWN_HOST),
     (ssl.SSLError, Kind.TLS),
