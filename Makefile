@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help run load test check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
-	docker-up docker-down docker-reset docker-logs
+	docker-up docker-down docker-reset docker-logs drill-failover
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -64,6 +64,9 @@ format: $(READY) ## format the code with ruff
 
 bench: $(READY) ## measure the service against what the machine allows, print ratios (some minutes)
 	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
+
+drill-failover: $(READY) ## fail over PostgreSQL 20 times under load (20 minutes; Patroni, etcd): drills/README.md
+	@exec $(BIN)/python -m drills.failover $(DRILL)
 
 screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
 	@PYTHONPATH=. $(BIN)/python -m tests.web.screenshots

@@ -44,6 +44,11 @@ class Proxy:
         for link in list(self._links):
             link.flush()
 
+    def cut(self) -> None:
+        """End all connections; what is buffered is lost."""
+        for link in list(self._links):
+            link.cut()
+
     def held(self) -> int:
         """Return how many bytes for PostgreSQL are buffered."""
         return sum(link.requests.held() for link in self._links)
@@ -73,8 +78,7 @@ class Proxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        for link in list(self._links):
-            link.cut()
+        self.cut()
         await self._server.wait_closed()
 
     def _accept(self) -> "_End":
@@ -117,6 +121,8 @@ class _Flow:
             return
         chunks, self._chunks = self._chunks, []
         for chunk in chunks:
+            if self._to.is_closing():
+                return
             if chunk is None:
                 self._to.close()
             else:

@@ -130,8 +130,7 @@ class Faults:
         proxy.heal()
 
     async def _cut_network(self) -> None:
-        for link in list(choice(self._proxies)._links):
-            link.cut()
+        choice(self._proxies).cut()
 
     async def _lock_account(self) -> None:
         holder = await connect(self._primary.environment())
