@@ -163,12 +163,8 @@ SELECT grant_to_instances(coalesce(
 #
 # A program of an older release would leave an entry without a hash behind others, for ever. After
 # the error of an undefined column it compares the schema with itself, and finds itself too old.
-#
-# A session keeps the plan of the lookup. Made when the table was small, it would read all of it,
-# until the next ANALYZE: 1 ms more for every 20 000 entries.
 BALANCES = """
-CREATE FUNCTION require_entry() RETURNS trigger LANGUAGE plpgsql
-SET enable_seqscan = off AS $$
+CREATE FUNCTION require_entry() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     entry_hash bytea;
 BEGIN
