@@ -415,10 +415,8 @@ class Settings(BaseSettings):
             "idle_in_transaction_session_timeout": "10s",
             # A session keeps the plans of statements, and of the lookups of triggers and foreign
             # keys. Made when a table was small, a plan would read all of it until the next ANALYZE:
-            # 1 ms more for every 20 000 entries. Before PostgreSQL 18 a plan that needs to read a
-            # whole table anyway would cost so much then that it is compiled.
+            # 1 ms more for every 20 000 entries.
             "enable_seqscan": "off",
-            "jit": "off",
         }
         return arguments
 
