@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -12,6 +12,7 @@ from balance_app.access import owner
 from balance_app.access.repository import LOG_IN, KeyRepository
 from balance_app.db.pool import Database, read
 from balance_app.errors import DatabaseUnavailable
+from balance_app.jobs.heartbeat import HeartbeatThread
 from balance_app.jobs.repository import Completion
 from balance_app.jobs.transaction import LEASE_LOST
 from balance_app.maintenance import restoration
@@ -240,3 +241,42 @@ async def test_an_instance_notices_when_it_connects_again(
         assert any("was replaced by another" in each for each in answers) is guarded
     finally:
         await pool.stop()
+
+
+HEARTBEATS = """
+SELECT pid, query_start FROM pg_stat_activity
+WHERE datname = current_database() AND query LIKE '%one row for each lease to renew%'
+  AND pid <> pg_backend_pid()
+"""
+CUT_OTHERS = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid NOT IN (pg_backend_pid(), $1)
+"""
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_heartbeats_leave_the_old_server_too(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """Their connection may still lead there when that of a request no longer does."""
+    if not guarded:
+        monkeypatch.setattr(HeartbeatThread, "connect_anew", lambda _: None)
+
+    async def heartbeats() -> dict[int, datetime]:
+        return {row["pid"]: row["query_start"] for row in await jobs_db.admin.fetch(HEARTBEATS)}
+
+    async with jobs_db.scheduler([]) as scheduler:
+        ((old, _),) = (await until(heartbeats)).items()
+        await _restore(jobs_db)
+        await jobs_db.admin.execute(CUT_OTHERS, old)
+
+        async def noticed() -> bool:
+            return scheduler._capabilities is None
+
+        await until(noticed)
+        at = await jobs_db.admin.fetchval("SELECT clock_timestamp()")
+
+        async def renewed() -> list[int]:
+            return [pid for pid, sent_at in (await heartbeats()).items() if sent_at > at]
+
+        assert (await until(renewed) == [old]) is not guarded

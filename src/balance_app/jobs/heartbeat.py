@@ -65,10 +65,8 @@ class HeartbeatThread:
     def start(self, capabilities: Capabilities) -> None:
         """Start to renew; called in the service's event loop, in the main thread.
 
-        If the thread can't be started, `fault` tries again. Called again when the tables were
-        replaced, it renews on a new connection.
+        If the thread can't be started, `fault` tries again.
         """
-        self._connect_anew = True
         self._leases.start()
         self._capabilities = capabilities
         self._service = asyncio.get_running_loop()
@@ -114,6 +112,11 @@ class HeartbeatThread:
         if self._loop is not None and self._soon is not None:
             with suppress(RuntimeError):  # the thread has ended
                 self._loop.call_soon_threadsafe(self._soon.set)
+
+    def connect_anew(self) -> None:
+        """Leave the connection, which may lead to a database that was replaced."""
+        self._connect_anew = True
+        self.renew_soon()
 
     def set_clock(self, now: datetime, at: float) -> None:
         """Record that the server's clock showed `now` at `at` (monotonic)."""

@@ -307,6 +307,7 @@ class Scheduler:
         log.warning("the tables were replaced", stopping=len(self._runs))
         self._capabilities = None
         self._declare_at = monotonic() + self._settings.job_lease_seconds
+        self._heartbeat.connect_anew()
         for run in list(self._runs):
             stop(run, "released", "its database was recreated or restored")
 
