@@ -98,6 +98,10 @@ class StandbyError(Exception):
     """The server is a standby: it may lack changes that were acknowledged."""
 
 
+class CertificateRefusedError(Exception):
+    """The server ended the connection when it had this service's certificate."""
+
+
 class NotReplicatedError(Exception):
     """A commit is on the primary alone: its wait for a synchronous standby was cancelled."""
 
@@ -154,7 +158,7 @@ async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa:
     arguments["connection_class"] = Session
     hosts = tuple(addresses(arguments))
     if len(hosts) <= 1:
-        connection: Session = await asyncpg.connect(dsn, **arguments)
+        connection = await _connect(dsn, arguments)
         connection.hosts, connection.host = hosts, None
         return connection
     if arguments["target_session_attrs"] == "any":
@@ -196,12 +200,22 @@ async def _find_primary(
 
 
 async def _connect_to(host: Host, dsn: str | None, arguments: dict[str, Any]) -> Session:
-    one = arguments | {"host": host[0], "port": host[1]}
     try:
-        connection: Session = await asyncpg.connect(dsn, **one)
+        return await _connect(dsn, arguments | {"host": host[0], "port": host[1]})
     except asyncpg.TargetServerAttributeNotMatched as error:
         if arguments["target_session_attrs"] == "primary":
             raise StandbyError("is a standby") from error
+        raise
+
+
+async def _connect(dsn: str | None, arguments: dict[str, Any]) -> Session:
+    try:
+        connection: Session = await asyncpg.connect(dsn, **arguments)
+    except asyncpg.ConnectionDoesNotExistError as error:
+        # With TLS 1.3 the server refuses a certificate after the handshake, and its alert may be
+        # lost when it resets the connection.
+        if "sslcert=" in (dsn or "") and isinstance(error.__cause__, OSError):
+            raise CertificateRefusedError(str(error.__cause__)) from error
         raise
     return connection
 

@@ -53,7 +53,11 @@ MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
     (PoolerError(), Kind.POOLER, "unknown"),
     (socket.gaierror(-2, "Name or service not known"), Kind.UNKNOWN_HOST, "unknown"),
     (ssl.SSLCertVerificationError(1, "certificate verify failed"), Kind.TLS, "unknown"),
-    (ConnectionError("PostgreSQL server at ... rejected SSL upgrade"), Kind.TLS, "unknown"),
+    (
+        ConnectionError("PostgreSQL server at ... rejected SSL upgrade"),
+        Kind.TLS_NOT_OFFERED,
+        "unknown",
+    ),
     (ConnectionRefusedError(111, "refused"), Kind.REFUSED, "unknown"),
     (OSError(24, "Too many open files"), Kind.FILES, "unknown"),
     (

@@ -16,7 +16,12 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from balance_app.errors import Applied
-from balance_app.sessions import NotReplicatedError, PoolerError, StandbyError
+from balance_app.sessions import (
+    CertificateRefusedError,
+    NotReplicatedError,
+    PoolerError,
+    StandbyError,
+)
 
 
 class Kind(Enum):
@@ -30,6 +35,14 @@ class Kind(Enum):
     NO_ANSWER = "The database does not answer in time."
     CUT_OFF = "The connection to the database was lost."
     TLS = "The database can't be reached: no secure connection (TLS) can be made."
+    TLS_NOT_OFFERED = "The database offers no secure connection (TLS), which sslmode demands."
+    TLS_ISSUER = "The database's certificate is not signed by one of those in sslrootcert."
+    TLS_HOST = "The database's certificate is that of another host."
+    TLS_EXPIRED = "The database's certificate has expired, or is not valid yet."
+    TLS_CLIENT = (
+        "The database ended the connection when it had this service's certificate (sslcert): it is "
+        "not signed by one that it knows, or has expired."
+    )
     STARTING = "The database is starting or shutting down."
     ENDED = "The database ended the session."
     STANDBY = "No primary of the database is found, only a standby, which may lack changes."
@@ -91,6 +104,9 @@ PERMANENT: Final = frozenset(
         Kind.PRIVILEGE,
         Kind.POOLER,
         Kind.SETTINGS,
+        Kind.TLS_NOT_OFFERED,
+        Kind.TLS_ISSUER,
+        Kind.TLS_HOST,
     }
 )
 # Causes that end one statement only: the database and other statements are not affected.
@@ -101,6 +117,8 @@ OF_A_STATEMENT: Final = frozenset({Kind.TIME_LIMIT, Kind.LOCKED, Kind.CONFLICT})
 _LONGEST_PAUSES: Final = {
     **dict.fromkeys(PERMANENT, 5.0),
     Kind.TLS: 5.0,
+    Kind.TLS_EXPIRED: 5.0,
+    Kind.TLS_CLIENT: 5.0,
     Kind.UNKNOWN_HOST: 2.0,
     Kind.FULL: 1.0,
     Kind.CLOSED: 1.0,
@@ -142,7 +160,9 @@ def classify(error: BaseException) -> Cause | None:
 
 
 def _from_driver(error: BaseException, text: str) -> Kind | None:
-    if isinstance(error, OSError) and not isinstance(error, gaierror | ssl.SSLError | TimeoutError):
+    if isinstance(error, ssl.SSLError):
+        return _from_tls(error)
+    if isinstance(error, OSError) and not isinstance(error, gaierror | TimeoutError):
         return _from_system(error, text)
     return next((kind for types, kind in _EXCEPTIONS if isinstance(error, types)), None)
 
@@ -151,10 +171,10 @@ def _from_driver(error: BaseException, text: str) -> Kind | None:
 _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (PoolerError, Kind.POOLER),
     (StandbyError, Kind.STANDBY),
+    (CertificateRefusedError, Kind.TLS_CLIENT),
     (NotReplicatedError, Kind.NOT_REPLICATED),
     (asyncpg.ClientConfigurationError, Kind.SETTINGS),
     (gaierror, Kind.UNKNOWN_HOST),
-    (ssl.SSLError, Kind.TLS),
     (TimeoutError, Kind.NO_ANSWER),
     (ValueError, None),  # asyncpg's DataError: an argument of the wrong type
     (asyncpg.TargetServerAttributeNotMatched, Kind.NO_FITTING_HOST),
@@ -177,10 +197,24 @@ def _from_system(error: OSError, text: str) -> Kind:
     if codes & {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}:
         return Kind.UNREACHABLE
     if "SSL" in text and not codes:  # asyncpg's: the server refuses TLS, or answers otherwise
-        return Kind.TLS
+        return Kind.TLS_NOT_OFFERED if "rejected" in text else Kind.TLS
     return Kind.CUT_OFF
 
 
+def _from_tls(error: ssl.SSLError) -> Kind:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _CERTIFICATE.get(getattr(error, "verify_code", 0), Kind.TLS)
+    # an alert of the server's about the certificate of this service
+    alert = re.search("ALERT_(UNKNOWN_CA|.*CERTIFICATE)", error.reason or "")
+    return Kind.TLS if alert is None else Kind.TLS_CLIENT
+
+
+# X509_V_ERR_* of OpenSSL's x509_vfy.h
+_CERTIFICATE: Final = {
+    **dict.fromkeys((2, 18, 19, 20, 21), Kind.TLS_ISSUER),
+    **dict.fromkeys((9, 10), Kind.TLS_EXPIRED),
+    **dict.fromkeys((62, 64), Kind.TLS_HOST),
+}
 _ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
 
 

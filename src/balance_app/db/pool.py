@@ -30,8 +30,10 @@ from balance_app.db.outages import (
     Cause,
     Kind,
     classify,
+    is_fatal,
     pause_seconds,
 )
+from balance_app.db.replication import Replication, read_replication
 from balance_app.db.wait_queue import Lane, WaitQueue
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.metrics import Metrics
@@ -45,6 +47,7 @@ Result = TypeVar("Result")
 
 ROLLBACK_SECONDS: Final = 0.3
 LOG_AGAIN_SECONDS: Final = 60.0
+REPLICATION_SECONDS: Final = 1.0
 _NOT_REACHED: Final = Cause(Kind.NOT_REACHED, "no")
 _STOPPING: Final = Cause(Kind.STOPPING, "no")
 
@@ -94,6 +97,10 @@ class Database:
         self._read_only: Cause | None = None
         # what was wrong with the server's configuration at the last check
         self._server_warnings: list[str] = []
+        # the standbys, and when they were last read (monotonic)
+        self._replication: Replication | None = None
+        self._replication_at = -REPLICATION_SECONDS
+        self._replication_logged: str | None = None
         # causes by kind: when they were last logged (monotonic)
         self._logged: dict[Kind, float] = {}
         # changes when the tables are created anew or restored
@@ -158,12 +165,48 @@ class Database:
         found = [*self._server_warnings]
         if self._read_only is not None:
             found.append(self._read_only.sentence)
+        if self._replication is not None and (missing := self._replication.warning()) is not None:
+            found.append(missing)
         if self._refusal is not None and self._outage is None:
             found.append(
                 f"{len(self._open)} of {self.settings.db_pool_size} connections are open, no more "
                 f"can be made: {self._refusal.sentence}"
             )
         return found
+
+    async def replication(self) -> Replication | None:
+        """Return the standbys, as of a second ago at most; None: not known.
+
+        Raises:
+            DatabaseUnavailable, Overloaded: as `run` does.
+        """
+        if monotonic() - self._replication_at >= REPLICATION_SECONDS:
+            self._replication_at = monotonic()
+            await self.run(self._check_replication, priority=True)
+        return self._replication
+
+    async def _check_replication(self, connection: Connection) -> None:
+        try:
+            await self._read_replication(connection)
+        except Exception as error:
+            cause = classify(error)
+            if cause is None:
+                raise
+            raise DatabaseUnavailable(cause.sentence, applied="no") from error
+
+    async def _read_replication(self, connection: Connection) -> None:
+        """Read the standbys; log, once, why they can't be read, or that commits wait for some."""
+        assert self._address is not None  # noqa: S101 - there is a connection
+        try:
+            self._replication = await read_replication(connection, self._address)
+            reason = self._replication.warning()
+        except asyncpg.PostgresError as error:
+            if is_fatal(error):
+                raise
+            self._replication, reason = None, f"The standbys can't be read: {error}."
+        if reason is not None and reason != self._replication_logged:
+            log.warning("replication", reason=reason)
+        self._replication_logged = reason
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
@@ -546,6 +589,7 @@ class Database:
         connection = await self._open_connection()
         try:
             self._check_server(await _server(connection))
+            await self._read_replication(connection)
         except BaseException:
             connection.terminate()
             raise

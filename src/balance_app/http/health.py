@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from balance_app.db.migrations import SCHEMA_VERSION, Version
 from balance_app.db.outages import Kind
 from balance_app.db.pool import Database, read
+from balance_app.db.replication import Replication
 from balance_app.errors import Problem
 from balance_app.http.services import services
 from balance_app.metrics import Metrics
@@ -45,6 +46,14 @@ class Readiness:
         self._shows_details = shows_details
         self._logged = "ok"
 
+    async def standbys(self) -> dict[str, Any]:
+        """Return the primary and its standbys; nothing when they are not known."""
+        try:
+            found = await self._database.replication()
+        except Problem:
+            return {}
+        return {} if found is None else _replication(found, details=self._shows_details())
+
     async def check(self) -> tuple[dict[str, str], bool]:
         """Return the checks, each "ok" or a fault, and whether this instance is ready."""
         checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
@@ -65,7 +74,23 @@ _READY_ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "Every check holds.",
         "content": {
             "application/json": {
-                "example": {"status": "ok", "server": "app1", "checks": {"database": "ok"}}
+                "example": {
+                    "status": "ok",
+                    "server": "app1",
+                    "checks": {"stopping": "ok", "database": "ok", "schema": "ok"},
+                    "primary": "10.0.0.1 port 5432",
+                    "standbys": [
+                        {
+                            "name": "db2",
+                            "address": "10.0.0.2",
+                            "state": "streaming",
+                            "synchronous": True,
+                            "behindBytes": 0,
+                            "behindSeconds": 0.002,
+                        }
+                    ],
+                    "synchronous": {"required": 1, "present": 1, "waiting": 0},
+                }
             }
         },
     },
@@ -101,7 +126,12 @@ async def readyz(request: Request) -> Response:
     `jobs` names the jobs that could not be declared here; the instance is ready nevertheless. So it
     is with `warnings`, present only if there are any: a read-only server, fewer connections than
     configured, a server that may lose what it has acknowledged (`fsync`), a role with too many
-    rights.
+    rights, commits that wait for a standby that is not there.
+
+    `primary` is the address of the database in use, and `standbys` has those that stream from it:
+    whether commits wait for one (`synchronous`), and what it would lack if the primary failed now.
+    A commit waits for `synchronous.required` standbys, of which `present` are connected; `waiting`
+    commits do at this moment. Without a key, once there are keys, nobody is told addresses.
     """
     parts = services(request)
     checks, ready = await parts[Readiness].check()
@@ -110,6 +140,8 @@ async def readyz(request: Request) -> Response:
         "server": parts[Settings].server_id,
         "checks": checks,
     }
+    if ready:
+        body |= await parts[Readiness].standbys()
     warnings = parts[Database].warnings()
     return JSONResponse(
         body | {"warnings": warnings} if warnings else body,
@@ -133,6 +165,29 @@ async def _database_checks(database: Database) -> dict[str, str]:
         return {"database": "ok", "schema": "The schema has no version."}
     fault = Version(rows[0]["version_num"], rows[0]["compatible_from"]).fault()
     return {"database": "ok", "schema": fault or "ok"}
+
+
+def _replication(found: Replication, *, details: bool) -> dict[str, Any]:
+    """Return the standbys as JSON; without `details` no names and addresses."""
+    standbys = [
+        {
+            **({"name": each.name, "address": each.address} if details else {}),
+            "state": each.state,
+            "synchronous": each.synchronous,
+            "behindBytes": each.behind_bytes,
+            "behindSeconds": each.behind_seconds,
+        }
+        for each in found.standbys
+    ]
+    return {
+        **({"primary": found.primary} if details else {}),
+        "standbys": standbys,
+        "synchronous": {
+            "required": found.required,
+            "present": found.present,
+            "waiting": found.waiting,
+        },
+    }
 
 
 def without_details(checks: dict[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from markupsafe import Markup
 from pydantic_core import from_json
 
+from balance_app.db.replication import Replication
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.web import charts, view_models
 from balance_app.web.queries import Activity
@@ -90,6 +91,8 @@ class Fragments:
         self.shown: list[str] = []
         self.jobs: dict[str, view_models.Job] = {}
         self.snapshot: StatusSnapshot | None = None
+        # the primary and its standbys; None: not known
+        self.replication: Replication | None = None
 
     def update(self, snapshot: StatusSnapshot, watched: Iterable[str]) -> None:
         """Set the snapshot, which jobs are shown, and what each of them does."""
@@ -202,9 +205,17 @@ class Fragments:
         counted = view_models.last_run(self._job(COUNT))
         totals = None if activity is None else activity.totals
         at = None if counted is None else counted["endedAt"]
+        replication = self.replication
+        servers = () if replication is None else replication.sentences()
+        missing = None if replication is None else replication.warning()
         return [
             Draft("totals-numbers", (totals, at), partial(self._macros.totals, totals, at)),
             Draft("totals-audit", audit, partial(self._macros.audit, audit, AUDIT)),
+            Draft(
+                "totals-database",
+                (servers, missing),
+                partial(self._macros.database, servers, missing),
+            ),
         ]
 
     def _job(self, name: str) -> view_models.Job | None:

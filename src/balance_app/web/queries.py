@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from pydantic_core import from_json
 
 from balance_app.db.pool import Database, read, read_in_order
+from balance_app.db.replication import Replication
 from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 40  # of each job that is shown
@@ -82,6 +83,10 @@ class PageQueries:
                 refusals=refusals,
             ),
         )
+
+    async def replication(self) -> Replication | None:
+        """Return the primary and its standbys; None: not known."""
+        return await self._database.replication()
 
     async def checkpoint(self, job: str) -> str | None:
         """Return the checkpoint from which the next run of a job resumes, as JSON."""

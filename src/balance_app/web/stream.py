@@ -118,6 +118,7 @@ class PageStream:
         changed = [name for name, runs in runs_now.items() if runs != self._runs_seen.get(name)]
         began = monotonic()
         self._activity = await self._queries.activity(runs_now, changed)
+        self.fragments.replication = await self._queries.replication()
         self._runs_seen = runs_now
         self._activity_began = began
         self._status_is_next = True

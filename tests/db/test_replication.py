@@ -1,0 +1,121 @@
+"""The primary, its standbys and what commits wait for are shown to people."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from balance_app.db.replication import Replication, Standby
+from balance_app.db.replication import _required as required
+from tests.processes import connect, served
+from tests.system.databases import hosts, own_postgres, standby_of
+
+SYNCHRONOUS = Standby(
+    "b", "10.0.0.2", "streaming", synchronous=True, behind_bytes=0, behind_seconds=0
+)
+CATCHING_UP = SYNCHRONOUS._replace(state="catchup")
+LATE = Standby("c", None, "streaming", synchronous=False, behind_bytes=5, behind_seconds=2.4)
+
+
+@pytest.mark.parametrize(
+    ("names", "number"),
+    [
+        ("", 0),
+        ("*", 1),
+        ("a, b", 1),
+        ("FIRST 2 (a, b, c)", 2),
+        ("any 3(a, b, c)", 3),
+        ("2 (a, b)", 2),
+        ("first_one", 1),
+    ],
+)
+def test_how_many_standbys_a_commit_waits_for(names: str, number: int) -> None:
+    """Each form of `synchronous_standby_names` is read."""
+    assert required(names) == number
+
+
+@pytest.mark.parametrize(
+    ("standbys", "needed", "hidden", "warns"),
+    [
+        ((), 0, 0, False),
+        ((LATE,), 0, 0, False),
+        ((SYNCHRONOUS,), 1, 0, False),
+        ((LATE,), 1, 0, True),
+        ((CATCHING_UP,), 1, 0, True),
+        ((SYNCHRONOUS, LATE), 2, 0, True),
+        ((), 1, 1, False),
+    ],
+)
+def test_a_missing_standby_is_warned_of(
+    standbys: tuple[Standby, ...], needed: int, hidden: int, *, warns: bool
+) -> None:
+    """If commits wait for more than are connected, as far as this role may see them."""
+    found = Replication("a port 5432", standbys, needed, 0, hidden)
+    assert (found.warning() is not None) == warns
+
+
+def test_standbys_are_described() -> None:
+    """Each with its lag, and what commits wait for."""
+    assert Replication("a port 1", (SYNCHRONOUS, LATE), 1, 0, 0).sentences() == (
+        "a port 1 is the primary",
+        "standby b (10.0.0.2): synchronous, under 1 s behind",
+        "standby c: asynchronous, 2 s behind",
+        "commits wait for 1 standby",
+    )
+    assert Replication("a port 1", (), 0, 0, 0).sentences()[1:] == (
+        "no standby",
+        "commits wait for no standby",
+    )
+
+
+async def _until(client: httpx.AsyncClient, **synchronous: int) -> dict[str, Any]:
+    async with asyncio.timeout(30):
+        while True:
+            answer: dict[str, Any] = (await client.get("/readyz")).json()
+            if answer.get("synchronous") == {"waiting": 0, **synchronous}:
+                return answer
+            await asyncio.sleep(0.1)
+
+
+async def test_readyz_and_the_page_show_them() -> None:
+    """Also that commits wait for a standby that is gone; who has no key is told no address."""
+    async with own_postgres() as primary, standby_of(primary) as standby:
+        variables = hosts(primary, standby)
+        async with served(variables) as client:
+            answer = await _until(client, required=0, present=0)
+            assert answer["primary"] == f"{primary.socket_directory} port 5432"
+            (shown,) = answer["standbys"]
+            assert (shown["name"], shown["state"]) == ("standby", "streaming")
+            assert shown["synchronous"] is False
+            admin = await connect(primary.environment())
+            await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+            await admin.execute("SELECT pg_reload_conf()")
+            answer = await _until(client, required=1, present=1)
+            assert "warnings" not in answer
+            page = (await client.get("/")).text
+            assert f"{primary.socket_directory} port 5432 is the primary" in page
+            assert "standby standby: synchronous, under 1 s behind" in page
+            await standby.stop()
+            answer = await _until(client, required=1, present=0)
+            assert answer["standbys"] == []
+            assert any("none of them is connected" in each for each in answer["warnings"])
+            await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await admin.execute("SELECT pg_reload_conf()")
+            await _until(client, required=0, present=0)
+            await admin.close()
+
+
+async def test_a_role_without_the_right_sees_that_there_are_standbys() -> None:
+    """It is ready, and warns of nothing that it can't see."""
+    async with own_postgres() as primary, standby_of(primary):
+        variables = primary.environment()
+        async with served(variables) as client:
+            admin = await connect(variables)
+            await admin.execute("REVOKE pg_read_all_stats FROM balance_app_run")
+            await admin.close()
+            await asyncio.sleep(1.1)  # what was read is kept for a second
+            answer = await client.get("/readyz")
+            assert answer.status_code == 200
+            assert answer.json()["standbys"] == []
+            assert "warnings" not in answer.json()
