@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help run load test check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
-	docker-up docker-down docker-reset docker-logs drill-failover drill-restore
+	docker-up docker-down docker-reset docker-logs drill-failover drill-restore drill-rolling
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -70,6 +70,9 @@ drill-failover: $(READY) ## fail over PostgreSQL 20 times under load (20 minutes
 
 drill-restore: $(READY) ## back up under load, restore to a moment (3 minutes): docs/backup.md, drills/README.md
 	@exec $(BIN)/python -m drills.restore $(DRILL)
+
+drill-rolling: $(READY) ## replace five instances behind nginx and HAProxy under load (five minutes): drills/README.md
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m drills.rolling $(DRILL)
 
 screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
 	@PYTHONPATH=. $(BIN)/python -m tests.web.screenshots

@@ -273,8 +273,9 @@ def abrupt_stop() -> None:
     """Stop at once: reset what waits to be accepted, and close what seems idle."""
     put(server, "refuse_new", lambda _listener: None)
     put(server, "ACCEPT_SECONDS", 0)
-    LimitedProtocol._is_new = lambda _self: False  # type: ignore[method-assign]
-    LimitedProtocol._has_input = lambda _self: False  # type: ignore[method-assign]
+    for guard in ("_is_new", "_has_input"):
+        assert hasattr(LimitedProtocol, guard)
+        setattr(LimitedProtocol, guard, lambda _self: False)
 
 
 def every_proxy() -> None:

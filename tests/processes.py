@@ -125,6 +125,12 @@ class Instance:
         }
         self.process: asyncio.subprocess.Process | None = None
 
+    def move(self, port: int) -> None:
+        """Listen on another port from the next start on, as one whose place it takes."""
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._environment["PORT"] = str(port)
+
     @property
     def pid(self) -> int:
         assert self.process is not None

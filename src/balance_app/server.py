@@ -82,15 +82,15 @@ class _Server(uvicorn.Server):
         if self._drain_seconds and self.started and not self._stopping.is_set():
             self._stopping.set()
             self._protocol.end_with_answers(self.server_state.connections)
-            asyncio.get_running_loop().call_later(self._drain_seconds, self._close, sig, frame)
+            asyncio.get_running_loop().call_later(self._drain_seconds, self._end_wait, sig, frame)
             return
-        self._close(sig, frame, again=True)
-
-    def _close(self, sig: int, frame: FrameType | None, *, again: bool = False) -> None:
         self._stopping.set()
         self._closing.set()
-        if again or not self.should_exit:
-            super().handle_exit(sig, frame)
+        super().handle_exit(sig, frame)
+
+    def _end_wait(self, sig: int, frame: FrameType | None) -> None:
+        if not self._closing.is_set():
+            self.handle_exit(sig, frame)
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

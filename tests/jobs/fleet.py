@@ -53,7 +53,7 @@ from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
 from tests.jobs import kinds
 from tests.jobs.kinds import TICK_SECONDS, EventLog
-from tests.mutants import put, replaced
+from tests.mutants import abrupt_stop, put, replaced
 
 
 class Script:
@@ -319,6 +319,7 @@ def log_at_the_end() -> None:
 
 
 GUARDS: dict[str, Callable[[], None]] = {
+    "abrupt-stop": abrupt_stop,
     "log": log_at_the_end,
     "watchdog": no_watchdog,
     "kill-timer": alarm_timer,

@@ -5,7 +5,7 @@ import signal
 from time import monotonic
 
 from tests.history import Accepted, Refused, Unknown, check
-from tests.processes import Instance, connect, http_client, running
+from tests.processes import Instance, connect, http_client, query, running
 from tests.system.client import Load, open_account, read_ledger
 from tests.system.databases import session_waits
 from tests.system.sizes import report_figures, size
@@ -86,6 +86,32 @@ async def test_idle_clients_delay_no_stop(database: dict[str, str]) -> None:
     report_figures(f"stopped in {took:.2f} s")
     assert code == 0
     assert took < STOP_SECONDS
+
+
+async def test_a_draining_instance_serves_and_is_not_ready(database: dict[str, str]) -> None:
+    """On new connections and on idle ones, each of which ends with its answer; until it is over."""
+    async with Instance(database, DRAIN_SECONDS="60") as instance, http_client() as idle:
+        assert (await idle.get(f"{instance.url}/readyz")).status_code == 200
+        assert instance.process is not None
+        instance.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10), http_client() as probe:
+            while (answer := await probe.get(f"{instance.url}/readyz")).is_success:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.02)
+        assert answer.json()["checks"]["stopping"] == "This instance is stopping."
+        assert answer.headers["connection"] == "close"
+        for _ in ("on the idle connection", "on a new one"):
+            answer = await idle.post(
+                f"{instance.url}/api/balance", json={"userId": 1, "amount": -1}
+            )
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        # the jobs are not kept for so long
+        async with asyncio.timeout(10):
+            while await query(database, "SELECT FROM jobs WHERE holder IS NOT NULL"):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        assert instance.process.returncode is None
+        asked = monotonic()
+        assert await instance.stop(signal.SIGTERM) == 0  # a second signal ends the wait
+    assert monotonic() - asked < STOP_SECONDS
 
 
 async def _wait_until_it_listens_no_more(instance: Instance) -> None:

@@ -1,8 +1,6 @@
 """The previous release and this one side by side: instances are replaced one after another."""
 
 import asyncio
-import re
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -16,9 +14,9 @@ from balance_app.local.postgres import SUPERUSER
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import RUN_ROLE, Instance, connect, http_client
 from tests.system.client import Load, open_account, read_ledger
+from tests.system.releases import ROOT, NoReleaseError, oldest_compatible, unpack
 from tests.system.sizes import report_figures, size
 
-ROOT = Path(__file__).parents[2]
 # Programs that can't work on this schema: they know other names of tables and columns than 0010
 # does, or, the last one, keys of the whole service and no holds, unlike 0012.
 OTHER_NAMES = ("f2f4455", "4f17b6e")
@@ -33,45 +31,22 @@ CONNECTIONS = size(small=4, full=16)
 def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that unpacks the source of an earlier commit."""
 
-    def unpack(commit: str) -> Path:
-        archived = subprocess.run(
-            ["git", "-C", ROOT, "archive", commit],  # noqa: S607 - whichever git there is
-            capture_output=True,
-            check=False,
-        )
-        if archived.returncode:
-            pytest.skip(f"commit {commit} is not in this clone")
-        place = tmp_path_factory.mktemp("before")
-        subprocess.run(
-            ["tar", "--extract", "--directory", place],  # noqa: S607 - as above
-            input=archived.stdout,
-            check=True,
-        )
-        return place
+    def source(commit: str) -> Path:
+        try:
+            return unpack(commit, tmp_path_factory.mktemp("before"))
+        except NoReleaseError as error:
+            pytest.skip(str(error))
 
-    return unpack
+    return source
 
 
 @pytest.fixture(scope="session")
 def oldest() -> str:
-    """The oldest commit whose program works on this schema: the one that completed it."""
-    versions = [each.read_text() for each in (ROOT / "alembic" / "versions").glob("*.py")]
-    compatible = max(re.findall(r"SET compatible_from = '(\d{4})'", "".join(versions)))
-    paths = {"schema": f"alembic/versions/{compatible}_*.py", "program": "src"}
-    commits = {}
-    for name, path in paths.items():
-        found = subprocess.run(
-            ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", path],  # noqa: S607 - whichever git there is
-            capture_output=True,
-            check=False,
-            text=True,
-        )
-        commits[name] = found.stdout.strip()
-    if not commits["schema"]:
-        pytest.skip("this is no clone")
-    if commits["schema"] == commits["program"]:
-        pytest.skip(f"no program before this one works on the schema of {commits['schema']}")
-    return commits["schema"]
+    """The oldest commit whose program works on this schema."""
+    try:
+        return oldest_compatible()
+    except NoReleaseError as error:
+        pytest.skip(str(error))
 
 
 class Fleet:
