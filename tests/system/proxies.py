@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -62,18 +63,49 @@ def example(kind: str, port: int, ports: Sequence[int]) -> str:
     return text
 
 
+def _under_tls(kind: str, text: str, port: int, home: Path) -> str:
+    """Return an example whose lines about TLS are no comments any more, with a new certificate."""
+    pair, certificate, key = home / "both.pem", home / "certificate.pem", home / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    pair.write_text(certificate.read_text() + key.read_text())
+    text, plain = re.subn(rf"    (listen|bind) 127\.0\.0\.1:{port};?\n", "", text)
+    text, lines = re.subn(
+        r"    # ((?:listen|ssl_|add_header|bind :443|http-response set-header) .*\n|ssl_.*\n)",
+        r"    \1",
+        text,
+    )
+    assert (plain, lines) == (1, {"nginx": 6, "haproxy": 2}[kind])
+    for old, new in (
+        ("    listen [::]:443 ssl http2;\n", ""),
+        ("listen 443 ", f"listen 127.0.0.1:{port} "),
+        ("bind :443 ", f"bind 127.0.0.1:{port} "),
+        ("/etc/nginx/tls/bank.example.pem", str(certificate)),
+        ("/etc/nginx/tls/bank.example.key", str(key)),
+        ("/etc/haproxy/tls/bank.example.pem", str(pair)),
+    ):
+        text = text.replace(old, new)
+    return text
+
+
 class Proxy:
     """A running proxy."""
 
-    def __init__(self, port: int, log: Path) -> None:
-        self.origin = f"http://127.0.0.1:{port}"
+    def __init__(self, scheme: str, port: int, log: Path) -> None:
+        self.origin = f"{scheme}://127.0.0.1:{port}"
         self.url = self.origin + PREFIX
         self.log = log
 
 
 @asynccontextmanager
 async def running(
-    kind: str, ports: Sequence[int], changed: tuple[str, str] = ("", "")
+    kind: str, ports: Sequence[int], changed: tuple[str, str] = ("", ""), *, tls: bool = False
 ) -> AsyncIterator[Proxy]:
     """Run a proxy in front of instances at five ports.
 
@@ -86,6 +118,7 @@ async def running(
         text = example(kind, port, ports)
         assert changed[0] in text
         text = text.replace(*changed) if changed[0] else text
+        text = _under_tls(kind, text, port, home) if tls else text
         log = home / "log"
         if kind == "nginx":
             (home / "balance-app.conf").write_text(text)
@@ -113,7 +146,7 @@ async def running(
         try:
             await _listens(port, process, log)
             await asyncio.sleep(CHECK_SECONDS)
-            yield Proxy(port, log)
+            yield Proxy("https" if tls else "http", port, log)
         finally:
             if process.returncode is None:
                 process.terminate()

@@ -5,15 +5,17 @@ What each passes on, what it sends a second time, and what it must not.
 
 import asyncio
 import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.access.keyring import keys_are_needed, make_key
 from tests.processes import Instance, free_port, http_client
 from tests.processes import running as running_instances
 from tests.system import proxies
@@ -42,7 +44,7 @@ pytestmark = [
 
 @asynccontextmanager
 async def proxied(
-    kind: str, database: dict[str, str], *, log: Path | None = None
+    kind: str, database: dict[str, str], *, log: Path | None = None, tls: bool = False
 ) -> AsyncIterator[tuple[Proxy, httpx.AsyncClient, list[Instance]]]:
     """Run two instances behind a proxy that has five; yield it, and a client from elsewhere."""
     instances = [
@@ -50,10 +52,10 @@ async def proxied(
         for name in ("app1", "app2")
     ]
     ports = [*(each.port for each in instances), *(free_port() for _ in range(3))]
-    elsewhere = httpx.AsyncHTTPTransport(local_address=CLIENT)
+    elsewhere = httpx.AsyncHTTPTransport(local_address=CLIENT, verify=False)
     async with (
         running_instances(instances),
-        proxies.running(kind, ports) as proxy,
+        proxies.running(kind, ports, tls=tls) as proxy,
         httpx.AsyncClient(transport=elsewhere, base_url=proxy.origin, timeout=20) as client,
     ):
         yield proxy, client, instances
@@ -86,6 +88,43 @@ async def test_the_example_serves(kind: str, database: dict[str, str], tmp_path:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     seen = {line["client"] for line in lines if line.get("path", "").endswith("/api/users/1")}
     assert seen == {CLIENT}
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+async def test_tls_ends_at_the_proxy(kind: str, database: dict[str, str]) -> None:
+    """With the lines that are comments: a login is secure, and a form of the site is its own."""
+    async with proxied(kind, database, tls=True) as (proxy, client, instances):
+        key = await make_key(database)
+        for each in instances:
+            await keys_are_needed(each.url)
+        for headers in ({}, {"Origin": proxy.origin}):
+            answer = await client.post(f"{PREFIX}/login", data={"key": key.text}, headers=headers)
+            assert answer.status_code == 303, answer.text
+            assert "max-age" in answer.headers["strict-transport-security"]
+            assert answer.headers["location"].startswith(PREFIX)
+            [set_] = [
+                each for each in answer.headers.get_list("set-cookie") if "Max-Age=43200" in each
+            ]
+            assert set_.startswith("__Host-ba=")
+            assert "Secure" in set_
+
+
+async def test_an_instance_that_is_not_ready_answers_if_none_is(kind: str) -> None:
+    """Its own 503 says more than the proxy's."""
+
+    async def unready(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 503 No\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(unready, "127.0.0.1", 0) as server:
+        ports = [server.sockets[0].getsockname()[1]] * 5
+        async with proxies.running(kind, ports) as proxy, http_client() as client:
+            for method in ("GET", "POST"):
+                answer = await client.request(method, f"{proxy.url}/api/users")
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
 
 
 async def test_streams_come_at_once_and_end_cleanly(kind: str, database: dict[str, str]) -> None:
