@@ -1,7 +1,7 @@
 """A minimal init, for process 1 of a container that was started without one.
 
-The kernel drops what process 1 has no handler for when it comes from inside of the container, even
-The kernel drops what process 1 has no handler for when it comes from inside the container, even
+For process 1 the kernel drops each signal that has no handler and comes from inside the container,
+also the one by which an instance ends itself. So the service runs as its child.
 """
 
 import os
