@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
+.PHONY: help run load test test-matrix check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
 	docker-up docker-down docker-reset docker-logs drill-failover drill-restore drill-rolling
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -41,6 +41,10 @@ test: $(READY) ## run all tests against a real PostgreSQL
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python $(MEASURED) -m pytest \
 		$(if $(BALANCE_APP_FULL),-o faulthandler_timeout=0) \
 		$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
+
+test-matrix: $(READY) ## run all tests on PostgreSQL 14 to 18: make test-matrix VERSIONS="14 15" TESTS=tests/db
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m tests.matrix $(VERSIONS) \
+		--pytest="$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)"
 
 check: lint coverage ## linters, tests, and which branches of the source they run
 
@@ -126,7 +130,7 @@ lock-images:
 	done
 
 clean: ## delete the environment and the caches, but no data
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache .postgres
 
 docker-up: ## the same in containers: http://127.0.0.1:3001 to 3005
 	docker compose up --detach --build --wait

@@ -288,6 +288,11 @@ def export_page() -> None:
     put(ledger, "EXPORT_PAGE", MAX_INTEGER)
 
 
+def server_version() -> None:
+    """Serve on every version of PostgreSQL."""
+    put(sessions, "OLDEST_SERVER", 0)
+
+
 GUARDS: dict[str, Callable[[], None]] = {
     "condition": condition,
     "fresh-snapshot": fresh_snapshot,
@@ -311,6 +316,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "abrupt-stop": abrupt_stop,
     "key-refresh": key_refresh,
     "key-of-stream": key_of_stream,
+    "server-version": server_version,
 }
 
 if __name__ == "__main__":

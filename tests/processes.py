@@ -285,6 +285,23 @@ async def query(database: dict[str, str], sql: str, *arguments: object) -> list[
         await connection.close()
 
 
+async def major_version(database: dict[str, str]) -> int:
+    """Return the version of a server, such as 17."""
+    ((number,),) = await query(database, "SELECT current_setting('server_version_num')::int")
+    return int(number) // 10_000
+
+
+async def flush_counters(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    """Have the server count what a session has changed."""
+    if connection.get_server_version().major >= 15:
+        await connection.execute("SELECT pg_stat_force_next_flush()")
+        return
+    # A session reports twice a second at most, at the end of a statement; it is shown as late.
+    await asyncio.sleep(0.6)
+    await connection.execute("SELECT")
+    await asyncio.sleep(0.6)
+
+
 @asynccontextmanager
 async def empty_database(
     server: Mapping[str, str], template: str = "template1"

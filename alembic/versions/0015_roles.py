@@ -132,6 +132,14 @@ BEGIN
                 format('Not done, for lack of a right: %s.', missing);
         END;
     END LOOP;
+    -- A role that may revoke nothing there gets a warning of PostgreSQL's own, and no error: the
+    -- schema public is the owner's from PostgreSQL 15 on.
+    IF has_schema_privilege(instances, current_schema()::text, 'CREATE') THEN
+        RAISE WARNING USING ERRCODE = 'BL003', MESSAGE = format(
+            'Not done, for lack of a right: REVOKE CREATE ON SCHEMA %I FROM PUBLIC.',
+            current_schema()
+        );
+    END IF;
     -- for watch-limits: the transactions of other roles
     IF NOT pg_has_role(instances, 'pg_read_all_stats', 'USAGE') THEN
         missing := format('GRANT pg_read_all_stats TO %I', instances)

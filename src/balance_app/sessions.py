@@ -86,12 +86,19 @@ WHERE always OR current_setting(name, true) <> value
 """
 
 
+# The oldest PostgreSQL that this program works with; docs/production.md has what differs.
+OLDEST_SERVER: Final = 14
+
 # a host and its port
 Host: TypeAlias = tuple[str, int]
 
 
 class PoolerError(Exception):
     """A pooler between this program and PostgreSQL breaks sessions."""
+
+
+class OldServerError(Exception):
+    """The server's PostgreSQL is older than `OLDEST_SERVER`."""
 
 
 class StandbyError(Exception):
@@ -251,17 +258,30 @@ async def open_session(arguments: dict[str, Any]) -> Session:
     """Connect to PostgreSQL with the keyword arguments that `Settings` makes.
 
     Raises:
+        OldServerError: the server is too old.
         PoolerError: the pinned parameters have not reached PostgreSQL.
         StandbyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: see
             `connect` and `outages`.
     """
     connection = await connect(**arguments)
     try:
+        require_version(connection)
         await pin(connection)
     except BaseException:
         connection.terminate()
         raise
     return connection
+
+
+def require_version(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Check what the server has told of its version at the start of the session.
+
+    Raises:
+        OldServerError: it is too old.
+    """
+    version = connection.get_server_version()
+    if version.major < OLDEST_SERVER:
+        raise OldServerError(f"It is PostgreSQL {version.major}.{version.minor}.")
 
 
 async def pin(connection: asyncpg.Connection[asyncpg.Record]) -> None:

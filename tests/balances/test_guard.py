@@ -12,7 +12,7 @@ from balance_app.db.pool import Database
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
 from tests.jobs.support import until
-from tests.processes import connect, served, unguarded
+from tests.processes import connect, flush_counters, served, unguarded
 
 HOLD_THE_KEY = """
 INSERT INTO idempotency_keys (key, outcome, user_id, amount, balance, version)
@@ -137,7 +137,7 @@ async def test_ids_that_are_taken_are_named(
         await connection.execute(
             "INSERT INTO users (id, balance, version) SELECT n, 0, 1 FROM generate_series(2, 50) n"
         )
-    await connection.execute("SELECT pg_stat_force_next_flush()")
+    await flush_counters(connection)
     before = await _rollbacks(connection, database)
     for headers in ({}, KEYED):
         answer = await client.post("/api/users", json={"balance": 5}, headers=headers)

@@ -16,7 +16,7 @@ import pytest
 
 from balance_app.db.outages import PERMANENT, Kind, classify, is_fatal, pause_seconds
 from balance_app.db.pool import Database
-from balance_app.sessions import PoolerError
+from balance_app.sessions import OldServerError, PoolerError
 from tests.jobs.rows import settings_for
 from tests.processes import Instance, connect, http_client, query, served
 from tests.system.databases import own_postgres
@@ -51,6 +51,7 @@ MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
     (server_error("23505"), None, None),
     (server_error("55000"), None, None),
     (PoolerError(), Kind.POOLER, "unknown"),
+    (OldServerError(), Kind.TOO_OLD, "unknown"),
     (socket.gaierror(-2, "Name or service not known"), Kind.UNKNOWN_HOST, "unknown"),
     (ssl.SSLCertVerificationError(1, "certificate verify failed"), Kind.TLS, "unknown"),
     (

@@ -3,16 +3,41 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
+from typing import Final
 
 import asyncpg
 import psutil
 
 from balance_app.local.postgres import SUPERUSER, EmbeddedPostgres, binaries
 from tests.processes import connect
+
+# The directory of another version's programs: `make test-matrix` sets it.
+PROGRAMS: Final = Path(given) if (given := os.environ.get("BALANCE_APP_TEST_POSTGRES")) else None
+
+
+class TestPostgres(EmbeddedPostgres):
+    """A server of the version under test."""
+
+    __test__ = False
+    parts = ("PG_VERSION",)  # the OID of the database `postgres` is not 5 in each of them
+
+    def __init__(self, data: Path, *, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(data, options=options)
+        self._bin = PROGRAMS or self._bin
+
+    def _restrict_log_in(self) -> None:
+        """Let in whoever can pass the data directory: no role stands for all before version 16."""
+        if PROGRAMS is None:
+            super()._restrict_log_in()
+        else:
+            (self.data / "pg_hba.conf").write_text(
+                "local all all trust\nlocal replication all trust\n"
+            )
+
 
 WAITERS = """
 SELECT count(*) FROM pg_stat_activity
@@ -26,7 +51,7 @@ async def own_postgres(**options: str) -> AsyncIterator[EmbeddedPostgres]:
     # A short path of its own: the server's socket lies in its data directory.
     with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
         Path(top).chmod(0o711)  # as root, the server runs as another user
-        server = EmbeddedPostgres(Path(top) / "data", options=options)
+        server = TestPostgres(Path(top) / "data", options=options)
         await server.start()
         try:
             yield server
@@ -99,7 +124,7 @@ async def standby_of(primary: EmbeddedPostgres, **options: str) -> AsyncIterator
         Path(top).chmod(0o711)
         data = Path(top) / "data"
         await _copy(primary, data)
-        server = EmbeddedPostgres(data, options=options)
+        server = TestPostgres(data, options=options)
         await server.start()
         try:
             yield server

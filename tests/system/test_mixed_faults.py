@@ -16,7 +16,7 @@ from tests.history import check
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
-from tests.system.databases import freeze, kill, own_postgres, thaw
+from tests.system.databases import TestPostgres, freeze, kill, own_postgres, thaw
 from tests.system.sizes import report_figures, size
 
 SECONDS = size(small=5, full=300)
@@ -41,7 +41,7 @@ async def standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgre
         assert await process.wait() == 0
         for copied in data.glob(".s.PGSQL.*"):  # the primary's socket lies in its data directory
             copied.unlink()
-        standby = EmbeddedPostgres(data, options={"max_connections": "200"})
+        standby = TestPostgres(data, options={"max_connections": "200"})
         await standby.start()
         try:
             admin = await connect(primary.environment())

@@ -17,8 +17,10 @@ import asyncpg
 
 from balance_app.errors import Applied
 from balance_app.sessions import (
+    OLDEST_SERVER,
     CertificateRefusedError,
     NotReplicatedError,
+    OldServerError,
     PoolerError,
     StandbyError,
 )
@@ -59,6 +61,7 @@ class Kind(Enum):
         "A pooler in front of PostgreSQL breaks sessions (as PgBouncer does in transaction mode): "
         "connect to PostgreSQL itself."
     )
+    TOO_OLD = f"The database's server is too old: PostgreSQL {OLDEST_SERVER} or newer is needed."
     SETTINGS = "The connection's settings can't be used."
     DISK_FULL = "The database's disk is full."
     RESOURCES = "The database is short of resources."
@@ -103,6 +106,7 @@ PERMANENT: Final = frozenset(
         Kind.NO_DATABASE,
         Kind.PRIVILEGE,
         Kind.POOLER,
+        Kind.TOO_OLD,
         Kind.SETTINGS,
         Kind.TLS_NOT_OFFERED,
         Kind.TLS_ISSUER,
@@ -173,6 +177,7 @@ _EXCEPTIONS: Final[tuple[tuple[type[Exception], Kind | None], ...]] = (
     (StandbyError, Kind.STANDBY),
     (CertificateRefusedError, Kind.TLS_CLIENT),
     (NotReplicatedError, Kind.NOT_REPLICATED),
+    (OldServerError, Kind.TOO_OLD),
     (asyncpg.ClientConfigurationError, Kind.SETTINGS),
     (gaierror, Kind.UNKNOWN_HOST),
     (TimeoutError, Kind.NO_ANSWER),

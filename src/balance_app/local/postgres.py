@@ -19,12 +19,12 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from balance_app.settings import Settings, load_settings
 
@@ -116,10 +116,9 @@ def _unfinished(data: Path) -> Path:
     return data.with_name(f"{data.name}.new")
 
 
-def _require_complete(data: Path) -> None:
+def _require_complete(data: Path, parts: Sequence[str]) -> None:
     """Refuse a directory that `initdb` left unfinished, as earlier versions could leave it."""
-    # initdb makes the database `postgres` last; its OID is always 5.
-    for part in ("PG_VERSION", "global/pg_control", "base/5/PG_VERSION"):
+    for part in parts:
         if not (data / part).exists():
             raise EmbeddedError(
                 f"{data} is not a complete PostgreSQL data directory ({part} is missing), as after "
@@ -149,6 +148,9 @@ def _locked(directory: Path) -> Iterator[int]:
 
 class EmbeddedPostgres:
     """One PostgreSQL server as a child process, on a data directory that outlives it."""
+
+    # initdb makes the database `postgres` last; its OID is always 5.
+    parts: ClassVar[Sequence[str]] = ("PG_VERSION", "global/pg_control", "base/5/PG_VERSION")
 
     def __init__(self, data: Path, *, options: Mapping[str, str] | None = None) -> None:
         self.data = data
@@ -206,7 +208,7 @@ class EmbeddedPostgres:
             )
         if not self.data.exists() or not any(self.data.iterdir()):
             await asyncio.to_thread(self._initialise, lock)
-        _require_complete(self.data)
+        _require_complete(self.data, self.parts)
         _require_directory(self.data, self._owners())
         if self._user is not None:
             self._give(self.data)
