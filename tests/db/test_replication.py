@@ -8,6 +8,7 @@ import pytest
 
 from balance_app.db.replication import Replication, Standby
 from balance_app.db.replication import _required as required
+from balance_app.http.health import _replication as as_json
 from tests.processes import connect, served
 from tests.system.databases import hosts, own_postgres, standby_of
 
@@ -69,6 +70,16 @@ def test_standbys_are_described() -> None:
     )
 
 
+def test_who_has_no_key_is_told_no_address() -> None:
+    """Once there are keys; the lag and what commits wait for stay."""
+    found = Replication("a port 1", (SYNCHRONOUS,), 1, 0, 0)
+    with_key, without = as_json(found, details=True), as_json(found, details=False)
+    assert (with_key["primary"], with_key["standbys"][0]["address"]) == ("a port 1", "10.0.0.2")
+    assert "a port 1" not in str(without)
+    assert "10.0.0.2" not in str(without)
+    assert without["synchronous"] == with_key["synchronous"]
+
+
 async def _until(client: httpx.AsyncClient, **synchronous: int) -> dict[str, Any]:
     async with asyncio.timeout(30):
         while True:
@@ -79,7 +90,7 @@ async def _until(client: httpx.AsyncClient, **synchronous: int) -> dict[str, Any
 
 
 async def test_readyz_and_the_page_show_them() -> None:
-    """Also that commits wait for a standby that is gone; who has no key is told no address."""
+    """Also that commits wait for a standby that is gone."""
     async with own_postgres() as primary, standby_of(primary) as standby:
         variables = hosts(primary, standby)
         async with served(variables) as client:
