@@ -6,6 +6,7 @@ The real protocol on real sockets, in front of an application that answers when 
 import asyncio
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import update_wrapper
@@ -569,6 +570,26 @@ async def test_a_disconnect_is_reported_to_the_application() -> None:
                 )
             async with asyncio.timeout(5):
                 await application.left.wait()
+
+
+@on_its_loop
+async def test_an_answer_to_nobody_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """The client has gone before its answer began, as an impatient probe: that is no error."""
+    async with serving() as (application, server):
+        application.leave.clear()
+        async with server.client() as client:
+            await client.send(GET)
+            reset = struct.pack("ii", 1, 0)
+            connection = client.writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        async with asyncio.timeout(5):
+            while server.state.connections:  # noqa: ASYNC110 - of the server
+                await asyncio.sleep(0.01)
+            application.leave.set()
+            while server.state.tasks:  # noqa: ASYNC110 - of the server
+                await asyncio.sleep(0.01)
+    assert application.read == [b""]
+    assert caplog.records == []
 
 
 # -- unread bodies ------------------------------------------------------------------------------

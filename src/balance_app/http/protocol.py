@@ -163,6 +163,8 @@ class _Cycle(RequestResponseCycle):
                     self.on_events()
                 self.headers = ()
             return RequestResponseCycle.send(self, message)
+        if self.disconnected:  # all of the answer is dropped, and its start is not noted
+            return RequestResponseCycle.send(self, message)
         self.headers = message["headers"]  # type: ignore[typeddict-item]
         # uvicorn writes no body for HEAD, not even an empty one.
         self.transport.joins = self.scope["method"] != "HEAD"
