@@ -116,7 +116,7 @@ lock: lock-images ## renew the lock files (needs uv), and the digests of the bas
 	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
-		--no-emit-index-url --no-header pyproject.toml --extra local --group dev \
+		--no-emit-index-url --no-header pyproject.toml --extra local --extra otel --group dev \
 		-c requirements.lock -o requirements-dev.lock
 
 # A tag may mean another image tomorrow; its digest never does. It names the index of all platforms.

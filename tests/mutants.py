@@ -283,6 +283,13 @@ def every_proxy() -> None:
     proxies.Proxies.trust = lambda *_: True  # type: ignore[method-assign]
 
 
+def last_spans() -> None:
+    """Wait until the last spans are sent, however long that takes."""
+    from balance_app import traced  # noqa: PLC0415 - it imports the SDK
+
+    put(traced, "FLUSH_SECONDS", 3600.0)
+
+
 def export_page() -> None:
     """Read all entries of an export at once."""
     put(ledger, "EXPORT_PAGE", MAX_INTEGER)
@@ -317,6 +324,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "key-refresh": key_refresh,
     "key-of-stream": key_of_stream,
     "server-version": server_version,
+    "last-spans": last_spans,
 }
 
 if __name__ == "__main__":

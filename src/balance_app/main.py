@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -54,6 +55,7 @@ from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import Settings
+from balance_app.telemetry import Parts, choose
 from balance_app.web.account_actions import router as account_actions_router
 from balance_app.web.accounts import router as accounts_router
 from balance_app.web.action_list import router as action_list_router
@@ -95,6 +97,7 @@ def create_app(
     """
     Problem.root_path = settings.root_path
     metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
+    parts = choose(settings, os.environ)
     gate = Gate(settings, metrics)
     app = FastAPI(
         title="balance_app",
@@ -104,8 +107,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # Its own would be below ours, and tell what a wrong request has in it.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         lifespan=partial(
-            _lifespan, settings, stopping, closing or stopping, registry, metrics, gate
+            _lifespan, settings, stopping, closing or stopping, registry, metrics, gate, parts
         ),
     )
     for each in (movements, holds_api, users, statement):
@@ -121,7 +126,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _invalid_request_response)
     app.add_exception_handler(HTTPException, _http_error_response)
     app.add_exception_handler(Exception, _internal_error_response)
-    return RequestMiddleware(
+    return parts.middleware(
         app,
         gate=gate,
         direct={("POST", "/api/balance"): movements.change_balance},
@@ -140,10 +145,13 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     registry: Registry,
     metrics: Metrics,
     gate: Gate,
+    parts: Parts,
     app: FastAPI,
 ) -> AsyncIterator[None]:
-    database = Database(settings, metrics)
-    scheduler = Scheduler(settings, database, registry, metrics) if settings.jobs_enabled else None
+    database = parts.database(settings, metrics)
+    scheduler = None
+    if settings.jobs_enabled:
+        scheduler = parts.scheduler(settings, database, registry, metrics)
     stats = StatsReader(database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
     metrics.set_fleet_query(stats.read)
     status_reader = StatusReader(database, settings)
@@ -211,6 +219,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     finally:
         await gate.stop()
         await database.stop()
+        await parts.stop()
         log.info("stopped")
 
 

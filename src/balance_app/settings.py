@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     )
 
     balance_app_data: str = Field(
-        ".balance-app", description="where `balance-app up` keeps its PostgreSQL and its log"
+        ".balance-app", description="where `balance-app up` keeps its PostgreSQL and its logs"
     )
     balance_app_url: str | None = Field(
         None, description="the service that the command line calls; default: the one at HOST, PORT"

@@ -104,9 +104,7 @@ def _compile(template: str) -> re.Pattern[str]:
 
 
 _PATTERNS: Final = [
-    (method, _compile(template), needs)
-    for (method, template), needs in NEEDS.items()
-    if "{" in template
+    (method, _compile(template), template) for method, template in NEEDS if "{" in template
 ]
 
 
@@ -117,7 +115,18 @@ def needs_of(method: str, path: str) -> Needs | None:
     needs = _EXACT.get((method, path))
     if needs is not None:
         return needs
-    return next(_matching(method, path), None)
+    template = next(_matching(method, path), None)
+    return None if template is None else NEEDS[method, template]
+
+
+def template_of(method: str, path: str) -> str | None:
+    """Return the route of a request, such as `/api/users/{userId}`; None: there is none."""
+    if method == "HEAD":
+        method = "GET"
+    if (method, path) in _EXACT:
+        return path
+    template = next(_matching(method, path), None)
+    return None if template is None else template.replace(":text", "").replace(":path", "")
 
 
 def methods_of(path: str) -> set[str]:
@@ -126,5 +135,7 @@ def methods_of(path: str) -> set[str]:
     return found | {"HEAD"} if "GET" in found else found
 
 
-def _matching(method: str, path: str) -> Iterator[Needs]:
-    return (needs for of, pattern, needs in _PATTERNS if of == method and pattern.fullmatch(path))
+def _matching(method: str, path: str) -> Iterator[str]:
+    return (
+        template for of, pattern, template in _PATTERNS if of == method and pattern.fullmatch(path)
+    )

@@ -83,7 +83,7 @@ class RequestMiddleware:
         if traceparent is None:
             TRACE.set(None)
         else:
-            headers.extend(_join(traceparent))
+            headers.extend(_join(traceparent, self.new_span_id()))
         status = 0
         started = perf_counter()
         method = scope["method"]
@@ -138,6 +138,10 @@ class RequestMiddleware:
                     client=_address_of(scope),
                     milliseconds=round((perf_counter() - started) * 1000, 1),
                 )
+
+    def new_span_id(self) -> int:
+        """Return the id of this request's span, for a caller who traces it."""
+        return randrange(1, 2**64)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes], problem: Problem) -> Response:
         """Return the answer that carries a problem, for a browser as a page."""
@@ -239,7 +243,7 @@ def _callers_id(headers: Mapping[bytes, bytes]) -> bytes | None:
     return bytes(request_id)
 
 
-def _join(traceparent: bytes) -> list[tuple[bytes, bytes]]:
+def _join(traceparent: bytes, span_id: int) -> list[tuple[bytes, bytes]]:
     """Make this request a span of the caller's trace, if the header names one.
 
     Returns:
@@ -249,7 +253,7 @@ def _join(traceparent: bytes) -> list[tuple[bytes, bytes]]:
     if named is None or (named[1] == b"00" and named[4]):
         TRACE.set(None)
         return []
-    trace = Trace(named[2].decode(), f"{randrange(1, 2**64):016x}")
+    trace = Trace(named[2].decode(), f"{span_id:016x}")
     TRACE.set(trace)
     flags = int(named[3], 16) & _KNOWN_FLAGS
     return [(b"traceparent", f"00-{trace.trace_id}-{trace.span_id}-{flags:02x}".encode())]

@@ -1,4 +1,4 @@
-"""The parts of the running application; routes find them by type."""
+"""The parts of the running application; routes find them by type, or one it extends."""
 
 from typing import TypeVar, cast
 
@@ -11,7 +11,7 @@ class Services:
     """One object of each type, put together in `main` and kept in `app.state.services`."""
 
     def __init__(self, *parts: object) -> None:
-        self._parts = {type(part): part for part in parts}
+        self._parts = {kind: part for part in parts for kind in type(part).__mro__[:-1]}
 
     def get(self, kind: type[Part]) -> Part | None:
         """Return the part of a type, None if there is none."""

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 from weakref import WeakSet
 
 import structlog
@@ -44,6 +44,9 @@ class Scope(Executor):
     any thread.
     """
 
+    # makes the context in which a run's code begins: without anything of who started the run
+    new_context: ClassVar[Callable[[], Context]] = Context
+
     def __init__(self, name: str) -> None:
         self.name: Final = name
         # when it was first requested to stop (monotonic)
@@ -63,7 +66,7 @@ class Scope(Executor):
 
     def start(self, main: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         """Start the main task of the run, with the context variable set to this scope."""
-        context = Context()
+        context = type(self).new_context()
         context.run(CURRENT.set, self)
         self._main = self._loop.create_task(main, context=context)
         return self._main

@@ -6,6 +6,7 @@ of an instance that can't start. A file has a bounded size, and one before it is
 """
 
 import asyncio
+import fcntl
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from balance_app.settings import Settings
 
 MAX_BYTES: Final = 10_000_000
 MAX_LINE: Final = 65536
+PIPE_BYTES: Final = 1 << 20  # the most that Linux allows every user
 POLL_SECONDS: Final = 0.2
 LAST_LINES_SECONDS: Final = 0.05
 _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
@@ -119,6 +121,9 @@ class Output:
         for console in (sys.stdout, sys.stderr):
             read, write = os.pipe()
             self.descriptors += (write,)
+            # An instance that writes into a full pipe stands still: `up` may be stopped by Ctrl-Z.
+            with suppress(OSError, AttributeError):  # it is Linux's
+                fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             reader = asyncio.StreamReader()
             await loop.connect_read_pipe(
                 partial(asyncio.StreamReaderProtocol, reader), os.fdopen(read, "rb")
