@@ -22,7 +22,7 @@ Handling" of the manual. Not pinned, as they change no meaning here or are the o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import asyncpg
 
@@ -116,19 +116,20 @@ class NotReplicatedError(Exception):
 class Session(_Connection):
     """A connection that knows which of several hosts it leads to."""
 
-    __slots__ = ("host", "hosts")
-    # the one of several, and all of them
-    host: Host | None
+    __slots__ = ("hosts", "primary")
     hosts: tuple[Host, ...]
+    # the one of several that it leads to
+    primary: _Primary | None
 
     @property
     def address(self) -> str:
         """Host and port, for people."""
-        return shown(self.hosts if self.host is None else [self.host])
+        return shown(self.hosts if self.primary is None else [self.primary.host])
 
     def is_current(self) -> bool:
         """Return whether no later connection of this program has found another primary."""
-        return _primaries.get(self.hosts, self.host) == self.host
+        last = _primaries.get(self.hosts)
+        return last is None or self.primary is None or last.host == self.primary.host
 
     def is_standby(self) -> bool:
         """Return whether its server was a standby when it last reported that (no round trip)."""
@@ -147,16 +148,31 @@ class Session(_Connection):
         super()._process_log_message(fields, last_query)  # type: ignore[misc] # not in the stubs
 
 
-# The host of each list that was the primary when one was last found.
-_primaries: Final[dict[tuple[Host, ...], Host]] = {}
+class _Primary(NamedTuple):
+    """A host that was a primary, and when it became one: each promotion begins a timeline."""
+
+    host: Host
+    system: int
+    timeline: int
+
+
+# The primary that was found last, of each list of hosts.
+_primaries: Final[dict[tuple[Host, ...], _Primary]] = {}
+
+IDENTITY: Final = """
+SELECT system_identifier AS system,
+       ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer AS timeline
+FROM pg_control_system()
+"""
 
 
 async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa: ANN401 - asyncpg's
     """Connect to the one of several hosts that is a primary; the arguments are `asyncpg.connect`'s.
 
     The last primary is tried first, and each host has the whole `timeout` (asyncpg's own search
-    shares it among them, so a frozen host hides the next). Of two primaries the one that can be
-    written to counts: another one may be about to become a standby. A single host may be a standby.
+    shares it among them, so a frozen host hides the next). A former primary that has come back as
+    one is none. Of two primaries the one that can be written to counts: another one may be about to
+    become a standby. A single host may be a standby.
 
     Raises:
         StandbyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: of
@@ -166,13 +182,13 @@ async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa:
     hosts = tuple(addresses(arguments))
     if len(hosts) <= 1:
         connection = await _connect(dsn, arguments)
-        connection.hosts, connection.host = hosts, None
+        connection.hosts, connection.primary = hosts, None
         return connection
     if arguments["target_session_attrs"] == "any":
         arguments["target_session_attrs"] = "primary"
     connection = await _find_primary(hosts, dsn, arguments)
-    assert connection.host is not None  # noqa: S101 - of several
-    _primaries[hosts] = connection.host
+    assert connection.primary is not None  # noqa: S101 - of several
+    _primaries[hosts] = connection.primary
     return connection
 
 
@@ -184,14 +200,16 @@ async def _find_primary(
     # Primaries that can't be written to: one of them, unless the next host is one that can be.
     read_only: list[Session] = []
     try:
-        for host in sorted(hosts, key=lambda host: host != _primaries.get(hosts)):
+        last = _primaries.get(hosts)
+        for host in sorted(hosts, key=lambda host: last is None or host != last.host):
             try:
                 session = await _connect_to(host, dsn, arguments)
+                session.hosts = hosts
+                session.primary = await _identify(session, host)
             except Exception as error:  # noqa: BLE001 - the next host may be the primary
                 errors.append(error)
                 notes.append(f"{shown([host])}: {str(error) or 'no answer in time'}")
                 continue
-            session.hosts, session.host = hosts, host
             if not session.is_read_only():
                 return session
             read_only.append(session)
@@ -213,6 +231,28 @@ async def _connect_to(host: Host, dsn: str | None, arguments: dict[str, Any]) ->
         if arguments["target_session_attrs"] == "primary":
             raise StandbyError("is a standby") from error
         raise
+
+
+async def _identify(session: Session, host: Host) -> _Primary:
+    """Return what a session leads to.
+
+    Raises:
+        StandbyError: it is a former primary: another host has been promoted since.
+    """
+    last = _primaries.get(session.hosts)
+    if last is not None and last.host == host:
+        return last
+    try:
+        row = await session.fetchrow(IDENTITY, timeout=PIN_SECONDS)
+        assert row is not None  # noqa: S101 - it always has a row
+        found = _Primary(host, row["system"], row["timeline"])
+        last = _primaries.get(session.hosts)  # another task may have found it meanwhile
+        if last is not None and last.system == found.system and last.timeline > found.timeline:
+            raise StandbyError("is a former primary")  # noqa: TRY301 - ended as for other errors
+    except BaseException:
+        session.terminate()
+        raise
+    return found
 
 
 async def _connect(dsn: str | None, arguments: dict[str, Any]) -> Session:

@@ -3,17 +3,18 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import asyncpg
 import pytest
 
+from balance_app import sessions
 from balance_app.db.outages import Kind, classify
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.sessions import StandbyError, connect, open_session
 from balance_app.settings import Settings, load_settings
 from tests.processes import free_port
-from tests.system.databases import hosts, own_postgres, promote, standby_of
+from tests.system.databases import freeze, hosts, own_postgres, promote, standby_of, thaw
 
 
 @pytest.fixture
@@ -103,3 +104,40 @@ async def test_a_primary_that_can_be_written_to_comes_first(
     assert not connection.is_current()
     found.terminate()
     connection.terminate()
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_a_former_primary_is_not_taken_again(
+    pair: tuple[EmbeddedPostgres, EmbeddedPostgres],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    guarded: bool,
+) -> None:
+    """It has come back as a primary, and the present one does not answer; the control takes it."""
+    primary, standby = pair
+    arguments = settings_of(hosts(primary, standby), db_connect_seconds=1.0).connect_arguments()
+    (await connect(**arguments)).terminate()
+    await freeze(primary)
+    await promote(standby)
+    (await connect(**arguments)).terminate()
+    await thaw(primary)
+    await freeze(standby)
+    if not guarded:
+        monkeypatch.setattr(sessions, "_primaries", {})
+    if guarded:
+        with pytest.raises(StandbyError) as raised:
+            await connect(**arguments)
+        assert f"{primary.socket_directory} port 5432: is a former primary" in "".join(
+            raised.value.__notes__
+        )
+    else:
+        (await connect(**arguments)).terminate()
+    await thaw(standby)
+    async with asyncio.timeout(30):
+        while True:
+            with suppress(TimeoutError, StandbyError):
+                connection = await connect(**arguments)
+                break
+    connection.terminate()
+    expected = standby if guarded else primary
+    assert connection.address == f"{expected.socket_directory} port 5432"
