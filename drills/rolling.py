@@ -185,6 +185,8 @@ async def drill(proxy: str, options: argparse.Namespace, before: Path | None, lo
     print(f"  {proxy}: schema {schema_before[0]} -> {schema[0]}; runs of jobs: {runs}")
     print(f"  {proxy}: jobs overlapped: {len(found)}; answers that the ledger denies: {len(wrong)}")
     for row in rows:
+        for seconds, which in sorted(row.clients.slow, reverse=True)[:5]:
+            print(f"  {proxy}, {row.what}: {seconds:.2f} s for {which} after the start")
         for kind, number in row.errors.most_common(8):
             print(f"  {proxy}, {row.what}: {number} x {kind[:200]}")
     for each in wrong[:5]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from random import choice, random
+from time import monotonic
 from types import TracebackType
 from typing import Final, Self
 
@@ -20,6 +21,7 @@ from tests.processes import http_client
 from tests.system.client import Load, open_account, read_ledger
 
 _EXPECTED: Final = frozenset({"200", "409", "GET 200"})
+SLOW_SECONDS: Final = 2.0
 AMOUNTS: Final = (*range(-5, 0), *range(1, 6))
 
 
@@ -31,6 +33,9 @@ class Clients(Load):
         self._url = url
         self._unkeyed_user = 0
         self.unkeyed = 0  # acknowledged
+        # requests that took long: for how long, and of which instance, and when
+        self.slow: list[tuple[float, str]] = []
+        self._began = monotonic()
 
     async def __aenter__(self) -> Self:
         """Open the accounts, and begin."""
@@ -58,6 +63,9 @@ class Clients(Load):
         headers: dict[str, str] | None = None,
     ) -> tuple[float, httpx.Response | httpx.TransportError, float]:
         sent, answer, answered = await super().request(method, path, body=body, headers=headers)
+        if answered - sent >= SLOW_SECONDS:
+            server = answer.headers.get("x-server-id") if isinstance(answer, httpx.Response) else ""
+            self.slow.append((answered - sent, f"{method} at {server} {sent - self._began:.1f} s"))
         if isinstance(answer, httpx.Response) and not _is_of_the_service(answer):
             answer = httpx.RemoteProtocolError("The proxy answered.")
         return sent, answer, answered
