@@ -1,7 +1,7 @@
 """Runs the commands that a page of docs/ shows: what is documented is what a drill has run.
 
-A block of code after the comment `<!-- drill: NAME -->` is a command, or some lines of
-configuration. Its example directories are replaced by those of the drill.
+A block of code after the comment `<!-- drill: NAME -->` is a command, some lines of configuration,
+or SQL. Its example directories are replaced by those of the drill.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from balance_app.local.postgres import SYSTEM_USER, binaries
 
-BLOCK: Final = re.compile(r"<!-- drill: ([a-z]+) -->\n```(?:sh|ini)\n(.*?)```", re.DOTALL)
+BLOCK: Final = re.compile(r"<!-- drill: ([a-z]+) -->\n```(?:sh|ini|sql)\n(.*?)```", re.DOTALL)
 OURS: Final = re.compile(r"^balance-app ", re.MULTILINE)
 SETTING: Final = re.compile(r"^(\w+) = (.*)$", re.MULTILINE)
 
@@ -36,19 +36,19 @@ class Commands:
     def __init__(self, page: Path) -> None:
         self._blocks = dict(BLOCK.findall(page.read_text()))
 
-    def settings(self, name: str, places: Mapping[str, Path]) -> dict[str, str]:
+    def settings(self, name: str, places: Mapping[str, Path | str]) -> dict[str, str]:
         """Return the lines of a configuration as names and values."""
-        found = SETTING.findall(self._block(name, places))
+        found = SETTING.findall(self.text(name, places))
         return {setting: value.strip("'") for setting, value in found}
 
     async def run(
-        self, name: str, places: Mapping[str, Path], environment: Mapping[str, str]
+        self, name: str, places: Mapping[str, Path | str], environment: Mapping[str, str]
     ) -> Ran:
         """Run a command to its end, as the user who runs PostgreSQL, or if it is ours as this."""
-        return await run(self._block(name, places), environment)
+        return await run(self.text(name, places), environment)
 
     async def expect(
-        self, name: str, places: Mapping[str, Path], environment: Mapping[str, str]
+        self, name: str, places: Mapping[str, Path | str], environment: Mapping[str, str]
     ) -> str:
         """Run a command that has to succeed; return its output.
 
@@ -60,7 +60,12 @@ class Commands:
             raise CommandError(f"{name!r} ended with {ran.code}: {ran.output}")
         return ran.output
 
-    def _block(self, name: str, places: Mapping[str, Path]) -> str:
+    def text(self, name: str, places: Mapping[str, Path | str]) -> str:
+        """Return a block.
+
+        Raises:
+            CommandError: there is none of this name.
+        """
         if name not in self._blocks:
             raise CommandError(f"There is no block {name!r}.")
         block: str = self._blocks[name]
