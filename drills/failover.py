@@ -202,9 +202,9 @@ KINDS: Final[Mapping[str, Callable[[Drill, Node], Awaitable[str]]]] = {
     "frozen": Drill.freeze,
     "switched-over": Drill.switch_over,
     "cut-off": Drill.cut_off,
-    "lost": Drill.lose,
+    "unreplicated": Drill.lose,
 }
-CONTROL: Final = "lost"
+CONTROL: Final = "unreplicated"
 
 
 @dataclass(frozen=True, slots=True)
