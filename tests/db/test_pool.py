@@ -11,6 +11,7 @@ from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
 from balance_app.errors import DatabaseUnavailable
 from balance_app.settings import Settings, load_settings
+from tests.jobs.proxy import Proxy
 from tests.processes import Instance, as_instance, connect, http_client
 
 
@@ -35,6 +36,33 @@ async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str
         assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1
     finally:
         await line.stop()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_transaction_without_an_answer_is_an_outage(
+    database: dict[str, str], *, begun: bool
+) -> None:
+    """Also when it is the BEGIN or the ROLLBACK of the driver that gets none."""
+    await migrate(settings_for(database).as_owner())
+    async with Proxy(database) as proxy:
+        line = db.Database(settings_for(proxy.environment()))
+        await line.start()
+
+        async def freeze(connection: db.Connection) -> None:
+            if not begun:
+                proxy.freeze()
+            async with connection.transaction():
+                proxy.freeze()
+                await db.read(connection, "SELECT 1")
+
+        try:
+            with pytest.raises(DatabaseUnavailable):
+                await line.run(freeze)
+            with pytest.raises(DatabaseUnavailable):
+                line.check()
+        finally:
+            proxy.heal()
+            await line.stop()
 
 
 async def test_overload_is_refused_at_once(database: dict[str, str]) -> None:

@@ -382,9 +382,10 @@ class Database:
             if _is_cancelled():  # the event loop ends
                 raise
         except Exception as error:  # noqa: BLE001 - it belongs to the caller
-            self._handle_failure(error, connection)
+            failure = _as_problem(error)
+            self._handle_failure(failure, connection)
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(failure)
 
     async def _connection(self) -> Session | None:
         """Return an idle connection, or a new one; None when none can be made now."""
@@ -756,6 +757,16 @@ def _shortage(settings: Settings, whose: str, row: asyncpg.Record) -> str | None
         f"needs {settings.connections_at_least}, and may use {settings.connections_needed} "
         "(DB_POOL_SIZE, JOB_CONNECTIONS, and 2)."
     )
+
+
+def _as_problem(error: Exception) -> Exception:
+    """Return the problem of what the driver itself has sent (BEGIN); any other error as it is."""
+    cause = classify(error)
+    if cause is None:
+        return error
+    problem = _problem(cause)
+    problem.__cause__ = error
+    return problem
 
 
 def _problem(cause: Cause) -> DatabaseUnavailable:
