@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run load test test-matrix check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
+.PHONY: help run load test test-pooler test-matrix check coverage lint format bench screenshots reset psql migration release sbom lock lock-images clean \
 	docker-up docker-down docker-reset docker-logs drill-failover drill-restore drill-rolling
 
 # The first that runs and is new enough; another one: make PYTHON=/path/to/python ...
@@ -45,6 +45,14 @@ test: $(READY) ## run all tests against a real PostgreSQL
 test-matrix: $(READY) ## run all tests on PostgreSQL 14 to 18: make test-matrix VERSIONS="14 15" TESTS=tests/db
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m tests.matrix $(VERSIONS) \
 		--pytest="$(or $(TESTS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)"
+
+# What reads or changes balances, and claims jobs; the tests of servers that they start themselves are not among them.
+test-pooler: $(READY) ## run the tests of balances, and of jobs' claims and takeovers, through PgBouncer
+	@ulimit -n "$$(ulimit -Hn)" && BALANCE_APP_TEST_POOLER=transaction exec $(BIN)/python -m pytest \
+		--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(or $(TESTS),tests/balances tests/accounts tests/system/test_burst.py tests/system/test_pooler.py \
+		tests/jobs/test_takeover.py tests/jobs/test_repository.py tests/jobs/test_declarations.py \
+		tests/jobs/test_outcomes.py tests/jobs/test_release.py tests/jobs/test_sharing.py)
 
 check: lint coverage ## linters, tests, and which branches of the source they run
 

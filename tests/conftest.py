@@ -12,6 +12,7 @@ from balance_app.db.migrations import migrate
 from balance_app.settings import load_settings
 from tests import fork_server
 from tests.jobs.support import JobsDatabase
+from tests.pooler import pooled_if_wanted
 from tests.processes import DATABASE_VARIABLES, Instance, empty_database, http_client, kept_logs
 from tests.system.databases import own_postgres
 
@@ -45,7 +46,9 @@ async def postgres(_fork_server: None) -> AsyncIterator[dict[str, str]]:
         yield configured
         return
     async with own_postgres(max_connections="200") as server:
-        yield server.environment()
+        environment = server.environment()
+        async with pooled_if_wanted(environment):
+            yield environment
 
 
 # Each migrates its database before the test begins.

@@ -29,6 +29,8 @@ SERVE = ("balance_app", "serve")
 FLEET = ("tests.jobs.fleet",)
 RUN_ROLE = Settings.model_fields["db_run_role"].default
 DATABASE_VARIABLES = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME", "DATABASE_URL")
+# Servers whose instances serve through a pooler (tests/pooler.py): its port, by host and port.
+poolers: dict[tuple[str, str], int] = {}
 
 
 def free_port() -> int:
@@ -250,9 +252,21 @@ def as_instance(database: dict[str, str]) -> dict[str, str]:
         return database
     if {"DATABASE_URL", "DB_PASSWORD"} & database.keys():
         return database
+    serving = {"MIGRATE_DATABASE_URL": url_of(database), **database, "DB_USER": RUN_ROLE}
+    pooler = poolers.get((database["DB_HOST"], database["DB_PORT"]))
+    return serving if pooler is None else through(pooler, serving)
+
+
+def through(pooler: int, database: dict[str, str]) -> dict[str, str]:
+    """Return the variables of an instance that serves through a pooler at a port."""
+    pooled = {"DB_HOST": "127.0.0.1", "DB_PORT": str(pooler), "DB_POOLER": "transaction"}
+    return {"DB_DIRECT_URL": url_of(database), **database, **pooled}
+
+
+def url_of(database: dict[str, str]) -> str:
+    """Return the URL of a database of an embedded server."""
     place = urlencode({"host": database["DB_HOST"], "port": database["DB_PORT"]})
-    url = f"postgresql://{SUPERUSER}@/{database['DB_NAME']}?{place}"
-    return {"MIGRATE_DATABASE_URL": url, **database, "DB_USER": RUN_ROLE}
+    return f"postgresql://{database['DB_USER']}@/{database['DB_NAME']}?{place}"
 
 
 async def connect(database: dict[str, str]) -> "asyncpg.Connection[asyncpg.Record]":

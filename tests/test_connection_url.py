@@ -259,6 +259,46 @@ def test_settings_of_tls_that_can_not_be_used_are_refused(
     assert "\n" not in str(refusal.value)
 
 
+DIRECT = "postgresql://other:geheim@db/d"
+POOLER_REFUSED: list[tuple[dict[str, str], str]] = [
+    ({"DB_HOST": "h", "DB_POOLER": "session"}, "^DB_POOLER: "),
+    ({"DB_HOST": "h", "DB_POOLER": "transaction"}, "needs DB_DIRECT_URL"),
+    ({"DB_POOLER": "transaction", "DB_DIRECT_URL": DIRECT}, "needs DATABASE_URL or DB_HOST"),
+    ({"DB_HOST": "h", "DB_DIRECT_URL": DIRECT}, "with DB_POOLER=transaction"),
+    (
+        {"DB_HOST": "h", "DB_POOLER": "transaction", "DB_DIRECT_URL": "db:geheim"},
+        "^DB_DIRECT_URL: must start with",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), POOLER_REFUSED)
+def test_settings_of_a_pooler_that_can_not_be_used_are_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    """One without the other, and one that has no effect; the password is not shown."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettingsError, match=message) as refusal:
+        load_settings()
+    assert "geheim" not in str(refusal.value)
+
+
+def test_only_statements_of_requests_go_to_the_pooler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner, heartbeats, jobs and migrations go past it; its password is a secret."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u@pooler:6432/d")
+    monkeypatch.setenv("DB_POOLER", "transaction")
+    monkeypatch.setenv("DB_DIRECT_URL", DIRECT)
+    settings = load_settings()
+    assert settings.statement_arguments()["host"] == ["pooler"]
+    assert settings.connect_arguments()["host"] == settings.job_arguments()["host"] == ["db"]
+    assert settings.database_address == "db port 5432, through the pooler at pooler port 6432"
+    assert "geheim" in settings.secrets
+    monkeypatch.setenv("MIGRATE_DATABASE_URL", "postgresql://owner@direct/d")
+    owner = load_settings().as_owner()
+    assert owner.connect_arguments()["host"] == owner.statement_arguments()["host"] == ["direct"]
+
+
 def test_settings_of_tls_fill_what_a_url_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """The URL's own parameters win; the owner's may differ."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://h/d?ssl_min_protocol_version=TLSv1.3")

@@ -323,7 +323,7 @@ _HINTS: Final[Mapping[str, str]] = {
     "pool_size": "use DB_POOL_SIZE",
     "pool_timeout": "use MAX_WAITING_SECONDS",
     "connection_limit": "use DB_POOL_SIZE",
-    "pgbouncer": "this service needs PostgreSQL itself",
+    "pgbouncer": "use DB_POOLER",
     "server_settings": "use options",
     "prepared_statement_cache_size": "this service needs prepared statements",
     "statement_cache_size": "this service needs prepared statements",

@@ -166,7 +166,11 @@ FROM pg_control_system()
 """
 
 
-async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa: ANN401 - asyncpg's
+async def connect(
+    dsn: str | None = None,
+    session_class: type[Session] = Session,
+    **arguments: Any,  # noqa: ANN401 - asyncpg's
+) -> Session:
     """Connect to the one of several hosts that is a primary; the arguments are `asyncpg.connect`'s.
 
     The last primary is tried first, and each host has the whole `timeout` (asyncpg's own search
@@ -178,7 +182,7 @@ async def connect(dsn: str | None = None, **arguments: Any) -> Session:  # noqa:
         StandbyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: of
             several hosts the most telling error, with a note on each.
     """
-    arguments["connection_class"] = Session
+    arguments["connection_class"] = session_class
     hosts = tuple(addresses(arguments))
     if len(hosts) <= 1:
         connection = await _connect(dsn, arguments)

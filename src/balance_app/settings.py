@@ -86,6 +86,16 @@ class Settings(BaseSettings):
         description="the same database as its owner, who migrates it and makes keys; by default "
         "as DATABASE_URL or DB_USER",
     )
+    db_direct_url: SecretStr | None = Field(
+        None,
+        description="the same database past the pooler of DB_POOLER, for heartbeats, jobs and "
+        "migrations",
+    )
+    db_pooler: Literal["none", "transaction"] = Field(
+        "none",
+        description="transaction: DATABASE_URL or DB_HOST is a pooler that gives each transaction "
+        "any session (PgBouncer's pool_mode)",
+    )
     db_host: str | None = Field(
         None,
         description="host name, address, or socket directory; of several, comma-separated, the one "
@@ -228,14 +238,14 @@ class Settings(BaseSettings):
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("database_url", "migrate_database_url")
+    @field_validator("database_url", "migrate_database_url", "db_direct_url")
     @classmethod
     def _is_postgres_url(cls, url: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         if url is None:
             return None
         tls = _tls(info.data)
         parse(url.get_secret_value(), tls)
-        # The owner may have another certificate.
+        # The owner, and a pooler, may have another certificate.
         own = tls_parameters(url.get_secret_value()) if info.field_name == "database_url" else {}
         for name, value in tls.items():
             if own.get(name, value) != value:
@@ -308,6 +318,19 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _pooler_can_be_passed(self) -> Self:
+        if self.pooled and self.db_direct_url is None:
+            raise ValueError(
+                "DB_POOLER=transaction needs DB_DIRECT_URL, the same database past the pooler: a "
+                "heartbeat must not wait in a pooler's queue, and jobs and migrations need sessions"
+            )
+        if self.pooled and not self.database_is_configured:
+            raise ValueError("DB_POOLER=transaction needs DATABASE_URL or DB_HOST, the pooler's")
+        if not self.pooled and self.db_direct_url is not None:
+            raise ValueError("DB_DIRECT_URL is used with DB_POOLER=transaction alone: set both")
+        return self
+
+    @model_validator(mode="after")
     def _lock_wait_ends_first(self) -> Self:
         if self.db_lock_seconds >= self.db_statement_seconds:
             raise ValueError(
@@ -366,16 +389,22 @@ class Settings(BaseSettings):
         """Return the settings with which the database's owner connects."""
         if self.migrate_database_url is None:
             return self
-        owner = self.model_copy(update={"database_url": self.migrate_database_url})
-        owner.__dict__.pop("_target", None)  # of the other URL
-        return owner
+        return self.at(self.migrate_database_url)
+
+    def at(self, url: SecretStr) -> "Settings":
+        """Return these settings for the database of a URL, without a pooler."""
+        place = {"database_url": url, "db_direct_url": None, "db_pooler": "none"}
+        settings = self.model_copy(update=place)
+        for of_others in ("_target", "_direct"):
+            settings.__dict__.pop(of_others, None)
+        return settings
 
     @cached_property
     def secrets(self) -> frozenset[str]:
         """What nobody may read: every secret setting, and the passwords in URLs."""
         fields = (getattr(self, name) for name in type(self).model_fields)
         found = {each.get_secret_value() for each in fields if isinstance(each, SecretStr)}
-        for url in (self.database_url, self.migrate_database_url):
+        for url in (self.database_url, self.migrate_database_url, self.db_direct_url):
             if url is not None:
                 found |= passwords(url.get_secret_value())
         return frozenset(found - {""})
@@ -384,7 +413,8 @@ class Settings(BaseSettings):
     def connections_needed(self) -> int:
         """How many connections to PostgreSQL this instance may have open at once."""
         # One for heartbeats; one to connect with retry, to cancel a statement, or to migrate.
-        return self.db_pool_size + 1 + (self.job_connections + 1 if self.jobs_enabled else 0)
+        requests = 0 if self.pooled else self.db_pool_size
+        return requests + 1 + (self.job_connections + 1 if self.jobs_enabled else 0)
 
     @property
     def connections_at_least(self) -> int:
@@ -394,17 +424,25 @@ class Settings(BaseSettings):
     @property
     def database_address(self) -> str:
         """Where the database is: hosts and ports, for people."""
-        return shown(addresses(self._target.arguments))
+        address = shown(addresses(self._target.arguments))
+        if not self.pooled:
+            return address
+        return f"{shown(addresses(self._direct.arguments))}, through the pooler at {address}"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the statements of requests go through a pooler."""
+        return self.db_pooler != "none"
 
     def statement_arguments(self) -> dict[str, Any]:
-        """Return `connect_arguments` for connections whose statements are short.
+        """Return the arguments of connections whose statements are short, to the pooler if any.
 
         After each lock timeout the request checks whether the row still changes
         (`balances/guard.py`): a row that does not has been locked for DB_LOCK_SECONDS at the second
         one. The server ends a statement before this instance marks the database unavailable, and
         early enough for its commit.
         """
-        arguments = self.connect_arguments()
+        arguments = self._arguments(self._target)
         seconds = min(
             (self.db_lock_seconds + self.db_statement_seconds) / 2, self.db_statement_seconds * 0.8
         )
@@ -432,8 +470,10 @@ class Settings(BaseSettings):
         return arguments
 
     def connect_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `asyncpg.connect` for this database."""
-        target = self._target
+        """Return the keyword arguments of `asyncpg.connect` for this database, past a pooler."""
+        return self._arguments(self._direct)
+
+    def _arguments(self, target: Target) -> dict[str, Any]:
         common: dict[str, Any] = {
             "timeout": target.connect_seconds or self.db_connect_seconds,
             "server_settings": {
@@ -450,6 +490,12 @@ class Settings(BaseSettings):
         }
         common["server_settings"] |= target.server_settings
         return {**target.arguments, **common}
+
+    @cached_property
+    def _direct(self) -> Target:
+        if self.db_direct_url is None:
+            return self._target
+        return parse(self.db_direct_url.get_secret_value(), _tls(dict(self)))
 
     @cached_property
     def _target(self) -> Target:
@@ -540,7 +586,7 @@ def _is_secret(name: str, value: str) -> bool:
     """Return whether a line of `.env` is a secret; a database's URL is one if it has a password."""
     field = Settings.model_fields.get(name.lower())
     kinds = () if field is None else (field.annotation, *get_args(field.annotation))
-    if name.endswith("DATABASE_URL"):
+    if name.endswith(("DATABASE_URL", "DIRECT_URL")):
         try:
             return bool(passwords(value) - {""})
         except ValueError:

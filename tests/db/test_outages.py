@@ -16,7 +16,7 @@ import pytest
 
 from balance_app.db.outages import PERMANENT, Kind, classify, is_fatal, pause_seconds
 from balance_app.db.pool import Database
-from balance_app.sessions import OldServerError, PoolerError
+from balance_app.sessions import OldServerError, PoolerError, StandbyError
 from tests.jobs.rows import settings_for
 from tests.processes import Instance, connect, http_client, query, served
 from tests.system.databases import own_postgres
@@ -31,6 +31,13 @@ def server_error(state: str, severity: str = "ERROR", text: str = "") -> asyncpg
     return error
 
 
+def hung_up(error: asyncpg.PostgresError) -> asyncpg.PostgresError:
+    """Return what the driver raises when a connection ends after an error."""
+    ended = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    ended.__cause__ = error
+    return ended
+
+
 MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
     (server_error("28P01", "FATAL"), Kind.PASSWORD, "unknown"),
     (server_error("28000", "FATAL"), Kind.NOT_ALLOWED, "unknown"),
@@ -41,7 +48,22 @@ MEANINGS: list[tuple[BaseException, Kind | None, str | None]] = [
     (server_error("57P01", "FATAL"), Kind.ENDED, "unknown"),
     (server_error("25P03", "FATAL"), Kind.TIME_LIMIT, "unknown"),
     (server_error("XX000", "FATAL"), Kind.ENDED, "unknown"),
-    (server_error("08P01", "FATAL", POOLED), Kind.POOLER, "unknown"),
+    (server_error("08P01", "FATAL", POOLED), Kind.POOLER, "no"),
+    (server_error("08P01", "FATAL", "query_wait_timeout"), Kind.FULL, "no"),
+    (hung_up(server_error("08P01", "FATAL", "query_wait_timeout")), Kind.FULL, "no"),
+    (hung_up(server_error("08P01", "FATAL", "server conn crashed?")), Kind.CUT_OFF, "unknown"),
+    (hung_up(server_error("57P01", "FATAL")), Kind.CUT_OFF, "unknown"),
+    (
+        server_error("08P01", "FATAL", "no more connections allowed (max_client_conn)"),
+        Kind.FULL,
+        "no",
+    ),
+    (server_error("08P01", "FATAL", "server login failed: FATAL no"), Kind.NO_SERVER, "no"),
+    (server_error("08P01", "FATAL", "no such database: x"), Kind.NO_DATABASE, "no"),
+    (server_error("08P01", "FATAL", "password authentication failed"), Kind.PASSWORD, "no"),
+    (server_error("08P01", "FATAL", "SASL authentication failed"), Kind.NOT_ALLOWED, "no"),
+    (server_error("08P01", "FATAL", "query_timeout"), Kind.CUT_OFF, "unknown"),
+    (StandbyError("is a standby"), Kind.STANDBY, "no"),
     (server_error("25006"), Kind.READ_ONLY, "no"),
     (server_error("42501"), Kind.PRIVILEGE, "no"),
     (server_error("53100"), Kind.DISK_FULL, "no"),

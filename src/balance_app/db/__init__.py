@@ -1,7 +1,8 @@
 """PostgreSQL as the service uses it: a pool with its wait queue, outages, the schema.
 
 What is authoritative: the server's own answers. No state of the database is assumed: each session
-pins the parameters that the meaning of the statements depends on; a failure is classified by its
+pins the parameters that the meaning of the statements depends on, and through a pooler each
+transaction (`pooled`); a failure is classified by its
 SQLSTATE (`outages`), which says whether a write took effect, whether the session can still be used,
 and whether the whole database is unavailable.
 

@@ -59,8 +59,10 @@ class Kind(Enum):
     PRIVILEGE = "The role lacks a privilege in the database."
     POOLER = (
         "A pooler in front of PostgreSQL breaks sessions (as PgBouncer does in transaction mode): "
-        "connect to PostgreSQL itself."
+        "connect to PostgreSQL itself, or set DB_POOLER=transaction, and DB_DIRECT_URL to the "
+        "address of PostgreSQL itself."
     )
+    NO_SERVER = "The pooler has no connection to PostgreSQL."
     TOO_OLD = f"The database's server is too old: PostgreSQL {OLDEST_SERVER} or newer is needed."
     SETTINGS = "The connection's settings can't be used."
     DISK_FULL = "The database's disk is full."
@@ -158,9 +160,14 @@ def classify(error: BaseException) -> Cause | None:
     if notes := getattr(error, "__notes__", None):  # one for each of several hosts
         text = "; ".join(notes)
     if isinstance(error, asyncpg.PostgresError):
+        cause = error.__cause__
+        if isinstance(cause, asyncpg.ProtocolViolationError):  # said before it hung up
+            error, text = cause, " ".join(str(cause).split())
         return _from_server(error, error.sqlstate or "", text)
     kind = _from_driver(error, text)
-    return None if kind is None else Cause(kind, "unknown", text=text)
+    if kind is None:
+        return None
+    return Cause(kind, "no" if kind is Kind.STANDBY else "unknown", text=text)
 
 
 def _from_driver(error: BaseException, text: str) -> Kind | None:
@@ -225,6 +232,8 @@ _ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
 
 def _from_server(error: asyncpg.PostgresError, state: str, text: str) -> Cause | None:
     # Appendix A of the PostgreSQL manual lists the codes.
+    if state.startswith("08"):
+        return _from_pooler(state, text)
     kind = next((kind for start, kind in _STATES if state.startswith(start)), None)
     if is_fatal(error):
         # A refused connection (57P03, class 53) sent nothing; other ends may follow a commit.
@@ -233,12 +242,40 @@ def _from_server(error: asyncpg.PostgresError, state: str, text: str) -> Cause |
         return Cause(Kind.CLOSED if closed else kind or Kind.ENDED, applied, state, text)
     if kind is None:
         return None
-    return Cause(kind, "unknown" if state.startswith(("08", "57P")) else "no", state, text)
+    return Cause(kind, "unknown" if state.startswith("57P") else "no", state, text)
 
+
+def _from_pooler(state: str, text: str) -> Cause:
+    """Classify an error of the connection, which a pooler may have reported.
+
+    PgBouncer gives one code to all that it reports itself, and does not translate it.
+    """
+    for part, kind in _OF_POOLERS:
+        if part in text:
+            return Cause(kind, "no", state, text)
+    return Cause(Kind.CUT_OFF, "unknown", state, text)
+
+
+# PgBouncer's texts for connections that it refuses, and for statements that waited for a session of
+# PostgreSQL and were not sent. After any other text a statement may have been.
+_OF_POOLERS: Final = (
+    ("startup parameter", Kind.POOLER),
+    ("statement pooling", Kind.POOLER),
+    ("query_wait_timeout", Kind.FULL),
+    ("no more connections allowed", Kind.FULL),
+    ("server login", Kind.NO_SERVER),
+    ("server DNS lookup failed", Kind.NO_SERVER),
+    ("server_connect_timeout", Kind.NO_SERVER),
+    ("client_login_timeout", Kind.NO_SERVER),
+    ("connect failed", Kind.NO_SERVER),
+    ("no such database", Kind.NO_DATABASE),
+    ("password authentication failed", Kind.PASSWORD),
+    ("authentication failed", Kind.NOT_ALLOWED),
+    ("no such user", Kind.NOT_ALLOWED),
+    ("not allowed", Kind.NOT_ALLOWED),
+)
 
 _STATES: Final = (
-    ("08P01", Kind.POOLER),  # a pooler that rejects a parameter of the startup packet
-    ("08", Kind.CUT_OFF),
     ("25006", Kind.READ_ONLY),
     ("25P0", Kind.TIME_LIMIT),
     ("28P01", Kind.PASSWORD),

@@ -33,6 +33,7 @@ from balance_app.db.outages import (
     is_fatal,
     pause_seconds,
 )
+from balance_app.db.pooled import open_pooled
 from balance_app.db.replication import Replication, read_replication
 from balance_app.db.wait_queue import Lane, WaitQueue
 from balance_app.errors import DatabaseUnavailable, Overloaded
@@ -447,14 +448,13 @@ class Database:
 
         Raises:
             StandbyError: the only host is a standby.
-            what `open_session` raises.
+            what `open_session` and `open_pooled` raise.
         """
-        connection = await open_session(
-            {
-                **self.settings.statement_arguments(),
-                "command_timeout": self.settings.db_statement_seconds,
-            }
-        )
+        arguments = {
+            **self.settings.statement_arguments(),
+            "command_timeout": self.settings.db_statement_seconds,
+        }
+        connection = await (open_pooled if self.settings.pooled else open_session)(arguments)
         if connection.is_standby():
             connection.terminate()
             raise StandbyError("is a standby")
@@ -469,7 +469,9 @@ class Database:
         """
         if self._address is not None:
             log.warning("another host is the primary", address=address, was=self._address)
-            for connection in self._open | self._lent_open:
+            # Those that are lent lead past a pooler, to an address of their own.
+            lent = set() if self.settings.pooled else self._lent_open
+            for connection in self._open | lent:
                 if connection.address != address:
                     connection.terminate()
         self._address = address
@@ -496,7 +498,7 @@ class Database:
             return
         if cause.applied == "unknown":
             connection.terminate()
-        if cause.kind is Kind.NO_ANSWER:
+        if cause.kind in {Kind.NO_ANSWER, Kind.STANDBY}:
             self._mark_unavailable(cause)
         elif cause.kind is Kind.READ_ONLY:
             self._mark_read_only(cause)
@@ -590,6 +592,8 @@ class Database:
         connection = await self._open_connection()
         try:
             self._check_server(await _server(connection))
+            if self.settings.pooled:
+                await _require_same(connection, schema.installation)
             await self._read_replication(connection)
         except BaseException:
             connection.terminate()
@@ -673,6 +677,22 @@ async def _server(connection: Session) -> asyncpg.Record:
     if row is None or row["in_recovery"]:
         raise StandbyError("is a standby")
     return row
+
+
+async def _require_same(connection: Session, migrated: Installation) -> None:
+    """Check that a pooler leads to the database that was migrated past it.
+
+    Raises:
+        UnusableDatabaseError: it does not.
+    """
+    try:
+        found = str(await connection.fetchval(INSTALLATION))
+    except asyncpg.UndefinedTableError:
+        found = ""
+    if found != migrated.id:
+        raise UnusableDatabaseError(
+            "The pooler and DB_DIRECT_URL lead to different databases: name the same one in both."
+        )
 
 
 def _start_failure(error: Exception) -> Cause:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
+from pydantic import SecretStr
+
 from balance_app.db.pool import Database, read, write
 from balance_app.jobs.job import Job, Registry
 from balance_app.jobs.run_log import LINES, TRACEBACK, Line
@@ -77,6 +79,8 @@ async def run_once(
         job_warm_up_seconds=0,
         job_step_seconds=0,
     )
+    if settings.pooled and database_url is not None:  # the pooler is that of another database
+        settings = settings.at(SecretStr(database_url))
     if not settings.database_is_configured:
         raise RuntimeError("No database is configured: give database_url, or set DATABASE_URL.")
     database = Database(settings)
