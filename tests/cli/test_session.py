@@ -38,7 +38,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     ]
     commands = re.findall(r"^│ ([a-z][a-z-]+) +\S", out, re.MULTILINE)
     assert set(commands) == {
-        *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset"),
+        *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset", "logs", "restored"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
         *("audit", "seals", "change", "transfer", "hold", "capture", "void", "reverse"),
         *("balance", "user", "users", "statement", "holds", "daily-balances", "keys", "actions"),

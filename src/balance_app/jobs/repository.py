@@ -355,17 +355,21 @@ class JobRepository:
         """
         arguments = log_arguments(self.me.id, {(name, fence): what})
 
-        async def ask(connection: Connection) -> None:
-            # The connection is needed for the completions that come after it.
+        async def ask(connection: Connection) -> bool:
+            # The connection is needed for the completions that come after it, so what ends here is
+            # the wait for a lock, and not an outage of the database.
             try:
                 async with asyncio.timeout(seconds):
                     await write(connection, WRITE_LOGS, *arguments)
             except TimeoutError:
                 await end_implicit_transaction(connection)
-                raise
+                return False
+            return True
 
         async with asyncio.timeout(seconds):
-            await self._database.run(ask, priority=True)
+            in_time = await self._database.run(ask, priority=True)
+        if not in_time:
+            raise TimeoutError
 
     async def checkpoint(self, name: str, fence: int, state: str) -> bool:
         """Write a run's checkpoint; False: the run has lost its lease."""
