@@ -120,6 +120,7 @@ async def running(
         text = text.replace(*changed) if changed[0] else text
         text = _under_tls(kind, text, port, home) if tls else text
         log = home / "log"
+        log.touch()
         if kind == "nginx":
             (home / "balance-app.conf").write_text(text)
             (home / "nginx.conf").write_text(_AROUND.format(home=home))
@@ -141,8 +142,6 @@ async def running(
                 stdout=output,
                 stderr=output,
             )
-        if user is not None:
-            shutil.chown(log, user)
         try:
             await _listens(port, process, log)
             await asyncio.sleep(CHECK_SECONDS)

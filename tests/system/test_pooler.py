@@ -128,7 +128,7 @@ async def test_each_transaction_has_its_settings(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the server's defaults are, and whatever another client has left in the session."""
-    for name in ("statement_timeout", "transaction_timeout", "idle_session_timeout"):
+    for name in [name for name in HOSTILE if name.endswith("_timeout")]:
         monkeypatch.setitem(HOSTILE, name, "9s")  # time for the first message
     monkeypatch.delitem(HOSTILE, "session_replication_role")  # refused, as without a pooler
     wanted = settings_of(through(1, as_instance(database))).statement_arguments()
