@@ -6,13 +6,10 @@
 import argparse
 import asyncio
 import os
-import shutil
-import signal
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -25,12 +22,12 @@ import httpx
 from typing_extensions import override
 
 from drills.patroni import Cluster, ClusterError, Node, Timing, newest_postgres, require_programs
+from drills.program import run_drill, working_directory
 from tests.history import Accepted, Entry, Ledger, State, check
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import RUN_ROLE, Instance, running
 from tests.system.client import Load, open_account
 
-EXIT_KEPT, EXIT_BROKEN, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 INSTANCES: Final = 5
 ACCOUNTS: Final = 4
 CONNECTIONS: Final = 4  # of each account's clients
@@ -467,44 +464,16 @@ def _options() -> argparse.Namespace:
     return options
 
 
-@contextmanager
-def _directory(keep: Path | None) -> Iterator[Path]:
-    """Yield a temporary directory; its logs are copied to `keep` before it is deleted."""
-    with tempfile.TemporaryDirectory(
-        prefix="balance-app-drill-", ignore_cleanup_errors=True
-    ) as name:
-        top = Path(name)
-        top.chmod(0o711)  # as root, the servers run as another user
-        try:
-            yield top
-        finally:
-            if keep is not None:
-                keep.mkdir(parents=True, exist_ok=True)
-                for log in top.glob("*.log"):
-                    shutil.copy(log, keep)
-
-
 async def _main(options: argparse.Namespace) -> bool:
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    with _directory(options.keep) as directory:
-        return await run(options, directory)
+    require_programs()
+    options.postgres = options.postgres or newest_postgres()
+    with working_directory(options.keep) as top:
+        return await run(options, top)
 
 
 def main() -> int:
     """Run the drill; return the exit code."""
-    options = _options()
-    try:
-        require_programs()
-        options.postgres = options.postgres or newest_postgres()
-        return EXIT_KEPT if asyncio.run(_main(options)) else EXIT_BROKEN
-    except ClusterError as error:
-        print(error, file=sys.stderr)
-        return EXIT_NOT_RUN
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("Interrupted; everything is stopped.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_drill(_main(_options()), not_run=(ClusterError,))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain, repeat
@@ -38,12 +37,12 @@ from balance_app.local.postgres import (
 )
 from balance_app.maintenance.restoration import LEAP
 from drills.documented import CommandError, Commands, run
+from drills.program import run_drill, working_directory
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import RUN_ROLE, SERVE, Instance, connect, http_client, query, running
 
 Found = TypeVar("Found")
 
-EXIT_KEPT, EXIT_BROKEN, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 PAGE: Final = Path(__file__).parents[1] / "docs" / "backup.md"
 NEEDED: Final = ("pg_basebackup", "pg_verifybackup", "pg_dump", "pg_dumpall", "pg_restore", "psql")
 DATABASE: Final = "balances"
@@ -741,30 +740,10 @@ def _require_programs() -> None:
         make_system_user()
 
 
-@contextmanager
-def _directory(keep: Path | None) -> Iterator[Path]:
-    """Yield a temporary directory; its logs are copied to `keep` before it is deleted."""
-    with tempfile.TemporaryDirectory(
-        prefix="balance-app-drill-", ignore_cleanup_errors=True
-    ) as name:
-        top = Path(name)
-        top.chmod(0o711)  # as root, the servers run as another user
-        try:
-            yield top
-        finally:
-            if keep is not None:
-                keep.mkdir(parents=True, exist_ok=True)
-                for log in [*top.glob("*.log"), *top.glob("*/postgres.log")]:
-                    place = log.parent.name if log.name == "postgres.log" else ""
-                    shutil.copy(log, keep / f"{place}{log.name}")
-
-
 async def _main(keep: Path | None) -> bool:
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    _require_programs()
     report = Report()
-    with _directory(keep) as top:
+    with working_directory(keep) as top:
         try:
             await drill(top, report)
         finally:
@@ -777,19 +756,11 @@ def main() -> int:
     """Run the drill; return the exit code."""
     parser = argparse.ArgumentParser(prog="make drill-restore DRILL=...", description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy all logs there")
-    options = parser.parse_args()
-    try:
-        _require_programs()
-        return EXIT_KEPT if asyncio.run(_main(options.keep)) else EXIT_BROKEN
-    except (NotRunError, EmbeddedError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_NOT_RUN
-    except (AssertionError, CommandError, TimeoutError) as error:
-        print(f"BROKEN: {error!r}", file=sys.stderr)
-        return EXIT_BROKEN
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("Interrupted; everything is stopped.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_drill(
+        _main(parser.parse_args().keep),
+        not_run=(NotRunError, EmbeddedError),
+        broken=(AssertionError, CommandError, TimeoutError),
+    )
 
 
 if __name__ == "__main__":

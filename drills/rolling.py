@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from time import monotonic
 from typing import Final
 
 from balance_app.local.postgres import SUPERUSER, EmbeddedError
+from drills.program import EXIT_NOT_RUN, run_drill, working_directory
 from tests.jobs.fleet import overlaps, read_event_logs
 from tests.processes import RUN_ROLE, Instance, query
 from tests.system import proxies
@@ -25,7 +25,6 @@ from tests.system.proxies import KINDS, SETTINGS
 from tests.system.releases import ROOT, NoReleaseError, oldest_compatible, unpack
 from tests.system.rolling import Clients, Viewers
 
-EXIT_KEPT, EXIT_BROKEN, EXIT_NOT_RUN, EXIT_INTERRUPTED = 0, 1, 2, 130
 INSTANCES: Final = 5
 CLIENTS: Final = 12
 VIEWERS: Final = 6
@@ -195,11 +194,11 @@ async def drill(proxy: str, options: argparse.Namespace, before: Path | None, lo
 
 
 async def _main(options: argparse.Namespace) -> bool:
-    with tempfile.TemporaryDirectory(prefix="balance-app-drill-") as top:
+    with working_directory() as top:
         before = None
         if not options.control:
             commit = options.since or oldest_compatible()
-            (source := Path(top) / "before").mkdir()
+            (source := top / "before").mkdir()
             before = unpack(commit, source)
             print(f"Upgrades begin with commit {commit}.")
         print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
@@ -233,14 +232,7 @@ def main() -> int:
     if missing:
         print(f"Not installed: {', '.join(missing)}.", file=sys.stderr)
         return EXIT_NOT_RUN
-    try:
-        return EXIT_KEPT if asyncio.run(_main(options)) else EXIT_BROKEN
-    except (NoReleaseError, EmbeddedError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_NOT_RUN
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("Interrupted; everything is stopped.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_drill(_main(options), not_run=(NoReleaseError, EmbeddedError))
 
 
 if __name__ == "__main__":
