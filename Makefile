@@ -66,7 +66,7 @@ lint: $(READY) ## ruff, mypy, the direction of imports, bandit, this project's o
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/bandit --quiet -ll --recursive src loadtest bench alembic examples
+	$(BIN)/bandit --quiet -ll --recursive src loadtest bench drills alembic examples
 	$(BIN)/ast-grep test --skip-snapshot-tests
 	$(BIN)/ast-grep scan --error=unused-suppression
 
