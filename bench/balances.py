@@ -78,7 +78,7 @@ async def hot_user(postgres: EmbeddedPostgres) -> None:
         for _ in range(ROUNDS):
             user = await service.open(PLENTY)
             for clients in PGBENCH_CLIENTS:
-                rate = await pgbench(postgres, user, clients)
+                rate = await pgbench(postgres.socket_directory, clients, user)
                 rates.setdefault(f"pgbench, {clients} clients", []).append(rate)
             shot = await service.fire(user, HOT_REQUESTS, HOT_CONNECTIONS)
             assert shot["got"] == {"200": HOT_REQUESTS}, shot["got"]
@@ -186,18 +186,29 @@ async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server
         await process.wait()
 
 
-async def pgbench(postgres: EmbeddedPostgres, user: int, clients: int) -> float:
-    """Return how many times per second pgbench runs the statement of a change."""
+async def pgbench(
+    socket_directory: Path,
+    clients: int,
+    user: object,
+    *,
+    database: str = "postgres",
+    setup: str = "",
+) -> float:
+    """Return how many times per second pgbench runs the statement of a change.
+
+    `user` is an id, or a variable of pgbench that the `setup` before each statement sets.
+    """
+    # no entity tag, reversal, reference or note
+    values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
+    change = re.sub(r"\$\d", lambda name: str(values.get(name[0], "NULL")), CHANGE)
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        # no entity tag, reversal, reference or note
-        values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
-        script.write(re.sub(r"\$\d", lambda name: str(values.get(name[0], "NULL")), CHANGE) + ";")
+        script.write(f"{setup}{change};")
         script.flush()
         process = await asyncio.create_subprocess_exec(
             *(binaries() / "pgbench", "--no-vacuum", "--protocol=prepared"),
             *(f"--client={clients}", f"--jobs={min(clients, 2)}", f"--time={PGBENCH_SECONDS}"),
-            *(f"--host={postgres.socket_directory}", "--username=postgres"),
-            *(f"--file={script.name}", "postgres"),
+            *(f"--host={socket_directory}", "--username=postgres"),
+            *(f"--file={script.name}", database),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )

@@ -10,7 +10,6 @@
 
 import asyncio
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -22,12 +21,10 @@ from typing import Any, Final
 
 import httpx
 
-from balance_app.balances.repository import CHANGE
 from balance_app.db.migrations import migrate
-from balance_app.http.body import MAX_INTEGER
-from balance_app.local.postgres import SYSTEM_USER, binaries
+from balance_app.local.postgres import SYSTEM_USER
 from balance_app.settings import load_settings
-from bench.balances import PGBENCH_SECONDS, ROUNDS, print_machine, spread
+from bench.balances import ROUNDS, pgbench, print_machine, spread
 from drills.documented import Commands, run
 from drills.restore import Server
 from tests.processes import (
@@ -92,7 +89,7 @@ async def accounts(server: Server, database: dict[str, str]) -> None:
     print(f"(a) changes per second at the server, of one account and of {ACCOUNTS}")
     for many in (1, ACCOUNTS):
         for clients in CLIENTS:
-            rates = [await pgbench(server, database, many, clients) for _ in range(ROUNDS)]
+            rates = [await change_rate(server, database, many, clients) for _ in range(ROUNDS)]
             print(f"    {many:6} accounts, {clients:2} connections: {spread(rates, '{:6.0f}')}")
 
 
@@ -112,7 +109,7 @@ async def partitions(server: Server, database: dict[str, str]) -> None:
             await connection.execute(Commands(PAGE).text("partitions", {}))
             seconds = monotonic() - began
             await connection.execute("ANALYZE entries")
-        measured += [await pgbench(server, database, ACCOUNTS, 16) for _ in range(ROUNDS)]
+        measured += [await change_rate(server, database, ACCOUNTS, 16) for _ in range(ROUNDS)]
         pages[name] = await _milliseconds(connection)
     await connection.close()
     print(f"\n(b) `entries` with {ENTRIES} rows, partitioned in {seconds:.1f} s")
@@ -266,25 +263,17 @@ async def _milliseconds(connection: Any) -> float:  # noqa: ANN401 - of asyncpg
     return statistics.median(times)
 
 
-async def pgbench(server: Server, database: dict[str, str], accounts: int, clients: int) -> float:
-    """Return how many times a second pgbench runs the statement of a change."""
-    values = {"$1": ":account", "$2": -2, "$3": MAX_INTEGER}
-    change = re.sub(r"\$\d", lambda name: str(values.get(name[0], "NULL")), CHANGE)
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        script.write(f"\\set account random(2, {accounts + 1})\n{change};")
-        script.flush()
-        process = await asyncio.create_subprocess_exec(
-            *(binaries() / "pgbench", "--no-vacuum", "--protocol=prepared"),
-            *(f"--client={clients}", f"--jobs={min(clients, 2)}", f"--time={PGBENCH_SECONDS}"),
-            *(f"--host={server.socket_directory}", "--username=postgres"),
-            *(f"--file={script.name}", database["DB_NAME"]),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-    found = re.search(r"tps = ([\d.]+)", out.decode())
-    assert found, out
-    return float(found[1])
+async def change_rate(
+    server: Server, database: dict[str, str], accounts: int, clients: int
+) -> float:
+    """Return how many changes of accounts drawn by chance pgbench makes a second."""
+    return await pgbench(
+        server.socket_directory,
+        clients,
+        ":account",
+        database=database["DB_NAME"],
+        setup=f"\\set account random(2, {accounts + 1})\n",
+    )
 
 
 PARTS: Final = {"accounts": accounts, "partitions": partitions, "replica": replica}
