@@ -51,14 +51,20 @@ async def own_postgres(**options: str) -> AsyncIterator[EmbeddedPostgres]:
     # A short path of its own: the server's socket lies in its data directory.
     with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
         Path(top).chmod(0o711)  # as root, the server runs as another user
-        server = TestPostgres(Path(top) / "data", options=options)
-        await server.start()
-        try:
+        async with _running(TestPostgres(Path(top) / "data", options=options)) as server:
             yield server
-        finally:
-            if server.process.returncode is None:
-                await thaw(server)
-            await server.stop()
+
+
+@asynccontextmanager
+async def _running(server: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgres]:
+    """Start a server, and stop it at the end, also one that is frozen."""
+    await server.start()
+    try:
+        yield server
+    finally:
+        if server.process.returncode is None:
+            await thaw(server)
+        await server.stop()
 
 
 async def accepting(server: EmbeddedPostgres) -> float:
@@ -124,14 +130,8 @@ async def standby_of(primary: EmbeddedPostgres, **options: str) -> AsyncIterator
         Path(top).chmod(0o711)
         data = Path(top) / "data"
         await _copy(primary, data)
-        server = TestPostgres(data, options=options)
-        await server.start()
-        try:
+        async with _running(TestPostgres(data, options=options)) as server:
             yield server
-        finally:
-            if server.process.returncode is None:
-                await thaw(server)
-            await server.stop()
 
 
 async def _copy(primary: EmbeddedPostgres, data: Path) -> None:
