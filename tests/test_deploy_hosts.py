@@ -170,7 +170,7 @@ def test_the_pods_keep_to_the_restricted_profile(pod: dict[str, Any]) -> None:
 
 
 def test_there_is_time_to_stop() -> None:
-    """Requests under way end, and jobs are handed back, before anybody sends SIGKILL."""
+    """Requests under way end, and jobs are released, before anybody sends SIGKILL."""
     stop = Settings.model_fields["stop_seconds"].default
     drain = {
         "terminationGracePeriodSeconds": int(BY_KIND["ConfigMap"]["data"]["DRAIN_SECONDS"]),
