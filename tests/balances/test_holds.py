@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from datetime import timedelta
 from random import choice, randint, random
 from types import ModuleType
 from typing import Any, cast
@@ -18,7 +19,8 @@ from tests.balances.snapshots import Snapshots, snapshots
 from tests.balances.test_transfers import Request, answers_to, content, word
 from tests.jobs.support import until
 from tests.mutants import replaced
-from tests.processes import query, served
+from tests.processes import connect, query, served
+from tests.system.databases import session_waits
 from tests.system.sizes import report_figures, size
 
 CROWD = size(small=1_000, full=10_000)
@@ -41,6 +43,41 @@ WITH hold AS (
 )
 UPDATE users SET holds_due_at = holds_due_at - interval '1 hour' WHERE id > 1
 """
+
+
+@pytest.mark.parametrize("under_lock", [True, False], ids=["under lock", "control"])
+async def test_times_are_in_the_order_of_the_locks(
+    database: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    under_lock: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    """An entry that has waited for a hold is not older than it.
+
+    The control: by the time of its statement, which began before, it is.
+    """
+    if not under_lock:
+        by_statement = replaced(
+            repository.CHANGE,
+            "greatest(changed_at, clock_timestamp())",
+            "greatest(changed_at, statement_timestamp())",
+        )
+        monkeypatch.setattr(repository, "CHANGE", by_statement)
+    other = await connect(database)
+    async with repositories(database) as (app,):
+        user_id = await app.opened(100)
+        async with other.transaction():
+            await other.execute("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user_id)
+            change = asyncio.create_task(app.balances.change(Movement(user_id, -1)))
+            await session_waits(database)
+            placed = await other.fetchrow(
+                repository.HOLD, user_id, 5, None, timedelta(hours=1), *[None] * 5
+            )
+        made = await change
+    await other.close()
+    assert isinstance(made, Accepted)
+    assert made.entry is not None
+    assert placed is not None
+    assert (made.entry.at > placed["at"]) is under_lock
 
 
 async def crowd(database: dict[str, str], number: int) -> tuple[Counter[str], int, int]:
