@@ -11,7 +11,7 @@ import asyncpg
 import httpx
 import pytest
 
-from balance_app.balances import holds, repository, state
+from balance_app.balances import accounts, holds, repository, state
 from balance_app.balances.errors import HoldEnded
 from balance_app.balances.model import Accepted, Movement
 from tests.balances.repositories import Repositories, repositories
@@ -45,39 +45,48 @@ UPDATE users SET holds_due_at = holds_due_at - interval '1 hour' WHERE id > 1
 """
 
 
-@pytest.mark.parametrize("under_lock", [True, False], ids=["under lock", "control"])
+@pytest.mark.parametrize("raised", [True, False], ids=["raised", "control"])
+@pytest.mark.parametrize(
+    ("statement", "arguments", "when"),
+    [
+        (repository.HOLD, [5, None, timedelta(hours=1), *[None] * 5], "max(at) FROM holds"),
+        (holds.VOID, [1, None], "max(ended_at) FROM holds"),
+        (state.EXPIRE, [10], "max(ended_at) FROM holds"),
+        (accounts.SET, [-9, None, False, None, None, None], "max(at) FROM user_settings"),
+    ],
+    ids=["hold", "void", "expiry", "settings"],
+)
 async def test_times_are_in_the_order_of_the_locks(
     database: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    under_lock: bool,  # noqa: FBT001 - a parameter
+    statement: str,
+    arguments: list[object],
+    when: str,
+    raised: bool,  # noqa: FBT001 - a parameter
 ) -> None:
-    """An entry that has waited for a hold is not older than it.
+    """An entry that has waited for something else of its account is not older than that.
 
-    The control: by the time of its statement, which began before, it is.
+    The control: where that does not raise `changed_at`, the entry has the time of its own
+    statement, which began before.
     """
-    if not under_lock:
-        by_statement = replaced(
-            repository.CHANGE,
-            "greatest(changed_at, clock_timestamp())",
-            "greatest(changed_at, statement_timestamp())",
-        )
-        monkeypatch.setattr(repository, "CHANGE", by_statement)
     other = await connect(database)
     async with repositories(database) as (app,):
         user_id = await app.opened(100)
+        await app.balances.hold(Movement(user_id, -5, seconds=3600))
         async with other.transaction():
             await other.execute("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user_id)
             change = asyncio.create_task(app.balances.change(Movement(user_id, -1)))
             await session_waits(database)
-            placed = await other.fetchrow(
-                repository.HOLD, user_id, 5, None, timedelta(hours=1), *[None] * 5
-            )
+            if statement == state.EXPIRE:
+                await other.execute(AN_HOUR_LATER)
+            await other.execute(statement, user_id, *arguments)
+            if not raised:
+                await other.execute("UPDATE users SET changed_at = created_at")
         made = await change
+    at = await other.fetchval(f"SELECT {when}")
     await other.close()
     assert isinstance(made, Accepted)
     assert made.entry is not None
-    assert placed is not None
-    assert (made.entry.at > placed["at"]) is under_lock
+    assert (made.entry.at >= at) is raised
 
 
 async def crowd(database: dict[str, str], number: int) -> tuple[Counter[str], int, int]:

@@ -340,13 +340,14 @@ WITH seen AS MATERIALIZED (
     FROM users LEFT JOIN external_ids ON user_id = id WHERE id = $1
 ), account AS (
     UPDATE users SET floor = coalesce($2, floor), frozen = coalesce($3, frozen),
-                     settings_version = users.settings_version + 1
+                     settings_version = users.settings_version + 1,
+                     changed_at = greatest(changed_at, clock_timestamp())
     FROM seen
     WHERE users.id = seen.id AND users.settings_version = seen.settings_version
       AND balance - held >= coalesce($2, floor)
       AND ($6::bigint[] IS NULL OR users.settings_version = ANY ($6))
       AND holds_due_at > clock_timestamp()
-    RETURNING users.id, floor, frozen, users.settings_version,
+    RETURNING users.id, floor, frozen, users.settings_version, changed_at AS at,
               CASE WHEN $4 THEN $5 ELSE external_id END AS external_id, before
 ), named AS (
     INSERT INTO external_ids (external_id, user_id) SELECT $5, id FROM account
@@ -355,8 +356,8 @@ WITH seen AS MATERIALIZED (
 ), unnamed AS (
     DELETE FROM external_ids USING account WHERE user_id = id AND $4 AND $5 IS NULL
 ), kept AS (
-    INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, by)
-    SELECT id, settings_version, floor, frozen, external_id, $7 FROM account
+    INSERT INTO user_settings (user_id, settings_version, floor, frozen, external_id, at, by)
+    SELECT id, settings_version, floor, frozen, external_id, at, $7 FROM account
     RETURNING *
 ), action AS (
     INSERT INTO actions (by, action, subject, before, after)

@@ -137,10 +137,11 @@ WITH locked AS MATERIALIZED (
     FOR NO KEY UPDATE OF holds
 ), account AS (
     UPDATE users SET balance = locked.balance, held = locked.held - amount, floor = locked.floor,
-                     hold_events = locked.hold_events + 1
+                     hold_events = locked.hold_events + 1,
+                     changed_at = greatest(locked.changed_at, clock_timestamp())
     FROM locked CROSS JOIN hold
     WHERE users.id = locked.id AND locked.holds_due_at > clock_timestamp()
-    RETURNING users.id, users.balance, users.held, users.version, clock_timestamp() AS at
+    RETURNING users.id, users.balance, users.held, users.version, users.changed_at AS at
 )
 UPDATE holds SET state = 'voided', ended_at = account.at, ended_by = $3, balance = account.balance,
                  held = account.held, version = account.version

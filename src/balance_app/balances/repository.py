@@ -231,18 +231,19 @@ async def _refusal(connection: Connection, movement: Movement) -> Refused | None
 
 # What is available never falls below the floor, and the balance never passes the largest one ($3):
 # waiting for the row's lock, PostgreSQL checks the condition again on the row as the change before
-# left it. Balance, version and entry change together or not at all. Times of a user's entries never
-# go back, nor before a hold that was placed before, as they are given under the lock. No row means:
-# no such user, the change does not fit, a hold is overdue, or the account has none of the entity
-# tags $4.
+# left it. Balance, version and entry change together or not at all. An entry's time is that of the
+# statement, which is the same wherever it stands in it, or `changed_at` if that is later. Whatever
+# locks the account raises `changed_at`: so the times of its entries, holds and settings are in the
+# order of their locks. No row means: no such user, the change does not fit, a hold is overdue, or
+# the account has none of the entity tags $4.
+# ast-grep-ignore: transaction-clock - greatest() keeps the order
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     (changed_at, hash) = (
-        SELECT at, entry_hash(hash, id, version + 1, $2, balance + $2, held, at, NULL, $8,
-                              NULL, NULL, $5, NULL, $6, $7)
-        FROM greatest(changed_at, clock_timestamp()) AS at
-    )
+                     changed_at = greatest(changed_at, statement_timestamp()),
+                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
+                                       greatest(changed_at, statement_timestamp()), NULL, $8,
+                                       NULL, NULL, $5, NULL, $6, $7)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -257,14 +258,14 @@ RETURNING version, balance, held, at
 
 # As CHANGE, and the key is written in the same statement: its uniqueness makes the whole statement
 # fail when another transaction has written the key meanwhile.
+# ast-grep-ignore: transaction-clock - greatest() keeps the order
 CHANGE_ONCE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     (changed_at, hash) = (
-        SELECT at, entry_hash(hash, id, version + 1, $2, balance + $2, held, at, $7, $9,
-                              NULL, NULL, NULL, NULL, $5, $6)
-        FROM greatest(changed_at, clock_timestamp()) AS at
-    )
+                     changed_at = greatest(changed_at, statement_timestamp()),
+                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
+                                       greatest(changed_at, statement_timestamp()), $7, $9,
+                                       NULL, NULL, NULL, NULL, $5, $6)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -404,14 +405,17 @@ async def _transfer(
 HOLD: Final = """
 WITH placed AS (
     UPDATE users SET held = held + $2, hold_events = hold_events + 1,
-                     holds_due_at = least(holds_due_at, clock_timestamp() + $4)
+                     (changed_at, holds_due_at) = (
+        SELECT at, least(holds_due_at, at + $4)
+        FROM (SELECT greatest(changed_at, clock_timestamp()) AS at OFFSET 0) AS now
+    )
     WHERE id = $1 AND balance - held - $2 >= floor AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($3::text[] IS NULL
            OR concat_ws('.', version, settings_version, hold_events) = ANY ($3))
       AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $5)
     RETURNING id, hold_events, balance, held, floor, frozen, version, settings_version,
-              clock_timestamp() AS at
+              changed_at AS at
 ), hold AS (
     INSERT INTO holds (user_id, number, amount, at, expires_at, key, reference, note, by)
     SELECT id, hold_events, $2, at, at + $4::interval, $5, $7, $8, $9 FROM placed

@@ -41,10 +41,11 @@ WITH overdue AS MATERIALIZED (
 ), account AS (
     UPDATE users SET held = held - (SELECT coalesce(sum(amount), 0) FROM first),
                      hold_events = users.hold_events + (SELECT count(*) FROM first),
-                     holds_due_at = coalesce((SELECT due_at FROM rest), 'infinity')
+                     holds_due_at = coalesce((SELECT due_at FROM rest), 'infinity'),
+                     changed_at = greatest(changed_at, clock_timestamp())
     FROM overdue
     WHERE users.id = overdue.id AND users.hold_events = overdue.hold_events
-    RETURNING users.id, balance, held, version, clock_timestamp() AS at
+    RETURNING users.id, balance, held, version, changed_at AS at
 )
 UPDATE holds SET state = 'expired', ended_at = account.at, balance = account.balance,
                  held = account.held, version = account.version
