@@ -136,6 +136,7 @@ class Server:
     def __init__(self, url: str, pid: int) -> None:
         self.url = url
         self.pid = pid
+        self.key: str | None = None
         self._process = psutil.Process(pid)
 
     def cpu_seconds(self) -> float:
@@ -145,7 +146,8 @@ class Server:
 
     async def open(self, balance: int) -> int:
         """Create a user and return its id."""
-        async with httpx.AsyncClient(trust_env=False) as client:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with httpx.AsyncClient(trust_env=False, headers=headers) as client:
             answer = await client.post(f"{self.url}/api/users", json={"balance": balance})
             return int(answer.json()["userId"])
 
@@ -155,7 +157,7 @@ class Server:
             *(sys.executable, HERE / "fire.py", self.url, str(user)),
             *(str(requests), str(connections)),
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "BENCH_KEY": self.key or ""},
         )
         out, _ = await client.communicate()
         shot: dict[str, Any] = json.loads(out)
@@ -163,14 +165,22 @@ class Server:
 
 
 @asynccontextmanager
-async def running(kind: str, postgres: EmbeddedPostgres) -> AsyncIterator[Server]:
+async def running(
+    kind: str, postgres: EmbeddedPostgres, *, database: str = "postgres"
+) -> AsyncIterator[Server]:
     """Run the service or a stand-in."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, HERE / "stand_ins.py", kind),
-        env={**os.environ, **postgres.environment(), "PORT": str(port), "LOG_LEVEL": "warning"},
+        env={
+            **os.environ,
+            **postgres.environment(),
+            "DB_NAME": database,
+            "PORT": str(port),
+            "LOG_LEVEL": "warning",
+        },
     )
     url = f"http://127.0.0.1:{port}"
     try:

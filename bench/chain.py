@@ -1,7 +1,7 @@
 """The cost of the hash chain: `PYTHONPATH=. python bench/chain.py`.
 
 (a) The hash alone, in SQL and in Python.
-(b) A change by the statement of the service, and by that before the chain, in alternating rounds on
+(b) A change by the statement of the service, and by that without the hash, in alternating rounds on
     one connection; once with commits that wait for the disk, once without. With the bytes of WAL
     per change, and of an entry.
 (c) How fast a ledger is checked: by the statements of `audit-ledger`, and by `balance-app audit`.
@@ -29,6 +29,7 @@ from balance_app.maintenance.audits.ledger import check_ledger
 from balance_app.maintenance.verification import ReadOnly, Verification
 from balance_app.settings import load_settings
 from bench.balances import print_machine
+from bench.stand_ins import unchained
 from tests.processes import connect
 
 Connection: TypeAlias = "asyncpg.Connection[Any]"
@@ -43,22 +44,6 @@ SELECT count({}) FROM (
                          NULL, NULL, NULL, 'reference', NULL) AS hash
     FROM generate_series(1, $1::bigint) AS n OFFSET 0
 ) AS each
-"""
-
-# `repository.CHANGE` as it was before the chain.
-CHANGE_BEFORE: Final = """
-WITH changed AS (
-    UPDATE users SET balance = balance + $2, version = version + 1,
-                     changed_at = greatest(changed_at, clock_timestamp())
-    WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
-      AND holds_due_at > clock_timestamp()
-      AND ($4::text[] IS NULL
-           OR concat_ws('.', version, settings_version, hold_events) = ANY ($4))
-    RETURNING id, version, balance, held, changed_at
-)
-INSERT INTO entries (user_id, version, amount, balance, held, at, reverses, reference, note)
-SELECT id, version, $2, balance, held, changed_at, $5, $6, $7 FROM changed
-RETURNING version, balance, held, at
 """
 
 OPEN: Final = """
@@ -100,6 +85,8 @@ async def main() -> None:
             variables = postgres.environment()
             await migrate(load_settings(**{name.lower(): v for name, v in variables.items()}))
             connection = await connect(variables)
+            # as the sessions of the service: `settings.statement_arguments`
+            await connection.execute("SET enable_seqscan = off; SET jit = off")
             await hashes(connection)
             for waits in (True, False):
                 await changes(connection, waits=waits)
@@ -149,12 +136,13 @@ async def changes(connection: Connection, *, waits: bool) -> None:
     wal: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * ROUNDS):
         hashed = bool(number % 2)
-        statement = await connection.prepare(CHANGE if hashed else CHANGE_BEFORE)
-        more = ("till-1",) if hashed else ()
+        statement = await connection.prepare(CHANGE if hashed else unchained())
         begin = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
         before = await cpu_seconds(connection)
         for _ in range(CHANGES):
-            await statement.fetch(accounts[hashed], -1, MAX_INTEGER, None, None, None, None, *more)
+            await statement.fetch(
+                accounts[hashed], -1, MAX_INTEGER, None, None, None, None, "till-1"
+            )
         cpu[hashed].append((await cpu_seconds(connection) - before) / CHANGES * 1e6)
         since = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), $1)::float8"
         wal[hashed].append(await connection.fetchval(since, begin) / CHANGES)

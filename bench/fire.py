@@ -6,6 +6,7 @@ two cores, the client takes its CPU time from the service.
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -71,9 +72,11 @@ async def main(url: str, user_id: int, requests: int, connections: int) -> None:
     where = urlsplit(url)
     host, port = str(where.hostname), int(where.port or 80)
     body = f'{{"userId":{user_id},"amount":-2}}'
+    key = os.environ.get("BENCH_KEY")
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
     request = (
         f"POST /api/balance HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n{body}"
+        f"{authorization}Content-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
     got: Counter[str] = Counter()
     loop = asyncio.get_running_loop()

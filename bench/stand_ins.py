@@ -1,9 +1,11 @@
-"""The service, and two stand-ins that do less, to measure the cost of each part.
+"""The service, and three stand-ins that do less, to measure the cost of each part.
 
 `service`: an unchanged instance. `constant`: the same, but each change is answered with a constant
-instead of a database call. `bare`: an ASGI callable that reads the body and answers `{}`.
+instead of a database call. `unchained`: the service, with changes that have no hash. `bare`: an
+ASGI callable that reads the body and answers `{}`.
 """
 
+import re
 import sys
 from datetime import UTC, datetime
 
@@ -11,11 +13,19 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from balance_app import main, server
+from balance_app.balances import repository
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome
-from balance_app.balances.repository import BalanceRepository
+from balance_app.balances.repository import CHANGE, BalanceRepository
 from balance_app.jobs.job import Registry
 from balance_app.logs import configure_logs
 from balance_app.settings import load_settings
+
+
+def unchained() -> str:
+    """Return the statement of a change as it is without the hash chain."""
+    without = re.sub(r",\s+hash = entry_hash\(.*?\)(?=\s+WHERE)", "", CHANGE, flags=re.DOTALL)
+    assert "entry_hash" not in without
+    return re.sub(r", (\$8, )?hash\b", lambda found: f", {found[1] or ''}".rstrip(", "), without)
 
 
 class Constant(BalanceRepository):
@@ -49,6 +59,9 @@ if __name__ == "__main__":
             server.serve(settings, Registry([]))
         case "constant":
             vars(main)["BalanceRepository"] = Constant
+            server.serve(settings, Registry([]))
+        case "unchained":
+            vars(repository)["CHANGE"] = unchained()
             server.serve(settings, Registry([]))
         case "bare":
             uvicorn.run(
