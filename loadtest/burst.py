@@ -51,13 +51,14 @@ class Answer:
     """A complete HTTP answer.
 
     `seconds` runs from the release (for a connection's later requests: from its previous answer)
-    to the last byte of the body.
+    to the last byte of the body, `after_seconds` always from the release.
     """
 
     status: int
     server_id: str
     body: bytes
     seconds: float
+    after_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,9 @@ class _Release:
                 due = time.perf_counter()
             else:
                 answered = time.perf_counter()
-                self.outcomes[number] = Answer(status, server_id, body, answered - due)
+                self.outcomes[number] = Answer(
+                    status, server_id, body, answered - due, answered - self.released_at
+                )
                 self.last_answer_at = due = answered
             self._progress.answered += 1
 

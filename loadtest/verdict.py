@@ -98,7 +98,7 @@ def evaluate(
     refused: list[Refusal] = []
     others: Counter[str] = Counter()
     for outcome in outcomes:
-        match _classify(outcome):
+        match classify(outcome):
             case Account() as acceptance:
                 accepted.append(acceptance)
             case Refusal() as refusal:
@@ -120,7 +120,8 @@ def evaluate(
     return Verdict(len(accepted), len(refused), others, balance, new_entries, problems)
 
 
-def _classify(outcome: Outcome) -> Account | Refusal | str:
+def classify(outcome: Outcome) -> Account | Refusal | str:
+    """Return the state that accepted or refused a request, or in words how else it ended."""
     match outcome:
         case NoAnswer(reason):
             return reason

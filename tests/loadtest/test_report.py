@@ -17,7 +17,7 @@ CONFIG = BurstConfig(
 
 
 def result(*seconds: float) -> BurstResult:
-    answers = [Answer(200, "app1", b"", each) for each in seconds]
+    answers = [Answer(200, "app1", b"", each, each) for each in seconds]
     return BurstResult([*answers, NoAnswer("closed")], 0.1, max(seconds, default=0.0), 0.1)
 
 

@@ -251,7 +251,7 @@ async def test_unreadable_state_after_the_burst_fails() -> None:
 
 
 async def test_plain_text_when_piped() -> None:
-    """Without a terminal the report is plain text that ends with the verdict."""
+    """Without a terminal the report is plain text that ends with the verdict; times are seconds."""
     service = FakeService()
     async with service.running():
         arguments = [service.url, f"--requests={REQUESTS}", "--balance=200"]
@@ -259,8 +259,10 @@ async def test_plain_text_when_piped() -> None:
     assert result.exit_code == EXIT_PASSED
     text = result.stdout
     assert "\x1b" not in text
-    counts = re.findall(r"^ *[\d.e-]+ to [\d.e-]+ ms +(\d+)  █* *$", text, re.MULTILINE)
+    counts = re.findall(r"^ *[\d.]+ to [\d.]+ s +(\d+)  █* *$", text, re.MULTILINE)
     assert sum(map(int, counts)) == REQUESTS
+    spans = re.findall(r"^(\w+)\b.* 100 +100  ok +[\d.]+ s to [\d.]+ s *$", text, re.MULTILINE)
+    assert spans == ["accepted", "refused"]
     assert text.splitlines()[-1] == (
         "PASS  100 accepted, 100 refused for insufficient funds, balance 0, 100 new entries"
     )
