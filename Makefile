@@ -34,7 +34,7 @@ $(READY): requirements-dev.lock pyproject.toml
 run: $(READY) ## start PostgreSQL and five instances: http://127.0.0.1:3000 (Ctrl-C stops)
 	@exec $(BIN)/balance-app up --instances $(INSTANCES) $(if $(PORT),--port $(PORT))
 
-load: $(READY) ## fire 10 000 withdrawals at the running instances, and print the verdict
+load: $(READY) ## fire 10 000 withdrawals at the running instances, print the verdict, draw the answers
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m loadtest $(if $(PORT),http://127.0.0.1:$(PORT)) $(LOAD)
 
 test: $(READY) ## run all tests against a real PostgreSQL

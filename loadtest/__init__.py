@@ -7,5 +7,5 @@ then compares three things: the answers, the user's balance, and the user's entr
 The burst speaks HTTP/1.1 over asyncio streams (`burst`), because a general HTTP client uses more
 CPU than the service that is measured. Set-up and read-back use httpx (`accounts`). Requests are
 sent to loopback addresses of this machine only (`preconditions`), with a key if there is one
-(`key`).
+(`key`). `report` prints what was found as a table, `picture` draws all answers as an HTML file.
 """

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from loadtest import picture
 from loadtest.accounts import Account, Accounts, Ledger
 from loadtest.burst import BurstConfig, Progress, fire
 from loadtest.key import find_key
@@ -96,6 +99,18 @@ def main(  # noqa: PLR0913 - each is an option
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object and nothing else")
     ] = False,
+    picture_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture",
+            metavar="FILE",
+            dir_okay=False,
+            writable=True,
+            help="where to draw all answers over time, as HTML (default: load.html in "
+            "BALANCE_APP_DATA, that is .balance-app; none with --json, or where CI is set)",
+        ),
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="draw none")] = False,
 ) -> None:
     """Send many balance changes at once; check every answer, the balance and the entries."""
     # A character that this terminal can't encode is replaced, never raised.
@@ -124,10 +139,15 @@ def main(  # noqa: PLR0913 - each is an option
     except KeyboardInterrupt as interrupt:
         print("Interrupted: no verdict.", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+    if picture_file is None and not (as_json or os.environ.get("CI")):
+        picture_file = picture.default_path()
+    drawn, where = _draw(report, None if no_picture else picture_file)
     if as_json:
-        print(report.as_json())
+        print(report.as_json(drawn))
+        if drawn is None and where is not None:
+            print(f"The picture is {where}", file=sys.stderr)
     else:
-        report.print(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+        report.print(Console(highlight=False, soft_wrap=not sys.stdout.isatty()), where)
     raise typer.Exit(EXIT_PASSED if report.verdict.passed else EXIT_FAILED)
 
 
@@ -150,6 +170,20 @@ async def _run(
     expected = Expectation(before, config.amount, config.requests)
     ledger = await _ledger(accounts, before, config.requests)
     return Report(config, expected, result, evaluate(expected, result.outcomes, ledger))
+
+
+def _draw(report: Report, path: Path | None) -> tuple[Path | None, Text | None]:
+    """Draw the picture; return its path if there is one, and the words for the table.
+
+    A picture that can't be written changes no verdict.
+    """
+    if path is None:
+        return None, None
+    try:
+        picture.write(path, picture.draw(report))
+    except OSError as error:
+        return None, Text(f"not written to {path}: {error.strerror}", style="red")
+    return path, Text(str(path), style=f"link {path.absolute().as_uri()}")
 
 
 async def _ledger(accounts: Accounts, before: Account, requests: int) -> Ledger | CannotRunError:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -250,7 +251,7 @@ async def test_unreadable_state_after_the_burst_fails() -> None:
     assert_failed(report, "The state after the burst could not be read", "answered 503")
 
 
-async def test_plain_text_when_piped() -> None:
+async def test_plain_text_when_piped(picture: Path) -> None:
     """Without a terminal the report is plain text that ends with the verdict; times are seconds."""
     service = FakeService()
     async with service.running():
@@ -263,6 +264,7 @@ async def test_plain_text_when_piped() -> None:
     assert sum(map(int, counts)) == REQUESTS
     spans = re.findall(r"^(\w+)\b.* 100 +100  ok +[\d.]+ s to [\d.]+ s *$", text, re.MULTILINE)
     assert spans == ["accepted", "refused"]
+    assert re.search(rf"^picture +{re.escape(str(picture))} *$", text, re.MULTILINE)
     assert text.splitlines()[-1] == (
         "PASS  100 accepted, 100 refused for insufficient funds, balance 0, 100 new entries"
     )
