@@ -563,7 +563,8 @@ def _refuse_without_rights(
         )
     if there["made"] and not there["may_create"]:
         raise UnusableDatabaseError(
-            f'The role "{role}" may not create tables in {place}: '
+            f'The role "{role}" may not create tables in {place}. Run `balance-app migrate` as '
+            f"the database's owner first, or, if this role is to own the tables, "
             f"GRANT CREATE ON SCHEMA {_quoted(schema)} TO {_quoted(role)}."
         )
     for row in relations.values():
