@@ -9,6 +9,7 @@ import pytest
 
 from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
+from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseUnavailable
 from balance_app.settings import Settings, load_settings
 from tests.jobs.proxy import Proxy
@@ -36,6 +37,38 @@ async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str
         assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1
     finally:
         await line.stop()
+
+
+async def test_a_parked_operation_starts_no_worker(database: dict[str, str]) -> None:
+    """What waits for its lane is no work for an idle connection; of another lane it is."""
+    await migrate(settings_for(database).as_owner())
+    pool = db.Database(settings_for(database))
+    await pool.start()
+    leave = asyncio.Event()
+
+    async def wait(connection: db.Connection) -> int:
+        await leave.wait()
+        return int(await connection.fetchval("SELECT 1"))
+
+    try:
+        one, other = Lane("one"), Lane("other")
+        # so that each worker finds a connection
+        together = asyncio.Barrier(3)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(pool.run(lambda _: together.wait()) for _ in range(3)))
+        await asyncio.sleep(0)
+        assert len(pool._idle) == 3
+        waiting = [asyncio.create_task(pool.run(wait, lane=one)) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert len(pool._workers) == 1
+        waiting.append(asyncio.create_task(pool.run(wait, lane=other)))
+        await asyncio.sleep(0)
+        assert len(pool._workers) == 2
+        leave.set()
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(*waiting) == [1] * 6
+    finally:
+        await pool.stop()
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -282,7 +282,9 @@ class Database:
         queued = _Operation(operation, answer, monotonic(), priority)
         self._queue.put(queued, lane=lane, priority=priority)
         # An idle connection serves it now; otherwise a worker that is connecting serves it soon.
-        if self._may_start_worker() and (self._idle or self._free_workers() < self._queue.ready):
+        # What is parked behind its lane is for the workers of the lane.
+        connecting = self._connecting if self._idle else 0
+        if self._free_workers() - connecting < self._queue.ready and self._may_start_worker():
             # In a context of its own: a worker serves many requests.
             self._workers.add(asyncio.create_task(self._work(), context=Context()))
         return await answer
