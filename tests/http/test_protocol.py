@@ -4,6 +4,7 @@ The real protocol on real sockets, in front of an application that answers when 
 """
 
 import asyncio
+import gc
 import os
 import socket
 import struct
@@ -13,6 +14,7 @@ from functools import update_wrapper
 from inspect import Parameter, Signature, signature
 from types import ModuleType
 from typing import Any, ClassVar, Final
+from weakref import WeakSet
 
 import pytest
 import uvicorn
@@ -108,8 +110,10 @@ class Application:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
                 await asyncio.sleep(0.005)
             return
-        length = (b"content-length", b"%d" % len(body))
-        await send({"type": "http.response.start", "status": status, "headers": [length]})
+        headers = [(b"content-length", b"%d" % len(body))]
+        if scope["path"] == "/split":
+            headers.append((b"location", b"/" + body))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
@@ -555,6 +559,54 @@ async def test_an_answer_is_sent_by_one_write(request_: bytes, body: bytes) -> N
         (recorder,) = recorders
         (written,) = recorder.written
         assert written.partition(b"\r\n\r\n")[2] == body
+
+
+@pytest.mark.parametrize("value", [b"\r\nset-cookie: a=b", b"\nset-cookie: a=b", b"\0", b"\x7f"])
+@on_its_loop
+async def test_a_header_ends_its_line_itself(value: bytes) -> None:
+    """What an answer repeats in a header can't begin another one."""
+    async with serving() as (_, server), server.client() as client:
+        length = f"Content-Length: {len(value)}"
+        await client.send(post(length, path="/split", body=value))
+        assert await client.rest() == b""
+    async with serving() as (_, server), server.client() as client:
+        await client.send(post("Content-Length: 2", path="/split", body=b"\ta"))
+        assert (await client.answer())[1]["location"] == "/\ta"
+
+
+class Held(LimitedProtocol):
+    """A control: its requests still name it when it is closed."""
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.cycle.on_events = self._watch_events  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("kind", "left"), [(LimitedProtocol, 0), (Held, 5)])
+@on_its_loop
+async def test_a_closed_connection_needs_no_collector(
+    kind: type[LimitedProtocol], left: int
+) -> None:
+    """Its memory is free at once: a burst leaves ten thousand of them."""
+    async with serving(kind=kind) as (_, server):
+        gc.collect()
+        gc.disable()
+        try:
+            closed: WeakSet[object] = WeakSet()
+            for _ in range(5):
+                async with server.client() as client:
+                    await client.send(WHOLE, GET)
+                    await client.answer()
+                    await client.answer()
+                    closed.update(server.state.connections)
+            async with asyncio.timeout(5):
+                while server.state.connections:  # noqa: ASYNC110 - uvicorn's
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)
+            assert len(closed) == left
+        finally:
+            gc.enable()
 
 
 @on_both_loops
