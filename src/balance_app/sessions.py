@@ -139,6 +139,39 @@ class Session(_Connection):
         """Return whether it can't be written to by default, as last reported (no round trip)."""
         return getattr(self.get_settings(), "default_transaction_read_only", "off") == "on"
 
+    async def fetch(  # type: ignore[override] # one signature instead of three
+        self,
+        query: str,
+        *args: Any,  # noqa: ANN401 - asyncpg's
+        timeout: float | None = None,  # noqa: ASYNC109
+        record_class: Any = None,  # noqa: ANN401
+    ) -> list[asyncpg.Record]:
+        """Fetch as asyncpg does; a statement that is prepared already is bound without its checks.
+
+        They take a third of what the driver costs a change.
+        """
+        self._check_open()  # type: ignore[attr-defined] # not in the stubs
+        statement = None
+        if record_class is None and not self._query_loggers:  # type: ignore[attr-defined]
+            key = (query, self._protocol.get_record_class(), False)  # type: ignore[attr-defined]
+            statement = self._stmt_cache.get(key)  # type: ignore[attr-defined]
+        if statement is not None:
+            try:
+                rows: list[asyncpg.Record] = await self._protocol.bind_execute(  # type: ignore[attr-defined]
+                    statement, args, portal_name="", limit=0, return_extra=False, timeout=timeout
+                )
+            except asyncpg.InvalidCachedStatementError:
+                # Since a migration its result has other columns. Nothing of it was executed, and
+                # below asyncpg prepares it again.
+                if self.is_in_transaction():
+                    raise
+            except asyncpg.OutdatedSchemaCacheError:
+                await self.reload_schema_state()
+                raise
+            else:
+                return rows
+        return await super().fetch(query, *args, timeout=timeout, record_class=record_class)
+
     def _process_log_message(self, fields: dict[str, str], last_query: str) -> None:
         # After `pg_cancel_backend` PostgreSQL reports a commit that the standby may lack as made,
         # with a warning. An error here becomes the error of the statement. The function's name is

@@ -179,6 +179,41 @@ async def _outcomes(database: dict[str, str], *, at_least: int) -> list[str]:
         await connection.close()
 
 
+async def test_a_prepared_statement_survives_a_migration(database: dict[str, str]) -> None:
+    """One that returns other columns since then is prepared again; in a transaction it fails."""
+    session = await open_session(settings_for(database).statement_arguments())
+    try:
+        await session.execute("CREATE TABLE shape (a integer)")
+        await session.execute("INSERT INTO shape VALUES (1)")
+        for type_, value in (("integer", 1), ("text", "1"), ("bigint", 1)):
+            await session.execute(f"ALTER TABLE shape ALTER a TYPE {type_} USING a::{type_}")
+            for _ in range(3):
+                assert [tuple(row) for row in await session.fetch("SELECT a FROM shape")] == [
+                    (value,)
+                ]
+        await session.execute("ALTER TABLE shape ADD b integer DEFAULT 7")
+        await session.fetch("SELECT * FROM shape")
+        await session.execute("ALTER TABLE shape DROP b")
+        async with session.transaction():
+            with pytest.raises(asyncpg.InvalidCachedStatementError):
+                await session.fetch("SELECT * FROM shape")
+            # what is open is rolled back, so nothing more of it is sent
+            raise_later = session.is_in_transaction()
+        assert raise_later
+    finally:
+        session.terminate()
+
+
+async def test_a_closed_session_says_so(database: dict[str, str]) -> None:
+    """Also for a statement that it has prepared."""
+    session = await open_session(settings_for(database).statement_arguments())
+    for _ in range(2):
+        await session.fetch("SELECT 1")
+    session.terminate()
+    with pytest.raises(asyncpg.InterfaceError):
+        await session.fetch("SELECT 1")
+
+
 async def test_sessions_with_triggers_off_are_refused(database: dict[str, str]) -> None:
     """If the role can't reset session_replication_role, the session is refused, with a sentence."""
     role = f"plain_{database['DB_NAME']}"
