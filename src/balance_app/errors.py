@@ -45,6 +45,13 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's own word
         self.headers = headers
         self.members = members
 
+    def __copy__(self) -> Self:
+        """Return another one, for another request that the same failure answers."""
+        other = type(self).__new__(type(self), *self.args)
+        vars(other).update(vars(self))
+        other.__cause__ = self.__cause__
+        return other
+
     def under(self, key: str | None) -> None:
         """Make `applied` cover all tries with an idempotency key.
 

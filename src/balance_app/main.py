@@ -18,7 +18,7 @@ from balance_app import __version__
 from balance_app.access.actions import ActionRepository
 from balance_app.access.gate import Gate, OpenToNetworkError
 from balance_app.access.repository import KeyRepository
-from balance_app.balances import accounts, holds, repository, state
+from balance_app.balances import accounts, holds, repository, state, together
 from balance_app.balances.accounts import AccountRepository
 from balance_app.balances.api import holds as holds_api
 from balance_app.balances.api import movements, statement, users
@@ -74,6 +74,7 @@ MAX_STREAMS = 1000  # of events
 LOCKING = (
     repository.CHANGE,
     repository.CHANGE_ONCE,
+    together.CHANGE_TOGETHER,
     repository.TRANSFER,
     repository.HOLD,
     holds.CAPTURE,

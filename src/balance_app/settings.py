@@ -127,6 +127,10 @@ class Settings(BaseSettings):
         2.5, description="without an answer for this long, the database is unavailable"
     )
     db_lock_seconds: Seconds = Field(2.0, description="longest wait for a locked row")
+    balance_group_commit: bool = Field(
+        default=False,
+        description="send changes of one account that wait for each other in one statement",
+    )
     max_waiting: Annotated[int, Field(ge=1)] = Field(
         20_000, description="requests that may wait for a connection; one more is an overload"
     )

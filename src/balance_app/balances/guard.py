@@ -122,8 +122,11 @@ class Guard:
         self._database = database
         self._own_statements = [*own_statements, PROBE]
         # Two per account: while the commit of one is written, the other waits for the row. One
-        # connection is left for other accounts, if there is more than one.
-        self._at_once = max(1, min(2, database.settings.db_pool_size - 1))
+        # connection is left for other accounts, if there is more than one. Where changes go
+        # together, those that wait for the commit are the next statement.
+        settings = database.settings
+        at_once = 1 if settings.balance_group_commit else 2
+        self._at_once = max(1, min(at_once, settings.db_pool_size - 1))
         # accounts and keys that are refused: why, and until when (monotonic)
         self._held: dict[Name, tuple[str, float]] = {}
 

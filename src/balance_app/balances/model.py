@@ -68,13 +68,17 @@ class State(NamedTuple):
             VersionConflict: the account has none of these entity tags.
         """
         if tags is not None and self.tag not in tags:
-            raise VersionConflict(
-                user_id=self.user_id,
-                balance=self.balance,
-                held=self.held,
-                version=self.version,
-                tag=self.tag,
-            )
+            raise self.conflict()
+
+    def conflict(self) -> VersionConflict:
+        """Return the problem of a condition that it does not meet."""
+        return VersionConflict(
+            user_id=self.user_id,
+            balance=self.balance,
+            held=self.held,
+            version=self.version,
+            tag=self.tag,
+        )
 
 
 class Entry(NamedTuple):

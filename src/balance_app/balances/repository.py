@@ -32,6 +32,7 @@ from balance_app.balances.model import (
     State,
 )
 from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
+from balance_app.balances.together import GroupCommit
 from balance_app.db.pool import Connection, Database, read, write, write_rows
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
@@ -52,6 +53,8 @@ class BalanceRepository:
     def __init__(self, database: Database, guard: Guard, metrics: Metrics | None = None) -> None:
         self._database = database
         self._guard = guard
+        grouped = database.settings.balance_group_commit
+        self._together = GroupCommit(database, guard) if grouped else None
         self._metrics = metrics or Metrics()
 
     async def change(self, movement: Movement) -> Outcome:
@@ -67,7 +70,7 @@ class BalanceRepository:
             DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; the outcome of earlier tries
                 with this key is unknown.
         """
-        return await self._decide(movement, lambda con: _change(con, movement))
+        return await self._decide(movement, lambda con: _change(con, movement), self._together)
 
     async def transfer(self, movement: Movement) -> Outcome:
         """Move an amount from one user to another; raises as `change` does.
@@ -156,14 +159,18 @@ class BalanceRepository:
             raise KeyNotFound
         return found
 
-    async def _decide(self, movement: Movement, attempt: Attempt) -> Outcome:
+    async def _decide(
+        self, movement: Movement, attempt: Attempt, together: GroupCommit | None = None
+    ) -> Outcome:
         started = perf_counter()
         payee = movement.to_user_id
         users = (movement.user_id,) if payee is None else (movement.user_id, payee)
         try:
-            outcome = await self._guard.run(
-                lambda con: _decide(con, movement, attempt), *users, key=movement.key
-            )
+            outcome = None if together is None else await together.change(movement)
+            if outcome is None:
+                outcome = await self._guard.run(
+                    lambda con: _decide(con, movement, attempt), *users, key=movement.key
+                )
         except Exception as error:
             if isinstance(error, Problem):
                 error.under(movement.key)
