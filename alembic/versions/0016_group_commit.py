@@ -20,6 +20,14 @@ down_revision = "0015"
 #   known               its key is recorded, or of another change of the same call: left alone
 # No rows: there is no such user, or a hold is overdue; nothing was changed.
 CHANGE_TOGETHER = """
+CREATE FUNCTION known_keys(account_id bigint, keys text[]) RETURNS text[] LANGUAGE plpgsql AS $$
+BEGIN
+    IF array_remove(keys, NULL) = '{}' THEN
+        RETURN '{}';
+    END IF;
+    RETURN ARRAY(SELECT key FROM idempotency_keys WHERE user_id = account_id AND key = ANY (keys));
+END
+$$;
 CREATE FUNCTION change_together(
     account_id bigint, largest bigint, amounts bigint[], entity_tags text[], keys text[],
     requests text[], "references" text[], notes text[], principals text[]
@@ -30,8 +38,14 @@ DECLARE
     made entries[] := '{}';
     of_key idempotency_keys;
     recorded idempotency_keys[] := '{}';
-    known text[] := '{}';
+    known text[];
 BEGIN
+    -- what is recorded is answered although the account may be locked
+    known := known_keys(account_id, keys);
+    IF keys <@ known THEN
+        RETURN QUERY SELECT 'known', NULL::users FROM unnest(keys);
+        RETURN;
+    END IF;
     SELECT * INTO account FROM users WHERE id = account_id FOR NO KEY UPDATE;
     IF NOT FOUND OR account.holds_due_at <= clock_timestamp() THEN
         RETURN;
@@ -45,10 +59,7 @@ BEGIN
     of_key.floor := account.floor;
     of_key.frozen := account.frozen;
     of_key.at := account.changed_at;
-    IF array_remove(keys, NULL) <> '{}' THEN
-        SELECT coalesce(array_agg(key), '{}') INTO known
-        FROM idempotency_keys WHERE user_id = account_id AND key = ANY (keys);
-    END IF;
+    known := known_keys(account_id, keys);
     FOR asked IN
         SELECT * FROM unnest(
             amounts, entity_tags, keys, requests, "references", notes, principals
@@ -175,5 +186,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the function, and make the guard as it was."""
-    for statement in ("DROP FUNCTION change_together", REQUIRE_ENTRY):
+    for statement in ("DROP FUNCTION change_together, known_keys", REQUIRE_ENTRY):
         op.execute(statement)

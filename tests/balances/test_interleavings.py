@@ -314,6 +314,7 @@ async def test_what_waits_is_decided_after_what_it_waited_for(
     ],
     ids=lambda guard: guard[1],
 )
+@pytest.mark.single
 async def test_without_its_guard_a_statement_is_decided_by_the_past(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch, guard: tuple[Any, str, str, Any]
 ) -> None:

@@ -120,6 +120,7 @@ async def test_nothing_available_is_below_the_floor(database: dict[str, str]) ->
     assert below == faults == 0
 
 
+@pytest.mark.single
 async def test_a_change_that_ignores_the_floor_goes_below_it(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +158,7 @@ async def test_nothing_moves_after_a_freeze_is_acknowledged(database: dict[str, 
 
 
 @pytest.mark.parametrize("statement", ["CHANGE", "TRANSFER", "HOLD"])
+@pytest.mark.single
 async def test_without_the_condition_a_frozen_account_moves(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
@@ -213,6 +215,7 @@ async def test_one_change_is_made_per_entity_tag(database: dict[str, str], what:
 
 
 @pytest.mark.parametrize("what", TAGGED)
+@pytest.mark.single
 async def test_without_the_comparison_several_are_made(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

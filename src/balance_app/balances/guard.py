@@ -19,7 +19,7 @@ import structlog
 from balance_app.balances.errors import too_slow
 from balance_app.db.pool import Connection, Database, read, write
 from balance_app.db.wait_queue import Lane
-from balance_app.errors import DatabaseUnavailable
+from balance_app.errors import DatabaseUnavailable, Problem
 
 log = structlog.get_logger(__name__)
 
@@ -204,8 +204,9 @@ class Guard:
         if not timed_out:
             self._release(waits.names)
             raise problem
-        # The error's context names the table, in whatever language.
-        if waits.key is not None and (not waits.accounts or "_keys" in _context(cause)):
+        if waits.key is None and waits_for_key(problem):
+            raise problem  # of one of several changes: the account itself is not locked
+        if waits.key is not None and (not waits.accounts or waits_for_key(problem)):
             return waits.key, KEY_IN_USE
         sole = len(waits.accounts) == 1
         found: list[tuple[Name, str]] = []
@@ -253,6 +254,10 @@ class Guard:
         )
         return LOCKED
 
+    def refuses_key(self, user_id: int, key: str | None) -> bool:
+        """Return whether a key is known to be in use by another session."""
+        return bool(self._held) and (user_id, key) in self._held
+
     def _begin_recheck(self, names: list[Name]) -> list[int]:
         """Return the accounts to check of those that were locked; refuse their other requests.
 
@@ -288,8 +293,10 @@ class Guard:
                 self._held.pop(name, None)
 
 
-def _context(error: BaseException | None) -> str:
-    return str(getattr(error, "context", None) or "")
+def waits_for_key(problem: Problem) -> bool:
+    """Return whether what failed had waited for an idempotency key, and not for an account."""
+    # The error's context names the table, in whatever language.
+    return "_keys" in str(getattr(problem.__cause__, "context", None) or "")
 
 
 def _sentence(name: Name, reason: str) -> str:

@@ -9,7 +9,8 @@ sent at once, alone.
 
 A failure of the statement is that of each of its changes. What the statement leaves aside (a key
 that is known, a user who is not, an overdue hold), and what can't be sent together, is decided one
-by one as without group commit.
+by one as without group commit: then a key that another session uses concerns no other change, and
+while an account is locked what is recorded under a key is still answered.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from balance_app.balances.guard import Guard
+from balance_app.balances.guard import Guard, waits_for_key
 from balance_app.balances.model import Accepted, Entry, Movement, Outcome, Refused, State
 from balance_app.db.pool import Connection, Database, write_rows
 from balance_app.errors import Overloaded, Problem
@@ -68,6 +69,8 @@ class GroupCommit:
             VersionConflict: the account has none of the movement's entity tags.
             DatabaseUnavailable, Overloaded: as `Guard.run`.
         """
+        if self._guard.refuses_key(movement.user_id, movement.key):
+            return None
         if self._waiting >= self._database.settings.max_waiting:
             raise Overloaded(f"{self._waiting} requests wait already.")
         member = _Member(movement, asyncio.get_running_loop().create_future())
@@ -100,8 +103,13 @@ class GroupCommit:
             outcomes = await self._guard.run(send, user_id)
         except Problem as problem:
             self._close(user_id, batch)
-            outcomes = [copy.copy(problem) for _ in batch]
             members = batch
+            waited = waits_for_key(problem)
+            undone = problem.applied == "no"
+            outcomes = [
+                None if waited or (undone and each.movement.key is not None) else copy.copy(problem)
+                for each in batch
+            ]
         except Exception as error:  # noqa: BLE001 - each one meets its own when it is sent alone
             log.warning("changes not sent together", user=user_id, error=repr(error))
             self._close(user_id, batch)
