@@ -19,6 +19,7 @@ import re
 from contextvars import Context
 from typing import Final, NamedTuple
 
+import asyncpg
 import structlog
 
 from balance_app.balances.guard import Guard, waits_for_key
@@ -93,7 +94,7 @@ class GroupCommit:
         """Send a batch when it is its turn, and answer its members."""
         members: list[_Member] = []
 
-        async def send(connection: Connection) -> list[Outcome | Problem | None]:
+        async def send(connection: Connection) -> list[Outcome | Exception | None]:
             if not members:
                 self._close(user_id, batch)
                 members.extend(each for each in batch if not each.answer.done())
@@ -104,21 +105,25 @@ class GroupCommit:
         except Problem as problem:
             self._close(user_id, batch)
             members = batch
-            waited = waits_for_key(problem)
             undone = problem.applied == "no"
+            alone = undone and waits_for_key(problem)
             outcomes = [
-                None if waited or (undone and each.movement.key is not None) else copy.copy(problem)
+                None if alone or (undone and each.movement.key is not None) else copy.copy(problem)
                 for each in batch
             ]
-        except Exception as error:  # noqa: BLE001 - each one meets its own when it is sent alone
+        except asyncpg.PostgresError as error:  # rolled back: each meets its own when sent alone
             log.warning("changes not sent together", user=user_id, error=repr(error))
             self._close(user_id, batch)
             outcomes = [None] * len(batch)
             members = batch
+        except Exception as error:  # noqa: BLE001 - it is that of each; the changes may be made
+            self._close(user_id, batch)
+            outcomes = [error] * len(batch)
+            members = batch
         for member, outcome in zip(members, outcomes, strict=True):
             if member.answer.done():  # its client has gone
                 continue
-            if isinstance(outcome, Problem):
+            if isinstance(outcome, Exception):
                 member.answer.set_exception(outcome)
             else:
                 member.answer.set_result(outcome)
@@ -131,7 +136,7 @@ class GroupCommit:
 
 async def _change_together(
     connection: Connection, user_id: int, movements: list[Movement]
-) -> list[Outcome | Problem | None]:
+) -> list[Outcome | Exception | None]:
     if not movements:
         return []
     rows = await write_rows(
@@ -149,7 +154,7 @@ async def _change_together(
     )
     if not rows:
         return [None] * len(movements)
-    outcomes: list[Outcome | Problem | None] = []
+    outcomes: list[Outcome | Exception | None] = []
     for movement, row in zip(movements, rows, strict=True):
         verdict, balance, held, floor, frozen, version, settings_version, hold_events, at = row
         if verdict == "accepted":
