@@ -240,7 +240,7 @@ async def role(database: dict[str, str]) -> AsyncIterator[dict[str, str]]:
         (
             "GRANT USAGE ON SCHEMA public TO {role}",
             "public",
-            r"may not create tables.*Run `balance-app migrate` as the database's owner.*GRANT CREATE",
+            r"may not create tables.*Run `balance-app migrate` as the database's owner.*GRANT ",
         ),
         ("SELECT", "own", r"There is no schema .*: GRANT CREATE ON DATABASE"),
         ("GRANT CREATE, USAGE ON SCHEMA public TO {role}", "public", None),
