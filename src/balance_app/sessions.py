@@ -148,7 +148,7 @@ class Session(_Connection):
     ) -> list[asyncpg.Record]:
         """Fetch as asyncpg does; a statement that is prepared already is bound without its checks.
 
-        They take a third of what the driver costs a change.
+        They take up to a third of what the driver costs a change.
         """
         self._check_open()  # type: ignore[attr-defined] # not in the stubs
         statement = None
