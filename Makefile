@@ -74,8 +74,11 @@ format: $(READY) ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure the service against what the machine allows, print ratios (some minutes)
-	@ulimit -n "$$(ulimit -Hn)" && $(BIN)/python bench/balances.py && PYTHONPATH=. exec $(BIN)/python bench/jobs.py
+bench: $(READY) ## measure, write docs/performance.md (an hour): make bench PARTS="burst hot" ROUNDS=3
+	@# The peers in Node are skipped where it is missing.
+	@if command -v npm >/dev/null && ! test -d bench/peers/node_modules; then \
+		npm ci --prefix bench/peers --ignore-scripts --no-audit --no-fund; fi
+	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m bench $(PARTS)
 
 drill-failover: $(READY) ## fail over PostgreSQL 20 times under load (20 minutes; Patroni, etcd): drills/README.md
 	@exec $(BIN)/python -m drills.failover $(DRILL)

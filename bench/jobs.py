@@ -1,4 +1,4 @@
-"""Start latency, idle load, and the throughput of one database: `make bench`.
+"""Start latency, idle load, and the throughput of one database.
 
 (c) Start latency: started_at - due_at of short runs on five real instances, with ten jobs that fall
     due one after another.
@@ -12,14 +12,10 @@
 
 import asyncio
 import logging
-import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from statistics import quantiles
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -35,19 +31,22 @@ from balance_app.jobs.repository import ClaimPolicy, Me, claim_arguments
 from balance_app.jobs.run_log import WRITE_LOGS, RunLog, log_arguments
 from balance_app.jobs.statements import CLAIM, FINISH
 from balance_app.local.postgres import EmbeddedPostgres
-from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, running
+from balance_app.settings import Settings
+from bench.loads import SCALE, scaled
+from bench.report import Report, percentile
+from bench.servers import postgres_server, settings_of
+from tests.processes import Instance, connect, empty_database, running
 
 INSTANCES = 5
-STARTS = int(os.environ.get("STARTS", "500"))
-IDLE_SECONDS = 20
+STARTS = scaled(500)
+IDLE_SECONDS = max(2, int(20 * min(1, SCALE)))
 CLAIMERS = 50
-MANY_JOBS = 100_000
-CLAIM_SECONDS = 10
-LISTED_JOBS = 10_000
-STATUS_CALLS = 200
+MANY_JOBS = scaled(100_000)
+CLAIM_SECONDS = max(1, int(10 * min(1, SCALE)))
+LISTED_JOBS = scaled(10_000)
+STATUS_CALLS = scaled(200)
 RUNS = 10
-HEARTBEATS = 200
+HEARTBEATS = scaled(200)
 
 # Ten jobs with an interval of two seconds, of which one falls due every 0.2 s.
 STAGGER = """
@@ -79,22 +78,15 @@ INSERT INTO job_runs (job, fence, due_at, started_at) SELECT name, 1, now(), now
 """
 
 
-async def main() -> None:
-    """Measure everything and print it."""
-    with tempfile.TemporaryDirectory(prefix="balance-app-bench-") as top:
-        Path(top).chmod(0o711)
-        postgres = EmbeddedPostgres(Path(top) / "data", options={"max_connections": "200"})
-        await postgres.start()
-        try:
-            for part, measure in PARTS.items():
-                if part in sys.argv or len(sys.argv) == 1:
-                    async with database(postgres) as variables:
-                        await measure(variables, postgres)
-        finally:
-            await postgres.stop()
+async def measure(report: Report) -> None:
+    """Measure everything."""
+    async with postgres_server() as postgres:
+        for part in (starts, idling, many, listing, logs):
+            async with empty_database(postgres.environment()) as variables:
+                await part(report, variables, postgres)
 
 
-async def starts(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+async def starts(report: Report, variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (c)."""
     with tempfile.TemporaryDirectory() as event_log:
         async with fleet(variables, event_log, FLEET_EVERY="2", FLEET_SECONDS="0.1"):
@@ -108,11 +100,11 @@ async def starts(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None
                 if len(rows) == STARTS:
                     break
             await connection.close()
-    print(f"(c) {STARTS} starts on {INSTANCES} instances, ms after they were due")
-    print(f"    {milliseconds([row[0] for row in rows])}")
+    report.line(f"(c) {STARTS} starts on {INSTANCES} instances, ms after they were due")
+    report.line(f"    {milliseconds([row[0] for row in rows])}")
 
 
-async def idling(variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
+async def idling(report: Report, variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
     """Measure (d)."""
     connection = await connect(variables)
     await connection.execute(f"ALTER DATABASE {variables['DB_NAME']} SET log_statement = 'all'")
@@ -124,12 +116,13 @@ async def idling(variables: dict[str, str], postgres: EmbeddedPostgres) -> None:
             await asyncio.sleep(IDLE_SECONDS)
             statements = postgres.log.read_text().count("LOG:  execute ") - before
     rate = statements / IDLE_SECONDS / INSTANCES
-    print(f"(d) idle, statements per second and instance: {rate:.2f}")
+    report.add("idle statements", rate)
+    report.line(f"(d) idle, statements per second and instance: {rate:.2f}")
 
 
-async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+async def many(report: Report, variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (e)."""
-    settings = load_settings(**{name.lower(): value for name, value in variables.items()})
+    settings = settings_of(variables)
     await migrate(settings)
     connection = await connect(variables)
     await connection.execute(FILL, MANY_JOBS, -3600)
@@ -143,10 +136,12 @@ async def many(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
         *(claimer(number, settings, capabilities, claims) for number in range(CLAIMERS))
     )
     rate = sum(runs) / (monotonic() - started)
-    print(
+    report.line(
         f"(e) {MANY_JOBS} jobs, {CLAIMERS} instances: {rate:.0f} runs claimed and finished a second"
     )
-    print(f"    a claim, ms: {milliseconds(claims)}; runs per instance {min(runs)} to {max(runs)}")
+    report.line(
+        f"    a claim, ms: {milliseconds(claims)}; runs per instance {min(runs)} to {max(runs)}"
+    )
 
 
 async def claimer(
@@ -198,7 +193,7 @@ async def claimer(
     return done
 
 
-async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+async def listing(report: Report, variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (f)."""
     async with running([Instance(variables, JOBS_ENABLED="false")]) as (instance,):
         connection = await connect(variables)
@@ -214,12 +209,12 @@ async def listing(variables: dict[str, str], _postgres: EmbeddedPostgres) -> Non
                 assert answer.is_success
         assert len(answer.json()["jobs"]) == LISTED_JOBS
     size = len(answer.content) / 1e6
-    print(f"(f) the status of {LISTED_JOBS} jobs ({size:.1f} MB), ms: {milliseconds(took)}")
+    report.line(f"(f) the status of {LISTED_JOBS} jobs ({size:.1f} MB), ms: {milliseconds(took)}")
 
 
-async def logs(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
+async def logs(report: Report, variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     """Measure (g)."""
-    settings = load_settings(**{name.lower(): value for name, value in variables.items()})
+    settings = settings_of(variables)
     await migrate(settings)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     connection = await connect(variables)
@@ -229,7 +224,7 @@ async def logs(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
     capabilities = Capabilities(datetime.now(UTC), RUNS, [], [asyncpg.Range(1, RUNS + 1)])
     kept = {(f"job-{n}", 1): RunLog(f"job-{n}", 1) for n in range(1, RUNS + 1)}
     renewals = [Renewal(name, fence, NO_PROGRESS) for name, fence in kept]
-    print(f"(g) a heartbeat of {RUNS} runs, ms")
+    report.line(f"(g) a heartbeat of {RUNS} runs, ms")
     for lines in (0, 1, 20, 200):
         renewing, writing = [], []
         for _ in range(HEARTBEATS):
@@ -247,8 +242,8 @@ async def logs(variables: dict[str, str], _postgres: EmbeddedPostgres) -> None:
                 kept[run].written(what)
             renewing.append(renewed_at - sent_at)
             writing.append(written_at - renewed_at)
-        print(f"    {lines:>3} lines of each: renewal {milliseconds(renewing)}")
-        print(f"                       write   {milliseconds(writing)}")
+        report.line(f"    {lines:>3} lines of each: renewal {milliseconds(renewing)}")
+        report.line(f"                       write   {milliseconds(writing)}")
     await connection.close()
 
 
@@ -271,26 +266,9 @@ async def fleet(variables: dict[str, str], event_log: str, **env: str) -> AsyncI
         yield
 
 
-@asynccontextmanager
-async def database(postgres: EmbeddedPostgres) -> AsyncIterator[dict[str, str]]:
-    """Make an empty database for one measurement."""
-    name = f"bench_{uuid4().hex[:8]}"
-    admin = await connect(postgres.environment())
-    await admin.execute(f'CREATE DATABASE "{name}"')
-    try:
-        yield {**postgres.environment(), "DB_NAME": name}
-    finally:
-        await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        await admin.close()
-
-
 def milliseconds(seconds: list[float]) -> str:
     """Return the median, the 99th percentile and the highest."""
-    cuts = quantiles(seconds, n=100)
-    return f"p50 {cuts[49] * 1e3:.1f}, p99 {cuts[98] * 1e3:.1f}, highest {max(seconds) * 1e3:.1f}"
-
-
-PARTS = {"starts": starts, "idle": idling, "many": many, "listing": listing, "logs": logs}
-
-if __name__ == "__main__":
-    asyncio.run(main())
+    found = {"p50": 50, "p99": 99, "highest": 100}
+    return ", ".join(
+        f"{name} {percentile(seconds, share) * 1e3:.1f}" for name, share in found.items()
+    )

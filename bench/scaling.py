@@ -1,4 +1,4 @@
-"""How far one server goes, and the first steps past it: `PYTHONPATH=. python bench/scaling.py`.
+"""How far one server goes, and the first steps past it.
 
 (a) Changes per second by the statement of the service (pgbench, no HTTP): of one account, and of
     many, by few and by many connections.
@@ -12,7 +12,6 @@ import asyncio
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +22,9 @@ import httpx
 
 from balance_app.db.migrations import migrate
 from balance_app.local.postgres import SYSTEM_USER
-from balance_app.settings import load_settings
-from bench.balances import ROUNDS, pgbench, print_machine, spread
+from bench.loads import ROUNDS, scaled
+from bench.report import Report, spread
+from bench.servers import OPEN, pgbench, settings_of
 from drills.documented import Commands, run
 from drills.restore import Server
 from tests.processes import (
@@ -39,21 +39,13 @@ from tests.processes import (
 
 ACCOUNTS: Final = 10_000
 QUIET: Final = ACCOUNTS + 2  # the first of a thousand more
-ENTRIES: Final = int(os.environ.get("ENTRIES", "1000000"))
+ENTRIES: Final = scaled(1_000_000, 1000)
 CLIENTS: Final = (1, 4, 16, 64)
 OPTIONS: Final = {"wal_level": "logical"}
 PAGE: Final = Path(__file__).parents[1] / "docs" / "scaling.md"
 JOBS: Final = 10  # of the service
 BALANCE: Final = 10**9
 
-OPEN: Final = """
-WITH opened AS (
-    INSERT INTO users (balance, version, hash)
-    SELECT $1::bigint, 1, sha256('') FROM generate_series(1, $2::bigint) RETURNING id
-)
-INSERT INTO entries (user_id, version, amount, balance, hash)
-SELECT id, 1, $1, $1, sha256('') FROM opened
-"""
 # Entries of users whom nobody changes meanwhile.
 #
 # $1 how many, $2 the first of a thousand users
@@ -66,34 +58,34 @@ SELECT * FROM entries WHERE user_id = $1 AND version > 500 ORDER BY version LIMI
 """
 
 
-async def main() -> None:
-    """Measure everything and print it."""
+async def measure(report: Report) -> None:
+    """Measure everything."""
     with tempfile.TemporaryDirectory(prefix="balance-app-bench-") as top:
         Path(top).chmod(0o711)
         (Path(top) / "first").mkdir()
         server = Server(Path(top) / "first" / "data", options=OPTIONS)
         await server.start()
         try:
-            print_machine(Path(top))
-            for name, part in PARTS.items():
-                if name in sys.argv or len(sys.argv) == 1:
-                    async with empty_database(server.environment()) as database:
-                        await part(server, database)
+            for part in (accounts, partitions, replica):
+                async with empty_database(server.environment()) as database:
+                    await part(report, server, database)
         finally:
             await server.stop()
 
 
-async def accounts(server: Server, database: dict[str, str]) -> None:
+async def accounts(report: Report, server: Server, database: dict[str, str]) -> None:
     """Measure (a)."""
     await _open(database)
-    print(f"(a) changes per second at the server, of one account and of {ACCOUNTS}")
+    report.line(f"(a) changes per second at the server, of one account and of {ACCOUNTS}")
     for many in (1, ACCOUNTS):
         for clients in CLIENTS:
             rates = [await change_rate(server, database, many, clients) for _ in range(ROUNDS)]
-            print(f"    {many:6} accounts, {clients:2} connections: {spread(rates, '{:6.0f}')}")
+            report.line(
+                f"    {many:6} accounts, {clients:2} connections: {spread(rates, '{:6.0f}')}"
+            )
 
 
-async def partitions(server: Server, database: dict[str, str]) -> None:
+async def partitions(report: Report, server: Server, database: dict[str, str]) -> None:
     """Measure (b)."""
     await _open(database)
     connection = await connect(database)
@@ -112,16 +104,18 @@ async def partitions(server: Server, database: dict[str, str]) -> None:
         measured += [await change_rate(server, database, ACCOUNTS, 16) for _ in range(ROUNDS)]
         pages[name] = await _milliseconds(connection)
     await connection.close()
-    print(f"\n(b) `entries` with {ENTRIES} rows, partitioned in {seconds:.1f} s")
+    report.line(f"(b) `entries` with {ENTRIES} rows, partitioned in {seconds:.1f} s")
     for name, measured in rates.items():
-        print(f"    {name:12} {spread(measured, '{:6.0f}')} changes/s, a page {pages[name]:.2f} ms")
+        report.line(
+            f"    {name:12} {spread(measured, '{:6.0f}')} changes/s, a page {pages[name]:.2f} ms"
+        )
     async with empty_database(server.environment()) as other:
-        print(f"    the service on it: {await _serve_partitioned(server, other)}")
+        report.line(f"    the service on it: {await _serve_partitioned(server, other)}")
 
 
 async def _serve_partitioned(server: Server, database: dict[str, str]) -> str:
     """Run an instance on partitioned entries; return what was done, and what the audit says."""
-    await migrate(load_settings(**{name.lower(): text for name, text in database.items()}))
+    await migrate(settings_of(database))
     connection = await connect(database)
     await connection.execute(Commands(PAGE).text("partitions", {}))
     await connection.close()
@@ -161,9 +155,9 @@ async def _each_job_succeeds(database: dict[str, str]) -> None:
             await asyncio.sleep(0.5)
 
 
-async def replica(server: Server, database: dict[str, str]) -> None:
+async def replica(report: Report, server: Server, database: dict[str, str]) -> None:
     """Measure (c)."""
-    await migrate(load_settings(**{name.lower(): text for name, text in database.items()}))
+    await migrate(settings_of(database))
     second = server.data.parents[1] / "second"
     second.mkdir()
     if os.geteuid() == 0:
@@ -183,20 +177,20 @@ async def replica(server: Server, database: dict[str, str]) -> None:
     await standby.start()
     there = {**standby.environment(), "DB_NAME": database["DB_NAME"]}
     try:
-        print("\n(c) a streaming standby")
-        await _on_standby(standby, there)
+        report.line("\n(c) a streaming standby")
+        await _on_standby(report, standby, there)
         await standby.stop()
         await commands.expect("subscriber", places, environment)
         await standby.start()
-        print("    the same as a logical subscriber")
-        await _on_subscriber(database, there)
+        report.line("    the same as a logical subscriber")
+        await _on_subscriber(report, database, there)
     finally:
         await standby.stop()
 
 
-async def _on_standby(standby: Server, there: dict[str, str]) -> None:
+async def _on_standby(report: Report, standby: Server, there: dict[str, str]) -> None:
     found = await run("balance-app audit", _shell(standby, there))
-    print(f"    balance-app audit: {found.output.splitlines()[0]}")
+    report.line(f"    balance-app audit: {found.output.splitlines()[0]}")
     instance = Instance(there, "standby", JOBS_ENABLED="false")
     await instance.launch()
     try:
@@ -206,12 +200,14 @@ async def _on_standby(standby: Server, there: dict[str, str]) -> None:
                 with suppress(httpx.TransportError):
                     answer = await http.get("/api/users/1")
                 await asyncio.sleep(0.1)
-        print(f"    an instance: GET /api/users/1: {answer.status_code} {answer.json()['detail']}")
+        report.line(
+            f"    an instance: GET /api/users/1: {answer.status_code} {answer.json()['detail']}"
+        )
     finally:
         await instance.stop()
 
 
-async def _on_subscriber(database: dict[str, str], there: dict[str, str]) -> None:
+async def _on_subscriber(report: Report, database: dict[str, str], there: dict[str, str]) -> None:
     role = {**there, "DB_NAME": "postgres"}
     await query(role, f"ALTER ROLE {RUN_ROLE} SET default_transaction_read_only = on")
     reader = {name: value for name, value in as_instance(there).items() if name in there}
@@ -230,16 +226,16 @@ async def _on_subscriber(database: dict[str, str], there: dict[str, str]) -> Non
             while seen < version:
                 seen = (await at_reader.get("/api/users/1")).json()["version"]
             delays.append(1000 * (monotonic() - began))
-        print(f"    a change is there after {spread(delays, '{:.1f}')} ms")
+        report.line(f"    a change is there after {spread(delays, '{:.1f}')} ms")
         paths = ("/api/users/1/entries", "/api/users/1?version=7", "/api/users", "/users/1", "/")
         found = [f"{path} {(await at_reader.get(path)).status_code}" for path in paths]
         refused = await at_reader.post("/api/balance", json={"userId": 1, "amount": -1})
-        print(f"    reads: {', '.join(found)}")
-        print(f"    a change: {refused.status_code} {refused.json()['detail']}")
+        report.line(f"    reads: {', '.join(found)}")
+        report.line(f"    a change: {refused.status_code} {refused.json()['detail']}")
 
 
 async def _open(database: dict[str, str]) -> None:
-    await migrate(load_settings(**{name.lower(): text for name, text in database.items()}))
+    await migrate(settings_of(database))
     await query(database, OPEN, BALANCE, ACCOUNTS + 1000)
     await query(database, "ANALYZE")
 
@@ -274,9 +270,3 @@ async def change_rate(
         database=database["DB_NAME"],
         setup=f"\\set account random(2, {accounts + 1})\n",
     )
-
-
-PARTS: Final = {"accounts": accounts, "partitions": partitions, "replica": replica}
-
-if __name__ == "__main__":
-    asyncio.run(main())
