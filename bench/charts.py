@@ -6,12 +6,12 @@ from typing import Any, Final
 
 Series = dict[str, Any]  # its name, and its points as pairs
 
-WIDTH: Final = 860
+WIDTH: Final = 900
 HEIGHT: Final = 380
 LEFT: Final = 70
 TOP: Final = 44
 BOTTOM: Final = 56
-LEGEND: Final = 270
+LEGEND: Final = 300
 COLUMNS: Final = 3
 PANEL: Final = (280, 170)
 TICKS: Final = 5

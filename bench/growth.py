@@ -10,7 +10,7 @@ import os
 import random
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Final, NamedTuple
@@ -26,13 +26,14 @@ from bench.chain import FILL
 from bench.jobs import FILL as FILL_JOBS
 from bench.loads import ROUNDS, SCALE
 from bench.report import Report, percentile, spread
-from bench.servers import postgres_server, settings_of
-from tests.processes import Instance, connect, http_client, query, running
+from bench.servers import READY_SECONDS, postgres_server, settings_of
+from tests.processes import Instance, connect, http_client, query
 
 CHANGES: Final = max(10, int(200 * min(1, SCALE)))
 CALLS: Final = max(3, int(20 * min(1, SCALE)))
 IDLE_SECONDS: Final = max(2, int(15 * min(1, SCALE)))
 FILL_SECONDS: Final = 3600
+INSTANCES: Final = (1, 5, 20) if SCALE >= 1 else (1, 2)
 DEEP: Final = 10_000_000  # the account of many entries: the first of those that are filled
 SMALL: Final = 20  # entries of each other account
 CREATE: Final = 'CREATE DATABASE "{}"'
@@ -89,7 +90,7 @@ def states() -> list[State]:
         entries(10_000_000),
         State("users", 1),
         State("users", of(1_000_000), accounts=-of(1_000_000)),
-        *(State("instances", number, number) for number in (1, 5, 20)),
+        *(State("instances", number, number) for number in INSTANCES),
         State("jobs", 10),
         State("jobs", of(10_000), jobs=of(10_000)),
         State("runs of history", 0),
@@ -135,7 +136,7 @@ async def _fill(postgres: EmbeddedPostgres, state: State) -> None:
     await query(postgres.environment(), 'DROP DATABASE IF EXISTS "filling"')
     await query(postgres.environment(), CREATE.format("filling"))
     await migrate(settings_of(unfinished))
-    async with Instance(unfinished, JOB_WARM_UP_SECONDS="3600"):
+    async with _running([Instance(unfinished, JOB_WARM_UP_SECONDS="3600")]):
         while not (await query(unfinished, DECLARED))[0][0]:  # noqa: ASYNC110 - of a database
             await asyncio.sleep(0.1)
     began = perf_counter()
@@ -160,6 +161,17 @@ async def _fill(postgres: EmbeddedPostgres, state: State) -> None:
 
 
 @asynccontextmanager
+async def _running(instances: list[Instance]) -> AsyncIterator[None]:
+    """Run instances, however long their start takes: many at once on few processors."""
+    async with AsyncExitStack() as stack:
+        for each in instances:
+            await each.launch()
+            stack.push_async_callback(each.stop)
+        await asyncio.gather(*(each.ready(READY_SECONDS) for each in instances))
+        yield
+
+
+@asynccontextmanager
 async def _started(
     postgres: EmbeddedPostgres, state: State, into: dict[str, list[float]]
 ) -> AsyncIterator[tuple[dict[str, str], list[Instance]]]:
@@ -171,7 +183,7 @@ async def _started(
         for number in range(state.instances)
     ]
     began = perf_counter()
-    async with running(instances):
+    async with _running(instances):
         into.setdefault("start-up, s", []).append(perf_counter() - began)
         yield place, instances
         memory = max(psutil.Process(each.pid).memory_info().rss for each in instances) / 1e6
@@ -201,11 +213,24 @@ async def _observe(postgres: EmbeddedPostgres, state: State, into: dict[str, lis
             "the page, ms": (CALLS, lambda: http.get("/")),
             "metrics, ms": (CALLS, lambda: http.get("/metrics")),
         }
+        print(f"    {state.dimension} {state.size}: {into['start-up, s'][-1]:.1f} s", flush=True)
         for name, (times, call) in calls.items():
+            before = _server_seconds(postgres, state)
             taken = await _times(call, times)
             into.setdefault(name, []).append(statistics.median(taken))
             if name == "a change, ms":
+                used = _server_seconds(postgres, state) - before
                 into.setdefault("a change, 99 %, ms", []).append(percentile(taken, 99))
+                into.setdefault("a change, CPU of PostgreSQL, µs", []).append(1e6 * used / times)
+
+
+def _server_seconds(postgres: EmbeddedPostgres, state: State) -> float:
+    """Return the CPU seconds of PostgreSQL's sessions of a state's database."""
+    sessions = psutil.Process(postgres.process.pid).children()
+    mine = [each for each in sessions if f" {state.database} " in " ".join(each.cmdline())]
+    # what the scheduler has counted, as the usual counters are in hundredths of a second
+    found = [Path(f"/proc/{each.pid}/schedstat").read_text().split()[0] for each in mine]
+    return sum(map(int, found)) / 1e9
 
 
 async def _times(call: Callable[[], Awaitable[httpx.Response]], times: int) -> list[float]:

@@ -164,7 +164,8 @@ async def burst(report: Report) -> None:
             [taken[min(len(taken) - 1, len(taken) * share // 100)], share] for share in range(101)
         ]
         latencies.append({"name": ARMS[name].title, "points": points})
-        rates.append({"name": ARMS[name].title, "points": _rate(middle["answered"])})
+        if name not in CONSTANT:  # beside them nothing else could be told apart
+            rates.append({"name": ARMS[name].title, "points": _rate(middle["answered"])})
     _over_time(
         report,
         "burst-latency",

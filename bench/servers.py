@@ -30,7 +30,7 @@ from tests.processes import as_instance, connect, http_client, query
 HERE: Final = Path(__file__).parent
 PEERS: Final = HERE / "peers"
 PGBENCH_SECONDS: Final = 2
-READY_SECONDS: Final = 120
+READY_SECONDS: Final = 300
 STOP_SECONDS: Final = 10
 MIB: Final = 2**20
 PLENTY: Final = 10**12
@@ -113,7 +113,7 @@ ARMS: Final = {
         needs_node=True,
     ),
     "fastapi": Arm(
-        "FastAPI as usual + asyncpg, with ledger",
+        "FastAPI + asyncpg, with ledger",
         (sys.executable, str(PEERS / "fastapi_asyncpg.py")),
         "peers",
     ),

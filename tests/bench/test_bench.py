@@ -21,7 +21,7 @@ from tests.processes import query
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 20
-PARTS = ("hot", "growth", "statements")
+PARTS = ("slow", "growth", "statements", "doors", "chain")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ async def test_parts_make_the_page(tmp_path: Path) -> None:
     assert process.returncode == 0, out.decode()
     text = (tmp_path / "performance.md").read_text()
     assert "not measured" in text
-    for title in ("One account, without a pause", "Growth", "Statements of an account"):
+    for title in ("One account, when a flush is slow", "Growth", "Statements of an account"):
         assert f"## {title}" in text
     pictures = re.findall(r"\]\((performance/[a-z-]+\.svg)\)", text)
     assert len(pictures) == 5
