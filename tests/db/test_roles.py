@@ -1,5 +1,6 @@
 """What the role of an instance may do: exactly what is listed here."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -327,6 +328,77 @@ async def test_a_balance_without_its_entry_is_refused(
         await transaction.start()
         await role.execute(statement)
         await transaction.rollback()
+
+
+# Raises the version by $1 and withdraws $2, with entries of 2 each at some of the steps between.
+SEVERAL: Final = """
+WITH changed AS (
+    UPDATE users SET balance = balance - $2, version = version + $1, hash = $4 WHERE id = 1
+    RETURNING version - $1 AS was, balance + $2 AS had
+)
+INSERT INTO entries (user_id, version, amount, balance)
+SELECT 1, was + step, -2, had - 2 * step FROM changed CROSS JOIN unnest($3::bigint[]) AS step
+"""
+BL004: Final = "BL004"
+# Such calls that are refused, and the SQLSTATE.
+UNPROVEN_SEVERAL: Final = {
+    "no entries": (2, 4, [], None, BL004),
+    "a gap": (3, 6, [1, 3], None, BL004),
+    "the last one alone": (3, 6, [3], None, BL004),
+    "all but the last": (3, 6, [1, 2], None, BL004),
+    "all but the first": (3, 6, [2, 3], None, BL004),
+    "one too few": (4, 6, [1, 2, 3], None, BL004),
+    "another one in place": (3, 6, [1, 3, 4], None, BL004),
+    "another balance": (3, 5, [1, 2, 3], None, BL004),
+    "another hash": (3, 6, [1, 2, 3], b"x", "42703"),
+    "a step back": (-1, 0, [], None, BL004),
+    "no step": (0, 2, [], None, BL004),
+}
+
+
+async def test_a_balance_without_all_its_entries_is_refused(
+    connections: tuple["asyncpg.Connection[asyncpg.Record]", ...],
+) -> None:
+    """Several changes in one statement need an entry each; the control: without the guard none."""
+    role, owner = connections
+    for number in (1, 2, 512):
+        steps = list(range(1, number + 1))
+        made = await role.execute(SEVERAL, number, 2 * number, steps, None)
+        assert made == f"INSERT 0 {number}"
+    for what, (*arguments, sqlstate) in UNPROVEN_SEVERAL.items():
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await role.execute(SEVERAL, *arguments)
+        assert refused.value.sqlstate == sqlstate, what
+    await owner.execute("ALTER TABLE users DISABLE TRIGGER USER")
+    for *arguments, _ in UNPROVEN_SEVERAL.values():
+        transaction = role.transaction()
+        await transaction.start()
+        await role.execute(SEVERAL, *arguments)
+        await transaction.rollback()
+
+
+async def test_the_role_changes_several_at_once(
+    database: dict[str, str], instances: dict[str, str]
+) -> None:
+    """With group commit it needs no more rights than it has."""
+    async with served({**instances, "BALANCE_GROUP_COMMIT": "true"}) as client:
+        answers = await asyncio.gather(
+            *(
+                client.post(
+                    "/api/balance",
+                    json={"userId": 1, "amount": -1},
+                    headers={"Idempotency-Key": f"{n}"},
+                )
+                for n in range(50)
+            )
+        )
+    assert {each.status_code for each in answers} == {200}
+    (made,) = await query(
+        database,
+        "SELECT count(*) AS entries, count(DISTINCT xmin::text) AS statements FROM entries",
+    )
+    assert made["entries"] == 51
+    assert made["statements"] < 40
 
 
 KEYS: Final = """

@@ -12,9 +12,10 @@ from tests.system.sizes import size
 BURSTS = size(small=2, full=20)
 
 
-async def test_exactly_half_succeed(database: dict[str, str]) -> None:
+async def test_exactly_half_succeed(database: dict[str, str], mode: dict[str, str]) -> None:
     """Every time 5000 are accepted, 5000 are refused for insufficient funds, and 0 is left."""
-    async with running([Instance(database, f"app{number}") for number in range(1, 6)]) as instances:
+    names = [f"app{number}" for number in range(1, 6)]
+    async with running([Instance(database | mode, name) for name in names]) as instances:
         for _ in range(BURSTS):
             code, report = await fire(instances)
             print(json.dumps(report))

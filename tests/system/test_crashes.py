@@ -18,9 +18,11 @@ OPENING_BALANCE = 100
 MUTANTS = "tests.mutants"
 
 
-async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
+async def test_killed_instances_lose_nothing(
+    database: dict[str, str], mode: dict[str, str]
+) -> None:
     """Instances are killed during changes; the others go on, and each change takes effect once."""
-    instances = [Instance(database, f"app{number}") for number in range(1, 4)]
+    instances = [Instance(database | mode, f"app{number}") for number in range(1, 4)]
     async with running(instances):
         account = await open_account(instances[0].url, OPENING_BALANCE)
         async with Load([instance.url for instance in instances], account) as load:
@@ -41,11 +43,12 @@ async def test_killed_instances_lose_nothing(database: dict[str, str]) -> None:
     assert load.slowest_seconds < 15  # none hangs; a busy machine needs seconds
 
 
-async def test_a_killed_database_loses_nothing() -> None:
+async def test_a_killed_database_loses_nothing(mode: dict[str, str]) -> None:
     """PostgreSQL is killed during commits; the instances recover, and all answers stay true."""
     # Commits are as slow as on a slow disk, so that each kill interrupts some.
     async with own_postgres(commit_delay="5000", commit_siblings="0") as server:
-        instances = [Instance(server.environment(), f"app{number}") for number in (1, 2)]
+        database = server.environment() | mode
+        instances = [Instance(database, f"app{number}") for number in (1, 2)]
         async with running(instances):
             account = await open_account(instances[0].url, OPENING_BALANCE)
             async with Load([instance.url for instance in instances], account) as load:

@@ -151,7 +151,7 @@ def _a_while() -> Awaitable[None]:
     return asyncio.sleep(uniform(0.2, 4))
 
 
-async def test_no_answer_lies_whatever_fails() -> None:
+async def test_no_answer_lies_whatever_fails(mode: dict[str, str]) -> None:
     """Instances are killed and stopped, networks freeze, rows are locked, the standby stalls."""
     async with AsyncExitStack() as stack:
         primary = await stack.enter_async_context(own_postgres(max_connections="200"))
@@ -160,7 +160,7 @@ async def test_no_answer_lies_whatever_fails() -> None:
             await stack.enter_async_context(Proxy(primary.environment())) for _ in range(INSTANCES)
         ]
         instances = [
-            Instance(proxy.environment(), f"app{number}", JOBS_ENABLED="false")
+            Instance(proxy.environment() | mode, f"app{number}", JOBS_ENABLED="false")
             for number, proxy in enumerate(proxies, 1)
         ]
         await stack.enter_async_context(running(instances))

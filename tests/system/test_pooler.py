@@ -1,6 +1,7 @@
 """PgBouncer: refused without DB_POOLER; with it, statements mean the same, and faults are told."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -279,6 +280,26 @@ async def test_a_pooler_without_a_free_session_is_a_full_house(database: dict[st
         await available(client)
         balance = (await client.post("/api/balance", json=WITHDRAW)).json()["balance"]
     assert balance == 9999
+
+
+async def test_changes_that_go_together_pass_it(database: dict[str, str]) -> None:
+    """Group commit needs no more of a session than one transaction."""
+    async with (
+        pooler(database, default_pool_size=2) as running,
+        served(through(running.port, as_instance(database)), BALANCE_GROUP_COMMIT="true") as client,
+    ):
+        user_id = (await client.post("/api/users", json={"balance": 300})).json()["userId"]
+        withdraw_2 = {"userId": user_id, "amount": -2}
+        answers = await asyncio.gather(
+            *(client.post("/api/balance", json=withdraw_2) for _ in range(300))
+        )
+    assert Counter(each.status_code for each in answers) == {200: 150, 409: 150}
+    made = await query(
+        database,
+        "SELECT count(DISTINCT xmin::text) FROM entries WHERE user_id = $1 AND version > 1",
+        user_id,
+    )
+    assert made[0]["count"] < 100
 
 
 @asynccontextmanager

@@ -87,7 +87,9 @@ async def send(client: httpx.AsyncClient, kind: str, before: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
-async def test_no_replay_acknowledges_what_the_standby_lacks(*, guarded: bool) -> None:
+async def test_no_replay_acknowledges_what_the_standby_lacks(
+    mode: dict[str, str], *, guarded: bool
+) -> None:
     """While the standby is away, requests and their repetitions get 503; a failover loses no 2xx.
 
     The control reads keys by a bare SELECT: it acknowledges what the new primary does not know.
@@ -95,7 +97,7 @@ async def test_no_replay_acknowledges_what_the_standby_lacks(*, guarded: bool) -
     program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "recall")
     answers: dict[str, list[httpx.Response]] = {}
     async with synchronous_pair() as (primary, standby):
-        variables = hosts(primary, standby) | QUICK
+        variables = hosts(primary, standby) | QUICK | mode
         async with served(variables, program=program) as client:
             before = await made_before(client)
             admin = await connect(primary.environment())
@@ -132,11 +134,13 @@ async def test_no_replay_acknowledges_what_the_standby_lacks(*, guarded: bool) -
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
-async def test_a_cancelled_wait_for_the_standby_acknowledges_nothing(*, guarded: bool) -> None:
+async def test_a_cancelled_wait_for_the_standby_acknowledges_nothing(
+    mode: dict[str, str], *, guarded: bool
+) -> None:
     """PostgreSQL reports such a commit as made, with a warning; the control believes it."""
     program = ("-m", "balance_app", "serve") if guarded else ("-m", "tests.mutants", "warnings")
     async with synchronous_pair() as (primary, standby):
-        variables = hosts(primary, standby)
+        variables = hosts(primary, standby) | mode
         async with served(variables, program=program) as client:
             admin = await connect(primary.environment())
             await standby.stop()

@@ -14,9 +14,11 @@ STOPS = size(small=2, full=10)
 STOP_SECONDS = 5
 
 
-async def test_a_stopping_instance_answers_requests_under_way(database: dict[str, str]) -> None:
+async def test_a_stopping_instance_answers_requests_under_way(
+    database: dict[str, str], mode: dict[str, str]
+) -> None:
     """Stopped under load, an instance exits soon with code 0, and answers each change it made."""
-    instances = [Instance(database, f"app{number}") for number in (1, 2)]
+    instances = [Instance(database | mode, f"app{number}") for number in (1, 2)]
     async with running(instances):
         account = await open_account(instances[0].url, balance=100)
         slowest = 0.0
@@ -40,10 +42,12 @@ async def test_a_stopping_instance_answers_requests_under_way(database: dict[str
     assert [op for op in decided if op.key in unknown and op.replayed] == []
 
 
-async def test_a_request_that_waits_for_its_row_is_answered(database: dict[str, str]) -> None:
+async def test_a_request_that_waits_for_its_row_is_answered(
+    database: dict[str, str], mode: dict[str, str]
+) -> None:
     """Also when its instance is asked to stop meanwhile."""
     async with (
-        Instance(database) as instance,
+        Instance(database | mode) as instance,
         http_client(timeout=20) as http,
     ):
         connection = await connect(database)

@@ -202,9 +202,11 @@ async def freeze_an_instance(
     return lucky.answers
 
 
-async def test_a_frozen_instance_holds_no_lock(database: dict[str, str]) -> None:
+async def test_a_frozen_instance_holds_no_lock(
+    database: dict[str, str], mode: dict[str, str]
+) -> None:
     """The accounts go on changing elsewhere, whatever statement it was frozen in."""
-    answers = await freeze_an_instance(database, STOPS, SERVE)
+    answers = await freeze_an_instance(database | mode, STOPS, SERVE)
     assert set(answers) <= {"200", "201", "409"}
 
 
