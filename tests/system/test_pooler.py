@@ -10,12 +10,14 @@ import asyncpg
 import httpx
 import pytest
 
+from balance_app.balances.model import Accepted, Movement, Refused
 from balance_app.db.migrations import migrate
 from balance_app.db.outages import Kind
 from balance_app.db.pooled import PooledSession, open_pooled
 from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.sessions import PoolerError, StandbyError
 from balance_app.settings import Settings, load_settings
+from tests.balances.repositories import repositories
 from tests.db.test_sessions import HOSTILE, hostile
 from tests.pooler import PGBOUNCER, PgBouncer, pooler
 from tests.processes import Instance, as_instance, empty_database, query, served, through
@@ -284,22 +286,16 @@ async def test_a_pooler_without_a_free_session_is_a_full_house(database: dict[st
 
 async def test_changes_that_go_together_pass_it(database: dict[str, str]) -> None:
     """Group commit needs no more of a session than one transaction."""
-    async with (
-        pooler(database, default_pool_size=2) as running,
-        served(through(running.port, as_instance(database)), BALANCE_GROUP_COMMIT="true") as client,
-    ):
-        user_id = (await client.post("/api/users", json={"balance": 300})).json()["userId"]
-        withdraw_2 = {"userId": user_id, "amount": -2}
-        answers = await asyncio.gather(
-            *(client.post("/api/balance", json=withdraw_2) for _ in range(300))
-        )
-    assert Counter(each.status_code for each in answers) == {200: 150, 409: 150}
-    made = await query(
-        database,
-        "SELECT count(DISTINCT xmin::text) FROM entries WHERE user_id = $1 AND version > 1",
-        user_id,
-    )
-    assert made[0]["count"] < 100
+    async with pooler(database, default_pool_size=2) as running:
+        variables = through(running.port, as_instance(database)) | {"BALANCE_GROUP_COMMIT": "true"}
+        async with repositories(variables) as (app,):
+            user_id = await app.opened(300)
+            outcomes = await asyncio.gather(
+                *(app.balances.change(Movement(user_id, -2, f"{n}")) for n in range(300))
+            )
+    assert Counter(map(type, outcomes)) == {Accepted: 150, Refused: 150}
+    made = "SELECT count(DISTINCT xmin::text) FROM entries WHERE user_id = $1 AND version > 1"
+    assert (await query(database, made, user_id))[0]["count"] == 1
 
 
 @asynccontextmanager
