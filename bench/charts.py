@@ -14,6 +14,7 @@ BOTTOM: Final = 56
 LEGEND: Final = 300
 COLUMNS: Final = 3
 PANEL: Final = (280, 170)
+INSET: Final = 22  # of a panel's first and last value, which would cover the axis
 TICKS: Final = 5
 LIGHT: Final = (
     *("#0969da", "#1a7f37", "#8250df", "#bf3989", "#57606a"),
@@ -77,9 +78,9 @@ def _panel(panel: dict[str, Any], box: tuple[float, float, float, float]) -> lis
         + _label(left - 6, at + 4, value, "end")
         for at, value in ((low, 0.0), ((low + top) / 2, most / 2), (top, most))
     ]
-    step = (right - left) / max(1, len(values) - 1)
+    step = (right - left - 2 * INSET) / max(1, len(values) - 1)
     spots = [
-        (left + number * step, low - value / most * (low - top))
+        (left + INSET + number * step, low - value / most * (low - top))
         for number, value in enumerate(values)
     ]
     found.append(

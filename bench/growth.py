@@ -31,7 +31,7 @@ from tests.processes import Instance, connect, http_client, query
 
 CHANGES: Final = max(10, int(200 * min(1, SCALE)))
 CALLS: Final = max(3, int(20 * min(1, SCALE)))
-IDLE_SECONDS: Final = max(2, int(15 * min(1, SCALE)))
+IDLE_SECONDS: Final = max(2, int(30 * min(1, SCALE)))
 FILL_SECONDS: Final = 3600
 INSTANCES: Final = (1, 5, 20) if SCALE >= 1 else (1, 2)
 DEEP: Final = 10_000_000  # the account of many entries: the first of those that are filled

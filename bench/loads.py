@@ -31,6 +31,8 @@ SCALE: Final = float(os.environ.get("BENCH_SCALE", "1"))
 SERVICES: Final = ("service", "service x5", "grouped", "grouped x5")
 PEERS: Final = ("fastify", "fastify, no ledger", "fastapi", "express")
 CONSTANT: Final = ("constant", "bare")  # they accept everything
+OVERLOAD: Final = "503"
+MOST_OVERLOADS: Final = 3
 WARM_UP: Final = 1000
 BUCKETS: Final = 40
 
@@ -64,18 +66,30 @@ class Shot(NamedTuple):
     client: float
     megabytes: float
     fired: dict[str, Any]
+    overloads: int  # how often it was measured once more, as it had answered 503
 
 
 async def shoot(server: Server, postgres: EmbeddedPostgres, load: Load, *, constant: bool) -> Shot:
-    """Send a load for new accounts; wrong answers end the measurement."""
-    first = 1 if constant else await server.open(load.balance, load.accounts)
-    before = server.cpu_seconds(), cpu_of_tree(postgres.process.pid)
-    fired = await server.fire(load.volley(server.urls, first))
-    used = server.cpu_seconds() - before[0], cpu_of_tree(postgres.process.pid) - before[1]
+    """Send a load for new accounts; wrong answers end the measurement.
+
+    On a machine that is busy with other work the service may say that it is overloaded: that is no
+    wrong answer, but it is less work, and so it is measured again.
+    """
+    overloads = 0
+    while True:
+        first = 1 if constant else await server.open(load.balance, load.accounts)
+        before = server.cpu_seconds(), cpu_of_tree(postgres.process.pid)
+        fired = await server.fire(load.volley(server.urls, first))
+        used = server.cpu_seconds() - before[0], cpu_of_tree(postgres.process.pid) - before[1]
+        if not fired["got"].get(OVERLOAD) or overloads == MOST_OVERLOADS:
+            break
+        overloads += 1
+        print(f"    once more, as it was overloaded: {fired['got']}", flush=True)
     accepted = load.requests if constant else min(load.requests, load.accounts * load.balance // 2)
     right = {"200": accepted, "409": load.requests - accepted}
     assert fired["got"] == {status: n for status, n in right.items() if n}, fired["got"]
-    return Shot(fired["wall"], *used, fired["cpu"], server.peak_megabytes(), fired)
+    seconds = fired["wall"], *used, fired["cpu"]
+    return Shot(*seconds, server.peak_megabytes(), fired, overloads)
 
 
 Shots = dict[str, list[Shot]]
@@ -143,6 +157,10 @@ def tabulate(report: Report, shots: Shots, load: Load, floor: str, prefix: str) 
     head = ("wall, s", "requests/s", "server CPU, s", "PostgreSQL CPU, s", "client CPU, s")
     against = "wall / the floor" if floor == "bare" else f"wall / {ARMS[floor].title}"
     report.table(["", *head, against, "most memory, MB"], rows)
+    overloads = {ARMS[name].title: sum(s.overloads for s in each) for name, each in shots.items()}
+    if any(overloads.values()):
+        said = ", ".join(f"{title} {number} times" for title, number in overloads.items() if number)
+        report.text(f"Measured once more, as requests were answered with 503 (overload): {said}.")
 
 
 async def burst(report: Report) -> None:

@@ -104,6 +104,8 @@ def _most(part: str, *names: str) -> Callable[[Figures], Sequence[float]]:
             for name, values in figures[part].items()
             if any(each in name for each in names)
         ]
+        if not chosen:
+            raise KeyError(names)
         return [max(chosen)]
 
     return found
@@ -174,6 +176,8 @@ def write(results: Path, parts: Sequence[str], docs: Path) -> None:
         return
     pictures = docs / "performance"
     pictures.mkdir(exist_ok=True)
+    for old in pictures.glob("*.svg"):
+        old.unlink()
     sections = [INTRODUCTION, _machine(reports), _aims(reports)]
     for report in reports:
         sections.append(f"## {report.title}\n\n{ABOUT[report.part]}\n")

@@ -1,10 +1,10 @@
 """Statements of an account with a million entries.
 
 (a) What PostgreSQL takes for pages and past balances of it.
-(b) An export of all its entries while clients change it and another account at a steady rate: how
-    long it takes, how far the instance's memory grows, and how the changes fare; compared with the
-    same load without an export, and with a session that keeps a snapshot as long as an export in
-    one transaction would.
+(b) An export of all its entries while clients change it at a steady rate: how long it takes, how
+    far the instance's memory grows, and how the changes fare; compared with the same load without
+    an export, and with a session that keeps a snapshot as long as an export in one transaction
+    would.
 """
 
 import asyncio

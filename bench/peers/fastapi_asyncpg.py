@@ -39,7 +39,7 @@ app = FastAPI(lifespan=lifespan)
 @app.post("/api/balance")
 async def change(asked: Change) -> Changed:
     """Change a balance, and write its entry."""
-    # ast-grep-ignore: acquire-without-timeout - as it is usually written
+    # ast-grep-ignore: acquire-without-timeout - as one usually writes it
     async with app.state.pool.acquire() as connection, connection.transaction():
         row = await connection.fetchrow(
             """
