@@ -12,7 +12,6 @@ import time
 from typing import Any, Final, TypeAlias
 
 import asyncpg
-import psutil
 
 from balance_app.balances.chain import entry_hash
 from balance_app.balances.repository import CHANGE
@@ -22,7 +21,7 @@ from balance_app.maintenance.audits.ledger import check_ledger
 from balance_app.maintenance.verification import ReadOnly, Verification
 from bench.loads import ROUNDS, scaled
 from bench.report import Report, spread
-from bench.servers import postgres_server
+from bench.servers import postgres_server, scheduled_seconds
 from bench.stand_ins import unchained
 from tests.processes import connect
 
@@ -109,8 +108,7 @@ async def hashes(report: Report, connection: Connection) -> None:
 
 async def cpu_seconds(connection: Connection) -> float:
     """Return the CPU time that the server's process of a connection has used."""
-    times = psutil.Process(await connection.fetchval("SELECT pg_backend_pid()")).cpu_times()
-    return float(times.user + times.system)
+    return scheduled_seconds(await connection.fetchval("SELECT pg_backend_pid()"))
 
 
 async def changes(report: Report, connection: Connection, *, waits: bool) -> None:

@@ -26,7 +26,7 @@ from bench.chain import FILL
 from bench.jobs import FILL as FILL_JOBS
 from bench.loads import ROUNDS, SCALE
 from bench.report import Report, percentile, spread
-from bench.servers import READY_SECONDS, postgres_server, settings_of
+from bench.servers import READY_SECONDS, postgres_server, scheduled_seconds, settings_of
 from tests.processes import Instance, connect, http_client, query
 
 CHANGES: Final = max(10, int(200 * min(1, SCALE)))
@@ -228,9 +228,7 @@ def _server_seconds(postgres: EmbeddedPostgres, state: State) -> float:
     """Return the CPU seconds of PostgreSQL's sessions of a state's database."""
     sessions = psutil.Process(postgres.process.pid).children()
     mine = [each for each in sessions if f" {state.database} " in " ".join(each.cmdline())]
-    # what the scheduler has counted, as the usual counters are in hundredths of a second
-    found = [Path(f"/proc/{each.pid}/schedstat").read_text().split()[0] for each in mine]
-    return sum(map(int, found)) / 1e9
+    return sum(scheduled_seconds(each.pid) for each in mine)
 
 
 async def _times(call: Callable[[], Awaitable[httpx.Response]], times: int) -> list[float]:

@@ -326,6 +326,14 @@ async def pgbench(
     return float(found[1]) if found else 0.0  # it says nothing where there was none
 
 
+def scheduled_seconds(pid: int) -> float:
+    """Return the CPU time of a process of one thread, as the scheduler counts it.
+
+    The usual counters are in hundredths of a second.
+    """
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 def cpu_of_tree(pid: int) -> float:
     """Return the CPU seconds of PostgreSQL: the postmaster and all backends, ended ones too."""
     parent = psutil.Process(pid)
