@@ -50,7 +50,9 @@ BEGIN
     IF NOT FOUND OR account.holds_due_at <= clock_timestamp() THEN
         RETURN;
     END IF;
-    account.changed_at := greatest(account.changed_at, clock_timestamp());
+    account.changed_at := greatest(
+        account.changed_at + interval '1 microsecond', clock_timestamp()
+    );
     one.user_id := account_id;
     one.held := account.held;
     one.at := account.changed_at;

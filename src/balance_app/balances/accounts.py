@@ -341,7 +341,7 @@ WITH seen AS MATERIALIZED (
 ), account AS (
     UPDATE users SET floor = coalesce($2, floor), frozen = coalesce($3, frozen),
                      settings_version = users.settings_version + 1,
-                     changed_at = greatest(changed_at, clock_timestamp())
+                     changed_at = greatest(changed_at + interval '1 microsecond', clock_timestamp())
     FROM seen
     WHERE users.id = seen.id AND users.settings_version = seen.settings_version
       AND balance - held >= coalesce($2, floor)

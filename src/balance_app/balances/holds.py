@@ -98,7 +98,7 @@ WITH locked AS MATERIALIZED (
     SELECT * FROM users WHERE id = $1 FOR NO KEY UPDATE
 ), hold AS MATERIALIZED (
     SELECT amount, coalesce($3, amount) AS captured,
-           greatest(locked.changed_at, clock_timestamp()) AS at
+           greatest(locked.changed_at + interval '1 microsecond', clock_timestamp()) AS at
     FROM locked JOIN holds ON user_id = id
     WHERE number = $2 AND state = 'open'
     FOR NO KEY UPDATE OF holds
@@ -138,7 +138,8 @@ WITH locked AS MATERIALIZED (
 ), account AS (
     UPDATE users SET balance = locked.balance, held = locked.held - amount, floor = locked.floor,
                      hold_events = locked.hold_events + 1,
-                     changed_at = greatest(locked.changed_at, clock_timestamp())
+                     changed_at = greatest(locked.changed_at + interval '1 microsecond',
+                                           clock_timestamp())
     FROM locked CROSS JOIN hold
     WHERE users.id = locked.id AND locked.holds_due_at > clock_timestamp()
     RETURNING users.id, users.balance, users.held, users.version, users.changed_at AS at

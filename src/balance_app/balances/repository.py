@@ -239,17 +239,20 @@ async def _refusal(connection: Connection, movement: Movement) -> Refused | None
 # What is available never falls below the floor, and the balance never passes the largest one ($3):
 # waiting for the row's lock, PostgreSQL checks the condition again on the row as the change before
 # left it. Balance, version and entry change together or not at all. An entry's time is that of the
-# statement, which is the same wherever it stands in it, or `changed_at` if that is later. Whatever
-# locks the account raises `changed_at`: so the times of its entries, holds and settings are in the
-# order of their locks. No row means: no such user, the change does not fit, a hold is overdue, or
-# the account has none of the entity tags $4.
+# statement, which is the same wherever it stands in it, or just after `changed_at` if that is
+# later. Whatever locks the account raises `changed_at`: so the times of its entries, holds and
+# settings rise in the order of their locks (those of one batch of group commit are equal). No row
+# means: no such user, the change does not fit, a hold is overdue, or the account has none of the
+# entity tags $4.
 # ast-grep-ignore: transaction-clock - greatest() keeps the order
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     changed_at = greatest(changed_at, statement_timestamp()),
+                     changed_at = greatest(changed_at + interval '1 microsecond',
+                                           statement_timestamp()),
                      hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
-                                       greatest(changed_at, statement_timestamp()), NULL, $8,
+                                       greatest(changed_at + interval '1 microsecond',
+                                                statement_timestamp()), NULL, $8,
                                        NULL, NULL, $5, NULL, $6, $7)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
@@ -269,9 +272,11 @@ RETURNING version, balance, held, at
 CHANGE_ONCE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
-                     changed_at = greatest(changed_at, statement_timestamp()),
+                     changed_at = greatest(changed_at + interval '1 microsecond',
+                                           statement_timestamp()),
                      hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
-                                       greatest(changed_at, statement_timestamp()), $7, $9,
+                                       greatest(changed_at + interval '1 microsecond',
+                                                statement_timestamp()), $7, $9,
                                        NULL, NULL, NULL, NULL, $5, $6)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
@@ -338,7 +343,7 @@ WITH locked AS MATERIALIZED (
                         OR concat_ws('.', version, settings_version, hold_events) = ANY ($5))
            AND NOT EXISTS (SELECT FROM idempotency_keys WHERE user_id = $1 AND key = $8)
            AS fits,
-           greatest(max(changed_at), clock_timestamp()) AS at
+           greatest(max(changed_at) + interval '1 microsecond', clock_timestamp()) AS at
     FROM locked
 ), half AS MATERIALIZED (
     -- each account after the transfer, and its entry
@@ -414,7 +419,9 @@ WITH placed AS (
     UPDATE users SET held = held + $2, hold_events = hold_events + 1,
                      (changed_at, holds_due_at) = (
         SELECT at, least(holds_due_at, at + $4)
-        FROM (SELECT greatest(changed_at, clock_timestamp()) AS at OFFSET 0) AS now
+        FROM (
+            SELECT greatest(changed_at + interval '1 microsecond', clock_timestamp()) AS at OFFSET 0
+        ) AS now
     )
     WHERE id = $1 AND balance - held - $2 >= floor AND NOT frozen
       AND holds_due_at > clock_timestamp()

@@ -42,7 +42,7 @@ WITH overdue AS MATERIALIZED (
     UPDATE users SET held = held - (SELECT coalesce(sum(amount), 0) FROM first),
                      hold_events = users.hold_events + (SELECT count(*) FROM first),
                      holds_due_at = coalesce((SELECT due_at FROM rest), 'infinity'),
-                     changed_at = greatest(changed_at, clock_timestamp())
+                     changed_at = greatest(changed_at + interval '1 microsecond', clock_timestamp())
     FROM overdue
     WHERE users.id = overdue.id AND users.hold_events = overdue.hold_events
     RETURNING users.id, balance, held, version, changed_at AS at

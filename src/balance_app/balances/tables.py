@@ -42,7 +42,7 @@ users = Table(
     Column("hold_events", BigInteger, nullable=False, server_default="0"),
     # no open hold expires before it
     Column("holds_due_at", DateTime(timezone=True), nullable=False, server_default="infinity"),
-    # the time of the last entry, hold or change of settings: no later one goes before it
+    # the time of the last entry, hold or change of settings: each later one comes after it
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default="-infinity"),
     # of the last entry
     Column("hash", LargeBinary),
