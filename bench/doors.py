@@ -12,9 +12,9 @@ import sys
 from typing import Final
 
 from balance_app.local.postgres import EmbeddedPostgres
-from bench.loads import ROUNDS, WARM_UP, Load, Shot, scaled, shoot
+from bench.loads import ROUNDS, Load, Shot, scaled, shoot, warmed_up
 from bench.report import Report, ratios, spread
-from bench.servers import postgres_server, running_all
+from bench.servers import postgres_server
 
 REQUESTS: Final = scaled(10_000, 100)
 LOADS: Final = (
@@ -30,11 +30,7 @@ async def measure(report: Report) -> None:
         key = await make_key(postgres)
         shots: dict[tuple[str, str], list[Shot]] = {}
         for _ in range(ROUNDS):
-            async with running_all([*KINDS], postgres) as servers:
-                for name, server in servers.items():
-                    server.key = key if name == "service" else None
-                    warm_up = Load("warm-up", scaled(WARM_UP), 20)
-                    await shoot(server, postgres, warm_up, constant=False)
+            async with warmed_up([*KINDS], postgres, keys={"service": key}) as servers:
                 for load in LOADS:
                     for name in random.sample([*KINDS], len(KINDS)):
                         shot = await shoot(servers[name], postgres, load, constant=False)

@@ -7,7 +7,7 @@ live), warmed up, and measured in random order. Ratios are taken within a round.
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
@@ -108,12 +108,13 @@ def present(report: Report, names: Sequence[str]) -> list[str]:
 
 @asynccontextmanager
 async def warmed_up(
-    names: Sequence[str], postgres: EmbeddedPostgres
+    names: Sequence[str], postgres: EmbeddedPostgres, *, keys: Mapping[str, str] | None = None
 ) -> AsyncIterator[dict[str, Server]]:
-    """Run arms, each of which has answered some requests."""
+    """Run arms, each of which has answered some requests; to some a key is sent."""
     load = Load("warm-up", scaled(WARM_UP), 20)
     async with running_all(names, postgres) as servers:
         for name, server in servers.items():
+            server.key = (keys or {}).get(name)
             await shoot(server, postgres, load, constant=name in CONSTANT)
         yield servers
 

@@ -36,7 +36,6 @@ MIB: Final = 2**20
 PLENTY: Final = 10**12
 INTERNAL_ERROR: Final = 500
 STAND_IN: Final = (sys.executable, str(HERE / "stand_ins.py"))
-GROUPED: Final = "balance_group_commit" in Settings.model_fields
 
 OPEN: Final = """
 WITH opened AS (
@@ -84,7 +83,6 @@ class Arm(NamedTuple):
     instances: int = 1
     environment: tuple[tuple[str, str], ...] = ()
     needs_node: bool = False
-    needs_group_commit: bool = False
 
 
 _GROUP: Final = (("BALANCE_GROUP_COMMIT", "true"),)
@@ -94,14 +92,10 @@ ARMS: Final = {
     "service": Arm("balance_app", (*STAND_IN, "service"), "service"),
     "service x5": Arm("balance_app, 5 instances", (*STAND_IN, "service"), "service", 5),
     "grouped": Arm(
-        "balance_app, group commit",
-        *((*STAND_IN, "service"), "service", 1, _GROUP),
-        needs_group_commit=True,
+        "balance_app, group commit", (*STAND_IN, "service"), "service", environment=_GROUP
     ),
     "grouped x5": Arm(
-        "balance_app, group commit, 5 instances",
-        *((*STAND_IN, "service"), "service", 5, _GROUP),
-        needs_group_commit=True,
+        "balance_app, group commit, 5 instances", (*STAND_IN, "service"), "service", 5, _GROUP
     ),
     "constant": Arm("balance_app, no database call", (*STAND_IN, "constant"), "service"),
     "unchained": Arm("balance_app, no hash chain", (*STAND_IN, "unchained"), "unchained"),
@@ -133,8 +127,6 @@ def skipped(name: str) -> str | None:
         return "Node is not installed"
     if arm.needs_node and not (PEERS / "node_modules").exists():
         return "its packages are not installed: npm ci in bench/peers"
-    if arm.needs_group_commit and not GROUPED:
-        return "this version has no BALANCE_GROUP_COMMIT"
     return None
 
 

@@ -92,34 +92,30 @@ class GroupCommit:
 
     async def _decide(self, user_id: int, batch: list[_Member]) -> None:
         """Send a batch when it is its turn, and answer its members."""
-        members: list[_Member] = []
+        members = batch
 
         async def send(connection: Connection) -> list[Outcome | Exception | None]:
-            if not members:
+            nonlocal members
+            if members is batch:
                 self._close(user_id, batch)
-                members.extend(each for each in batch if not each.answer.done())
+                members = [each for each in batch if not each.answer.done()]
             return await _change_together(connection, user_id, [one.movement for one in members])
 
         try:
             outcomes = await self._guard.run(send, user_id)
         except Problem as problem:
-            self._close(user_id, batch)
-            members = batch
             undone = problem.applied == "no"
             alone = undone and waits_for_key(problem)
             outcomes = [
                 None if alone or (undone and each.movement.key is not None) else copy.copy(problem)
-                for each in batch
+                for each in members
             ]
         except asyncpg.PostgresError as error:  # rolled back: each meets its own when sent alone
             log.warning("changes not sent together", user=user_id, error=repr(error))
-            self._close(user_id, batch)
-            outcomes = [None] * len(batch)
-            members = batch
+            outcomes = [None] * len(members)
         except Exception as error:  # noqa: BLE001 - it is that of each; the changes may be made
-            self._close(user_id, batch)
-            outcomes = [error] * len(batch)
-            members = batch
+            outcomes = [error] * len(members)
+        self._close(user_id, batch)  # where it was not sent
         for member, outcome in zip(members, outcomes, strict=True):
             if member.answer.done():  # its client has gone
                 continue
