@@ -38,6 +38,8 @@ from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.metrics import Metrics
 
+# Accounts whose last refusal is remembered.
+REMEMBERED: Final = 1000
 # For how long the refusals of keys are kept.
 REFUSALS_KEPT: Final = timedelta(days=7)
 KEYS_PKEY: Final = "idempotency_keys_pkey"
@@ -55,6 +57,8 @@ class BalanceRepository:
         self._guard = guard
         grouped = database.settings.balance_group_commit
         self._together = GroupCommit(database, guard) if grouped else None
+        # The states that refused last, by account, until a change of it is accepted.
+        self._refusing: dict[int, State] = {}
         self._metrics = metrics or Metrics()
 
     async def change(self, movement: Movement) -> Outcome:
@@ -70,7 +74,21 @@ class BalanceRepository:
             DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; the outcome of earlier tries
                 with this key is unknown.
         """
-        return await self._decide(movement, lambda con: _change(con, movement), self._together)
+        refusing = self._refusing.get(movement.user_id)
+        outcome = await self._decide(
+            movement,
+            lambda con: _change(con, movement),
+            self._together,
+            expects_refusal=refusing is not None and not refusing.allows(movement.amount),
+        )
+        if isinstance(outcome, Accepted):
+            if refusing is not None:
+                self._refusing.pop(movement.user_id, None)
+        elif not outcome.replayed:
+            self._refusing[movement.user_id] = outcome.state
+            if len(self._refusing) > REMEMBERED:
+                del self._refusing[next(iter(self._refusing))]
+        return outcome
 
     async def transfer(self, movement: Movement) -> Outcome:
         """Move an amount from one user to another; raises as `change` does.
@@ -160,7 +178,12 @@ class BalanceRepository:
         return found
 
     async def _decide(
-        self, movement: Movement, attempt: Attempt, together: GroupCommit | None = None
+        self,
+        movement: Movement,
+        attempt: Attempt,
+        together: GroupCommit | None = None,
+        *,
+        expects_refusal: bool = False,
     ) -> Outcome:
         started = perf_counter()
         payee = movement.to_user_id
@@ -169,7 +192,9 @@ class BalanceRepository:
             outcome = None if together is None else await together.change(movement)
             if outcome is None:
                 outcome = await self._guard.run(
-                    lambda con: _decide(con, movement, attempt), *users, key=movement.key
+                    lambda con: _decide(con, movement, attempt, expects_refusal=expects_refusal),
+                    *users,
+                    key=movement.key,
                 )
         except Exception as error:
             if isinstance(error, Problem):
@@ -182,19 +207,24 @@ class BalanceRepository:
         return outcome
 
 
-async def _decide(connection: Connection, movement: Movement, attempt: Attempt) -> Outcome:
+async def _decide(
+    connection: Connection, movement: Movement, attempt: Attempt, *, expects_refusal: bool = False
+) -> Outcome:
     """Make a movement, or find what refuses it: a recorded outcome, a tag, or a state.
 
     A refusal proves itself: the state in it was read in a snapshot taken after the attempt changed
-    nothing. (The attempt's own snapshot may be older than the state that refused it.)
+    nothing. (The attempt's own snapshot may be older than the state that refused it.) A refusal
+    that is expected is looked for before the first attempt: a read costs much less than that.
     """
     for _ in range(MAX_RACES):
+        made = None
         try:
-            made = await attempt(connection)
+            if not expects_refusal:
+                made = await attempt(connection)
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name != KEYS_PKEY:
                 raise
-            made = None
+        expects_refusal = False
         if made is not None:
             return made
         first = await _recall(connection, movement)
