@@ -63,11 +63,10 @@ async def test_a_refusal_from_memory_is_caught(
         state = instances[0].balances._refusing.get(movement.user_id)
         return None if state is None else Refused(state, movement.amount)
 
-    made = [await outcomes(instances)]
-    monkeypatch.setattr(repository, "_refusal", remembered)
     first, second = instances
     user = await first.opened(1)
-    first.balances._refusing[user] = made[0][0].state  # type: ignore[union-attr]
+    assert isinstance(await first.balances.change(Movement(user, -2)), Refused)
+    monkeypatch.setattr(repository, "_refusal", remembered)
     await second.balances.change(Movement(user, 1))
     assert isinstance(await first.balances.change(Movement(user, -2)), Refused)
 

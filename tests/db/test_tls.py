@@ -20,6 +20,7 @@ from balance_app.local.postgres import EmbeddedPostgres
 from balance_app.sessions import open_session
 from balance_app.settings import load_settings
 from tests.processes import Instance, connect, free_port, http_client
+from tests.system import databases
 from tests.system.databases import own_postgres
 
 OPENSSL = shutil.which("openssl")
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _with_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "binaries", lambda: PROGRAMS)
+    monkeypatch.setattr(databases, "PROGRAMS", None)
     monkeypatch.setattr(postgres, "_HBA", HBA)
 
 

@@ -29,6 +29,8 @@ Found = TypeVar("Found")
 PATIENCE_SECONDS = 30
 LEASE = timedelta(seconds=30)
 EVER = datetime(3000, 1, 1, tzinfo=UTC)
+# the version of PostgreSQL that brought it
+HAS_TRANSACTION_TIMEOUT = 17
 AT_ONCE = ClaimPolicy(
     backoff=timedelta(0),
     round=0,

@@ -12,6 +12,7 @@ from typing import Final
 import asyncpg
 import psutil
 
+from balance_app.local import postgres
 from balance_app.local.postgres import SUPERUSER, EmbeddedPostgres, binaries
 from tests.processes import connect
 
@@ -34,9 +35,8 @@ class TestPostgres(EmbeddedPostgres):
         if PROGRAMS is None:
             super()._restrict_log_in()
         else:
-            (self.data / "pg_hba.conf").write_text(
-                "local all all trust\nlocal replication all trust\n"
-            )
+            trusting = postgres._HBA.replace("peer map=starter", "trust")
+            (self.data / "pg_hba.conf").write_text(trusting)
 
 
 WAITERS = """
@@ -129,26 +129,31 @@ async def standby_of(primary: EmbeddedPostgres, **options: str) -> AsyncIterator
     with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
         Path(top).chmod(0o711)
         data = Path(top) / "data"
-        await _copy(primary, data)
-        async with _running(TestPostgres(data, options=options)) as server:
+        source = f"host={primary.socket_directory} user={SUPERUSER} application_name=standby"
+        await _copy(primary, source, data)
+        # `--write-recovery-conf` would write words of its version, which an older server refuses.
+        from_primary = {"primary_conninfo": source, **options}
+        async with _running(TestPostgres(data, options=from_primary)) as server:
             yield server
 
 
-async def _copy(primary: EmbeddedPostgres, data: Path) -> None:
+async def _copy(primary: EmbeddedPostgres, source: str, data: Path) -> None:
     """Make a base backup that starts as a standby."""
     owner = primary.data.stat()
     data.mkdir(mode=0o700)
     os.chown(data, owner.st_uid, owner.st_gid)
-    source = f"host={primary.socket_directory} user={SUPERUSER} application_name=standby"
     process = await asyncio.create_subprocess_exec(
         *(binaries() / "pg_basebackup", "--pgdata", data, "--dbname", source),
-        *("--write-recovery-conf", "--checkpoint=fast"),
+        "--checkpoint=fast",
         cwd=data.parent,
         user=owner.st_uid,
         group=owner.st_gid,
     )
     assert await process.wait() == 0
     (data / ".s.PGSQL.5432.lock").unlink(missing_ok=True)  # it was copied, too
+    signal = data / "standby.signal"
+    signal.touch()
+    os.chown(signal, owner.st_uid, owner.st_gid)
 
 
 async def promote(server: EmbeddedPostgres) -> None:

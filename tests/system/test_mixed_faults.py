@@ -1,22 +1,19 @@
 """All faults together, and a failover at the end: no answer contradicts another."""
 
 import asyncio
-import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from random import choice, uniform
 from time import monotonic
 
-from balance_app.local.postgres import SYSTEM_USER, EmbeddedPostgres, binaries
+from balance_app.local.postgres import EmbeddedPostgres
 from tests.history import check
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, connect, running
 from tests.system.client import Load, open_account, read_ledger
-from tests.system.databases import TestPostgres, freeze, kill, own_postgres, thaw
+from tests.system.databases import freeze, kill, own_postgres, standby_of, thaw
 from tests.system.sizes import report_figures, size
 
 SECONDS = size(small=5, full=300)
@@ -26,38 +23,19 @@ STANDBY = "standby"
 
 
 @asynccontextmanager
-async def standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgres]:
+async def synchronous_standby_of(primary: EmbeddedPostgres) -> AsyncIterator[EmbeddedPostgres]:
     """Run a synchronous standby of a server."""
-    with tempfile.TemporaryDirectory(prefix="balance-app-test-", ignore_cleanup_errors=True) as top:
-        owner = SYSTEM_USER if (primary.data.owner() == SYSTEM_USER) else None
-        if owner is not None:
-            shutil.chown(top, owner)
-        data = Path(top) / "data"
-        source = f"host={primary.socket_directory} user=postgres application_name={STANDBY}"
-        process = await asyncio.create_subprocess_exec(
-            *(binaries() / "pg_basebackup", "-d", source, "-D", data, "-R", "-c", "fast"),
-            user=owner,
-        )
-        assert await process.wait() == 0
-        for copied in data.glob(".s.PGSQL.*"):  # the primary's socket lies in its data directory
-            copied.unlink()
-        standby = TestPostgres(data, options={"max_connections": "200"})
-        await standby.start()
-        try:
-            admin = await connect(primary.environment())
-            await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
-            await admin.execute("SELECT pg_reload_conf()")
-            async with asyncio.timeout(30):
-                while not await admin.fetchval(  # noqa: ASYNC110 - a fact in the database
-                    "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
-                ):
-                    await asyncio.sleep(0.05)
-            await admin.close()
-            yield standby
-        finally:
-            if standby.process.returncode is None:
-                await thaw(standby)
-            await standby.stop()
+    async with standby_of(primary, max_connections="200") as standby:
+        admin = await connect(primary.environment())
+        await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
+        await admin.execute("SELECT pg_reload_conf()")
+        async with asyncio.timeout(30):
+            while not await admin.fetchval(  # noqa: ASYNC110 - a fact in the database
+                "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+            ):
+                await asyncio.sleep(0.05)
+        await admin.close()
+        yield standby
 
 
 class Faults:
@@ -155,7 +133,7 @@ async def test_no_answer_lies_whatever_fails(mode: dict[str, str]) -> None:
     """Instances are killed and stopped, networks freeze, rows are locked, the standby stalls."""
     async with AsyncExitStack() as stack:
         primary = await stack.enter_async_context(own_postgres(max_connections="200"))
-        standby = await stack.enter_async_context(standby_of(primary))
+        standby = await stack.enter_async_context(synchronous_standby_of(primary))
         proxies = [
             await stack.enter_async_context(Proxy(primary.environment())) for _ in range(INSTANCES)
         ]

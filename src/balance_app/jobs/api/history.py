@@ -69,7 +69,9 @@ class History:
 # Each reads no more rows than it returns, whatever the planner's statistics. With
 # `job = $3 ORDER BY id` the planner may walk the primary key backwards through millions of other
 # jobs' runs; so it may with `ORDER BY job, id`, as it drops a column with an equality from the
-# order. With a row comparison only the index that begins with these columns has the order.
+# order. With a row comparison only the index that begins with these columns has the order. Before
+# PostgreSQL 18 a comparison ends a scan by its first column alone: so what follows the runs of one
+# job and outcome is cut off by the limit, and left out.
 RUNS: Final = """
 SELECT *, clock_timestamp() AS now FROM job_runs WHERE id < $1 ORDER BY id DESC LIMIT $2
 """
@@ -87,9 +89,13 @@ ORDER BY outcome DESC, id DESC LIMIT $2
 """
 
 RUNS_OF_JOB_BY_OUTCOME: Final = """
-SELECT *, clock_timestamp() AS now FROM job_runs
-WHERE (job, outcome, id) < ($3, $4, $1) AND (job, outcome, id) > ($3, $4, 0)
-ORDER BY job DESC, outcome DESC, id DESC LIMIT $2
+SELECT *, clock_timestamp() AS now FROM (
+    SELECT * FROM job_runs
+    WHERE (job, outcome, id) < ($3, $4, $1) AND (job, outcome, id) > ($3, '', 0)
+    ORDER BY job DESC, outcome DESC, id DESC LIMIT $2
+) AS next
+WHERE outcome = $4
+ORDER BY id DESC
 """
 
 PAGES: Final = {

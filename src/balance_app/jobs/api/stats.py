@@ -51,8 +51,9 @@ class StatsReader:
 
 
 # A job's runs never overlap, so the latest with an outcome has the highest id. Row comparisons make
-# the planner use the index in that order, as in `history.py`. An audit that failed otherwise has no
-# result: the result before it counts, searched through up to 1000 failures.
+# the planner use the index in that order, and a limit ends its scan, as in `history.py`. An audit
+# that failed otherwise has no result: the result before it counts, searched through up to 1000
+# failures.
 #
 # $1 the jobs, $2 those of them that are audits, $3 the error that an audit fails with
 STATS: Final = """
@@ -68,20 +69,21 @@ SELECT name,
        schedule_override IS NOT NULL AS schedule_overridden
 FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN jobs
 LEFT JOIN LATERAL (
-    SELECT id, ended_at FROM job_runs
+    SELECT id, ended_at, outcome FROM job_runs
     WHERE (job, outcome, id) < (name, 'succeeded', 9223372036854775807)
-      AND (job, outcome, id) > (name, 'succeeded', 0)
+      AND (job, outcome, id) > (name, '', 0)
     ORDER BY job DESC, outcome DESC, id DESC LIMIT 1
-) AS success ON true
+) AS success ON success.outcome = 'succeeded'
 LEFT JOIN LATERAL (
     SELECT bool_or(starts_with(result, $3 || ':')) AS mismatch
     FROM (
-        SELECT result FROM job_runs
+        SELECT id, outcome, result FROM job_runs
         WHERE name = ANY ($2)
           AND (job, outcome, id) < (name, 'failed', 9223372036854775807)
-          AND (job, outcome, id) > (name, 'failed', coalesce(success.id, 0))
+          AND (job, outcome, id) > (name, '', 0)
         ORDER BY job DESC, outcome DESC, id DESC LIMIT 1000
-    ) AS failed
+    ) AS last
+    WHERE outcome = 'failed' AND last.id > coalesce(success.id, 0)
 ) AS since ON true
 WHERE name = ANY ($1)
 ORDER BY name
