@@ -84,9 +84,7 @@ async def read_then_write(
     return Accepted(Entry(user_id, amount=amount, held=0, reverses=reverses, **row))
 
 
-async def own_snapshot(
-    connection: Connection, movement: Movement, _attempt: object, **_options: object
-) -> Outcome:
+async def own_snapshot(connection: Connection, movement: Movement, _attempt: object) -> Outcome:
     """Refuse with the state of the statement's own snapshot."""
     user_id, amount = movement.user_id, movement.amount
     row = await write(connection, OWN_SNAPSHOT, user_id, amount, MAX_INTEGER)

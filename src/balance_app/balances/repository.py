@@ -75,16 +75,19 @@ class BalanceRepository:
             DatabaseUnavailable, Overloaded: see `balance_app.db.pool`; the outcome of earlier tries
                 with this key is unknown.
         """
-        refusing = self._refusing.get(movement.user_id)
-        outcome = await self._decide(
-            movement,
-            lambda con: _change(con, movement),
-            self._together,
-            expects_refusal=refusing is not None and not refusing.allows(movement.amount),
-        )
+        is_first = True
+
+        async def attempt(connection: Connection) -> Accepted | None:
+            nonlocal is_first
+            refusing = self._refusing.get(movement.user_id)
+            if is_first and refusing is not None and not refusing.allows(movement.amount):
+                is_first = False
+                return None  # it is refused if the state, which is read next, is still such a one
+            return await _change(connection, movement)
+
+        outcome = await self._decide(movement, attempt, self._together)
         if isinstance(outcome, Accepted):
-            if refusing is not None:
-                self._refusing.pop(movement.user_id, None)
+            self._refusing.pop(movement.user_id, None)
         elif not outcome.replayed:
             self._refusing[movement.user_id] = outcome.state
             if len(self._refusing) > REMEMBERED:
@@ -179,12 +182,7 @@ class BalanceRepository:
         return found
 
     async def _decide(
-        self,
-        movement: Movement,
-        attempt: Attempt,
-        together: GroupCommit | None = None,
-        *,
-        expects_refusal: bool = False,
+        self, movement: Movement, attempt: Attempt, together: GroupCommit | None = None
     ) -> Outcome:
         started = perf_counter()
         payee = movement.to_user_id
@@ -193,9 +191,7 @@ class BalanceRepository:
             outcome = None if together is None else await together.change(movement)
             if outcome is None:
                 outcome = await self._guard.run(
-                    lambda con: _decide(con, movement, attempt, expects_refusal=expects_refusal),
-                    *users,
-                    key=movement.key,
+                    lambda con: _decide(con, movement, attempt), *users, key=movement.key
                 )
         except Exception as error:
             if isinstance(error, Problem):
@@ -208,24 +204,19 @@ class BalanceRepository:
         return outcome
 
 
-async def _decide(
-    connection: Connection, movement: Movement, attempt: Attempt, *, expects_refusal: bool = False
-) -> Outcome:
+async def _decide(connection: Connection, movement: Movement, attempt: Attempt) -> Outcome:
     """Make a movement, or find what refuses it: a recorded outcome, a tag, or a state.
 
     A refusal proves itself: the state in it was read in a snapshot taken after the attempt changed
-    nothing. (The attempt's own snapshot may be older than the state that refused it.) A refusal
-    that is expected is looked for before the first attempt: a read costs much less than that.
+    nothing. (The attempt's own snapshot may be older than the state that refused it.)
     """
     for _ in range(MAX_RACES):
-        made = None
         try:
-            if not expects_refusal:
-                made = await attempt(connection)
+            made = await attempt(connection)
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name != KEYS_PKEY:
                 raise
-        expects_refusal = False
+            made = None
         if made is not None:
             return made
         first = await _recall(connection, movement)
