@@ -270,7 +270,7 @@ async def test_the_hash_before_is_not_that_of_a_snapshot(
 ) -> None:
     """The control: read from the entry before, it is that of an older one."""
     before = "(SELECT hash FROM entries WHERE user_id = $1 ORDER BY version DESC LIMIT 1)"
-    statement = replaced(repository.CHANGE, "sha256(hash ||", f"sha256({before} ||")
+    statement = replaced(repository.CHANGE, "entry_hash(hash,", f"entry_hash({before},")
     monkeypatch.setattr(repository, "CHANGE", statement)
     async with repositories(database, 5, DB_POOL_SIZE=2) as instances:
         user = await instances[0].opened(1000)

@@ -28,17 +28,13 @@ _BIGINT, _TEXT, _TIMESTAMPTZ = 20, 25, 1184
 _NULL: Final = -1
 # user_id, version, amount, balance, held, at: none of them is NULL
 _BEGIN: Final = Struct(">i" + "iiq" * 6)
-_BEFORE_VERSION: Final = Struct(">i iiq ii")
-_BEFORE_BALANCE: Final = Struct(">iiq ii")
 _NUMBER: Final = Struct(">iiq")
 _COLUMN: Final = Struct(">ii")
-_BEFORE_HELD: Final = _COLUMN.pack(_BIGINT, 8)
-_BEFORE_TIME: Final = _COLUMN.pack(_TIMESTAMPTZ, 8)
-_NO_NUMBER: Final = _COLUMN.pack(_BIGINT, _NULL)
-_NO_TEXT: Final = _COLUMN.pack(_TEXT, _NULL)
 _PAIR: Final = Struct(">qq")
 _INT: Final = Struct(">q")
+_TEXTS: Final = ("key", "by")
 _NUMBERS: Final = ("other_user_id", "other_version", "reverses", "hold")
+_MORE_TEXTS: Final = ("reference", "note")
 _COLUMNS: Final = 14
 
 
@@ -62,44 +58,16 @@ def entry_hash(previous: bytes, entry: Row) -> bytes:
             *(_TIMESTAMPTZ, 8, microseconds(entry["at"])),
         )
     )
-    numbers = [entry[name] for name in _NUMBERS]
-    hashed.update(_end(entry["key"], entry["by"], numbers, entry["reference"], entry["note"]))
+    for name in _TEXTS:
+        hashed.update(_text(entry[name]))
+    for name in _NUMBERS:
+        number = entry[name]
+        hashed.update(
+            _COLUMN.pack(_BIGINT, _NULL) if number is None else _NUMBER.pack(_BIGINT, 8, number)
+        )
+    for name in _MORE_TEXTS:
+        hashed.update(_text(entry[name]))
     return hashed.digest()
-
-
-def known_parts(  # noqa: PLR0913 - of an entry
-    user_id: int,
-    amount: int,
-    *,
-    key: str | None,
-    by: str | None,
-    reverses: int | None,
-    reference: str | None,
-    note: str | None,
-) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-    """Return the encoding of a change's entry without what it gets under the account's lock.
-
-    Between these parts stand version, balance, held and time, each of them as eight bytes.
-    """
-    return (
-        _BEFORE_VERSION.pack(_COLUMNS, _BIGINT, 8, user_id, _BIGINT, 8),
-        _BEFORE_BALANCE.pack(_BIGINT, 8, amount, _BIGINT, 8),
-        _BEFORE_HELD,
-        _BEFORE_TIME,
-        _end(key, by, (None, None, reverses, None), reference, note),
-    )
-
-
-def _end(
-    key: str | None,
-    by: str | None,
-    numbers: Iterable[int | None],
-    reference: str | None,
-    note: str | None,
-) -> bytes:
-    """Return the encoding of the columns that may be NULL; `numbers` in the order of _NUMBERS."""
-    encoded = [_NO_NUMBER if one is None else _NUMBER.pack(_BIGINT, 8, one) for one in numbers]
-    return b"".join([_text(key), _text(by), *encoded, _text(reference), _text(note)])
 
 
 def microseconds(moment: datetime | int) -> int:
@@ -117,7 +85,7 @@ def moment(sent: int) -> datetime:
 
 def _text(text: str | None) -> bytes:
     if text is None:
-        return _NO_TEXT
+        return _COLUMN.pack(_TEXT, _NULL)
     encoded = text.encode()
     return _COLUMN.pack(_TEXT, len(encoded)) + encoded
 

@@ -11,7 +11,6 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 
-from balance_app.balances.chain import known_parts
 from balance_app.balances.errors import (
     EntryNotFound,
     IdempotencyKeyReused,
@@ -263,24 +262,19 @@ async def _refusal(connection: Connection, movement: Movement) -> Refused | None
 # left it. Balance, version and entry change together or not at all. An entry's time is that of the
 # statement, which is the same wherever it stands in it, or just after `changed_at` if that is
 # later. Whatever locks the account raises `changed_at`: so the times of its entries, holds and
-# settings rise in the order of their locks (those of one batch of group commit are equal). The hash
-# is that of `entry_hash`; of what it covers the parts $9 to $13 are known before the lock, and
-# encoded by `known_parts`, which costs less than a row that PostgreSQL encodes. No row means: no
-# such user, the change does not fit, a hold is overdue, or the account has none of the entity tags
-# $4.
+# settings rise in the order of their locks (those of one batch of group commit are equal). No row
+# means: no such user, the change does not fit, a hold is overdue, or the account has none of the
+# entity tags $4.
 # ast-grep-ignore: transaction-clock - greatest() keeps the order
 CHANGE: Final = """
 WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
                      changed_at = greatest(changed_at + interval '1 microsecond',
                                            statement_timestamp()),
-                     hash = sha256(hash || $9 || int8send(version + 1)
-                                   || $10 || int8send(balance + $2)
-                                   || $11 || int8send(held)
-                                   || $12 || timestamptz_send(
+                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
                                        greatest(changed_at + interval '1 microsecond',
-                                                statement_timestamp()))
-                                   || $13)
+                                                statement_timestamp()), NULL, $8,
+                                       NULL, NULL, $5, NULL, $6, $7)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -301,13 +295,10 @@ WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
                      changed_at = greatest(changed_at + interval '1 microsecond',
                                            statement_timestamp()),
-                     hash = sha256(hash || $10 || int8send(version + 1)
-                                   || $11 || int8send(balance + $2)
-                                   || $12 || int8send(held)
-                                   || $13 || timestamptz_send(
+                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
                                        greatest(changed_at + interval '1 microsecond',
-                                                statement_timestamp()))
-                                   || $14)
+                                                statement_timestamp()), $7, $9,
+                                       NULL, NULL, NULL, NULL, $5, $6)
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -332,20 +323,11 @@ async def _change(
 ) -> Accepted | None:
     asked = movement.user_id, movement.amount, MAX_INTEGER, movement.tags
     said = movement.reference, movement.note
-    known = known_parts(
-        movement.user_id,
-        movement.amount,
-        key=movement.key,
-        by=movement.by,
-        reverses=reverses,
-        reference=movement.reference,
-        note=movement.note,
-    )
     if movement.key is None:
-        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by, *known)
+        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by)
     else:
         once = movement.key, movement.request, movement.by
-        row = await write(connection, CHANGE_ONCE, *asked, *said, *once, *known)
+        row = await write(connection, CHANGE_ONCE, *asked, *said, *once)
     if row is None:
         return None
     return Accepted(
