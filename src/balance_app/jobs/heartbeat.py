@@ -19,7 +19,7 @@ import structlog
 
 from balance_app.db.outages import Kind, classify
 from balance_app.jobs.declarations import Capabilities
-from balance_app.jobs.leases import LEAVE, HeldLeases, Lease, Renewal, renew_leases
+from balance_app.jobs.leases import LEAVE, Changes, HeldLeases, Lease, Renewal, renew_leases
 from balance_app.jobs.repository import Me
 from balance_app.jobs.run_log import WRITE_LOGS, log_arguments
 from balance_app.metrics import Metrics
@@ -196,10 +196,17 @@ class HeartbeatThread:
             Renewal(lease.name, lease.fence, lease.progress, lease.stopping)
             for lease in leases.values()
         ]
+        counted = self._metrics.changes
+        changes = Changes(counted.count("accepted"), counted.count("refused"))
         sent_at = monotonic()
         now, results = await asyncio.wait_for(
             renew_leases(
-                connection, self._me, timedelta(seconds=self._lease_seconds), capabilities, renewals
+                connection,
+                self._me,
+                timedelta(seconds=self._lease_seconds),
+                capabilities,
+                renewals,
+                changes,
             ),
             self._settings.job_heartbeat_seconds,
         )

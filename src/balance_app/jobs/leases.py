@@ -197,6 +197,16 @@ class Renewal(NamedTuple):
     stopping: bool = False
 
 
+class Changes(NamedTuple):
+    """How many changes of balances this instance has accepted, and refused, since its start."""
+
+    accepted: int
+    refused: int
+
+
+NO_CHANGES: Final = Changes(0, 0)
+
+
 class RenewalResult(NamedTuple):
     """The result of one renewal."""
 
@@ -213,7 +223,7 @@ class RenewalResult(NamedTuple):
 # would let all other leases expire.
 #
 # $1 id, $2 server, $3 lease, $4 highest_number, $5 missing, $6 to $11 the renewals,
-# $12 max_running
+# $12 max_running, $13 and $14 the changes that this instance has accepted and refused
 HEARTBEAT: Final = """
 WITH renewal AS (  -- one row for each lease to renew
     SELECT * FROM unnest($6::text[], $7::bigint[], $8::boolean[],
@@ -234,9 +244,14 @@ WITH renewal AS (  -- one row for each lease to renew
     WHERE jobs.name = held.name
     RETURNING jobs.name, jobs.fence, cancel_requested_by
 ), seen AS (  -- for display only
-    INSERT INTO instances (id, server, highest_number, missing, max_running)
-    VALUES ($1, $2, $4, $5, $12)
-    ON CONFLICT (id) DO UPDATE SET last_heartbeat_at = clock_timestamp()
+    INSERT INTO instances (id, server, highest_number, missing, max_running, accepted, refused)
+    VALUES ($1, $2, $4, $5, $12, $13, $14)
+    ON CONFLICT (id) DO UPDATE SET
+        last_heartbeat_at = clock_timestamp(), accepted = $13, refused = $14,
+        silences = CASE
+            WHEN instances.last_heartbeat_at + $3 > clock_timestamp() THEN instances.silences
+            ELSE (ARRAY[instances.last_heartbeat_at, clock_timestamp()]
+                  || instances.silences)[1:20] END
 )
 SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
        jobs.fence = renewal.fence AND jobs.holder = $1 AND jobs.lease_expires_at > clock_timestamp()
@@ -245,8 +260,12 @@ FROM (SELECT) AS always LEFT JOIN renewal ON true
 LEFT JOIN renewed USING (name, fence) LEFT JOIN jobs ON jobs.name = renewal.name
 """
 
-# A stopped instance is no longer listed.
-LEAVE: Final = "DELETE FROM instances WHERE id = $1"
+# A stopped instance is no longer listed, and none of its name that was gone before it started: it
+# has taken the place of that. For display only.
+LEAVE: Final = """
+DELETE FROM instances USING (SELECT server, started_at FROM instances WHERE id = $1) AS me
+WHERE id = $1 OR (instances.server = me.server AND last_heartbeat_at < me.started_at)
+"""
 
 
 async def renew_leases(
@@ -255,6 +274,7 @@ async def renew_leases(
     lease: timedelta,
     capabilities: Capabilities,
     renewals: Iterable[Renewal],
+    changes: Changes = NO_CHANGES,
 ) -> tuple[datetime, list[RenewalResult]]:
     """Renew leases on the heartbeat's connection; return the server's time and the results."""
     sent = list(renewals)
@@ -272,6 +292,8 @@ async def renew_leases(
         [each.progress.total for each in sent],
         [each.progress.note for each in sent],
         capabilities.max_running,
+        changes.accepted,
+        changes.refused,
     )
     results = [
         RenewalResult(

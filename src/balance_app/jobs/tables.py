@@ -218,4 +218,7 @@ instances = Table(
     Column("highest_number", BigInteger, nullable=False),
     Column("missing", ARRAY(Text), nullable=False),
     Column("max_running", Integer),
+    Column("accepted", BigInteger, nullable=False, server_default=_ZERO),
+    Column("refused", BigInteger, nullable=False, server_default=_ZERO),
+    Column("silences", ARRAY(DateTime(timezone=True)), nullable=False, server_default="{}"),
 )

@@ -130,13 +130,20 @@ WITH next AS MATERIALIZED (
 SELECT (SELECT name FROM next), (SELECT count(*) FROM removed) AS removed
 """
 
-# Instances are listed for display only; one that sends a heartbeat again is listed again.
+# Instances are listed for display only; one that sends a heartbeat again is listed again. One that
+# is gone stays until somebody dismisses it, or a month; one that was started again, for a day.
 PRUNE_INSTANCES: Final = """
 WITH removed AS (
     DELETE FROM instances
     WHERE last_heartbeat_at < (SELECT clock_timestamp() - interval '1 day') AND id = ANY (ARRAY(
-        SELECT id FROM instances
-        WHERE last_heartbeat_at < (SELECT clock_timestamp() - interval '1 day') LIMIT $1
+        SELECT id FROM (
+            SELECT id, last_heartbeat_at, max(started_at) OVER (PARTITION BY server) AS latest
+            FROM instances
+        ) AS listed
+        WHERE last_heartbeat_at < (SELECT clock_timestamp() - interval '1 day')
+          AND (latest > last_heartbeat_at
+               OR last_heartbeat_at < (SELECT clock_timestamp() - interval '30 days'))
+        LIMIT $1
     ))
     RETURNING 1
 )
