@@ -47,8 +47,11 @@ from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.router import router as jobs_router
+from balance_app.jobs.api.router import verdict_router
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.verdict import Audits
+from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
@@ -116,7 +119,7 @@ def create_app(
     )
     for each in (movements, holds_api, users, statement):
         app.include_router(each.router)
-    for router in (jobs_router, actions.router, health.router):
+    for router in (jobs_router, verdict_router, actions.router, health.router):
         app.include_router(router)
     for router in (pages_router, login_router, accounts_router):
         app.include_router(router)
@@ -153,9 +156,19 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     scheduler = None
     if settings.jobs_enabled:
         scheduler = parts.scheduler(settings, database, registry, metrics)
-    stats = StatsReader(database, registry, AUDITS, LedgerMismatchError, read_table_bytes)
+    status_reader = StatusReader(
+        database,
+        settings,
+        audits=Audits(frozenset(each.name for each in AUDITS), LedgerMismatchError.__name__),
+        least_seconds={
+            name: job.min_seconds for name, job in registry.items() if job.min_seconds is not None
+        },
+    )
+    verdict_reader = VerdictReader(status_reader, database)
+    stats = StatsReader(
+        database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
+    )
     metrics.set_fleet_query(stats.read)
-    status_reader = StatusReader(database, settings)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)
@@ -184,6 +197,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         Exporter(closing),
         *([] if scheduler is None else [scheduler]),
         status_reader,
+        verdict_reader,
         broadcaster,
         Controls(database, status_reader, registry),
         History(database),

@@ -81,6 +81,9 @@ class FleetStats(NamedTuple):
     jobs: list[JobStats]
     # bytes by table, of the tables that were measured
     table_bytes: Mapping[str, int]
+    # the verdict (0 green, 1 amber, 2 red), and how many causes it has of each kind
+    verdict: int | None = None
+    causes: Mapping[str, int] = {}
 
 
 NOTHING: Final = FleetStats([], {})
@@ -344,6 +347,23 @@ class _Fleet(Collector):
                 if number is not None:
                     family.add_metric([job.name], float(number))
             yield family
+        verdict, causes = self.stats.verdict, self.stats.causes
+        if self.success is False:  # nobody has to combine it with the scrape's success
+            verdict, causes = 2, {"database-unavailable": 1}
+        if verdict is not None:
+            yield GaugeMetricFamily(
+                "balance_app_fleet_verdict",
+                "The verdict: 0 green, 1 amber (healed by itself lately), 2 red (needs a hand).",
+                value=verdict,
+            )
+        family = GaugeMetricFamily(
+            "balance_app_fleet_verdict_causes",
+            "How many causes of each kind the verdict has.",
+            labels=["code"],
+        )
+        for code, number in causes.items():
+            family.add_metric([code], number)
+        yield family
         family = GaugeMetricFamily(
             "balance_app_fleet_table_bytes",
             "How large the table was when it was last measured, with its indexes.",

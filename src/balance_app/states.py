@@ -125,4 +125,6 @@ def _running_sign(job: Mapping[str, Any]) -> Sign:
         return _RUNNING._replace(label="cancelling", tone=Tone.WARN)
     if job["stopRequestedAt"] is not None:
         return _RUNNING._replace(label="stopping", tone=Tone.WARN)
+    if job.get("holdingUntil") is not None:
+        return _RUNNING._replace(label="work done")
     return _RUNNING if job["paused"] is None else _RUNNING._replace(label="running, then paused")

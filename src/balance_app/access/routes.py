@@ -64,6 +64,9 @@ NEEDS: Final[dict[tuple[str, str], Needs]] = {
     ("PUT", "/api/cron/jobs/{name}/schedule"): OPERATE,
     ("DELETE", "/api/cron/jobs/{name}/schedule"): OPERATE,
     ("POST", "/api/cron/jobs/{name}/forget"): OPERATE,
+    ("POST", "/api/cron/instances/{instance}/dismiss"): OPERATE,
+    ("GET", "/api/verdict"): READ,
+    ("POST", "/api/verdict/dismiss"): OPERATE,
     ("GET", "/api/actions"): READ,
     ("GET", "/metrics"): ("metrics",),
     # the page

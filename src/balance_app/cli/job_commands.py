@@ -46,15 +46,29 @@ JobName = Annotated[
 @_job()
 def status(
     *,
+    search: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="only jobs whose name contains this"),
+    ] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", "-a", help="only jobs that need attention")
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="keep it up to date, until Ctrl-C")
     ] = False,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Show what every job is doing, where, and why the rest waits."""
+    """Show whether all is well, what every job is doing, where, and why the rest waits.
+
+    The first line is the verdict. Exit code 0: all is well; 1: something has recovered by itself
+    within 15 minutes; 2: something is wrong now; 3: the service or its database is unavailable.
+    """
     with _open(url, as_json=json) as session:
-        (session.watch if watch else session.status)()
+        if watch:
+            session.watch()
+        else:
+            raise typer.Exit(session.status(search, attention=attention))
 
 
 @_job()
@@ -178,6 +192,21 @@ def schedule(  # noqa: PLR0913 - each is an option
             session.set_schedule(job, None if reset else given, by=by or login_name())
         else:
             session.show_schedule(job)
+
+
+@_job()
+def dismiss(
+    server: Annotated[
+        str, typer.Argument(metavar="INSTANCE", help="its name, or `recovered` for what is amber")
+    ],
+    *,
+    by: By = None,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Stop listing an instance that is gone against its will; its runs stay in the history."""
+    with _open(url, as_json=json) as session:
+        session.dismiss(server, by=by or login_name())
 
 
 @_job()

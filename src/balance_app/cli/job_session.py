@@ -23,6 +23,8 @@ from balance_app.formatting import duration, exact, visible
 from balance_app.states import Outcome, State
 
 COMPLETION_SECONDS: Final = 0.7
+_EXIT_CODES: Final = {"green": 0, "amber": 1, "red": 2}
+_RECOVERED: Final = "recovered"
 
 # After any other outcome another run goes on with the tick.
 _CONCLUSIVE: Final = {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.CANCELLED}
@@ -41,10 +43,55 @@ _CONTROL_MESSAGES: Final = {
 class JobSession(Session):
     """The use of a service's jobs."""
 
-    def status(self) -> None:
-        """Show every job and every instance."""
+    def status(self, search: str | None = None, *, attention: bool = False) -> int:
+        """Show the verdict, every job and every instance; return the exit code.
+
+        Args:
+            search: only jobs whose name contains this.
+            attention: only jobs that a cause of the verdict is about.
+        """
+        verdict = self._verdict()
+        if verdict is not None and not self._as_json:
+            for line in output.verdict_lines(verdict, self._out):
+                self._out.print(line, soft_wrap=True)
         answer = self.read_status()
-        self._report(answer.text, lambda: output.status_table(answer.body, self._out))
+        if search is not None or attention:
+            needing = {each["subject"] for each in (verdict or {"causes": []})["causes"]}
+            answer.body["jobs"] = [
+                job
+                for job in answer.body["jobs"]
+                if (search or "") in job["name"] and (not attention or job["name"] in needing)
+            ]
+        text = to_json(answer.body).decode() if search is not None or attention else answer.text
+        self._report(text, lambda: output.status_table(answer.body, self._out))
+        return 0 if verdict is None else _EXIT_CODES.get(verdict["level"], 0)
+
+    def _verdict(self) -> dict[str, Any] | None:
+        """Return the verdict; None: the release before has none."""
+        try:
+            return self._get("/api/verdict", "sentence").body
+        except RemoteError as error:
+            if error.problem == "not-found":
+                return None
+            raise
+
+    def dismiss(self, server: str, *, by: str) -> None:
+        """Dismiss the instances of a name that are gone, or what has recovered."""
+        if server == _RECOVERED:
+            answer = self._send("POST", "/api/verdict/dismiss", "dismissed", {"by": by}, None)
+            self._report(answer.text, lambda: Text("Dismissed what has recovered."))
+            return
+        gone = [
+            each
+            for each in self.read_status().body["instances"]
+            if each["server"] == server and not each["live"]
+        ]
+        if not gone:
+            raise RemoteError(f"No instance {server} is gone.", Code.FAILED)
+        for each in gone:
+            path = f"/api/cron/instances/{each['id']}/dismiss"
+            answer = self._send("POST", path, "dismissed", {"by": by}, None)
+            self._report(answer.text, lambda: Text(visible(f"Dismissed {server}.")))
 
     def watch(self) -> None:
         """Show the same and keep it up to date, across restarts of the service, until Ctrl-C."""

@@ -17,6 +17,7 @@ from balance_app.states import Outcome, Reason, State, Tone, job_sign, outcome_s
 PLAIN_WIDTH: Final = 1000  # columns where the output is not a terminal
 ROOMY: Final = 100  # from so many columns on, bars and exact durations are shown
 BAR: Final = 10
+CAUSES_SHOWN: Final = 10
 
 Json = dict[str, Any]
 
@@ -154,6 +155,9 @@ def _activity(job: Json, now: datetime, on: Console) -> str:
         since = job["stopRequestedAt"]
         stopping = "" if since is None else f"  stop requested {_since(moment(since), now)}"
         progress = _progress(job["progress"], on)
+        if job.get("holdingUntil") is not None:  # the release before has none
+            least = moment(job["holdingUntil"]) - moment(job["startedAt"])
+            progress = f"work done, holding to {duration(least.total_seconds())}"
         return f"{duration(job['elapsedSeconds'])}  {progress}".rstrip() + stopping
     if job["state"] == State.PAUSED:
         paused = job["paused"]
@@ -211,12 +215,37 @@ def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
         of = "" if limit is None else f" of at most {limit}"
         line = f"{instance['server']}: {instance['running']}{of} running"
         line += f" ({', '.join(names)})" if names else ""
+        silent = duration(instance["seenSecondsAgo"])
         if instance["live"]:
             lines.append(text(f"{line}, up {up}", on))
+        elif instance.get("state") == "silent":
+            lines.append(text(f"{line}, no heartbeat for {silent}", on, "yellow"))
         else:
-            line += f", not seen for {duration(instance['seenSecondsAgo'])}"
-            lines.append(text(line, on, "red"))
-    return lines or [text("No instance that runs jobs was seen in the last minute.", on, "red")]
+            lines.append(text(f"{line}, stopped responding {silent} ago", on, "red"))
+    return lines or [text("No instance is running jobs.", on, "red")]
+
+
+def verdict_lines(verdict: Json, on: Console) -> list[Text]:
+    """Return the verdict: its sentence, then a line per cause that the sentence does not say."""
+    style = {"green": "green", "amber": "yellow", "red": "red"}.get(verdict["level"], "")
+    lines = [text(f"{verdict['symbol']} {verdict['sentence']}", on, f"bold {style}")]
+    causes = [each for each in verdict["causes"] if each["text"] not in verdict["sentence"]]
+    for cause in causes[:CAUSES_SHOWN]:
+        lines.append(text(f"  {cause['text']}{_mending(cause)}", on, style))
+    more = len(causes) - CAUSES_SHOWN + verdict["more"]
+    return [*lines, *([text(f"  and {more} more", on)] if more > 0 else [])]
+
+
+def _mending(cause: Json) -> str:
+    """Return the command that mends a cause."""
+    action = cause["action"]
+    commands = {"resume": "resume", "run": "run", "open": "history"}
+    if action is None or cause["level"] != "red":
+        return ""
+    if action["kind"] == "dismiss":
+        return f" (balance-app dismiss {cause['subject']})"
+    command = commands.get(action["kind"])
+    return "" if command is None else f" (balance-app {command} {action['target']})"
 
 
 def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableType:

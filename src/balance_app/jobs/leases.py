@@ -249,8 +249,8 @@ WITH renewal AS (  -- one row for each lease to renew
     ON CONFLICT (id) DO UPDATE SET
         last_heartbeat_at = clock_timestamp(), accepted = $13, refused = $14,
         silences = CASE
-            WHEN instances.last_heartbeat_at + $3 > clock_timestamp() THEN instances.silences
-            ELSE (ARRAY[instances.last_heartbeat_at, clock_timestamp()]
+            WHEN instances.last_heartbeat_at + $3::interval > clock_timestamp()
+            THEN instances.silences ELSE (ARRAY[instances.last_heartbeat_at, clock_timestamp()]
                   || instances.silences)[1:20] END
 )
 SELECT clock_timestamp() AS now, renewal.name, renewal.fence, renewed.name IS NOT NULL AS renewed,
@@ -268,7 +268,7 @@ WHERE id = $1 OR (instances.server = me.server AND last_heartbeat_at < me.starte
 """
 
 
-async def renew_leases(
+async def renew_leases(  # noqa: PLR0913, PLR0917 - what a heartbeat writes
     connection: "asyncpg.Connection[asyncpg.Record]",
     me: Me,
     lease: timedelta,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 from pydantic_core import from_json
@@ -17,6 +18,8 @@ from balance_app.db.pool import Database, read, write
 from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.jobs.api.errors import (
+    InstanceLive,
+    InstanceNotFound,
     InvalidArguments,
     JobHasCode,
     JobNotFound,
@@ -28,6 +31,7 @@ from balance_app.jobs.api.errors import (
 )
 from balance_app.jobs.api.schemas import ScheduleRequest
 from balance_app.jobs.api.status import Forgotten, StatusReader
+from balance_app.jobs.api.verdict_reader import RECOVERED
 from balance_app.jobs.arguments import ArgumentsError, encode
 from balance_app.jobs.job import Job
 from balance_app.jobs.schedule import ScheduleError, TickRange, parse
@@ -197,6 +201,34 @@ class Controls:
                 log.info("job control", action="schedule", job=name, by=by, schedule=schedule)
                 return await self._report(name)
         raise _overloaded(name)
+
+    async def dismiss(self, instance: str, by: str) -> str:
+        """Stop listing an instance that is gone against its will; return its name.
+
+        One that sends a heartbeat again is listed again.
+
+        Raises:
+            InstanceNotFound: there is no such instance.
+            InstanceLive: its last heartbeat is younger than the lease.
+        """
+        try:
+            id_ = UUID(instance)
+        except ValueError:
+            raise InstanceNotFound from None
+        row = await self._database.run(
+            lambda con: write(con, DISMISS, id_, by, self._status_reader.lease)
+        )
+        if row is None:
+            raise InstanceNotFound
+        if not row["dismissed"]:
+            raise InstanceLive(row["server"])
+        log.info("instance dismissed", instance=row["server"], by=by)
+        server: str = row["server"]
+        return server
+
+    async def dismiss_recovered(self, by: str) -> None:
+        """Dismiss what has recovered so far: the verdict no longer names it."""
+        await self._database.run(lambda con: write(con, DISMISS_RECOVERED, by, RECOVERED))
 
     async def _apply(
         self,
@@ -369,6 +401,33 @@ WITH before AS MATERIALIZED (
     FROM cancelled CROSS JOIN before WHERE cancel_requested_by IS NULL
 )
 SELECT name FROM cancelled
+"""
+
+# Only an instance that is gone, with those of its name that were gone before it started: the later
+# one had taken their place.
+#
+# $1 id, $2 who, $3 lease
+DISMISS: Final = """
+WITH found AS (
+    SELECT id, server, started_at, last_heartbeat_at,
+           last_heartbeat_at + $3::interval <= clock_timestamp() AS gone
+    FROM instances WHERE id = $1
+), removed AS (
+    DELETE FROM instances USING found
+    WHERE gone AND instances.server = found.server
+      AND (instances.id = found.id OR instances.last_heartbeat_at < found.started_at)
+    RETURNING instances.id
+), action AS (
+    INSERT INTO actions (by, action, subject, before)
+    SELECT $2, 'instance dismissed', 'instance ' || server,
+           jsonb_build_object('id', found.id, 'lastHeartbeatAt', last_heartbeat_at)
+    FROM found JOIN removed USING (id)
+)
+SELECT server, id IN (SELECT id FROM removed) AS dismissed FROM found
+"""
+
+DISMISS_RECOVERED: Final = """
+INSERT INTO actions (by, action, subject) VALUES ($1, 'recovery dismissed', $2) RETURNING id
 """
 
 PAUSED: Final = """

@@ -34,6 +34,35 @@ class RunNotFound(Problem):
         super().__init__(f"There is no run {run}.", run=run)
 
 
+class InstanceNotFound(Problem):
+    """There is no instance with this id: it was dismissed, or has stopped.
+
+    Nothing was changed. `GET /api/cron/status` lists them.
+    """
+
+    status, code, title = 404, "instance-not-found", "Instance not found"
+    sample: ClassVar = {}
+
+    def __init__(self) -> None:
+        super().__init__("There is no instance with this id.")
+
+
+class InstanceLive(Problem):
+    """The instance is running: only one that is gone can be dismissed.
+
+    Nothing was changed. To stop it, send SIGTERM to its process.
+    """
+
+    status, code, title = 409, "instance-live", "Instance live"
+    sample: ClassVar = {"server": "app4"}
+
+    def __init__(self, server: str) -> None:
+        super().__init__(
+            f"{server} was not dismissed: it is running, or restarting after an outage.",
+            server=server,
+        )
+
+
 class JobRunning(Problem):
     """The job is running, and two runs of a job never overlap.
 

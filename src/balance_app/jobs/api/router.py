@@ -15,6 +15,8 @@ from balance_app.http.params import ONCE, WhoQuery, name_of
 from balance_app.http.services import services
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import (
+    InstanceLive,
+    InstanceNotFound,
     InvalidArguments,
     JobHasCode,
     JobNotFound,
@@ -28,8 +30,10 @@ from balance_app.jobs.api.errors import (
 from balance_app.jobs.api.events import EventBroadcaster, EventStreamResponse
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.schemas import (
+    DismissedAnswer,
     ForgottenAnswer,
     HistoryAnswer,
+    InstancePath,
     JobAnswer,
     PageQuery,
     PathName,
@@ -39,11 +43,14 @@ from balance_app.jobs.api.schemas import (
     RunRequest,
     ScheduleRequest,
     StatusAnswer,
+    VerdictAnswer,
 )
 from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.verdict_reader import RECOVERED, VerdictReader
 from balance_app.jobs.scheduler import Scheduler
 
 router = APIRouter(prefix="/api/cron", tags=["jobs"])
+verdict_router = APIRouter(prefix="/api/verdict", tags=["jobs"])
 
 _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -282,6 +289,53 @@ async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Respons
     forgotten = await _controls(request).forget(name, name_of(request, who.by))
     answer = {"name": name, "forgottenAt": forgotten.at, "forgottenBy": forgotten.by}
     return _json(to_json(answer))
+
+
+@router.post(
+    "/instances/{instance}/dismiss",
+    summary="Dismiss an instance",
+    response_description="The instance is no longer listed.",
+    response_model=DismissedAnswer,
+    responses=problems(InstanceNotFound, InstanceLive, InvalidRequest),
+    dependencies=[ONCE],
+)
+async def dismiss_instance(request: Request, instance: InstancePath, who: WhoQuery) -> Response:
+    """Stop listing an instance that is gone against its will; its runs stay in the history.
+
+    If it sends a heartbeat again, it is listed again.
+    """
+    server = await _controls(request).dismiss(instance, name_of(request, who.by))
+    return _json(to_json({"dismissed": server}))
+
+
+@verdict_router.get(
+    "",
+    summary="Read the verdict",
+    response_description="Whether all is well.",
+    response_model=VerdictAnswer,
+    responses=problems(),
+)
+async def read_verdict(request: Request) -> Response:
+    """Show whether all is well, in one sentence, and what mends what is not.
+
+    Red is wrong now and needs a hand; amber has healed by itself within 15 minutes. While the
+    database is unavailable the verdict is red, too, and `now` is by this instance's clock.
+    """
+    return _json(to_json((await services(request)[VerdictReader].read()).body()))
+
+
+@verdict_router.post(
+    "/dismiss",
+    summary="Dismiss what has recovered",
+    response_description="The verdict no longer names it.",
+    response_model=DismissedAnswer,
+    responses=problems(InvalidRequest),
+    dependencies=[ONCE],
+)
+async def dismiss_recovered(request: Request, who: WhoQuery) -> Response:
+    """Dismiss the amber causes so far; those that come later are named."""
+    await _controls(request).dismiss_recovered(name_of(request, who.by))
+    return _json(to_json({"dismissed": RECOVERED}))
 
 
 def wake(request: Request) -> None:

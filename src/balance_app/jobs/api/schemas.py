@@ -2,7 +2,7 @@
 
 import re
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from fastapi import Path, Query
 from pydantic import (
@@ -21,6 +21,7 @@ from balance_app.errors import InvalidRequest
 from balance_app.http.body import MAX_INTEGER, StrictModel
 from balance_app.http.paging import BeforeId, Limit
 from balance_app.http.params import DECIMAL, QueryModel, Who, printable, printable_schema
+from balance_app.jobs.api.verdict import Code, Level
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule, ScheduleError
 from balance_app.states import Outcome, Reason, State
@@ -161,6 +162,13 @@ RunId = Annotated[
     Path(ge=1, le=MAX_INTEGER, description="its id in the history", examples=[4711]),
     DECIMAL,
 ]
+InstancePath = Annotated[
+    str,
+    Path(
+        description="its id, as the status shows it",
+        examples=["5f0c3b1e-62d5-4a43-9d0a-1f6a2f6f8a11"],
+    ),
+]
 PauseQuery = Annotated[Pause, Query()]
 PageQuery = Annotated[Page, Query()]
 
@@ -269,6 +277,13 @@ class JobAnswer(_Answer):
             examples=[None],
         ),
     ]
+    holding_until: Annotated[
+        Instant | None,
+        Field(
+            description="set when its work is done and only its minimum duration runs",
+            examples=[None],
+        ),
+    ]
     stop_requested_at: Annotated[
         Instant | None,
         Field(
@@ -328,14 +343,39 @@ class CountsAnswer(_Answer):
     overdue: Annotated[int, Field(examples=[0])]
 
 
+class SilenceAnswer(_Answer):
+    """From when to when no heartbeat arrived."""
+
+    since: Annotated[Instant, Field(alias="from")]
+    until: Instant
+
+
 class InstanceAnswer(_Answer):
-    """An instance with a heartbeat in the last minute; `live`: in the last lease's length."""
+    """An instance that is running, or gone against its will.
+
+    `live`: its last heartbeat is younger than the lease. `state` is `live`; or `silent`, while no
+    instance reaches the database and shortly after; or `gone`, until it is dismissed or an instance
+    of its name starts. One that stops as it should is not listed.
+    """
 
     id: InstanceId
     server: Server
     started_at: Instant
     seen_seconds_ago: Annotated[float, Field(examples=[0.731])]
     live: Annotated[bool, Field(examples=[True])]
+    state: Annotated[Literal["live", "silent", "gone"], Field(examples=["live"])]
+    accepted: Annotated[
+        int, Field(description="changes of balances that it accepted since its start")
+    ]
+    refused: Annotated[int, Field(description="changes that a balance refused")]
+    silences: Annotated[
+        list[SilenceAnswer],
+        Field(description="when it sent no heartbeat for longer than a lease, the latest first"),
+    ]
+    replaces_seen_at: Annotated[
+        Instant | None,
+        Field(description="the last heartbeat of the instance of its name before it"),
+    ]
     running: Annotated[int, Field(description="how many jobs it runs", examples=[2])]
     max_running: Annotated[
         int | None,
@@ -349,7 +389,53 @@ class StatusAnswer(_Answer):
     now: Instant
     counts: CountsAnswer
     instances: list[InstanceAnswer]
+    outages: Annotated[
+        list[SilenceAnswer],
+        Field(description="when no instance reached the database, the latest first"),
+    ]
     jobs: list[JobAnswer]
+
+
+class CauseActionAnswer(_Answer):
+    """What mends a cause: `resume` or `run` a job, `open` its runs, or `dismiss` an instance."""
+
+    kind: Annotated[Literal["resume", "run", "open", "dismiss"], Field(examples=["resume"])]
+    target: Annotated[
+        str, Field(description="the job's name, or the instance's id", examples=["audit-ledger"])
+    ]
+
+
+class CauseAnswer(_Answer):
+    """Why the verdict is not green."""
+
+    level: Annotated[Level, Field(examples=["red"])]
+    code: Annotated[Code, Field(examples=["job-paused"])]
+    subject: Annotated[
+        str,
+        Field(
+            description="the job or the instance; empty if it is neither", examples=["audit-ledger"]
+        ),
+    ]
+    text: Annotated[str, Field(examples=["audit-ledger was paused: it failed 5 times in a row"])]
+    since: Instant | None
+    action: CauseActionAnswer | None
+
+
+class VerdictAnswer(_Answer):
+    """Whether all is well: red is wrong now and needs a hand, amber has healed by itself lately."""
+
+    now: Instant
+    level: Annotated[Level, Field(examples=["green"])]
+    symbol: Annotated[str, Field(examples=["✓"])]
+    sentence: Annotated[str, Field(examples=["All is well."])]
+    causes: Annotated[list[CauseAnswer], Field(description="red ones first, at most 100")]
+    more: Annotated[int, Field(description="causes that are not listed", examples=[0])]
+
+
+class DismissedAnswer(_Answer):
+    """What was dismissed: an instance's name, or `recovered`."""
+
+    dismissed: Annotated[str, Field(examples=["app4"])]
 
 
 class RunAnswer(_Answer):

@@ -1,5 +1,6 @@
 """Statistics from PostgreSQL, for the metrics: the same from every instance."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
@@ -7,6 +8,7 @@ import structlog
 
 from balance_app.db.pool import Connection, Database, read_in_order
 from balance_app.errors import Problem
+from balance_app.jobs.api.verdict import Level, Verdict
 from balance_app.jobs.job import Job, Registry
 from balance_app.metrics import FleetStats, JobStats
 
@@ -23,6 +25,7 @@ class StatsReader:
         audits: Iterable[Job],
         mismatch: type[Exception],
         read_table_bytes: Callable[[Connection], Awaitable[Mapping[str, int]]],
+        read_verdict: Callable[[], Awaitable[Verdict]] | None = None,
     ) -> None:
         """Read statistics of the jobs of `registry`.
 
@@ -33,16 +36,22 @@ class StatsReader:
         self._audits = [each.name for each in audits]
         self._mismatch = mismatch.__name__
         self._read_table_bytes = read_table_bytes
+        self._read_verdict = read_verdict
 
     async def read(self) -> FleetStats | None:
         """Return the statistics as of now; None while the database can't be queried."""
         try:
-            return await self._database.run(self._read, priority=True)
+            stats = await self._database.run(self._read, priority=True)
+            verdict = None if self._read_verdict is None else await self._read_verdict()
         except Problem:
             return None
         except Exception as error:  # noqa: BLE001 - the other metrics are still served
             log.warning("the statistics for the metrics can't be read", error=repr(error))
             return None
+        if verdict is None:
+            return stats
+        causes = Counter(str(cause.code) for cause in verdict.causes)
+        return stats._replace(verdict=list(Level).index(verdict.level), causes=causes)
 
     async def _read(self, connection: Connection) -> FleetStats:
         rows = await read_in_order(connection, STATS, self._names, self._audits, self._mismatch)

@@ -7,7 +7,7 @@ statement and so one snapshot; all durations are up to that statement's time.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -18,6 +18,9 @@ from pydantic_core import from_json, to_json
 from balance_app.db.pool import Database, read
 from balance_app.errors import Problem
 from balance_app.formatting import exact
+from balance_app.jobs.api.fleet import Outage, judge
+from balance_app.jobs.api.fleet import parse as parse_instance
+from balance_app.jobs.api.verdict import Audits, Cause, cause_of_job
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
@@ -41,6 +44,9 @@ class Limits(NamedTuple):
     warm_up: timedelta
     # how long a job may be ready before it is overdue
     overdue: timedelta
+    # how long a run lasts at least, and of jobs that declare it
+    least: timedelta = timedelta()
+    least_of: Mapping[str, timedelta] = {}
 
 
 class Fleet(NamedTuple):
@@ -92,6 +98,8 @@ class JobStatus(NamedTuple):
     text: bytes
     valid_until: datetime
     summary: JobSummary
+    # why it needs a hand; None: it needs none
+    cause: Cause | None = None
 
 
 class StatusSnapshot(NamedTuple):
@@ -103,17 +111,48 @@ class StatusSnapshot(NamedTuple):
     instances: list[dict[str, Any]]
     # each a `JobAnswer`, in order of the names
     jobs: dict[str, JobStatus]
+    # of the jobs that need a hand
+    causes: Mapping[str, Cause] = {}
+    # when no instance reached the database, the latest first, and whether that was just now
+    outages: tuple[Outage, ...] = ()
+    settling: bool = False
 
 
 class StatusReader:
     """Reads the current status of jobs and instances."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        *,
+        audits: Audits = Audits(),  # noqa: B008 - it is immutable
+        least_seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Read the status.
+
+        Args:
+            database: where it is.
+            settings: for the lease, and how long jobs last at least.
+            audits: the jobs whose failures may be differences in the ledger.
+            least_seconds: how long runs of jobs last at least that declare that themselves.
+        """
         self._database = database
+        self._audits = audits
+        # whether a read failed or was late, and when by PostgreSQL's clock the next one succeeded
+        self._was_unavailable = False
+        self._back_at: datetime | None = None
         # how long after its last heartbeat an instance counts as live
         self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
         warm_up = timedelta(seconds=settings.job_warm_up_seconds)
-        self._limits = Limits(warm_up, overdue=self.lease + warm_up)
+        self._limits = Limits(
+            warm_up,
+            overdue=self.lease + warm_up,
+            least=timedelta(seconds=settings.job_min_seconds),
+            least_of={
+                name: timedelta(seconds=seconds) for name, seconds in (least_seconds or {}).items()
+            },
+        )
         self._lock = asyncio.Lock()
         self._reads = 0
         self._last: StatusSnapshot | Problem | None = None
@@ -126,6 +165,7 @@ class StatusReader:
         self._in_order = True
         self._stale: set[str] = set()
         self._summaries: Counter[JobSummary] = Counter()
+        self._causes: dict[str, Cause] = {}
         self._missing: dict[str, frozenset[str]] = {}
         self._fleet: Fleet | None = None
 
@@ -144,6 +184,7 @@ class StatusReader:
                 try:
                     self._last = await self._read()
                 except Problem as problem:
+                    self._was_unavailable = True
                     self._last = problem
             if isinstance(self._last, Problem):
                 raise self._last
@@ -167,8 +208,11 @@ class StatusReader:
             self._horizon = None
             header = await self._fetch()
         now: datetime = header["now"]
+        if self._was_unavailable:
+            self._was_unavailable, self._back_at = False, now
         instances = from_json(header["instances"])
         fleet = self._live_fleet(instances)
+        presence = judge(instances, now, self.lease, self._back_at)
         if fleet != self._fleet:
             self._fleet = fleet
             self._stale.update(self._rows)
@@ -181,13 +225,25 @@ class StatusReader:
             runs[holder] += number
         for instance in instances:
             instance["running"] = runs[instance["id"]]
-        head = to_json({"now": now, "counts": counts, "instances": instances})[:-1]
+        outages = [{"from": each.since, "until": each.until} for each in presence.outages]
+        head = to_json({"now": now, "counts": counts, "instances": instances, "outages": outages})[
+            :-1
+        ]
         await asyncio.sleep(0)
         jobs = [status.text for status in self._jobs.values()] or [b""]
         # The whole may be many megabytes, so it is joined only once.
         jobs[0] = head + b',"jobs":[' + jobs[0]
         jobs[-1] += b"]}"
-        return StatusSnapshot(now, b",".join(jobs), counts, instances, dict(self._jobs))
+        return StatusSnapshot(
+            now,
+            b",".join(jobs),
+            counts,
+            instances,
+            dict(self._jobs),
+            dict(sorted(self._causes.items())),
+            presence.outages,
+            presence.settling,
+        )
 
     async def _fetch(self) -> asyncpg.Record:
         """Update the rows to the current ones; return the statement's header row."""
@@ -200,7 +256,7 @@ class StatusReader:
         )
         (header,) = (row for row in rows if row["now"] is not None)
         if self._horizon is None or header["booted_at"] != self._booted_at:
-            for cache in (self._rows, self._jobs, self._stale, self._summaries):
+            for cache in (self._rows, self._jobs, self._stale, self._summaries, self._causes):
                 cache.clear()
         for row in rows:
             if row["name"] is not None:
@@ -218,7 +274,7 @@ class StatusReader:
         for instance in instances:
             sent, highest_number = instance.pop("missing"), instance.pop("highestNumber")
             full = instance.pop("full")
-            instance["startedAt"] = datetime.fromisoformat(instance["startedAt"]).astimezone(UTC)
+            parse_instance(instance)
             names = self._missing[instance["id"]] if sent is None else frozenset(sent)
             missing[instance["id"]] = names
             if instance["live"]:
@@ -235,10 +291,13 @@ class StatusReader:
             previous = self._jobs.get(name)
             if previous is not None:
                 self._summaries[previous.summary] -= 1
+            self._causes.pop(name, None)
             if _is_forgotten(self._rows[name]):
                 self._jobs.pop(name, None)
                 continue
-            status = _job_status(self._rows[name], now, fleet, self._limits)
+            status = _job_status(self._rows[name], now, fleet, self._limits, self._audits)
+            if status.cause is not None:
+                self._causes[name] = status.cause
             self._in_order = self._in_order and previous is not None
             self._jobs[name] = status
             self._summaries[status.summary] += 1
@@ -288,11 +347,19 @@ FROM (
                 'full', max_running IS NOT NULL AND max_running <= (
                     SELECT count(*) FROM jobs WHERE holder = id AND lease_expires_at > now
                 ),
+                'accepted', accepted,
+                'refused', refused,
+                'silences', silences,
+                'replacesSeenAt', replaces_seen_at,
                 'highestNumber', highest_number,
                 'missing', CASE WHEN id <> ALL ($4::uuid[]) THEN missing END
             ) ORDER BY server, started_at), '[]')::text
-            FROM instances
-            WHERE last_heartbeat_at > now - greatest($3, interval '1 minute')) AS instances
+            FROM (
+                SELECT *, lag(last_heartbeat_at) OVER name_of AS replaces_seen_at,
+                       max(started_at) OVER (PARTITION BY server) AS latest
+                FROM instances WINDOW name_of AS (PARTITION BY server ORDER BY started_at)
+            ) AS listed
+            WHERE last_heartbeat_at + $3 > now OR latest <= last_heartbeat_at) AS instances
     FROM header
 ) AS header
 FULL JOIN changed ON false
@@ -306,7 +373,9 @@ def _is_forgotten(row: asyncpg.Record) -> bool:
     )
 
 
-def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
+def _job_status(
+    row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits, audits: Audits
+) -> JobStatus:
     """Return a job's status as of `now`."""
     state = State.WAITING
     if row["holder"] is not None and row["lease_expires_at"] > now:
@@ -321,6 +390,11 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
         waiting = _waiting(Reason.PAUSED, _paused(row))
     elif state is State.WAITING:
         waiting, valid_until = _waiting_reason(row, now, fleet, limits)
+    work_ended_at = _of_this_run(row, "work_ended_at") if running else None
+    holding_until = None
+    all_done = running and row["total"] and row["done"] is not None and row["done"] >= row["total"]
+    if work_ended_at is not None or all_done:
+        holding_until = row["started_at"] + limits.least_of.get(row["name"], limits.least)
     body = {
         "name": row["name"],
         "state": state,
@@ -342,7 +416,8 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
             if running and row["done"] is not None
             else None
         ),
-        "workEndedAt": _of_this_run(row, "work_ended_at") if running else None,
+        "workEndedAt": work_ended_at,
+        "holdingUntil": holding_until if holding_until and holding_until > now else None,
         "stopRequestedAt": _of_this_run(row, "stop_requested_at") if running else None,
         "cancelRequestedBy": row["cancel_requested_by"] if running else None,
         "dueAt": row["due_at"],
@@ -376,7 +451,7 @@ def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits
     }
     failed = row["last_outcome"] in FAILURES
     summary = JobSummary(state, bool(waiting and waiting["overdue"]), failed, holder)
-    return JobStatus(to_json(body), valid_until, summary)
+    return JobStatus(to_json(body), valid_until, summary, cause_of_job(body, audits))
 
 
 def _waiting_reason(

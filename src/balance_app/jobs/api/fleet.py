@@ -1,0 +1,97 @@
+"""Which instances are there, gone or silent, from their rows; pure, and for display only.
+
+An instance that stops as it should deletes its row. One that is gone against its will stays until
+somebody dismisses it, or an instance of its name starts. If all are silent at once, that is an
+outage of the database: nobody is gone then, nor for a lease after it.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+LIVE: Final = "live"
+SILENT: Final = "silent"
+GONE: Final = "gone"
+
+Instance = dict[str, Any]
+
+
+class Outage(NamedTuple):
+    """A time in which no instance reached the database."""
+
+    since: datetime
+    until: datetime
+
+
+class Fleet(NamedTuple):
+    """The outages, the latest first, and whether the last is over for less than two leases."""
+
+    outages: tuple[Outage, ...]
+    settling: bool
+
+
+def judge(
+    instances: Sequence[Instance], now: datetime, lease: timedelta, back_at: datetime | None
+) -> Fleet:
+    """Set the `state` of each instance (an `InstanceAnswer` with its times).
+
+    Args:
+        instances: their rows.
+        now: the time of the snapshot.
+        lease: how long after its last heartbeat an instance is live.
+        back_at: when the reader's own connection was last found to be back.
+    """
+    outages = find_outages([each for each in instances if each["live"]])
+    ends = [outage.until for outage in outages[:1]]
+    settling = any(now < end + 2 * lease for end in (*ends, *([back_at] if back_at else [])))
+    seen = {each["id"]: now - timedelta(seconds=each["seenSecondsAgo"]) for each in instances}
+    at_once = bool(seen) and max(seen.values()) - min(seen.values()) <= lease
+    nobody = not any(each["live"] for each in instances)
+    for each in instances:
+        last = seen[each["id"]]
+        forgiven = (
+            (back_at is not None and last <= back_at and now < back_at + lease)
+            or any(o.since - lease <= last <= o.until and now < o.until + lease for o in outages)
+            or (nobody and at_once)
+        )
+        each["state"] = LIVE if each["live"] else SILENT if forgiven else GONE
+    return Fleet(outages, settling)
+
+
+def find_outages(live: Sequence[Instance]) -> tuple[Outage, ...]:
+    """Return when all instances that were up, of these, were silent; the latest first."""
+    if not live:
+        return ()
+    eldest = min(live, key=lambda each: each["startedAt"])
+    found = []
+    for silence in eldest["silences"]:
+        since, until = silence["from"], silence["until"]
+        others = [each for each in live if each is not eldest and each["startedAt"] < since]
+        for other in others:
+            both = [
+                (max(since, own["from"]), min(until, own["until"]))
+                for own in other["silences"]
+                if own["from"] < until and own["until"] > since
+            ]
+            if not both:
+                break
+            since, until = both[0]
+        else:
+            found.append(Outage(since, until))
+    return tuple(found)
+
+
+def parse(instance: Instance) -> None:
+    """Turn the times of a row, as JSON has them, into moments."""
+    instance["startedAt"] = _moment(instance["startedAt"])
+    replaced = instance["replacesSeenAt"]
+    instance["replacesSeenAt"] = None if replaced is None else _moment(replaced)
+    times = [_moment(each) for each in instance["silences"]]
+    instance["silences"] = [
+        {"from": since, "until": until}
+        for since, until in zip(times[::2], times[1::2], strict=False)
+    ]
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
