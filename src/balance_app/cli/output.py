@@ -230,8 +230,9 @@ def verdict_lines(verdict: Json, on: Console) -> list[Text]:
     style = {"green": "green", "amber": "yellow", "red": "red"}.get(verdict["level"], "")
     lines = [text(f"{verdict['symbol']} {verdict['sentence']}", on, f"bold {style}")]
     causes = [each for each in verdict["causes"] if each["text"] not in verdict["sentence"]]
-    for cause in causes[:CAUSES_SHOWN]:
-        lines.append(text(f"  {cause['text']}{_mending(cause)}", on, style))
+    lines += [
+        text(f"  {cause['text']}{_mending(cause)}", on, style) for cause in causes[:CAUSES_SHOWN]
+    ]
     more = len(causes) - CAUSES_SHOWN + verdict["more"]
     return [*lines, *([text(f"  and {more} more", on)] if more > 0 else [])]
 

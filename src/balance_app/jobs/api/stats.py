@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 class StatsReader:
     """Reads the statistics of the jobs that this instance's code declares, and tables' sizes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what it reads with
         self,
         database: Database,
         registry: Registry,

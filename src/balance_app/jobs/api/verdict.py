@@ -52,7 +52,7 @@ class Code(StrEnum):
     DATABASE_BACK = "database-back"
 
 
-# Of the jobs that nobody can run while no instance is there, nothing more is said.
+# What follows from it that no instance is there, or was, until the database was back just now.
 _FOR_WANT_OF_INSTANCES: Final = {Code.NO_CODE, Code.JOB_OVERDUE, Code.JOB_LOST}
 
 
@@ -131,11 +131,11 @@ class Verdict(NamedTuple):
 def decide(snapshot: "StatusSnapshot", recent: Recent | None = None) -> Verdict:
     """Return the verdict on a snapshot, and on what has recovered lately."""
     red = list(_of_instances(snapshot))
-    nobody = any(cause.code == Code.NO_INSTANCES for cause in red)
+    nobody = not any(each["state"] == "live" for each in snapshot.instances)
     red += [
         cause
         for cause in snapshot.causes.values()
-        if not (nobody and cause.code in _FOR_WANT_OF_INSTANCES)
+        if not ((nobody or snapshot.settling) and cause.code in _FOR_WANT_OF_INSTANCES)
     ]
     amber = sorted(
         _recovered(snapshot, recent or Recent()),
@@ -218,8 +218,8 @@ def _cut(text: str) -> str:
 
 
 def _of_instances(snapshot: "StatusSnapshot") -> Iterable[Cause]:
-    states = [each["state"] for each in snapshot.instances]
-    if snapshot.jobs and not {"live", "silent"} & set(states):
+    live = any(each["state"] == "live" for each in snapshot.instances)
+    if snapshot.jobs and not live and not snapshot.settling:
         seen = min((each["seenSecondsAgo"] for each in snapshot.instances), default=None)
         since = None if seen is None else snapshot.now - timedelta(seconds=seen)
         yield Cause(Level.RED, Code.NO_INSTANCES, "", "No instance is running jobs", since)
@@ -251,6 +251,9 @@ def _recovered(snapshot: "StatusSnapshot", recent: Recent) -> Iterable[Cause]:
     after = snapshot.now - RECENT
     if recent.dismissed_at is not None:
         after = max(after, recent.dismissed_at)
+    if snapshot.settling and not any(each["state"] == "live" for each in snapshot.instances):
+        text = "the database is back, and instances are reconnecting"
+        yield Cause(Level.AMBER, Code.DATABASE_BACK, "", text, snapshot.now)
     for outage in snapshot.outages:
         if outage.until > after:
             lasted = duration((outage.until - outage.since).total_seconds())
@@ -258,8 +261,11 @@ def _recovered(snapshot: "StatusSnapshot", recent: Recent) -> Iterable[Cause]:
             yield Cause(Level.AMBER, Code.DATABASE_BACK, "", text, outage.until)
     for each in snapshot.instances:
         back_at = each["startedAt"]
-        if each["state"] == "live" and each["replacesSeenAt"] is not None and back_at > after:
-            away = duration((back_at - each["replacesSeenAt"]).total_seconds())
+        gone_at = each["replacesSeenAt"]
+        # Of two at a time with one name neither is gone.
+        took_place = gone_at is not None and gone_at < back_at
+        if each["state"] == "live" and took_place and back_at > after:
+            away = duration((back_at - gone_at).total_seconds())
             text = f"{each['server']} is back after {away}"
             yield Cause(Level.AMBER, Code.INSTANCE_BACK, each["server"], text, back_at)
     for run in recent.resumed:

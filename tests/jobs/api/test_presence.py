@@ -1,0 +1,156 @@
+"""Instances as rows: gone, back, left, dismissed; their counters; and the verdict over HTTP."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+
+from balance_app.jobs.api.controls import Controls
+from balance_app.jobs.api.errors import InstanceLive, InstanceNotFound
+from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.verdict_reader import VerdictReader
+from balance_app.jobs.leases import LEAVE, Changes, renew_leases
+from balance_app.jobs.repository import Me
+from tests.cli.test_jobs import add_run
+from tests.jobs.rows import Connection, add_instance, add_job, migrated, settings_for
+from tests.jobs.support import JobsDatabase
+from tests.processes import Instance, connect, http_client
+from tests.terminal import run
+
+SECOND = timedelta(seconds=1)
+
+
+class Site:
+    """What reads and changes the rows of a database."""
+
+    def __init__(self, reader: StatusReader, verdict: VerdictReader, controls: Controls) -> None:
+        self.reader = reader
+        self.verdict = verdict
+        self.controls = controls
+
+    async def states(self) -> dict[str, str]:
+        """The state of each instance by its name."""
+        snapshot = await self.reader.read()
+        return {each["server"]: each["state"] for each in snapshot.instances}
+
+
+@pytest.fixture
+async def site(database: dict[str, str]) -> AsyncIterator[tuple[Site, Connection]]:
+    """Readers of a database without jobs, and a connection to it."""
+    async with migrated(database) as (served, connection):
+        reader = StatusReader(served, settings_for(database))
+        yield Site(reader, VerdictReader(reader, served), Controls(served, reader, {})), connection
+
+
+async def test_an_instance_that_is_gone_stays_until_it_is_dismissed(
+    site: tuple[Site, Connection],
+) -> None:
+    """It is listed for days; who dismissed it is recorded; a live one can't be dismissed."""
+    where, connection = site
+    live = await add_instance(connection, "app1")
+    gone = await add_instance(connection, "app4", up_seconds=200_000, seen_seconds_ago=100_000)
+    assert await where.states() == {"app1": "live", "app4": "gone"}
+    with pytest.raises(InstanceLive):
+        await where.controls.dismiss(str(live), "ada")
+    for wrong in (str(uuid4()), "app4", "\x00"):
+        with pytest.raises(InstanceNotFound):
+            await where.controls.dismiss(wrong, "ada")
+    assert await where.controls.dismiss(str(gone), "ada") == "app4"
+    assert await where.states() == {"app1": "live"}
+    with pytest.raises(InstanceNotFound):
+        await where.controls.dismiss(str(gone), "bob")
+    rows = await connection.fetch("SELECT by, action, subject FROM actions WHERE by = 'ada'")
+    assert [tuple(row) for row in rows] == [("ada", "instance dismissed", "instance app4")]
+
+
+async def test_an_instance_of_the_same_name_takes_the_place_of_one_that_is_gone(
+    site: tuple[Site, Connection],
+) -> None:
+    """Restarted under its name it is back, however often it died; and it leaves no trace of them.
+
+    The control: one that was up beside it when it died is not its successor.
+    """
+    where, connection = site
+    await add_instance(connection, "app4", up_seconds=900, seen_seconds_ago=500)
+    await add_instance(connection, "app4", up_seconds=400, seen_seconds_ago=300)
+    back = await add_instance(connection, "app4", up_seconds=291)
+    await add_instance(connection, "twin", up_seconds=800, seen_seconds_ago=100)
+    await add_instance(connection, "twin", up_seconds=700)
+    snapshot = await where.reader.read()
+    states = sorted((each["server"], each["state"]) for each in snapshot.instances)
+    assert states == [("app4", "live"), ("twin", "gone"), ("twin", "live")]
+    await connection.execute(LEAVE, back)
+    assert "app4" not in await where.states()
+
+
+async def test_a_heartbeat_carries_counters_and_the_gap_before_it(
+    jobs_db: JobsDatabase,
+) -> None:
+    """No gap within a lease; the latest ten gaps are kept, the latest first."""
+    instance = jobs_db.instance("app7")
+    capabilities = await instance.declare("moon")
+    admin = jobs_db.admin
+    me = Me(uuid4(), "app7")
+    for accepted in (3, 5):
+        changes = Changes(accepted, 2)
+        await renew_leases(admin, me, 6 * SECOND, capabilities, [], changes)
+    row = await admin.fetchrow("SELECT accepted, refused, silences FROM instances")
+    assert tuple(row) == (5, 2, [])
+    earlier = "UPDATE instances SET last_heartbeat_at = last_heartbeat_at - $1::interval"
+    for _ in range(12):
+        await admin.execute(earlier, 9 * SECOND)
+        await renew_leases(admin, me, 6 * SECOND, capabilities, [], changes)
+    silences = await admin.fetchval("SELECT silences FROM instances")
+    assert len(silences) == 20
+    pairs = zip(silences[::2], silences[1::2], strict=True)
+    assert all(until - since >= 9 * SECOND for since, until in pairs)
+    assert silences[1] == max(silences)
+
+
+async def test_what_recovered_is_told_by_one_statement_and_can_be_dismissed(
+    site: tuple[Site, Connection],
+) -> None:
+    """A lost run is amber once the next has begun, and no longer after somebody dismissed it."""
+    where, connection = site
+    await add_instance(connection, "app1")
+    await add_job(connection, "moon")
+    lost = {"server": "app4", "outcome": "lost", "ended_at": -26 * SECOND}
+    await add_run(connection, "moon", 6, **lost)
+    assert (await where.verdict.read()).level == "green"
+    await add_run(connection, "moon", 7)
+    verdict = await where.verdict.read()
+    assert [cause.code for cause in verdict.causes] == ["run-resumed"]
+    await where.controls.dismiss_recovered("ada")
+    assert (await where.verdict.read()).level == "green"
+
+
+async def test_the_verdict_over_http_and_on_the_command_line(
+    instance: Instance, database: dict[str, str]
+) -> None:
+    """The same sentence: first in `status`, whose exit code is its level."""
+    connection = await connect(database)
+    await connection.execute("DELETE FROM instances; DELETE FROM job_runs; DELETE FROM jobs")
+    await add_instance(connection, "app1")
+    gone = await add_instance(connection, "app4", seen_seconds_ago=100)
+    await add_job(connection, "moon", paused_at=-SECOND, paused_by="balance_app")
+    await add_job(connection, "sun")
+    async with http_client(instance.url) as client:
+        verdict = (await client.get("/api/verdict")).json()
+        assert (verdict["level"], verdict["symbol"]) == ("red", "✕")
+        assert [each["code"] for each in verdict["causes"]] == ["instance-gone", "job-paused"]
+        assert verdict["causes"][1]["action"] == {"kind": "resume", "target": "moon"}
+        assert verdict["causes"][0]["action"] == {"kind": "dismiss", "target": str(gone)}
+        metrics = (await client.get("/metrics")).text
+        assert "balance_app_fleet_verdict 2.0" in metrics
+        assert 'balance_app_fleet_verdict_causes{code="job-paused"} 1.0' in metrics
+    code, out, _ = await run("status", "--attention", BALANCE_APP_URL=instance.url)
+    assert (code, out.splitlines()[0]) == (2, f"✕ {verdict['sentence']}")
+    assert "moon" in out
+    assert "sun" not in out
+    code, out, _ = await run("dismiss", "app4", BALANCE_APP_URL=instance.url)
+    assert (code, out) == (0, "Dismissed app4.\n")
+    await connection.execute("UPDATE jobs SET paused_at = NULL, paused_by = NULL")
+    code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
+    assert (code, out.splitlines()[0]) == (0, "✓ All is well.")
+    await connection.close()
