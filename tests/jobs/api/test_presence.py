@@ -96,6 +96,7 @@ async def test_a_heartbeat_carries_counters_and_the_gap_before_it(
         changes = Changes(accepted, 2)
         await renew_leases(admin, me, 6 * SECOND, capabilities, [], changes)
     row = await admin.fetchrow("SELECT accepted, refused, silences FROM instances")
+    assert row is not None
     assert tuple(row) == (5, 2, [])
     earlier = "UPDATE instances SET last_heartbeat_at = last_heartbeat_at - $1::interval"
     for _ in range(12):
