@@ -505,6 +505,14 @@ async def test_a_failed_audit_is_recognized_as_a_mismatch(jobs_db: JobsDatabase)
     )
 
 
+# Without an answer the verdict is red.
+NO_ANSWER: Final = {
+    "balance_app_fleet_scrape_success": 0,
+    "balance_app_fleet_verdict": 2,
+    'balance_app_fleet_verdict_causes{code="database-unavailable"}': 1,
+}
+
+
 async def test_the_fleet_is_queried_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of scrapes share a query; its result is not cached for longer."""
     asked = 0
@@ -524,7 +532,7 @@ async def test_the_fleet_is_queried_once_a_second(monkeypatch: pytest.MonkeyPatc
     assert {each['balance_app_fleet_table_bytes{table="t"}'] for each in found} == {3}
     assert {each["balance_app_fleet_scrape_success"] for each in found} == {1}
     monkeypatch.setattr(numbers, "monotonic", lambda: float("inf"))
-    assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 0}
+    assert _of_the_fleet(await of(metrics)) == NO_ANSWER
 
 
 async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +548,7 @@ async def test_a_database_that_is_slow_is_not_waited_for(monkeypatch: pytest.Mon
     async with asyncio.timeout(4):
         found = await of(metrics)
     assert found["balance_app_jobs_running"] == 0
-    assert _of_the_fleet(found) == {"balance_app_fleet_scrape_success": 0}
+    assert _of_the_fleet(found) == NO_ANSWER
 
 
 async def test_a_failed_query_of_the_fleet_is_reported(jobs_db: JobsDatabase) -> None:
@@ -552,7 +560,7 @@ async def test_a_failed_query_of_the_fleet_is_reported(jobs_db: JobsDatabase) ->
         found = _of_the_fleet(await of(metrics))
     finally:
         await jobs_db.admin.execute("ALTER TABLE hidden RENAME TO job_runs")
-    assert found == {"balance_app_fleet_scrape_success": 0}
+    assert found == NO_ANSWER
     await asyncio.sleep(1.1)
     assert _of_the_fleet(await of(metrics)) == {"balance_app_fleet_scrape_success": 1}
 

@@ -209,6 +209,12 @@ async def requests_of(  # noqa: C901, PLR0912, PLR0915 - a case each
                 yield await of_account(on, do)
         case "DELETE /api/cron/jobs/{name}/schedule":
             yield await of_job(on, "/api/cron", "reset")
+        case "POST /api/cron/instances/{instance}/dismiss":
+            gone = await add_instance(on.connection, "app4", seen_seconds_ago=60)
+            path = f"/api/cron/instances/{gone}/dismiss"
+            yield Given(path, ("actions.by",), query=LIAR)
+        case "POST /api/verdict/dismiss":
+            yield Given("/api/verdict/dismiss", ("actions.by",), query=LIAR)
         case "POST /jobs/{name}/schedule/reset":
             yield await of_job(on, "", "reset")
         case _:
@@ -274,7 +280,7 @@ async def test_whatever_changes_something_says_who_did(database: dict[str, str])
     ("module", "name", "instead", "routes_found"),
     [
         (holds_api, "principal", lambda _: ANONYMOUS, {"/api/holds"}),
-        (jobs_api, "name_of", lambda _, claimed: claimed, {"/api/cron/"}),
+        (jobs_api, "name_of", lambda _, claimed: claimed, {"/api/cron/", "/api/verdict/"}),
         (account_actions, "principal", lambda _: ANONYMOUS, {"/users", "/change"}),
     ],
 )

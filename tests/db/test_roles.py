@@ -84,8 +84,8 @@ TABLE: Final[dict[str, dict[str, str]]] = {
     },
     "instances": {
         "SELECT": ALL,
-        "INSERT": "id server highest_number missing max_running",
-        "UPDATE": "last_heartbeat_at",
+        "INSERT": "id server highest_number missing max_running accepted refused",
+        "UPDATE": "last_heartbeat_at accepted refused silences",
         "DELETE": ALL,
     },
     "daily_balances": {"SELECT": ALL, "INSERT": ALL, "UPDATE": "version balance at sealed"},

@@ -53,7 +53,7 @@ class JobSession(Session):
         verdict = self._verdict()
         if verdict is not None and not self._as_json:
             for line in output.verdict_lines(verdict, self._out):
-                self._out.print(line, soft_wrap=True)
+                self._out.print(line)
         answer = self.read_status()
         if search is not None or attention:
             needing = {each["subject"] for each in (verdict or {"causes": []})["causes"]}

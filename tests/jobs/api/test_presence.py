@@ -5,20 +5,31 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from pydantic_core import from_json
 
+from balance_app.cli.output import moment
+from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import InstanceLive, InstanceNotFound
-from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.leases import LEAVE, Changes, renew_leases
 from balance_app.jobs.repository import Me
+from balance_app.states import job_sign
 from tests.cli.test_jobs import add_run
-from tests.jobs.rows import Connection, add_instance, add_job, migrated, settings_for
-from tests.jobs.support import JobsDatabase
+from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
+from tests.jobs.support import JobsDatabase, on
 from tests.processes import Instance, connect, http_client
 from tests.terminal import run
 
 SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture(scope="module")
+async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase]:
+    """One database for the tests of heartbeats."""
+    async with on(postgres) as jobs_db:
+        yield jobs_db
 
 
 class Site:
@@ -155,3 +166,57 @@ async def test_the_verdict_over_http_and_on_the_command_line(
     code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert (code, out.splitlines()[0]) == (0, "✓ All is well.")
     await connection.close()
+
+
+class _Gone:
+    """A status that can't be read."""
+
+    async def read(self) -> StatusSnapshot:
+        raise DatabaseUnavailable("it is gone", applied="no")
+
+
+async def test_there_is_a_verdict_without_the_database(
+    site: tuple[Site, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From memory: red, and since when, by the database's clock as it was last seen."""
+    where, connection = site
+    await add_instance(connection, "app1")
+    before = await where.verdict.read()
+    assert before.level == "green"
+    monkeypatch.setattr(where.verdict, "_status_reader", _Gone())
+    first, second = await where.verdict.read(), await where.verdict.read()
+    (cause,) = second.causes
+    assert (second.level, cause.code) == ("red", "database-unavailable")
+    assert before.now is not None
+    assert first.now is not None
+    assert second.now is not None
+    assert before.now <= first.now <= second.now
+    assert cause.since == first.now
+
+
+async def test_a_run_whose_work_is_done_holds_to_its_minimum_duration(
+    database: dict[str, str],
+) -> None:
+    """By its function's end, or its progress; until the duration that its job declares.
+
+    The control: a run that goes on, and one whose minimum duration is over, hold nothing.
+    """
+    async with migrated(database) as (served, connection):
+        least = {"own": 3600.0}
+        settings = settings_for(database, job_min_seconds=120)
+        reader = StatusReader(served, settings, least_seconds=least)
+        one = await add_instance(connection, "app1")
+        at_work = running(one, "app1")
+        await add_job(connection, "ended", **at_work, work_ended_at=-SECOND)
+        await add_job(connection, "full", **at_work, done=4, total=4)
+        await add_job(connection, "half", **at_work, done=2, total=4)
+        await add_job(connection, "long", **running(one, "app1", seconds=500), done=4, total=4)
+        await add_job(connection, "own", **at_work, done=4, total=4)
+        jobs = {job["name"]: job for job in from_json((await reader.read()).text)["jobs"]}
+    lasts = {
+        name: (moment(job["holdingUntil"]) - moment(job["startedAt"])).total_seconds()
+        for name, job in jobs.items()
+        if job["holdingUntil"] is not None
+    }
+    assert lasts == {"ended": 120, "full": 120, "own": 3600}
+    assert job_sign(jobs["full"]).label == "work done"

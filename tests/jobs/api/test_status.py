@@ -241,19 +241,21 @@ async def test_the_last_run_and_the_schedule_are_shown(
     assert (old["lastRun"]["outcome"], old["lastRun"]["server"]) == ("timed_out", "app9")
 
 
-async def test_instances_are_listed_while_they_are_seen(
+async def test_instances_are_listed_until_they_are_dismissed(
     rows: tuple[StatusReader, Connection],
 ) -> None:
-    """Live for a lease, listed for a minute, whatever their capabilities."""
+    """Live for a lease, then gone, however long ago, whatever their capabilities."""
     reader, connection = rows
     await add_instance(connection, "live", seen_seconds_ago=1, missing=("x",))
     await add_instance(connection, "silent", seen_seconds_ago=20)
     await add_instance(connection, "gone", seen_seconds_ago=70)
     for _ in range(2):
-        live, silent = (await read_status(reader))["instances"]
+        gone, live, silent = (await read_status(reader))["instances"]
         assert live.keys() == {
-            *("id", "server", "startedAt", "seenSecondsAgo", "live", "running", "maxRunning")
+            *("id", "server", "startedAt", "seenSecondsAgo", "live", "running", "maxRunning"),
+            *("state", "accepted", "refused", "silences", "replacesSeenAt"),
         }
+        assert (gone["server"], gone["live"], gone["state"]) == ("gone", False, "gone")
         assert (live["server"], live["live"]) == ("live", True)
         assert (silent["server"], silent["live"]) == ("silent", False)
         assert 20 <= silent["seenSecondsAgo"] < 50
@@ -267,6 +269,7 @@ async def test_a_status_without_jobs_is_complete(rows: tuple[StatusReader, Conne
         "now": 0,
         "counts": {"running": 0, "waiting": 0, "paused": 0, "overdue": 0},
         "instances": [],
+        "outages": [],
         "jobs": [],
     }
 

@@ -319,7 +319,7 @@ async def read_verdict(request: Request) -> Response:
     """Show whether all is well, in one sentence, and what mends what is not.
 
     Red is wrong now and needs a hand; amber has healed by itself within 15 minutes. While the
-    database is unavailable the verdict is red, too, and `now` is by this instance's clock.
+    database is unavailable the verdict is red, too.
     """
     return _json(to_json((await services(request)[VerdictReader].read()).body()))
 

@@ -424,7 +424,10 @@ class CauseAnswer(_Answer):
 class VerdictAnswer(_Answer):
     """Whether all is well: red is wrong now and needs a hand, amber has healed by itself lately."""
 
-    now: Instant
+    now: Annotated[
+        Instant | None,
+        Field(description="by the database's clock; null if it was never available"),
+    ]
     level: Annotated[Level, Field(examples=["green"])]
     symbol: Annotated[str, Field(examples=["✓"])]
     sentence: Annotated[str, Field(examples=["All is well."])]

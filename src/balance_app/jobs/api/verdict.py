@@ -8,13 +8,11 @@ and the alerts use it.
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from balance_app.formatting import duration, exact
+from balance_app.jobs.api.fleet import Outage
 from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
-
-if TYPE_CHECKING:
-    from balance_app.jobs.api.status import StatusSnapshot
 
 RECENT: Final = timedelta(minutes=15)
 # Who pauses a job that failed too often.
@@ -128,7 +126,35 @@ class Verdict(NamedTuple):
         }
 
 
-def decide(snapshot: "StatusSnapshot", recent: Recent | None = None) -> Verdict:
+class Situation(Protocol):
+    """What the verdict is on: a `StatusSnapshot`."""
+
+    @property
+    def now(self) -> datetime:
+        """The database's time."""
+
+    @property
+    def instances(self) -> list[dict[str, Any]]:
+        """The instances, an `InstanceAnswer` with its times each."""
+
+    @property
+    def jobs(self) -> Mapping[str, object]:
+        """The jobs by their names."""
+
+    @property
+    def causes(self) -> Mapping[str, Cause]:
+        """Why jobs need a hand, by their names."""
+
+    @property
+    def outages(self) -> tuple[Outage, ...]:
+        """When no instance reached the database, the latest first."""
+
+    @property
+    def settling(self) -> bool:
+        """Whether that was just now."""
+
+
+def decide(snapshot: Situation, recent: Recent | None = None) -> Verdict:
     """Return the verdict on a snapshot, and on what has recovered lately."""
     red = list(_of_instances(snapshot))
     nobody = not any(each["state"] == "live" for each in snapshot.instances)
@@ -151,11 +177,12 @@ def decide(snapshot: "StatusSnapshot", recent: Recent | None = None) -> Verdict:
     return Verdict(Level.GREEN, "All is well.", (), snapshot.now)
 
 
-def unavailable(since: datetime, now: datetime) -> Verdict:
-    """Return the verdict while the database can't be read."""
+def unavailable(since: datetime | None, now: datetime | None) -> Verdict:
+    """Return the verdict while the database can't be read; None: it never was."""
     text = "Database unavailable"
     cause = Cause(Level.RED, Code.DATABASE_UNAVAILABLE, "", text, since)
-    return Verdict(Level.RED, f"{text} since {exact(since)} UTC.", (cause,), now)
+    when = "" if since is None else f" since {exact(since)} UTC"
+    return Verdict(Level.RED, f"{text}{when}.", (cause,), now)
 
 
 def cause_of_job(job: Mapping[str, Any], audits: Audits) -> Cause | None:
@@ -217,7 +244,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_RESULT else f"{text[: LONGEST_RESULT - 1]}…"
 
 
-def _of_instances(snapshot: "StatusSnapshot") -> Iterable[Cause]:
+def _of_instances(snapshot: Situation) -> Iterable[Cause]:
     live = any(each["state"] == "live" for each in snapshot.instances)
     if snapshot.jobs and not live and not snapshot.settling:
         seen = min((each["seenSecondsAgo"] for each in snapshot.instances), default=None)
@@ -246,7 +273,7 @@ def _red_sentence(red: list[Cause]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _recovered(snapshot: "StatusSnapshot", recent: Recent) -> Iterable[Cause]:
+def _recovered(snapshot: Situation, recent: Recent) -> Iterable[Cause]:
     """Yield what has healed by itself within the last quarter of an hour."""
     after = snapshot.now - RECENT
     if recent.dismissed_at is not None:

@@ -1,6 +1,7 @@
 """The verdict as of now: the status, and one statement more for what has recovered lately."""
 
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
+from time import monotonic
 from typing import Final
 
 from balance_app.db.pool import Database, read
@@ -18,7 +19,9 @@ class VerdictReader:
     def __init__(self, status_reader: StatusReader, database: Database) -> None:
         self._status_reader = status_reader
         self._database = database
-        # since when the database is unavailable, by this instance's clock
+        # the database's time at the last verdict, and the moment of that (monotonic)
+        self._read_at: tuple[datetime, float] | None = None
+        # since when the database is unavailable; as it was last seen before that, if ever
         self._unavailable_since: datetime | None = None
 
     async def read(self) -> Verdict:
@@ -27,10 +30,14 @@ class VerdictReader:
             snapshot = await self._status_reader.read()
             recent = await self.recent()
         except DatabaseUnavailable:
-            now = datetime.now(UTC)
+            now = None
+            if self._read_at is not None:
+                then, at = self._read_at
+                now = then + timedelta(seconds=monotonic() - at)
             self._unavailable_since = self._unavailable_since or now
             return unavailable(self._unavailable_since, now)
         self._unavailable_since = None
+        self._read_at = snapshot.now, monotonic()
         return decide(snapshot, recent)
 
     async def recent(self) -> Recent:
