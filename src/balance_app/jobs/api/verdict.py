@@ -298,8 +298,7 @@ def _recovered(snapshot: Situation, recent: Recent) -> Iterable[Cause]:
     for run in recent.resumed:
         # A run that a person or the verdict's red causes are about is not healed.
         if run.resumed_at > after and run.job not in snapshot.causes:
-            took = duration(max((run.resumed_at - run.lost_at).total_seconds(), 0))
+            # A lost run ends with its lease: how long nobody worked is not known.
             text = f"the run of {run.job} on {run.server} was lost and resumed on {run.resumed_on}"
-            text += f" after {took}"
             action = Action("open", run.job)
             yield Cause(Level.AMBER, Code.RUN_RESUMED, run.job, text, run.resumed_at, action)
