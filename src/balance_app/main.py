@@ -67,6 +67,7 @@ from balance_app.web.login import refusal_page
 from balance_app.web.login import router as login_router
 from balance_app.web.queries import PageQueries
 from balance_app.web.router import router as pages_router
+from balance_app.web.runs import router as runs_router
 from balance_app.web.stream import PageStream
 
 log = structlog.get_logger(__name__)
@@ -121,7 +122,7 @@ def create_app(
         app.include_router(each.router)
     for router in (jobs_router, verdict_router, actions.router, health.router):
         app.include_router(router)
-    for router in (pages_router, login_router, accounts_router):
+    for router in (pages_router, runs_router, login_router, accounts_router):
         app.include_router(router)
     for router in (actions_router, account_actions_router, action_list_router):
         app.include_router(router)
@@ -174,8 +175,12 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
+    minimums = {
+        name: settings.job_min_seconds if job.min_seconds is None else job.min_seconds
+        for name, job in registry.items()
+    }
     page_stream = PageStream(
-        status_reader, queries, stopping, streams, root_path=settings.root_path
+        status_reader, queries, stopping, streams, minimums, root_path=settings.root_path
     )
     for stream in (broadcaster, page_stream):
         gate.when_changed(stream.wake)

@@ -82,6 +82,8 @@ MAY: Final = {
     "GET /jobs/{name}/cancel": shown(OPERATE),
     "GET /jobs/{name}/forget": shown(OPERATE),
     "GET /jobs/{name}/runs/{run}": READ,
+    "GET /runs": READ,
+    "GET /runs/{run}": READ,
     "POST /jobs/{name}/run": shown(OPERATE),
     "POST /jobs/{name}/pause": shown(OPERATE),
     "POST /jobs/{name}/resume": shown(OPERATE),

@@ -77,6 +77,8 @@ NEEDS: Final[dict[tuple[str, str], Needs]] = {
     ("GET", "/jobs/{name}/cancel"): OPERATE,
     ("GET", "/jobs/{name}/forget"): OPERATE,
     ("GET", "/jobs/{name}/runs/{run}"): READ,
+    ("GET", "/runs"): READ,
+    ("GET", "/runs/{run}"): READ,
     ("POST", "/jobs/{name}/run"): OPERATE,
     ("POST", "/jobs/{name}/pause"): OPERATE,
     ("POST", "/jobs/{name}/resume"): OPERATE,

@@ -6,7 +6,7 @@ the table. The number of pages is bounded, not the time.
 """
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, cast
 from uuid import uuid4
 
@@ -27,7 +27,7 @@ from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
-from balance_app.web.queries import PageQueries
+from balance_app.web.queries import RUNS_SEARCHED, PageQueries, RunFilter
 from tests.explaining import OneConnection, both_plans, bounded, explaining
 from tests.jobs.rows import add_job
 from tests.jobs.support import AT_ONCE, LEASE, JobsDatabase, on
@@ -194,21 +194,47 @@ async def test_the_page_reads_few_runs(
     statistics: Statistics,  # noqa: ARG001 - the same
     mode: str,
 ) -> None:
-    """The last runs of each job, without skipped ticks, and the recent failures."""
+    """The last runs of each job, without skipped ticks, and the latest ones of all jobs."""
     async with explaining(large.admin, mode, "job_run") as connection:
         queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
-        activity = await queries.activity(NAMES, ())
+        activity = await queries.activity(NAMES, (), 1800.0)
         shown = {name: len(await queries.last_runs(name, 60)) for name in NAMES}
     assert {name: len(runs) for name, runs in activity.runs.items()} == {
-        name: min(number, 40) for name, number in shown.items()
+        name: min(number, 20) for name, number in shown.items()
     }
     assert shown == {**dict.fromkeys(NAMES, 0), MANY: 60, FAILING: 60, ONCE: 60} | {
         SKIPPING: 1,
         RARE: 5,
         SINGLE: 1,
     }
-    # A thousand of each kind of failure are read to find those of the last day.
+    # A thousand runs are read to find those of the last half hour.
     bounded(connection.touched, 2500)
+
+
+@both_plans
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        (RunFilter(), 200),
+        (RunFilter(job=RARE), 200),
+        (RunFilter(job=MANY, outcome="failed"), 200),
+        (RunFilter(outcome="lost"), 200),
+        (RunFilter(until=datetime(2026, 1, 1, tzinfo=UTC)), 400),
+        (RunFilter(server="nobody"), RUNS_SEARCHED + 400),
+    ],
+)
+async def test_a_page_of_runs_reads_few_of_them(
+    large: JobsDatabase,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+    given: RunFilter,
+    most: int,
+) -> None:
+    """As many as it shows, where an index has the filter; else it stops, and says so."""
+    async with explaining(large.admin, mode, "job_run") as connection:
+        queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
+        await queries.runs(given, before=None, limit=50)
+    bounded(connection.touched, most)
 
 
 @both_plans
