@@ -1,0 +1,188 @@
+"""Which jobs a list shows, in which order: filters, their counts, and pages.
+
+Jobs that need attention come first, so that nobody has to look for them. Everything that chooses a
+list is in its address.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
+
+from pydantic_core import from_json
+
+from balance_app.jobs.api.status import JobStatus
+from balance_app.states import State
+from balance_app.web.view_models import seconds_of
+
+LONGEST_SEARCH: Final = 63
+JOBS_ON_OVERVIEW: Final = 50
+JOBS_ON_PAGE: Final = 100
+SORTS: Final = ("", "name", "next", "last")
+STATES: Final = {
+    "": "All",
+    "attention": "Needs attention",
+    "running": "Running",
+    "waiting": "Waiting",
+    "paused": "Paused",
+}
+# Filters that have no chip: links of other pages and of people have them.
+MORE_STATES: Final = ("overdue", "failed")
+
+
+class JobFilter(NamedTuple):
+    """A list of jobs as its address has it; `after` is the last job of the page before."""
+
+    search: str = ""
+    state: str = ""
+    sort: str = ""
+    after: str = ""
+    limit: int = JOBS_ON_OVERVIEW
+
+    @classmethod
+    def of(cls, query: Mapping[str, str], limit: int) -> "JobFilter":
+        """Read a filter from a query; what has no meaning there filters nothing."""
+        state, sort = query.get("state", ""), query.get("sort", "")
+        return cls(
+            search=query.get("search", "").strip().lower()[:LONGEST_SEARCH],
+            state=state if state in {*STATES, *MORE_STATES} else "",
+            sort=sort if sort in SORTS else "",
+            after=query.get("after", "")[:LONGEST_SEARCH],
+            limit=limit,
+        )
+
+    def query(self, **changes: str) -> str:
+        """Return the query of this list, or of one that differs, from its first page on."""
+        given = {**self._replace(after="")._asdict(), **changes}
+        del given["limit"]
+        return urlencode({name: text for name, text in given.items() if text})
+
+
+class Chip(NamedTuple):
+    """A filter by state, and how many jobs pass it."""
+
+    state: str
+    label: str
+    number: int
+    query: str
+    current: bool
+
+
+class JobList(NamedTuple):
+    """A page of jobs: their names, the cursor of the next page, and how many there are in all."""
+
+    names: list[str]
+    next: str | None
+    found: int
+    chips: tuple[Chip, ...]
+
+
+class JobFacts(NamedTuple):
+    """What lists and the verdict need of a job, beyond its summary; moments since 1970."""
+
+    state: str
+    overdue: bool
+    # why it waits
+    reason: str | None
+    ready_at: float
+    # its last run; None: it never ran
+    outcome: str | None
+    ended_at: float | None
+    result: str | None
+    failures: int
+    losses: int
+
+
+class JobSelection:
+    """Selects jobs of a snapshot; what it reads of a job's JSON is kept until the job changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[JobStatus, JobFacts]] = {}
+
+    def facts(self, jobs: Mapping[str, JobStatus]) -> dict[str, JobFacts]:
+        """Return what is known of each job."""
+        known = {name: (status, self._of(name, status)) for name, status in jobs.items()}
+        self._known = known
+        return {name: facts for name, (_, facts) in known.items()}
+
+    def select(
+        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: Mapping[str, Any]
+    ) -> JobList:
+        """Return the jobs of a list; those in `attention` need it."""
+        matching = [name for name in jobs if of.search in name] if of.search else list(jobs)
+        counts: Counter[str] = Counter()
+        found = []
+        for name in matching:
+            status = jobs[name]
+            counts[status.summary.state] += 1
+            if _passes(name, status, of.state, attention):
+                found.append(name)
+        counts[""] = len(matching)
+        counts["attention"] = sum(name in attention for name in matching)
+        found.sort(key=self._key(jobs, of, attention, len(found)))
+        begin = found.index(of.after) + 1 if of.after in found else 0
+        names = found[begin : begin + of.limit]
+        return JobList(
+            names,
+            names[-1] if len(found) > begin + of.limit else None,
+            len(found),
+            tuple(
+                Chip(state, label, counts[state], of.query(state=state), state == of.state)
+                for state, label in STATES.items()
+            ),
+        )
+
+    def _key(
+        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: Mapping[str, Any], found: int
+    ) -> Callable[[str], Any]:
+        """Return the key of the order; names come in order, and sorting keeps that."""
+        if of.sort == "name":
+            return str
+        if of.sort == "next":
+            return lambda name: self._of(name, jobs[name]).ready_at
+        if of.sort == "last":
+            return lambda name: -(self._of(name, jobs[name]).ended_at or 0.0)
+        # With more than one page the running jobs come before those that wait.
+        many = found > of.limit
+
+        def rank(name: str) -> tuple[int, int, bool]:
+            summary = jobs[name].summary
+            return (
+                -attention.get(name, 0),
+                0 if name not in attention else 1 if not summary.overdue else 0,
+                many and summary.state != State.RUNNING,
+            )
+
+        return rank
+
+    def _of(self, name: str, status: JobStatus) -> JobFacts:
+        known = self._known.get(name)
+        if known is not None and (known[0] is status or known[0].text == status.text):
+            return known[1]
+        job: dict[str, Any] = from_json(status.text)
+        last, waiting = job["lastRun"], job["waiting"]
+        return JobFacts(
+            state=status.summary.state,
+            overdue=status.summary.overdue,
+            reason=None if waiting is None else waiting["reason"],
+            ready_at=seconds_of(job["readyAt"]),
+            outcome=None if last is None else last["outcome"],
+            ended_at=None if last is None else seconds_of(last["endedAt"]),
+            result=None if last is None else last["result"],
+            failures=job["failuresInARow"],
+            losses=job["lossesInARow"],
+        )
+
+
+def _passes(name: str, status: JobStatus, state: str, attention: Mapping[str, Any]) -> bool:
+    match state:
+        case "":
+            return True
+        case "attention":
+            return name in attention
+        case "overdue":
+            return status.summary.overdue
+        case "failed":
+            return status.summary.failed
+        case _:
+            return state == status.summary.state
