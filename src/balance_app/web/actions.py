@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
+from urllib.parse import urlencode
 
 from fastapi import APIRouter
 from pydantic import ValidationError
@@ -19,11 +20,11 @@ from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import wake
 from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, RunRequest, ScheduleRequest
 from balance_app.web.forms import go_to, read_form
-from balance_app.web.pages import Message, PageRoute, came_from, is_number
-from balance_app.web.router import job_page, overview_page
+from balance_app.web.pages import Message, PageRoute, is_number
+from balance_app.web.router import back_to, page_at
 
-_NO_SCHEDULE: Final = "Give either an interval, or a cron expression with or without a zone."
-_NO_INTERVAL: Final = "An interval is a whole number of seconds, at least 1."
+_NO_SCHEDULE: Final = "Enter either an interval or a cron expression (the time zone is optional)."
+_NO_INTERVAL: Final = "The interval must be a whole number of seconds, 1 or more."
 
 
 class JobForm(Pause):
@@ -123,24 +124,30 @@ async def _control(request: Request, name: str, what: str, action: Action) -> Re
     form = await read_form(request)
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise JobNotFound(name)
-    own_page = form.pop("back", "") == "job" or came_from(request) == f"/jobs/{name}"
+    given = form.pop("back", "")
+    if given == "job":  # a page of the release before
+        given = f"/jobs/{name}"
+    place = given if is_place(given, name) else back_to(request)
     try:
         fields = JobForm.model_validate({field: text for field, text in form.items() if text})
     except ValidationError as error:
-        place = error.errors(include_url=False, include_input=False)[0]["loc"][0]
-        raise InvalidRequest((f"/{place}", "not-printable")) from None
+        field = error.errors(include_url=False, include_input=False)[0]["loc"][0]
+        raise InvalidRequest((f"/{field}", "not-printable")) from None
     fields.by = name_of(request, fields.by)
     try:
         done = await action(services(request)[Controls], fields)
     except (DatabaseUnavailable, Overloaded, JobNotFound):
         raise
     except Problem as problem:
-        message = Message("bad", f"Not done. {problem.detail}")
-        if own_page:
-            return await job_page(request, name, message=message, status=problem.status)
-        return await overview_page(request, message=message, status=problem.status)
+        message = Message("bad", f"Not done. {problem.detail}", toast=f"{name}:")
+        return await page_at(request, place, message=message, status=problem.status)
     wake(request)
-    back = f"/jobs/{name}" if own_page else "/"
     if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
         what = "cancel-late"
-    return go_to(f"{back}?did={what}&job={name}#job-{name}")
+    did = urlencode({"did": what, "job": name})
+    return go_to(f"{place}{'&' if '?' in place else '?'}{did}#job-{name}")
+
+
+def is_place(place: str, name: str) -> bool:
+    """Say whether a form may lead there: to the overview, to a list of jobs, to its job's page."""
+    return re.fullmatch(rf"/(jobs(/{re.escape(name)})?)?(\?[!-~]*)?", place) is not None

@@ -1,19 +1,21 @@
 """The page's fragments: HTML that all viewers share, rendered when its data changes.
 
-A fragment is an element that changes separately: a tile, a server, a row of a job. Each has the
+A fragment is an element that changes separately: a lane, a heartbeat, a row of a job. Each has the
 version of the page with which it changed last. A viewer is sent the fragments that changed after
 the version it has, and for all others empty elements marked `data-same`, which its browser leaves
-as they are.
+as they are. Viewers may see different lists (`View`); what two lists have in common is rendered
+once.
 
 No fragment depends on the present time. A clock is written as the moment from which it counts: the
 server fills it in when it sends a page, and the browser keeps it up to date.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from html import escape
 from typing import Any, Final, NamedTuple
+from zlib import crc32
 
 from markupsafe import Markup
 from pydantic_core import from_json
@@ -21,18 +23,52 @@ from pydantic_core import from_json
 from balance_app.db.replication import Replication
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.web import charts, view_models
-from balance_app.web.queries import Activity
+from balance_app.web.job_list import JOBS_ON_PAGE, JobFilter, JobList, JobSelection
+from balance_app.web.queries import Activity, Runs
 from balance_app.web.rendering import templates
+from balance_app.web.verdict import NO_VERDICT, UNAVAILABLE, decide
 
-JOBS_SHOWN: Final = 50
-CARDS_SHOWN: Final = 60
-BARS_SHOWN: Final = 30  # of a lane; earlier runs are in the job's history
+LANES_SHOWN: Final = 60
 AUDIT: Final = "audit-ledger"
 COUNT: Final = "total-days"
 
-_CLOCK: Final = re.compile(r'(data-(for|ago|in)="([0-9.]+)">)')
-_SHIFT: Final = 'data-shift=""'
+_CLOCK: Final = re.compile(r'(data-(for|ago|in)="([0-9.]+)"[^>]*>)')
 _GROWING: Final = re.compile(r'data-from="([0-9.-]+)"')
+
+
+class View(NamedTuple):
+    """What a viewer sees: the overview, a page of the list of jobs, or one job."""
+
+    kind: str = "overview"
+    jobs: JobFilter = JobFilter()
+    # of the lanes: how long they are, and whether they are of jobs
+    span: str = "30"
+    by_job: bool = False
+    job: str = ""
+
+    @classmethod
+    def of(cls, query: Mapping[str, str]) -> "View":
+        """Read a view from the query of a page, or of its stream; unknown values are left out."""
+        if query.get("page") == "jobs":
+            return cls("jobs", JobFilter.of(query, JOBS_ON_PAGE))
+        if query.get("job") and query.get("page") != "overview":
+            return cls("job", job=query["job"])
+        span = query.get("span", "30")
+        return cls(span=span if span in charts.SPANS else "30", by_job=query.get("lanes") == "job")
+
+    @property
+    def seconds(self) -> float:
+        """How long its lanes are; 0: it has none."""
+        return charts.SPANS[self.span] if self.kind == "overview" else 0.0
+
+    def query(self) -> str:
+        """Return the query that the view's stream is asked for with."""
+        if self.kind == "job":
+            return f"job={self.job}"
+        if self.kind == "jobs":
+            more = self.jobs.query(after=self.jobs.after)
+            return f"page=jobs{'&' if more else ''}{more}"
+        return f"page=overview&span={self.span}&lanes={'job' if self.by_job else 'instance'}"
 
 
 class Fragment(NamedTuple):
@@ -70,62 +106,100 @@ class Draft(NamedTuple):
     quietly: Callable[[], str] | None = None
 
 
+_TAGS: Final = {
+    "verdict": ("div", "div"),
+    "lanes": ("ol", "li"),
+    "beats": ("ol", "li"),
+    "resumed": ("div", "svg"),
+    "changes": ("div", "figure"),
+    "totals": ("dl", "div"),
+    "chips": ("ul", "li"),
+    "jobs-list": ("tbody", "tr"),
+}
+
+
 class Fragments:
     """All fragments of an instance's page; every change makes a new version."""
 
-    def __init__(self) -> None:
+    def __init__(self, minimums: Mapping[str, float]) -> None:
+        # how long a run of each job lasts at least, in seconds, where its code is known
+        self._minimums = minimums
         self._macros: Any = templates().get_template("fragments.html").module
         self._rendered: dict[str, Fragment] = {}
-        self._sections = {
-            "strip": Section("dl", "div"),
-            "servers-list": Section("ul", "li"),
-            "jobs-list": Section("tbody", "tr"),
-            "lanes": Section("ol", "li"),
-            "failures-list": Section("ul", "li"),
-            "totals": Section("dl", "div"),
-        }
-        self._origin = 0.0
+        self._sections: dict[View, dict[str, Section]] = {}
+        self._lists: dict[View, JobList] = {}
+        self._selection = JobSelection()
+        # of the lanes of each length: the moment from which places are counted; and the row of each
+        # run of an instance
+        self._origins: dict[str, float] = {}
+        self._rows: dict[str, dict[int, int]] = {}
         self.version = 0
         self.title = "balance_app"
-        # the jobs that have a row and a lane, and those that have a row for their own pages
-        self.shown: list[str] = []
+        self.verdict = NO_VERDICT
+        # the jobs that have a row
         self.jobs: dict[str, view_models.Job] = {}
         self.snapshot: StatusSnapshot | None = None
+        # the latest runs of all jobs
+        self._runs: Runs = []
         # the primary and its standbys; None: not known
         self.replication: Replication | None = None
+        self.series = view_models.Series()
 
-    def update(self, snapshot: StatusSnapshot, watched: Iterable[str]) -> None:
-        """Set the snapshot, which jobs are shown, and what each of them does."""
+    @property
+    def level(self) -> str:
+        """The level of the verdict: green, amber or red; none: not known yet."""
+        return self.verdict.level
+
+    def update(self, snapshot: StatusSnapshot, views: Iterable[View]) -> None:
+        """Set the snapshot, the views that are looked at, and so the jobs that are shown."""
         self.snapshot = snapshot
-        self.shown = view_models.jobs_of(snapshot.jobs, JOBS_SHOWN)
-        self.jobs = {
-            name: _job(snapshot, name)
-            for name in dict.fromkeys([*self.shown, *watched])
-            if name in snapshot.jobs
+        self.verdict = decide(snapshot, self._selection.facts(snapshot.jobs), self._runs)
+        attention = self.verdict.attention
+        self._lists = {
+            view: JobList([view.job] if view.job in snapshot.jobs else [], None, 1, ())
+            if view.kind == "job"
+            else self._selection.select(snapshot.jobs, view.jobs, attention)
+            for view in views
         }
+        shown = dict.fromkeys(name for found in self._lists.values() for name in found.names)
+        self.jobs = {name: self._read(snapshot, name) for name in shown}
+
+    def job_list(self, view: View) -> JobList:
+        """Return the list of jobs of a view that is looked at."""
+        return self._lists[view]
 
     def render(self, activity: Activity | None) -> None:
         """Render what has changed since the last time."""
         snapshot = self.snapshot
         assert snapshot is not None  # noqa: S101 - `update` came before
         now = snapshot.now.timestamp()
-        if now - self._origin > 2 * charts.LANE_SECONDS:
-            self._origin = now - charts.LANE_SECONDS
         version = self.version + 1
-        rows = {f"job-{name}": self._row(job, activity) for name, job in self.jobs.items()}
-        kept = set(rows)
-        changed = sum([self._store(row, version) for row in rows.values()])
-        for name, drafts in self._drafts(snapshot, activity, now).items():
-            ids = tuple(draft.id for draft in drafts)
-            changed += sum([self._store(draft, version) for draft in drafts])
-            kept.update(ids)
-            if ids != self._sections[name].ids:
-                self._sections[name] = self._sections[name]._replace(ids=ids, version=version)
-                changed += 1
+        self._runs = [] if activity is None else activity.fleet
+        self.series.add(snapshot, activity)
+        rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
+        kept = {draft.id for draft in rows.values()}
+        changed = sum([self._store(draft, version) for draft in rows.values()])
+        sections: dict[View, dict[str, Section]] = {}
+        for view in self._lists:
+            known = self._sections.get(view, {})
+            sections[view] = {}
+            for name, drafts in self._drafts(view, activity, now, rows).items():
+                ids = tuple(draft.id for draft in drafts)
+                changed += sum(
+                    [self._store(draft, version) for draft in drafts if draft.id not in kept]
+                )
+                kept.update(ids)
+                section = known.get(name, Section(*_TAGS[name]))
+                if ids != section.ids:
+                    section = section._replace(ids=ids, version=version)
+                    changed += 1
+                sections[view][name] = section
+        self._sections = sections
         if len(self._rendered) > len(kept):
             self._rendered = {
                 id_: fragment for id_, fragment in self._rendered.items() if id_ in kept
             }
+        self.title = f"{self.verdict.title} · balance_app"
         self.version += bool(changed)
 
     def _store(self, draft: Draft, version: int) -> bool:
@@ -141,64 +215,141 @@ class Fragments:
         return True
 
     def _drafts(
-        self, snapshot: StatusSnapshot, activity: Activity | None, now: float
+        self, view: View, activity: Activity | None, now: float, rows: Mapping[str, Draft]
     ) -> dict[str, list[Draft]]:
-        macros = self._macros
-        cards = self._cards(snapshot, activity, now)
-        failed = None if activity is None else activity.failed
-        failures = [] if activity is None else activity.failures
-        self.title = view_models.title(snapshot.counts, cards, failed)
+        if view.kind == "job":
+            return {}
+        found = self._lists[view]
+        none = "no-jobs" if view.jobs.search or view.jobs.state else "none"
+        shown = {
+            "chips": [self._chip(view, chip) for chip in found.chips],
+            "jobs-list": [rows[name] for name in found.names] or [self._nothing(none)],
+        }
+        if view.kind == "jobs":
+            return shown
         return {
-            "strip": [
-                Draft(f"tile-{tile.id}", tile, partial(macros.tile, tile))
-                for tile in view_models.strip(snapshot.counts, cards, failed)
-            ],
-            "servers-list": [
-                Draft(f"server-{card.server}", card, partial(macros.card, card)) for card in cards
-            ]
-            or [self._nothing("no-servers")],
-            "jobs-list": [self._row(self.jobs[name], activity) for name in self.shown]
-            or [self._nothing("no-jobs")],
-            "lanes": [self._lane(name, activity, now) for name in self.shown],
-            "failures-list": [
-                Draft(f"failure-{run['id']}", None, partial(macros.failure, run))
-                for run in failures
-            ]
-            or [self._nothing("no-failures")],
+            "verdict": [self._verdict()],
+            **self._fleet(view, activity, now),
+            "changes": [self._changes(now)],
             "totals": self._totals(activity),
+            **shown,
         }
 
     def _nothing(self, id_: str) -> Draft:
         return Draft(id_, None, partial(self._macros.nothing, id_))
 
-    def _cards(
-        self, snapshot: StatusSnapshot, activity: Activity | None, now: float
-    ) -> list[view_models.Card]:
-        held: dict[str, list[str]] = {}
-        for name, status in snapshot.jobs.items():
-            if status.summary.holder is not None:
-                held.setdefault(status.summary.holder, []).append(name)
-        lost = [] if activity is None else activity.lost
-        return view_models.cards_of(snapshot.instances, lost, now, held, self._job)[:CARDS_SHOWN]
+    def _verdict(self) -> Draft:
+        verdict = self.verdict
+        return Draft(
+            "verdict-now",
+            verdict,
+            partial(self._macros.verdict, verdict, buttons=True),
+            partial(self._macros.verdict, verdict, buttons=False),
+        )
+
+    def _chip(self, view: View, chip: Any) -> Draft:  # noqa: ANN401
+        # Every list has its own: a chip keeps the list's search and order.
+        id_ = f"chip-{chip.state or 'all'}-{crc32(view.query().encode()):x}"
+        return Draft(id_, chip, partial(self._macros.chip, id_, chip))
 
     def _row(self, job: view_models.Job, activity: Activity | None) -> Draft:
-        runs = [] if activity is None else activity.runs.get(job["name"], [])
-        ended = tuple((run["id"], run["outcome"]) for run in runs if run["outcome"] is not None)
+        name = job["name"]
+        runs = [] if activity is None else activity.runs.get(name, [])
+        seen = tuple((run["id"], run["outcome"]) for run in runs[-charts.SQUARES :])
+        attention = {2: "bad", 1: "warn"}.get(self.verdict.attention.get(name, 0), "")
+
+        def render(*, buttons: bool) -> str:
+            return str(self._macros.job_row(job, charts.squares(runs), attention, buttons=buttons))
+
         return Draft(
-            f"job-{job['name']}",
-            (job, ended),
-            lambda: str(self._macros.job_row(job, charts.spark(runs), buttons=True)),
-            lambda: str(self._macros.job_row(job, charts.spark(runs), buttons=False)),
+            f"job-{name}",
+            (job, seen, attention),
+            partial(render, buttons=True),
+            partial(render, buttons=False),
         )
 
-    def _lane(self, name: str, activity: Activity | None, now: float) -> Draft:
-        runs = [] if activity is None else activity.runs.get(name, [])
-        seen = [run for run in runs if charts.in_lane(run, now)][-BARS_SHOWN:]
-        return Draft(
-            f"lane-{name}",
-            (self._origin, tuple((run["id"], run["ended"]) for run in seen)),
-            lambda: str(self._macros.lane(name, charts.lane(seen, self._origin))),
+    # -- the fleet -----------------------------------------------------------------------------
+
+    def _fleet(self, view: View, activity: Activity | None, now: float) -> dict[str, list[Draft]]:
+        """Return the lanes, the heartbeats beside them, and the lines over them."""
+        assert self.snapshot is not None  # noqa: S101 - `update` came before
+        span = view.seconds
+        if now - self._origins.get(view.span, 0.0) > 2 * span:
+            self._origins[view.span] = now - span
+        origin = self._origins[view.span]
+        runs = [] if activity is None else activity.fleet
+        runs = [run for run in runs if charts.in_lane(run, now, span)]
+        prefix = f"lane-{view.span}-{'j' if view.by_job else 'i'}"
+        lanes = (
+            view_models.lanes_of_jobs(self.snapshot, self._lists[view].names, runs, prefix)
+            if view.by_job
+            else view_models.lanes_of_instances(self.snapshot, runs, now, prefix)
+        )[:LANES_SHOWN]
+        drafts: dict[str, list[Draft]] = {"lanes": [], "beats": []}
+        middles: dict[str, float] = {}
+        height = 0.0
+        for lane in lanes:
+            # The runs of a job never overlap.
+            known = self._rows.get(lane.id, {})
+            rows = {run["id"]: 0 for run in lane.runs}
+            if not view.by_job:
+                rows = self._rows[lane.id] = charts.rows_of(lane.runs, known, span)
+            high = charts.lane_rows(rows, lane.runs)
+            middles[lane.name] = height + charts.ROW * high / 2
+            height += charts.ROW * high + 1
+            seed = (
+                origin,
+                lane.gone,
+                lane.marks,
+                tuple((run["id"], run["ended"], rows[run["id"]]) for run in lane.runs),
+            )
+            drafts["lanes"].append(
+                Draft(lane.id, seed, partial(self._lane, lane, rows, origin, view))
+            )
+            beat = lane._replace(runs=[], rows=high)
+            drafts["beats"].append(
+                Draft(
+                    f"{lane.id}-beat",
+                    beat,
+                    partial(self._macros.beat, beat, buttons=True),
+                    partial(self._macros.beat, beat, buttons=False),
+                )
+            )
+        shown = {lane.id for lane in lanes}
+        self._rows = {
+            id_: rows
+            for id_, rows in self._rows.items()
+            if id_ in shown or not id_.startswith(prefix)
+        }
+        found = tuple(
+            charts.Handover(lost, middles[first], resumed, middles[second])
+            for lost, first, resumed, second in view_models.handovers(runs)
+            if not view.by_job and first in middles and second in middles and first != second
         )
+        drafts["resumed"] = [
+            Draft(
+                f"{prefix}-resumed",
+                (origin, found, height),
+                partial(charts.handovers, f"{prefix}-resumed", found, origin, span, height),
+            )
+        ]
+        if not lanes:
+            drafts["lanes"] = [self._nothing("no-lanes")]
+        return drafts
+
+    def _lane(
+        self, lane: view_models.Lane, rows: Mapping[int, int], origin: float, view: View
+    ) -> str:
+        chart = charts.lane(
+            lane.runs, rows, origin, view.seconds, by_job=view.by_job, marks=lane.marks
+        )
+        return str(self._macros.lane(lane, chart))
+
+    # -- balances ------------------------------------------------------------------------------
+
+    def _changes(self, now: float) -> Draft:
+        shown = self.series.shown(now)
+        return Draft("changes-chart", shown, partial(charts.changes, shown))
 
     def _totals(self, activity: Activity | None) -> list[Draft]:
         audit = view_models.last_run(self._job(AUDIT))
@@ -223,65 +374,79 @@ class Fragments:
             return self.jobs[name]
         if self.snapshot is None or name not in self.snapshot.jobs:
             return None
-        return _job(self.snapshot, name)
+        return self._read(self.snapshot, name)
+
+    def _read(self, snapshot: StatusSnapshot, name: str) -> view_models.Job:
+        """Return a job without the member that changes with time alone."""
+        job: view_models.Job = from_json(snapshot.jobs[name].text)
+        del job["elapsedSeconds"]
+        return {**job, "minimumSeconds": self._minimums.get(name)}
+
+    def job(self, name: str) -> view_models.Job | None:
+        """Return a job of the snapshot."""
+        return self._job(name)
 
     # -- what is sent ------------------------------------------------------------------------
 
-    def sections(self, now: float, *, buttons: bool) -> dict[str, Markup]:
-        """Return each list as HTML, with its clocks filled in for `now`."""
+    def sections(self, view: View, now: float, *, buttons: bool) -> dict[str, Markup]:
+        """Return each list of a view as HTML, with its clocks filled in for `now`."""
         return {
-            name: self._fill(self._list(name, None, buttons=buttons), now)
-            for name in self._sections
+            name: self._fill(self._list(view, name, None, buttons=buttons), view, now)
+            for name in self._sections[view]
         }
 
-    def row(self, name: str, now: float, *, buttons: bool) -> Markup:
-        """Return the row of a job that is shown or watched, with its clocks filled in."""
-        return self._fill(self._rendered[f"job-{name}"].shown(buttons=buttons), now)
+    def unavailable(self) -> Markup:
+        """Return what stands in the place of the verdict while the database is unavailable."""
+        html = self._macros.verdict(UNAVAILABLE, buttons=False)
+        return Markup('<div id="verdict">{}</div>').format(Markup(html))  # noqa: S704  # nosec
 
-    def changes(self, since: int | None, job: str | None, *, buttons: bool) -> dict[str, str]:
+    def row(self, name: str, now: float, *, buttons: bool) -> Markup:
+        """Return the row of a job that is shown, with its clocks filled in."""
+        return self._fill(self._rendered[f"job-{name}"].shown(buttons=buttons), View(), now)
+
+    def changes(self, since: int | None, view: View, *, buttons: bool) -> dict[str, str]:
         """Return the elements that changed after the version `since`, by their ids.
 
-        None: all of them. With `job` the row of that job alone.
+        None: all of them. Of a job's own page its row alone.
         """
-        if job is not None:
-            row = self._rendered.get(f"job-{job}")
+        if view.kind == "job":
+            row = self._rendered.get(f"job-{view.job}")
             new = row is not None and (since is None or row.version > since)
-            return {f"job-{job}": row.shown(buttons=buttons)} if row is not None and new else {}
+            return (
+                {f"job-{view.job}": row.shown(buttons=buttons)} if row is not None and new else {}
+            )
         return {
-            name: self._list(name, since, buttons=buttons)
-            for name, section in self._sections.items()
+            name: self._list(view, name, since, buttons=buttons)
+            for name, section in self._sections.get(view, {}).items()
             if since is None
             or section.version > since
             or any(self._rendered[id_].version > since for id_ in section.ids)
         }
 
-    def _list(self, name: str, since: int | None, *, buttons: bool) -> str:
-        section = self._sections[name]
-        origin = f' data-origin="{self._origin:.1f}"' if name == "lanes" else ""
+    def _list(self, view: View, name: str, since: int | None, *, buttons: bool) -> str:
+        section = self._sections[view][name]
+        more = ""
+        if name == "lanes":
+            more = f' data-origin="{self._origins[view.span]:.1f}" data-span="{view.seconds:.0f}"'
         fragments = "".join(
             self._rendered[id_].shown(buttons=buttons)
             if since is None or self._rendered[id_].version > since
             else f'<{section.fragment_tag} id="{escape(id_)}" data-same></{section.fragment_tag}>'
             for id_ in section.ids
         )
-        return f'<{section.tag} id="{name}"{origin}>{fragments}</{section.tag}>'
+        return f'<{section.tag} id="{name}"{more}>{fragments}</{section.tag}>'
 
-    def _fill(self, html: str, now: float) -> Markup:
-        shift = charts.percent(now - charts.LANE_SECONDS - self._origin)
+    def _fill(self, html: str, view: View, now: float) -> Markup:
         html = _CLOCK.sub(
             lambda clock: clock[1] + view_models.CLOCKS[clock[2]](now - float(clock[3])), html
         )
-        html = html.replace(_SHIFT, f'{_SHIFT} x="{-shift}%"')
-        # Fragments are escaped when they are rendered.
-        return Markup(  # noqa: S704  # nosec
-            _GROWING.sub(
+        if view.seconds:
+            span = view.seconds
+            shift = charts.percent(now - span - self._origins.get(view.span, now - span), span)
+            mark = f'data-shift="{span:.0f}"'
+            html = html.replace(mark, f'{mark} x="{-shift}%"')
+            html = _GROWING.sub(
                 lambda bar: f'{bar[0]} width="{charts.growing(100 + shift - float(bar[1]))}%"', html
             )
-        )
-
-
-def _job(snapshot: StatusSnapshot, name: str) -> view_models.Job:
-    """Return a job without the member that changes with time alone."""
-    job: view_models.Job = from_json(snapshot.jobs[name].text)
-    del job["elapsedSeconds"]
-    return job
+        # Fragments are escaped when they are rendered.
+        return Markup(html)  # noqa: S704  # nosec

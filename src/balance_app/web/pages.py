@@ -13,23 +13,32 @@ from typing_extensions import override
 from balance_app.access.gate import Gate
 from balance_app.access.keys import ANYBODY, Principal, principal
 from balance_app.access.routes import READ, Needs
-from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Overloaded, Problem, explain
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.services import services
 from balance_app.settings import Settings
 from balance_app.web.rendering import page
 from balance_app.web.stream import PageStream
 
-NO_USER: Final = "A user's number is a whole number above 0."
+NO_USER: Final = "A user id is a whole number, 1 or more."
 
 _NUMBER: Final = re.compile(r"[0-9]{1,16}", re.ASCII)
 
 
 class Message(NamedTuple):
-    """A sentence about the outcome of a request; its tone is `good` or `bad`."""
+    """A sentence about the outcome of a request; its tone is `good` or `bad`.
+
+    Attributes:
+        ends: with what the message goes: `live`, when the page is up to date again.
+        toast: the job whose row shows the outcome too, and what it then is: `audit-keys:paused`.
+        undo: the address of the form that undoes it, and the fields of that form.
+    """
 
     tone: str
     sentence: str
+    ends: str | None = None
+    toast: str | None = None
+    undo: tuple[str, Mapping[str, str]] | None = None
 
 
 class PageRoute(APIRoute):
@@ -60,6 +69,8 @@ def problem_page(request: Request, problem: Problem) -> Response:
     view = {
         "heading": problem.title,
         "sentence": sentence(problem, request.method) + reconnects,
+        "advice": explain(type(problem))[1],
+        "code": problem.code,
         "reconnects": temporary,
     }
     return respond(request, "problem.html", view, status=problem.status, headers=problem.headers)
@@ -69,7 +80,7 @@ def sentence(problem: Problem, method: str) -> str:
     """Return what a problem means for a request of this method, as a sentence."""
     body = problem.body(method)
     if body.get("applied") == "unknown":
-        return f"It is not known whether it was done. {problem.detail}"
+        return f"We don't know whether it was done. {problem.detail}"
     return str(body["detail"])
 
 
@@ -123,6 +134,8 @@ def respond(
         "title": fragments.title if reads else "balance_app",
         "now": fragments.snapshot.now.timestamp() if reads and fragments.snapshot else None,
         "server": settings.server_id,
+        "icon": fragments.level if reads else "none",
+        "nav_at": "/" + path_of(request, request.scope["path"]).split("/")[1],
         "sender": sender(request),
         "reads": reads,
         "may": lambda scope: may(request, (scope,)),

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app import states
-from balance_app.formatting import duration
+from balance_app.formatting import ago, duration
 from balance_app.web import view_models
 
 # Scripts and styles come from the service's own files alone, and no other site may frame a page.
@@ -61,7 +61,6 @@ def templates() -> Environment:
         "clock_time": view_models.clock_time,
         "iso": view_models.iso,
         "number": view_models.number,
-        "rate": view_models.rate,
         "stamp": lambda moment: view_models.tenth(view_models.seconds_of(moment)),
     }
     environment.globals |= {
@@ -71,9 +70,12 @@ def templates() -> Environment:
         "job_sign": states.job_sign,
         "outcome_sign": states.outcome_sign,
         "outcome_predicate": states.outcome_predicate,
+        "ago": ago,
         "due": view_models.due,
         "why": view_models.why,
         "share": view_models.share,
+        "progress_of": view_models.progress_of,
+        "is_now": view_models.is_now,
     }
     return environment
 

@@ -4,30 +4,30 @@ It uses both features, which do not import it, and is complete without scripts: 
 a form (`actions.py`, `movements.py`), each answer a page.
 """
 
+import re
 from collections.abc import Mapping
-from datetime import date
 from secrets import token_urlsafe
 from typing import Any, Final, NamedTuple, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fastapi import APIRouter
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from balance_app.access.routes import OPERATE
-from balance_app.balances.accounts import AccountRepository
-from balance_app.balances.ledger import LedgerRepository, Selection
+from balance_app.access.routes import CHANGE, OPERATE
+from balance_app.balances.ledger import LedgerRepository
 from balance_app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
-from balance_app.http.paging import cut_page
 from balance_app.http.services import services
-from balance_app.jobs.api.errors import JobNotFound, RunNotFound
+from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
-from balance_app.states import Outcome, State
+from balance_app.states import Outcome
 from balance_app.web import charts, view_models
+from balance_app.web.fragments import View
+from balance_app.web.job_list import STATES
 from balance_app.web.pages import (
-    NO_USER,
     Message,
     PageRoute,
     came_from,
@@ -40,14 +40,13 @@ from balance_app.web.pages import (
 from balance_app.web.queries import PageQueries
 from balance_app.web.rendering import accepts_gzip, file
 from balance_app.web.stream import PageStreamResponse
+from balance_app.web.verdict import UNAVAILABLE
 
 RUNS_ON_PAGE: Final = 25
-JOBS_ON_PAGE: Final = 100
-ENTRIES_SHOWN: Final = 8
-DAYS_SHOWN: Final = 5
 DURATIONS_SHOWN: Final = 60
 FIRST_USER: Final = "1"
-STATES: Final = ("", *State, "overdue", "failed")
+# Parameters of an address that report what a form did.
+_OF_MESSAGES: Final = frozenset({"did", "job", "entry", "user", "by", "back"})
 
 
 class ChangeAttempt(NamedTuple):
@@ -71,11 +70,11 @@ async def show_overview(request: Request) -> Response:
 
 @router.get("/live")
 async def watch(request: Request) -> Response:
-    """Send changes of the page, as events; `job` is for that job's own page."""
+    """Send changes of the page, as events; its query has what the page shows."""
     return PageStreamResponse(
         stream_of(request),
         since=request.headers.get("last-event-id") or request.query_params.get("since"),
-        job=request.query_params.get("job"),
+        view=View.of(request.query_params),
         buttons=may(request, OPERATE),
         compress=accepts_gzip(request),
     )
@@ -93,31 +92,7 @@ async def read_file(request: Request, name: str) -> Response:
 @router.get("/jobs")
 async def list_jobs(request: Request) -> Response:
     """List jobs by name and state, page by page."""
-    snapshot = await stream_of(request).refresh()
-    query = request.query_params
-    begin, after = query.get("name", "")[:63], query.get("after", "")
-    state = query.get("state", "")
-    names = [
-        name
-        for name, status in snapshot.jobs.items()
-        if name > after
-        and name.startswith(begin)
-        and (
-            state == status.summary.state
-            or state not in STATES[1:]
-            or (state == "overdue" and status.summary.overdue)
-            or (state == "failed" and status.summary.failed)
-        )
-    ]
-    shown, last = cut_page(names, JOBS_ON_PAGE)
-    view = {
-        "jobs": [_job(snapshot, name) for name in shown],
-        "next": last,
-        "name": begin,
-        "state_is": state,
-        "states": STATES,
-    }
-    return respond(request, "jobs.html", view)
+    return await jobs_page(request)
 
 
 @router.get("/jobs/{name}")
@@ -133,7 +108,7 @@ async def confirm_cancel(request: Request, name: str) -> Response:
     view = {
         "job": job,
         "checkpoint": await _queries(request).checkpoint(name),
-        "back": "job" if came_from(request) == f"/jobs/{name}" else "",
+        "back": back_to(request),
     }
     return respond(request, "cancel.html", view)
 
@@ -145,18 +120,6 @@ async def confirm_forget(request: Request, name: str) -> Response:
     return respond(request, "forget.html", {"job": job})
 
 
-@router.get("/jobs/{name}/runs/{run}")
-async def show_run(request: Request, name: str, run: str) -> Response:
-    """Show what a run of a job said, and why it failed."""
-    if not is_number(run):
-        raise InvalidRequest(("path:run", "not-an-integer"))
-    found = await services(request)[History].log(int(run))
-    if found.run.job != name:
-        raise RunNotFound(int(run))
-    await stream_of(request).refresh()
-    return respond(request, "run.html", dict(found))
-
-
 # -- the overview ----------------------------------------------------------------------------
 
 
@@ -166,72 +129,112 @@ async def overview_page(
     message: Message | None = None,
     attempt: ChangeAttempt | None = None,
     status: int = 200,
+    query: Mapping[str, str] | None = None,
 ) -> Response:
     """Return the page at `/`, also with the outcome of an action."""
-    stream = stream_of(request)
+    query = request.query_params if query is None else query
+    view = View.of({**query, "page": "overview"})
     status, headers = (attempt.status if attempt else status), None
     try:
-        await stream.refresh()
+        shown = await _shown(request, view)
     except (DatabaseUnavailable, Overloaded) as problem:
-        if stream.fragments.snapshot is None:
-            raise
+        with stream_of(request).keeping(view):
+            if not stream_of(request).keep_last():
+                raise
+            shown = _sections(request, view)
+        # All of it is sent anew when the page is live.
+        shown["stream"] = f"/live?{view.query()}"
+        shown["sections"]["verdict"] = stream_of(request).fragments.unavailable()
+        shown |= {"icon": UNAVAILABLE.level, "title": f"{UNAVAILABLE.title} · balance_app"}
         status, headers = problem.status, problem.headers
         message = Message(
             "bad",
             f"{sentence(problem, 'GET')} This page reconnects by itself. "
             "The last known state is below.",
+            ends="live",
         )
-    snapshot = stream.fragments.snapshot
-    assert snapshot is not None  # noqa: S101 - else it was raised
-    now = snapshot.now.timestamp()
-    form = attempt.form if attempt else request.query_params
+    form = attempt.form if attempt else query
     user = form.get("user", FIRST_USER)
-    view = {
-        "message": message or _job_message(request),
-        "version": stream.version,
-        "sections": stream.fragments.sections(now, buttons=may(request, OPERATE)),
-        "shown": len(stream.fragments.shown),
-        "hidden": len(snapshot.jobs) - len(stream.fragments.shown),
-        "account": await _account(request, user),
-        "changed": attempt.message if attempt else await _entry_message(request, user),
-        "change": {
-            "user": user,
-            "what": form.get("what", "withdraw"),
-            "amount": form.get("amount", ""),
-            "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
+    return respond(
+        request,
+        "overview.html",
+        {
+            **shown,
+            "message": message or _job_message(request),
+            "span": view.span,
+            "by_job": view.by_job,
+            "changed": attempt.message if attempt else await _entry_message(request, user),
+            "change": {
+                "user": user,
+                "amount": form.get("amount", "") if attempt else "",
+                "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
+            },
         },
-    }
-    return respond(request, "overview.html", view, status=status, headers=headers)
+        status=status,
+        headers=headers,
+    )
 
 
-async def _account(request: Request, user: str) -> dict[str, Any]:
-    """Return a user's balance, latest entries and days, or the sentence that says why not."""
-    if not is_number(user):
-        return {"requested": user[:20], "problem": NO_USER}
-    before = request.query_params.get("before", "")
-    upto = int(before) if is_number(before) else MAX_INTEGER
-    try:
-        account = await services(request)[AccountRepository].account(int(user))
-        ledger = services(request)[LedgerRepository]
-        entries = await ledger.entries(
-            int(user), Selection(), after=upto, limit=ENTRIES_SHOWN + 1, descending=True
-        )
-        days = await ledger.daily_balances(int(user), before=date.max, limit=DAYS_SHOWN)
-    except Problem as problem:
-        return {"requested": user, "problem": sentence(problem, "GET")}
-    shown, last = cut_page(entries, ENTRIES_SHOWN)
+async def _shown(request: Request, view: View) -> dict[str, Any]:
+    """Return the lists of a view as they are now.
+
+    Raises:
+        DatabaseUnavailable: it can't be reached.
+    """
+    with stream_of(request).keeping(view):
+        await stream_of(request).refresh()
+        return _sections(request, view)
+
+
+def _sections(request: Request, view: View) -> dict[str, Any]:
+    stream = stream_of(request)
+    snapshot, found = stream.fragments.snapshot, stream.fragments.job_list(view)
+    assert snapshot is not None  # noqa: S101 - it was read
+    now = snapshot.now.timestamp()
     return {
-        "requested": user,
-        "problem": None,
-        "user": account.user_id,
-        "balance": account.balance,
-        "held": account.held,
-        "available": account.available,
-        "version": account.version,
-        "entries": shown,
-        "days": days,
-        "older": None if last is None else last.version,
+        "stream": f"/live?{view.query()}&since={stream.version}",
+        "sections": stream.fragments.sections(view, now, buttons=may(request, OPERATE)),
+        "jobs": view.jobs,
+        "found": found,
+        "known": len(snapshot.jobs),
+        "states": STATES,
     }
+
+
+async def jobs_page(
+    request: Request,
+    *,
+    message: Message | None = None,
+    status: int = 200,
+    query: Mapping[str, str] | None = None,
+) -> Response:
+    """Return a page of the list of jobs, also with the outcome of an action."""
+    query = request.query_params if query is None else query
+    shown = await _shown(request, View.of({**query, "page": "jobs"}))
+    view = {**shown, "message": message or _job_message(request)}
+    return respond(request, "jobs.html", view, status=status)
+
+
+def back_to(request: Request) -> str:
+    """Return the page of jobs that a form was sent from: its path and query; else the overview."""
+    path = came_from(request)
+    if not re.fullmatch(r"/(jobs(/[a-z0-9-]+)?)?", path):
+        return "/"
+    sent = urlsplit(request.headers.get("referer", ""))
+    kept = [(name, text) for name, text in parse_qsl(sent.query) if name not in _OF_MESSAGES]
+    return path + (f"?{urlencode(kept)}" if kept else "")
+
+
+async def page_at(
+    request: Request, place: str, *, message: Message | None = None, status: int = 200
+) -> Response:
+    """Return the page of jobs at a place that `back_to` has returned, with a message."""
+    path, _, query = place.partition("?")
+    if path.startswith("/jobs/"):
+        name = path.split("/")[2]
+        return await job_page(request, name, message=message, status=status)
+    page = jobs_page if path == "/jobs" else overview_page
+    return await page(request, message=message, status=status, query=dict(parse_qsl(query)))
 
 
 async def _entry_message(request: Request, user: str) -> Message | None:
@@ -243,34 +246,50 @@ async def _entry_message(request: Request, user: str) -> Message | None:
         entry = await services(request)[LedgerRepository].past(int(user), version=int(version))
     except Problem:
         return None
-    did = "added" if entry.amount > 0 else "withdrew"
+    did = "Added" if entry.amount > 0 else "Withdrew"
     return Message(
         "good",
-        f"Done: {did} {view_models.number(abs(entry.amount))}. "
+        f"{did} {view_models.number(abs(entry.amount))}. "
         f"User {user} then had {view_models.number(entry.balance)}.",
+        undo=(f"/users/{user}", {"do": "reverse", "entry": version})
+        if may(request, CHANGE)
+        else None,
     )
 
 
+# What a form did, what the job's row then shows, and the form that undoes it.
 _MESSAGES: Final = {
-    "run": "{} is ready to run: an instance claims it within a second or two.",
-    "pause": "{} is paused: nothing starts it until it is resumed.",
-    "resume": "{} is resumed: it runs at its next tick.",
-    "schedule": "{} has the schedule that was set, on all instances.",
-    "reset": "{} has the schedule that its code declares.",
-    "cancel": "The run of {} is being cancelled: its instance reads that at its next heartbeat.",
+    "run": ("Queued {}. It starts within 2 seconds.", "running", None),
+    "pause": ("Paused {}. It does not run until you resume it.", "paused", "resume"),
+    "resume": ("Resumed {}. {}", "resumed", "pause"),
+    "schedule": ("{} now runs {}, on all instances.", "", None),
+    "reset": ("{} is back on its own schedule: {}.", "", None),
+    "cancel": ("Cancelling {}. It stops within a few seconds.", "cancelled", None),
     "cancel-late": (
-        "Nothing was cancelled: the work of {} was done already. Its run has succeeded, and ends "
-        "now."
+        "{} had already finished its work: the run succeeded and ends now. Nothing was lost.",
+        "cancelled",
+        None,
     ),
+    "forget": ("{} is forgotten. Its history stays.", "", None),
 }
 
 
 def _job_message(request: Request) -> Message | None:
-    did, job = request.query_params.get("did"), request.query_params.get("job", "")
-    snapshot = stream_of(request).fragments.snapshot
-    if did not in _MESSAGES or snapshot is None or job not in snapshot.jobs:
+    did, name = request.query_params.get("did"), request.query_params.get("job", "")
+    fragments = stream_of(request).fragments
+    job = fragments.job(name)
+    if did not in _MESSAGES or job is None:
         return None
-    return Message("good", _MESSAGES[did].format(job))
+    text, expected, undo = _MESSAGES[did]
+    more = job["schedule"]["words"]
+    if did == "resume":
+        more = f"The next run is at {view_models.exact(job['readyAt'])}."
+    return Message(
+        "good",
+        text.format(name, more),
+        toast=f"{name}:{expected}",
+        undo=None if undo is None else (f"/jobs/{name}/{undo}", {"by": "page"}),
+    )
 
 
 # -- one job ---------------------------------------------------------------------------------
@@ -292,7 +311,7 @@ async def job_page(
         raise InvalidRequest(("query:outcome", "not-an-outcome"))
     if before is not None and not is_number(before):
         raise InvalidRequest(("query:before", "not-an-integer"))
-    with stream.keeping(name):
+    with stream.keeping(View("job", job=name)):
         snapshot = await stream.refresh()
         now = snapshot.now.timestamp()
         forgotten = services(request)[StatusReader].forgotten(name)
@@ -319,7 +338,7 @@ async def job_page(
         return respond(request, "forgotten.html", {**view, "forgotten": forgotten})
     view |= {
         "message": message or _job_message(request),
-        "version": version,
+        "stream": f"/live?job={name}&since={version}",
         "job": job,
         "row": row,
         "checkpoint": await queries.checkpoint(name),

@@ -8,8 +8,8 @@ import asyncio
 import re
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from secrets import token_hex
 from time import monotonic
 from typing import Final
@@ -23,24 +23,28 @@ from balance_app.http.seats import Seats
 from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.web import view_models
-from balance_app.web.fragments import Fragments
+from balance_app.web.fragments import Fragments, View
 from balance_app.web.queries import Activity, PageQueries
 from balance_app.web.rendering import add_root_path
 
 _VERSION: Final = re.compile(r"[0-9]{1,15}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read when no run changes
+KEPT_SECONDS: Final = 10.0
+VIEWS_KEPT: Final = 8  # at most, of those that nobody looks at any more
+BUSY_SECONDS: Final = 1.5  # and how often while balances change
 UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match a new status
 
 
 class PageStream:
     """Updates the page's fragments while there are viewers, and for each page requested."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a page is made from
         self,
         status_reader: StatusReader,
         queries: PageQueries,
         stopping: asyncio.Event,
         seats: Seats,
+        minimums: Mapping[str, float],
         *,
         root_path: str = "",
     ) -> None:
@@ -54,14 +58,18 @@ class PageStream:
         # when its query began, and `_runs_of` each job then
         self._activity_began = 0.0
         self._runs_seen: dict[str, object] = {}
+        # how long the lanes are that its runs fill
+        self._span_read = 0.0
         self._status_is_next = True
-        self._watched: Counter[str] = Counter()
+        self._watched: Counter[View] = Counter()
+        # until when a view is kept that nobody looks at any more: its page is just being loaded
+        self._kept: dict[View, float] = {}
         # A version means nothing to another process, as after a restart.
         self._boot = token_hex(4)
-        self._events: dict[tuple[int | None, str | None, bool], bytes] = {}
+        self._events: dict[tuple[int | None, View, bool], bytes] = {}
         self._compressed: dict[bytes, bytes] = {}
         self._broadcaster = EventBroadcaster(self._poll, stopping, seats)
-        self.fragments = Fragments()
+        self.fragments = Fragments(minimums)
 
     @property
     def version(self) -> str:
@@ -77,23 +85,34 @@ class PageStream:
         began = monotonic()
         snapshot = await self._status_reader.read()
         async with self._lock:
-            if began >= self._began:  # else a later status is shown already
-                self._began = began
-                self.fragments.update(snapshot, self._watched)
+            if began < self._began and self.fragments.snapshot is not None:
+                snapshot = self.fragments.snapshot  # a later one is shown already
+            self._began = max(began, self._began)
+            self.fragments.update(snapshot, self._views(began))
             if self._activity_due(began):
                 await self._read_activity()
             self._render()
         return snapshot
+
+    def keep_last(self) -> bool:
+        """Render the views that are kept from the last known state; False: nothing is known."""
+        if self.fragments.snapshot is None:
+            return False
+        self.fragments.update(self.fragments.snapshot, self._views(monotonic()))
+        self._render()
+        return True
 
     async def _poll(self) -> StatusSnapshot:
         """Update the fragments by one statement, or by both after a while without viewers."""
         async with self._lock:
             now = monotonic()
             unwatched = self._activity_began < now - UNWATCHED_SECONDS
-            status_due = self._status_is_next or not self._activity_due(now - ACTIVITY_SECONDS)
+            busy = self._activity is not None and self._activity.busy
+            oldest = now - (BUSY_SECONDS if busy else ACTIVITY_SECONDS)
+            status_due = self._status_is_next or not self._activity_due(oldest)
             if status_due or unwatched:
                 self._began = now
-                self.fragments.update(await self._status_reader.read(), self._watched)
+                self.fragments.update(await self._status_reader.read(), self._views(now))
                 self._status_is_next = False
             if unwatched or not status_due:
                 await self._read_activity()
@@ -106,6 +125,7 @@ class PageStream:
         return (
             self._activity is None
             or self._activity_began < since
+            or self._span(monotonic()) > self._span_read
             or any(
                 _runs_of(job) != self._runs_seen.get(name)
                 for name, job in self.fragments.jobs.items()
@@ -117,11 +137,17 @@ class PageStream:
         runs_now = {name: _runs_of(job) for name, job in self.fragments.jobs.items()}
         changed = [name for name, runs in runs_now.items() if runs != self._runs_seen.get(name)]
         began = monotonic()
-        self._activity = await self._queries.activity(runs_now, changed)
+        span = self._span(began)
+        self._activity = await self._queries.activity(runs_now, changed, span)
+        self._span_read = span
         self.fragments.replication = await self._queries.replication()
         self._runs_seen = runs_now
         self._activity_began = began
         self._status_is_next = True
+
+    def _span(self, now: float) -> float:
+        """Return how long the longest lanes are that somebody looks at."""
+        return max((view.seconds for view in self._views(now)), default=0.0)
 
     def _render(self) -> None:
         self.fragments.render(self._activity)
@@ -131,52 +157,58 @@ class PageStream:
     # -- viewers -----------------------------------------------------------------------------
 
     @contextmanager
-    def keeping(self, job: str) -> Iterator[None]:
-        """Keep a job's fragment up to date, whether the job is shown or not."""
-        self._watched[job] += 1
+    def keeping(self, view: View) -> Iterator[None]:
+        """Keep the fragments of a view up to date, and for a moment after."""
+        self._watched[view] += 1
         try:
             yield
         finally:
-            self._watched[job] -= 1
+            self._watched[view] -= 1
             self._watched = +self._watched
+            self._kept[view] = monotonic() + KEPT_SECONDS
+            while len(self._kept) > VIEWS_KEPT:
+                del self._kept[min(self._kept, key=lambda each: self._kept[each])]
+
+    def _views(self, now: float) -> list[View]:
+        self._kept = {view: until for view, until in self._kept.items() if until > now}
+        return list(dict.fromkeys([*self._watched, *self._kept]))
 
     @contextmanager
-    def watching(self, job: str | None, scope: Scope) -> Iterator[None]:
-        """Count a viewer of everything, or of one job, who sent this request.
+    def watching(self, view: View, scope: Scope) -> Iterator[None]:
+        """Count a viewer of a view, who sent this request.
 
         Raises:
             Overloaded, TooManyRequests: there are too many viewers.
         """
-        with self._broadcaster.viewer(scope), self.keeping(job) if job else nullcontext():
+        with self._broadcaster.viewer(scope), self.keeping(view):
             yield
 
     def wake(self) -> None:
         """Send each viewer an empty part, as `EventBroadcaster.wake`."""
         self._broadcaster.wake()
 
-    async def events(
-        self, since: str | None, job: str | None, *, buttons: bool
-    ) -> AsyncIterator[bytes]:
+    async def events(self, since: str | None, view: View, *, buttons: bool) -> AsyncIterator[bytes]:
         """Yield what has changed for a viewer who has the version `since`, at each poll."""
         boot, _, number = (since or "").partition(".")
         has = int(number) if boot == self._boot and _VERSION.fullmatch(number) else None
         async for event in self._broadcaster.events():
             if event.startswith(b"event: status"):
                 had, has = has, self.fragments.version
-                yield self._event(had, job, buttons=buttons)
+                yield self._event(had, view, buttons=buttons)
             else:  # how soon to reconnect, or that the database is unavailable
                 yield event
 
-    def _event(self, since: int | None, job: str | None, *, buttons: bool) -> bytes:
+    def _event(self, since: int | None, view: View, *, buttons: bool) -> bytes:
         """Return the event for all who have the version `since`, and buttons or none."""
-        cached = self._events.get((since, job, buttons))
+        cached = self._events.get((since, view, buttons))
         if cached is None:
             snapshot = self.fragments.snapshot
             assert snapshot is not None  # noqa: S101 - a poll came before
-            changes = self.fragments.changes(since, job, buttons=buttons)
+            changes = self.fragments.changes(since, view, buttons=buttons)
             data = {
                 "now": snapshot.now.timestamp(),
                 "title": self.fragments.title,
+                "level": self.fragments.level,
                 "html": {
                     id_: add_root_path(self._root_path, html) for id_, html in changes.items()
                 },
@@ -184,7 +216,7 @@ class PageStream:
             cached = format_sse_event(
                 event="status", data_str=to_json(data).decode(), id=self.version
             )
-            self._events[since, job, buttons] = cached
+            self._events[since, view, buttons] = cached
         return cached
 
     def compress(self, event: bytes) -> bytes:
@@ -205,7 +237,7 @@ class PageStreamResponse(EventSourceResponse):
         stream: PageStream,
         *,
         since: str | None,
-        job: str | None,
+        view: View,
         buttons: bool,
         compress: bool,
     ) -> None:
@@ -214,17 +246,17 @@ class PageStreamResponse(EventSourceResponse):
             "Vary": "Accept-Encoding",
             "X-Accel-Buffering": "no",
         }
-        events = stream.events(since, job, buttons=buttons)
+        events = stream.events(since, view, buttons=buttons)
         if compress:
             headers["Content-Encoding"] = "gzip"
             events = _gzip(events, stream.compress)
         super().__init__(events, headers=headers)
         self._stream = stream
-        self._job = job
+        self._view = view
 
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stream.watching(self._job, scope):
+        with self._stream.watching(self._view, scope):
             await super().__call__(scope, receive, send)
 
 

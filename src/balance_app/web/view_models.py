@@ -1,18 +1,16 @@
-"""View models: how numbers, moments, states and lost runs are shown."""
+"""View models: how numbers, moments, states, the verdict and the fleet are shown."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from itertools import chain, islice
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
 
 from balance_app import formatting
-from balance_app.formatting import ago, duration
-from balance_app.jobs.api.status import JobStatus
-from balance_app.states import Reason, State, outcome_sign
-from balance_app.web.queries import Runs
-
-JOBS_OF_INSTANCE: Final = 5
+from balance_app.formatting import ago, duration, rough
+from balance_app.jobs.api.status import StatusSnapshot
+from balance_app.states import Outcome, Reason, State
+from balance_app.web.queries import Activity, Runs
 
 Job = dict[str, Any]
 
@@ -36,11 +34,6 @@ def number(value: float | None, digits: int = 0) -> str:
     if value is None:
         return "…"
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\N{MINUS SIGN}")
-
-
-def rate(value: float | None) -> str:
-    """Return a rate per second: "0.4", "1 312"."""
-    return number(value, digits=1 if value and value < 10 else 0)  # noqa: PLR2004
 
 
 def seconds_of(moment: float | str | datetime) -> float:
@@ -75,15 +68,13 @@ def why(job: Job) -> str | None:
     if job["state"] == State.RUNNING:
         if job["stopRequestedAt"] is not None:
             by = f" by {job['cancelRequestedBy']}" if job["cancelRequestedBy"] is not None else ""
-            return f"Requested to stop{by} at {exact(job['stopRequestedAt'])}."
+            return f"Stop requested{by} at {exact(job['stopRequestedAt'])}."
         if job["cancelRequestedBy"] is not None:
             return f"Cancellation requested by {job['cancelRequestedBy']}."
-        if job["workEndedAt"] is not None:
-            return "Its work is done; it lasts until its minimum duration."
         return None if job["paused"] is None else f"Paused by {job['paused']['by']}."
     if job["waiting"]["reason"] == Reason.NOT_DUE:
         failures = job["failuresInARow"]
-        return f"Its last {failures} runs failed." if failures > 1 else None
+        return f"The last {failures} runs failed." if failures > 1 else None
     return str(job["waiting"]["sentence"])
 
 
@@ -95,167 +86,269 @@ def share(job: Job) -> float | None:
     return float(min(100, round(100 * progress["done"] / progress["total"], 1)))
 
 
-class Tile(NamedTuple):
-    """A number at the top of the page."""
+def progress_of(job: Job) -> str:
+    """Return how far a run is, in words."""
+    if job["workEndedAt"] is not None:
+        least = job.get("minimumSeconds")
+        if least is None:
+            return "Work done, holding to its minimum duration."
+        return f"Work done, holding to {(duration if least % 60 else rough)(least)}."
+    progress = job["progress"]
+    if progress is None:
+        return ""
+    if progress["note"]:
+        return str(progress["note"])
+    total = f" of {number(progress['total'])}" if progress["total"] else ""
+    return f"{number(progress['done'])}{total} done"
+
+
+def is_now(job: Job) -> str:
+    """Return what a job is, as words that a confirmation waits for."""
+    words = [str(job["state"])]
+    if job["paused"] is not None and job["state"] != State.PAUSED:
+        words.append("paused")
+    if job["paused"] is None:
+        words.append("resumed")
+    if job["state"] != State.RUNNING or job["cancelRequestedBy"] is not None:
+        words.append("cancelled")
+    return " ".join(words)
+
+
+# -- the fleet -------------------------------------------------------------------------------
+
+
+class Mark(NamedTuple):
+    """A place in a lane where its instance stopped responding."""
+
+    at: float
+    label: str
+
+
+class Lane(NamedTuple):
+    """A lane: an instance, or a job, with its runs."""
 
     id: str
-    value: str
-    label: str
-    tone: str
+    name: str
     href: str
+    runs: Runs
+    # of an instance: its last heartbeat, and whether it stopped responding
+    seen: float | None = None
+    gone: bool = False
+    # the instance to dismiss
+    dismiss: str | None = None
+    note: str = ""
+    marks: tuple[Mark, ...] = ()
+    rows: int = 1
 
 
-def strip(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> list[Tile]:
-    """Return the most important numbers."""
-    cards = list(cards)
-    live = sum(card.live for card in cards)
-    overdue = counts["overdue"]
+def lanes_of_jobs(
+    snapshot: StatusSnapshot, names: Iterable[str], runs: Runs, prefix: str
+) -> list[Lane]:
+    """Return a lane for each of these jobs."""
+    by_job: dict[str, Runs] = {}
+    for run in runs:
+        by_job.setdefault(run["job"], []).append(run)
     return [
-        Tile(
-            "instances",
-            f"{live} / {len(cards)}",
-            "instances live",
-            "bad" if live < len(cards) or not live else "",
-            "#servers",
-        ),
-        Tile("running", number(counts["running"]), "running", "", "#jobs"),
-        Tile("waiting", number(counts["waiting"]), "waiting", "", "#jobs"),
-        *(
-            [Tile("paused", number(counts["paused"]), "paused", "", "#jobs")]
-            if counts["paused"]
-            else []
-        ),
-        Tile("overdue", number(overdue), "overdue", "warn" if overdue else "", "#jobs"),
-        Tile(
-            "failed",
-            number(failed),
-            "failed in 24 h",
-            "bad" if failed else "",
-            "#failures",
-        ),
+        Lane(f"{prefix}-{name}", name, f"/jobs/{name}", by_job.get(name, []))
+        for name in sorted(names)
+        if name in snapshot.jobs
     ]
 
 
-def title(counts: Mapping[str, int], cards: Iterable["Card"], failed: int | None) -> str:
-    """Return the title of the browser's tab, the problems first."""
-    cards = list(cards)
-    lost = sum(not card.live for card in cards)
-    problems = [
-        f"{number} {label}"
-        for number, label in (
-            (lost, "lost" if lost == 1 else "instances lost"),
-            (counts["overdue"], "overdue"),
-            (failed or 0, "failed"),
-        )
-        if number
-    ]
-    return " · ".join([*problems, f"{counts['running']} running", "balance_app"])
-
-
-class Loss(NamedTuple):
-    """A lost run, and what became of its job."""
-
-    job: str
-    at: float
-    became: str
-
-
-class Card(NamedTuple):
-    """A server by its name: its instances, the jobs they run, and the runs lost with them."""
-
-    server: str
-    live: bool
-    # the last heartbeat
-    seen: float | None
-    up_since: float | None
-    live_instances: int
-    jobs: list[dict[str, Any]]
-    more: int
-    losses: list[Loss]
-
-
-def cards_of(
-    instances: Iterable[dict[str, Any]],
-    lost: Runs,
-    now: float,
-    held: Mapping[str, list[str]],
-    job_of: Callable[[str], Job | None],
-) -> list[Card]:
-    """Return a card for each server, by name.
-
-    Args:
-        instances: an `InstanceAnswer` each; one server may have several.
-        lost: the runs that were lost lately.
-        now: the moment of the snapshot.
-        held: the names of the jobs that each instance runs, by its id.
-        job_of: returns a job by its name.
-    """
-    by_server: dict[str, list[dict[str, Any]]] = {}
-    for instance in instances:
-        by_server.setdefault(instance["server"], []).append(instance)
-    losses: dict[str, Runs] = {}
-    for run in lost:
-        losses.setdefault(run["server"], []).append(run)
-    cards = []
-    for server in sorted(by_server.keys() | losses.keys()):
-        seen = by_server.get(server, [])
+def lanes_of_instances(snapshot: StatusSnapshot, runs: Runs, now: float, prefix: str) -> list[Lane]:
+    """Return a lane for each server, by name: a server that started again has one lane."""
+    by_server: dict[str, Runs] = {}
+    for run in runs:
+        by_server.setdefault(run["server"], []).append(run)
+    instances: dict[str, list[dict[str, Any]]] = {}
+    for instance in snapshot.instances:
+        instances.setdefault(instance["server"], []).append(instance)
+    # One that is not known any more has a lane as long as its end is in it.
+    ended = {server for server, ran in by_server.items() if ran[-1]["outcome"] == Outcome.LOST}
+    lanes = []
+    for server in sorted(instances.keys() | ended):
+        href = f"/runs?{urlencode({'server': server})}"
+        ran = by_server.get(server, [])
+        if server not in instances:
+            lost_at = ran[-1]["ended"]
+            marks = _deaths(server, ran)
+            lanes.append(
+                Lane(f"{prefix}-{server}", server, href, ran, lost_at, gone=True, marks=marks)
+            )
+            continue
+        seen = instances[server]
         live = [instance for instance in seen if instance["live"]]
-        newest = min(live or seen, key=lambda instance: instance["seenSecondsAgo"], default=None)
-        names = [name for instance in seen for name in held.get(instance["id"], ())]
-        jobs = [job for name in names[:JOBS_OF_INSTANCE] if (job := job_of(name)) is not None]
-        cards.append(
-            Card(
-                server=server,
-                live=bool(live),
-                seen=(
-                    max(run["ended"] for run in losses[server])
-                    if newest is None
-                    # Rounded, so that one heartbeat is the same moment in every snapshot.
-                    else tenth(now - newest["seenSecondsAgo"])
-                ),
-                up_since=(None if newest is None else tenth(seconds_of(newest["startedAt"]))),
-                live_instances=len(live),
-                jobs=[
-                    {"name": job["name"], "since": seconds_of(job["startedAt"])}
-                    for job in jobs
-                    if job["startedAt"] is not None
-                ],
-                more=max(0, len(names) - JOBS_OF_INSTANCE),
-                losses=[
-                    Loss(run["job"], run["ended"], _became(run, job_of(run["job"])))
-                    for run in losses.get(server, [])[:JOBS_OF_INSTANCE]
-                ],
+        newest = min(live or seen, key=lambda instance: instance["seenSecondsAgo"])
+        running = sum(instance["running"] for instance in seen)
+        notes = [f"{running} running" if running else "idle"] if live else []
+        if len(live) > 1:
+            notes.append(f"{len(live)} instances use this name (SERVER_ID)")
+        lanes.append(
+            Lane(
+                f"{prefix}-{server}",
+                server,
+                href,
+                ran,
+                # Rounded, so that one heartbeat is the same moment in every snapshot.
+                seen=tenth(now - newest["seenSecondsAgo"]),
+                gone=not live,
+                note=", ".join(notes),
+                marks=_deaths(server, ran),
             )
         )
-    return cards
+    return lanes
 
 
-def _became(run: dict[str, Any], job: Job | None) -> str:
-    """Return what became of a job whose run was lost."""
-    if job is None:
-        return "does not exist any more"
-    if job["state"] == State.RUNNING:
-        return f"runs on {job['server']}"
-    last = job["lastRun"]
-    if last is not None and seconds_of(last["startedAt"]) > run["started"] + 0.001:
-        return f"{outcome_sign(last['outcome']).label} on {last['server']}"
-    if job["state"] == State.PAUSED:
-        return "is paused"
-    return "waits for an instance"
+def _deaths(server: str, runs: Runs) -> tuple[Mark, ...]:
+    """Return where an instance stopped responding, by the runs that it lost: one mark a moment."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["outcome"] == Outcome.LOST:
+            found.setdefault(int(run["ended"] // 10), []).append(run)
+    return tuple(
+        Mark(
+            max(run["ended"] for run in lost),
+            f"{server} stopped responding before "
+            f"{clock_time(max(run['ended'] for run in lost))} UTC; "
+            f"lost: {', '.join(run['job'] for run in lost)}",
+        )
+        for lost in found.values()
+    )
+
+
+def handovers(runs: Runs) -> list[tuple[float, str, float, str]]:
+    """Return each lost run's end and server, and those of the start that resumed it."""
+    found = []
+    last: dict[str, dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: run["id"]):
+        before = last.get(run["job"])
+        if before is not None and before["outcome"] == Outcome.LOST and run["due"] == before["due"]:
+            found.append((before["ended"], before["server"], run["started"], run["server"]))
+        last[run["job"]] = run
+    return found
+
+
+# -- balances --------------------------------------------------------------------------------
+
+SERIES_SECONDS: Final = 180.0
+BAR_SECONDS: Final = 4.0
+LONGEST_GAP_SECONDS: Final = 15.0
+
+
+class Bar(NamedTuple):
+    """How many changes were accepted and refused from a moment on."""
+
+    at: float
+    accepted: int
+    refused: int
+
+
+class Changes(NamedTuple):
+    """The changes of the last minutes, and a balance as places in them."""
+
+    seconds: float
+    bars: tuple[Bar, ...]
+    user: int | None
+    line: tuple[tuple[float, int], ...]
+    # whether refusals are of all instances; else they are of this one
+    of_all: bool
+
+
+class Series:
+    """What the last snapshots said of changes: their counts, and the balances that changed."""
+
+    def __init__(self) -> None:
+        # when and how the counters were last seen: of each instance by its id, or of all
+        self._totals: dict[str, tuple[float, int, int]] = {}
+        self._bars: dict[int, list[int]] = {}
+        # by user: moments and balances; and how often each changed
+        self._balances: dict[int, list[tuple[float, int]]] = {}
+        self._versions: dict[int, list[tuple[float, int]]] = {}
+        self._began: float | None = None
+        self._of_all = False
+        # the last activity that is in it
+        self._noted = 0.0
+
+    def add(self, snapshot: StatusSnapshot, activity: Activity | None) -> None:
+        """Note the counters of all instances, and the accounts that changed last."""
+        now = snapshot.now.timestamp()
+        counting = [each for each in snapshot.instances if "accepted" in each]
+        self._of_all = bool(counting)
+        for instance in counting:
+            # What an instance had counted when it is first seen is of before, unless it is new.
+            is_new = self._began is not None and seconds_of(instance["startedAt"]) > self._began
+            total = (instance["accepted"], instance["refused"])
+            self._count(instance["id"], total, now, (0, 0) if is_new else total)
+        if not counting and activity is not None:
+            total = (activity.accepted, activity.refused)
+            self._count("", total, activity.now, total)
+        if self._began is None:
+            self._began = now
+        if activity is not None and activity.now > self._noted:
+            self._noted = activity.now
+            for user, version, balance in activity.changed:
+                self._versions.setdefault(user, []).append((activity.now, version))
+                line = self._balances.setdefault(user, [])
+                if not line or line[-1][1] != balance:
+                    line.append((activity.now, balance))
+        self._forget(now)
+
+    def _count(self, name: str, total: tuple[int, int], at: float, first: tuple[int, int]) -> None:
+        """Add what has been counted since the last time; a counter that fell began anew.
+
+        After a while without viewers nobody knows when that was: it is not drawn.
+        """
+        seen, *before = self._totals.get(name, (at, *first))
+        if at - seen > LONGEST_GAP_SECONDS:
+            before = [*total]
+        bar = self._bars.setdefault(int(at // BAR_SECONDS), [0, 0])
+        for kind in (0, 1):
+            bar[kind] += max(0, total[kind] - before[kind])
+        self._totals[name] = (at, *total)
+
+    def _forget(self, now: float) -> None:
+        oldest = now - SERIES_SECONDS
+        self._totals = {name: seen for name, seen in self._totals.items() if seen[0] >= oldest}
+        for place in [each for each in self._bars if each < oldest // BAR_SECONDS]:
+            del self._bars[place]
+        for user, versions in list(self._versions.items()):
+            while len(versions) > 1 and versions[1][0] < oldest:
+                versions.pop(0)
+            line = self._balances[user]
+            while len(line) > 1 and line[1][0] < oldest:
+                line.pop(0)
+            if versions[-1][0] < oldest:
+                del self._versions[user], self._balances[user]
+
+    def shown(self, now: float) -> Changes:
+        """Return what is drawn; it changes once in the length of a bar."""
+        last = int(now // BAR_SECONDS)
+        count = int(SERIES_SECONDS / BAR_SECONDS)
+        bars = tuple(
+            Bar(place * BAR_SECONDS, *self._bars.get(place, (0, 0)))
+            for place in range(last - count + 1, last + 1)
+        )
+        first = (last - count + 1) * BAR_SECONDS
+        user = max(
+            (user for user, versions in self._versions.items() if _rise(versions)),
+            key=lambda user: _rise(self._versions[user]),
+            default=None,
+        )
+        line = (
+            ()
+            if user is None
+            else tuple(
+                (max(0.0, round((moment - first) / SERIES_SECONDS, 3)), balance)
+                for moment, balance in self._balances[user]
+            )
+        )
+        return Changes(SERIES_SECONDS, bars, user, line, self._of_all)
+
+
+def _rise(versions: list[tuple[float, int]]) -> int:
+    return versions[-1][1] - versions[0][1]
 
 
 def last_run(job: Job | None) -> dict[str, Any] | None:
     """Return a job's last run, if there was one."""
     return None if job is None else job["lastRun"]
-
-
-def jobs_of(jobs: Mapping[str, JobStatus], limit: int) -> list[str]:
-    """Return the names of the jobs to show: all in their order, or those that matter most."""
-    if len(jobs) <= limit:
-        return list(jobs)
-    ranks: list[list[str]] = [[], [], [], []]
-    for name, status in jobs.items():
-        summary = status.summary
-        running = summary.state == State.RUNNING
-        ranks[(summary.overdue, summary.failed, running, True).index(True)].append(name)
-    return list(islice(chain.from_iterable(ranks), limit))

@@ -1,0 +1,88 @@
+"""The picture of the last minutes' changes, from counters of all instances."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from balance_app.jobs.api.status import StatusSnapshot
+from balance_app.web import charts
+from balance_app.web.queries import Activity, Totals
+from balance_app.web.view_models import LONGEST_GAP_SECONDS, Series, progress_of
+
+BEGAN: Final = datetime(2026, 11, 29, 2, 44, tzinfo=UTC)
+
+
+def snapshot(second: float, *instances: tuple[str, int, int]) -> StatusSnapshot:
+    """A snapshot with counters of instances: id, accepted, refused; b starts at second 5."""
+    rows: list[dict[str, Any]] = [
+        {
+            "id": id_,
+            "startedAt": BEGAN + timedelta(seconds=5 if id_ == "b" else -60),
+            "accepted": accepted,
+            "refused": refused,
+        }
+        for id_, accepted, refused in instances
+    ]
+    return StatusSnapshot(BEGAN + timedelta(seconds=second), b"", {}, rows, {})
+
+
+def activity(second: float, *changed: tuple[int, int, int], accepted: int = 0) -> Activity:
+    now = BEGAN.timestamp() + second
+    totals = Totals(users=1, balance=1, exact=True)
+    return Activity(now, {}, [], totals, list(changed), accepted=accepted)
+
+
+def drawn(series: Series, second: float) -> tuple[int, int]:
+    shown = series.shown(BEGAN.timestamp() + second)
+    return sum(bar.accepted for bar in shown.bars), sum(bar.refused for bar in shown.bars)
+
+
+def test_changes_are_those_since_one_looks_by_all_instances() -> None:
+    """What was counted before is not drawn; a new instance counts from its start."""
+    series = Series()
+    series.add(snapshot(0, ("a", 1000, 7)), None)
+    assert drawn(series, 0) == (0, 0)
+    series.add(snapshot(4, ("a", 1010, 8)), None)
+    series.add(snapshot(8, ("a", 1010, 8), ("b", 3, 2)), None)
+    assert drawn(series, 8) == (13, 3)
+    assert series.shown(BEGAN.timestamp() + 8).of_all
+
+
+def test_a_time_without_viewers_is_not_drawn_as_one_moment() -> None:
+    """Nobody knows when it was."""
+    series = Series()
+    series.add(snapshot(0, ("a", 0, 0)), None)
+    series.add(snapshot(LONGEST_GAP_SECONDS + 1, ("a", 5000, 5000)), None)
+    assert drawn(series, LONGEST_GAP_SECONDS + 1) == (0, 0)
+    # Control: within that time it is.
+    series.add(snapshot(LONGEST_GAP_SECONDS + 3, ("a", 5001, 5000)), None)
+    assert drawn(series, LONGEST_GAP_SECONDS + 3) == (1, 0)
+
+
+def test_without_counters_of_instances_the_database_counts() -> None:
+    """As with instances of the release before."""
+    series = Series()
+    empty = StatusSnapshot(BEGAN, b"", {}, [], {})
+    series.add(empty, activity(0, accepted=50))
+    series.add(empty, activity(4, accepted=58))
+    assert drawn(series, 4) == (8, 0)
+    assert not series.shown(BEGAN.timestamp()).of_all
+
+
+def test_the_line_is_of_the_account_that_changes_most() -> None:
+    """By its versions, as steps."""
+    series = Series()
+    for second, busy, calm in ((0, (2, 10, 100), (1, 900, 7)), (4, (2, 60, 0), (1, 901, 8))):
+        series.add(snapshot(second), activity(second, busy, calm))
+    shown = series.shown(BEGAN.timestamp() + 4)
+    assert shown.user == 2
+    assert [balance for _, balance in shown.line] == [100, 0]
+    html = str(charts.changes(shown))
+    assert "user 2: 100" in html
+    assert 'href="/users/2"' in html
+
+
+def test_work_that_is_done_says_how_long_its_run_still_holds() -> None:
+    """By the minimum duration of the job's code, where that is known."""
+    for least, words in ((120.0, "to 2 min."), (90.0, "to 1 min 30 s."), (None, "to its minimum")):
+        job = {"workEndedAt": BEGAN, "progress": None, "minimumSeconds": least}
+        assert words in progress_of(job)
