@@ -41,6 +41,8 @@ def fields_of(html: str, do: str = "") -> dict[str, str]:
             given[select] = value
         elif name and (tag == "input" or (tag == "button" and value == do)):
             given[name] = value
+        elif tag == "button" and name == "what":
+            given.setdefault(name, value)  # what Enter does
     return given
 
 
@@ -89,12 +91,14 @@ async def test_users_are_listed_page_by_page(site: Site) -> None:
     while path:
         html = await site.page(path)
         seen += re.findall(r'<th scope="row"><a href="/users/(\d+)"', html)
-        more = re.search(r'href="([^"]+)">More users', html)
+        more = re.search(r'href="([^"]+)"[^>]*>Next page', html)
         path = unescape(more[1]) if more else ""
     assert seen == sorted(set(seen), key=int)
     assert seen[-1] == str(last)
-    assert f"User {last} name-{last} balance 12 345 held 0 available 12 345 ‖ frozen" in text(html)
-    assert "There are no more users." in text(await site.page(f"/users?after={last}"))
+    row = text(html, f"user-{last}")
+    assert f"User {last} name-{last} balance 12 345 held 0 available 12 345 " in row
+    assert re.search(r"\d s ago ‖ frozen", row)
+    assert "No more accounts." in text(await site.page(f"/users?after={last}"))
 
 
 async def test_a_user_is_found_by_id_and_by_external_id(site: Site) -> None:
@@ -121,33 +125,37 @@ async def test_who_is_not_found_is_reported(site: Site, sought: str) -> None:
         httpx.URL("/users", params={"find": sought.encode("utf-8", "replace")})
     )
     assert answer.status_code == 404, answer.text
-    assert "No user has the id or the external id" in text(answer.text)
+    assert "No account has the id or external id" in text(answer.text)
     assert "<script>alert(1)" not in answer.text
 
 
 @pytest.mark.parametrize(
     ("path", "status", "sentence"),
     [
-        ("/users/me", 422, "A user's number is a whole number above 0."),
-        ("/users/0", 422, "A user's number is a whole number above 0."),
-        ("/users/-1", 422, "A user's number is a whole number above 0."),
-        ("/users/1.5", 422, "A user's number is a whole number above 0."),
-        ("/users/9007199254740992", 422, "A user's number is a whole number above 0."),
-        ("/users/%00", 422, "A user's number is a whole number above 0."),
-        ("/users/٣", 422, "A user's number is a whole number above 0."),
+        ("/users/me", 422, "A user id is a whole number, 1 or more."),
+        ("/users/0", 422, "A user id is a whole number, 1 or more."),
+        ("/users/-1", 422, "A user id is a whole number, 1 or more."),
+        ("/users/1.5", 422, "A user id is a whole number, 1 or more."),
+        ("/users/9007199254740992", 422, "A user id is a whole number, 1 or more."),
+        ("/users/%00", 422, "A user id is a whole number, 1 or more."),
+        ("/users/٣", 422, "A user id is a whole number, 1 or more."),
         ("/users/9007199254740991", 404, "There is no user 9007199254740991."),
-        ("/users/1?before=x", 422, "before is a whole number above 0."),
-        ("/users/1?after=9007199254740992", 422, "after is a whole number above 0."),
-        ("/users/1?holds=-1", 422, "holds is a whole number above 0."),
+        ("/users/1?before=x", 422, '"before" must be a whole number, 1 or more.'),
+        ("/users/1?after=9007199254740992", 422, '"after" must be a whole number, 1 or more.'),
+        ("/users/1?holds=-1", 422, '"holds" must be a whole number, 1 or more.'),
         ("/users/1?hold=7777", 404, "There is no such hold."),
-        ("/users/1?reference=a%00b", 422, "A reference has at most 200 printable characters."),
-        (f"/users/1?reference={'x' * 201}", 422, "A reference has at most 200 printable"),
-        ("/users?after=x", 422, "after is a whole number above 0."),
+        (
+            "/users/1?reference=a%00b",
+            422,
+            "The reference may have at most 200 printable characters.",
+        ),
+        (f"/users/1?reference={'x' * 201}", 422, "The reference may have at most 200 printable"),
+        ("/users?after=x", 422, '"after" must be a whole number, 1 or more.'),
         ("/users/1?did=change&entry=7777", 200, "User 1"),
-        ("/users/1?did=hold&hold=x", 422, "hold is a whole number above 0."),
+        ("/users/1?did=hold&hold=x", 422, '"hold" must be a whole number, 1 or more.'),
         ("/users/1?reverse=<b>x", 200, "Reverse an entry"),
         ("/users/1?before=9007199254740991", 200, "opening balance"),
-        ("/users/1?after=9007199254740991", 200, "There are no entries here."),
+        ("/users/1?after=9007199254740991", 200, "No entries."),
     ],
 )
 async def test_wrong_addresses_have_a_sentence(
@@ -233,7 +241,7 @@ async def test_the_statement_is_paged_both_ways_and_filtered(site: Site) -> None
             back += shown(html)
         assert sorted(back) == sorted(versions)
         assert shown(html)[0] == versions[0]
-    assert "No entry has the reference none." in text(
+    assert "No entry has the reference “none”." in text(
         await site.page(f"/users/{user}?reference=none")
     )
 
@@ -287,22 +295,22 @@ async def test_each_form_does_what_it_says_once(site: Site) -> None:
         (
             "change",
             {"what": "add", "amount": "1 000"},
-            "Done: added 1 000. User {} then had 2 000.",
+            "Added 1 000. User {} then had 2 000.",
         ),
-        ("change", {"amount": "500"}, "Done: withdrew 500. User {} then had 1 500."),
+        ("change", {"amount": "500"}, "Withdrew 500. User {} then had 1 500."),
         (
             "transfer",
             {"to": other, "amount": "100", "reference": "rent", "note": "May"},
-            f"Done: transferred 100 to user {other}. User {{}} then had 1 400.",
+            f"Transferred 100 to user {other}. User {{}} then had 1 400.",
         ),
-        ("hold", {"amount": "50", "lasts": "2", "unit": "days"}, "Done: 50 is held until "),
-        ("capture", {"amount": "20"}, "Done: captured 20 of hold 1. User {} then had 1 380."),
-        ("hold", {"amount": "60", "lasts": "90", "unit": "minutes"}, "as hold 3."),
-        ("void", {}, "Done: hold 3 is voided, and its 60 is available again."),
+        ("hold", {"amount": "50", "lasts": "2", "unit": "days"}, "Held 50 until "),
+        ("capture", {"amount": "20"}, "Captured 20 of hold 1. User {} then had 1 380."),
+        ("hold", {"amount": "60", "lasts": "90", "unit": "minutes"}, "(hold 3)."),
+        ("void", {}, "Voided hold 3: 60 is available again."),
         (
             "reverse",
             {"entry": "4"},
-            "entry 4 is reversed by entry 6. User {} then had 1 480.",
+            "Reversed entry 4 by entry 6. User {} then had 1 480.",
         ),
         (
             "settings",
@@ -326,7 +334,7 @@ async def test_each_form_does_what_it_says_once(site: Site) -> None:
         assert said.format(user) in text(html, f"said-{place}"), (do, text(html))
         assert f'id="{place}"' in html
     again = text(await follow(site, await submit(site, user, "reverse", entry="4")), "said-reverse")
-    assert again == "Entry 4 was reversed before, by entry 6."
+    assert again == "Entry 4 had already been reversed by entry 6."
     # Control: another form has another key.
     before = (await account(site, user))["balance"]
     for _ in range(2):
@@ -344,46 +352,51 @@ REFUSALS: Final = [
         409,
         (
             "Not done: user {} has 30 available (100, of which 70 is held), so 50 can't be "
-            "withdrawn. 20 more would be needed. Nothing was changed."
+            "withdrawn (20 short). Nothing was changed."
         ),
     ),
     ("change", {"amount": "9007199254740991", "what": "add"}, 409, "would exceed the largest"),
-    ("change", {"amount": "0"}, 422, "Not done: an amount is a whole number above 0, up to 9 007"),
-    ("change", {"amount": "1e3"}, 422, "Not done: an amount is a whole number above 0"),
-    ("change", {"amount": "1", "reference": "x" * 201}, 422, "a reference has at most 200"),
-    ("change", {"amount": "1", "note": "a\0b"}, 422, "Not done: a note has at most 500 printable"),
+    ("change", {"amount": "0"}, 422, "Not done: the amount must be a whole number from 1 to 9 007"),
+    ("change", {"amount": "1e3"}, 422, "Not done: the amount must be a whole number from 1"),
+    ("change", {"amount": "1", "reference": "x" * 201}, 422, "the reference may have at most 200"),
+    (
+        "change",
+        {"amount": "1", "note": "a\0b"},
+        422,
+        "Not done: the note may have at most 500 printable",
+    ),
     ("change", {"amount": "1", "what": "double"}, 422, "Not done."),
     ("change", {"amount": "1", "key": "a b"}, 400, "The form is incomplete."),
     ("change", {"amount": "1", "do": "steal"}, 400, "The form is incomplete."),
-    ("transfer", {"to": "2", "amount": "31"}, 409, "so 31 can't be transferred. 1 more would be"),
+    ("transfer", {"to": "2", "amount": "31"}, 409, "so 31 can't be transferred (1 short)"),
     ("transfer", {"to": "404404", "amount": "1"}, 404, "Not done. There is no user 404404."),
-    ("transfer", {"to": "me", "amount": "1"}, 422, "Not done: a user's number is a whole number"),
-    ("transfer", {"to": "{}", "amount": "1"}, 422, "Not done: a transfer is between two users"),
-    ("hold", {"amount": "31"}, 409, "so 31 can't be held. 1 more would be needed."),
+    ("transfer", {"to": "me", "amount": "1"}, 422, "Not done: the user id must be a whole number"),
+    ("transfer", {"to": "{}", "amount": "1"}, 422, "Not done: choose another user"),
+    ("hold", {"amount": "31"}, 409, "so 31 can't be held (1 short)."),
     (
         "hold",
         {"amount": "1", "lasts": "366", "unit": "days"},
         422,
-        "a hold lasts at least a second",
+        "a hold may last from one second",
     ),
-    ("hold", {"amount": "1", "lasts": "0"}, 422, "Not done: a hold lasts at least a second"),
-    ("hold", {"amount": "1", "unit": "years"}, 422, "Not done: a hold lasts at least a second"),
+    ("hold", {"amount": "1", "lasts": "0"}, 422, "Not done: a hold may last from one second"),
+    ("hold", {"amount": "1", "unit": "years"}, 422, "Not done: a hold may last from one second"),
     ("capture", {"amount": "71"}, 409, "Not done: the hold is 70, so 71 can't be captured."),
-    ("capture", {"amount": "x"}, 422, "Not done: an amount is a whole number"),
+    ("capture", {"amount": "x"}, 422, "Not done: the amount must be a whole number"),
     ("capture", {"hold": "7777"}, 404, "Not done. There is no such hold."),
     ("void", {"hold": "x"}, 400, "The form is incomplete."),
-    ("reverse", {"entry": "1"}, 409, "so 100 can't be taken back. 70 more would be needed."),
+    ("reverse", {"entry": "1"}, 409, "so 100 can't be taken back (70 short)."),
     ("reverse", {"entry": "7777"}, 404, "Not done. User {} has no entry 7777."),
-    ("reverse", {"entry": ""}, 422, "Not done: an entry's number is a whole number above 0."),
+    ("reverse", {"entry": ""}, 422, "Not done: the entry must be a whole number, 1 or more."),
     ("settings", {"floor": "31"}, 409, "which is less than a floor of 31. Nothing was changed."),
-    ("settings", {"floor": "much"}, 422, "Not done: a floor is a whole number"),
-    ("settings", {"floor": "9007199254740992"}, 422, "Not done: a floor is a whole number"),
+    ("settings", {"floor": "much"}, 422, "Not done: the floor must be a whole number"),
+    ("settings", {"floor": "9007199254740992"}, 422, "Not done: the floor must be a whole number"),
     ("settings", {"externalId": "taken"}, 409, "Not done: another user has this external id."),
-    ("settings", {"externalId": "a\u202eb"}, 422, "Not done: an external id has at most 200"),
-    ("settings", {"by": "x" * 101}, 422, "Not done: a name has at most 100 printable"),
+    ("settings", {"externalId": "a\u202eb"}, 422, "Not done: the external id may have at most 200"),
+    ("settings", {"by": "x" * 101}, 422, "Not done: the name may have at most 100 printable"),
     ("settings", {"tag": "1"}, 400, "The form is incomplete."),
     ("freeze", {"tag": HOSTILE}, 400, "The form is incomplete."),
-    ("freeze", {"tag": "7.7.7"}, 412, "Somebody else has changed the settings"),
+    ("freeze", {"tag": "7.7.7"}, 412, "Somebody else changed the settings"),
 ]
 
 
@@ -436,7 +449,7 @@ async def test_a_refused_form_has_a_new_key_and_a_wrong_one_the_same(site: Site)
     assert (await submit(site, user, "change", amount="1", key=key)).status_code == 303
     other = await submit(site, user, "change", amount="2", key=key)
     assert other.status_code == 422
-    assert "this form was sent before with other values" in text(other.text)
+    assert "this form was already sent with other values" in text(other.text)
     assert fields_of(other.text, "change")["key"] != key
 
 
@@ -453,9 +466,9 @@ async def test_settings_that_somebody_else_changed_are_not_overwritten_unseen(si
     assert "etag" not in answer.headers
     said = text(answer.text, "said-settings")
     assert re.match(
-        r"Not done\. Somebody else has changed the settings since this page was made \(ada, "
-        r"[-\d: ]+ UTC\): now the floor is -7, the external id is mine, and the account is not "
-        r"frozen\. Nothing was changed; press the button again if you still want to\.",
+        r"Not done\. Somebody else changed the settings in the meantime "
+        r"\(ada, [-\d: ]+ UTC\)\. Now the floor is -7, the external id is mine, and the account is "
+        r"not frozen\. Nothing was changed; press the button again to overwrite them\.",
         said,
     )
     assert (await account(site, user))["floor"] == -7
@@ -477,23 +490,23 @@ async def test_a_user_is_created_once_by_a_form(site: Site) -> None:
     html = await follow(site, made[0])
     user = re.search(r"/users/(\d+)", made[0].headers["location"])
     assert user is not None
-    assert text(html, "message") == f"Done: user {user[1]} is there, with 1 000."
+    assert text(html, "message") == f"Created user {user[1]} with a balance of 1 000."
     found = await account(site, user[1])
     assert (found["balance"], found["floor"], found["externalId"]) == (1000, -50, name)
     assert await site.value("SELECT count(*) FROM users") == before + 1
     for change, status, sentence in (
-        ({"balance": "2 000"}, 422, "this form was sent before with other values"),
+        ({"balance": "2 000"}, 422, "this form was already sent with other values"),
         ({"key": token_hex(8)}, 409, "another user has this external id"),
-        ({"balance": "-1"}, 422, "an opening balance is a whole number from 0 up to"),
-        ({"balance": "x"}, 422, "an opening balance is a whole number from 0 up to"),
-        ({"balance": str(2**53)}, 422, "an opening balance is a whole number from 0 up to"),
-        ({"floor": "1e3"}, 422, "a floor is a whole number"),
+        ({"balance": "-1"}, 422, "the opening balance must be a whole number from 0 to"),
+        ({"balance": "x"}, 422, "the opening balance must be a whole number from 0 to"),
+        ({"balance": str(2**53)}, 422, "the opening balance must be a whole number from 0 to"),
+        ({"floor": "1e3"}, 422, "the floor must be a whole number"),
         (
             {"floor": "2000", "key": token_hex(8)},
             409,
             "the new user has 1 000, which is less than a floor of 2 000",
         ),
-        ({"externalId": "a\nb"}, 422, "an external id has at most 200 printable characters"),
+        ({"externalId": "a\nb"}, 422, "the external id may have at most 200 printable characters"),
         ({"key": ""}, 400, "The form is incomplete."),
     ):
         answer = await site.send("/users", **{**sent, **change})
@@ -509,7 +522,7 @@ async def test_a_user_is_created_once_by_a_form(site: Site) -> None:
 async def test_changes_of_settings_are_listed_page_by_page(site: Site) -> None:
     """The latest first, with who made them; none for an account that has had none."""
     user = await site.open()
-    assert "Changes of settings" not in text(await site.page(f"/users/{user}"))
+    assert "Settings history" not in text(await site.page(f"/users/{user}"))
     for floor in range(1, 13):
         await patch(site, user, floor=-floor)
     path, seen = f"/users/{user}", []
@@ -578,7 +591,7 @@ async def test_without_its_database_a_form_keeps_what_was_typed_and_its_key() ->
             answer = await client.post("/users/1", data=fields)
             assert answer.status_code == 503, answer.text
             assert answer.headers["retry-after"] == "1"
-            assert "The account can't be read now." in text(answer.text)
+            assert "The account can't be read right now." in text(answer.text)
             assert fields_of(answer.text, do) == fields
         assert (await client.get("/users/1")).status_code == 503
         assert (await client.get("/users")).status_code == 503
@@ -589,3 +602,21 @@ async def test_without_its_database_a_form_keeps_what_was_typed_and_its_key() ->
                 break
         assert (await client.post("/users/1", data=sent["change"])).status_code == 303
         assert (await client.get("/api/users/1")).json()["balance"] == 9993
+
+
+async def test_accounts_are_sorted_by_balance_and_by_latest_change(site: Site) -> None:
+    """The highest and the latest first, page by page; the order is in the address."""
+    poor, rich = await site.open(3), await site.open(8_000_000_000_000_000)
+    await site.client.post("/api/balance", json={"userId": int(poor), "amount": 1})
+    for sort, first in (("balance", rich), ("changed", poor)):
+        path, seen = f"/users?sort={sort}", []
+        while path:
+            html = await site.page(path)
+            seen += re.findall(r'<th scope="row"><a href="/users/(\d+)"', html)
+            more = re.search(r'href="([^"]+)"[^>]*>Next page', html)
+            path = unescape(more[1]) if more else ""
+        assert seen[0] == first
+        assert len(seen) == len(set(seen)) == await site.value("SELECT count(*) FROM users")
+    assert 'aria-current="true">balance' in await site.page("/users?sort=balance")
+    # Control: by id it is another order.
+    assert f'href="/users/{rich}"' not in (await site.page("/users"))[:3000]

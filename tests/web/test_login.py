@@ -198,7 +198,7 @@ async def test_what_is_no_valid_key_gets_the_form_again(site: Locked) -> None:
             (visitor.key.text[:-1], 401, wrong),
             ("<script>ü\x00", 401, wrong),
             ("", 401, wrong),
-            ((await make_key(site.database, "operate")).text, 403, "has not the scope read"),
+            ((await make_key(site.database, "operate")).text, 403, 'lacks the scope "read"'),
         ):
             answer = await visitor.log_in(key, "/users")
             assert answer.status_code == status, key
@@ -293,7 +293,7 @@ async def test_a_form_without_a_session_is_answered_with_the_login(site: Locked)
         referer = {"Referer": f"{site.instance.url}/users/1?before=2"}
         answer = await visitor.client.post("/users/1", data={"do": "change"}, headers=referer)
         assert answer.status_code == 401
-        assert "Not done: you are not logged in. Nothing was changed." in text(answer.text)
+        assert "Not done: you are logged out. Log in and send it again." in text(answer.text)
         assert 'name="next" value="/users/1"' in answer.text
         refused = await reader.send("/jobs/job-waiting/pause", by="page")
         assert refused.status_code == 403
@@ -321,12 +321,12 @@ async def test_nothing_is_shown_to_who_may_not_read(site: Locked) -> None:
         ):
             answer = await visitor.client.get(path, headers=headers)
             assert answer.status_code == status
-            assert "answered by" not in answer.text
+            assert "served by" not in answer.text
             assert "1 running" not in answer.text
             assert 'href="/users"' not in answer.text
             assert re.search(r'data-now=""', answer.text)
         assert (
-            "answered by app1"
+            "served by app1"
             in (await visitor.client.get("/users", headers=bearer(visitor.key))).text
         )
 
@@ -335,7 +335,7 @@ async def test_nothing_is_shown_to_who_may_not_read(site: Locked) -> None:
 
 SEEN: Final = {
     # what is done: where, and the form or link that does it
-    "add": ("/", '<option value="add"'),
+    "add": ("/", 'name="what" value="add"'),
     "withdraw": ("/", 'action="/change"'),
     "change": ("/users/1", 'name="do" value="change"'),
     "hold": ("/users/1", 'name="do" value="hold"'),
@@ -510,7 +510,7 @@ async def test_without_keys_nobody_logs_in(database: dict[str, str]) -> None:
         http_client(instance.url) as client,
     ):
         html = (await client.get("/login")).text
-        assert "No key was made yet" in text(html)
+        assert "No API key exists yet" in text(html)
         for path in ("/", "/users", "/users/1", "/jobs"):
             html = (await client.get(path)).text
             assert "Log out" not in html
@@ -519,12 +519,12 @@ async def test_without_keys_nobody_logs_in(database: dict[str, str]) -> None:
     async with exposed, http_client(exposed.url) as client:
         for path in ("/", "/users", "/users/1", "/jobs", "/login", "/jobs/none"):
             html = (await client.get(path, headers=BROWSER)).text
-            assert "Anybody who reaches this instance may do everything" in text(html)
+            assert "can use this page without a key" in text(html)
         rebound = {**BROWSER, "Host": "evil.example"}
         refused = await client.get("/", headers=rebound)
         assert refused.status_code == 421
         assert "The Host header names no host of this service" in text(refused.text)
-        assert "answered by" not in refused.text
+        assert "served by" not in refused.text
 
 
 async def test_without_its_database_the_login_says_so() -> None:
@@ -542,7 +542,9 @@ async def test_without_its_database_the_login_says_so() -> None:
         assert "retry-after" in entered.headers
         out = await visitor.send("/logout")
         assert out.status_code == 503
-        assert "This browser has forgotten your session" in text(out.text, "message")
+        assert "This browser is logged out, but the session could not be ended" in text(
+            out.text, "message"
+        )
         assert visitor.client.cookies == {}
         await server.start()
 

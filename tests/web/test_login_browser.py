@@ -77,14 +77,15 @@ async def test_an_open_page_says_that_its_session_has_ended(site: Locked, browse
         assert len(asked) == before
         await watching.get_by_role("link", name="Log in again").click()
         await watching.wait_for_url("**/login?next=%2F%3Fuser%3D1")
-        form = page.get_by_role("form", name="Change the balance")
+        form = page.get_by_role("form", name="Withdraw or add")
+        await says(page, "#state", "logged out")
         await form.get_by_label("Amount").fill("1")
-        await form.get_by_role("button").click()
-        await page.get_by_text("Not done: you are not logged in.").wait_for()
+        await form.get_by_role("button", name="Withdraw 1").click()
+        await page.get_by_text("Not done: you are logged out.").wait_for()
         await enter(page, other)
         await page.wait_for_url("**/users/1")
         assert "User 1" in await page.inner_text("h1")
-        assert await page.get_by_role("button", name="Change it").count() == 0
+        assert await page.get_by_role("button", name="Withdraw").count() == 0
 
 
 async def test_a_link_on_another_site_leads_to_the_page(site: Locked, browser: Browser) -> None:

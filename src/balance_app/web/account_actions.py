@@ -322,8 +322,8 @@ async def _conflict(accounts: AccountRepository, account: Account) -> str:
     changes = await accounts.settings(account.user_id, after=account.settings_version - 1, limit=1)
     who_and_when = "".join(f" ({each.by or 'api'}, {exact(each.at)})" for each in changes)
     return (
-        f"Somebody else has changed the settings since this page was made{who_and_when}: now "
-        f"{settings_of(account)}. Nothing was changed; press the button again if you still want to."
+        f"Somebody else changed the settings in the meantime{who_and_when}. Now "
+        f"{settings_of(account)}. Nothing was changed; press the button again to overwrite them."
     )
 
 

@@ -33,6 +33,7 @@ from balance_app.web.pages import (
     respond,
     stream_of,
 )
+from balance_app.web.queries import ListedAccount, PageQueries
 from balance_app.web.view_models import exact, number
 
 USERS_ON_PAGE: Final = 25
@@ -41,10 +42,12 @@ HOLDS_ON_PAGE: Final = 5
 DAYS_DRAWN: Final = 90
 ENTRIES_DRAWN: Final = 100
 SETTINGS_ON_PAGE: Final = 5
+REFRESH_SECONDS: Final = 3  # how often a list or an account is loaded again while it is looked at
+SORTS: Final = {"": "account", "balance": "balance", "changed": "latest change"}
 # What an external id and a reference may be.
 LONGEST_TEXT: Final = 200
 
-_NO_REFERENCE: Final = "A reference has at most 200 printable characters."
+_NO_REFERENCE: Final = "The reference may have at most 200 printable characters."
 
 
 class Attempt(NamedTuple):
@@ -116,27 +119,46 @@ async def users_page(request: Request, attempt: OpeningAttempt | None = None) ->
     """
     query = request.query_params
     sought, after = query.get("find", "").strip(), _cursor(request, "after")
+    sort = query.get("sort", "") if query.get("sort", "") in SORTS else ""
     accounts = services(request)[AccountRepository]
+    queries = services(request)[PageQueries]
+    found: list[ListedAccount] | None
+    can_sort = True
     try:
         await stream_of(request).refresh()
         if sought:
-            found = await _find(accounts, sought)
-            if len(found) == 1:
-                return go_to(f"/users/{found[0].user_id}")
+            matching = await _find(accounts, sought)
+            if len(matching) == 1:
+                return go_to(f"/users/{matching[0].user_id}")
+            found = [ListedAccount(account, None) for account in matching]
         else:
-            found = await accounts.accounts(after=after or 0, limit=USERS_ON_PAGE + 1)
+            can_sort = await queries.can_sort_accounts()
+            sort = sort if can_sort else ""
+            found = await queries.accounts(sort=sort, after=after, limit=USERS_ON_PAGE + 1)
+            # Who looks at an account ends its holds that have expired.
+            found = [
+                each
+                if each.current
+                else each._replace(account=await accounts.account(each.user_id))
+                for each in found
+            ]
     except (DatabaseUnavailable, Overloaded):
         if attempt is None:
             raise
         found = None
     shown, last = cut_page(found or [], USERS_ON_PAGE)
     form: Mapping[str, str] = attempt.form if attempt else {}
+    sorted_by = {"sort": sort} if sort else {}
     view = {
         "users": shown,
         "are_known": found is not None,
         "sought": sought,
         "after": after,
-        "next": None if last is None else last.user_id,
+        "sort": sort,
+        "sorts": SORTS if can_sort and not sought else {},
+        "first": urlencode(sorted_by),
+        "next": None if last is None else urlencode({**sorted_by, "after": last.user_id}),
+        "refresh_seconds": "" if after or sought or attempt else REFRESH_SECONDS,
         "form": form,
         "said": attempt.message if attempt else None,
         "key": form["key"] if attempt and attempt.keep_key else f"page-{token_urlsafe(16)}",
@@ -221,11 +243,18 @@ async def account_page(request: Request, user_id: int, attempt: Attempt | None =
         "typed": typed,
         "keep_key": attempt is not None and attempt.keep_key,
         "new_key": lambda: f"page-{token_urlsafe(16)}",
+        # a form that was refused, or reported, is left as it is
+        "refresh_seconds": "" if attempt or _is_past(request) else REFRESH_SECONDS,
         "to_reverse": request.query_params.get("reverse", "")[:16],
     }
     status = attempt.status if attempt else 200
     headers = attempt.headers if attempt else None
     return respond(request, "account.html", view, status=status, headers=headers)
+
+
+def _is_past(request: Request) -> bool:
+    """Say whether the address is of a part of the account that later changes do not change."""
+    return "before" in request.query_params
 
 
 # What a form does, and the part of the page that has the form and its outcome.
@@ -287,7 +316,7 @@ def _cursor(request: Request, name: str) -> int | None:
     if text and not is_number(text):
         raise InvalidRequest(
             (f"query:{name}", "not-an-integer"),
-            sentence=f"The address is wrong: {name} is a whole number above 0.",
+            sentence=f'Wrong address: "{name}" must be a whole number, 1 or more.',
         )
     return int(text) if text else None
 
@@ -369,13 +398,19 @@ async def _done(request: Request, user_id: int) -> Message | None:
         if did in {"change", "transfer", "capture", "reverse"} and is_number(entry):
             ledger = services(request)[LedgerRepository]
             made = await ledger.past(user_id, version=int(entry))
-            return Message("good", _made(made, again="again" in query))
+            again = "again" in query
+            undo = None
+            if made.reverses is None and made.hold is None and may(request, NEEDS["reverse"]):
+                undo = (f"/users/{user_id}", {"do": "reverse", "entry": str(made.version)})
+            return Message("good", _made(made, again=again), undo=undo)
         if did in {"hold", "void"} and is_number(hold):
             found = await services(request)[HoldRepository].hold(user_id, int(hold))
             return Message("good", _placed(found))
         if did == "open":
             opened = await services(request)[LedgerRepository].past(user_id, version=1)
-            return Message("good", f"Done: user {user_id} is there, with {number(opened.balance)}.")
+            return Message(
+                "good", f"Created user {user_id} with a balance of {number(opened.balance)}."
+            )
         if did in {"settings", "freeze", "thaw"}:
             account = await services(request)[AccountRepository].account(user_id)
             return Message("good", f"Done: {settings_of(account)}.")
@@ -391,22 +426,22 @@ def _made(entry: Entry, *, again: bool) -> str:
         reverses = f"entry {number(entry.reverses)}"
         by = f"by entry {number(entry.version)}"
         if again:
-            return f"{reverses.capitalize()} was reversed before, {by}."
-        return f"Done: {reverses} is reversed {by}. {has}"
+            return f"{reverses.capitalize()} had already been reversed {by}."
+        return f"Reversed {reverses} {by}. {has}"
     if entry.hold is not None:
-        return f"Done: captured {amount} of hold {number(entry.hold)}. {has}"
+        return f"Captured {amount} of hold {number(entry.hold)}. {has}"
     if entry.other_user_id is not None:
-        return f"Done: transferred {amount} to user {entry.other_user_id}. {has}"
-    return f"Done: {'added' if entry.amount > 0 else 'withdrew'} {amount}. {has}"
+        return f"Transferred {amount} to user {entry.other_user_id}. {has}"
+    return f"{'Added' if entry.amount > 0 else 'Withdrew'} {amount}. {has}"
 
 
 def _placed(hold: Hold) -> str:
     name, amount = f"hold {number(hold.number)}", number(hold.amount)
     if hold.state == "open":
-        return f"Done: {amount} is held until {exact(hold.expires_at)}, as {name}."
+        return f"Held {amount} until {exact(hold.expires_at)} ({name})."
     if hold.state == "voided":
-        return f"Done: {name} is voided, and its {amount} is available again."
-    return f"{name.capitalize()} has ended: it is {hold.state}."
+        return f"Voided {name}: {amount} is available again."
+    return f"{name.capitalize()} has already ended ({hold.state})."
 
 
 def settings_of(account: Account) -> str:

@@ -36,7 +36,7 @@ async def list_actions(request: Request) -> Response:
     if before and not is_number(before):
         raise InvalidRequest(
             ("query:before", "not-an-integer"),
-            sentence="The address is wrong: before is a whole number above 0.",
+            sentence='Wrong address: "before" must be a whole number, 1 or more.',
         )
     await stream_of(request).refresh()
     found = await services(request)[ActionRepository].page(

@@ -17,7 +17,7 @@ from balance_app.http.params import Who
 from balance_app.web.pages import is_number
 
 FIELDS: Final = 20
-INCOMPLETE: Final = "The form is incomplete. Load the page again."
+INCOMPLETE: Final = "The form is incomplete. Reload the page."
 
 _TYPE: Final = b"application/x-www-form-urlencoded"
 _WHOLE: Final = re.compile(r"-?[0-9]{1,16}", re.ASCII)
@@ -43,7 +43,7 @@ async def read_form(request: Request) -> dict[str, str]:
         raise MalformedRequest("The form can't be read.") from None
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise MalformedRequest("The form names a field twice.")
+        raise MalformedRequest("A field was sent twice.")
     return fields
 
 

@@ -43,7 +43,7 @@ _OF_PROGRAMS: Final = re.compile(r"/(api/.*|metrics|openapi\.json|livez|readyz|h
 
 _LOGGED_OUT: Final = Message("good", "You are logged out.")
 _ENDED: Final = Message("bad", "Your session has ended. Log in again.")
-_NOT_SENT: Final = Message("bad", "Not done: you are not logged in. Nothing was changed.")
+_NOT_SENT: Final = Message("bad", "Not done: you are logged out. Log in and send it again.")
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -113,8 +113,8 @@ async def log_out(request: Request) -> Response:
         except Problem as problem:
             message = Message(
                 "bad",
-                f"{problem.detail} This browser has forgotten your session, which may still be "
-                "valid until its end.",
+                f"{problem.detail} This browser is logged out, but the session could not be ended "
+                "on the server: it expires within 12 hours.",
             )
             response = _login_page(request, "/", message, problem=problem)
     _forget(response, {COOKIE, COOKIE_UNDER_TLS})
@@ -175,10 +175,7 @@ def _check(key: Principal) -> None:
 
 def _refusal(problem: Problem) -> str:
     if isinstance(problem, InsufficientScope):
-        return (
-            "Not logged in: the key is valid, but has not the scope read, and all that the page "
-            "does is to show."
-        )
+        return 'Not logged in: this key lacks the scope "read", which the page needs.'
     return f"Not logged in. {sentence(problem, 'GET')}"
 
 

@@ -19,20 +19,20 @@ from balance_app.web.pages import sentence
 from balance_app.web.view_models import exact, number
 
 _FAULTS: Final = {
-    "/user": "a user's number is a whole number above 0.",
-    "/amount": f"an amount is a whole number above 0, up to {number(MAX_INTEGER)}.",
-    "/to": "a user's number is a whole number above 0.",
-    "/same": "a transfer is between two users, and this is the same one twice.",
-    "/reference": "a reference has at most 200 printable characters.",
-    "/note": "a note has at most 500 printable characters.",
-    "/lasts": "a hold lasts at least a second, and at most a year.",
-    "/entry": "an entry's number is a whole number above 0.",
-    "/balance": f"an opening balance is a whole number from 0 up to {number(MAX_INTEGER)}.",
-    "/floor": "a floor is a whole number; below 0 it allows an overdraft.",
-    "/externalId": "an external id has at most 200 printable characters.",
-    "/by": "a name has at most 100 printable characters.",
+    "/user": "the user id must be a whole number, 1 or more.",
+    "/amount": f"the amount must be a whole number from 1 to {number(MAX_INTEGER)}.",
+    "/to": "the user id must be a whole number, 1 or more.",
+    "/same": "choose another user: a transfer needs two different users.",
+    "/reference": "the reference may have at most 200 printable characters.",
+    "/note": "the note may have at most 500 printable characters.",
+    "/lasts": "a hold may last from one second to one year.",
+    "/entry": "the entry must be a whole number, 1 or more.",
+    "/balance": f"the opening balance must be a whole number from 0 to {number(MAX_INTEGER)}.",
+    "/floor": "the floor must be a whole number; a negative one allows an overdraft.",
+    "/externalId": "the external id may have at most 200 printable characters.",
+    "/by": "the name may have at most 100 printable characters.",
 }
-_AGAIN: Final = " Press the button again: it takes effect once, however often it is sent."
+_AGAIN: Final = " Press the button again: it can't be applied twice."
 
 
 def refusal(problem: Problem, done: str) -> str:
@@ -55,8 +55,8 @@ def _of_account(problem: Problem, has: dict[str, Any], done: str) -> str | None:
     match problem:
         case InsufficientFunds():
             return (
-                f"{_has(has)}, so {number(-has['amount'])} can't be {done}. "
-                f"{number(has['shortfall'])} more would be needed."
+                f"{_has(has)}, so {number(-has['amount'])} can't be {done} "
+                f"({number(has['shortfall'])} short)."
             )
         case BalanceLimitExceeded():
             return (
@@ -66,7 +66,7 @@ def _of_account(problem: Problem, has: dict[str, Any], done: str) -> str | None:
         case UserFrozen():
             return (
                 f"user {has['userId']} is frozen, and no money moves into or out of this account "
-                "until it is thawed."
+                "until it is unfrozen."
             )
         case FloorNotCovered():
             return f"{_has(has)}, which is less than a floor of {number(has['floor'])}."
@@ -97,8 +97,8 @@ def _of_request(problem: Problem, members: dict[str, Any]) -> str | None:
             return f"the hold {how}{part} at {exact(members['endedAt'])}."
         case IdempotencyKeyReused():
             return (
-                "this form was sent before with other values, and what became of that is in the "
-                "statement. Press the button again to request these values, too."
+                "this form was already sent with other values (see the statement). Press the "
+                "button again to send these as well."
             )
         case _:
             return None
