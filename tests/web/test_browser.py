@@ -21,9 +21,17 @@ from tests.web.site import SECOND, Site, add_example, add_movements, add_run
 
 PATHS: Final = (
     *("/", "/jobs", "/jobs/job-failed", "/jobs/job-running/cancel", "/jobs/none"),
-    "/?user=x",
+    *("/?span=1440", "/?lanes=job&span=5", "/jobs?state=attention&search=job&sort=next"),
+    *("/runs", "/runs?outcome=failed&server=app2&until=2001-01-01", "/runs/1", "/runs/404404"),
     "/?did=pause&job=job-paused",
-    *("/users", "/users?find=nobody", "/users/1", "/users/1?reverse=3", "/users/404404"),
+    *(
+        "/users",
+        "/users?sort=balance",
+        "/users?find=nobody",
+        "/users/1",
+        "/users/1?reverse=3",
+        "/users/404404",
+    ),
 )
 # A marker that a reload would remove.
 MARK: Final = "window.mark = 1"
@@ -55,20 +63,21 @@ async def test_the_page_is_updated_without_a_reload(site: Site, browser: Browser
         await add_run(site.connection, "job-a", None, began_ago=58, fence=1)
         await says(page, "#job-job-a", "▶ running on app1")
         await says(page, "#job-job-a", "25 %")
-        await says(page, "#server-app1", "job-a")
+        await says(page, "#lane-30-i-app1-beat", "1 running")
         await says(page, "#job-job-a", "for 1 min 1 s")
-        bar = page.locator("#lane-job-a .bar")
+        bar = page.locator("#lane-30-i-app1 .bar")
         before = float((await bar.get_attribute("width") or "").rstrip("%"))
         await says(page, "#job-job-a", "for 1 min 4 s")
         assert float((await bar.get_attribute("width") or "").rstrip("%")) > before
-        assert await page.title() == "1 running · balance_app"
+        assert await page.title() == "✓ All is well · balance_app"
+        assert "icon-green" in (await page.get_attribute("link[rel=icon]", "href") or "")
         assert await page.evaluate(MARKED) == 1
 
 
 async def test_a_killed_instance_is_shown_as_lost(
     database: dict[str, str], tmp_path: Path, browser: Browser
 ) -> None:
-    """Its card shows that, and where its job runs now."""
+    """Its lane has a mark where it stopped, and a line to where its run resumed."""
     (tmp_path / "event-logs").mkdir()
     instances = [
         Instance(
@@ -93,13 +102,15 @@ async def test_a_killed_instance_is_shown_as_lost(
         async with tab(browser, instances[0].url) as page:
             await live(page)
             await page.evaluate(MARK)
-            await says(page, "#server-app2", "job-0")
+            await says(page, "#lane-30-i-app2-beat", "1 running")
             await instances[1].stop(signal.SIGKILL)
-            await says(page, "#server-app2", "lost")
-            await says(page, "#server-app2", "runs on app1")
-            await says(page, "#tile-instances", "1 / 2")
-            assert (await page.title()).startswith("1 lost · 1 failed · 2 running")
+            await says(page, "#lane-30-i-app2-beat", "stopped responding")
+            await says(page, "#verdict", "app2 stopped responding")
+            await page.locator("#lane-30-i-resumed line").wait_for(state="attached")
+            assert (await page.title()).startswith("✕ app2 stopped responding")
+            assert "icon-red" in (await page.get_attribute("link[rel=icon]", "href") or "")
             assert await page.locator("#lanes .bar.bad").count() == 1
+            assert await page.locator("#lanes .death").count() == 1
             assert await page.evaluate(MARKED) == 1
     finally:
         for instance in instances:
@@ -159,7 +170,7 @@ async def test_the_live_update_can_be_paused(site: Site, browser: Browser) -> No
     async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.get_by_role("button", name="Pause", exact=True).click()
-        await says(page, "#state", "paused at")
+        await says(page, "#state", "paused; data is")
         before = await page.inner_text("main")
         await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'ada'")
         await asyncio.sleep(2.5)
@@ -188,7 +199,7 @@ async def test_focus_and_selection_survive_updates(site: Site, browser: Browser)
     async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.fill("form.change [name=amount]", "12")
-        await page.get_by_role("button", name="Run job-b now").focus()
+        await page.get_by_role("button", name="Run now: job-b").focus()
         await page.evaluate(
             "getSelection().selectAllChildren(document.querySelector('#job-job-a .is'))"
         )
@@ -229,24 +240,24 @@ async def test_buttons_control_jobs_in_place(site: Site, browser: Browser) -> No
     async with tab(browser, site.instance.url) as page:
         await live(page)
         await page.evaluate(MARK)
-        await page.get_by_role("button", name="Run job-a now").click()
-        await says(page, "#message", "job-a is ready to run")
+        await page.get_by_role("button", name="Run now: job-a").click()
+        await says(page, "#toasts", "Queued job-a. It starts within 2 seconds.")
         await says(page, "#job-job-a", "requested")
-        await page.get_by_role("button", name="Pause job-a").click()
+        await page.get_by_role("button", name="Pause: job-a").click()
         await says(page, "#job-job-a", "Paused by page")
-        await page.get_by_role("button", name="Resume job-a").click()
-        await says(page, "#message", "job-a is resumed: it runs at its next tick")
-        cancel = page.get_by_role("button", name="Cancel the run of job-b")
+        await page.get_by_role("button", name="Resume: job-a").click()
+        await says(page, "#toasts", "Resumed job-a. The next run is at")
+        cancel = page.get_by_role("button", name="Cancel…: job-b")
         await cancel.click()
-        await page.get_by_role("dialog").get_by_text("Let it run").click()
+        await page.get_by_role("dialog").get_by_text("Keep running").click()
         assert not await page.get_by_role("dialog").is_visible()
         assert await site.value("SELECT cancel_requested_by IS NULL FROM jobs WHERE name = 'job-b'")
         await cancel.click()
-        await says(page, "#confirm", "all its work is lost")
+        await says(page, "#confirm", "so all of this run's work is lost")
         await page.get_by_role("dialog").get_by_role("button", name="Cancel the run").click()
         await says(page, "#job-job-b", "cancelling")
         await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
-        await page.get_by_role("button", name="Resume job-a").wait_for()
+        await page.get_by_role("button", name="Resume: job-a").wait_for()
         assert await page.evaluate(MARKED) == 1
         assert page.url == f"{site.instance.url}/"
 
@@ -281,15 +292,15 @@ async def test_a_jobs_own_page_is_live_and_controls_it(site: Site, browser: Brow
         await page.get_by_role("button", name="Pause with a reason").click()
         await says(page, "#job-job-a", "a full disk")
         assert page.url == f"{site.instance.url}/jobs/job-a"
-        await page.get_by_role("button", name="Resume job-a").click()
+        await page.get_by_role("button", name="Resume: job-a").click()
         await says(page, "#job-job-a", "waiting")
-        await page.get_by_role("button", name="Pause job-a").click()
+        await page.get_by_role("button", name="Pause: job-a").click()
         await says(page, "#job-job-a", "Paused by ada")  # the name is remembered
         await page.get_by_label("Every, seconds").fill("60")
         await page.get_by_role("button", name="Set the schedule").click()
         await says(page, "#job-job-a", "set by ada; code: every 5 minutes")
         await page.get_by_role("button", name="Reset to: every 5 minutes").click()
-        await says(page, "#message", "job-a has the schedule that its code declares.")
+        await says(page, "#toasts", "job-a is back on its own schedule: every 5 minutes.")
         await add_run(site.connection, "job-a", result="it is done")
         await site.connection.execute(
             "UPDATE jobs SET fence = 1, last_outcome = 'succeeded', last_server = 'app1', "
@@ -305,13 +316,18 @@ async def test_the_form_reports_a_change_and_a_refusal(site: Site, browser: Brow
         await live(page, f"/?user={user}")
         await page.evaluate(MARK)
         await page.get_by_label("Amount").fill("30")
-        await page.get_by_role("button", name="Change it").click()
-        await says(page, "#changed", f"Done: withdrew 30. User {user} then had 70.")
-        await says(page, ".balance", "70")
+        await page.get_by_role("button", name="Withdraw 30").click()
+        await says(page, "#changed", f"Withdrew 30. User {user} then had 70.")
         await page.get_by_label("Amount").fill("71")
-        await page.get_by_role("button", name="Change it").click()
-        await says(page, "#changed", "1 more would be needed. Nothing was changed.")
+        await page.get_by_role("button", name="Withdraw 71").click()
+        await says(page, "#changed", "can't be withdrawn (1 short). Nothing was changed.")
         assert await page.evaluate(MARKED) == 1
+        assert await site.value("SELECT balance FROM users WHERE id = $1", int(user)) == 70
+        await page.get_by_label("Amount").fill("5")
+        await page.get_by_role("button", name="Add 5").click()
+        await says(page, "#changed", f"Added 5. User {user} then had 75.")
+        await page.get_by_role("button", name="Undo").click()
+        await page.get_by_text("Reversed entry 3 by entry 4.").wait_for()
         assert await site.value("SELECT balance FROM users WHERE id = $1", int(user)) == 70
 
 
@@ -323,7 +339,7 @@ async def test_an_accounts_page_reports_in_place(site: Site, browser: Browser) -
     )
     async with tab(browser, site.instance.url) as page:
         await page.goto("/users")
-        await page.get_by_label("User, by id or external id").fill(f"name of {user}")
+        await page.get_by_label("User id or external id").fill(f"name of {user}")
         await page.get_by_role("button", name="Find").click()
         await page.get_by_role("heading", name=f"User {user}").wait_for()
         await page.evaluate(MARK)
@@ -332,12 +348,12 @@ async def test_an_accounts_page_reports_in_place(site: Site, browser: Browser) -
         await form.get_by_label("To user").fill(other)
         await form.get_by_label("Amount").fill("130")
         await form.get_by_label("Reference").fill("rent & more")
-        await form.get_by_role("button", name="Transfer").click()
-        await says(page, "#said-transfer", "30 more would be needed. Nothing was changed.")
+        await form.get_by_role("button", name=f"Transfer 130 to user {other}").click()
+        await says(page, "#said-transfer", "can't be transferred (30 short). Nothing was changed.")
         assert await form.get_by_label("Reference").input_value() == "rent & more"
         await form.get_by_label("Amount").fill("30")
         await form.get_by_label("Amount").press("Enter")
-        await says(page, "#said-transfer", f"Done: transferred 30 to user {other}.")
+        await says(page, "#said-transfer", f"Transferred 30 to user {other}.")
         await says(page, "#statement", "rent & more")
         assert await form.get_by_label("Amount").input_value() == ""
         await page.locator("#freeze summary").click()
@@ -345,7 +361,7 @@ async def test_an_accounts_page_reports_in_place(site: Site, browser: Browser) -
         await form.get_by_label("Your name").fill("ada")
         await form.get_by_role("button").click()
         await says(page, "#said-freeze", "and the account is frozen.")
-        await page.get_by_role("button", name="Thaw the account").click()
+        await page.get_by_role("button", name="Unfreeze the account").click()
         await says(page, "#said-freeze", "and the account is not frozen.")
         await says(page, "#settings-history", "ada")
         assert await page.evaluate(MARKED) == 1
@@ -361,13 +377,13 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
     user = await site.open(100)
     async with tab(browser, site.instance.url, java_script_enabled=False) as page:
         await page.goto("/")
-        assert "Load the page again for a newer one." in await page.inner_text("main")
+        assert "Reload for a newer one." in await page.inner_text("main")
         for row in ("running on app1 for 40 s 25 %", "waiting in 1 min", "in 30 s on app2"):
             assert row in " ".join((await page.inner_text("#jobs-list")).split())
         assert await page.locator("#lanes .bar").count() == 7
         assert not await page.locator("#pause").is_visible()
         await page.locator("#pause-job-waiting").click()
-        assert "job-waiting is paused" in await page.inner_text("#message")
+        assert "Paused job-waiting" in await page.inner_text("#message")
         await page.locator("#resume-job-waiting").click()
         await page.locator("#run-job-waiting").click()
         assert "requested" in await page.inner_text("#job-job-waiting")
@@ -377,24 +393,24 @@ async def test_everything_works_without_scripts(site: Site, browser: Browser) ->
         assert "cancelling" in await page.inner_text("#job-job-running")
         await page.goto(f"/?user={user}")
         await page.get_by_label("Amount").fill("1000")
-        await page.get_by_role("button", name="Change it").click()
-        assert "900 more would be needed" in await page.inner_text("#changed")
+        await page.get_by_role("button", name="Withdraw").click()
+        assert "(900 short)" in await page.inner_text("#changed")
         await page.get_by_label("Amount").fill("1")
-        await page.get_by_role("button", name="Change it").click()
+        await page.get_by_role("button", name="Withdraw").click()
         assert f"User {user} then had 99." in await page.inner_text("#changed")
         await page.goto(f"/users/{user}")
         await page.locator("#hold summary").click()
         form = page.get_by_role("form", name="Hold an amount")
         await form.get_by_label("Amount").fill("1000")
         await form.get_by_role("button").click()
-        assert "901 more would be needed" in await page.inner_text("#said-hold")
+        assert "(901 short)" in await page.inner_text("#said-hold")
         assert await focused(page) == "INPUT"
         await form.get_by_label("Amount").fill("20")
         await form.get_by_role("button").click()
-        assert "Done: 20 is held until" in await page.inner_text("#said-hold")
+        assert "Held 20 until" in await page.inner_text("#said-hold")
         await page.get_by_label("Amount to capture of hold 1").fill("5")
         await page.get_by_role("button", name="Capture").click()
-        assert "Done: captured 5 of hold 1." in await page.inner_text("#said-holds")
+        assert "Captured 5 of hold 1." in await page.inner_text("#said-holds")
 
 
 # -- accessibility ---------------------------------------------------------------------------
@@ -409,17 +425,13 @@ async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
         assert await focused(page) == "Skip to the content"
         await page.keyboard.press("Enter")
         seen = []
-        for _ in range(60):
+        for _ in range(120):
             await page.keyboard.press("Tab")
             seen.append(await focused(page))
         order = [
-            *(
-                "instances live",
-                "job-running",
-                "Cancel the run of job-running",
-                "Pause job-running",
-            ),
-            "Run job-waiting now",
+            *("Run now: job-failed", "5 min", "Search jobs"),
+            *("job-running", "Cancel…: job-running", "Pause: job-running"),
+            "Run now: job-waiting",
         ]
         places = [seen.index(each) for each in order]
         assert places == sorted(places)
@@ -428,10 +440,10 @@ async def test_the_keyboard_is_enough(site: Site, browser: Browser) -> None:
         await page.locator("#cancel-job-running").focus()
         await page.keyboard.press("Enter")
         await page.get_by_role("dialog").wait_for()
-        assert await focused(page) == "Let it run"
+        assert await focused(page) == "Keep running"
         await page.keyboard.press("Escape")
         assert not await page.get_by_role("dialog").is_visible()
-        assert await focused(page) == "Cancel the run of job-running"
+        assert await focused(page) == "Cancel…: job-running"
         await page.locator("#pause-job-waiting").focus()
         await page.keyboard.press("Enter")
         await says(page, "#job-job-waiting", "Paused by page")
@@ -461,7 +473,7 @@ async def test_axe_finds_nothing(site: Site, browser: Browser, theme: Any) -> No
             assert found.violations_count == 0, (path, found.generate_report())
         await page.goto("/")
         await page.locator("#cancel-job-running").click()
-        await says(page, "#confirm", "Let it run")
+        await says(page, "#confirm", "Keep running")
         found = await Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
 
