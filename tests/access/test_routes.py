@@ -90,6 +90,8 @@ MAY: Final = {
     "POST /jobs/{name}/cancel": shown(OPERATE),
     "POST /jobs/{name}/schedule": shown(OPERATE),
     "POST /jobs/{name}/schedule/reset": shown(OPERATE),
+    "POST /instances/{instance}/dismiss": shown(OPERATE),
+    "POST /verdict/dismiss": shown(OPERATE),
     "POST /jobs/{name}/forget": shown(OPERATE),
     "GET /users": READ,
     "POST /users": shown(MAKE),

@@ -86,6 +86,8 @@ NEEDS: Final[dict[tuple[str, str], Needs]] = {
     ("POST", "/jobs/{name}/schedule"): OPERATE,
     ("POST", "/jobs/{name}/schedule/reset"): OPERATE,
     ("POST", "/jobs/{name}/forget"): OPERATE,
+    ("POST", "/instances/{instance}/dismiss"): OPERATE,
+    ("POST", "/verdict/dismiss"): OPERATE,
     ("GET", "/actions"): READ,
     ("GET", "/users"): READ,
     ("POST", "/users"): MAKE,

@@ -19,7 +19,7 @@ from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import JobNotFound
 from balance_app.jobs.api.router import wake
 from balance_app.jobs.api.schemas import NAME_PATTERN, Pause, RunRequest, ScheduleRequest
-from balance_app.web.forms import go_to, read_form
+from balance_app.web.forms import go_to, read_form, who
 from balance_app.web.pages import Message, PageRoute, is_number
 from balance_app.web.router import back_to, page_at
 
@@ -117,6 +117,27 @@ async def reset_schedule(request: Request, name: str) -> Response:
 async def forget_job(request: Request, name: str) -> Response:
     """Take a job off all lists, and go to its page, which has its history."""
     return await _control(request, name, "forget", lambda on, form: on.forget(name, form.by))
+
+
+@router.post("/instances/{instance}/dismiss")
+async def dismiss_instance(request: Request, instance: str) -> Response:
+    """Take an instance that is gone off the page."""
+    return await _dismiss(request, lambda on, by: on.dismiss(instance, by))
+
+
+@router.post("/verdict/dismiss")
+async def dismiss_recovered(request: Request) -> Response:
+    """Take what has recovered off the verdict."""
+    return await _dismiss(request, lambda on, by: on.dismiss_recovered(by))
+
+
+async def _dismiss(
+    request: Request, action: Callable[[Controls, str], Coroutine[Any, Any, object]]
+) -> Response:
+    by = name_of(request, who(await read_form(request)))
+    await action(services(request)[Controls], by)
+    wake(request)
+    return go_to("/")
 
 
 async def _control(request: Request, name: str, what: str, action: Action) -> Response:

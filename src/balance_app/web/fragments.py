@@ -12,6 +12,7 @@ server fills it in when it sends a page, and the browser keeps it up to date.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from functools import partial
 from html import escape
 from typing import Any, Final, NamedTuple
@@ -141,6 +142,8 @@ class Fragments:
         self.snapshot: StatusSnapshot | None = None
         # the latest runs of all jobs
         self._runs: Runs = []
+        # until when somebody has dismissed what had recovered
+        self._dismissed_at: datetime | None = None
         # the primary and its standbys; None: not known
         self.replication: Replication | None = None
         self.series = view_models.Series()
@@ -153,7 +156,9 @@ class Fragments:
     def update(self, snapshot: StatusSnapshot, views: Iterable[View]) -> None:
         """Set the snapshot, the views that are looked at, and so the jobs that are shown."""
         self.snapshot = snapshot
-        self.verdict = decide(snapshot, self._selection.facts(snapshot.jobs), self._runs)
+        self.verdict = decide(
+            snapshot, self._selection.facts(snapshot.jobs), self._runs, self._dismissed_at
+        )
         attention = self.verdict.attention
         self._lists = {
             view: JobList([view.job] if view.job in snapshot.jobs else [], None, 1, ())
@@ -175,6 +180,7 @@ class Fragments:
         now = snapshot.now.timestamp()
         version = self.version + 1
         self._runs = [] if activity is None else activity.fleet
+        self._dismissed_at = None if activity is None else activity.dismissed_at
         self.series.add(snapshot, activity)
         rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
         kept = {draft.id for draft in rows.values()}

@@ -91,6 +91,8 @@ class Activity(NamedTuple):
     refused: int = 0
     # whether something has changed since the activity before
     busy: bool = False
+    # until when somebody has dismissed what had recovered
+    dismissed_at: datetime | None = None
 
 
 class PageQueries:
@@ -149,6 +151,7 @@ class PageQueries:
             accepted=self._counted[0],
             refused=self._counted[1],
             busy=self._counted != before,
+            dismissed_at=row["dismissed_at"],
         )
 
     async def _read_activity(self, stale: list[str], span: float) -> asyncpg.Record:
@@ -276,6 +279,9 @@ WITH moment AS (
     FROM daily_totals
 )
 SELECT now, counted.*,
+    (SELECT at FROM actions
+     WHERE (subject, id) < ('recovered', 9223372036854775807) AND (subject, id) > ('recovered', 0)
+     ORDER BY subject DESC, id DESC LIMIT 1) AS dismissed_at,
     (SELECT count(*) FROM few) AS users,
     pg_stat_get_tuples_inserted('entries'::regclass)
         - pg_stat_get_tuples_inserted('users'::regclass) AS changes,

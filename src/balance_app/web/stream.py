@@ -26,6 +26,7 @@ from balance_app.web import view_models
 from balance_app.web.fragments import Fragments, View
 from balance_app.web.queries import Activity, PageQueries
 from balance_app.web.rendering import add_root_path
+from balance_app.web.verdict import RECENT_SECONDS
 
 _VERSION: Final = re.compile(r"[0-9]{1,15}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read when no run changes
@@ -147,7 +148,9 @@ class PageStream:
 
     def _span(self, now: float) -> float:
         """Return how long the longest lanes are that somebody looks at."""
-        return max((view.seconds for view in self._views(now)), default=0.0)
+        longest = max((view.seconds for view in self._views(now)), default=0.0)
+        # The verdict of an overview needs the runs that were lost lately.
+        return max(longest, RECENT_SECONDS) if longest else 0.0
 
     def _render(self) -> None:
         self.fragments.render(self._activity)

@@ -1,26 +1,17 @@
-"""Whether all is well, as the page says it: one sentence, its causes, and what mends each of them.
-
-Red is what is wrong now and needs a hand; amber is what has healed by itself, for a quarter of an
-hour. What is only history is neither.
-"""
+"""The verdict as the page shows it: the same as everywhere, with facts, buttons and links."""
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
-from balance_app.formatting import duration
+from balance_app.jobs.api import verdict as decided
 from balance_app.jobs.api.status import StatusSnapshot
-from balance_app.states import Outcome, Reason, State, outcome_predicate
+from balance_app.states import Outcome, State
 from balance_app.web.job_list import JobFacts
 
-RED: Final = "red"
-AMBER: Final = "amber"
-GREEN: Final = "green"
+RED: Final = decided.Level.RED
 CAUSES_SHOWN: Final = 6
-RECOVERED_SECONDS: Final = 900.0
-LONGEST_REASON: Final = 120  # characters of an error
-NAMED: Final = 3  # instances in one cause
-NOBODY: Final = "No instance is running jobs"
-_FAILED: Final = (Outcome.FAILED, Outcome.TIMED_OUT)
+RECENT_SECONDS: Final = decided.RECENT.total_seconds()
 
 
 class Cause(NamedTuple):
@@ -32,7 +23,6 @@ class Cause(NamedTuple):
     button: str | None = None
     target: str = ""
     href: str | None = None
-    job: str | None = None
 
 
 class Verdict(NamedTuple):
@@ -59,7 +49,10 @@ UNAVAILABLE: Final = Verdict(RED, "✕", "Database unavailable.")
 
 
 def decide(
-    snapshot: StatusSnapshot, jobs: Mapping[str, JobFacts], runs: Iterable[Mapping[str, Any]]
+    snapshot: StatusSnapshot,
+    jobs: Mapping[str, JobFacts],
+    runs: Iterable[Mapping[str, Any]],
+    dismissed_at: datetime | None,
 ) -> Verdict:
     """Return the verdict.
 
@@ -67,105 +60,60 @@ def decide(
         snapshot: the status of jobs and instances.
         jobs: what is known of each job of the snapshot.
         runs: the latest runs of all jobs, the oldest first, for what has recovered.
+        dismissed_at: until when somebody has dismissed what had recovered.
     """
-    now = snapshot.now.timestamp()
-    causes = [*_of_instances(snapshot, now)]
-    nobody = any(cause.text == NOBODY for cause in causes)
-    for name, job in jobs.items():
-        cause = None if nobody else _of_job(name, job)
-        if cause is not None:
-            causes.append(cause)
-    red = [cause for cause in causes if cause.level == RED]
-    recovered = _recovered(runs, now)
-    shown = [*red, *recovered][:CAUSES_SHOWN]
-    attention = {cause.job: 2 for cause in red if cause.job is not None}
-    more = len(red) + len(recovered) - len(shown)
-    facts = _facts(snapshot, jobs, attention, now)
-    if red:
-        # What the sentence says in full is not said again.
-        told = Cause(RED, _sentence(red).rstrip("."))
-        shown = [cause for cause in shown if cause != told]
-        return Verdict(RED, "✕", _sentence(red), facts, tuple(shown), more, attention)
-    if recovered:
-        sentence = f"Recovered: {recovered[0].text}."
-        return Verdict(AMBER, "!", sentence, facts, tuple(shown[1:]), more, attention)
-    return Verdict(GREEN, "✓", "All is well.", facts)
+    recent = decided.Recent(tuple(_resumed(runs, snapshot.now)), dismissed_at)
+    verdict = decided.decide(snapshot, recent)
+    attention = dict.fromkeys(snapshot.causes, 2)
+    # What the sentence says in full is not said again.
+    causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]
+    facts = _facts(snapshot, jobs, attention)
+    shown, more = tuple(causes[:CAUSES_SHOWN]), max(0, len(causes) - CAUSES_SHOWN)
+    level, symbol, sentence = verdict.level, verdict.symbol, verdict.sentence
+    return Verdict(level, symbol, sentence, facts, shown, more, attention)
 
 
-def _sentence(red: list[Cause]) -> str:
-    """Return what is wrong: the only cause itself, or how many there are of what."""
-    jobs = sum(cause.job is not None for cause in red)
-    others = [cause for cause in red if cause.job is None]
-    need = f"{jobs} {'job needs' if jobs == 1 else 'jobs need'} you"
-    if not others:
-        return f"{need}."
-    return f"{others[0].text}; {need}." if jobs else f"{others[0].text}."
+def _is_told(cause: Cause, sentence: str) -> bool:
+    return cause.text in sentence and cause.button is None and cause.href is None
 
 
-def _of_instances(snapshot: StatusSnapshot, now: float) -> Iterable[Cause]:
-    live = {each["server"] for each in snapshot.instances if each["live"]}
-    if not live and snapshot.jobs:
-        yield Cause(RED, NOBODY)
-    gone = {each["server"]: each for each in snapshot.instances if each["server"] not in live}
-    if gone:
-        names = sorted(gone)
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        seen = max(round(now - each["seenSecondsAgo"], 1) for each in gone.values())
-        yield Cause(RED, f"{', '.join(names[:NAMED])}{more} stopped responding", seen)
+def _cause(cause: decided.Cause) -> Cause:
+    action = cause.action
+    opens = action is not None and action.kind == "open"
+    return Cause(
+        cause.level,
+        cause.text,
+        None if cause.since is None else cause.since.timestamp(),
+        None if action is None or opens else action.kind,
+        "" if action is None else action.target,
+        f"/jobs/{action.target}" if action is not None and action.kind != "dismiss" else None,
+    )
 
 
-def _of_job(name: str, job: JobFacts) -> Cause | None:
-    """Return why a job needs a hand; None: it needs none."""
-    if job.state != State.WAITING:
-        return None
-    place = f"/jobs/{name}"
-    if job.reason == Reason.NO_CODE:
-        return Cause(
-            RED, f"No running instance has the code of {name}", None, None, name, place, name
-        )
-    if job.reason == Reason.QUARANTINED:
-        text = f"{name} is held back after {job.losses} losses"
-        return Cause(RED, text, job.ended_at, "run", name, place, name)
-    if job.overdue:
-        return Cause(RED, f"{name} is overdue", job.ready_at, "run", name, place, name)
-    return _of_failure(name, job) if job.outcome in _FAILED else None
-
-
-def _of_failure(name: str, job: JobFacts) -> Cause:
-    times = f" {job.failures} times in a row" if job.failures > 1 else ""
-    why = f": {job.result[:LONGEST_REASON]}" if job.result else ""
-    assert job.outcome is not None  # noqa: S101 - it failed
-    text = f"{name} {outcome_predicate(job.outcome)}{times}{why}"
-    return Cause(RED, text, job.ended_at, "run", name, f"/jobs/{name}", name)
-
-
-def _recovered(runs: Iterable[Mapping[str, Any]], now: float) -> list[Cause]:
-    """Return the runs that were lost lately and resumed since, the latest first."""
+def _resumed(runs: Iterable[Mapping[str, Any]], now: datetime) -> Iterable[decided.Resumed]:
+    """Yield the lost runs that were resumed lately, with the runs that resumed them."""
     lost: dict[str, Mapping[str, Any]] = {}
-    found = []
     for run in runs:
         before = lost.pop(run["job"], None)
-        if before is not None and before["ended"] > now - RECOVERED_SECONDS:
-            took = duration(run["started"] - before["ended"])
-            text = (
-                f"{before['server']} stopped responding; {run['job']} resumed on {run['server']} "
-                f"after {took}"
-            )
-            found.append(Cause(AMBER, text, before["ended"], None, "", f"/runs/{before['id']}"))
         if run["outcome"] == Outcome.LOST:
             lost[run["job"]] = run
-    return found[::-1]
+        elif before is not None and now.timestamp() - run["started"] < RECENT_SECONDS:
+            yield decided.Resumed(
+                before["id"],
+                before["job"],
+                before["server"],
+                datetime.fromtimestamp(before["ended"], UTC),
+                run["server"],
+                datetime.fromtimestamp(run["started"], UTC),
+            )
 
 
 def _facts(
-    snapshot: StatusSnapshot,
-    jobs: Mapping[str, JobFacts],
-    attention: Mapping[str, int],
-    now: float,
+    snapshot: StatusSnapshot, jobs: Mapping[str, JobFacts], attention: Mapping[str, int]
 ) -> tuple[str, ...]:
     live = {each["server"] for each in snapshot.instances if each["live"]}
     known = live | {each["server"] for each in snapshot.instances}
-    paused = sum(job.state == State.PAUSED for job in jobs.values())
+    paused = sum(job.state == State.PAUSED for name, job in jobs.items() if name not in attention)
     on_time = len(jobs) - len(attention) - paused
     facts = [f"{len(live)} of {len(known)} {'instance' if len(known) == 1 else 'instances'} up"]
     if live:
@@ -174,11 +122,11 @@ def _facts(
         facts.append(f"{paused} paused")
     audit = jobs.get("audit-ledger")
     if audit is not None and audit.outcome == Outcome.SUCCEEDED and audit.ended_at:
-        facts.append(f"ledger verified {rough_ago(now - audit.ended_at)}")
+        facts.append(f"ledger verified {_ago(snapshot.now.timestamp() - audit.ended_at)}")
     return tuple(facts)
 
 
-def rough_ago(seconds: float) -> str:
+def _ago(seconds: float) -> str:
     """Return how long ago something was, in minutes, so that it rarely changes."""
     minutes = int(seconds // 60)
     return "less than a minute ago" if minutes < 1 else f"{minutes} min ago"

@@ -192,6 +192,7 @@ def lanes_of_instances(snapshot: StatusSnapshot, runs: Runs, now: float, prefix:
                 # Rounded, so that one heartbeat is the same moment in every snapshot.
                 seen=tenth(now - newest["seenSecondsAgo"]),
                 gone=not live,
+                dismiss=newest["id"] if newest["state"] == "gone" else None,
                 note=", ".join(notes),
                 marks=_deaths(server, ran),
             )
