@@ -39,8 +39,9 @@ from balance_app.sessions import PINNED, SEARCH_PATH, addresses, shown
 # The first segments of this service's own paths.
 OWN_PATHS: Final = frozenset(
     {
-        *("actions", "api", "change", "docs", "health", "jobs", "live", "livez", "login", "logout"),
-        *("metrics", "openapi.json", "problems", "readyz", "static", "users"),
+        *("actions", "api", "change", "docs", "health", "instances", "jobs", "live", "livez"),
+        *("login", "logout", "metrics", "openapi.json", "problems", "readyz", "runs", "static"),
+        *("users", "verdict"),
     }
 )
 
