@@ -121,6 +121,7 @@ async def add_example(connection: Connection) -> None:
         connection,
         "job-failed",
         attempt=1,
+        failure_streak=1,
         last_outcome="failed",
         last_server="app2",
         last_started_at=-90 * SECOND,

@@ -339,10 +339,10 @@ async def test_an_unknown_address_gets_a_404_page(site: Site) -> None:
 
 MANY: Final = """
 INSERT INTO jobs (name, schedule, description, due_at, ready_at, last_outcome, last_server,
-                  last_started_at, last_ended_at)
+                  last_started_at, last_ended_at, failure_streak)
 SELECT format('job-%s', lpad(n::text, 5, '0')), 'every 300 s', '', now() + interval '1 day',
        now() + interval '1 day', CASE n % 1000 WHEN 7 THEN 'failed' ELSE 'succeeded' END, 'app1',
-       now(), now()
+       now(), now(), (n % 1000 = 7)::int
 FROM generate_series(1, 10000) AS n
 """
 

@@ -64,7 +64,12 @@ def decide(
     """
     recent = decided.Recent(tuple(_resumed(runs, snapshot.now)), dismissed_at)
     verdict = decided.decide(snapshot, recent)
-    attention = dict.fromkeys(snapshot.causes, 2)
+    # Of a job; without instances no job is blamed.
+    attention = {
+        each.subject: 2
+        for each in verdict.causes
+        if each.level == RED and each.subject in snapshot.causes
+    }
     # What the sentence says in full is not said again.
     causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]
     facts = _facts(snapshot, jobs, attention)
