@@ -54,6 +54,8 @@ from balance_app.jobs.api.verdict import Audits
 from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
+from balance_app.maintenance.alerting import Alerting
+from balance_app.maintenance.alerting.causes import CauseReader
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.summaries import read_table_bytes
 from balance_app.metrics import Metrics
@@ -101,6 +103,8 @@ def create_app(
     released. `closing` is set when it listens no more, by default at once: what is under way ends.
     """
     Problem.root_path = settings.root_path
+    alerting = Alerting(settings)
+    registry = alerting.added_to(registry)
     metrics = Metrics(server=settings.server_id, version=__version__, jobs=registry)
     parts = choose(settings, os.environ)
     gate = Gate(settings, metrics)
@@ -115,7 +119,8 @@ def create_app(
         # Its own would be below ours, and tell what a wrong request has in it.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         lifespan=partial(
-            _lifespan, settings, stopping, closing or stopping, registry, metrics, gate, parts
+            _lifespan,
+            *(settings, stopping, closing or stopping, registry, alerting, metrics, gate, parts),
         ),
     )
     for each in (movements, holds_api, users, statement):
@@ -148,6 +153,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     stopping: asyncio.Event,
     closing: asyncio.Event,
     registry: Registry,
+    alerting: Alerting,
     metrics: Metrics,
     gate: Gate,
     parts: Parts,
@@ -170,6 +176,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
     )
     metrics.set_fleet_query(stats.read)
+    alerting.connect(CauseReader(status_reader).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from balance_app import webhook_url
 from balance_app.connection_url import (
     LAST_PORT,
     SSL_MODES,
@@ -217,6 +218,23 @@ class Settings(BaseSettings):
         2, description="connections that the transactions of this instance's jobs may use"
     )
 
+    alert_url: SecretStr | None = Field(
+        None, description="where each thing that goes wrong, and recovers, is sent by POST"
+    )
+    alert_format: Literal["json", "slack"] = Field(
+        "json", description="what is sent: an object of its own, or a message for Slack's webhooks"
+    )
+    ping_url: SecretStr | None = Field(
+        None,
+        description="called each half minute while nothing is wrong, and URL/fail while something "
+        "is: of a service that alerts when no call comes",
+    )
+    job_ping_urls: SecretStr | None = Field(
+        None,
+        description="called when a job's run starts (URL/start), succeeds, fails (URL/fail): "
+        "JOB=URL pairs, separated by spaces, or a URL with {job} in it, for all",
+    )
+
     balance_app_data: str = Field(
         ".balance-app", description="where `balance-app up` keeps its PostgreSQL and its logs"
     )
@@ -238,7 +256,7 @@ class Settings(BaseSettings):
             raise ValueError("is not text in UTF-8")
         return value
 
-    @field_validator("log_level", "log_format", mode="before")
+    @field_validator("log_level", "log_format", "alert_format", mode="before")
     @classmethod
     def _any_case(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
@@ -263,6 +281,20 @@ class Settings(BaseSettings):
         if password is not None and not re.fullmatch("[ -~]+", password.get_secret_value()):
             raise ValueError("must consist of printable ASCII characters")
         return password
+
+    @field_validator("alert_url", "ping_url")
+    @classmethod
+    def _is_web_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            webhook_url.check(url.get_secret_value())
+        return url
+
+    @field_validator("job_ping_urls")
+    @classmethod
+    def _are_web_urls(cls, urls: SecretStr | None) -> SecretStr | None:
+        if urls is not None:
+            webhook_url.job_urls(urls.get_secret_value())
+        return urls
 
     @field_validator("db_host")
     @classmethod
@@ -412,7 +444,17 @@ class Settings(BaseSettings):
         for url in (self.database_url, self.migrate_database_url, self.db_direct_url):
             if url is not None:
                 found |= passwords(url.get_secret_value())
+        for each in self.webhooks:
+            found |= webhook_url.secrets(each)
         return frozenset(found - {""})
+
+    @property
+    def webhooks(self) -> list[str]:
+        """The URLs of alerts and pings."""
+        own = [each.get_secret_value() for each in (self.alert_url, self.ping_url) if each]
+        if self.job_ping_urls is None:
+            return own
+        return own + webhook_url.job_urls(self.job_ping_urls.get_secret_value()).all
 
     @property
     def connections_needed(self) -> int:

@@ -98,6 +98,13 @@ TABLE: Final[dict[str, dict[str, str]]] = {
     "table_sizes": {"SELECT": ALL, "INSERT": ALL, "DELETE": ALL},
     "seals": {"SELECT": ALL, "INSERT": ALL},
     "seal_parts": {"SELECT": ALL, "INSERT": ALL},
+    "alerts": {
+        "SELECT": ALL,
+        "INSERT": "code subject status sentence since",
+        "UPDATE": "ended_at tries next_try_at done_at error",
+        "DELETE": ALL,
+    },
+    "pings": {"SELECT": ALL, "INSERT": "target fence phase", "UPDATE": "fence phase at"},
 }
 
 # Each right of a role on a column of a table, or on the table.

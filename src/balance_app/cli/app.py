@@ -452,9 +452,11 @@ def reset(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = Fa
 def _load_jobs(settings: Settings) -> "Registry":
     """Return the jobs that an instance with these settings runs; end where one can't work."""
     from balance_app.jobs.job import DeclarationError, Registry
+    from balance_app.maintenance.alerting import Alerting
 
     try:
         registry = Registry.load(settings.jobs_modules, installed=settings.jobs_entry_points)
+        registry = Alerting(settings).added_to(registry)
         registry.check(min_seconds=settings.job_min_seconds)
     except DeclarationError as error:
         fail(str(error), code=2)

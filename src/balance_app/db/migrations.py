@@ -63,6 +63,8 @@ RIGHTS: Final = {
     "daily_totals": ("SELECT", "INSERT", "UPDATE"),
     "counted_users": ("SELECT", "INSERT", "UPDATE"),
     "table_sizes": ("SELECT", "INSERT", "DELETE"),
+    "alerts": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "pings": ("SELECT", "INSERT", "UPDATE"),
 }
 
 # Columns by which the tables of every release are recognized; columns are only ever added.

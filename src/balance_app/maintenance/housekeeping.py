@@ -181,6 +181,7 @@ async def _prune_history(connection: Connection, state: State, _size: int) -> St
 ANALYZE: Final = {
     "access_state": "ANALYZE (SKIP_LOCKED) access_state",
     "actions": "ANALYZE (SKIP_LOCKED) actions",
+    "alerts": "ANALYZE (SKIP_LOCKED) alerts",
     "api_keys": "ANALYZE (SKIP_LOCKED) api_keys",
     "sessions": "ANALYZE (SKIP_LOCKED) sessions",
     "instances": "ANALYZE (SKIP_LOCKED) instances",
@@ -197,6 +198,7 @@ ANALYZE: Final = {
     "job_runs": "ANALYZE (SKIP_LOCKED) job_runs",
     "jobs": "ANALYZE (SKIP_LOCKED) jobs",
     "opening_keys": "ANALYZE (SKIP_LOCKED) opening_keys",
+    "pings": "ANALYZE (SKIP_LOCKED) pings",
     "seal_parts": "ANALYZE (SKIP_LOCKED) seal_parts",
     "seals": "ANALYZE (SKIP_LOCKED) seals",
     "table_sizes": "ANALYZE (SKIP_LOCKED) table_sizes",

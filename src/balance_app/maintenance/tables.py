@@ -7,11 +7,17 @@ from sqlalchemy import (
     Column,
     Date,
     DateTime,
+    Identity,
+    Index,
+    Integer,
     LargeBinary,
     Numeric,
     PrimaryKeyConstraint,
     Table,
     Text,
+    Uuid,
+    func,
+    text,
 )
 
 from balance_app.db.migrations import metadata
@@ -68,4 +74,44 @@ seal_parts = Table(
     Column("digest", LargeBinary, nullable=False),
     PrimaryKeyConstraint("seal", "part"),
     CheckConstraint("octet_length(digest) = 32", name="digest"),
+)
+
+_NOW = func.clock_timestamp()
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("event", Uuid, nullable=False, server_default=func.gen_random_uuid()),
+    Column("code", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("sentence", Text, nullable=False),
+    Column("since", DateTime(timezone=True), nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=_NOW),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=_NOW),
+    Column("done_at", DateTime(timezone=True)),
+    Column("error", Text),
+    CheckConstraint("status IN ('raised', 'recovered')", name="status"),
+    CheckConstraint("status = 'raised' OR ended_at IS NULL", name="end"),
+    Index(
+        "alerts_open_key",
+        "code",
+        "subject",
+        unique=True,
+        postgresql_where=text("status = 'raised' AND ended_at IS NULL"),
+    ),
+    Index("alerts_waiting_idx", "id", postgresql_where=text("done_at IS NULL")),
+)
+
+pings = Table(
+    "pings",
+    metadata,
+    Column("target", Text, primary_key=True),
+    Column("fence", BigInteger, nullable=False),
+    Column("phase", Text, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=_NOW),
+    CheckConstraint("phase IN ('start', 'success', 'fail')", name="phase"),
 )

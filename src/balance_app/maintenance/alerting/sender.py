@@ -1,0 +1,209 @@
+"""The job that sends alerts and pings, on one instance at a time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import timedelta
+from itertools import groupby
+from time import monotonic
+from typing import Final
+
+from pydantic import SecretStr
+
+from balance_app.jobs.job import Job, Registry, job
+from balance_app.jobs.run import Run
+from balance_app.maintenance.alerting import events, pings
+from balance_app.maintenance.alerting.events import Cause, Event, Waiting
+from balance_app.maintenance.alerting.pings import FLEET, Ping
+from balance_app.maintenance.alerting.receiver import (
+    NotAcceptedError,
+    Receivers,
+    as_json,
+    as_slack,
+)
+from balance_app.maintenance.batches import count
+from balance_app.settings import Settings
+from balance_app.webhook_url import job_urls
+
+NAME: Final = "send-alerts"
+# Not of a module of jobs: it is there if its settings are.
+ORIGIN: Final = "balance_app.maintenance.alerting"
+EVERY: Final = timedelta(seconds=30)
+# While a receiver is down, a run goes on: each run that fails is a line of the history.
+LONGEST_SECONDS: Final = 300.0
+SENT_AT_ONCE: Final = 50
+PINGS_SECONDS: Final = 20.0
+PINGS_SIDE_BY_SIDE: Final = 8
+# A receiver that refuses an event itself, so often, gets the next one.
+REFUSALS: Final = frozenset({400, 413, 422})
+MOST_REFUSALS: Final = 10
+
+ReadCauses = Callable[[], Awaitable[Sequence[Cause]]]
+
+
+class AlertsNotSentError(Exception):
+    """The receiver of the alerts has not accepted them for minutes."""
+
+
+class Alerting:
+    """Sends what is wrong to ALERT_URL, and pings; its job is one of an instance's if it is set."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url = _text(settings.alert_url)
+        self._body = as_slack if settings.alert_format == "slack" else as_json
+        self._fleet_url = _text(settings.ping_url)
+        self._job_urls = job_urls(_text(settings.job_ping_urls) or "")
+        self._read_causes: ReadCauses | None = None
+
+    def connect(self, read_causes: ReadCauses) -> None:
+        """Set what tells what is wrong now."""
+        self._read_causes = read_causes
+
+    def added_to(self, registry: Registry) -> Registry:
+        """Return the jobs, with that of alerts and pings if one of their settings is set.
+
+        Raises:
+            DeclarationError: another job has its name.
+        """
+        if self._url is None and self._fleet_url is None and not self._job_urls.all:
+            return registry
+        # It may be among them already, of the same settings.
+        others = [each for each in registry.values() if registry.origins.get(each.name) != ORIGIN]
+        return Registry([*others, self.job], {**registry.origins, NAME: ORIGIN})
+
+    @property
+    def job(self) -> Job:
+        """The job. It is quick: the minimum duration is one of work that takes its time."""
+        declare = job(name=NAME, every=EVERY, min_duration=timedelta(0))
+
+        async def send_alerts(run: Run) -> str:
+            """Report what is wrong, and what has recovered, to ALERT_URL; send pings."""
+            receivers = Receivers()
+            try:
+                return await self._send_all(run, receivers)
+            finally:
+                await receivers.close()
+
+        return declare(send_alerts)
+
+    async def _send_all(self, run: Run, receivers: Receivers) -> str:
+        """Send until nothing waits; while the receiver is down, for `LONGEST_SECONDS`."""
+        started = monotonic()
+        sent = pinged = 0
+        while True:
+            causes = await self._causes()
+            pinged += await self._ping(run, receivers, causes)
+            if self._url is None:
+                return _result(causes, sent, pinged)
+            async with run.transaction() as connection:
+                await events.record(connection, causes)
+            sent += await self._send_events(run, receivers, self._url)
+            async with run.transaction() as connection:
+                left = await events.waiting(connection)
+            if left is None:
+                return _result(causes, sent, pinged)
+            sentence = _waiting_sentence(left)
+            run.progress(sent, sent + left.events, sentence)
+            rest = started + LONGEST_SECONDS - monotonic()
+            if left.tries and left.seconds > rest:
+                raise AlertsNotSentError(sentence)
+            await asyncio.sleep(min(left.seconds, EVERY.total_seconds()))
+
+    async def _causes(self) -> Sequence[Cause]:
+        assert self._read_causes is not None  # noqa: S101 - connected before a job runs
+        found = await self._read_causes()
+        # That alerts are not sent can't be sent; the page shows it.
+        return [each for each in found if each.subject != NAME]
+
+    async def _send_events(self, run: Run, receivers: Receivers, url: str) -> int:
+        """Send what may be sent now, in order; return how many were accepted."""
+        sent = 0
+        while sent < SENT_AT_ONCE:
+            # Committed while this run holds its lease, and before it is sent: so no other instance
+            # sends it now, nor when this one has died on the way, before the pause is over.
+            async with run.transaction() as connection:
+                event = await events.next_to_try(connection)
+            if event is None or not await self._send(run, receivers, url, event):
+                break
+            sent += 1
+        return sent
+
+    async def _send(self, run: Run, receivers: Receivers, url: str, event: Event) -> bool:
+        """Send an event; return whether it is done."""
+        try:
+            await receivers.post(url, event, self._body(event))
+        except NotAcceptedError as error:
+            gives_up = error.status in REFUSALS and event.tries >= MOST_REFUSALS
+            run.log.warning("alert not accepted", reason=str(error), id=str(event.id))
+            async with run.transaction() as connection:
+                if gives_up:
+                    await events.end(connection, event, str(error))
+                else:
+                    await events.fail(connection, event, str(error))
+            return gives_up
+        async with run.transaction() as connection:
+            await events.end(connection, event)
+        run.log.info("alert sent", id=str(event.id), what=f"{event.code} {event.status}")
+        return True
+
+    # -- pings --------------------------------------------------------------------------------
+
+    async def _ping(self, run: Run, receivers: Receivers, causes: Sequence[Cause]) -> int:
+        """Send the pings that are due; return how many were accepted."""
+        due: list[Ping] = []
+        async with run.transaction() as connection:
+            if self._fleet_url is not None:
+                due += await pings.fleet(connection, is_well=not causes)
+            if self._job_urls.all:
+                jobs = None if self._job_urls.for_all else self._job_urls.by_job
+                due += await pings.unreported(connection, jobs, NAME)
+        if not due:
+            return 0
+        sent = await self._send_pings(run, receivers, due)
+        async with run.transaction() as connection:
+            await pings.reported(connection, sent)
+        return len(sent)
+
+    async def _send_pings(self, run: Run, receivers: Receivers, due: Iterable[Ping]) -> list[Ping]:
+        """Send pings, those of one target in order, several targets side by side."""
+        sent: list[Ping] = []
+        failures: list[str] = []
+        seats = asyncio.Semaphore(PINGS_SIDE_BY_SIDE)
+
+        async def send(of_target: list[Ping]) -> None:
+            async with seats:
+                for each in of_target:
+                    is_fleet = each.target == FLEET
+                    url = self._fleet_url if is_fleet else self._job_urls.of(each.target)
+                    if url is None:
+                        return
+                    try:
+                        await receivers.ping(url, each.phase)
+                    except NotAcceptedError as error:
+                        failures.append(str(error))
+                        return
+                    sent.append(each)
+
+        try:
+            async with asyncio.timeout(PINGS_SECONDS), asyncio.TaskGroup() as tasks:
+                for _, of_target in groupby(due, key=lambda each: each.target):
+                    tasks.create_task(send(list(of_target)))
+        except TimeoutError:
+            failures.append(f"not all within {PINGS_SECONDS:g} s")
+        if failures:
+            run.log.warning("pings not accepted", number=len(failures), first=failures[0])
+        return sent
+
+
+def _text(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
+
+
+def _result(causes: Sequence[Cause], sent: int, pinged: int) -> str:
+    wrong = f"{count(len(causes), 'thing')} wrong" if causes else "nothing is wrong"
+    sentence = f"{wrong}, sent {count(sent, 'alert')}"
+    return f"{sentence} and {count(pinged, 'ping')}" if pinged else sentence
+
+
+def _waiting_sentence(left: Waiting) -> str:
+    reason = f": {left.error}" if left.error else ""
+    return f"{count(left.events, 'alert')} not sent yet{reason}"

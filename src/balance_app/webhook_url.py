@@ -1,0 +1,82 @@
+"""The URLs of alerts and pings: who has one can write there, so all but the host is secret."""
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+MAX_LENGTH: Final = 2000
+JOB: Final = "{job}"
+_INVALID: Final = re.compile(r"[^!-~]|[\\\"<>^`|]")
+# A part this short is in many texts.
+_SHORTEST_SECRET: Final = 8
+
+
+class JobUrls(NamedTuple):
+    """Where the runs of jobs are reported."""
+
+    # with {job} in it, for all jobs that have none of their own
+    for_all: str | None
+    by_job: Mapping[str, str]
+
+    def of(self, job: str) -> str | None:
+        """Return a job's URL; None: it has none."""
+        if job in self.by_job or self.for_all is None:
+            return self.by_job.get(job)
+        return self.for_all.replace(JOB, job)
+
+    @property
+    def all(self) -> list[str]:
+        """Every URL."""
+        return [*self.by_job.values(), *([] if self.for_all is None else [self.for_all])]
+
+
+def check(url: str) -> None:
+    """Refuse what is no http(s) URL.
+
+    Raises:
+        ValueError: the message says why, and shows nothing of the URL.
+    """
+    if len(url) > MAX_LENGTH:
+        raise ValueError(f"has more than {MAX_LENGTH} characters")
+    if _INVALID.search(url):
+        raise ValueError("has a character that a URL can't have: write it as % and its code")
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - it is read to be checked
+    except ValueError:
+        raise ValueError("is not a URL") from None
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be a URL like https://hooks.example.com/...")
+    if "#" in url:
+        raise ValueError("has a #, behind which nothing is sent: write it as %23")
+
+
+def job_urls(text: str) -> JobUrls:
+    """Read `JOB=URL` pairs, separated by spaces, and at most one URL with `{job}` in it.
+
+    Raises:
+        ValueError: the message says why, and shows nothing of a URL.
+    """
+    for_all: str | None = None
+    by_job: dict[str, str] = {}
+    for each in text.split():
+        name, equals, url = each.partition("=")
+        if equals and "/" not in name:
+            check(url)
+            by_job[name] = url
+        elif JOB in each and for_all is None:
+            check(each.replace(JOB, "job"))
+            for_all = each
+        else:
+            raise ValueError("must be JOB=URL pairs, and at most one URL with {job} in it")
+    return JobUrls(for_all, by_job)
+
+
+def secrets(url: str) -> set[str]:
+    """Return what no text may show: the URL, and those parts of it that are long enough."""
+    parts = urlsplit(url)
+    userinfo = parts.netloc.rpartition("@")[0]
+    written = {parts.path.strip("/"), *parts.path.split("/"), parts.query, userinfo}
+    forms = {form for each in written for form in (each, unquote(each))}
+    return {url, *(each for each in forms if len(each) >= _SHORTEST_SECRET and JOB not in each)}
