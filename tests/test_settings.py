@@ -8,7 +8,9 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from balance_app.db import migrations
+from balance_app.masks import mask_of
 from balance_app.settings import BadSettingsError, load_settings
+from balance_app.webhook_url import job_urls
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,52 @@ def test_a_directory_may_have_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(migrations, "__file__", str(source / "db" / "migrations.py"))
     scripts = ScriptDirectory.from_config(migrations.alembic_config())
     assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"
+
+
+URL = "https://me:pass%40word@hooks.example.com/services/T0PSECRETOFAPATH?key=QUERYSECRET"
+
+
+@pytest.mark.parametrize("name", ["ALERT_URL", "PING_URL", "JOB_PING_URLS"])
+def test_the_url_of_a_receiver_is_a_secret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """All of it but the host, wherever a part of it turns up; so it is in no message."""
+    monkeypatch.setenv(name, f"moon={URL}" if name == "JOB_PING_URLS" else URL)
+    settings = load_settings()
+    assert "T0PSECRET" not in repr(settings)
+    mask = mask_of(settings)
+    for text in (URL, "/services/T0PSECRETOFAPATH", "T0PSECRETOFAPATH", "key=QUERYSECRET"):
+        assert mask(f"POST {text} failed").replace("*", "") in {"POST  failed", "POST / failed"}
+    for text in ("hooks.example.com can't be reached", "all services"):
+        assert mask(text) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("hooks.example.com/T0PSECRET", "ftp://a.example/T0PSECRET", "https:///T0PSECRET"),
+        *(
+            "https://a.example/T0PSECRET x",
+            "https://a.example:port/T0PSECRET",
+            "https://[a/T0PSECRET",
+        ),
+        *("https://a.example/T0PSECRET#x", f"https://a.example/T0PSECRET{'x' * 2000}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ALERT_URL", "PING_URL", "JOB_PING_URLS"])
+def test_what_is_no_url_of_a_receiver_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """In a sentence that shows nothing of it."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettingsError, match=f"^{name}: ") as error:
+        load_settings()
+    assert "SECRET" not in str(error.value)
+
+
+def test_the_urls_of_jobs() -> None:
+    """Their own, or one for all."""
+    urls = job_urls("a=https://x.example/1?b=c https://y.example/{job}/ping")
+    assert (urls.of("a"), urls.of("b")) == ("https://x.example/1?b=c", "https://y.example/b/ping")
+    assert job_urls("a=https://x.example").of("b") is None
+    for wrong in ("https://a.example/ping", "https://a.example/{job} https://b.example/{job}"):
+        with pytest.raises(ValueError, match="JOB=URL pairs"):
+            job_urls(wrong)

@@ -65,11 +65,12 @@ END
 $grant$;
 """
 
-# `balance_app.run_role` is the setting DB_RUN_ROLE.
+# `balance_app.run_role` is the setting DB_RUN_ROLE. Where there is no such role, migration 0015 or
+# `balance-app migrate` says so.
 ROLE = """
-SELECT grant_to_instances(coalesce(
+SELECT grant_to_instances(rolname) FROM pg_roles WHERE rolname = coalesce(
     nullif(current_setting('balance_app.run_role', true), ''), 'balance_app_run'
-)::name)
+)
 """
 
 REVOKE = """

@@ -8,8 +8,9 @@ from urllib.parse import unquote, urlsplit
 MAX_LENGTH: Final = 2000
 JOB: Final = "{job}"
 _INVALID: Final = re.compile(r"[^!-~]|[\\\"<>^`|]")
-# A part this short is in many texts.
+# Shorter texts, and names in a path such as "services", are in many texts.
 _SHORTEST_SECRET: Final = 8
+_SHORTEST_SEGMENT: Final = 16
 
 
 class JobUrls(NamedTuple):
@@ -76,7 +77,7 @@ def job_urls(text: str) -> JobUrls:
 def secrets(url: str) -> set[str]:
     """Return what no text may show: the URL, and those parts of it that are long enough."""
     parts = urlsplit(url)
-    userinfo = parts.netloc.rpartition("@")[0]
-    written = {parts.path.strip("/"), *parts.path.split("/"), parts.query, userinfo}
-    forms = {form for each in written for form in (each, unquote(each))}
-    return {url, *(each for each in forms if len(each) >= _SHORTEST_SECRET and JOB not in each)}
+    written = {parts.path.strip("/"), parts.query, parts.netloc.rpartition("@")[0]}
+    found = {each for each in written if len(each) >= _SHORTEST_SECRET}
+    found |= {each for each in parts.path.split("/") if len(each) >= _SHORTEST_SEGMENT}
+    return {form for each in {url, *found} if JOB not in each for form in (each, unquote(each))}

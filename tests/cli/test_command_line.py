@@ -14,7 +14,7 @@ from balance_app.formatting import url
 from balance_app.jobs import Registry
 from balance_app.local.postgres import binaries
 from balance_app.main import create_app
-from tests.processes import free_ports
+from tests.processes import Instance, free_ports
 from tests.terminal import run
 
 pytestmark = pytest.mark.usefixtures("_fork_server")
@@ -72,6 +72,27 @@ async def test_the_version_is_in_one_place(tmp_path: Path) -> None:
     assert (code, output) == (0, f"balance-app {metadata.version('balance-app')}\n")
     app = create_app(settings.load_settings(), asyncio.Event(), Registry([])).app
     assert app.version == metadata.version("balance-app") == __version__
+
+
+async def test_the_page_is_opened_and_its_address_printed(
+    tmp_path: Path, instance: Instance
+) -> None:
+    """By BROWSER, or the desktop's; where there is none it is said, and where nobody answers."""
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}\n')
+    browser.chmod(0o755)
+    desktop = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "BROWSER": f"{browser} %s"}
+    assert await run("open", "--url", f"{instance.url}/", **desktop) == (0, f"{instance.url}\n", "")
+    assert opened.read_text() == instance.url
+    opened.unlink()
+    code, out, err = await run("open", BALANCE_APP_URL=instance.url, **{**desktop, "BROWSER": ""})
+    assert (code, out) == (0, f"{instance.url}\n")
+    assert err.startswith("There is no browser here")
+    assert not opened.exists()
+    code, out, err = await run("--url", "http://127.0.0.1:9", "open", **desktop)
+    assert (code, out) == (3, "")
+    assert err.startswith("Nobody answers at http://127.0.0.1:9: ")
 
 
 def test_unknown_settings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from balance_app.local.instance_logs import (
     names,
     open_directory,
 )
+from balance_app.local.merged_console import MergedConsole
 from balance_app.settings import load_settings
 
 INFO = (
@@ -105,22 +106,17 @@ class _Console(io.TextIOWrapper):
         super().__init__(self.bytes)
 
 
-@pytest.mark.parametrize(
-    ("quiet", "shown"),
-    [
-        (False, b"".join([INFO, b" more\n", WARNING, b"  traceback\n", b"print\n"]) + JSON_INFO),
-        (True, b"".join([WARNING, b"  traceback\n", b"print\n"])),
-    ],
-)
+@pytest.mark.parametrize("quiet", [False, True])
 async def test_the_console_shows_what_it_would_without_a_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, quiet: bool, shown: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, quiet: bool
 ) -> None:
-    """The log has everything, without colours; the console warnings, with what belongs to them."""
+    """The log has everything, without colours; the console names, and warnings in a line each."""
     console = _Console()
     monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "stderr", console)
     reported: list[str] = []
-    output = Output(InstanceLog(tmp_path, "app1"), reported.append, quiet=quiet)
+    merged = MergedConsole(["app1", "app10"], quiet=quiet)
+    output = Output(InstanceLog(tmp_path, "app1"), reported.append, merged)
     await output.open()
     out, err = output.descriptors
     for each in (INFO, b" more\n", WARNING[:30], WARNING[30:], b"  traceback\n", b"print\n"):
@@ -129,7 +125,16 @@ async def test_the_console_shows_what_it_would_without_a_log(
     await output.note("app1 was ended")
     os.write(out, b"\x1b[31mthe rest, without an end")
     await output.close()
-    assert console.bytes.getvalue() == shown + JSON_ERROR + b"\x1b[31mthe rest, without an end\n"
+    shown = console.bytes.getvalue().splitlines()
+    assert all(each.startswith(b"app1  | ") for each in shown)
+    shown = [each.removeprefix(b"app1  | ") for each in shown]
+    ends = [b"print", b" [error] run failed", b"\x1b[31mthe rest, without an end"]
+    if quiet:
+        assert shown == [WARNING[:-1] + b"  traceback", *ends]
+    else:
+        more = [INFO[:-1], b" more", WARNING[:-1], b"  traceback"]
+        of_json = b' [info] the "level": "error"'
+        assert shown == [*more, ends[0], of_json, *ends[1:]]
     log = (tmp_path / "app1.log").read_bytes()
     assert b"\x1b" not in log
     plain = [b"info     ] started", b" more", b"warning  ] started", b"  traceback", b"print"]
@@ -146,7 +151,7 @@ async def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:
     log.close()
     log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: ASYNC230, SIM115 - closed by it
     reported: list[str] = []
-    output = Output(log, reported.append, quiet=True)
+    output = Output(log, reported.append, MergedConsole(["app1"], quiet=True))
     await output.open()
     for _ in range(3):
         os.write(output.descriptors[1], INFO * 500)  # less than a pipe takes

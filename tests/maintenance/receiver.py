@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tests.processes import free_port
 
-PATH = "/hooks/T0PSECRETPATH"
+PATH = "/hooks/T0PSECRETOFAPATH"
 
 
 class Request(NamedTuple):

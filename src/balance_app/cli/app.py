@@ -28,6 +28,7 @@ from balance_app.cli.remote import (
     fail_for_database,
     global_options,
     own_url,
+    service_url,
 )
 from balance_app.formatting import visible
 from balance_app.settings import (
@@ -107,7 +108,7 @@ def before_the_command(
         if each.callback
     }
     # What takes some of them only.
-    others = {"url": {"healthcheck"}, "json": {"audit", "jobs", "keys", "seals"}}
+    others = {"url": {"healthcheck", "open"}, "json": {"audit", "jobs", "keys", "seals"}}
     command = context.invoked_subcommand or ""
     for name, value in given.items():
         if value is not None and command not in remote | others.get(name, set()):
@@ -283,6 +284,36 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
         on.print_json(data=found)
     else:
         on.print(output.jobs_table(found, on))
+
+
+@_service(name="open")
+def open_page(url: Url = None) -> None:
+    """Open the page of the running service in a browser, and print its address.
+
+    It is the service at BALANCE_APP_URL, or the one that is configured here (HOST, PORT).
+    """
+    where = service_url(url or global_options.get("url")).rstrip("/")
+    try:
+        _probe_url(where)
+    except ValueError as error:
+        fail(f"Nobody answers at {where}: {error}. `balance-app up` starts it.", code=3)
+    typer.echo(where)
+    if not _open_browser(where):
+        typer.echo("There is no browser here that can be started: open it yourself.", err=True)
+
+
+def _open_browser(where: str) -> bool:
+    """Open a browser of this user's desktop, or of BROWSER; return whether there is one."""
+    import webbrowser
+
+    named = any(map(os.environ.get, ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")))
+    # Without a desktop, one for terminals would be started, and waited for.
+    if sys.platform == "linux" and not named:
+        return False
+    try:
+        return webbrowser.open(where)
+    except webbrowser.Error:
+        return False
 
 
 @_service()

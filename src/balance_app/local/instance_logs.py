@@ -18,8 +18,7 @@ from pathlib import Path
 from time import sleep
 from typing import BinaryIO, Final
 
-from pydantic_core import from_json
-
+from balance_app.local.merged_console import MergedConsole
 from balance_app.settings import Settings
 
 MAX_BYTES: Final = 10_000_000
@@ -28,10 +27,8 @@ PIPE_BYTES: Final = 1 << 20  # the most that Linux allows every user
 POLL_SECONDS: Final = 0.2
 LAST_LINES_SECONDS: Final = 0.05
 _COLOUR: Final = re.compile(rb"\x1b\[[0-9;]*m")
-_LEVEL: Final = re.compile(rb"\S+ \[(\w+) *\] ")
 # Where `up --log-dir` has noted its directory, in the data directory.
 _NOTE: Final = "log-directory"
-_QUIET: Final = frozenset({"debug", "info"})
 
 
 def open_directory(settings: Settings, given: Path | None) -> Path:
@@ -69,6 +66,7 @@ class InstanceLog:
     """
 
     def __init__(self, directory: Path, name: str, *, max_bytes: int = MAX_BYTES) -> None:
+        self.name: Final = name
         self.path = directory / f"{name}.log"
         self._max_bytes = max_bytes
         self._file = self._open()
@@ -102,10 +100,12 @@ class Output:
     Its pipes outlive the process, as the next one writes into them, too.
     """
 
-    def __init__(self, log: InstanceLog, report: Callable[[str], None], *, quiet: bool) -> None:
+    def __init__(
+        self, log: InstanceLog, report: Callable[[str], None], console: MergedConsole
+    ) -> None:
         self._log = log
         self._report = report
-        self._quiet = quiet
+        self._console = console
         self._is_written = True
         self._copies: list[asyncio.Task[None]] = []
         # what the instance has as its standard output and error
@@ -146,13 +146,9 @@ class Output:
         self._log.close()
 
     async def _copy(self, reader: asyncio.StreamReader, console: BinaryIO) -> None:
-        shows = _ConsoleFilter().shows if self._quiet else lambda _line: True
-
         def put(lines: list[bytes]) -> None:
             self._keep(b"".join(line + b"\n" for line in lines))
-            with suppress(OSError):  # a terminal that is gone
-                console.write(b"".join(line + b"\n" for line in lines if shows(line)))
-                console.flush()
+            self._console.write(self._log.name, lines, console)
 
         rest = b""
         while chunk := await reader.read(MAX_LINE):
@@ -171,33 +167,6 @@ class Output:
             self._is_written = False
         else:
             self._is_written = True
-
-
-class _ConsoleFilter:
-    """Which lines of an instance the console shows: all but those of the log below a warning."""
-
-    def __init__(self) -> None:
-        self._shown = True
-
-    def shows(self, line: bytes) -> bool:
-        """Return whether to show the next line; an indented one belongs to the one before it."""
-        level = _level(line)
-        if level is not None:
-            self._shown = level not in _QUIET
-        elif not line[:1].isspace():
-            self._shown = True
-        return self._shown
-
-
-def _level(line: bytes) -> str | None:
-    """Return the level of a line of the log, in either format; None: it is none."""
-    if line.startswith(b"{"):
-        with suppress(ValueError):
-            found = from_json(line).get("level")
-            return found if isinstance(found, str) else None
-        return None
-    matched = _LEVEL.match(_COLOUR.sub(b"", line))
-    return None if matched is None else matched[1].decode()
 
 
 def _older(path: Path) -> Path:

@@ -25,6 +25,7 @@ from balance_app.db.migrations import UnusableDatabaseError, grant, migrate
 from balance_app.db.outages import classify
 from balance_app.formatting import url
 from balance_app.local.instance_logs import InstanceLog, Output, open_directory
+from balance_app.local.merged_console import MergedConsole
 from balance_app.local.postgres import (
     SYSTEM_USER,
     EmbeddedError,
@@ -230,13 +231,16 @@ async def _open_logs(
     Raises:
         LaunchError: the directory that was given can't be used.
     """
-    quiet = "log_level" not in settings.model_fields_set
+    merged = MergedConsole(
+        [each.name for each in fleet],
+        quiet="log_level" not in settings.model_fields_set,
+        as_json=settings.log_format == "json",
+    )
     report = partial(console.print, style="red", markup=False)
     try:
         directory = open_directory(settings, given)
         outputs = {
-            each.name: Output(InstanceLog(directory, each.name), report, quiet=quiet)
-            for each in fleet
+            each.name: Output(InstanceLog(directory, each.name), report, merged) for each in fleet
         }
         for output in outputs.values():
             await output.open()

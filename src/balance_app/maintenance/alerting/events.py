@@ -91,7 +91,7 @@ DELETE_OLD: Final = """
 DELETE FROM alerts WHERE id IN (
     SELECT id FROM alerts
     WHERE done_at IS NOT NULL AND (status = 'recovered' OR ended_at IS NOT NULL)
-      AND id < (SELECT id FROM alerts ORDER BY id DESC OFFSET $1 LIMIT 1)
+      AND id <= (SELECT id FROM alerts ORDER BY id DESC OFFSET $1 LIMIT 1)
     ORDER BY id LIMIT $2
 )
 """
