@@ -176,7 +176,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
     )
     metrics.set_fleet_query(stats.read)
-    alerting.connect(CauseReader(status_reader).read)
+    alerting.connect(CauseReader(status_reader, database).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)

@@ -1,11 +1,15 @@
 """What is wrong now and needs a hand, from the status snapshot."""
 
+import asyncio
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
+import asyncpg
 from pydantic_core import from_json
 
+from balance_app.db.pool import Database, read
+from balance_app.formatting import exact
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.maintenance.alerting.events import Cause
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
@@ -13,15 +17,23 @@ from balance_app.states import Outcome, Reason
 
 _AUDITS: Final = frozenset(each.name for each in AUDITS)
 _MISMATCH: Final = f"{LedgerMismatchError.__name__}:"
+_GONE: Final = "{} stopped responding: its last heartbeat was at {} UTC."
+SECOND_LOOK_SECONDS: Final = 5.0
 # Who pauses a job that failed too often.
 _BY_ITSELF: Final = "balance_app"
 
 
 class CauseReader:
-    """Reads what is wrong."""
+    """Reads what is wrong.
 
-    def __init__(self, status: StatusReader) -> None:
+    What is new is looked at a second time: after an outage of the database jobs are overdue, and
+    instances silent, for a moment.
+    """
+
+    def __init__(self, status: StatusReader, database: Database) -> None:
         self._status = status
+        self._database = database
+        self._known: set[tuple[str, str]] = set()
 
     async def read(self) -> list[Cause]:
         """Return what is wrong now.
@@ -29,22 +41,50 @@ class CauseReader:
         Raises:
             DatabaseUnavailable: the database can't be reached.
         """
-        return list(causes(await self._status.read()))
+        found = await self._read()
+        if not found.keys() <= self._known:
+            seen = self._known | found.keys()
+            await asyncio.sleep(SECOND_LOOK_SECONDS)
+            found = {key: cause for key, cause in (await self._read()).items() if key in seen}
+        self._known = set(found)
+        return list(found.values())
+
+    async def _read(self) -> dict[tuple[str, str], Cause]:
+        snapshot = await self._status.read()
+        gone = await self._database.run(lambda con: read(con, GONE, self._status.lease))
+        causes = [
+            *causes_of_jobs(snapshot),
+            *(
+                Cause(
+                    "instance-gone", row["server"], _GONE.format(row["server"], _at(row)), row["at"]
+                )
+                for row in gone
+            ),
+        ]
+        return {(each.code, each.subject): each for each in causes}
 
 
-def causes(snapshot: StatusSnapshot) -> Iterator[Cause]:
-    """Yield what is wrong in a snapshot."""
+# An instance that stops as it should deletes its row. One that starts again has its name, and
+# another id.
+GONE: Final = """
+SELECT server, max(last_heartbeat_at) AS at FROM instances
+GROUP BY server HAVING max(last_heartbeat_at) <= clock_timestamp() - $1::interval
+ORDER BY server
+"""
+
+
+def causes_of_jobs(snapshot: StatusSnapshot) -> Iterator[Cause]:
+    """Yield what is wrong with jobs in a snapshot."""
     for status in snapshot.jobs.values():
         job = from_json(status.text)
         cause = _cause_of_job(job)
         if cause is not None:
             code, sentence, since = cause
             yield Cause(code, job["name"], sentence, datetime.fromisoformat(since))
-    live = {each["server"] for each in snapshot.instances if each["live"]}
-    for each in snapshot.instances:
-        if not each["live"] and each["server"] not in live:
-            sentence = f"{each['server']} stopped responding: no heartbeat."
-            yield Cause("instance-gone", each["server"], sentence, snapshot.now)
+
+
+def _at(row: asyncpg.Record) -> str:
+    return exact(row["at"].astimezone(UTC))
 
 
 def _cause_of_job(job: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -61,9 +101,11 @@ def _cause_of_job(job: Mapping[str, Any]) -> tuple[str, str, str] | None:
         return "job-paused", f"{name} is paused: {paused['reason']}.", paused["at"]
     if waiting is not None and (cause := _cause_of_wait(job)) is not None:
         return cause
-    if last and failures and last["outcome"] in {Outcome.FAILED, Outcome.TIMED_OUT}:
+    if last and failures:
         times = f" {failures} times in a row" if failures > 1 else ""
-        return "job-failing", f"{name} failed{times}: {result}", last["endedAt"]
+        # A run after it may have been cancelled or released.
+        why = f": {result}" if last["outcome"] in {Outcome.FAILED, Outcome.TIMED_OUT} else "."
+        return "job-failing", f"{name} failed{times}{why}", last["endedAt"]
     return None
 
 
