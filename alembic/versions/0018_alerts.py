@@ -46,21 +46,23 @@ CREATE TABLE pings (
 );
 """
 
-# Two more rows of the list in `grant_to_instances`, whatever else a migration in between has put
-# there.
+# More rows of the lists in `grant_to_instances`, whatever else a migration in between has put there.
 GRANT = """
 DO $grant$
 DECLARE
     definition text := pg_get_functiondef('grant_to_instances'::regproc);
-    before text := '(''seals'', ''SELECT, INSERT''),';
+    tables text := '(''seals'', ''SELECT, INSERT''),';
+    sequences text := '(''jobs'', ''number'', ''SELECT''),';
 BEGIN
-    IF strpos(definition, before) = 0 THEN
-        RAISE EXCEPTION 'grant_to_instances has another list than expected';
+    IF strpos(definition, tables) = 0 OR strpos(definition, sequences) = 0 THEN
+        RAISE EXCEPTION 'grant_to_instances has other lists than expected';
     END IF;
-    EXECUTE replace(definition, before, before || '
+    definition := replace(definition, tables, tables || '
             (''alerts'', ''SELECT, INSERT (code, subject, status, sentence, since),
                         UPDATE (ended_at, tries, next_try_at, done_at, error), DELETE''),
             (''pings'', ''SELECT, INSERT (target, fence, phase), UPDATE (fence, phase, at)''),');
+    EXECUTE replace(definition, sequences, sequences || '
+            (''alerts'', ''id'', ''SELECT''),');
 END
 $grant$;
 """
@@ -78,7 +80,7 @@ DO $grant$
 BEGIN
     EXECUTE regexp_replace(
         pg_get_functiondef('grant_to_instances'::regproc),
-        '\\s*\\(''alerts'', ''SELECT[^'']*''\\),\\s*\\(''pings'', ''SELECT[^'']*''\\),', ''
+        '\\s*\\(''(alerts|pings)'', ''(SELECT[^'']*|id'', ''SELECT)''\\),', '', 'g'
     );
 END
 $grant$;

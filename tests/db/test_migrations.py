@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from balance_app.db.migrations import (
     migrate,
 )
 from balance_app.settings import Settings, load_settings
-from tests.processes import Instance, connect, http_client, query
+from tests.processes import RUN_ROLE, Instance, connect, http_client, query
 
 
 def settings_for(database: dict[str, str]) -> Settings:
@@ -419,6 +420,22 @@ SELECT array_agg(hash IS NOT NULL ORDER BY id), chained_from = '-infinity',
        chained_from > clock_timestamp() + interval '23 hours'
 FROM users CROSS JOIN balance_app_version GROUP BY chained_from
 """
+
+
+async def test_0018_and_back(database: dict[str, str]) -> None:
+    """Its rows in the lists of grants go with its tables, and come again."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    grant = "SELECT prosrc FROM pg_proc WHERE proname = 'grant_to_instances'"
+    with_tables = await connection.fetchval(grant)
+    assert with_tables.count("'alerts'") == 2
+    await _move(connection, "head", "0016")
+    without = await connection.fetchval(grant)
+    assert not re.search("alerts|pings", without)
+    await connection.execute("SELECT grant_to_instances($1)", RUN_ROLE)
+    await _move(connection, "0016", "head")
+    assert await connection.fetchval(grant) == with_tables
+    await connection.close()
 
 
 async def test_0014_gives_the_first_account_of_a_new_database_its_hash(

@@ -178,6 +178,7 @@ async def test_the_role_has_exactly_the_listed_rights(
         "jobs_number_seq": ["SELECT"],
         "job_runs_id_seq": ["SELECT"],
         "actions_id_seq": ["SELECT"],
+        "alerts_id_seq": ["SELECT"],
     }
     (role,) = await query(
         database,

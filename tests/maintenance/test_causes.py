@@ -118,15 +118,16 @@ async def test_what_is_new_is_looked_at_twice(
     """After an outage jobs are overdue, and instances silent, until they have had their moment."""
     looks = 0
 
-    async def catch_up(_seconds: float) -> None:
+    async def catch_up(seconds: float) -> None:
         nonlocal looks
-        looks += 1
+        looks += seconds == causes.SECOND_LOOK_SECONDS
         await jobs_db.admin.execute(
             "UPDATE instances SET last_heartbeat_at = clock_timestamp() WHERE server = 'app2'"
         )
 
     await jobs_db.admin.execute(OTHER, "app2", timedelta(minutes=1))
     await jobs_db.admin.execute(FAILED)
+    monkeypatch.setattr(causes, "SECOND_LOOK_SECONDS", 5)
     monkeypatch.setattr(asyncio, "sleep", catch_up)
     assert [each.code for each in await reader.read()] == ["job-failing"]
     assert looks == 1

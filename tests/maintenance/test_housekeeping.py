@@ -41,7 +41,7 @@ LEFT = rf"0 of {len(ANALYZE)} tables; left {len(ANALYZE)} to autovacuum: only th
 # -- all of them ------------------------------------------------------------------------------
 
 FRESH = {
-    "watch-limits": r"watched 8 limits and 1 user: most used is .+ \d+%",
+    "watch-limits": r"watched 9 limits and 1 user: most used is .+ \d+%",
     "audit-ledger": r"checked 1 entry of 1 user: all balances match",
     "prune-refused-keys": (r"removed 0 refusals older than 7 days, ended 0 overdue holds"),
     "audit-keys": r"checked 0 keys and external ids: all agree with the ledger",
@@ -81,7 +81,7 @@ def test_every_job_has_a_description_of_one_line() -> None:
 # The batches and the result of each job with 30 users with 4 entries each, 60 old refusals, and 5
 # old runs of each job.
 BUSY = {
-    "watch-limits": (16, r"watched 8 limits and 30 users: .+"),
+    "watch-limits": (16, r"watched 9 limits and 30 users: .+"),
     "audit-ledger": (57, r"checked 120 entries of 30 users: all balances match"),
     "prune-refused-keys": (
         25,
@@ -446,7 +446,7 @@ async def test_a_balance_near_the_limit_is_reported(runner: JobRunner) -> None:
             "UPDATE users SET balance = $1 WHERE id IN (3, 5)", MAX_INTEGER
         )
     assert await runner.run("watch-limits") == (
-        "watched 8 limits and 5 users: 2 users are near the largest balance, first user 3"
+        "watched 9 limits and 5 users: 2 users are near the largest balance, first user 3"
     )
 
 
