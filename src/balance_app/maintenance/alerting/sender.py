@@ -133,7 +133,9 @@ class Alerting:
             await receivers.post(url, event, self._body(event))
         except NotAcceptedError as error:
             gives_up = error.status in REFUSALS and event.tries >= MOST_REFUSALS
-            run.log.warning("alert not accepted", reason=str(error), id=str(event.id))
+            # Once for each outage of the receiver: the others wait behind this one.
+            log = run.log.warning if event.tries == 1 else run.log.info
+            log("alert not accepted", reason=str(error), id=str(event.id))
             async with run.transaction() as connection:
                 if gives_up:
                     await events.end(connection, event, str(error))
@@ -190,7 +192,7 @@ class Alerting:
         except TimeoutError:
             failures.append(f"not all within {PINGS_SECONDS:g} s")
         if failures:
-            run.log.warning("pings not accepted", number=len(failures), first=failures[0])
+            run.log.info("pings not accepted", number=len(failures), first=failures[0])
         return sent
 
 
