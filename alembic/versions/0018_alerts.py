@@ -46,7 +46,8 @@ CREATE TABLE pings (
 );
 """
 
-# More rows of the lists in `grant_to_instances`, whatever else a migration in between has put there.
+# More rows of the lists in `grant_to_instances`, whatever else a migration in between has put
+# there.
 GRANT = """
 DO $grant$
 DECLARE
