@@ -215,7 +215,9 @@ async def test_every_refusal_has_a_class(  # noqa: PLR0915 - one call after the 
         await client.reverse(2, 2)
         with pytest.raises(InvalidRequest) as invalid:
             await client.change(2, 0)
-        assert invalid.value.errors == [{"pointer": "/amount", "code": "zero"}]
+        assert invalid.value.errors == [
+            {"pointer": "/amount", "code": "zero", "detail": "amount must not be 0."}
+        ]
         others: list[tuple[type[Refused], Callable[[], Awaitable[object]]]] = [
             (UserNotFound, lambda: client.change(9, 1)),
             (UserNotFound, lambda: anext(aiter(client.entries(9)))),

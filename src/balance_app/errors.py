@@ -12,6 +12,8 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from typing_extensions import override
 
+from balance_app.faults import Fault, fault, summary
+
 Applied = Literal["no", "unknown"]
 PROBLEM_JSON = "application/problem+json"
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -114,18 +116,22 @@ class MalformedRequest(Problem):
 class InvalidRequest(Problem):
     """The request is wrong whatever the state: sending it again can't help.
 
-    Nothing was changed. `errors` lists each fault: `pointer` says where (a JSON Pointer into the
-    body, or `header:` or `query:` or `path:` and a name), `code` says what.
+    Nothing was changed. Correct what the sentences name, and send it again. In JSON `errors` lists
+    each fault: `pointer` says where (a JSON Pointer into the body, or `header:`, `query:` or
+    `path:` and a name), `code` says what, and `detail` what to send instead.
     """
 
     status, code, title = 422, "invalid-request", "Invalid request"
 
-    def __init__(self, *errors: tuple[str, str], sentence: str | None = None) -> None:
-        """`sentence` says more than the faults; it may repeat printable text of the request."""
-        faults = [{"pointer": pointer, "code": code} for pointer, code in errors]
-        first = f"{errors[0][0] or 'the body'}: {errors[0][1]}" if errors else "unknown"
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        super().__init__(sentence or f"Wrong in {first}{more}.", errors=faults)
+    def __init__(self, *errors: tuple[str, str] | Fault, sentence: str | None = None) -> None:
+        """`sentence` replaces that of the first fault; it may repeat printable text."""
+        faults = [each if isinstance(each, Fault) else fault(*each) for each in errors]
+        if sentence is not None and faults:
+            faults[0] = faults[0]._replace(detail=sentence)
+        super().__init__(
+            summary(faults) or "The request is not valid.",
+            errors=[each._asdict() for each in faults],
+        )
 
     @classmethod
     @override
@@ -152,8 +158,9 @@ class MethodNotAllowed(Problem):
     sample: ClassVar = {"methods": {"GET", "HEAD"}}
 
     def __init__(self, methods: Iterable[str]) -> None:
+        allowed = ", ".join(sorted(methods))
         super().__init__(
-            "This address does not take this method.", headers={"Allow": ", ".join(sorted(methods))}
+            f"This address does not take this method, only {allowed}.", headers={"Allow": allowed}
         )
 
 
@@ -242,7 +249,7 @@ class DatabaseUnavailable(Problem):
 
 
 class Overloaded(Problem):
-    """More requests wait than the service can answer in time.
+    """Too many requests are waiting: the service can't answer in time.
 
     Nothing was changed by it. Wait `Retry-After` seconds and send the request again. With an
     `Idempotency-Key` `applied` is `unknown`: an earlier try with it may have had an effect.

@@ -37,10 +37,12 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.formatting import url
-from balance_app.http import actions, health, openapi
-from balance_app.http.body import FAULT_CODES
+from balance_app.http import actions, docs, health
 from balance_app.http.health import Readiness
 from balance_app.http.middleware import RequestMiddleware
+from balance_app.http.params import request_fault
+from balance_app.http.problem_pages import answer
+from balance_app.http.samples import ADDRESS
 from balance_app.http.seats import Seats
 from balance_app.http.services import Services
 from balance_app.jobs.api.controls import Controls
@@ -111,10 +113,13 @@ def create_app(
     app = FastAPI(
         title="balance_app",
         summary="Exact balances in real time.",
-        description=openapi.DESCRIPTION.format(root=settings.root_path),
+        description=docs.DESCRIPTION.format(root=settings.root_path, address=ADDRESS),
         version=__version__,
+        openapi_tags=docs.TAGS,
+        generate_unique_id_function=docs.operation_id,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
         # Its own would be below ours, and tell what a wrong request has in it.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
@@ -131,7 +136,7 @@ def create_app(
         app.include_router(router)
     for router in (actions_router, account_actions_router, action_list_router):
         app.include_router(router)
-    openapi.add_docs(app)
+    docs.add_docs(app)
     app.add_exception_handler(Problem, _problem_response)
     app.add_exception_handler(RequestValidationError, _invalid_request_response)
     app.add_exception_handler(HTTPException, _http_error_response)
@@ -267,26 +272,18 @@ async def _release_runs(scheduler: Scheduler | None, stopping: asyncio.Event) ->
 
 async def _problem_response(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)  # noqa: S101 - registered for nothing else
-    return problem.response(request.method)
+    return answer(request, problem)
 
 
 async def _internal_error_response(request: Request, _error: Exception) -> Response:
-    return InternalError().response(request.method)
+    return answer(request, InternalError())
 
 
 async def _invalid_request_response(request: Request, error: Exception) -> Response:
     """Name the faults FastAPI found, without repeating the caller's input (it may be NaN)."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
-    faults = [
-        (
-            f"{fault['loc'][0]}:{'/'.join(str(part) for part in fault['loc'][1:2])}"
-            if fault["type"] != "extra_forbidden"
-            else f"{fault['loc'][0]}:",
-            FAULT_CODES.get(fault["type"], fault["type"]),
-        )
-        for fault in error.errors()
-    ]
-    return InvalidRequest(*faults).response(request.method)
+    faults = [request_fault(request, each) for each in error.errors()]
+    return answer(request, InvalidRequest(*faults))
 
 
 async def _http_error_response(request: Request, error: Exception) -> Response:
@@ -297,4 +294,4 @@ async def _http_error_response(request: Request, error: Exception) -> Response:
             problem: Problem = NotFound("There is nothing at this address.")
         case _:
             problem = MalformedRequest("The request can't be read.")
-    return problem.response(request.method)
+    return answer(request, problem)

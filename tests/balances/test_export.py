@@ -223,7 +223,7 @@ async def test_the_numbers_of_a_table_add_up_with_its_last_row(client: httpx.Asy
         (", ,text/csv,", CSV),
         ("text/csv;q=0", None),
         ("*/*;q=0", None),
-        ("text/html", None),
+        ("text/plain", None),
         ("application/xml, text/plain;q=0.1", None),
         ("json", None),
         ("text/csv/x", None),

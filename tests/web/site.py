@@ -30,7 +30,7 @@ class Site:
         self, path: str = "/", status: int = 200, headers: dict[str, str] | None = None
     ) -> str:
         """Get a page."""
-        answer = await self.client.get(path, headers=headers)
+        answer = await self.client.get(path, headers={"Accept": "text/html", **(headers or {})})
         assert answer.status_code == status, answer.text
         return answer.text
 

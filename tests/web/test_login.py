@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import unescape
 from time import monotonic
 from typing import Final
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -280,11 +281,15 @@ async def test_people_are_sent_to_the_login_and_programs_are_not(site: Locked) -
         for path, accept in (
             ("/", "*/*"),
             ("/live", "text/event-stream"),
-            *((each, BROWSER["Accept"]) for each in ("/api/users", "/metrics", "/api/nothing")),
+            *((each, "application/json") for each in ("/api/users", "/metrics", "/api/nothing")),
         ):
             answer = await visitor.client.get(path, headers={"Accept": accept})
             assert answer.status_code == 401
             assert answer.json()["code"] == "unauthorized"
+        for path in ("/api/users", "/metrics", "/api/nothing"):
+            answer = await visitor.client.get(path, headers=BROWSER)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert f'href="/login?next={quote(path, safe="")}"' in answer.text
 
 
 async def test_a_form_without_a_session_is_answered_with_the_login(site: Locked) -> None:

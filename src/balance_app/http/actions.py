@@ -76,7 +76,7 @@ class ActionsAnswer(BaseModel):
 
 @router.get(
     "/actions",
-    summary="Read who did what",
+    summary="List actions",
     response_description="One page of actions.",
     response_model=ActionsAnswer,
     responses=problems(InvalidRequest),

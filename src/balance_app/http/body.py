@@ -6,6 +6,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from balance_app.errors import (
@@ -15,6 +16,7 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
+from balance_app.faults import Fault, code_of, fault, repeated, twice, unknown
 
 # what `read_json` raises, for the documentation of a route
 BODY_PROBLEMS: Final = (
@@ -84,14 +86,14 @@ def parse_json(raw: bytes, model: type[Model]) -> Model:
         raise MalformedRequest("The JSON in the body is nested too deeply.")
     try:
         value = _DECODER.decode(raw.decode())
-    except _DuplicateKeyError:
-        raise InvalidRequest(("", "duplicate-key")) from None
+    except _DuplicateKeyError as error:
+        raise InvalidRequest(twice("", error.args[0])) from None
     except ValueError:
         raise MalformedRequest("The body is not JSON in UTF-8.") from None
     try:
         parsed = model.model_validate(value)
     except ValidationError as error:
-        raise InvalidRequest(*_faults(error)) from None
+        raise InvalidRequest(*_faults(error, model)) from None
     # Only an escape can write text that PostgreSQL can't store.
     if b"\\u" in raw and (place := _find_invalid_text(value, "")) is not None:
         raise InvalidRequest((place, "not-text"))
@@ -154,7 +156,7 @@ class _DuplicateKeyError(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise _DuplicateKeyError
+        raise _DuplicateKeyError(repeated(name for name, _ in pairs))
     return fields
 
 
@@ -172,28 +174,6 @@ _DECODER: Final = json.JSONDecoder(
     object_pairs_hook=_unique, parse_int=_integer, parse_constant=_refuse_constant
 )
 
-FAULT_CODES: Final = {
-    "extra_forbidden": "unknown-field",
-    "string_pattern_mismatch": "not-a-key",  # idempotency keys alone have a pattern
-    "missing": "required",
-    "int_type": "not-an-integer",
-    "int_from_float": "not-an-integer",
-    "int_parsing": "not-an-integer",
-    "int_parsing_size": "out-of-range",
-    "greater_than": "out-of-range",
-    "greater_than_equal": "out-of-range",
-    "less_than": "out-of-range",
-    "less_than_equal": "out-of-range",
-    "model_type": "not-an-object",
-    "dict_type": "not-an-object",
-    "model_attributes_type": "not-an-object",
-    "date_parsing": "not-a-date",
-    "string_type": "not-a-string",
-    "literal_error": "unknown-value",
-    "bool_type": "not-a-boolean",
-    "zero": "zero",
-}
-
 
 def _find_invalid_text(value: object, place: str) -> str | None:
     """Return the place of a text, or of a field's name, that PostgreSQL can't store."""
@@ -210,22 +190,22 @@ def _find_invalid_text(value: object, place: str) -> str | None:
     return next(filter(None, (_find_invalid_text(*each) for each in inside)), None)
 
 
-def _faults(error: ValidationError) -> list[tuple[str, str]]:
-    """Name each fault by place and kind; the caller's own text is never repeated."""
-    return [
-        (_pointer(fault["loc"], fault["type"]), _code(fault["loc"], fault["type"]))
-        for fault in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
+def _faults(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """Name each fault by place and kind; the caller's own values are never repeated."""
+    return [_fault(each, model) for each in error.errors(include_url=False)]
 
 
-def _code(location: tuple[int | str, ...], kind: str) -> str:
+def _fault(found: ErrorDetails, model: type[BaseModel]) -> Fault:
+    location, kind = found["loc"], found["type"]
+    if kind == "extra_forbidden":
+        # An unknown field's name is the caller's text (any bytes it likes): its parent is named.
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        return unknown(_pointer(location[:-1]), location[-1], () if location[1:] else known)
     # A lone surrogate: in a text, or in a field's name, which is then no field of the model.
     if kind == "string_unicode":
-        return "not-text" if location else "unknown-field"
-    return FAULT_CODES.get(kind, kind)
+        return fault(_pointer(location), "not-text") if location else unknown("", None)
+    return fault(_pointer(location), code_of(kind), found.get("ctx"), sent=found["input"])
 
 
-def _pointer(location: tuple[int | str, ...], kind: str) -> str:
-    # An unknown field's name is the caller's text (any bytes it likes), so its parent is named.
-    parts = location[:-1] if kind == "extra_forbidden" else location
-    return "".join(f"/{part}" for part in parts)
+def _pointer(location: tuple[int | str, ...]) -> str:
+    return "".join(f"/{part}" for part in location)

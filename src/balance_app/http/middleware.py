@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from balance_app.access.gate import Gate
 from balance_app.access.keys import Principal
-from balance_app.errors import InternalError, Problem
+from balance_app.errors import InternalError, MethodNotAllowed, NotFound, Problem
 from balance_app.http.answer_headers import NO_STORE
+from balance_app.http.problem_pages import answer, json_answer, wants_page
 from balance_app.logs import REQUEST_ID, TRACE, Trace
 from balance_app.metrics import Metrics
 
@@ -125,7 +126,7 @@ class RequestMiddleware:
         except Exception:
             log.exception("internal error", method=method, path=scope["path"])
             if not status:
-                mistake = InternalError().response(method)
+                mistake = answer(Request(scope), InternalError())
                 await mistake(scope, receive, send_with_ids)
         finally:
             self._answers.inc(status)
@@ -145,13 +146,16 @@ class RequestMiddleware:
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes], problem: Problem) -> Response:
         """Return the answer that carries a problem, for a browser as a page."""
-        if b"text/html" in headers.get(b"accept", b""):
-            scope["app"] = self.app
-            scope.setdefault("principal", self.gate.sender(headers))
-            page = self._refusal_page(Request(scope), problem)
+        if b"text/" not in headers.get(b"accept", b""):
+            return json_answer(scope["method"], problem)
+        scope["app"] = self.app
+        scope.setdefault("principal", self.gate.sender(headers))
+        request = Request(scope)
+        if wants_page(request) and not isinstance(problem, NotFound | MethodNotAllowed):
+            page = self._refusal_page(request, problem)
             if page is not None:
                 return page
-        return problem.response(scope["method"])
+        return answer(request, problem)
 
     def count_refusal(self, status: int, scope: Scope | None) -> bytes:
         """Count an answer of the protocol's own; return the id of its request.

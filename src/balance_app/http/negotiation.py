@@ -7,7 +7,7 @@ from urllib.request import parse_http_list
 
 from starlette.requests import Request
 
-from balance_app.errors import NotAcceptable
+from balance_app.errors import PROBLEM_JSON, NotAcceptable
 from balance_app.http.body import header_values
 
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - of HTTP's grammar
@@ -50,6 +50,16 @@ def preferred(request: Request, offers: Sequence[str]) -> str:
     if not weights[best]:
         raise NotAcceptable(offers)
     return best
+
+
+def prefers_html(request: Request) -> bool:
+    """Return whether the client prefers HTML to JSON, as browsers do; `*/*` prefers neither."""
+    accept = b",".join(header_values(request, b"accept")).decode("latin-1")
+    if "text/" not in accept.lower():  # almost all programs
+        return False
+    ranges = list(_ranges(accept))
+    json = max(_weight(ranges, offer) for offer in ("application/json", PROBLEM_JSON))
+    return _weight(ranges, "text/html") > json
 
 
 def _weight(ranges: list[_Range], offer: str) -> float:

@@ -1,17 +1,9 @@
-"""The OpenAPI description, and the page at `/docs`, which works without the internet."""
+"""What the OpenAPI document says of requests, answers, and who may send them."""
 
-import re
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
-import fastapi_offline
-from fastapi import FastAPI
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import HTMLResponse
-from starlette.staticfiles import StaticFiles
 
 from balance_app.access.errors import (
     CrossSiteRequest,
@@ -20,13 +12,11 @@ from balance_app.access.errors import (
     TooManyRequests,
     Unauthorized,
 )
-from balance_app.access.routes import NEEDS, OPEN, Needs
+from balance_app.access.routes import OPEN, Needs
 from balance_app.errors import (
     PROBLEM_JSON,
     SAFE_METHODS,
     DatabaseUnavailable,
-    InvalidRequest,
-    NotFound,
     Overloaded,
     Problem,
     all_problems,
@@ -98,57 +88,6 @@ HEADERS: Final[dict[str, dict[str, Any]]] = {
     },
 }
 
-DESCRIPTION = """
-Users' balances, changed in real time and never below zero. The state of all instances and jobs is
-shown at [/]({root}/).
-
-* Every error is a [problem](https://www.rfc-editor.org/rfc/rfc9457): `code` says which,
-  `applied` whether anything took effect (`"no"` or `"unknown"`; absent if the request only reads).
-  With an `Idempotency-Key` it covers all tries with that key: `"no"` only if the outcome is known.
-  The list is at [/problems]({root}/problems).
-* **422**: the request is wrong whatever the state; **409**: it is well formed, but the state
-  refuses it; **503**: the database is unavailable, or the service overloaded: wait `Retry-After`
-  seconds.
-* `Allow` of a 405 names the methods that an address has; there is `HEAD` wherever there is `GET`.
-* Send `Authorization: Bearer` and an API key; each operation names the scopes of which the key
-  needs one. Until the first key is made (`balance-app keys create`), no request needs one.
-* Send an `Idempotency-Key` with a change that you may have to repeat: it takes effect once, and
-  the answer is the same every time.
-
-In a terminal:
-
-    curl --json '{{"userId": 1, "amount": -2}}' http://localhost:3000{root}/api/balance
-"""
-
-_DOCS: Final = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="stylesheet" href="{root}/docs/assets/swagger-ui.css">
-<link rel="icon" href="{root}/docs/assets/favicon.png">
-</head>
-<body>
-<div id="swagger-ui" data-url="{root}/openapi.json"></div>
-<script src="{root}/docs/assets/swagger-ui-bundle.js"></script>
-<script src="{root}/docs/assets/docs.js"></script>
-</body>
-</html>
-"""
-
-# Swagger UI writes styles into its elements, and has its icons in its style sheet.
-_DOCS_HEADERS: Final = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
-        "object-src 'none'"
-    ),
-    "Referrer-Policy": "same-origin",
-}
-
 SECURITY_SCHEME: Final = "key"
 SECURITY_SCHEMES: Final = {
     SECURITY_SCHEME: {
@@ -205,10 +144,11 @@ def json_request(
     """
     schema = model.model_json_schema()
     _describe_text(schema)
+    needed = schema.get("required", ())
     example = {
-        name: field["examples"][0]
-        for name, field in schema["properties"].items()
-        if "examples" in field
+        name: schema["properties"][name]["examples"][0]
+        for name in (*needed, *(each for each in schema["properties"] if each not in needed))
+        if "examples" in schema["properties"][name]
     }
     key = {
         "name": "Idempotency-Key",
@@ -251,57 +191,7 @@ def _describe_text(schema: object) -> None:
         _describe_text(each)
 
 
-def add_docs(app: FastAPI) -> None:
-    """Add `/docs`, its assets, and the explanations of the problems."""
-    assets = Path(fastapi_offline.__file__).parent / "static"
-    files = StaticFiles(directory=assets, packages=[("balance_app.http", "static")])
-    # ast-grep-ignore: route-out-of-sight - it has files only
-    app.mount("/docs/assets", files, name="docs-assets")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        root = request.scope["root_path"]
-        return HTMLResponse(_DOCS.format(title=app.title, root=root), headers=_DOCS_HEADERS)
-
-    @app.get("/problems", tags=["about"])
-    async def list_problems() -> list[dict[str, Any]]:
-        """List every problem that this service answers with."""
-        return [_about(kind) for kind in all_problems()]
-
-    @app.get(
-        "/problems/{code}", tags=["about"], responses=problems(NotFound, InvalidRequest, always=())
-    )
-    async def explain_problem(code: str) -> dict[str, Any]:
-        """Explain one problem: what it means and what to do about it."""
-        for kind in all_problems():
-            if kind.code == code:
-                return _about(kind)
-        raise NotFound("There is no such problem.")
-
-    generate = app.openapi
-    needs = {(method, _CONVERTER.sub("", path)): each for (method, path), each in NEEDS.items()}
-
-    @cache
-    def openapi() -> dict[str, Any]:
-        described = generate()
-        described["components"]["schemas"]["Problem"] = _problem_schema()
-        described["components"]["headers"] = HEADERS
-        described["components"]["securitySchemes"] = SECURITY_SCHEMES
-        for path, operations in described["paths"].items():
-            for method, operation in operations.items():
-                _describe_access(operation, method.upper(), needs[method.upper(), path])
-                _describe_headers(operation)
-            for method in operations.keys() & {each.lower() for each in SAFE_METHODS}:
-                _describe_read(operations[method])
-        return described
-
-    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's documented way to extend it
-
-
-_CONVERTER: Final = re.compile(r":\w+(?=\})")
-
-
-def _describe_access(operation: dict[str, Any], method: str, needs: Needs) -> None:
+def describe_access(operation: dict[str, Any], method: str, needs: Needs) -> None:
     """Add the scopes that an operation needs, and what the middleware refuses it with."""
     if needs == OPEN:
         operation["security"] = []
@@ -322,7 +212,7 @@ def _describe_access(operation: dict[str, Any], method: str, needs: Needs) -> No
     operation["responses"] = dict(sorted(answers.items()))
 
 
-def _describe_read(operation: dict[str, Any]) -> None:
+def describe_read(operation: dict[str, Any]) -> None:
     """Replace the examples of problems by those of a request that only reads."""
     kinds = {kind.code: kind for kind in all_problems()}
     for answer in operation["responses"].values():
@@ -331,7 +221,7 @@ def _describe_read(operation: dict[str, Any]) -> None:
             example["value"] = kinds[code].example().body("GET")
 
 
-def _describe_headers(operation: dict[str, Any]) -> None:
+def describe_headers(operation: dict[str, Any]) -> None:
     """Add the headers that every answer with its status has."""
     is_keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", ()))
     for status, answer in operation["responses"].items():
@@ -345,10 +235,11 @@ def _describe_headers(operation: dict[str, Any]) -> None:
         answer.setdefault("headers", {}).update(headers(*names)["headers"])
 
 
-def _problem_schema() -> dict[str, Any]:
+def problem_schema() -> dict[str, Any]:
+    """Return the schema of a problem."""
     return {
         "type": "object",
-        "description": "A problem (RFC 9457), with members of its kind beside these.",
+        "description": "A problem (RFC 9457); its kind may have more members than these.",
         "required": ["type", "title", "status", "detail", "code"],
         "properties": {
             "type": {"type": "string", "description": "where this kind of problem is explained"},
@@ -367,20 +258,12 @@ def _problem_schema() -> dict[str, Any]:
                 "items": {
                     "type": "object",
                     "required": ["pointer", "code"],
-                    "properties": {"pointer": {"type": "string"}, "code": {"type": "string"}},
+                    "properties": {
+                        "pointer": {"type": "string", "description": "where it is"},
+                        "code": {"type": "string", "description": "what it is"},
+                        "detail": {"type": "string", "description": "what to send instead"},
+                    },
                 },
             },
         },
-    }
-
-
-def _about(kind: type[Problem]) -> dict[str, Any]:
-    what, advice = explain(kind)
-    return {
-        "type": kind.address(),
-        "code": kind.code,
-        "status": kind.status,
-        "title": kind.title,
-        "means": what,
-        "advice": advice,
     }

@@ -9,7 +9,7 @@ from balance_app.http.params import DECIMAL
 
 Item = TypeVar("Item")
 
-Limit = Annotated[int, Field(ge=1, le=1000, description="items on the page"), DECIMAL]
+Limit = Annotated[int, Field(ge=1, le=1000, description="maximum rows"), DECIMAL]
 BeforeId = Annotated[
     int, Field(ge=1, le=MAX_INTEGER, description="the `next` of the previous page"), DECIMAL
 ]

@@ -1,10 +1,12 @@
 """Query and path parameters that the features share."""
 
 import re
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 from starlette.convertors import PathConvertor, register_url_convertor
@@ -12,6 +14,7 @@ from starlette.requests import Request
 
 from balance_app.access.keys import principal
 from balance_app.errors import InvalidRequest
+from balance_app.faults import Fault, code_of, fault, repeated, twice, unknown
 
 
 def _decimal(value: object) -> object:
@@ -48,7 +51,9 @@ def printable(limit: int) -> AfterValidator:
 
     def check(text: str | None) -> str | None:
         if text is not None and (len(text) > limit or not _PRINTABLE.fullmatch(text)):
-            raise PydanticCustomError("not-printable", "not printable, empty, or too long")
+            raise PydanticCustomError(
+                "not-printable", "not printable, empty, or longer than {limit}", {"limit": limit}
+            )
         return text
 
     return AfterValidator(check)
@@ -106,7 +111,34 @@ def name_of(request: Request, claimed: str) -> str:
 async def _refuse_repeated(request: Request) -> None:
     """Refuse a parameter that is sent twice."""
     if len(request.query_params) != len(request.query_params.multi_items()):
-        raise InvalidRequest(("query:", "duplicate-parameter"))
+        name = repeated(name for name, _ in request.query_params.multi_items())
+        raise InvalidRequest(twice("query:", name))
 
 
 ONCE: Final = Depends(_refuse_repeated)
+
+
+def request_fault(request: Request, found: Mapping[str, Any]) -> Fault:
+    """Return a fault that the framework has found in the query, the path or a header."""
+    place, *names = (str(part) for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        return unknown(f"{place}:", names[-1] if names else None, _query_names(request))
+    sent = found.get("input")
+    # All that is sent here is text: only a number's decimals tell what went wrong.
+    return fault(
+        f"{place}:{'/'.join(names[:1])}",
+        code_of(found["type"]),
+        found.get("ctx"),
+        sent=0.0 if isinstance(sent, str) else sent,
+    )
+
+
+def _query_names(request: Request) -> Iterator[str]:
+    """Yield the query parameters that the request's route has."""
+    route = request.scope.get("route")
+    for parameter in route.dependant.query_params if isinstance(route, APIRoute) else ():
+        kind = parameter.field_info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from (field.alias or name for name, field in kind.model_fields.items())
+        else:
+            yield parameter.alias

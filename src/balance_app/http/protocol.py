@@ -30,6 +30,7 @@ from urllib.parse import unquote
 
 import httptools
 import structlog
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 from uvicorn._types import ASGI3Application, ASGIReceiveEvent, ASGISendEvent
@@ -49,6 +50,7 @@ from balance_app.errors import (
 )
 from balance_app.http.answer_headers import NO_STORE
 from balance_app.http.endings import Ending, Endings
+from balance_app.http.problem_pages import answer
 from balance_app.proxies import Proxies
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -299,7 +301,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.loop.call_later(REFUSAL_SECONDS, self.transport.close)
 
     async def _answer_full(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = _FULL.response(scope["method"])
+        response = answer(Request(scope), _FULL)
         response.headers["Connection"] = "close"
         response.raw_headers.append(NO_STORE)
         response.raw_headers.extend(self._note_refusal(_FULL, log.debug, scope))

@@ -13,8 +13,9 @@ from typing_extensions import override
 from balance_app.access.gate import Gate
 from balance_app.access.keys import ANYBODY, Principal, principal
 from balance_app.access.routes import READ, Needs
-from balance_app.errors import DatabaseUnavailable, Overloaded, Problem, explain
+from balance_app.errors import SAFE_METHODS, DatabaseUnavailable, Overloaded, Problem, explain
 from balance_app.http.body import MAX_INTEGER
+from balance_app.http.negotiation import prefers_html
 from balance_app.http.services import services
 from balance_app.settings import Settings
 from balance_app.web.rendering import page
@@ -42,7 +43,7 @@ class Message(NamedTuple):
 
 
 class PageRoute(APIRoute):
-    """A route that returns problems as pages too."""
+    """A route that returns problems as pages too, to people."""
 
     @override
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -55,6 +56,8 @@ class PageRoute(APIRoute):
                     who.require(*READ)
                 return await handle(request)
             except Problem as problem:
+                if request.method in SAFE_METHODS and not prefers_html(request):
+                    raise  # a program reads it
                 return problem_page(request, problem)
 
         return handle_for_people

@@ -88,7 +88,7 @@ PathExternalId = Annotated[
     str,
     Path(
         alias="externalId",
-        description="what the user is called elsewhere",
+        description="the user's id in another system",
         json_schema_extra=printable_schema(200),
         examples=["customer-7"],
     ),
@@ -116,7 +116,7 @@ Floor = Annotated[
 ExternalId = Annotated[
     str | None,
     Field(
-        description="what the user is called elsewhere; unique",
+        description="the user's id in another system; unique",
         json_schema_extra=printable_schema(200),
         examples=["customer-7"],
     ),
@@ -212,7 +212,7 @@ class SettingsRequest(StrictModel):
         bool | None, Field(description="whether no money may be moved", examples=[True])
     ] = None
     external_id: Annotated[
-        ExternalId, Field(description="what the user is called elsewhere; null removes it")
+        ExternalId, Field(description="the user's id in another system; null removes it")
     ] = None
 
 
@@ -221,7 +221,11 @@ class Page(QueryModel):
 
     after: Annotated[
         int,
-        Field(ge=0, le=MAX_INTEGER, description="the `next` of the page before; 0: the first page"),
+        Field(
+            ge=0,
+            le=MAX_INTEGER,
+            description="start after this id, the `next` of the page before; 0: the first page",
+        ),
         DECIMAL,
     ] = 0
     limit: Limit = 100
@@ -248,7 +252,7 @@ class UsersPage(Page):
         str | None,
         Field(
             alias="externalId",
-            description="only the user who is called so elsewhere",
+            description="only the user with this external id",
             json_schema_extra=printable_schema(200),
             examples=["customer-7"],
         ),

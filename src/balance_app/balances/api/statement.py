@@ -43,7 +43,7 @@ def _ledger(request: Request) -> LedgerRepository:
 
 @router.get(
     "/users/{userId}/entries",
-    summary="Read or export a ledger",
+    summary="List or export entries",
     response_description="One page of the user's ledger, or an export.",
     response_model=EntriesAnswer,
     responses={
@@ -70,9 +70,7 @@ async def list_entries(request: Request, user_id: PathUserId, page: EntriesPageQ
     descending = page.order == "desc"
     if media_type != JSON:
         if "limit" in page.model_fields_set:
-            raise InvalidRequest(
-                ("query:limit", "not-with-export"), sentence="An export has no `limit`."
-            )
+            raise InvalidRequest(("query:limit", "not-with-export"))
         pages = _ledger(request).export(user_id, selection, after=page.after, descending=descending)
         return ExportResponse(services(request)[Exporter], user_id, pages, media_type)
     entries = await _ledger(request).entries(
@@ -88,7 +86,7 @@ async def list_entries(request: Request, user_id: PathUserId, page: EntriesPageQ
 
 @router.get(
     "/users/{userId}/daily-balances",
-    summary="Read past balances",
+    summary="List daily balances",
     response_description="One page of the user's daily balances.",
     response_model=DailyBalancesAnswer,
     responses=problems(UserNotFound, InvalidRequest),

@@ -110,7 +110,7 @@ async def list_accounts(request: Request, page: UsersPageQuery) -> dict[str, Any
 @router.put(
     "/users/by-external-id/{externalId:text}",
     summary="Create a user once",
-    response_description="The user was there.",
+    response_description="The user already existed.",
     response_model=AccountAnswer,
     responses={
         200: headers("ETag"),
@@ -167,9 +167,7 @@ async def read_account(request: Request, user_id: PathUserId, moment: PastQueryP
             return Response(status_code=304, headers={"ETag": f'"{account.tag}"'})
         return _response(account)
     if moment.at is not None and moment.version is not None:
-        raise InvalidRequest(
-            ("query:version", "not-with-at"), sentence="Give `at` or `version`, not both."
-        )
+        raise InvalidRequest(("query:version", "not-with-at"))
     entry = await services(request)[LedgerRepository].past(
         user_id, at=moment.at, version=moment.version
     )
@@ -208,7 +206,7 @@ async def read_account(request: Request, user_id: PathUserId, moment: PastQueryP
     ),
 )
 async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) -> Response:
-    """Change an account's floor, freeze or thaw it, or name it.
+    """Change an account's floor, freeze or unfreeze it, or name it.
 
     `If-Match` has the account's `ETag`; only the settings in it need to be still the same, so that
     a busy account can be changed, too.
@@ -231,7 +229,7 @@ async def change_settings(request: Request, user_id: PathUserId, who: WhoQuery) 
 
 @router.get(
     "/users/{userId}/settings",
-    summary="Read changes of settings",
+    summary="List changes of settings",
     response_description="One page of changes.",
     response_model=SettingsPageAnswer,
     responses=problems(UserNotFound, InvalidRequest),

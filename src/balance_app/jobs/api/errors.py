@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import ClassVar
 
 from balance_app.errors import Problem
+from balance_app.faults import fault
 from balance_app.formatting import exact
 
 
@@ -146,7 +147,7 @@ class InvalidArguments(Problem):
     }
 
     def __init__(self, name: str, sentence: str, arguments: Iterable[str]) -> None:
-        faults = [{"pointer": f"/args/{each}", "code": "wrong-argument"} for each in arguments]
+        faults = [fault(f"/args/{each}", "wrong-argument")._asdict() for each in arguments]
         super().__init__(f"Job {name} can't run with these: {sentence}.", job=name, errors=faults)
 
 
