@@ -149,8 +149,8 @@ class Settings(BaseSettings):
     )
     allow_anonymous: bool = Field(
         default=False,
-        description="serve without keys on an address that others can reach: something before it "
-        "asks who they are",
+        description="serve without keys on an address that others can reach: a proxy in front "
+        "authenticates them",
     )
     allowed_hosts: str = Field(
         "",

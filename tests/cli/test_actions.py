@@ -32,9 +32,9 @@ async def test_actions_are_listed(client: httpx.AsyncClient, environment: dict[s
     _, out, err = await run("actions", "--subject=user 2", "--limit=1", **environment)
     assert out.splitlines()[1] == changed
     assert re.fullmatch(
-        r"Earlier ones: balance-app actions '--subject=user 2' --before=\d+ --limit=1\n", err
+        r"More: balance-app actions '--subject=user 2' --before=\d+ --limit=1\n", err
     )
     body = (await client.get("/api/actions?limit=20")).text
     assert await run("actions", "--json", **environment) == (0, f"{body}\n", "")
     nothing = await run("actions", "--by=nobody", **environment)
-    assert nothing == (0, "There is no such action.\n", "")
+    assert nothing == (0, "No actions match.\n", "")

@@ -64,7 +64,7 @@ async def test_a_change_and_its_refusal_are_reported(
     assert (code, err) == (0, "")
     assert re.fullmatch(r"User 1 has 9998 after -2 \(version 2, \d{4}-.{14} UTC\)\.\n", out)
     again = await run("change", "1", "-2", "--key=k1", **environment)
-    assert again == (0, f"{out[:-1]} This key's change was made before.\n", "")
+    assert again == (0, f"{out[:-1]} This change was already made with this key.\n", "")
     assert (await run("change", "1", "3", "--key", "k1", **environment))[0] == 1
 
     refused = "Refused: User 1 has 9998; withdrawing 10000 needs 2 more. Nothing was changed.\n"
@@ -115,7 +115,7 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     assert [line.split()[:6] for line in out.splitlines()][1:] == [
         ["1", "9972", "0", "9972", "0", "8"]
     ]
-    assert await run("users", "--after=9", **environment) == (0, "There are no such users.\n", "")
+    assert await run("users", "--after=9", **environment) == (0, "No users match.\n", "")
     assert (await run("users", "--limit=1", "--url", instance.url))[2] == (
         f"More: balance-app users --after=1 --limit=1 --url={instance.url}\n"
     )
@@ -129,7 +129,7 @@ async def test_past_balances_are_shown(
 ) -> None:
     """By pages, the latest day first; an empty list is no failure."""
     environment = {"BALANCE_APP_URL": instance.url}
-    nothing = (0, "There are no such daily balances.\n", "")
+    nothing = (0, "No daily balances match.\n", "")
     assert await run("daily-balances", "1", **environment) == nothing
     connection = await connect(database)
     await connection.execute("""
@@ -146,8 +146,8 @@ async def test_past_balances_are_shown(
         ["2026-01-04", "103", "3", "2026-01-04 23:50:00"],
         ["2026-01-03", "102", "2", "2026-01-03 23:50:00"],
     ]
-    assert err == ("Earlier ones: balance-app daily-balances 1 --before=2026-01-03 --limit=2\n")
-    code, out, err = await run(*shlex.split(err)[3:], "--json", **environment)
+    assert err == ("More: balance-app daily-balances 1 --before=2026-01-03 --limit=2\n")
+    code, out, err = await run(*shlex.split(err)[2:], "--json", **environment)
     assert (code, err) == (0, "")
     page = "/api/users/1/daily-balances?before=2026-01-03&limit=2"
     assert out == (await client.get(page)).text + "\n"
@@ -181,7 +181,7 @@ async def test_an_unknown_outcome_is_reported_with_its_key(
     assert again == ["balance-app", "change", "1", "-2", f"--key={proxy.keys[0]}"]
     code, out, _ = await run(*again[1:], BALANCE_APP_URL=instance.url)
     assert code == 0
-    assert out.endswith("This key's change was made before.\n")
+    assert out.endswith("This change was already made with this key.\n")
     assert (await client.get("/api/users/1")).json()["version"] == 2
 
 
@@ -233,7 +233,7 @@ async def test_money_is_moved_and_reported(instance: Instance, client: httpx.Asy
         "User 2 has 10 (version 2)."
     )
     assert await said(transfer) == f"{moved}\n"
-    assert await said(transfer) == f"{moved} This key's transfer was made before.\n"
+    assert await said(transfer) == f"{moved} This transfer was already made with this key.\n"
     assert await said("transfer 2 1 50", 4) == (
         "Refused: User 2 has 10; withdrawing 50 needs 40 more. Nothing was changed.\n"
     )
@@ -252,7 +252,7 @@ async def test_money_is_moved_and_reported(instance: Instance, client: httpx.Asy
     assert first == "User 1 has 9994 at version 3; 20 is held, 9974 available."
     captured = "Hold 1-1 is captured: 12 of 20 is withdrawn. User 1 has 9982 (version 4)."
     assert await said("capture 1-1 --amount 12") == f"{captured}\n"
-    assert await said("capture 1-1 --amount 12") == f"{captured} It was captured before.\n"
+    assert await said("capture 1-1 --amount 12") == f"{captured} It was already captured.\n"
     assert await said("void 1-1", 4) == "Refused: The hold is captured. Nothing was changed.\n"
     await said("hold 1 3 --for 60")
     assert await said("capture 1-3 --amount 4", 4) == (
@@ -260,7 +260,7 @@ async def test_money_is_moved_and_reported(instance: Instance, client: httpx.Asy
     )
     voided = "Hold 1-3 is voided. User 1 has 9982 (version 4)."
     assert await said("void 1-3") == f"{voided}\n"
-    assert await said("void 1-3") == f"{voided} It was voided before.\n"
+    assert await said("void 1-3") == f"{voided} It was already voided.\n"
     await said("hold 1 4 --for 60 --reference r")
     rows = [line.split() for line in (await said("holds 1")).splitlines()]
     assert rows[1][:5] == ["1-1", "20", "12", "✓", "captured"]
@@ -273,7 +273,7 @@ async def test_money_is_moved_and_reported(instance: Instance, client: httpx.Asy
     )
     reversed_ = await said("reverse 1 2")
     assert reversed_.startswith("Transfer 1-2 is reversed. Transfer 2-3: 5 from user 2 to user 1 ")
-    assert await said("reverse 1 2") == f"{reversed_[:-1]} It was reversed before.\n"
+    assert await said("reverse 1 2") == f"{reversed_[:-1]} It was already reversed.\n"
     assert (await said("reverse 1 3 --note wrong")).startswith(
         "Entry 3 is reversed. User 1 has 9988 after +1 (version 6, TIME); 4 is held"
     )
@@ -301,9 +301,7 @@ async def test_money_is_moved_and_reported(instance: Instance, client: httpx.Asy
     made = (await client.get("/api/users/1/changes/t")).json()["answer"]
     code, out, _ = await run(*shlex.split(transfer), "--json", **environment)
     assert (code, json.loads(out)) == (0, made)
-    assert (await said("statement 1 --from 2020-01-01 --to 2021-01-01")) == (
-        "There are no such entries.\n"
-    )
+    assert (await said("statement 1 --from 2020-01-01 --to 2021-01-01")) == ("No entries match.\n")
     assert (await run("statement", "1", "--limit=1", **environment))[2] == (
         "More: balance-app statement 1 --after=1 --order=asc --limit=1\n"
     )
@@ -391,7 +389,7 @@ async def test_settings_are_changed_and_shown(
     )
     row = (await run("users", **environment))[1].splitlines()[1]
     assert re.split(r"  +", row.strip())[4:8] == ["-500", "1", "‖ frozen", "customer 7"]
-    code, out, _ = await run("users", "set", "1", "--thaw", "--no-external-id", **environment)
+    code, out, _ = await run("users", "set", "1", "--unfreeze", "--no-external-id", **environment)
     assert code == 0
     assert "Its floor is -500, it has no external id (settings version 3)" in out
     kept = (await client.get("/api/users/1/settings")).json()["settings"]
@@ -469,7 +467,7 @@ async def test_a_statement_that_broke_off_is_reported() -> None:
     head = "HTTP/1.1 200 OK\r\nContent-Type: text/csv\r\nContent-Length: {}\r\n\r\n"
     for length, sentence in {
         len(lines): "The export is not complete: it ended without the line that says so.\n",
-        1000: "The export broke off: it is not complete. Nobody answers at ",
+        1000: "The export broke off: it is not complete. No answer from ",
     }.items():
         async with answering((head.format(length) + lines).encode()) as other:
             code, out, err = await run("statement", "1", "--csv", BALANCE_APP_URL=other.url)

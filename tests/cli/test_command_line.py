@@ -144,7 +144,7 @@ def test_a_secret_that_others_can_read_is_reported(
 async def test_options_precede_the_environment_which_precedes_the_file(tmp_path: Path) -> None:
     """For the client commands, and for `up`, whose port they use."""
     (tmp_path / ".env").write_text("PORT=9\n")
-    where = "Nobody answers at http://127.0.0.1"
+    where = "No answer from http://127.0.0.1"
     asked = await asyncio.gather(
         balance_app(tmp_path, "status"),
         balance_app(tmp_path, "healthcheck"),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("_fork_server")
 KEY: Final = "ba_0123456789ab_the-secret-part-of-a-key-that-was-never-made_AAAAAA"
 PART: Final = "the-secret-part"
 REFUSED: Final = http(
-    "401 Unauthorized", '{"code":"unauthorized","detail":"This service needs a key.","status":401}'
+    "401 Unauthorized", '{"code":"unauthorized","detail":"An API key is needed.","status":401}'
 )
 
 
@@ -46,7 +46,7 @@ async def test_the_key_is_that_of_the_option_the_environment_or_the_users_file(
         url = f"--url={service.url}"
         code, out, err = await run("users", url, **config)
         assert (code, out) == (1, "")
-        assert err == f"This service needs a key. It was that of {of_user}.\n"
+        assert err == f"An API key is needed. It was that of {of_user}.\n"
         await run("users", url, **config, BALANCE_APP_KEY="another-key")
         await run("users", url, f"--key-file={of_user}", BALANCE_APP_KEY="another-key")
         await run(f"--key-file={of_user}", "status", url, BALANCE_APP_KEY="another-key")

@@ -184,8 +184,8 @@ async def test_the_history_shows_the_outcome_of_every_run(
     )
     code, out, err = await run("history", "one", "--limit", "2", **environment)
     assert (code, len(out.splitlines())) == (0, 3)
-    assert re.fullmatch(r"Earlier ones: balance-app history one --before=\d+ --limit=2\n", err), err
-    code, out, err = await run(*err.split()[3:], **environment)
+    assert re.fullmatch(r"More: balance-app history one --before=\d+ --limit=2\n", err), err
+    code, out, err = await run(*err.split()[2:], **environment)
     assert (code, len(out.splitlines()), err) == (0, 2, "")
     code, out, err = await run("history", "one", "--outcome", "lost", **environment)
     assert (code, out, err) == (0, "There is no such run.\n", "")
@@ -221,7 +221,7 @@ async def test_what_a_run_said_is_shown(instance: Instance, connection: Connecti
         [
             rf"one failed \d+ s ago \({moment}\) on app1 in 15 s\.",
             r"ValueError: no such mailbox",
-            r"\(4 earlier lines are not kept\.\)",
+            r"\(The first 4 lines were not kept\.\)",
             rf"[\d:]{{8}} info \| sent {SHOWN}",
             r"[\d:]{8} error \| not stored",
             r" \| OSError: no disk",
@@ -239,7 +239,7 @@ async def test_what_a_run_said_is_shown(instance: Instance, connection: Connecti
         f"{body}\n"
     )
     code, out, _ = await run("history", "--log", f"--run={failed + 2}", **environment)
-    assert re.fullmatch(rf"one did not run \({moment}\)\.\npaused by ada\nIt said nothing\.\n", out)
+    assert re.fullmatch(rf"one did not run \({moment}\)\.\npaused by ada\nNo log lines\.\n", out)
     for arguments, code, sentence in (
         (("two", "--log"), 1, "There is no such run.\n"),
         (("two", "--log", f"--run={failed}"), 1, f"Run {failed} is one of one, not of two.\n"),
@@ -446,7 +446,7 @@ async def test_the_table_marks_schedules_that_were_set(
     (line,) = (line for line in after.splitlines() if "is due" in line)
     assert line.startswith("audit is due every minute: set by ada ")
     assert line.endswith(
-        "Its code declares: every 5 minutes. Other versions that are live declare: every 2 hours."
+        "Its code declares: every 5 minutes. Instances with other versions declare: every 2 hours."
     )
 
 

@@ -55,7 +55,7 @@ async def test_a_key_is_made_used_listed_and_revoked(
         assert code == 0
         assert out.startswith("The key till-1 is revoked")
         await _until(client, 401, **_bearer(key))
-        assert (await run("keys", "revoke", "till-1", **database))[1].endswith("before.\n")
+        assert (await run("keys", "revoke", "till-1", **database))[1].endswith("already revoked.\n")
     rows = await query(database, "SELECT * FROM actions ORDER BY id")
     assert [(row["action"], row["subject"], row["by"][:4]) for row in rows] == [
         ("key created", "key till-1", "cli:"),
@@ -110,19 +110,22 @@ async def _listed(database: dict[str, str]) -> list[dict[str, object]]:
 
 REFUSED = [
     ("create x", "Missing option '--scope'"),
-    ("create x --scope raed", "'raed' is no scope. Did you mean read? There are read, withdraw,"),
+    (
+        "create x --scope raed",
+        "'raed' is not a scope. Did you mean read? There are read,",
+    ),
     ("create x --scope read,change", "repeat --scope for each"),
-    ("create x --scope=", "'' is no scope"),
-    ("create a/b --scope read", "'a/b' is no name for a key"),
-    ("create cli:root --scope read", "is no name for a key"),
-    ("create \u0430da --scope read", "is no name for a key"),
-    (f"create {'x' * 64} --scope read", "is no name for a key"),
+    ("create x --scope=", "'' is not a scope"),
+    ("create a/b --scope read", "'a/b' is not a valid name for a key"),
+    ("create cli:root --scope read", "is not a valid name for a key"),
+    ("create \u0430da --scope read", "is not a valid name for a key"),
+    (f"create {'x' * 64} --scope read", "is not a valid name for a key"),
     ("create x --scope read --expires 90", "is neither a time from now"),
     ("create x --scope read --expires 90m", "is neither a time from now"),
     ("create x --scope read --expires 0d", "'0d' is not between"),
     ("create x --scope read --expires 999999999d", "is not between"),
     ("create x --scope read --expires -1d", "is neither a time from now"),
-    ("create x --scope read --expires 2020-01-01", "is over already"),
+    ("create x --scope read --expires 2020-01-01", "is in the past"),
     ("create used --scope read", "There was a key used already, and a name is used only once"),
     ("revoke usde", "There is no key usde. Did you mean used?"),
     ("revoke nothing", "There is no key nothing.\n"),
@@ -158,7 +161,7 @@ async def test_a_key_that_can_t_be_printed_is_not_made(
         )
     _, err = await process.communicate()
     assert process.returncode == 1
-    assert err == b"The key was not made, as it can't be printed: No space left on device.\n"
+    assert err == b"The key was not created: it can't be printed: No space left on device.\n"
     assert await _everything(database) == before
 
 
@@ -205,7 +208,7 @@ async def test_a_database_that_is_not_ready_is_reported(
     code, out, err = await run("keys", "create", "x", "--scope=read", **database)
     assert (code, out) == (1, "")
     assert err.count("\n") == 1
-    assert "`balance-app migrate` makes it" in err
+    assert "`balance-app migrate` creates it" in err
     away = {"DB_HOST": "127.0.0.1", "DB_PORT": str(free_port())}
     code, out, err = await run("keys", "list", **away)
     assert (code, out, err.count("\n")) == (3, "", 1)

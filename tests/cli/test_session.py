@@ -184,7 +184,7 @@ async def test_a_refused_connection_is_reported_in_a_sentence(line: str) -> None
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     code, out, err = await run(*line.split(), "--url", f"{url}/")
-    assert (code, out, err) == (3, "", f"Nobody answers at {url}: Connection refused.\n")
+    assert (code, out, err) == (3, "", f"No answer from {url}: Connection refused.\n")
     code, out, err = await run(*line.split(), PORT=str(port))
     assert (code, out) == (3, "")
     assert err.endswith("refused. --url (or BALANCE_APP_URL) says where the service is.\n")
@@ -193,7 +193,7 @@ async def test_a_refused_connection_is_reported_in_a_sentence(line: str) -> None
 @pytest.mark.parametrize(
     ("answer", "code", "sentence"),
     [
-        (b"", 3, r"Nobody answers at http://\S+: "),
+        (b"", 3, r"No answer from http://\S+: "),
         (http("200 OK", "OK"), 3, r"The server at \S+ is not this service: status 200"),
         (http("200 OK", "{}"), 3, r"The server at \S+ is not this service: status 200"),
         (http("404 No", "[]"), 3, r"The server at \S+ is not this service: status 404"),
@@ -226,7 +226,7 @@ async def test_a_health_check_reports_ready_not_ready_or_unavailable(
     assert (code, json.loads(out)["status"]) == (1, "unavailable")
     code, out, err = await run("healthcheck", "--url", f"http://127.0.0.1:{free_port()}")
     assert (code, out) == (3, "")
-    assert err.startswith("Nobody answers at ")
+    assert err.startswith("No answer from ")
 
 
 async def test_migrate_reports_the_schemas_revision(database: dict[str, str]) -> None:
@@ -250,7 +250,7 @@ async def test_colours_are_for_terminals_only(instance: Instance) -> None:
     assert colour.search(screen.shown)
     async with Screen("status", BALANCE_APP_URL=instance.url, NO_COLOR="1") as screen:
         assert await screen.end() == 0
-    assert "No instance that runs jobs" in screen.shown
+    assert "No instance is running jobs" in screen.shown
     assert not colour.search(screen.shown)
     _, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert "\x1b" not in out

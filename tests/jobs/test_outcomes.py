@@ -265,7 +265,9 @@ async def test_a_returned_awaitable_is_stopped_like_an_async_job(
     )(lambda run: swallows(run))  # noqa: PLW0108
     async with jobs_db.scheduler([late]):
         await jobs_db.ended("late")
-    assert await jobs_db.outcomes("late") == [("timed_out", "it lasted over 0.3 s")]
+    assert await jobs_db.outcomes("late") == [
+        ("timed_out", "it took longer than its timeout of 0.3 s")
+    ]
 
 
 class Odd:

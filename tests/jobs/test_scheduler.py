@@ -161,7 +161,7 @@ class Case(NamedTuple):
 
 
 TIMED = {"timeout": timedelta(seconds=0.2), "min_duration": timedelta(seconds=0.1)}
-OVER = "it lasted over 0.2 s"
+OVER = "it took longer than its timeout of 0.2 s"
 
 ENDINGS = {
     "sentence": Case(returns("checked 3 users"), "succeeded", "checked 3 users"),

@@ -136,7 +136,7 @@ async def test_what_is_open_to_the_network_without_keys_does_not_start(tmp_path:
     port = str(free_ports(2, below=32_000))
     up = ("up", "--instances=1", f"--port={port}")
     everywhere = {"HOST": "0.0.0.0"}  # noqa: S104 - that is what is tested
-    sentence = "HOST=0.0.0.0 is open to the network and there are no keys: make one"
+    sentence = "HOST=0.0.0.0 is open to the network and there are no keys: create one"
     code, output = await _run(tmp_path, *up, **everywhere)
     assert (code, output.count("\n")) == (2, 1), output
     assert output.startswith(sentence)

@@ -302,7 +302,7 @@ async def test_a_form_without_a_session_is_answered_with_the_login(site: Locked)
         assert 'name="next" value="/users/1"' in answer.text
         refused = await reader.send("/jobs/job-waiting/pause", by="page")
         assert refused.status_code == 403
-        assert "The key has not the scope operate, which this needs." in text(refused.text)
+        assert "The key lacks the scope operate." in text(refused.text)
         confirm = await reader.client.get("/jobs/job-running/cancel")
         assert (confirm.status_code, "Insufficient scope" in text(confirm.text)) == (403, True)
         missing = await reader.client.get("/nothing")

@@ -27,7 +27,7 @@ class Unauthorized(_NotAdmitted, Problem):
 
     status, code, title = 401, "unauthorized", "Unauthorized"
 
-    def __init__(self, detail: str = "This service needs a key.") -> None:
+    def __init__(self, detail: str = "An API key is needed.") -> None:
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -42,9 +42,7 @@ class InsufficientScope(_NotAdmitted, Problem):
 
     def __init__(self, scopes: Iterable[str]) -> None:
         needs = sorted(scopes)
-        super().__init__(
-            f"The key has not the scope {' or '.join(needs)}, which this needs.", needs=needs
-        )
+        super().__init__(f"The key lacks the scope {' or '.join(needs)}.", needs=needs)
 
 
 class CrossSiteRequest(_NotAdmitted, Problem):

@@ -135,7 +135,7 @@ class Gate:
         if not settings.allow_anonymous:
             self.open_to_network = open_to_network(settings)
             raise OpenToNetworkError(self.open_to_network)
-        log.warning("anonymous", reason=f"HOST={settings.host}, and nobody is asked for a key.")
+        log.warning("anonymous", reason=f"HOST={settings.host}, and no key is needed.")
 
     async def _refresh_always(self) -> None:
         while True:
@@ -405,11 +405,12 @@ def open_to_network(settings: Settings) -> str:
     """Return the sentence about an instance that would serve anybody."""
     if settings.proxy_networks:
         return (
-            "By TRUSTED_PROXIES others reach this instance, and there are no keys: make one "
-            "(`balance-app keys create`), or set ALLOW_ANONYMOUS=true if the proxy asks who it is."
+            "By TRUSTED_PROXIES others reach this instance, and there are no keys: create one "
+            "(`balance-app keys create`), or set ALLOW_ANONYMOUS=true if the proxy authenticates "
+            "users."
         )
     return (
-        f"HOST={settings.host} is open to the network and there are no keys: make one "
+        f"HOST={settings.host} is open to the network and there are no keys: create one "
         "(`balance-app keys create`), or set HOST=127.0.0.1, or ALLOW_ANONYMOUS=true behind "
-        "something that asks who it is."
+        "a proxy that authenticates users."
     )

@@ -168,7 +168,7 @@ class Owner:
         return Made(row["expires_at"], row["is_first"])
 
     async def revoke_key(self, name: str, *, by: str) -> datetime | None:
-        """Revoke a key; return when that was; None: it had been revoked before.
+        """Revoke a key; return when that was; None: it was already revoked.
 
         Raises:
             NoSuchKeyError: no key has this name.

@@ -57,10 +57,10 @@ class KeyNotFound(Problem):
 class InsufficientFunds(Problem):
     """What is available does not suffice for this withdrawal, transfer or hold.
 
-    Nothing was changed. `balance`, `held`, `floor` and `version` are the state that refused it:
-    `available` is the balance without what is held, and may not fall below the floor. `shortfall`
-    is the amount missing. With an `Idempotency-Key` the refusal is kept for 7 days; try again with
-    a new key.
+    Nothing was changed. Ask for less, or deposit `shortfall` first. `balance`, `held`, `floor` and
+    `version` are the state that refused it: `available` is the balance without what is held, and
+    may not fall below the floor. With an `Idempotency-Key` the refusal is kept for 7 days; try
+    again with a new key.
     """
 
     status, code, title = 409, "insufficient-funds", "Insufficient funds"
@@ -93,8 +93,8 @@ class InsufficientFunds(Problem):
 class BalanceLimitExceeded(Problem):
     """The balance would pass 2^53-1, the largest integer that JSON carries exactly everywhere.
 
-    Nothing was changed. `balance` and `version` are the state that refused it, `excess` is the
-    amount above the limit.
+    Nothing was changed. Deposit at least `excess` less: it is the amount above the limit. `balance`
+    and `version` are the state that refused it.
     """
 
     status, code, title = 409, "balance-limit-exceeded", "Balance limit exceeded"
@@ -122,8 +122,8 @@ class BalanceLimitExceeded(Problem):
 class UserFrozen(Problem):
     """The account is frozen: no money moves into it or out of it.
 
-    Nothing was changed. `PATCH /api/users/{userId}` with `{"frozen": false}` thaws it. Meanwhile it
-    can be read, and its holds can be voided, and expire.
+    Nothing was changed. `PATCH /api/users/{userId}` with `{"frozen": false}` unfreezes it.
+    Meanwhile it can be read, and its holds can be voided, and expire.
     """
 
     status, code, title = 409, "user-frozen", "User frozen"
@@ -273,7 +273,7 @@ class HoldNotFound(Problem):
 
 
 class HoldEnded(Problem):
-    """The hold has ended before, and a hold ends once.
+    """The hold has already ended, and a hold ends only once.
 
     Nothing was changed. `state` says how it ended, `captured` how much was withdrawn.
     """
@@ -330,4 +330,6 @@ def _state(
 
 def too_slow(seconds: float) -> Overloaded:
     """Return the problem of a request that was not decided within this time."""
-    return Overloaded(f"Too slow: {seconds:g} s did not suffice for all requests before it.")
+    return Overloaded(
+        f"Too many requests are waiting: this one was not reached within {seconds:g} s."
+    )

@@ -74,4 +74,6 @@ async def read_state(connection: Connection, user_id: int) -> State:
 
 def lost_every_race() -> Overloaded:
     """Return the problem of a request that other changes were always faster than."""
-    return Overloaded(f"The account changed under each of {MAX_RACES} tries.")
+    return Overloaded(
+        f"The account was changed by others at the same time, {MAX_RACES} times in a row."
+    )

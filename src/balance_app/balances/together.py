@@ -73,7 +73,7 @@ class GroupCommit:
         if self._guard.refuses_key(movement.user_id, movement.key):
             return None
         if self._waiting >= self._database.settings.max_waiting:
-            raise Overloaded(f"{self._waiting} requests wait already.")
+            raise Overloaded(f"Too many requests are waiting ({self._waiting}).")
         member = _Member(movement, asyncio.get_running_loop().create_future())
         batch = self._gathering.get(movement.user_id)
         if batch is not None and len(batch) < AT_ONCE:

@@ -25,7 +25,7 @@ def actions(  # noqa: PLR0913 - each is an option
     ] = None,
     before: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="only those before N, as the last page prints it"),
+        typer.Option(min=1, metavar="N", help="start before N, which the page before prints"),
     ] = None,
     limit: Limit = 20,
     json: Json = False,

@@ -19,9 +19,9 @@ class ActionSession(Session):
             lambda: (
                 output.actions_table(found, answer.now, self._out)
                 if found
-                else Text("There is no such action.")
+                else Text("No actions match.")
             ),
         )
         if answer.body["next"] is not None:
             options = {**query, "before": answer.body["next"]}
-            self._next_page("Earlier ones", "actions", **options)
+            self._next_page("More", "actions", **options)

@@ -48,7 +48,7 @@ Exit codes:
 - 0: done
 - 1: refused or failed, or a check found a fault
 - 2: wrong usage or settings
-- 3: nobody answers, the service is unavailable, or an export broke off; nothing was changed
+- 3: no answer, the service is unavailable, or an export broke off; nothing was changed
 - 4: what the account or the hold does not allow; nothing was changed
 - 5: it is not known whether it was done
 - 130: Ctrl-C
@@ -226,7 +226,7 @@ def logs(
     ] = None,
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="show new lines, too")] = False,
-    lines: Annotated[int, typer.Option(min=0, metavar="N", help="the last so many")] = 100,
+    lines: Annotated[int, typer.Option(min=0, metavar="N", help="maximum lines")] = 100,
     log_dir: LogDirectory = None,
 ) -> None:
     """Show what the instances of `up` have printed, of one or of each, while it runs or after.
@@ -322,7 +322,7 @@ def healthcheck(
 ) -> None:
     """Check whether the instance that runs here (HOST, PORT) is ready.
 
-    The exit code is 0 when it is, 1 when it is not, 3 when nobody answers.
+    The exit code is 0 when it is, 1 when it is not, 3 when there is no answer.
     """
     from balance_app.http.probe import READY, probe
 
@@ -336,7 +336,7 @@ def healthcheck(
             status, body = probe(settings.host, settings.port)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
-        fail(f"Nobody answers at {where}: {reason}", code=3)
+        fail(f"No answer from {where}: {reason}", code=3)
     typer.echo(body)
     raise typer.Exit(0 if status == READY else 1)
 

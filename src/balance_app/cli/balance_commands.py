@@ -66,7 +66,7 @@ Patience = Annotated[
 ]
 After = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="only those after N, as the last page prints it"),
+    typer.Option(min=0, metavar="N", help="start after N, which the page before prints"),
 ]
 PATIENCE: Final = 15.0
 
@@ -243,11 +243,13 @@ def statement(  # noqa: PLR0913 - each is an option
     ] = False,
     begin: Annotated[
         datetime | None,
-        typer.Option("--from", parser=read_moment, metavar="TIME", help="made then or later; UTC"),
+        typer.Option(
+            "--from", parser=read_moment, metavar="TIME", help="made at this time or later; UTC"
+        ),
     ] = None,
     end: Annotated[
         datetime | None,
-        typer.Option("--to", parser=read_moment, metavar="TIME", help="made before; UTC"),
+        typer.Option("--to", parser=read_moment, metavar="TIME", help="made before this time; UTC"),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="TEXT", help="with exactly this reference")
@@ -255,7 +257,7 @@ def statement(  # noqa: PLR0913 - each is an option
     order: Annotated[Order, typer.Option(help="the oldest first, or the latest")] = Order.ASC,
     after: After = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=1000, metavar="N", help="at most so many (20)")
+        int | None, typer.Option(min=1, max=1000, metavar="N", help="maximum rows (20)")
     ] = None,
     json: Json = False,
     url: Url = None,
@@ -331,9 +333,9 @@ def users(  # noqa: PLR0913 - each is an option
     context: typer.Context,
     *,
     external_id: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="only the user who is called so elsewhere")
+        str | None, typer.Option(metavar="TEXT", help="only the user with this external id")
     ] = None,
-    after: Annotated[int, typer.Option(min=0, metavar="ID", help="only ids above this one")] = 0,
+    after: Annotated[int, typer.Option(min=0, metavar="ID", help="start after this id")] = 0,
     limit: Limit = 20,
     json: Json = False,
     url: Url = None,
@@ -360,10 +362,15 @@ def set_user(  # noqa: PLR0913 - each is an option
         ),
     ] = None,
     frozen: Annotated[
-        bool | None, typer.Option("--freeze/--thaw", help="let no money move, or move again")
+        bool | None,
+        typer.Option(
+            "--freeze/--unfreeze",
+            " /--thaw",
+            help="stop all movements of money, or allow them again",
+        ),
     ] = None,
     external_id: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="what the user is called elsewhere")
+        str | None, typer.Option(metavar="TEXT", help="the user's id in another system")
     ] = None,
     no_external_id: Annotated[
         bool, typer.Option("--no-external-id", help="remove the external id")

@@ -88,7 +88,7 @@ def differences(before: Account, after: Account) -> str:
         for name, label in named.items()
         if (was := getattr(before, name)) != (now := getattr(after, name))
     ]
-    return "; ".join(found) or "its settings were set, to what they were"
+    return "; ".join(found) or "its settings were set to the same values"
 
 
 def users_table(accounts: list[Json], on: Console) -> RenderableType:

@@ -51,7 +51,9 @@ class BalanceSession(Session):
             note=note,
             key=key,
         )
-        self._report_made(made, lambda: output.change(made), "This key's change was made before.")
+        self._report_made(
+            made, lambda: output.change(made), "This change was already made with this key."
+        )
 
     def transfer(  # noqa: PLR0913 - the parts of a request
         self,
@@ -75,7 +77,7 @@ class BalanceSession(Session):
             note=note,
             key=key,
         )
-        said = "This key's transfer was made before."
+        said = "This transfer was already made with this key."
         self._report_made(made, lambda: output.transfer(made), said)
 
     def hold(  # noqa: PLR0913 - the parts of a request
@@ -102,7 +104,7 @@ class BalanceSession(Session):
             note=note,
             key=key,
         )
-        said = "This key's hold was placed before."
+        said = "This hold was already placed with this key."
         self._report_made(made, lambda: output.placed_hold(made), said)
 
     def capture(
@@ -117,12 +119,12 @@ class BalanceSession(Session):
             reference=reference,
             note=note,
         )
-        self._report_made(made, lambda: output.ended_hold(made), "It was captured before.")
+        self._report_made(made, lambda: output.ended_hold(made), "It was already captured.")
 
     def void(self, hold: str) -> None:
         """Release a hold."""
         made = self._send(self._service.void(hold), "void", hold)
-        self._report_made(made, lambda: output.ended_hold(made), "It was voided before.")
+        self._report_made(made, lambda: output.ended_hold(made), "It was already voided.")
 
     def reverse(self, user: int, version: int, *, reference: str | None, note: str | None) -> None:
         """Undo an entry by an opposite one."""
@@ -134,7 +136,7 @@ class BalanceSession(Session):
             reference=reference,
             note=note,
         )
-        self._report_made(made, lambda: output.reversal(made), "It was reversed before.")
+        self._report_made(made, lambda: output.reversal(made), "It was already reversed.")
 
     def _send(
         self,
@@ -177,9 +179,7 @@ class BalanceSession(Session):
         self._report(
             answer.text,
             lambda: (
-                output.users_table(accounts, self._out)
-                if accounts
-                else Text("There are no such users.")
+                output.users_table(accounts, self._out) if accounts else Text("No users match.")
             ),
         )
         if answer.body["next"] is not None:
@@ -283,7 +283,7 @@ class BalanceSession(Session):
             lambda: (
                 output.entries_table(found, page.now, self._out)
                 if found
-                else Text("There are no such entries.")
+                else Text("No entries match.")
             ),
         )
         if page.body["next"] is not None:
@@ -322,12 +322,12 @@ class BalanceSession(Session):
             lambda: (
                 output.daily_balances_table(days, self._out)
                 if days
-                else Text("There are no such daily balances.")
+                else Text("No daily balances match.")
             ),
         )
         if answer.body["next"] is not None:
             options = {"before": answer.body["next"], "limit": limit}
-            self._next_page("Earlier ones", "daily-balances", str(user), **options)
+            self._next_page("More", "daily-balances", str(user), **options)
 
     def holds(self, user: int, state: HoldState | None, after: int, limit: int) -> None:
         """Show a user's holds in the order in which they were placed."""
@@ -339,7 +339,7 @@ class BalanceSession(Session):
             lambda: (
                 output.holds_table(found, answer.now, self._out)
                 if found
-                else Text("There are no such holds.")
+                else Text("No holds match.")
             ),
         )
         if answer.body["next"] is not None:

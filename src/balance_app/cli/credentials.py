@@ -92,7 +92,7 @@ def _refused(url: Setting, *, key_from_file: bool) -> str | None:
         private = is_private(url.value or "")
     except httpx.InvalidURL:
         return None  # it will be reported
-    return None if private else ", as others could read it on its way: use https."
+    return None if private else ", others could read it on the way: use https."
 
 
 def _shown(url: Setting) -> str:

@@ -87,7 +87,7 @@ def _advice(failure: ServiceFailure, credential: Credential) -> str:
     if isinstance(failure, InsufficientScope):
         scopes = " or ".join(f"--scope {each}" for each in failure.needs)
         return (
-            f" It was that of {credential.origin}; whoever runs the service makes one that has it: "
+            f" It was that of {credential.origin}; the operator creates one that has it: "
             f"`balance-app keys create NAME {scopes}`."
         )
     return ""

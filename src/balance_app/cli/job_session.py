@@ -125,7 +125,7 @@ class JobSession(Session):
         if answer.body["next"] is not None:
             named = [] if job is None else [job]
             options = {"outcome": outcome, "before": answer.body["next"], "limit": limit}
-            self._next_page("Earlier ones", "history", *named, **options)
+            self._next_page("More", "history", *named, **options)
 
     def log(
         self, job: str | None, outcome: str | None, before: int | None, run: int | None

@@ -48,8 +48,8 @@ _LONGEST: Final = timedelta(days=36_500)
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise typer.BadParameter(
-            f"{text!r} is no name for a key: up to 63 letters, digits and . _ @ -, a letter or "
-            "digit first."
+            f"{text!r} is not a valid name for a key: up to 63 letters, digits and . _ @ -, "
+            "a letter or digit first."
         )
     return text
 
@@ -62,7 +62,7 @@ def _scope(text: str) -> str:
     near = get_close_matches(text.lower(), SCOPES, 1, 0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise typer.BadParameter(
-        f"{text!r} is no scope.{hint} There are {', '.join(SCOPES)}; repeat --scope for each."
+        f"{text!r} is not a scope.{hint} There are {', '.join(SCOPES)}; repeat --scope for each."
     )
 
 
@@ -78,7 +78,7 @@ def _expiry(text: str) -> datetime | timedelta:
                 "moment such as 2026-11-21 or 2026-11-21T21:49:33Z."
             ) from None
         if moment <= datetime.now(UTC):
-            raise typer.BadParameter(f"{text!r} is over already.")
+            raise typer.BadParameter(f"{text!r} is in the past.")
         return moment
     lasts = timedelta(**{_UNITS[found[2]]: int(found[1])}) if len(found[1]) < 8 else timedelta.max  # noqa: PLR2004 - below timedelta's own limit
     if not timedelta(0) < lasts <= _LONGEST:
@@ -161,7 +161,7 @@ def list_keys(*, json: Annotated[bool, typer.Option("--json", help="print JSON")
         elif known:
             on.print(output.keys_table([_as_json(each) for each in known], on))
         else:
-            typer.echo("There are no keys: `balance-app keys create` makes one.", err=True)
+            typer.echo("There are no keys: `balance-app keys create` creates one.", err=True)
 
     _run(work)
 
@@ -178,7 +178,7 @@ def revoke(name: Name) -> None:
             near = get_close_matches(name, error.names, 1)
             fail(f"There is no key {name}.{f' Did you mean {near[0]}?' if near else ''}")
         if revoked_at is None:
-            typer.echo(f"The key {name} had been revoked before.")
+            typer.echo(f"The key {name} was already revoked.")
         else:
             typer.echo(
                 f"The key {name} is revoked: within two seconds every instance refuses it, and its "
@@ -205,7 +205,7 @@ def _print_key(key: str) -> None:
         # Nothing of it may stay in a buffer, whose failure would come too late.
         os.write(sys.stdout.fileno(), f"{key}\n".encode())
     except OSError as error:
-        fail(f"The key was not made, as it can't be printed: {error.strerror}.")
+        fail(f"The key was not created: it can't be printed: {error.strerror}.")
 
 
 def _as_json(key: "Known") -> dict[str, object]:
@@ -255,7 +255,7 @@ def run_as_owner(
     try:
         asyncio.run(with_database(settings))
     except UnusableDatabaseError as error:
-        fail(f"{error} `balance-app migrate` makes it, or updates an older one.")
+        fail(f"{error} `balance-app migrate` creates it, or updates an older one.")
     except (typer.Exit, NotTheOwnerError):
         raise
     except Exception as error:  # noqa: BLE001 - raised again, unless it is the database's

@@ -113,7 +113,8 @@ def keys_table(keys: list[Json], on: Console) -> RenderableType:
     """Return a line per key."""
     styles = {"valid": "green", "expired": "yellow", "revoked": "red"}
     table = make_table(
-        ("NAME", "STATE", "SCOPES", "ENDS", "LAST USED", "SESSIONS", "MADE BY"), cut=("MADE BY",)
+        ("NAME", "STATE", "SCOPES", "ENDS", "LAST USED", "SESSIONS", "CREATED BY"),
+        cut=("CREATED BY",),
     )
     for key in keys:
         ends = key["revokedAt"] or key["expiresAt"]
@@ -139,7 +140,7 @@ def schedule(job: Json, now: datetime) -> str:
         line += f": set by {override['by']} {_since(moment(override['at']), now)}."
         line += f" Its code declares: {declared}."
     others = ", ".join(other["words"] for other in job["otherSchedules"])
-    return line + (f" Other versions that are live declare: {others}." if others else "")
+    return line + (f" Instances with other versions declare: {others}." if others else "")
 
 
 def job_line(job: Json, now: str, on: Console) -> Text:
@@ -318,8 +319,8 @@ def run_log(log: Json, now: datetime) -> Text:
         parts.append(Text(visible(run["result"])))
     dropped = log["dropped"]
     if dropped:
-        earlier = "1 earlier line is" if dropped == 1 else f"{dropped} earlier lines are"
-        parts.append(Text(f"({earlier} not kept.)", style="dim"))
+        first = "first line was" if dropped == 1 else f"first {dropped} lines were"
+        parts.append(Text(f"(The {first} not kept.)", style="dim"))
     for line in log["lines"]:
         style = _LEVELS.get(line["level"], "")
         first, *rest = line["text"].split("\n")
@@ -327,7 +328,7 @@ def run_log(log: Json, now: datetime) -> Text:
         parts.append(Text(visible(begin + first), style=style))
         parts += [Text(visible(f"    {each}"), style=style) for each in rest]
     if not log["lines"]:
-        parts.append(Text("It said nothing." if run["outcome"] else "It has said nothing yet."))
+        parts.append(Text("No log lines." if run["outcome"] else "No log lines yet."))
     if log["traceback"] is not None:
         parts += [Text(visible(each)) for each in log["traceback"].split("\n")]
     return Text("\n").join(parts)

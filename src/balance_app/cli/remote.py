@@ -87,7 +87,7 @@ By = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="who requests it, for people to read; by default your login"),
 ]
-Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="at most so many")]
+Limit = Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="maximum rows")]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class InvalidURL(ServiceFailure):
 
 
 class KeyNotSent(ServiceFailure):
-    """The key is none, or others could read it on its way to this URL; nothing was sent."""
+    """The key is none, or others could read it on the way to this URL; nothing was sent."""
 
 
 class NotTheService(ServiceFailure):
@@ -24,7 +24,7 @@ class NotTheService(ServiceFailure):
 
 
 class Unavailable(ServiceFailure):
-    """Nobody answers, or the service can't do anything at present.
+    """There is no answer, or the service can't do anything at present.
 
     `applied` is `"no"` where it is certain that no try of this call has changed anything. `answer`
     is the service's answer, as JSON; None: it sent none. `reached`: there was somebody to connect

@@ -45,11 +45,12 @@ _PAGE: Final = 1000
 class Service:
     """The service at one URL; use it as `async with Service(url) as service`.
 
-    A call is sent again while nobody answers, the service is unavailable (after as long as it asks
-    for), or the outcome is not known: the last time `patience` seconds after the first. Money is
-    moved with an idempotency key, so it takes effect once; a key of your own, kept before the call,
-    also repeats it in another process. Every call may raise a `ServiceFailure`: `Refused` (of one
-    class per problem), `Unavailable` (nothing was changed), `OutcomeUnknown` or `NotTheService`.
+    A call is sent again while there is no answer, the service is unavailable (after as long as it
+    asks for), or the outcome is not known: the last time `patience` seconds after the first. Money
+    is moved with an idempotency key, so it takes effect once; a key of your own, kept before the
+    call, also repeats it in another process. Every call may raise a `ServiceFailure`: `Refused` (of
+    one class per problem), `Unavailable` (nothing was changed), `OutcomeUnknown` or
+    `NotTheService`.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option

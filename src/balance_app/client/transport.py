@@ -237,7 +237,7 @@ class Transport:
             yield
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             reason = _reason(error)
-            sentence = visible(f"Nobody answers at {self.url}: {reason.rstrip('.')}.")
+            sentence = visible(f"No answer from {self.url}: {reason.rstrip('.')}.")
             sent = not isinstance(error, _UNSENT)
             applied: Applied = "unknown" if sent and not call.reads else "no"
             raise Unavailable(sentence, applied=applied, reached=sent) from error
@@ -307,7 +307,7 @@ def _authorization(key: str | None, url: str, auth: object, *, checked: bool) ->
         raise KeyNotSent("A URL with a user and a password leaves no room for a key: omit one.")
     if checked and not is_private(url):
         raise KeyNotSent(
-            f"The key is not sent to {visible(url)}, as others could read it on its way: use https."
+            f"The key is not sent to {visible(url)}, others could read it on the way: use https."
         )
     return {"Authorization": f"Bearer {key}"}
 

@@ -295,7 +295,7 @@ class Database:
             return  # it does not wait for other operations
         waiting = len(self._queue) - min(free, ready)
         if waiting >= self.settings.max_waiting:
-            raise Overloaded(f"{waiting} requests wait already.")
+            raise Overloaded(f"Too many requests are waiting ({waiting}).")
 
     def check(self, *, priority: bool = False) -> None:
         """Raise what `run` would raise at once, if anything.
@@ -369,7 +369,11 @@ class Database:
         if answer.done():  # the caller is gone
             return
         if monotonic() - since > self.settings.max_waiting_seconds:
-            answer.set_exception(Overloaded("Too slow: no connection was free in time."))
+            answer.set_exception(
+                Overloaded(
+                    "Too many requests are waiting: no database connection was free in time."
+                )
+            )
             return
         try:
             if not priority:

@@ -38,11 +38,11 @@ class Seats:
         client = _client_of(scope)
         if self._taken.get(client, 0) >= self._per_client:
             raise TooManyRequests(
-                f"This client has {self._per_client} {self._what} from this instance already.",
+                f"This client already has {self._per_client} {self._what} open on this instance.",
                 seconds=1,
             )
         if self._all >= self._most:
-            raise Overloaded(f"{self._all} {self._what} are under way on this instance already.")
+            raise Overloaded(f"This instance already has {self._all} {self._what} open.")
         self._taken[client] += 1
         self._all += 1
         try:

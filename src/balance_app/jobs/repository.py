@@ -30,7 +30,7 @@ from balance_app.jobs.schedule import TickRange
 
 # The results in the history of runs that reported none.
 STOPPED: Final = "its instance was stopped"
-GONE: Final = "its instance sent no heartbeat until its lease expired"
+GONE: Final = "its instance stopped responding (no heartbeat until its lease expired)"
 UNREACHABLE: Final = "its instance could not reach the database until its lease expired"
 NOT_BEGUN: Final = "its instance could not reach the database and never started it"
 STARTUP_BATCH: Final = 500

@@ -31,7 +31,7 @@ async def execute(run: Run, job: Job, *, min_seconds: float) -> RunResult:
     main = scope.start(_call(run, job, scope))
     done, _ = await asyncio.wait({main}, timeout=job.timeout_seconds)
     if not done:
-        stop(run, "timed_out", f"it lasted over {job.timeout_seconds:g} s")
+        stop(run, "timed_out", f"it took longer than its timeout of {job.timeout_seconds:g} s")
     await scope.ended()
     run_result = classify(run, main)
     if run_result.outcome == "succeeded":

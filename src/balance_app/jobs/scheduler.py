@@ -293,7 +293,7 @@ class Scheduler:
                 self._metrics.run_ended(each.name, completion.outcome)
         retracted = await self._jobs.retract_losses()
         if retracted:
-            log.info("losses retracted: this instance is alive", jobs=retracted)
+            log.info("losses retracted: this instance is running", jobs=retracted)
         self._reconciled_at = now
 
     # -- declarations -------------------------------------------------------------------------
@@ -497,7 +497,7 @@ class Scheduler:
                 skipped = sum(each.range.ticks for each in completion.skipped)
                 self._metrics.ticks_skipped.labels(run.name).inc(skipped)
                 if not_written is not None:
-                    instance_logger.warning("its last log lines are not kept", reason=not_written)
+                    instance_logger.warning("its last log lines are lost", reason=not_written)
             else:
                 instance_logger.warning("the run had lost its lease before it ended")
                 self._outage_at = monotonic()

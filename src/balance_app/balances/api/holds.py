@@ -96,7 +96,7 @@ async def read_hold(request: Request, hold_id: PathHoldId) -> dict[str, Any]:
 @router.post(
     "/holds/{holdId}/capture",
     summary="Capture a hold",
-    response_description="The amount is withdrawn, the rest released, and on disk.",
+    response_description="The amount is withdrawn and the rest released, durably.",
     response_model=HoldStateAnswer,
     responses={
         200: headers("Idempotent-Replayed"),

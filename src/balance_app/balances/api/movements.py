@@ -62,7 +62,7 @@ def _repository(request: Request) -> BalanceRepository:
 @router.post(
     "/balance",
     summary="Change a balance",
-    response_description="The change is made, and on disk.",
+    response_description="The change is made and durable.",
     response_model=ChangeAnswer,
     responses={200: headers("Idempotent-Replayed"), **problems(*MOVEMENT_PROBLEMS)},
     openapi_extra=json_request(ChangeRequest, key_pattern=KEY_PATTERN, parameters=[IF_MATCH]),
@@ -90,7 +90,7 @@ async def change_balance(request: Request) -> Response:
 @router.post(
     "/transfers",
     summary="Transfer",
-    response_description="Both accounts are changed, and on disk.",
+    response_description="Both accounts are changed, durably.",
     response_model=TransferAnswer,
     responses={200: headers("Idempotent-Replayed"), **problems(*MOVEMENT_PROBLEMS)},
     openapi_extra=json_request(TransferRequest, key_pattern=KEY_PATTERN, parameters=[IF_MATCH]),
@@ -136,7 +136,7 @@ async def read_transfer(request: Request, transfer_id: PathTransferId) -> dict[s
 @router.post(
     "/users/{userId}/entries/{version}/reverse",
     summary="Reverse an entry",
-    response_description="The entry is undone by an opposite one, and on disk.",
+    response_description="The entry is undone by an opposite one, durably.",
     response_model=ChangeAnswer | TransferAnswer,
     responses={
         200: headers("Idempotent-Replayed"),
@@ -163,7 +163,7 @@ async def reverse(request: Request, user_id: PathUserId, version: PathVersion) -
 
 @router.get(
     "/users/{userId}/changes/{key:text}",
-    summary="Read an outcome",
+    summary="Read the outcome of a key",
     response_description="The outcome of the request.",
     response_model=KeyAnswer,
     responses=problems(KeyNotFound, InvalidRequest),
