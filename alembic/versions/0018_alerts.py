@@ -6,7 +6,7 @@ Instances of the release before may run beside it. No table is rewritten.
 from alembic import op
 
 revision = "0018"
-down_revision = "0016"
+down_revision = "0017"
 
 # `raised` and `recovered` are one row each, in the order in which they are sent. A cause is open
 # while its `raised` has no end; the index allows one for each subject.

@@ -168,29 +168,24 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     scheduler = None
     if settings.jobs_enabled:
         scheduler = parts.scheduler(settings, database, registry, metrics)
-    status_reader = StatusReader(
-        database,
-        settings,
-        audits=Audits(frozenset(each.name for each in AUDITS), LedgerMismatchError.__name__),
-        least_seconds={
-            name: job.min_seconds for name, job in registry.items() if job.min_seconds is not None
-        },
-    )
+    minimums = {
+        name: settings.job_min_seconds if job.min_seconds is None else job.min_seconds
+        for name, job in registry.items()
+    }
+    audits = Audits(frozenset(each.name for each in AUDITS), LedgerMismatchError.__name__)
+    status_reader = StatusReader(database, settings, audits=audits, least_seconds=minimums)
     verdict_reader = VerdictReader(status_reader, database)
-    stats = StatsReader(
-        database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
+    metrics.set_fleet_query(
+        StatsReader(
+            database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
+        ).read
     )
-    metrics.set_fleet_query(stats.read)
-    alerting.connect(CauseReader(status_reader, database).read)
+    alerting.connect(CauseReader(verdict_reader.read).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database, metrics)
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
-    minimums = {
-        name: settings.job_min_seconds if job.min_seconds is None else job.min_seconds
-        for name, job in registry.items()
-    }
     page_stream = PageStream(
         status_reader, queries, stopping, streams, minimums, root_path=settings.root_path
     )
