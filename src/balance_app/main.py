@@ -187,11 +187,10 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
     page_stream = PageStream(
-        status_reader, queries, stopping, streams, minimums, root_path=settings.root_path
+        status_reader, queries, stopping, streams, root_path=settings.root_path
     )
     for stream in (broadcaster, page_stream):
         gate.when_changed(stream.wake)
-    checks = {} if scheduler is None else {"jobs": scheduler.condition}
     app.state.services = Services(
         settings,
         metrics,
@@ -200,7 +199,10 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         keys,
         ActionRepository(database),
         Readiness(
-            database, stopping, informational=checks, shows_details=lambda: gate.shows_details
+            database,
+            stopping,
+            informational={} if scheduler is None else {"jobs": scheduler.condition},
+            shows_details=lambda: gate.shows_details,
         ),
         BalanceRepository(database, guard, metrics),
         HoldRepository(database, guard),

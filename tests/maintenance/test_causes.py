@@ -50,7 +50,8 @@ async def found(reader: CauseReader) -> list[str]:
     return [each.code for each in await reader.read()]
 
 
-async def test_what_needs_a_hand_is_alerted_about(waits: list[float]) -> None:
+@pytest.mark.usefixtures("waits")
+async def test_what_needs_a_hand_is_alerted_about() -> None:
     """Not what has healed by itself, nor what could not be recorded."""
     reader = CauseReader(Verdicts((GONE, NO_CODE, UNAVAILABLE, RESUMED)).read)
     gone, no_code = await reader.read()
@@ -83,9 +84,8 @@ async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase
         yield jobs_db
 
 
-async def test_an_instance_that_is_gone_is_found_in_the_rows(
-    jobs_db: JobsDatabase, waits: list[float]
-) -> None:
+@pytest.mark.usefixtures("waits")
+async def test_an_instance_that_is_gone_is_found_in_the_rows(jobs_db: JobsDatabase) -> None:
     """It stays wrong, also when it was hours ago."""
     instance = jobs_db.instance("app1")
     await instance.declare("audit-ledger")

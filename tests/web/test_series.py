@@ -82,7 +82,9 @@ def test_the_line_is_of_the_account_that_changes_most() -> None:
 
 
 def test_work_that_is_done_says_how_long_its_run_still_holds() -> None:
-    """By the minimum duration of the job's code, where that is known."""
-    for least, words in ((120.0, "to 2 min."), (90.0, "to 1 min 30 s."), (None, "to its minimum")):
-        job = {"workEndedAt": BEGAN, "progress": None, "minimumSeconds": least}
-        assert words in progress_of(job)
+    """To the minimum duration, from the start of the run."""
+    for least, words in ((120.0, "to 2 min."), (90.0, "to 1 min 30 s."), (None, "Work done.")):
+        until = None if least is None else (BEGAN + timedelta(seconds=least)).isoformat()
+        started = BEGAN.isoformat()
+        job = {"workEndedAt": started, "startedAt": started, "holdingUntil": until}
+        assert progress_of(job).endswith(words)

@@ -122,9 +122,7 @@ _TAGS: Final = {
 class Fragments:
     """All fragments of an instance's page; every change makes a new version."""
 
-    def __init__(self, minimums: Mapping[str, float]) -> None:
-        # how long a run of each job lasts at least, in seconds, where its code is known
-        self._minimums = minimums
+    def __init__(self) -> None:
         self._macros: Any = templates().get_template("fragments.html").module
         self._rendered: dict[str, Fragment] = {}
         self._sections: dict[View, dict[str, Section]] = {}
@@ -386,7 +384,7 @@ class Fragments:
         """Return a job without the member that changes with time alone."""
         job: view_models.Job = from_json(snapshot.jobs[name].text)
         del job["elapsedSeconds"]
-        return {**job, "minimumSeconds": self._minimums.get(name)}
+        return job
 
     def job(self, name: str) -> view_models.Job | None:
         """Return a job of the snapshot."""

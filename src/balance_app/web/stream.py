@@ -8,7 +8,7 @@ import asyncio
 import re
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from secrets import token_hex
 from time import monotonic
@@ -39,13 +39,12 @@ UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match
 class PageStream:
     """Updates the page's fragments while there are viewers, and for each page requested."""
 
-    def __init__(  # noqa: PLR0913 - what a page is made from
+    def __init__(
         self,
         status_reader: StatusReader,
         queries: PageQueries,
         stopping: asyncio.Event,
         seats: Seats,
-        minimums: Mapping[str, float],
         *,
         root_path: str = "",
     ) -> None:
@@ -70,7 +69,7 @@ class PageStream:
         self._events: dict[tuple[int | None, View, bool], bytes] = {}
         self._compressed: dict[bytes, bytes] = {}
         self._broadcaster = EventBroadcaster(self._poll, stopping, seats)
-        self.fragments = Fragments(minimums)
+        self.fragments = Fragments()
 
     @property
     def version(self) -> str:

@@ -89,9 +89,9 @@ def share(job: Job) -> float | None:
 def progress_of(job: Job) -> str:
     """Return how far a run is, in words."""
     if job["workEndedAt"] is not None:
-        least = job.get("minimumSeconds")
-        if least is None:
-            return "Work done, holding to its minimum duration."
+        if job["holdingUntil"] is None:
+            return "Work done."
+        least = seconds_of(job["holdingUntil"]) - seconds_of(job["startedAt"])
         return f"Work done, holding to {(duration if least % 60 else rough)(least)}."
     progress = job["progress"]
     if progress is None:
