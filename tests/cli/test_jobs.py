@@ -113,11 +113,11 @@ async def test_why_a_job_waits_is_reported(instance: Instance, connection: Conne
     code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert code == 2
     for pattern in (
-        r"asked +◔ requested +Requested by ada: an instance will claim it\.",
-        r"back +◔ released +app1 released it: another instance will continue it\. +↷ \d+ s ago",
-        r"gone +✕ lost +app1 sent no heartbeat",
-        r"once-more +↻ retry +The last run failed; it is retried now\. +✕ \d+ s ago",
-        r"strange +\? no code +No live instance has its code\.",
+        r"asked +◔ requested +Queued by ada\. It starts within 2 seconds\.",
+        r"back +◔ released +app1 released it\. Another instance resumes it\. +↷ \d+ s ago",
+        r"gone +✕ lost +app1 stopped responding \(no heartbeat\)\.",
+        r"once-more +↻ retry +The last run failed\. It is tried again now\. +✕ \d+ s ago",
+        r"strange +\? no code +No running instance has the code of this job\.",
     ):
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
 
@@ -188,7 +188,7 @@ async def test_the_history_shows_the_outcome_of_every_run(
     code, out, err = await run(*err.split()[2:], **environment)
     assert (code, len(out.splitlines()), err) == (0, 2, "")
     code, out, err = await run("history", "one", "--outcome", "lost", **environment)
-    assert (code, out, err) == (0, "There is no such run.\n", "")
+    assert (code, out, err) == (0, "No runs match.\n", "")
 
 
 async def test_what_a_run_said_is_shown(instance: Instance, connection: Connection) -> None:
@@ -241,7 +241,7 @@ async def test_what_a_run_said_is_shown(instance: Instance, connection: Connecti
     code, out, _ = await run("history", "--log", f"--run={failed + 2}", **environment)
     assert re.fullmatch(rf"one did not run \({moment}\)\.\npaused by ada\nNo log lines\.\n", out)
     for arguments, code, sentence in (
-        (("two", "--log"), 1, "There is no such run.\n"),
+        (("two", "--log"), 1, "No runs match.\n"),
         (("two", "--log", f"--run={failed}"), 1, f"Run {failed} is one of one, not of two.\n"),
         (("--log", "--run=404404"), 1, "There is no run 404404.\n"),
     ):
@@ -363,32 +363,37 @@ async def test_jobs_are_controlled(instance: Instance, connection: Connection) -
     code, out, err = await run("run", "busy", **environment)
     assert (code, out) == (1, "")
     assert re.fullmatch(
-        r"Job busy was not started: it has been running on app1 since [0-9: -]+ UTC\.\n", err
+        r"busy was not started: it is already running on app1 \(since [0-9: -]+ UTC\)\.\n", err
     )
-    cancelled = "The run of busy on app1 stops within a heartbeat, as ada requested.\n"
+    paused = r"idle is paused \(by ada, since [0-9: -]+ UTC\)\. Resume it first\.\n"
+    await run("pause", "idle", "--by", "ada", "--reason", "so", **environment)
+    for options in ((), ("--wait",)):
+        code, out, err = await run("run", "idle", *options, **environment)
+        assert (code, out) == (1, "")
+        assert re.fullmatch(paused, err)
+    nothing = "idle is not running (it is {}), so there is nothing to cancel.\n"
+    cancelled = "Cancelling busy on app1 (by ada). It stops within a few seconds.\n"
     for line, answer in {
         "pause idle --by ada --reason so": (0, "idle is paused by ada.\n", ""),
         "pause idle --by bob": (0, "idle is paused by ada.\n", ""),
-        "run idle": (1, "", "Job idle was paused by ada.\n"),
-        "run idle --wait": (1, "", "Job idle was paused by ada.\n"),
-        "resume idle": (0, "idle is not paused any more.\n", ""),
-        "run idle --by ada": (0, "idle is ready to run: an instance claims it.\n", ""),
-        "cancel idle": (1, "", "Job idle is not running: it is waiting.\n"),
+        "resume idle": (0, "Resumed idle.\n", ""),
+        "run idle --by ada": (0, "Queued idle. It starts within 2 seconds.\n", ""),
+        "cancel idle": (1, "", nothing.format("waiting")),
         "cancel busy --by ada": (0, cancelled, ""),
         "pause busy --by bob": (0, "busy is paused by bob.\n", ""),
         "cancel busy --by bob": (0, cancelled, ""),
         "cancel done": (
             0,
             (
-                "Nothing was cancelled: the work of done on app1 was done already. "
-                "Its run has succeeded, and ends now.\n"
+                "Nothing was cancelled: done on app1 had already finished its work. "
+                "The run has succeeded, and ends now.\n"
             ),
             "",
         ),
         "forget idle --yes": (
             1,
             "",
-            "Job idle can't be forgotten: a live instance has its code, and would run it again.\n",
+            "idle can't be forgotten: a running instance has its code, and would run it again.\n",
         ),
     }.items():
         assert await run(*line.split(), **environment) == answer, line
@@ -396,7 +401,10 @@ async def test_jobs_are_controlled(instance: Instance, connection: Connection) -
     assert (code, err) == (0, "")
     assert json.loads(out)["paused"]["by"] == "mrs-x"
     code, out, err = await run("cancel", "idle", "--json", **environment)
-    assert (code, err) == (1, "Job idle is not running: it is paused.\n")
+    assert (code, err) == (
+        1,
+        nothing.format("paused"),
+    )
     assert json.loads(out)["code"] == "job-not-running"
 
 
@@ -463,7 +471,7 @@ async def test_a_job_is_forgotten_after_a_confirmation(
     code, out, err = await run("forget", "moon", "--yes", "--by=ada", **environment)
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        r"moon is forgotten, by ada at [0-9: -]+ UTC\. Its runs: balance-app history moon\n", out
+        r"moon was forgotten by ada at [0-9: -]+ UTC\. Its runs: balance-app history moon\n", out
     )
     code, out, _ = await run("status", **environment)
     assert "moon" not in out
@@ -516,7 +524,7 @@ async def test_run_wait_ends_when_the_job_is_paused(
     await connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
     code, out, err = await waits
     assert (code, out) == (1, "")
-    assert err.endswith("Job one was paused by bob before it had run.\n")
+    assert err.endswith("one was paused by bob before it had run.\n")
 
 
 async def test_a_run_under_way_is_joined(instance: Instance, connection: Connection) -> None:
@@ -531,7 +539,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
         return (await stderr.readline()).decode()
 
     try:
-        joined = r"Job one was not started: .* on app1 since .* UTC\. Waiting for that run, .*\n"
+        joined = r"one was not started: .* on app1 \(since .* UTC\)\. Waiting for that run, .*\n"
         await _until(line, lambda shown: re.fullmatch(joined, shown) is not None)
         await _until(line, lambda shown: shown.startswith("▶ one running on app1, 4"))
         await instance.stop()

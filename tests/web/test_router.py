@@ -420,7 +420,7 @@ async def test_a_job_without_code_is_forgotten_by_a_form(site: Site) -> None:
     assert "can't be forgotten" in text(await site.page("/jobs/sun/forget"), "question")
     answer = await site.send("/jobs/sun/forget", by="ada", back="job")
     assert answer.status_code == 409
-    assert "a live instance has its code" in answer.text
+    assert "a running instance has its code" in answer.text
 
 
 async def test_a_schedule_is_set_and_reset_by_forms(site: Site) -> None:
@@ -498,7 +498,7 @@ async def test_a_form_redirects_to_its_page(site: Site) -> None:
     assert answer.headers["location"].startswith("/jobs/job-a?did=pause")
     again = await site.client.post("/jobs/job-a/run", data={"by": "a"}, headers=own)
     assert again.status_code == 409
-    assert "Not done. Job job-a was paused by a." in text(again.text, "message")
+    assert "Not done. job-a is paused (by a, since " in text(again.text, "message")
     assert "Durations" in again.text
     question = await site.page("/jobs/job-a/cancel", headers=own)
     assert "job-a is not running: nothing to cancel." in text(question)
@@ -510,10 +510,10 @@ async def test_a_refused_control_is_reported_on_the_page(site: Site) -> None:
     for call, sentence in (
         (
             "job-running/run",
-            "Not done. Job job-running was not started: it has been running on app1",
+            "Not done. job-running was not started: it is already running on app1",
         ),
-        ("job-paused/run", "Not done. Job job-paused was paused by ada."),
-        ("job-waiting/cancel", "Not done. Job job-waiting is not running: it is waiting."),
+        ("job-paused/run", "Not done. job-paused is paused (by ada, since "),
+        ("job-waiting/cancel", "Not done. job-waiting is not running (it is waiting), so"),
     ):
         answer = await site.send(f"/jobs/{call}", by="ada")
         assert answer.status_code == 409

@@ -76,16 +76,16 @@ def history(  # noqa: PLR0913 - each is an option
     *,
     job: Annotated[
         str | None,
-        typer.Argument(metavar="JOB", help="only of this job", autocompletion=_complete_job),
+        typer.Argument(metavar="JOB", help="runs of this job", autocompletion=_complete_job),
     ] = None,
-    outcome: Annotated[Outcome | None, typer.Option(help="only with this outcome")] = None,
+    outcome: Annotated[Outcome | None, typer.Option(help="runs with this outcome")] = None,
     before: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="only runs before N, as the last page prints it"),
+        typer.Option(min=1, metavar="N", help="runs before N, which the page before prints"),
     ] = None,
     limit: Limit = 20,
     log: Annotated[
-        bool, typer.Option("--log", help="show what the last of them said instead, and its error")
+        bool, typer.Option("--log", help="show the log and the error of the latest of them")
     ] = False,
     run: Annotated[
         int | None, typer.Option("--run", min=1, metavar="ID", help="with --log: of this run")
@@ -108,13 +108,13 @@ def run(  # noqa: PLR0913 - each is an option
     job: JobName,
     *,
     wait: Annotated[
-        bool, typer.Option("--wait", help="wait for its end; exit code 1 unless it succeeds")
+        bool, typer.Option("--wait", help="wait until it ends; exit code 1 unless it succeeds")
     ] = False,
     arg: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="replace a declared argument for this run; JSON, or text that is none; repeatable",
+            help="replace a declared argument for this run: JSON, otherwise text; repeatable",
         ),
     ] = None,
     by: By = None,
@@ -174,7 +174,7 @@ def schedule(  # noqa: PLR0913 - each is an option
         str | None, typer.Option(metavar="ZONE", help="of --cron, if not UTC: Europe/Berlin")
     ] = None,
     reset: Annotated[
-        bool, typer.Option("--reset", help="set it back to what its code declares")
+        bool, typer.Option("--reset", help="go back to the schedule in the code")
     ] = False,
     by: By = None,
     json: Json = False,
@@ -218,9 +218,9 @@ def forget(
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Take a job whose code no live instance has off all lists; its history stays."""
+    """Remove a job without code from all lists; its history stays."""
     if not yes and not typer.confirm(
-        f"Forget {job}? It is taken off all lists, its history stays.", err=True
+        f"Forget {job}? It is removed from all lists; its history stays.", err=True
     ):
         fail("Not done.")
     with _open(url, as_json=json) as session:

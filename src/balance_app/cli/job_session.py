@@ -29,12 +29,12 @@ _RECOVERED: Final = "recovered"
 # After any other outcome another run goes on with the tick.
 _CONCLUSIVE: Final = {Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.CANCELLED}
 _CONTROL_MESSAGES: Final = {
-    "run": "{name} is ready to run: an instance claims it.",
+    "run": "Queued {name}. It starts within 2 seconds.",
     "pause": "{name} is paused by {by}.",
-    "resume": "{name} is not paused any more.",
-    "cancel": "The run of {name} on {server} stops within a heartbeat, as {by} requested.",
+    "resume": "Resumed {name}.",
+    "cancel": "Cancelling {name} on {server} (by {by}). It stops within a few seconds.",
     "cancel late": (
-        "Nothing was cancelled: the work of {name} on {server} was done already. Its run has "
+        "Nothing was cancelled: {name} on {server} had already finished its work. The run has "
         "succeeded, and ends now."
     ),
 }
@@ -119,7 +119,7 @@ class JobSession(Session):
             lambda: (
                 output.history_table(runs, answer.now, self._out)
                 if runs
-                else Text("There is no such run.")
+                else Text("No runs match.")
             ),
         )
         if answer.body["next"] is not None:
@@ -146,7 +146,7 @@ class JobSession(Session):
         ran = (int(run["id"]) for run in runs if run["outcome"] != Outcome.SKIPPED)
         last = next(ran, None)
         if last is None:
-            raise RemoteError("There is no such run.", Code.FAILED)
+            raise RemoteError("No runs match.", Code.FAILED)
         return last
 
     def control(
@@ -196,7 +196,7 @@ class JobSession(Session):
         """Take a job off all lists; its history stays."""
         answer = self._control("forget", job, by, has="forgottenAt")
         who, at = answer.body["forgottenBy"], datetime.fromisoformat(answer.body["forgottenAt"])
-        message = f"{job} is forgotten, by {who} at {exact(at)} UTC. Its runs: "
+        message = f"{job} was forgotten by {who} at {exact(at)} UTC. Its runs: "
         self._report(answer.text, lambda: Text(visible(message) + self._command("history", job)))
 
     def run_and_wait(self, job: str, *, by: str, args: dict[str, Any] | None = None) -> Code:
@@ -248,7 +248,7 @@ class JobSession(Session):
             self._message(f"{error} Waiting for that run{_expected_duration(before)}.")
             return fence + int(before["state"] != State.RUNNING)
         expected = _expected_duration(before)
-        self._message(f"{name} is requested. Waiting for the end of its run{expected}.")
+        self._message(f"Queued {name}. Waiting for the run to end{expected}.")
         return fence + 1
 
     def _wait(self, name: str, fence: int) -> tuple[dict[str, Any], datetime]:
@@ -273,7 +273,7 @@ class JobSession(Session):
                                 return ended
                     if job["state"] == State.PAUSED:
                         raise RemoteError(
-                            f"Job {name} was paused by {job['paused']['by']} before it had run.",
+                            f"{name} was paused by {job['paused']['by']} before it had run.",
                             Code.FAILED,
                         )
                     state = f"{job['state']} {job['server']} {_tenths(job['progress'])}"
@@ -343,7 +343,7 @@ def _expected_duration(job: dict[str, Any] | None) -> str:
     """Return how long a run of a job may take, as far as is known."""
     last = None if job is None else job["lastRun"]
     if last is None:
-        return ", which is the first: how long it takes is not known"
+        return " (the first run: how long it takes is not known)"
     return f"; the last one took {duration(last['seconds'])}"
 
 

@@ -523,7 +523,7 @@ async def test_a_job_that_runs_or_could_run_is_not_forgotten(quiet: Quiet) -> No
         answer = await quiet.post(f"{name}/forget")
         assert (answer.status_code, answer.json()["code"]) == (409, code), name
     assert (
-        "was not forgotten: it has been running on app7"
+        "was not forgotten: it is already running on app7"
         in ((await quiet.post("running/forget")).json()["detail"])
     )
     assert await quiet.connection.fetch("SELECT * FROM jobs ORDER BY name") == before

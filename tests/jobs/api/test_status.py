@@ -40,7 +40,7 @@ async def read_status(reader: StatusReader) -> dict[str, Any]:
 
 
 REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
-    "not-due": ({"due_at": 60 * SECOND}, "readyAt", "Not due before "),
+    "not-due": ({"due_at": 60 * SECOND}, "readyAt", "The next run is at "),
     "due": ({"due_at": -2 * SECOND}, None, "Due since "),
     "paused": (
         {"paused_at": -5 * SECOND, "paused_by": "ada", "pause_reason": "too loud"},
@@ -55,7 +55,7 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
             "last_outcome": "failed",
         },
         "readyAt",
-        "The last run failed; it is retried at ",
+        "The last run failed. The next try is at ",
     ),
     "released": (
         {
@@ -70,18 +70,18 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
     "requested": (
         {"due_at": -1 * SECOND, "requested_by": "bob"},
         None,
-        "Requested by bob",
+        "Queued by bob",
     ),
     "quarantined": (
         {"due_at": -60 * SECOND, "ready_at": 600 * SECOND, "attempt": 3, "lost_streak": 3}
         | {"last_outcome": "lost"},
         "readyAt",
-        "Its last 3 runs were lost with their processes: it is retried at",
+        "The last 3 runs were lost with their processes. The next try is at",
     ),
     "lost": (
         {**running(uuid4(), "app7"), "lease_expires_at": -1 * SECOND},
         None,
-        "app7 sent no heartbeat",
+        "app7 stopped responding (no heartbeat).",
     ),
 }
 LAST = {

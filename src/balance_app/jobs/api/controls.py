@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 
 MAX_RACES: Final = 100
 # The result in the history of a run whose job was forgotten.
-NO_INSTANCE: Final = "its instance has stopped, and no other has its code"
+NO_INSTANCE: Final = "its instance stopped, and no other has its code"
 
 
 class Controls:
@@ -258,7 +258,7 @@ class Controls:
             return await self._job(name)
         except (DatabaseUnavailable, Overloaded) as problem:
             raise DatabaseUnavailable(
-                "The changed job can't be read.", applied="unknown"
+                "The job was changed, but its new state can't be read.", applied="unknown"
             ) from problem
 
     async def _job(self, name: str) -> bytes:
@@ -533,4 +533,4 @@ def _next_tick(row: Any) -> tuple[Any, TickRange | None]:  # noqa: ANN401 - a ro
 
 
 def _overloaded(name: str) -> Overloaded:
-    return Overloaded(f"Job {name} was changed by others during each of {MAX_RACES} tries.")
+    return Overloaded(f"{name} was changed by others at the same time, {MAX_RACES} times in a row.")

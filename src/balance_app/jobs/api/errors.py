@@ -23,7 +23,7 @@ class JobNotFound(Problem):
 
 
 class RunNotFound(Problem):
-    """There is no run with this id: it never was, or it is older than the history.
+    """There is no run with this id. It never existed, or it is older than the history.
 
     Nothing was changed. `GET /api/cron/history` lists them.
     """
@@ -82,7 +82,7 @@ class JobRunning(Problem):
     ) -> None:
         at = datetime.fromisoformat(started_at) if isinstance(started_at, str) else started_at
         super().__init__(
-            f"Job {name} was not {what}: it has been running on {server} since {exact(at)} UTC.",
+            f"{name} was not {what}: it is already running on {server} (since {exact(at)} UTC).",
             job=name,
             server=server,
             startedAt=started_at,
@@ -98,8 +98,14 @@ class JobPaused(Problem):
     status, code, title = 409, "job-paused", "Job paused"
     sample: ClassVar = {"name": "audit-ledger", "by": "ada", "at": "2026-11-21T21:49:33.940623Z"}
 
-    def __init__(self, name: str, *, by: str, at: datetime | str) -> None:
-        super().__init__(f"Job {name} was paused by {by}.", job=name, pausedBy=by, pausedAt=at)
+    def __init__(self, name: str, *, by: str, at: str) -> None:
+        since = exact(datetime.fromisoformat(at))
+        super().__init__(
+            f"{name} is paused (by {by}, since {since} UTC). Resume it first.",
+            job=name,
+            pausedBy=by,
+            pausedAt=at,
+        )
 
 
 class JobNotRunning(Problem):
@@ -112,7 +118,11 @@ class JobNotRunning(Problem):
     sample: ClassVar = {"name": "audit-ledger", "state": "waiting"}
 
     def __init__(self, name: str, *, state: str) -> None:
-        super().__init__(f"Job {name} is not running: it is {state}.", job=name, state=state)
+        super().__init__(
+            f"{name} is not running (it is {state}), so there is nothing to cancel.",
+            job=name,
+            state=state,
+        )
 
 
 class JobRequested(Problem):
@@ -126,7 +136,7 @@ class JobRequested(Problem):
 
     def __init__(self, name: str, *, by: str) -> None:
         super().__init__(
-            f"{by} has requested a run of {name} with other arguments, which has not started yet.",
+            f"{by} has already queued a run of {name} with other arguments. Wait for its start.",
             job=name,
             requestedBy=by,
         )
@@ -148,11 +158,13 @@ class InvalidArguments(Problem):
 
     def __init__(self, name: str, sentence: str, arguments: Iterable[str]) -> None:
         faults = [fault(f"/args/{each}", "wrong-argument")._asdict() for each in arguments]
-        super().__init__(f"Job {name} can't run with these: {sentence}.", job=name, errors=faults)
+        super().__init__(
+            f"{name} can't run with these arguments: {sentence}.", job=name, errors=faults
+        )
 
 
 class JobWithoutCode(Problem):
-    """No live instance has the code of the job, so none could run it.
+    """No running instance has the code of the job, so none can run it.
 
     Nothing was changed. Start an instance that has the code, or forget the job.
     """
@@ -162,14 +174,14 @@ class JobWithoutCode(Problem):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"Job {name} can't run: no live instance has its code. It was removed or renamed, or "
+            f"{name} can't run: no running instance has its code. It was removed or renamed, or "
             "the instances that have it are down.",
             job=name,
         )
 
 
 class JobHasCode(Problem):
-    """A live instance has the code of the job: it would run it again.
+    """A running instance has the code of the job, and would run it again.
 
     Nothing was changed. Remove the job from the code of all instances first, or pause it.
     """
@@ -179,6 +191,6 @@ class JobHasCode(Problem):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"Job {name} can't be forgotten: a live instance has its code, and would run it again.",
+            f"{name} can't be forgotten: a running instance has its code, and would run it again.",
             job=name,
         )

@@ -88,7 +88,7 @@ _EVENTS: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.get(
     "/status",
-    summary="See every job",
+    summary="List all jobs",
     response_description="Every job and every instance.",
     response_model=StatusAnswer,
     responses=problems(),
@@ -104,7 +104,7 @@ async def read_status(request: Request) -> Response:
 
 @router.get(
     "/events",
-    summary="Watch every job",
+    summary="Stream the status",
     response_description="Events (Server-Sent Events), until the client disconnects.",
     response_class=StreamingResponse,
     responses={**problems(TooManyRequests), **_EVENTS},
@@ -120,7 +120,7 @@ async def watch_status(request: Request) -> Response:
 
 @router.get(
     "/history",
-    summary="Read the history",
+    summary="List runs",
     response_description="One page of runs.",
     response_model=HistoryAnswer,
     responses=problems(JobNotFound, InvalidRequest),
@@ -137,7 +137,7 @@ async def read_history(request: Request, page: PageQuery) -> Response:
 
 @router.get(
     "/runs/{run}/log",
-    summary="Read what a run said",
+    summary="Read the log of a run",
     response_description="Its lines, and the traceback of its failure.",
     response_model=RunLogAnswer,
     responses=problems(RunNotFound, InvalidRequest),
@@ -155,7 +155,7 @@ async def read_log(request: Request, run: RunId) -> Response:
 @router.post(
     "/jobs/{name}/run",
     summary="Run a job now",
-    response_description="The job is ready; an instance will claim it.",
+    response_description="The run is queued; an instance starts it within 2 seconds.",
     status_code=202,
     response_model=JobAnswer,
     responses=problems(
@@ -282,7 +282,7 @@ async def reset_schedule(request: Request, name: PathName, who: WhoQuery) -> Res
     dependencies=[ONCE],
 )
 async def forget_job(request: Request, name: PathName, who: WhoQuery) -> Response:
-    """Stop listing a job whose code no live instance has; its history can still be read.
+    """Stop listing a job whose code no running instance has; its history can still be read.
 
     Forgetting a forgotten job changes nothing. If code declares it again, it starts fresh.
     """

@@ -231,7 +231,7 @@ class WaitingAnswer(_Answer):
     reason: Annotated[Reason, Field(examples=["not-due"])]
     until: Instant | None
     overdue: Annotated[bool, Field(examples=[False])]
-    sentence: Annotated[str, Field(examples=["Not due before 2026-11-21 21:55:00 UTC."])]
+    sentence: Annotated[str, Field(examples=["The next run is at 2026-11-21 21:55:00 UTC."])]
 
 
 class LastRunAnswer(_Answer):
@@ -263,7 +263,9 @@ class JobAnswer(_Answer):
     ]
     other_schedules: Annotated[
         list[ScheduleAnswer],
-        Field(description="declared by live instances of other versions; the latest is in effect"),
+        Field(
+            description="declared by running instances of other versions; the latest is in effect"
+        ),
     ]
     server: Annotated[Server | None, Field(description="which instance runs it")]
     instance_id: InstanceId | None
@@ -319,7 +321,7 @@ class JobAnswer(_Answer):
         Field(description="what the requested run replaces of them", examples=[None]),
     ]
     has_code: Annotated[
-        bool, Field(description="whether a live instance could run it", examples=[True])
+        bool, Field(description="whether a running instance has its code", examples=[True])
     ]
     paused: PausedAnswer | None
     waiting: WaitingAnswer | None

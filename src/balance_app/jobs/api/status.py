@@ -26,12 +26,9 @@ from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
 from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
 
-_LOST: Final = (
-    "{} sent no heartbeat: it has stopped, or can't reach the database. Another instance will "
-    "take over."
-)
+_LOST: Final = "{} stopped responding (no heartbeat). Another instance resumes the run."
 _QUARANTINED: Final = (
-    "Its last {} runs were lost with their processes: it is retried at {}, or on request."
+    "The last {} runs were lost with their processes. The next try is at {}, or on request."
 )
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _YIELD_EVERY: Final = 200  # jobs rendered before the event loop's other tasks run
@@ -469,10 +466,10 @@ def _waiting_reason(
     outcome = row["last_outcome"]
     ended = outcome and outcome_predicate(outcome)
     failures = row["failure_streak"]
-    many = f" Its last {failures} runs failed." if failures > 1 else ""
+    many = f" The last {failures} runs failed." if failures > 1 else ""
     until = None
     if not fleet.can_run(row["number"], row["name"]):
-        reason, sentence = Reason.NO_CODE, "No live instance has its code."
+        reason, sentence = Reason.NO_CODE, "No running instance has the code of this job."
     elif lost:
         reason, sentence = Reason.LOST, _LOST.format(row["server"])
     elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
@@ -482,35 +479,39 @@ def _waiting_reason(
     elif ready_at > now:
         until = ready_at
         reason, sentence = (
-            (Reason.RETRY, f"The last run {ended}; it is retried at {_utc(ready_at)}.{many}")
+            (Reason.RETRY, f"The last run {ended}. The next try is at {_utc(ready_at)}.{many}")
             if row["attempt"]
-            else (Reason.NOT_DUE, f"Not due before {_utc(ready_at)}.{many}")
+            else (Reason.NOT_DUE, f"The next run is at {_utc(ready_at)}.{many}")
         )
     elif warm_up_ends_at is not None and warm_up_ends_at > now:
         until = warm_up_ends_at
         reason, sentence = (
             Reason.WARM_UP,
-            f"Due, but instances are starting: they share the due jobs at {_utc(warm_up_ends_at)}.",
+            f"Due. Instances are starting, and share the due jobs at {_utc(warm_up_ends_at)}.",
         )
     elif not fleet.has_capacity(row["number"], row["name"]):
         reason = Reason.NO_CAPACITY
         sentence = (
-            f"Due since {_utc(ready_at)}, but the instances with its code are at their limit."
+            f"Due since {_utc(ready_at)}. The instances with its code run as many jobs as they may."
         )
     elif row["requested_by"] is not None:
         reason, sentence = (
             Reason.REQUESTED,
-            f"Requested by {row['requested_by']}: an instance will claim it.",
+            f"Queued by {row['requested_by']}. It starts within 2 seconds.",
         )
     elif row["attempt"] and outcome == Outcome.RELEASED:
         reason, sentence = (
             Reason.RELEASED,
-            f"{row['last_server']} released it: another instance will continue it.",
+            f"{row['last_server']} released it. Another instance resumes it.",
         )
     elif row["attempt"]:
-        reason, sentence = Reason.RETRY, f"The last run {ended}; it is retried now.{many}"
+        reason, sentence = Reason.RETRY, f"The last run {ended}. It is tried again now.{many}"
     else:
-        reason, sentence = Reason.DUE, f"Due since {_utc(ready_at)}: an instance will claim it."
+        reason = Reason.DUE
+        starts = (
+            "No instance has started it." if overdue_at <= now else "It starts within 2 seconds."
+        )
+        sentence = f"Due since {_utc(ready_at)}. {starts}"
     return _waiting(reason, sentence, until, overdue=overdue_at <= now), valid_until
 
 
