@@ -182,7 +182,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     )
     alerting.connect(CauseReader(verdict_reader.read).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
-    queries = PageQueries(database, metrics)
+    queries = PageQueries(database)
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)

@@ -25,10 +25,10 @@ def snapshot(second: float, *instances: tuple[str, int, int]) -> StatusSnapshot:
     return StatusSnapshot(BEGAN + timedelta(seconds=second), b"", {}, rows, {})
 
 
-def activity(second: float, *changed: tuple[int, int, int], accepted: int = 0) -> Activity:
+def activity(second: float, *changed: tuple[int, int, int]) -> Activity:
     now = BEGAN.timestamp() + second
     totals = Totals(users=1, balance=1, exact=True)
-    return Activity(now, {}, [], totals, list(changed), accepted=accepted)
+    return Activity(now, {}, [], totals, list(changed))
 
 
 def drawn(series: Series, second: float) -> tuple[int, int]:
@@ -44,7 +44,6 @@ def test_changes_are_those_since_one_looks_by_all_instances() -> None:
     series.add(snapshot(4, ("a", 1010, 8)), None)
     series.add(snapshot(8, ("a", 1010, 8), ("b", 3, 2)), None)
     assert drawn(series, 8) == (13, 3)
-    assert series.shown(BEGAN.timestamp() + 8).of_all
 
 
 def test_a_time_without_viewers_is_not_drawn_as_one_moment() -> None:
@@ -56,16 +55,6 @@ def test_a_time_without_viewers_is_not_drawn_as_one_moment() -> None:
     # Control: within that time it is.
     series.add(snapshot(LONGEST_GAP_SECONDS + 3, ("a", 5001, 5000)), None)
     assert drawn(series, LONGEST_GAP_SECONDS + 3) == (1, 0)
-
-
-def test_without_counters_of_instances_the_database_counts() -> None:
-    """As with instances of the release before."""
-    series = Series()
-    empty = StatusSnapshot(BEGAN, b"", {}, [], {})
-    series.add(empty, activity(0, accepted=50))
-    series.add(empty, activity(4, accepted=58))
-    assert drawn(series, 4) == (8, 0)
-    assert not series.shown(BEGAN.timestamp()).of_all
 
 
 def test_the_line_is_of_the_account_that_changes_most() -> None:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from balance_app.formatting import duration
 from balance_app.states import Tone, outcome_predicate, outcome_sign
 from balance_app.web.queries import Runs
-from balance_app.web.view_models import Changes, Mark, clock_time, exact, number
+from balance_app.web.view_models import Changes, Gap, Mark, clock_time, exact, number
 
 SQUARES: Final = 20
 SPANS: Final = {
@@ -62,6 +62,7 @@ def lane(  # noqa: PLR0913 - the parts of a lane
     *,
     by_job: bool,
     marks: Sequence[Mark] = (),
+    gaps: Sequence[Gap] = (),
 ) -> Markup:
     """Draw the runs of an instance, or of a job, in a lane.
 
@@ -77,11 +78,23 @@ def lane(  # noqa: PLR0913 - the parts of a lane
     )
     return Markup(
         '<svg class="lane" width="100%" height="{height}"><line x2="100%" y1="{y}" y2="{y}"/>'
-        '<svg data-shift="{span}">{bars}{marks}</svg></svg>'
+        '<svg data-shift="{span}">{gaps}{bars}{marks}</svg></svg>'
     ).format(
         height=height,
         y=height / 2,
         span=int(span),
+        gaps=_join(
+            Markup(
+                '<g class="gap"><title>{label}</title>'
+                '<rect x="{x}%" width="{width}%" height="{height}"/></g>'
+            ).format(
+                label=gap.label,
+                x=percent(gap.since - origin, span),
+                width=max(_LEAST_PERCENT, percent(gap.until - gap.since, span)),
+                height=height,
+            )
+            for gap in gaps
+        ),
         bars=bars,
         marks=_join(
             Markup(
@@ -391,22 +404,21 @@ def changes(shown: Changes) -> Markup:
     accepted = sum(bar.accepted for bar in shown.bars)
     refused = sum(bar.refused for bar in shown.bars)
     label = (
-        f"The last {duration(shown.seconds)}: {number(accepted)} changes accepted by all "
-        f"instances, {number(refused)} refused by {'them' if shown.of_all else 'this one'}."
+        f"The last {duration(shown.seconds)}, all instances: {number(accepted)} changes accepted, "
+        f"{number(refused)} refused."
     )
     return Markup(
         '<figure id="changes-chart"><svg width="100%" height="{height}" role="img" '
         'aria-label="{label}"><line class="grid" x2="100%" y1="{middle}" y2="{middle}"/>{bars}'
         "{line}</svg><figcaption><span>{ago} ago{user}</span><span><b>{accepted}</b> accepted "
         '<span aria-hidden="true">▲</span> <b>{refused}</b> refused '
-        '<span aria-hidden="true">▼</span>{here}</span><span>now</span></figcaption></figure>'
+        '<span aria-hidden="true">▼</span></span><span>now</span></figcaption></figure>'
     ).format(
         height=_CHANGES_HEIGHT,
         middle=_MIDDLE,
         label=label,
         bars=bars,
         line=_balance_line(shown),
-        here="" if shown.of_all else " by this instance",
         user=""
         if shown.user is None
         else Markup(' · line: <a href="/users/{user}">user {user}</a>').format(user=shown.user),

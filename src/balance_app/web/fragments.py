@@ -305,12 +305,13 @@ class Fragments:
                 origin,
                 lane.gone,
                 lane.marks,
+                lane.gaps,
                 tuple((run["id"], run["ended"], rows[run["id"]]) for run in lane.runs),
             )
             drafts["lanes"].append(
                 Draft(lane.id, seed, partial(self._lane, lane, rows, origin, view))
             )
-            beat = lane._replace(runs=[], rows=high)
+            beat = lane._replace(runs=[], gaps=(), rows=high)
             drafts["beats"].append(
                 Draft(
                     f"{lane.id}-beat",
@@ -345,7 +346,13 @@ class Fragments:
         self, lane: view_models.Lane, rows: Mapping[int, int], origin: float, view: View
     ) -> str:
         chart = charts.lane(
-            lane.runs, rows, origin, view.seconds, by_job=view.by_job, marks=lane.marks
+            lane.runs,
+            rows,
+            origin,
+            view.seconds,
+            by_job=view.by_job,
+            marks=lane.marks,
+            gaps=lane.gaps,
         )
         return str(self._macros.lane(lane, chart))
 

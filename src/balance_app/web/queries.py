@@ -14,7 +14,6 @@ from balance_app.balances.accounts import Account
 from balance_app.db.pool import Database, read, read_in_order
 from balance_app.db.replication import Replication
 from balance_app.http.body import MAX_INTEGER
-from balance_app.metrics import Metrics
 
 RUNS_KEPT: Final = 20  # of each job that is shown
 FLEET_RUNS: Final = 1000  # at most in the lanes
@@ -86,10 +85,7 @@ class Activity(NamedTuple):
     totals: Totals
     # the accounts that changed last: id, version and balance
     changed: list[tuple[int, int, int]]
-    # changes so far by all instances, by PostgreSQL's statistics; refusals so far by this one
-    accepted: int = 0
-    refused: int = 0
-    # whether something has changed since the activity before
+    # whether an account has changed since the activity before
     busy: bool = False
     # until when somebody has dismissed what had recovered
     dismissed_at: datetime | None = None
@@ -98,10 +94,9 @@ class Activity(NamedTuple):
 class PageQueries:
     """What the page shows beside the status, each by one statement."""
 
-    def __init__(self, database: Database, metrics: Metrics) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._metrics = metrics
-        self._counted = (0, 0)
+        self._changed: list[tuple[int, int, int]] = []
         self._runs: dict[str, Runs] = {}
         # of the lanes: the runs by their ids, and how long ago they may have ended
         self._fleet: dict[int, dict[str, Any]] = {}
@@ -134,8 +129,10 @@ class PageQueries:
             if run["ended"] is None or run["ended"] > now - span
         }
         exact = row["users"] <= USERS_COUNTED
-        before = self._counted
-        self._counted = (row["changes"], self._metrics.changes.count("refused"))
+        before = self._changed
+        self._changed = [
+            (each["id"], each["version"], each["balance"]) for each in from_json(row["latest"])
+        ]
         return Activity(
             now=now,
             runs=dict(self._runs),
@@ -145,12 +142,8 @@ class PageQueries:
                 balance=int(row["balance"] if exact else row["counted_balance"]),
                 exact=exact,
             ),
-            changed=[
-                (each["id"], each["version"], each["balance"]) for each in from_json(row["latest"])
-            ],
-            accepted=self._counted[0],
-            refused=self._counted[1],
-            busy=self._counted != before,
+            changed=self._changed,
+            busy=self._changed != before,
             dismissed_at=row["dismissed_at"],
         )
 
@@ -249,8 +242,7 @@ class PageQueries:
 
 # Each CTE reads a bounded number of rows by an index, however long the history is: a job's runs
 # begin in the order of their fences (skipped ticks have none), the row comparisons keep the plan to
-# the index with this order (see `jobs/api/history.py`), and at most 10 001 users are looked at. The
-# number of changes is from PostgreSQL's statistics, some seconds late.
+# the index with this order (see `jobs/api/history.py`), and at most 10 001 users are looked at.
 #
 # $1 the jobs whose runs are read, $2 how many of each; of the lanes: $3 the last run that is known,
 # $4 known ones that had not ended, $5 how many new ones, $6 how long ago they may have ended
@@ -283,8 +275,6 @@ SELECT now, counted.*,
      WHERE (subject, id) < ('recovered', 9223372036854775807) AND (subject, id) > ('recovered', 0)
      ORDER BY subject DESC, id DESC LIMIT 1) AS dismissed_at,
     (SELECT count(*) FROM few) AS users,
-    pg_stat_get_tuples_inserted('entries'::regclass)
-        - pg_stat_get_tuples_inserted('users'::regclass) AS changes,
     (SELECT coalesce(sum(balance), 0)::text FROM few) AS balance,
     (SELECT coalesce(json_agg(json_build_object(
         'id', id, 'version', version, 'balance', balance

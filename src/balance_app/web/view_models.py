@@ -1,13 +1,14 @@
 """View models: how numbers, moments, states, the verdict and the fleet are shown."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
 from balance_app import formatting
 from balance_app.formatting import ago, duration, rough
+from balance_app.jobs.api.fleet import Outage
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.states import Outcome, Reason, State
 from balance_app.web.queries import Activity, Runs
@@ -124,6 +125,14 @@ class Mark(NamedTuple):
     label: str
 
 
+class Gap(NamedTuple):
+    """A time in a lane without heartbeats, which its instance survived."""
+
+    since: float
+    until: float
+    label: str
+
+
 class Lane(NamedTuple):
     """A lane: an instance, or a job, with its runs."""
 
@@ -138,6 +147,7 @@ class Lane(NamedTuple):
     dismiss: str | None = None
     note: str = ""
     marks: tuple[Mark, ...] = ()
+    gaps: tuple[Gap, ...] = ()
     rows: int = 1
 
 
@@ -148,8 +158,9 @@ def lanes_of_jobs(
     by_job: dict[str, Runs] = {}
     for run in runs:
         by_job.setdefault(run["job"], []).append(run)
+    outages = tuple(_outage(each) for each in snapshot.outages)
     return [
-        Lane(f"{prefix}-{name}", name, f"/jobs/{name}", by_job.get(name, []))
+        Lane(f"{prefix}-{name}", name, f"/jobs/{name}", by_job.get(name, []), gaps=outages)
         for name in sorted(names)
         if name in snapshot.jobs
     ]
@@ -195,9 +206,32 @@ def lanes_of_instances(snapshot: StatusSnapshot, runs: Runs, now: float, prefix:
                 dismiss=newest["id"] if newest["state"] == "gone" else None,
                 note=", ".join(notes),
                 marks=_deaths(server, ran),
+                gaps=_gaps(newest, snapshot.outages),
             )
         )
     return lanes
+
+
+def _outage(outage: Outage) -> Gap:
+    since, until = outage.since.timestamp(), outage.until.timestamp()
+    label = f"database unavailable from {clock_time(since)} to {clock_time(until)} UTC"
+    return Gap(since, until, f"{label} ({duration(until - since)})")
+
+
+def _gaps(instance: Mapping[str, Any], outages: Iterable[Outage]) -> tuple[Gap, ...]:
+    """Return when an instance sent no heartbeat: in an outage of the database, or by itself."""
+    gaps = []
+    for silence in instance["silences"]:
+        since, until = silence["from"], silence["until"]
+        outage = next((each for each in outages if each.since < until and each.until > since), None)
+        if outage is not None:
+            gaps.append(_outage(outage))
+            continue
+        start, end = since.timestamp(), until.timestamp()
+        label = f"{instance['server']} sent no heartbeat from {clock_time(start)} to "
+        label += f"{clock_time(end)} UTC ({duration(end - start)})"
+        gaps.append(Gap(start, end, label))
+    return tuple(gaps)
 
 
 def _deaths(server: str, runs: Runs) -> tuple[Mark, ...]:
@@ -251,38 +285,30 @@ class Changes(NamedTuple):
     bars: tuple[Bar, ...]
     user: int | None
     line: tuple[tuple[float, int], ...]
-    # whether refusals are of all instances; else they are of this one
-    of_all: bool
 
 
 class Series:
     """What the last snapshots said of changes: their counts, and the balances that changed."""
 
     def __init__(self) -> None:
-        # when and how the counters were last seen: of each instance by its id, or of all
+        # when and how the counters of each instance were last seen, by its id
         self._totals: dict[str, tuple[float, int, int]] = {}
         self._bars: dict[int, list[int]] = {}
         # by user: moments and balances; and how often each changed
         self._balances: dict[int, list[tuple[float, int]]] = {}
         self._versions: dict[int, list[tuple[float, int]]] = {}
         self._began: float | None = None
-        self._of_all = False
         # the last activity that is in it
         self._noted = 0.0
 
     def add(self, snapshot: StatusSnapshot, activity: Activity | None) -> None:
         """Note the counters of all instances, and the accounts that changed last."""
         now = snapshot.now.timestamp()
-        counting = [each for each in snapshot.instances if "accepted" in each]
-        self._of_all = bool(counting)
-        for instance in counting:
+        for instance in snapshot.instances:
             # What an instance had counted when it is first seen is of before, unless it is new.
             is_new = self._began is not None and seconds_of(instance["startedAt"]) > self._began
             total = (instance["accepted"], instance["refused"])
             self._count(instance["id"], total, now, (0, 0) if is_new else total)
-        if not counting and activity is not None:
-            total = (activity.accepted, activity.refused)
-            self._count("", total, activity.now, total)
         if self._began is None:
             self._began = now
         if activity is not None and activity.now > self._noted:
@@ -343,7 +369,7 @@ class Series:
                 for moment, balance in self._balances[user]
             )
         )
-        return Changes(SERIES_SECONDS, bars, user, line, self._of_all)
+        return Changes(SERIES_SECONDS, bars, user, line)
 
 
 def _rise(versions: list[tuple[float, int]]) -> int:

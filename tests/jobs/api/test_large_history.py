@@ -25,7 +25,6 @@ from balance_app.jobs.run_log import Line, Unwritten
 from balance_app.maintenance.audits import AUDITS, LedgerMismatchError
 from balance_app.maintenance.housekeeping import PRUNE_RUNS, RUNS_AT_ONCE
 from balance_app.maintenance.summaries import read_table_bytes
-from balance_app.metrics import Metrics
 from balance_app.settings import load_settings
 from balance_app.web.queries import RUNS_SEARCHED, PageQueries, RunFilter
 from tests.explaining import OneConnection, both_plans, bounded, explaining
@@ -196,7 +195,7 @@ async def test_the_page_reads_few_runs(
 ) -> None:
     """The last runs of each job, without skipped ticks, and the latest ones of all jobs."""
     async with explaining(large.admin, mode, "job_run") as connection:
-        queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
+        queries = PageQueries(cast("Database", OneConnection(connection)))
         activity = await queries.activity(NAMES, (), 1800.0)
         shown = {name: len(await queries.last_runs(name, 60)) for name in NAMES}
     assert {name: len(runs) for name, runs in activity.runs.items()} == {
@@ -232,7 +231,7 @@ async def test_a_page_of_runs_reads_few_of_them(
 ) -> None:
     """As many as it shows, where an index has the filter; else it stops, and says so."""
     async with explaining(large.admin, mode, "job_run") as connection:
-        queries = PageQueries(cast("Database", OneConnection(connection)), Metrics())
+        queries = PageQueries(cast("Database", OneConnection(connection)))
         await queries.runs(given, before=None, limit=50)
     bounded(connection.touched, most)
 
