@@ -89,7 +89,7 @@ drill-restore: $(READY) ## back up under load, restore to a moment (3 minutes): 
 drill-rolling: $(READY) ## replace five instances behind nginx and HAProxy under load (five minutes): drills/README.md
 	@ulimit -n "$$(ulimit -Hn)" && exec $(BIN)/python -m drills.rolling $(DRILL)
 
-screenshots: $(READY) ## make the pictures in docs/ from a real run (four minutes; needs chromium)
+screenshots: $(READY) ## make the pictures in docs/ from a real run (35 minutes; needs chromium)
 	@PYTHONPATH=. $(BIN)/python -m tests.web.screenshots
 
 reset: $(READY) ## delete the data of `make run`
