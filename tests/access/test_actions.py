@@ -209,12 +209,14 @@ async def requests_of(  # noqa: C901, PLR0912, PLR0915 - a case each
                 yield await of_account(on, do)
         case "DELETE /api/cron/jobs/{name}/schedule":
             yield await of_job(on, "/api/cron", "reset")
-        case "POST /api/cron/instances/{instance}/dismiss":
+        case "POST /api/cron/instances/{instance}/dismiss" | "POST /instances/{instance}/dismiss":
             gone = await add_instance(on.connection, "app4", seen_seconds_ago=60)
-            path = f"/api/cron/instances/{gone}/dismiss"
-            yield Given(path, ("actions.by",), query=LIAR)
+            path = route.removeprefix("POST ").format(instance=gone)
+            yield Given(path, ("actions.by",), query=LIAR, form=None if "/api/" in path else LIAR)
         case "POST /api/verdict/dismiss":
             yield Given("/api/verdict/dismiss", ("actions.by",), query=LIAR)
+        case "POST /verdict/dismiss":
+            yield Given("/verdict/dismiss", ("actions.by",), form=LIAR)
         case "POST /jobs/{name}/schedule/reset":
             yield await of_job(on, "", "reset")
         case _:

@@ -484,7 +484,7 @@ async def test_a_cancel_that_comes_after_the_work_says_so(site: Site) -> None:
     instance = await add_instance(site.connection)
     await add_job(site.connection, "moon", **running(instance, "app1"), work_ended_at=-2 * SECOND)
     assert "The work was done at" in text(await site.page("/jobs/moon/cancel"), "question")
-    assert "Work done, holding to its minimum duration." in text(await site.page(), "job-moon")
+    assert "Work done, holding to 2 min." in text(await site.page(), "job-moon")
     answer = await site.send("/jobs/moon/cancel", by="ada")
     message = text(await site.page(answer.headers["location"]), "message")
     assert message.startswith("moon had already finished its work: the run succeeded and ends now.")
