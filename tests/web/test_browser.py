@@ -1,6 +1,7 @@
 """The page in a real browser: live updates, their interruptions, controls and accessibility."""
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
