@@ -6,7 +6,7 @@ from typing import Any, Final
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.web import charts
 from balance_app.web.queries import Activity, Totals
-from balance_app.web.view_models import LONGEST_GAP_SECONDS, Series, progress_of
+from balance_app.web.view_models import LONGEST_GAP_SECONDS, Series, progress_of, share
 
 BEGAN: Final = datetime(2026, 11, 29, 2, 44, tzinfo=UTC)
 
@@ -71,9 +71,12 @@ def test_the_line_is_of_the_account_that_changes_most() -> None:
 
 
 def test_work_that_is_done_says_how_long_its_run_still_holds() -> None:
-    """To the minimum duration, from the start of the run."""
+    """To the minimum duration, from the start of the run, and not how much of it is done."""
     for least, words in ((120.0, "to 2 min."), (90.0, "to 1 min 30 s."), (None, "Work done.")):
         until = None if least is None else (BEGAN + timedelta(seconds=least)).isoformat()
         started = BEGAN.isoformat()
-        job = {"workEndedAt": started, "startedAt": started, "holdingUntil": until}
-        assert progress_of(job).endswith(words)
+        done = {"done": 9, "total": 9, "note": "users"}
+        job = {"startedAt": started, "holdingUntil": until, "progress": done}
+        for ended in (started, None) if until else (started,):
+            assert progress_of({**job, "workEndedAt": ended}).endswith(words)
+            assert share({**job, "workEndedAt": ended}) is None

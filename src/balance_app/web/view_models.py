@@ -80,20 +80,20 @@ def why(job: Job) -> str | None:
 
 
 def share(job: Job) -> float | None:
-    """Return how much of its work a run has done, in percent."""
+    """Return how much of its work a run has done, in percent; None also when all is done."""
     progress = job["progress"]
-    if progress is None or not progress["total"]:
+    if progress is None or not progress["total"] or job["holdingUntil"] or job["workEndedAt"]:
         return None
     return float(min(100, round(100 * progress["done"] / progress["total"], 1)))
 
 
 def progress_of(job: Job) -> str:
     """Return how far a run is, in words."""
-    if job["workEndedAt"] is not None:
-        if job["holdingUntil"] is None:
-            return "Work done."
+    if job["holdingUntil"] is not None:
         least = seconds_of(job["holdingUntil"]) - seconds_of(job["startedAt"])
         return f"Work done, holding to {(duration if least % 60 else rough)(least)}."
+    if job["workEndedAt"] is not None:
+        return "Work done."
     progress = job["progress"]
     if progress is None:
         return ""
