@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from markupsafe import Markup
 
-from balance_app.formatting import duration
+from balance_app.formatting import duration, rough
 from balance_app.states import Tone, outcome_predicate, outcome_sign
 from balance_app.web.queries import Runs
 from balance_app.web.view_models import Changes, Gap, Mark, clock_time, exact, number
@@ -422,7 +422,7 @@ def changes(shown: Changes) -> Markup:
         user=""
         if shown.user is None
         else Markup(' · line: <a href="/users/{user}">user {user}</a>').format(user=shown.user),
-        ago=duration(shown.seconds),
+        ago=rough(shown.seconds),
         accepted=number(accepted),
         refused=number(refused),
     )
