@@ -157,6 +157,22 @@ async def test_totals_are_counted_and_the_last_audit_shown(site: Site) -> None:
     assert "1 of 2 entries differs: user 1" in totals
 
 
+async def test_the_last_audit_is_the_last_one_with_a_result(site: Site) -> None:
+    """One that was released, as its instance stopped, says nothing about the ledger."""
+    released = {"last_outcome": "released", "last_server": "app1", "last_result": "stopped"}
+    times = {"last_started_at": -20 * SECOND, "last_ended_at": -10 * SECOND}
+    await add_job(site.connection, "audit-ledger", **released, **times)
+    await add_run(site.connection, "audit-ledger", began_ago=400, outcome="failed", result="worse")
+    await add_run(
+        site.connection, "audit-ledger", began_ago=270, outcome="succeeded", result="all match"
+    )
+    await add_run(site.connection, "audit-ledger", began_ago=20, outcome="released")
+    html = await site.page()
+    assert "✓ succeeded 4 min ago" in text(html, "totals")
+    assert "all match" in text(html, "totals")
+    assert "ledger verified 4 min ago" in text(html, "verdict-now")
+
+
 async def test_foreign_markup_is_shown_as_text(site: Site) -> None:
     """In names, notes, reasons, results and servers, on every page."""
     server = "a<b>\"'&{{7*7}}"

@@ -28,7 +28,7 @@ def snapshot(second: float, *instances: tuple[str, int, int]) -> StatusSnapshot:
 def activity(second: float, *changed: tuple[int, int, int]) -> Activity:
     now = BEGAN.timestamp() + second
     totals = Totals(users=1, balance=1, exact=True)
-    return Activity(now, {}, [], totals, list(changed))
+    return Activity(now, {}, [], totals, list(changed), [])
 
 
 def drawn(series: Series, second: float) -> tuple[int, int]:

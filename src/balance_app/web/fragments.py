@@ -12,7 +12,6 @@ server fills it in when it sends a page, and the browser keeps it up to date.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from functools import partial
 from html import escape
 from typing import Any, Final, NamedTuple
@@ -23,15 +22,14 @@ from pydantic_core import from_json
 
 from balance_app.db.replication import Replication
 from balance_app.jobs.api.status import StatusSnapshot
+from balance_app.states import Outcome
 from balance_app.web import charts, view_models
 from balance_app.web.job_list import JOBS_ON_PAGE, JobFilter, JobList, JobSelection
-from balance_app.web.queries import Activity, Runs
+from balance_app.web.queries import AUDIT, COUNT, Activity
 from balance_app.web.rendering import templates
 from balance_app.web.verdict import NO_VERDICT, UNAVAILABLE, decide
 
 LANES_SHOWN: Final = 60
-AUDIT: Final = "audit-ledger"
-COUNT: Final = "total-days"
 
 _CLOCK: Final = re.compile(r'(data-(for|ago|in)="([0-9.]+)"[^>]*>)')
 _GROWING: Final = re.compile(r'data-from="([0-9.-]+)"')
@@ -138,10 +136,7 @@ class Fragments:
         # the jobs that have a row
         self.jobs: dict[str, view_models.Job] = {}
         self.snapshot: StatusSnapshot | None = None
-        # the latest runs of all jobs
-        self._runs: Runs = []
-        # until when somebody has dismissed what had recovered
-        self._dismissed_at: datetime | None = None
+        self._activity: Activity | None = None
         # the primary and its standbys; None: not known
         self.replication: Replication | None = None
         self.series = view_models.Series()
@@ -154,9 +149,8 @@ class Fragments:
     def update(self, snapshot: StatusSnapshot, views: Iterable[View]) -> None:
         """Set the snapshot, the views that are looked at, and so the jobs that are shown."""
         self.snapshot = snapshot
-        self.verdict = decide(
-            snapshot, self._selection.facts(snapshot.jobs), self._runs, self._dismissed_at
-        )
+        # Which jobs need attention is in the snapshot alone.
+        self.verdict = decide(snapshot, self._activity)
         attention = self.verdict.attention
         self._lists = {
             view: JobList([view.job] if view.job in snapshot.jobs else [], None, 1, ())
@@ -177,8 +171,8 @@ class Fragments:
         assert snapshot is not None  # noqa: S101 - `update` came before
         now = snapshot.now.timestamp()
         version = self.version + 1
-        self._runs = [] if activity is None else activity.fleet
-        self._dismissed_at = None if activity is None else activity.dismissed_at
+        self._activity = activity
+        self.verdict = decide(snapshot, activity)
         self.series.add(snapshot, activity)
         rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
         kept = {draft.id for draft in rows.values()}
@@ -363,10 +357,12 @@ class Fragments:
         return Draft("changes-chart", shown, partial(charts.changes, shown))
 
     def _totals(self, activity: Activity | None) -> list[Draft]:
-        audit = view_models.last_run(self._job(AUDIT))
-        counted = view_models.last_run(self._job(COUNT))
+        assert self.snapshot is not None  # noqa: S101 - `update` came before
+        result = partial(view_models.last_result, self.snapshot, activity)
+        audit = result(AUDIT, view_models.RESULTS)
+        counted = result(COUNT, (Outcome.SUCCEEDED,))
         totals = None if activity is None else activity.totals
-        at = None if counted is None else counted["endedAt"]
+        at = None if counted is None else counted["ended"]
         replication = self.replication
         servers = () if replication is None else replication.sentences()
         missing = None if replication is None else replication.warning()

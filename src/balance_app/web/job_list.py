@@ -77,38 +77,24 @@ class JobList(NamedTuple):
     chips: tuple[Chip, ...]
 
 
-class JobFacts(NamedTuple):
-    """What lists and the verdict need of a job, beyond its summary; moments since 1970."""
+class JobTimes(NamedTuple):
+    """When a job runs next and when its last run ended, as seconds since 1970; 0: never."""
 
-    state: str
-    overdue: bool
-    # why it waits
-    reason: str | None
-    ready_at: float
-    # its last run; None: it never ran
-    outcome: str | None
-    ended_at: float | None
-    result: str | None
-    failures: int
-    losses: int
+    next: float
+    last: float
 
 
 class JobSelection:
     """Selects jobs of a snapshot; what it reads of a job's JSON is kept until the job changes."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[JobStatus, JobFacts]] = {}
-
-    def facts(self, jobs: Mapping[str, JobStatus]) -> dict[str, JobFacts]:
-        """Return what is known of each job."""
-        known = {name: (status, self._of(name, status)) for name, status in jobs.items()}
-        self._known = known
-        return {name: facts for name, (_, facts) in known.items()}
+        self._known: dict[str, tuple[JobStatus, JobTimes]] = {}
 
     def select(
         self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: Mapping[str, Any]
     ) -> JobList:
         """Return the jobs of a list; those in `attention` need it."""
+        self._known = {name: known for name, known in self._known.items() if name in jobs}
         matching = [name for name in jobs if of.search in name] if of.search else list(jobs)
         counts: Counter[str] = Counter()
         found = []
@@ -139,9 +125,9 @@ class JobSelection:
         if of.sort == "name":
             return str
         if of.sort == "next":
-            return lambda name: self._of(name, jobs[name]).ready_at
+            return lambda name: self._times(name, jobs[name]).next
         if of.sort == "last":
-            return lambda name: -(self._of(name, jobs[name]).ended_at or 0.0)
+            return lambda name: -self._times(name, jobs[name]).last
         # With more than one page the running jobs come before those that wait.
         many = found > of.limit
 
@@ -155,23 +141,14 @@ class JobSelection:
 
         return rank
 
-    def _of(self, name: str, status: JobStatus) -> JobFacts:
+    def _times(self, name: str, status: JobStatus) -> JobTimes:
         known = self._known.get(name)
-        if known is not None and (known[0] is status or known[0].text == status.text):
-            return known[1]
-        job: dict[str, Any] = from_json(status.text)
-        last, waiting = job["lastRun"], job["waiting"]
-        return JobFacts(
-            state=status.summary.state,
-            overdue=status.summary.overdue,
-            reason=None if waiting is None else waiting["reason"],
-            ready_at=seconds_of(job["readyAt"]),
-            outcome=None if last is None else last["outcome"],
-            ended_at=None if last is None else seconds_of(last["endedAt"]),
-            result=None if last is None else last["result"],
-            failures=job["failuresInARow"],
-            losses=job["lossesInARow"],
-        )
+        if known is None or known[0].text != status.text:
+            job: dict[str, Any] = from_json(status.text)
+            last = job["lastRun"]
+            ended = 0.0 if last is None else seconds_of(last["endedAt"])
+            known = self._known[name] = status, JobTimes(seconds_of(job["readyAt"]), ended)
+        return known[1]
 
 
 def _passes(name: str, status: JobStatus, state: str, attention: Mapping[str, Any]) -> bool:

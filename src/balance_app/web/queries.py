@@ -15,6 +15,9 @@ from balance_app.db.pool import Database, read, read_in_order
 from balance_app.db.replication import Replication
 from balance_app.http.body import MAX_INTEGER
 
+# The jobs whose results are shown with the balances.
+AUDIT: Final = "audit-ledger"
+COUNT: Final = "total-days"
 RUNS_KEPT: Final = 20  # of each job that is shown
 FLEET_RUNS: Final = 1000  # at most in the lanes
 RUNS_OF_DAY: Final = 4000  # and in those of a day
@@ -85,6 +88,8 @@ class Activity(NamedTuple):
     totals: Totals
     # the accounts that changed last: id, version and balance
     changed: list[tuple[int, int, int]]
+    # the last run of `AUDIT` and of `COUNT` that succeeded, and the last that failed
+    concluded: Runs
     # whether an account has changed since the activity before
     busy: bool = False
     # until when somebody has dismissed what had recovered
@@ -143,6 +148,7 @@ class PageQueries:
                 exact=exact,
             ),
             changed=self._changed,
+            concluded=from_json(row["concluded"]),
             busy=self._changed != before,
             dismissed_at=row["dismissed_at"],
         )
@@ -154,7 +160,7 @@ class PageQueries:
         # With priority, as the status: there is one such query at a time.
         (row,) = await self._database.run(
             lambda con: read_in_order(
-                con, ACTIVITY, stale, RUNS_KEPT, known, under_way, most, span
+                con, ACTIVITY, stale, RUNS_KEPT, known, under_way, most, span, [AUDIT, COUNT]
             ),
             priority=True,
         )
@@ -245,7 +251,8 @@ class PageQueries:
 # the index with this order (see `jobs/api/history.py`), and at most 10 001 users are looked at.
 #
 # $1 the jobs whose runs are read, $2 how many of each; of the lanes: $3 the last run that is known,
-# $4 known ones that had not ended, $5 how many new ones, $6 how long ago they may have ended
+# $4 known ones that had not ended, $5 how many new ones, $6 how long ago they may have ended;
+# $7 the jobs whose last results are read
 ACTIVITY: Final = """
 WITH moment AS (
     SELECT clock_timestamp() AS now
@@ -263,6 +270,15 @@ WITH moment AS (
     ) AS recent, moment
     WHERE fence IS NOT NULL
       AND (ended_at IS NULL OR ended_at > now - make_interval(secs => $6::float8))
+), concluded AS (
+    SELECT run.* FROM unnest($7::text[]) AS named(name)
+    CROSS JOIN unnest(ARRAY['succeeded', 'failed']) AS how(ended)
+    CROSS JOIN LATERAL (
+        SELECT id, job, outcome, result, ended_at FROM job_runs
+        WHERE (job, outcome, id) < (named.name, how.ended, 9223372036854775807)
+          AND (job, outcome, id) > (named.name, how.ended, 0)
+        ORDER BY job DESC, outcome DESC, id DESC LIMIT 1
+    ) AS run
 ), few AS MATERIALIZED (
     SELECT id, balance, version, changed_at FROM users LIMIT 10001
 ), counted AS (
@@ -294,7 +310,11 @@ SELECT now, counted.*,
         'due', extract(epoch FROM due_at)::float8,
         'started', extract(epoch FROM started_at)::float8,
         'ended', extract(epoch FROM ended_at)::float8
-    ) ORDER BY id), '[]')::text FROM fleet) AS fleet
+    ) ORDER BY id), '[]')::text FROM fleet) AS fleet,
+    (SELECT coalesce(json_agg(json_build_object(
+        'job', job, 'outcome', outcome, 'result', left(result, 200),
+        'ended', extract(epoch FROM ended_at)::float8
+    ) ORDER BY id), '[]')::text FROM concluded) AS concluded
 FROM moment CROSS JOIN counted
 """
 

@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple
 from balance_app.jobs.api import verdict as decided
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.states import Outcome, State
-from balance_app.web.job_list import JobFacts
+from balance_app.web.queries import AUDIT, Activity
+from balance_app.web.view_models import RESULTS, last_result
 
 RED: Final = decided.Level.RED
 CAUSES_SHOWN: Final = 6
@@ -48,21 +49,17 @@ NO_VERDICT: Final = Verdict("none", "…", "No data yet.")
 UNAVAILABLE: Final = Verdict(RED, "✕", "Database unavailable.")
 
 
-def decide(
-    snapshot: StatusSnapshot,
-    jobs: Mapping[str, JobFacts],
-    runs: Iterable[Mapping[str, Any]],
-    dismissed_at: datetime | None,
-) -> Verdict:
+def decide(snapshot: StatusSnapshot, activity: Activity | None) -> Verdict:
     """Return the verdict.
 
     Args:
         snapshot: the status of jobs and instances.
-        jobs: what is known of each job of the snapshot.
-        runs: the latest runs of all jobs, the oldest first, for what has recovered.
-        dismissed_at: until when somebody has dismissed what had recovered.
+        activity: the latest runs, for what has recovered, and the last audit; None: not known.
     """
-    recent = decided.Recent(tuple(_resumed(runs, snapshot.now)), dismissed_at)
+    recent = decided.Recent()
+    if activity is not None:
+        resumed = tuple(_resumed(activity.fleet, snapshot.now))
+        recent = decided.Recent(resumed, activity.dismissed_at)
     verdict = decided.decide(snapshot, recent)
     # Of a job; without instances no job is blamed.
     attention = {
@@ -72,7 +69,7 @@ def decide(
     }
     # What the sentence says in full is not said again.
     causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]
-    facts = _facts(snapshot, jobs, attention)
+    facts = _facts(snapshot, attention, last_result(snapshot, activity, AUDIT, RESULTS))
     shown, more = tuple(causes[:CAUSES_SHOWN]), max(0, len(causes) - CAUSES_SHOWN)
     level, symbol, sentence = verdict.level, verdict.symbol, verdict.sentence
     return Verdict(level, symbol, sentence, facts, shown, more, attention)
@@ -114,20 +111,25 @@ def _resumed(runs: Iterable[Mapping[str, Any]], now: datetime) -> Iterable[decid
 
 
 def _facts(
-    snapshot: StatusSnapshot, jobs: Mapping[str, JobFacts], attention: Mapping[str, int]
+    snapshot: StatusSnapshot,
+    attention: Mapping[str, int],
+    audit: Mapping[str, Any] | None,
 ) -> tuple[str, ...]:
     live = {each["server"] for each in snapshot.instances if each["live"]}
     known = live | {each["server"] for each in snapshot.instances}
-    paused = sum(job.state == State.PAUSED for name, job in jobs.items() if name not in attention)
-    on_time = len(jobs) - len(attention) - paused
+    paused = sum(
+        job.summary.state == State.PAUSED
+        for name, job in snapshot.jobs.items()
+        if name not in attention
+    )
+    on_time = len(snapshot.jobs) - len(attention) - paused
     facts = [f"{len(live)} of {len(known)} {'instance' if len(known) == 1 else 'instances'} up"]
     if live:
         facts.append(f"{on_time} {'job' if on_time == 1 else 'jobs'} on time")
     if paused:
         facts.append(f"{paused} paused")
-    audit = jobs.get("audit-ledger")
-    if audit is not None and audit.outcome == Outcome.SUCCEEDED and audit.ended_at:
-        facts.append(f"ledger verified {_ago(snapshot.now.timestamp() - audit.ended_at)}")
+    if audit is not None and audit["outcome"] == Outcome.SUCCEEDED:
+        facts.append(f"ledger verified {_ago(snapshot.now.timestamp() - audit['ended'])}")
     return tuple(facts)
 
 

@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
+from pydantic_core import from_json
+
 from balance_app import formatting
 from balance_app.formatting import ago, duration, rough
 from balance_app.jobs.api.fleet import Outage
@@ -376,6 +378,17 @@ def _rise(versions: list[tuple[float, int]]) -> int:
     return versions[-1][1] - versions[0][1]
 
 
-def last_run(job: Job | None) -> dict[str, Any] | None:
-    """Return a job's last run, if there was one."""
-    return None if job is None else job["lastRun"]
+RESULTS: Final = (Outcome.SUCCEEDED, Outcome.FAILED)
+
+
+def last_result(
+    snapshot: StatusSnapshot, activity: Activity | None, name: str, outcomes: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Return the last run of a job that had one of these outcomes, by its history if need be."""
+    status = snapshot.jobs.get(name)
+    last = None if status is None else from_json(status.text)["lastRun"]
+    if last is not None and last["outcome"] in outcomes:
+        return {**last, "ended": seconds_of(last["endedAt"])}
+    runs = [] if activity is None else activity.concluded
+    found = [run for run in runs if run["job"] == name and run["outcome"] in outcomes]
+    return found[-1] if found else None
