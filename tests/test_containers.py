@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 DEPENDS_ON_THE_PLACE = {
+    "ALERT_URL",
+    "JOB_PING_URLS",
+    "PING_URL",
     "BALANCE_APP_KEY",
     "BALANCE_APP_URL",
     "DATABASE_URL",

@@ -187,7 +187,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
     page_stream = PageStream(
-        status_reader, queries, stopping, streams, root_path=settings.root_path
+        status_reader, verdict_reader, queries, stopping, streams, root_path=settings.root_path
     )
     for stream in (broadcaster, page_stream):
         gate.when_changed(stream.wake)

@@ -539,7 +539,7 @@ async def test_a_run_under_way_is_joined(instance: Instance, connection: Connect
         return (await stderr.readline()).decode()
 
     try:
-        joined = r"one was not started: .* on app1 \(since .* UTC\)\. Waiting for that run, .*\n"
+        joined = r"one was not started: .* on app1 \(since .* UTC\)\. Waiting for that run .*\n"
         await _until(line, lambda shown: re.fullmatch(joined, shown) is not None)
         await _until(line, lambda shown: shown.startswith("▶ one running on app1, 4"))
         await instance.stop()

@@ -40,6 +40,7 @@ async def test_the_help_has_every_command_under_its_heading() -> None:
     assert set(commands) == {
         *("up", "serve", "jobs", "healthcheck", "migrate", "psql", "reset", "logs", "restored"),
         *("status", "history", "run", "pause", "resume", "cancel", "schedule", "forget"),
+        *("dismiss", "open"),
         *("audit", "seals", "change", "transfer", "hold", "capture", "void", "reverse"),
         *("balance", "user", "users", "statement", "holds", "daily-balances", "keys", "actions"),
     }

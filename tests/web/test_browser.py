@@ -64,7 +64,7 @@ async def test_the_page_is_updated_without_a_reload(site: Site, browser: Browser
         await add_run(site.connection, "job-a", None, began_ago=58, fence=1)
         await says(page, "#job-job-a", "▶ running on app1")
         await says(page, "#job-job-a", "25 %")
-        await says(page, "#lane-30-i-app1-beat", "1 running")
+        await says(page, "#beat-30-i-app1", "1 running")
         await says(page, "#job-job-a", "for 1 min 1 s")
         bar = page.locator("#lane-30-i-app1 .bar")
         before = float((await bar.get_attribute("width") or "").rstrip("%"))
@@ -103,11 +103,11 @@ async def test_a_killed_instance_is_shown_as_lost(
         async with tab(browser, instances[0].url) as page:
             await live(page)
             await page.evaluate(MARK)
-            await says(page, "#lane-30-i-app2-beat", "1 running")
+            await says(page, "#beat-30-i-app2", "1 running")
             await instances[1].stop(signal.SIGKILL)
-            await says(page, "#lane-30-i-app2-beat", "stopped responding")
+            await says(page, "#beat-30-i-app2", "stopped responding")
             await says(page, "#verdict", "app2 stopped responding")
-            await page.locator("#lane-30-i-resumed line").wait_for(state="attached")
+            await page.locator("#resumed-30-i line").wait_for(state="attached")
             assert (await page.title()).startswith("✕ app2 stopped responding")
             assert "icon-red" in (await page.get_attribute("link[rel=icon]", "href") or "")
             assert await page.locator("#lanes .bar.bad").count() == 1

@@ -42,12 +42,14 @@ def test_an_outage_of_the_database_is_drawn_as_that_in_every_lane() -> None:
         *lanes_of_instances(shot, [], NOW.timestamp(), "lane"),
         *lanes_of_jobs(shot, ["moon"], [], "lane"),
     ]
+    gaps = lanes[0].gaps
     for lane in lanes:
         (gap,) = lane.gaps
         assert gap.label == "database unavailable from 02:42:20 to 02:43:00 UTC (40 s)"
         assert not lane.marks
         assert not lane.gone
-    drawn = str(charts.lane([], {}, ago(300).timestamp(), 300, by_job=False, gaps=lanes[0].gaps))
+    times: Any = {"origin": ago(300).timestamp(), "span": 300.0, "now": NOW.timestamp()}
+    drawn = str(charts.lane([], {}, by_job=False, gaps=gaps, **times))
     assert '<rect x="66.67%" width="13.33%"' in drawn
     assert "database unavailable from" in drawn
 
@@ -61,3 +63,34 @@ def test_a_silence_of_one_instance_is_its_own() -> None:
         "app1 sent no heartbeat from 02:43:30 to 02:43:40 UTC (10 s)"
     ]
     assert other.gaps == ()
+
+
+def test_an_instance_that_is_silent_for_a_moment_is_not_shown_as_gone() -> None:
+    """As all are after an outage; nobody can dismiss it."""
+    silent = instance("app1", live=False, state="silent", seenSecondsAgo=9.0)
+    gone = instance("app2", live=False, state="gone", seenSecondsAgo=30.0)
+    first, second = lanes_of_instances(snapshot(silent, gone), [], NOW.timestamp(), "lane")
+    assert (first.gone, first.silent, first.dismiss, first.marks) == (False, True, None, ())
+    # Control: one that is gone, and was idle, has a mark where it was seen last.
+    assert (second.gone, second.silent, second.dismiss) == (True, False, "id-app2")
+    assert [mark.at for mark in second.marks] == [ago(30).timestamp()]
+
+
+def test_a_loss_has_one_mark() -> None:
+    """Where its lease ended; that the instance is gone adds none."""
+    run = {"id": 1, "job": "moon", "server": "app2", "outcome": "lost", "due": 0.0}
+    run |= {"started": ago(60).timestamp(), "ended": ago(24).timestamp()}
+    gone = instance("app2", live=False, state="gone", seenSecondsAgo=30.0)
+    (lane,) = lanes_of_instances(snapshot(gone), [run], NOW.timestamp(), "lane")
+    (mark,) = lane.marks
+    assert mark.at == ago(24).timestamp()
+    assert "lost: moon" in mark.label
+
+
+def test_a_run_under_way_is_drawn_until_now_in_parts_of_a_day() -> None:
+    """Six hours are six hours, not the moment of their start."""
+    run = {"id": 1, "job": "moon", "server": "app2", "outcome": None, "ended": None}
+    run["started"] = ago(6 * 3600).timestamp()
+    times: Any = {"origin": ago(86400).timestamp(), "span": 86400.0, "now": NOW.timestamp()}
+    drawn = str(charts.lane([run], {1: 0}, by_job=False, **times))
+    assert drawn.count("15 min 0 s of runs") >= 6 * 4 - 1

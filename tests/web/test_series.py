@@ -57,6 +57,17 @@ def test_a_time_without_viewers_is_not_drawn_as_one_moment() -> None:
     assert drawn(series, LONGEST_GAP_SECONDS + 3) == (1, 0)
 
 
+def test_what_a_new_instance_changed_while_nobody_looked_is_not_drawn() -> None:
+    """It started after one looked, but when it changed what is not known."""
+    series = Series()
+    series.add(snapshot(0, ("a", 0, 0)), None)
+    later = LONGEST_GAP_SECONDS + 10
+    series.add(snapshot(later, ("a", 0, 0), ("b", 900_000, 7)), None)
+    assert drawn(series, later) == (0, 0)
+    series.add(snapshot(later + 2, ("a", 0, 0), ("b", 900_003, 7)), None)
+    assert drawn(series, later + 2) == (3, 0)
+
+
 def test_the_line_is_of_the_account_that_changes_most() -> None:
     """By its versions, as steps."""
     series = Series()

@@ -9,7 +9,7 @@ import pytest
 from playwright.async_api import Browser, Error, Page, Route
 
 from tests.jobs.rows import add_instance, add_job, insert, running
-from tests.processes import Instance
+from tests.processes import Instance, connect
 from tests.system.databases import kill, own_postgres
 from tests.web.browser import chromium, live, says, tab
 from tests.web.site import SECOND, Site, add_example, add_run
@@ -289,6 +289,93 @@ async def test_work_that_is_done_is_not_shown_as_running_on(site: Site, browser:
             await site.connection.execute(update)
             await says(page, "#job-job-a", "ork done, holding to")
             assert await page.locator("#job-job-a progress").count() == 0
+
+
+async def test_what_is_gone_and_what_has_recovered_is_dismissed_where_one_looks(
+    site: Site, browser: Browser
+) -> None:
+    """The view stays, and what is not red can be dismissed beside what is."""
+    await add_instance(site.connection)
+    await add_instance(site.connection, "app3", up_seconds=900, seen_seconds_ago=90)
+    await add_instance(site.connection, "app4", up_seconds=900, seen_seconds_ago=90)
+    await add_instance(site.connection, "app4", up_seconds=60)
+    async with tab(browser, site.instance.url) as page:
+        await live(page, "/?span=5&lanes=instance")
+        await says(page, "#verdict", "app3 stopped responding")
+        await says(page, "#verdict", "app4 is back after")
+        await page.get_by_role("button", name="Dismiss what has recovered").click()
+        await says(page, "#toasts", "What has recovered is off the page.")
+        await page.wait_for_function(
+            "() => !document.querySelector('#verdict').innerText.includes('is back')"
+        )
+        await says(page, "#verdict", "app3 stopped responding")
+        assert "span=5" in page.url
+        await page.locator("#beats").get_by_role("button", name="Dismiss: app3").click()
+        await says(page, "#toasts", "The instance is off the list.")
+        await says(page, "#verdict", "All is well.")
+        assert "app3" not in await page.inner_text("#fleet")
+        assert await site.value("SELECT count(*) FROM actions") == 2
+
+
+async def test_instances_that_stop_as_they_should_leave_nothing_to_do(
+    site: Site, browser: Browser
+) -> None:
+    """Two stop and three start: none is lost, and all are counted anew."""
+    for number in range(1, 6):
+        await add_instance(site.connection, f"app{number}")
+    async with tab(browser, site.instance.url) as page:
+        await live(page)
+        await says(page, "#verdict", "5 of 5 instances up")
+        # What a stop does: it deletes its row.
+        await site.connection.execute("DELETE FROM instances WHERE server IN ('app4', 'app5')")
+        await says(page, "#verdict", "3 of 3 instances up")
+        for number in range(6, 9):
+            await add_instance(site.connection, f"app{number}", up_seconds=1)
+        await says(page, "#verdict", "6 of 6 instances up")
+        await says(page, "#verdict", "All is well.")
+        assert "stopped responding" not in await page.inner_text("#lanes")
+        assert "app4" not in await page.inner_text("#lanes")
+
+
+async def test_two_outages_of_the_database_are_told_as_outages(
+    site: Site, browser: Browser
+) -> None:
+    """No instance is lost by them, and each has its place in the lanes."""
+    for server in ("app1", "app2"):
+        await add_instance(site.connection, server, up_seconds=2000)
+    await site.connection.execute(
+        "UPDATE instances SET silences = ARRAY[now() - interval '200 s', now() - interval '180 s',"
+        " now() - interval '400 s', now() - interval '370 s']"
+    )
+    async with tab(browser, site.instance.url) as page:
+        await live(page)
+        await says(page, "#verdict", "Recovered: no instance reached the database for 20 s")
+        assert "2 of 2 instances up" in await page.inner_text("#verdict")
+        assert await page.locator("#lanes .gap").count() == 4
+        title = await page.locator("#lanes .gap title").first.text_content()
+        assert title is not None
+        assert title.startswith("database unavailable from ")
+        assert await page.locator("#lanes .death").count() == 0
+
+
+async def test_the_tab_does_not_say_that_all_is_well_while_nothing_is_known(
+    database: dict[str, str], browser: Browser
+) -> None:
+    """Neither its title nor its icon, from the moment when the page is not live."""
+    async with Instance(database, JOBS_ENABLED="false") as instance:
+        connection = await connect(database)
+        await add_instance(connection)
+        await connection.close()
+        async with tab(browser, instance.url) as page:
+            await live(page)
+            await says(page, "#verdict", "All is well.")
+            icon = page.locator("link[rel=icon]")
+            assert "icon-green" in str(await icon.get_attribute("href"))
+            assert (await page.title()).startswith("✓ All is well")
+            await instance.kill()
+            await says(page, "#state", "reconnecting")
+            assert "icon-none" in str(await icon.get_attribute("href"))
+            assert (await page.title()).startswith("… reconnecting")
 
 
 # -- times, paper, screens -------------------------------------------------------------------

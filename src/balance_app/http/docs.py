@@ -86,7 +86,7 @@ _DOCS: Final = """\
 <title>API · {title}</title>
 <link rel="stylesheet" href="{root}/docs/assets/swagger-ui.css">
 <link rel="stylesheet" href="{root}/docs/assets/docs.css">
-<link rel="icon" href="{root}/static/icon.svg" type="image/svg+xml">
+<link rel="icon" href="{root}/static/icon-none.svg" type="image/svg+xml">
 </head>
 <body>
 <header class="home"><a href="{root}/">{title}</a>

@@ -122,22 +122,27 @@ async def forget_job(request: Request, name: str) -> Response:
 @router.post("/instances/{instance}/dismiss")
 async def dismiss_instance(request: Request, instance: str) -> Response:
     """Take an instance that is gone off the page."""
-    return await _dismiss(request, lambda on, by: on.dismiss(instance, by))
+    return await _dismiss(request, "gone", lambda on, by: on.dismiss(instance, by))
 
 
 @router.post("/verdict/dismiss")
 async def dismiss_recovered(request: Request) -> Response:
     """Take what has recovered off the verdict."""
-    return await _dismiss(request, lambda on, by: on.dismiss_recovered(by))
+    return await _dismiss(request, "recovered", lambda on, by: on.dismiss_recovered(by))
 
 
 async def _dismiss(
-    request: Request, action: Callable[[Controls, str], Coroutine[Any, Any, object]]
+    request: Request, what: str, action: Callable[[Controls, str], Coroutine[Any, Any, object]]
 ) -> Response:
     by = name_of(request, who(await read_form(request)))
     await action(services(request)[Controls], by)
     wake(request)
-    return go_to("/")
+    return _go_back(back_to(request), did=what)
+
+
+def _go_back(place: str, *, anchor: str = "", **did: str) -> Response:
+    """Lead to a page of jobs, which reports what was done."""
+    return go_to(f"{place}{'&' if '?' in place else '?'}{urlencode(did)}{anchor}")
 
 
 async def _control(request: Request, name: str, what: str, action: Action) -> Response:
@@ -165,8 +170,7 @@ async def _control(request: Request, name: str, what: str, action: Action) -> Re
     wake(request)
     if what == "cancel" and from_json(cast("bytes", done))["workEndedAt"] is not None:
         what = "cancel-late"
-    did = urlencode({"did": what, "job": name})
-    return go_to(f"{place}{'&' if '?' in place else '?'}{did}#job-{name}")
+    return _go_back(place, did=what, job=name, anchor=f"#job-{name}")
 
 
 def is_place(place: str, name: str) -> bool:

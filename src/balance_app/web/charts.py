@@ -61,6 +61,7 @@ def lane(  # noqa: PLR0913 - the parts of a lane
     span: float,
     *,
     by_job: bool,
+    now: float,
     marks: Sequence[Mark] = (),
     gaps: Sequence[Gap] = (),
 ) -> Markup:
@@ -72,7 +73,7 @@ def lane(  # noqa: PLR0913 - the parts of a lane
     """
     height = ROW * lane_rows(rows, runs)
     bars = (
-        _parts(runs, origin, span, height)
+        _parts(runs, origin, span, height, now)
         if is_in_parts(runs, span)
         else _join(_bar(run, rows.get(run["id"], 0), origin, span, by_job=by_job) for run in runs)
     )
@@ -170,13 +171,13 @@ def _bar(run: dict[str, Any], row: int, origin: float, span: float, *, by_job: b
     )
 
 
-def _parts(runs: Runs, origin: float, span: float, height: int) -> Markup:
+def _parts(runs: Runs, origin: float, span: float, height: int, now: float) -> Markup:
     """Draw many runs as parts of time: the higher, the more of it was run; failures hatched."""
     length = span / PARTS
     busy: dict[int, float] = {}
     bad: dict[int, int] = {}
     for run in runs:
-        ended = run["ended"] if run["ended"] is not None else run["started"]
+        ended = run["ended"] if run["ended"] is not None else max(now, run["started"])
         first, last = (int((each - origin) // length) for each in (run["started"], ended))
         for part in range(first, last + 1):
             begin = origin + part * length

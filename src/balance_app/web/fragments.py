@@ -22,6 +22,7 @@ from pydantic_core import from_json
 
 from balance_app.db.replication import Replication
 from balance_app.jobs.api.status import StatusSnapshot
+from balance_app.jobs.api.verdict import Recent
 from balance_app.states import Outcome
 from balance_app.web import charts, view_models
 from balance_app.web.job_list import JOBS_ON_PAGE, JobFilter, JobList, JobSelection
@@ -136,7 +137,8 @@ class Fragments:
         # the jobs that have a row
         self.jobs: dict[str, view_models.Job] = {}
         self.snapshot: StatusSnapshot | None = None
-        self._activity: Activity | None = None
+        # what has recovered lately
+        self.recent = Recent()
         # the primary and its standbys; None: not known
         self.replication: Replication | None = None
         self.series = view_models.Series()
@@ -150,7 +152,7 @@ class Fragments:
         """Set the snapshot, the views that are looked at, and so the jobs that are shown."""
         self.snapshot = snapshot
         # Which jobs need attention is in the snapshot alone.
-        self.verdict = decide(snapshot, self._activity)
+        self.verdict = decide(snapshot, self.recent, None)
         attention = self.verdict.attention
         self._lists = {
             view: JobList([view.job] if view.job in snapshot.jobs else [], None, 1, ())
@@ -171,8 +173,8 @@ class Fragments:
         assert snapshot is not None  # noqa: S101 - `update` came before
         now = snapshot.now.timestamp()
         version = self.version + 1
-        self._activity = activity
-        self.verdict = decide(snapshot, activity)
+        audit = view_models.last_result(snapshot, activity, AUDIT, view_models.RESULTS)
+        self.verdict = decide(snapshot, self.recent, audit)
         self.series.add(snapshot, activity)
         rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
         kept = {draft.id for draft in rows.values()}
@@ -254,7 +256,7 @@ class Fragments:
         name = job["name"]
         runs = [] if activity is None else activity.runs.get(name, [])
         seen = tuple((run["id"], run["outcome"]) for run in runs[-charts.SQUARES :])
-        attention = {2: "bad", 1: "warn"}.get(self.verdict.attention.get(name, 0), "")
+        attention = "bad" if name in self.verdict.attention else ""
 
         def render(*, buttons: bool) -> str:
             return str(self._macros.job_row(job, charts.squares(runs), attention, buttons=buttons))
@@ -277,12 +279,15 @@ class Fragments:
         origin = self._origins[view.span]
         runs = [] if activity is None else activity.fleet
         runs = [run for run in runs if charts.in_lane(run, now, span)]
-        prefix = f"lane-{view.span}-{'j' if view.by_job else 'i'}"
+        kind = f"{view.span}-{'j' if view.by_job else 'i'}"
+        prefix = f"lane-{kind}"
         lanes = (
             view_models.lanes_of_jobs(self.snapshot, self._lists[view].names, runs, prefix)
             if view.by_job
             else view_models.lanes_of_instances(self.snapshot, runs, now, prefix)
-        )[:LANES_SHOWN]
+        )
+        more, cut = len(lanes) - LANES_SHOWN, None if activity is None else activity.cut
+        del lanes[LANES_SHOWN:]
         drafts: dict[str, list[Draft]] = {"lanes": [], "beats": []}
         middles: dict[str, float] = {}
         height = 0.0
@@ -290,8 +295,10 @@ class Fragments:
             # The runs of a job never overlap.
             known = self._rows.get(lane.id, {})
             rows = {run["id"]: 0 for run in lane.runs}
+            in_parts = charts.is_in_parts(lane.runs, span)
             if not view.by_job:
-                rows = self._rows[lane.id] = charts.rows_of(lane.runs, known, span)
+                rows = charts.rows_of(lane.runs, known, span)
+                self._rows[lane.id] = {} if in_parts else rows
             high = charts.lane_rows(rows, lane.runs)
             middles[lane.name] = height + charts.ROW * high / 2
             height += charts.ROW * high + 1
@@ -300,15 +307,18 @@ class Fragments:
                 lane.gone,
                 lane.marks,
                 lane.gaps,
-                tuple((run["id"], run["ended"], rows[run["id"]]) for run in lane.runs),
+                tuple(
+                    (run["id"], run["ended"], run["outcome"], rows[run["id"]]) for run in lane.runs
+                ),
+                now // (span / charts.PARTS) if in_parts else None,
             )
             drafts["lanes"].append(
-                Draft(lane.id, seed, partial(self._lane, lane, rows, origin, view))
+                Draft(lane.id, seed, partial(self._lane, lane, rows, origin, view, now))
             )
-            beat = lane._replace(runs=[], gaps=(), rows=high)
+            beat = lane._replace(id=f"beat{lane.id[4:]}", runs=[], gaps=(), rows=high)
             drafts["beats"].append(
                 Draft(
-                    f"{lane.id}-beat",
+                    beat.id,
                     beat,
                     partial(self._macros.beat, beat, buttons=True),
                     partial(self._macros.beat, beat, buttons=False),
@@ -327,17 +337,25 @@ class Fragments:
         )
         drafts["resumed"] = [
             Draft(
-                f"{prefix}-resumed",
+                f"resumed-{kind}",
                 (origin, found, height),
-                partial(charts.handovers, f"{prefix}-resumed", found, origin, span, height),
+                partial(charts.handovers, f"resumed-{kind}", found, origin, span, height),
             )
         ]
         if not lanes:
             drafts["lanes"] = [self._nothing("no-lanes")]
+        elif more > 0 or cut is not None:
+            note = partial(self._macros.lanes_note, f"more-{kind}", more, cut)
+            drafts["lanes"].append(Draft(f"more-{kind}", (more, cut), note))
         return drafts
 
     def _lane(
-        self, lane: view_models.Lane, rows: Mapping[int, int], origin: float, view: View
+        self,
+        lane: view_models.Lane,
+        rows: Mapping[int, int],
+        origin: float,
+        view: View,
+        now: float,
     ) -> str:
         chart = charts.lane(
             lane.runs,
@@ -345,6 +363,7 @@ class Fragments:
             origin,
             view.seconds,
             by_job=view.by_job,
+            now=now,
             marks=lane.marks,
             gaps=lane.gaps,
         )

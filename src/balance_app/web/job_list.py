@@ -4,6 +4,7 @@ Jobs that need attention come first, so that nobody has to look for them. Everyt
 list is in its address.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
@@ -91,7 +92,7 @@ class JobSelection:
         self._known: dict[str, tuple[JobStatus, JobTimes]] = {}
 
     def select(
-        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: Mapping[str, Any]
+        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: frozenset[str]
     ) -> JobList:
         """Return the jobs of a list; those in `attention` need it."""
         self._known = {name: known for name, known in self._known.items() if name in jobs}
@@ -105,8 +106,14 @@ class JobSelection:
                 found.append(name)
         counts[""] = len(matching)
         counts["attention"] = sum(name in attention for name in matching)
-        found.sort(key=self._key(jobs, of, attention, len(found)))
-        begin = found.index(of.after) + 1 if of.after in found else 0
+        key = self._key(jobs, of, attention, len(found))
+
+        def place(name: str) -> tuple[Any, str]:
+            return key(name), name
+
+        found.sort(key=place)
+        # The last job of the page before may no longer pass the filter: its place is where it was.
+        begin = bisect_right(found, place(of.after), key=place) if of.after in jobs else 0
         names = found[begin : begin + of.limit]
         return JobList(
             names,
@@ -119,23 +126,26 @@ class JobSelection:
         )
 
     def _key(
-        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: Mapping[str, Any], found: int
+        self, jobs: Mapping[str, JobStatus], of: JobFilter, attention: frozenset[str], found: int
     ) -> Callable[[str], Any]:
-        """Return the key of the order; names come in order, and sorting keeps that."""
+        """Return the key of the order; jobs of one key are in the order of their names."""
         if of.sort == "name":
             return str
         if of.sort == "next":
-            return lambda name: self._times(name, jobs[name]).next
+            return lambda name: (
+                jobs[name].summary.state == State.PAUSED,
+                self._times(name, jobs[name]).next,
+            )
         if of.sort == "last":
             return lambda name: -self._times(name, jobs[name]).last
         # With more than one page the running jobs come before those that wait.
         many = found > of.limit
 
-        def rank(name: str) -> tuple[int, int, bool]:
+        def rank(name: str) -> tuple[bool, bool, bool]:
             summary = jobs[name].summary
             return (
-                -attention.get(name, 0),
-                0 if name not in attention else 1 if not summary.overdue else 0,
+                name not in attention,
+                name in attention and not summary.overdue,
                 many and summary.state != State.RUNNING,
             )
 
@@ -151,7 +161,7 @@ class JobSelection:
         return known[1]
 
 
-def _passes(name: str, status: JobStatus, state: str, attention: Mapping[str, Any]) -> bool:
+def _passes(name: str, status: JobStatus, state: str, attention: frozenset[str]) -> bool:
     match state:
         case "":
             return True

@@ -76,6 +76,8 @@ def problem_page(request: Request, problem: Problem) -> Response:
         "code": problem.code,
         "reconnects": temporary,
     }
+    if isinstance(problem, DatabaseUnavailable):
+        view["icon"] = "red"
     return respond(request, "problem.html", view, status=problem.status, headers=problem.headers)
 
 
@@ -129,7 +131,8 @@ def respond(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return a page with what all pages have; without `read` it has nothing of the service."""
-    fragments, settings = stream_of(request).fragments, services(request)[Settings]
+    stream, settings = stream_of(request), services(request)[Settings]
+    fragments = stream.fragments
     reads = may(request, READ)
     is_anonymous = services(request)[Gate].is_anonymous
     common = {
@@ -137,7 +140,7 @@ def respond(
         "title": fragments.title if reads else "balance_app",
         "now": fragments.snapshot.now.timestamp() if reads and fragments.snapshot else None,
         "server": settings.server_id,
-        "icon": fragments.level if reads else "none",
+        "icon": stream.level if reads else "none",
         "nav_at": "/" + path_of(request, request.scope["path"]).split("/")[1],
         "sender": sender(request),
         "reads": reads,

@@ -14,6 +14,7 @@ from balance_app.balances.accounts import Account
 from balance_app.db.pool import Database, read, read_in_order
 from balance_app.db.replication import Replication
 from balance_app.http.body import MAX_INTEGER
+from balance_app.states import Outcome
 
 # The jobs whose results are shown with the balances.
 AUDIT: Final = "audit-ledger"
@@ -23,6 +24,7 @@ FLEET_RUNS: Final = 1000  # at most in the lanes
 RUNS_OF_DAY: Final = 4000  # and in those of a day
 LONG_SECONDS: Final = 3600.0
 RUNS_AGAIN: Final = 30  # transactions that are older may have a lower id than a run that is known
+RETRACTED_SECONDS: Final = 300.0  # so long after a loss it may be taken back
 USERS_COUNTED: Final = 10_000  # summed up by each query; above it, the job `total-days` did that
 RUNS_SEARCHED: Final = 20_000  # by one page of runs, where no index has the filter
 ACCOUNTS_SORTED: Final = 200_000  # by balance or by change, at most
@@ -90,10 +92,10 @@ class Activity(NamedTuple):
     changed: list[tuple[int, int, int]]
     # the last run of `AUDIT` and of `COUNT` that succeeded, and the last that failed
     concluded: Runs
+    # runs of the lanes that began before this moment were too many to read; None: all are there
+    cut: float | None = None
     # whether an account has changed since the activity before
     busy: bool = False
-    # until when somebody has dismissed what had recovered
-    dismissed_at: datetime | None = None
 
 
 class PageQueries:
@@ -106,6 +108,7 @@ class PageQueries:
         # of the lanes: the runs by their ids, and how long ago they may have ended
         self._fleet: dict[int, dict[str, Any]] = {}
         self._span = 0.0
+        self._cut: float | None = None
 
     async def activity(self, shown: Iterable[str], changed: Iterable[str], span: float) -> Activity:
         """Return the recent activity; runs are read again only of the jobs in `changed`.
@@ -116,6 +119,7 @@ class PageQueries:
         stale = sorted(names & set(changed) | (names - self._runs.keys()))
         if span > self._span:
             self._fleet.clear()
+            self._cut = None
         self._span = span
         row = await self._read_activity(stale, span)
         if self._fleet and max(self._fleet) not in {run["id"] for run in from_json(row["fleet"])}:
@@ -133,11 +137,15 @@ class PageQueries:
             for id_, run in sorted(self._fleet.items())
             if run["ended"] is None or run["ended"] > now - span
         }
+        if row["cut"] is not None:
+            self._cut = row["cut"]
+        elif self._cut is not None and self._cut < now - span:
+            self._cut = None
         exact = row["users"] <= USERS_COUNTED
         before = self._changed
-        self._changed = [
-            (each["id"], each["version"], each["balance"]) for each in from_json(row["latest"])
-        ]
+        # Of more users only some were looked at, and not those that change most.
+        latest = from_json(row["latest"]) if exact else []
+        self._changed = [(each["id"], each["version"], each["balance"]) for each in latest]
         return Activity(
             now=now,
             runs=dict(self._runs),
@@ -149,13 +157,20 @@ class PageQueries:
             ),
             changed=self._changed,
             concluded=from_json(row["concluded"]),
+            cut=self._cut,
             busy=self._changed != before,
-            dismissed_at=row["dismissed_at"],
         )
 
     async def _read_activity(self, stale: list[str], span: float) -> asyncpg.Record:
         known = max(self._fleet, default=0) - RUNS_AGAIN
-        under_way = [id_ for id_, run in self._fleet.items() if run["ended"] is None]
+        # What ended may still become another outcome: a loss that its instance takes back.
+        newest = max((run["ended"] or 0.0 for run in self._fleet.values()), default=0.0)
+        under_way = [
+            id_
+            for id_, run in self._fleet.items()
+            if run["ended"] is None
+            or (run["outcome"] == Outcome.LOST and run["ended"] > newest - RETRACTED_SECONDS)
+        ]
         most = RUNS_OF_DAY if span > LONG_SECONDS else FLEET_RUNS
         # With priority, as the status: there is one such query at a time.
         (row,) = await self._database.run(
@@ -262,11 +277,11 @@ WITH moment AS (
         WHERE (job, fence) < (shown.name, 9223372036854775807) AND (job, fence) > (shown.name, 0)
         ORDER BY job DESC, fence DESC LIMIT $2
     ) AS run
+), latest AS (
+    SELECT * FROM job_runs WHERE id > $3 AND $6::float8 > 0 ORDER BY id DESC LIMIT $5
 ), fleet AS (
     SELECT * FROM (
-        (SELECT * FROM job_runs WHERE id > $3 AND $6::float8 > 0 ORDER BY id DESC LIMIT $5)
-        UNION ALL
-        SELECT * FROM job_runs WHERE id = ANY ($4::bigint[])
+        SELECT * FROM latest UNION ALL SELECT * FROM job_runs WHERE id = ANY ($4::bigint[])
     ) AS recent, moment
     WHERE fence IS NOT NULL
       AND (ended_at IS NULL OR ended_at > now - make_interval(secs => $6::float8))
@@ -287,9 +302,7 @@ WITH moment AS (
     FROM daily_totals
 )
 SELECT now, counted.*,
-    (SELECT at FROM actions
-     WHERE (subject, id) < ('recovered', 9223372036854775807) AND (subject, id) > ('recovered', 0)
-     ORDER BY subject DESC, id DESC LIMIT 1) AS dismissed_at,
+    (SELECT extract(epoch FROM min(started_at))::float8 FROM latest HAVING count(*) >= $5) AS cut,
     (SELECT count(*) FROM few) AS users,
     (SELECT coalesce(sum(balance), 0)::text FROM few) AS balance,
     (SELECT coalesce(json_agg(json_build_object(

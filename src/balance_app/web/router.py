@@ -270,12 +270,19 @@ _MESSAGES: Final = {
         "cancelled",
         None,
     ),
-    "forget": ("{} is forgotten. Its history stays.", "", None),
+}
+
+
+_DISMISSED: Final = {
+    "gone": "The instance is off the list. Its runs stay in the history.",
+    "recovered": "What has recovered is off the page.",
 }
 
 
 def _job_message(request: Request) -> Message | None:
     did, name = request.query_params.get("did"), request.query_params.get("job", "")
+    if did in _DISMISSED:
+        return Message("good", _DISMISSED[did], toast=":")
     fragments = stream_of(request).fragments
     job = fragments.job(name)
     if did not in _MESSAGES or job is None:

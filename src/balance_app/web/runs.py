@@ -18,7 +18,7 @@ from balance_app.jobs.api.schemas import NAME_PATTERN
 from balance_app.states import Outcome
 from balance_app.web.forms import go_to
 from balance_app.web.pages import PageRoute, is_number, respond, stream_of
-from balance_app.web.queries import PageQueries, RunFilter
+from balance_app.web.queries import ATTEMPTS_SHOWN, PageQueries, RunFilter
 
 RUNS_ON_PAGE: Final = 50
 REFRESH_SECONDS: Final = 2  # how often the page of a run under way is loaded again
@@ -118,19 +118,24 @@ async def show_run(request: Request, run: str) -> Response:
     found = await services(request)[History].log(run_id)
     snapshot = await stream_of(request).refresh()
     attempts: list[dict[str, Any]] = await services(request)[PageQueries].attempts(run_id)
-    place = next(index for index, each in enumerate(attempts) if each["id"] == run_id)
+    place = next((index for index, each in enumerate(attempts) if each["id"] == run_id), None)
+    if place is None:  # it was pruned just now
+        raise RunNotFound(run_id)
     status = snapshot.jobs.get(found.run.job)
     under_way = found.run.outcome is None
+    job = None if status is None else stream_of(request).fragments.job(found.run.job)
+    is_latest = job is not None and job["fence"] == found.run.fence
     view = {
         **dict(found),
         "attempts": attempts,
-        "number": place + 1,
+        "number": found.run.attempt + 1,
+        "of": attempts[-1]["attempt"] + 1 if len(attempts) - place <= ATTEMPTS_SHOWN else None,
         "resumed": attempts[place + 1] if place + 1 < len(attempts) else None,
         "before": attempts[place - 1] if place else None,
-        "job": None if status is None else stream_of(request).fragments.job(found.run.job),
+        "job": job,
         "checkpoint": (
             await services(request)[PageQueries].checkpoint(found.run.job)
-            if under_way or place + 1 == len(attempts)
+            if under_way or is_latest
             else None
         ),
         "refresh_seconds": REFRESH_SECONDS if under_way else "",

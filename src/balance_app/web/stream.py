@@ -22,11 +22,11 @@ from typing_extensions import override
 from balance_app.http.seats import Seats
 from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
+from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.web import view_models
 from balance_app.web.fragments import Fragments, View
 from balance_app.web.queries import Activity, PageQueries
 from balance_app.web.rendering import add_root_path
-from balance_app.web.verdict import RECENT_SECONDS
 
 _VERSION: Final = re.compile(r"[0-9]{1,15}", re.ASCII)
 ACTIVITY_SECONDS: Final = 4.0  # how often recent activity is read when no run changes
@@ -39,9 +39,10 @@ UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match
 class PageStream:
     """Updates the page's fragments while there are viewers, and for each page requested."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a page is made from
         self,
         status_reader: StatusReader,
+        verdict_reader: VerdictReader,
         queries: PageQueries,
         stopping: asyncio.Event,
         seats: Seats,
@@ -50,6 +51,7 @@ class PageStream:
     ) -> None:
         self._root_path = root_path
         self._status_reader = status_reader
+        self._verdict_reader = verdict_reader
         self._queries = queries
         self._lock = asyncio.Lock()
         # when the reading of the status that is shown began
@@ -75,6 +77,11 @@ class PageStream:
     def version(self) -> str:
         """The version of the page, which its browser sends when it reconnects."""
         return f"{self._boot}.{self.fragments.version}"
+
+    @property
+    def level(self) -> str:
+        """The level of the verdict; none: it is not known, or was some time ago."""
+        return self.fragments.level if monotonic() - self._began < KEPT_SECONDS else "none"
 
     async def refresh(self) -> StatusSnapshot:
         """Update the fragments to the present state.
@@ -140,6 +147,7 @@ class PageStream:
         span = self._span(began)
         self._activity = await self._queries.activity(runs_now, changed, span)
         self._span_read = span
+        self.fragments.recent = await self._verdict_reader.recent()
         self.fragments.replication = await self._queries.replication()
         self._runs_seen = runs_now
         self._activity_began = began
@@ -147,9 +155,7 @@ class PageStream:
 
     def _span(self, now: float) -> float:
         """Return how long the longest lanes are that somebody looks at."""
-        longest = max((view.seconds for view in self._views(now)), default=0.0)
-        # The verdict of an overview needs the runs that were lost lately.
-        return max(longest, RECENT_SECONDS) if longest else 0.0
+        return max((view.seconds for view in self._views(now)), default=0.0)
 
     def _render(self) -> None:
         self.fragments.render(self._activity)
@@ -277,4 +283,5 @@ async def _gzip(
 def _runs_of(job: view_models.Job) -> object:
     """Return a value that changes whenever a job's runs do."""
     last = job["lastRun"]
-    return job["fence"], job["state"], job["dueAt"], None if last is None else last["endedAt"]
+    ended = None if last is None else (last["endedAt"], last["outcome"])
+    return job["fence"], job["state"], job["dueAt"], ended

@@ -1,18 +1,15 @@
 """The verdict as the page shows it: the same as everywhere, with facts, buttons and links."""
 
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from balance_app.formatting import MINUTE, ago
 from balance_app.jobs.api import verdict as decided
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.states import Outcome, State
-from balance_app.web.queries import AUDIT, Activity
-from balance_app.web.view_models import RESULTS, last_result
 
 RED: Final = decided.Level.RED
 CAUSES_SHOWN: Final = 6
-RECENT_SECONDS: Final = decided.RECENT.total_seconds()
 
 
 class Cause(NamedTuple):
@@ -36,8 +33,10 @@ class Verdict(NamedTuple):
     causes: tuple[Cause, ...] = ()
     # causes that are not among them
     more: int = 0
-    # how much each job needs attention: 2 is red, 1 amber
-    attention: Mapping[str, int] = {}
+    # whether something of it has healed by itself, and can be dismissed
+    recovered: bool = False
+    # the jobs that need a hand
+    attention: frozenset[str] = frozenset()
 
     @property
     def title(self) -> str:
@@ -49,30 +48,30 @@ NO_VERDICT: Final = Verdict("none", "…", "No data yet.")
 UNAVAILABLE: Final = Verdict(RED, "✕", "Database unavailable.")
 
 
-def decide(snapshot: StatusSnapshot, activity: Activity | None) -> Verdict:
+def decide(
+    snapshot: StatusSnapshot, recent: decided.Recent, audit: Mapping[str, Any] | None
+) -> Verdict:
     """Return the verdict.
 
     Args:
         snapshot: the status of jobs and instances.
-        activity: the latest runs, for what has recovered, and the last audit; None: not known.
+        recent: what has recovered lately.
+        audit: the last one that came to a result; None: not known.
     """
-    recent = decided.Recent()
-    if activity is not None:
-        resumed = tuple(_resumed(activity.fleet, snapshot.now))
-        recent = decided.Recent(resumed, activity.dismissed_at)
     verdict = decided.decide(snapshot, recent)
     # Of a job; without instances no job is blamed.
-    attention = {
-        each.subject: 2
+    attention = frozenset(
+        each.subject
         for each in verdict.causes
         if each.level == RED and each.subject in snapshot.causes
-    }
+    )
     # What the sentence says in full is not said again.
     causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]
-    facts = _facts(snapshot, attention, last_result(snapshot, activity, AUDIT, RESULTS))
+    facts = _facts(snapshot, attention, audit)
     shown, more = tuple(causes[:CAUSES_SHOWN]), max(0, len(causes) - CAUSES_SHOWN)
+    recovered = any(each.level == decided.Level.AMBER for each in verdict.causes)
     level, symbol, sentence = verdict.level, verdict.symbol, verdict.sentence
-    return Verdict(level, symbol, sentence, facts, shown, more, attention)
+    return Verdict(level, symbol, sentence, facts, shown, more, recovered, attention)
 
 
 def _is_told(cause: Cause, sentence: str) -> bool:
@@ -92,31 +91,13 @@ def _cause(cause: decided.Cause) -> Cause:
     )
 
 
-def _resumed(runs: Iterable[Mapping[str, Any]], now: datetime) -> Iterable[decided.Resumed]:
-    """Yield the lost runs that were resumed lately, with the runs that resumed them."""
-    lost: dict[str, Mapping[str, Any]] = {}
-    for run in runs:
-        before = lost.pop(run["job"], None)
-        if run["outcome"] == Outcome.LOST:
-            lost[run["job"]] = run
-        elif before is not None and now.timestamp() - run["started"] < RECENT_SECONDS:
-            yield decided.Resumed(
-                before["id"],
-                before["job"],
-                before["server"],
-                datetime.fromtimestamp(before["ended"], UTC),
-                run["server"],
-                datetime.fromtimestamp(run["started"], UTC),
-            )
-
-
 def _facts(
     snapshot: StatusSnapshot,
-    attention: Mapping[str, int],
+    attention: frozenset[str],
     audit: Mapping[str, Any] | None,
 ) -> tuple[str, ...]:
     live = {each["server"] for each in snapshot.instances if each["live"]}
-    known = live | {each["server"] for each in snapshot.instances}
+    known = {each["server"] for each in snapshot.instances}
     paused = sum(
         job.summary.state == State.PAUSED
         for name, job in snapshot.jobs.items()
@@ -129,11 +110,8 @@ def _facts(
     if paused:
         facts.append(f"{paused} paused")
     if audit is not None and audit["outcome"] == Outcome.SUCCEEDED:
-        facts.append(f"ledger verified {_ago(snapshot.now.timestamp() - audit['ended'])}")
+        since = snapshot.now.timestamp() - audit["ended"]
+        # No seconds: it would change with each of them.
+        when = ago(since) if since >= MINUTE else "less than a minute ago"
+        facts.append(f"ledger verified {when}")
     return tuple(facts)
-
-
-def _ago(seconds: float) -> str:
-    """Return how long ago something was, in minutes, so that it rarely changes."""
-    minutes = int(seconds // 60)
-    return "less than a minute ago" if minutes < 1 else f"{minutes} min ago"

@@ -145,6 +145,7 @@ class Lane(NamedTuple):
     # of an instance: its last heartbeat, and whether it stopped responding
     seen: float | None = None
     gone: bool = False
+    silent: bool = False
     # the instance to dismiss
     dismiss: str | None = None
     note: str = ""
@@ -176,38 +177,31 @@ def lanes_of_instances(snapshot: StatusSnapshot, runs: Runs, now: float, prefix:
     instances: dict[str, list[dict[str, Any]]] = {}
     for instance in snapshot.instances:
         instances.setdefault(instance["server"], []).append(instance)
-    # One that is not known any more has a lane as long as its end is in it.
-    ended = {server for server, ran in by_server.items() if ran[-1]["outcome"] == Outcome.LOST}
     lanes = []
-    for server in sorted(instances.keys() | ended):
+    for server, seen in sorted(instances.items()):
         href = f"/runs?{urlencode({'server': server})}"
         ran = by_server.get(server, [])
-        if server not in instances:
-            lost_at = ran[-1]["ended"]
-            marks = _deaths(server, ran)
-            lanes.append(
-                Lane(f"{prefix}-{server}", server, href, ran, lost_at, gone=True, marks=marks)
-            )
-            continue
-        seen = instances[server]
         live = [instance for instance in seen if instance["live"]]
         newest = min(live or seen, key=lambda instance: instance["seenSecondsAgo"])
         running = sum(instance["running"] for instance in seen)
         notes = [f"{running} running" if running else "idle"] if live else []
         if len(live) > 1:
             notes.append(f"{len(live)} instances use this name (SERVER_ID)")
+        # Rounded, so that one heartbeat is the same moment in every snapshot.
+        seen_at = tenth(now - newest["seenSecondsAgo"])
+        gone = newest["state"] == "gone"
         lanes.append(
             Lane(
                 f"{prefix}-{server}",
                 server,
                 href,
                 ran,
-                # Rounded, so that one heartbeat is the same moment in every snapshot.
-                seen=tenth(now - newest["seenSecondsAgo"]),
-                gone=not live,
-                dismiss=newest["id"] if newest["state"] == "gone" else None,
+                seen=seen_at,
+                gone=gone,
+                silent=newest["state"] == "silent",
+                dismiss=newest["id"] if gone else None,
                 note=", ".join(notes),
-                marks=_deaths(server, ran),
+                marks=_deaths(server, ran, seen_at if gone else None),
                 gaps=_gaps(newest, snapshot.outages),
             )
         )
@@ -236,13 +230,16 @@ def _gaps(instance: Mapping[str, Any], outages: Iterable[Outage]) -> tuple[Gap, 
     return tuple(gaps)
 
 
-def _deaths(server: str, runs: Runs) -> tuple[Mark, ...]:
-    """Return where an instance stopped responding, by the runs that it lost: one mark a moment."""
+def _deaths(server: str, runs: Runs, seen: float | None) -> tuple[Mark, ...]:
+    """Return where an instance stopped responding, by the runs that it lost: one mark a moment.
+
+    Of one that is gone, and was idle: where it was `seen` last.
+    """
     found: dict[int, list[dict[str, Any]]] = {}
     for run in runs:
         if run["outcome"] == Outcome.LOST:
             found.setdefault(int(run["ended"] // 10), []).append(run)
-    return tuple(
+    marks = [
         Mark(
             max(run["ended"] for run in lost),
             f"{server} stopped responding before "
@@ -250,7 +247,10 @@ def _deaths(server: str, runs: Runs) -> tuple[Mark, ...]:
             f"lost: {', '.join(run['job'] for run in lost)}",
         )
         for lost in found.values()
-    )
+    ]
+    if seen is not None and all(mark.at < seen for mark in marks):
+        marks.append(Mark(seen, f"{server} stopped responding after {clock_time(seen)} UTC"))
+    return tuple(marks)
 
 
 def handovers(runs: Runs) -> list[tuple[float, str, float, str]]:
@@ -299,20 +299,24 @@ class Series:
         # by user: moments and balances; and how often each changed
         self._balances: dict[int, list[tuple[float, int]]] = {}
         self._versions: dict[int, list[tuple[float, int]]] = {}
-        self._began: float | None = None
+        # the status that was added last
+        self._added: float | None = None
         # the last activity that is in it
         self._noted = 0.0
 
     def add(self, snapshot: StatusSnapshot, activity: Activity | None) -> None:
         """Note the counters of all instances, and the accounts that changed last."""
         now = snapshot.now.timestamp()
+        last, self._added = self._added, now
         for instance in snapshot.instances:
             # What an instance had counted when it is first seen is of before, unless it is new.
-            is_new = self._began is not None and seconds_of(instance["startedAt"]) > self._began
+            is_new = (
+                last is not None
+                and now - last <= LONGEST_GAP_SECONDS
+                and seconds_of(instance["startedAt"]) > last
+            )
             total = (instance["accepted"], instance["refused"])
             self._count(instance["id"], total, now, (0, 0) if is_new else total)
-        if self._began is None:
-            self._began = now
         if activity is not None and activity.now > self._noted:
             self._noted = activity.now
             for user, version, balance in activity.changed:

@@ -61,7 +61,16 @@ function setClock(seconds) {
 
 /* -- UTC, or the viewer's own time ---------------------------------------------------------- */
 
-const isLocal = () => localStorage.getItem("zone") === "local";
+/* A browser may refuse to store anything; then what is stored lasts as long as the page. */
+const unstored = {};
+function stored(name, value) {
+  if (value !== undefined) unstored[name] = value;
+  try {
+    if (value !== undefined) localStorage.setItem(name, value);
+    return localStorage.getItem(name);
+  } catch { return unstored[name] ?? null; }
+}
+const isLocal = () => stored("zone") === "local";
 const written = (moment, local) => (local ? new Date(moment).toLocaleString("sv-SE") : moment.slice(0, 19).replace("T", " "));
 
 function showZone(root) {
@@ -81,7 +90,7 @@ function setZone() {
 
 zone.hidden = false;
 zone.addEventListener("click", () => {
-  localStorage.setItem("zone", isLocal() ? "utc" : "local");
+  stored("zone", isLocal() ? "utc" : "local");
   for (const each of document.querySelectorAll("[data-at]")) each.classList.add("local");
   setZone();
   showZone(document);
@@ -136,6 +145,11 @@ function apply(event) {
   if (!complete) byId("jobs-list") || ofJob ? connect(null) : load(location.href);
 }
 
+function showTab(page) {
+  document.title = page.title;
+  setIcon(page.querySelector("link[rel=icon]").href.match(/icon-([a-z]+)/)[1]);
+}
+
 function setIcon(level) {
   const icon = document.querySelector("link[rel=icon]"), name = `icon-${level}.svg`;
   if (!icon.href.includes(name)) icon.href = icon.href.replace(/icon-[a-z]+\.svg.*/, name);
@@ -155,6 +169,10 @@ function setState(tone, symbol, word, old = word) {
   state.className = `state ${tone}`;
   write(state.firstElementChild, symbol);
   stale = old;
+  if (stale) {
+    setIcon("none");
+    if (byId("verdict")) document.title = `… ${word} · balance_app`;
+  }
   write(state.childNodes[1], ` ${word}`);
   setAge();
   document.body.classList.toggle("stale", old !== null);
@@ -177,14 +195,15 @@ function connect(since) {
   stream.addEventListener("status", (event) => { lastEventAt = Date.now(); apply(event); });
   stream.addEventListener("unavailable", (event) => {
     lastEventAt = Date.now();
-    setState("bad", "✕", "database unavailable, waiting for it");
+    setState("bad", "✕", "database unavailable, retrying");
     state.title = JSON.parse(event.data).detail;
     setIcon("red");
-    if (verdict || !byId("verdict-now")) return;
+    if (!byId("verdict-now")) return;
+    document.title = "✕ Database unavailable · balance_app";
+    if (verdict) return;
     verdict = byId("verdict-now").cloneNode(true);
     byId("verdict-now").className = "verdict red";
     byId("verdict-now").innerHTML = "<p><strong>✕ Database unavailable.</strong></p>";
-    document.title = "✕ Database unavailable · balance_app";
   });
   stream.addEventListener("error", reconnect);
 }
@@ -250,6 +269,8 @@ const fetchPage = async (address, options) => {
   return [answer, new DOMParser().parseFromString(await answer.text(), "text/html")];
 };
 
+const typed = (each) => each.matches("input:not([type=hidden])") && each.value !== each.defaultValue;
+
 /* What somebody types, and the key of a form that may be sent again, are left as they are. */
 async function refresh() {
   if (loading) return;
@@ -263,10 +284,11 @@ async function refresh() {
     const held = document.activeElement?.closest("td form");
     Idiomorph.morph(byId("main"), page.getElementById("main"), {
       callbacks: {
-        beforeNodeMorphed: (old) => !(old.nodeType === 1 && (old === held || old.matches(".forms, #message, [id^=said-], .fields"))),
+        beforeNodeMorphed: (old) => !(old.nodeType === 1 && (old === held || typed(old) || old.matches(".forms, #message, [id^=said-], .fields"))),
       },
     });
     dataset.refresh = page.body.dataset.refresh;
+    showTab(page);
     setClock(+page.body.dataset.now);
     setLive(+page.body.dataset.now);
     if (!dataset.refresh) location.reload();
@@ -291,7 +313,8 @@ async function load(address, options) {
     if (!main || answer.redirected && /\/login$/.test(new URL(answer.url).pathname)) { location.assign(answer.url); return; }
     Idiomorph.morph(byId("main"), main, { ignoreActiveValue: options === undefined });
     for (const name of ["stream", "refresh"]) dataset[name] = page.body.dataset[name];
-    document.title = page.title;
+    verdict = null;
+    showTab(page);
     if (page.body.dataset.now) { setClock(+page.body.dataset.now); asOf = +page.body.dataset.now; }
     lastEventAt = Date.now();
     if (dataset.refresh) setLive(asOf);
@@ -365,9 +388,9 @@ document.addEventListener("submit", (event) => {
   if (/\/(forget|login|logout|users)$/.test(address.pathname)) return;  // they lead to another page
   event.preventDefault();
   const fields = new URLSearchParams(new FormData(form, by));
-  const name = localStorage.getItem("by"), given = form.elements.by?.value;
+  const name = stored("by"), given = form.elements.by?.value;
   if (name && (by?.name === "by" || given === "page")) fields.set("by", name);
-  else if (given) localStorage.setItem("by", given);
+  else if (given) stored("by", given);
   byId("confirm").close();
   load(address, { method: "POST", body: fields });
 });
