@@ -291,6 +291,30 @@ async def test_work_that_is_done_is_not_shown_as_running_on(site: Site, browser:
             assert await page.locator("#job-job-a progress").count() == 0
 
 
+async def test_two_outages_of_the_database_are_told_as_outages(
+    site: Site, browser: Browser
+) -> None:
+    """No instance is lost by them, and each has its place in the lanes.
+
+    It comes before the one that dismisses what has recovered until then.
+    """
+    for server in ("app1", "app2"):
+        await add_instance(site.connection, server, up_seconds=2000)
+    await site.connection.execute(
+        "UPDATE instances SET silences = ARRAY[now() - interval '200 s', now() - interval '180 s',"
+        " now() - interval '400 s', now() - interval '370 s']"
+    )
+    async with tab(browser, site.instance.url) as page:
+        await live(page)
+        await says(page, "#verdict", "Recovered: no instance reached the database for 20 s")
+        assert "2 of 2 instances up" in await page.inner_text("#verdict")
+        assert await page.locator("#lanes .gap").count() == 4
+        title = await page.locator("#lanes .gap title").first.text_content()
+        assert title is not None
+        assert title.startswith("database unavailable from ")
+        assert await page.locator("#lanes .death").count() == 0
+
+
 async def test_what_is_gone_and_what_has_recovered_is_dismissed_where_one_looks(
     site: Site, browser: Browser
 ) -> None:
@@ -299,6 +323,7 @@ async def test_what_is_gone_and_what_has_recovered_is_dismissed_where_one_looks(
     await add_instance(site.connection, "app3", up_seconds=900, seen_seconds_ago=90)
     await add_instance(site.connection, "app4", up_seconds=900, seen_seconds_ago=90)
     await add_instance(site.connection, "app4", up_seconds=60)
+    before = await site.value("SELECT count(*) FROM actions")
     async with tab(browser, site.instance.url) as page:
         await live(page, "/?span=5&lanes=instance")
         await says(page, "#verdict", "app3 stopped responding")
@@ -314,7 +339,7 @@ async def test_what_is_gone_and_what_has_recovered_is_dismissed_where_one_looks(
         await says(page, "#toasts", "The instance is off the list.")
         await says(page, "#verdict", "All is well.")
         assert "app3" not in await page.inner_text("#fleet")
-        assert await site.value("SELECT count(*) FROM actions") == 2
+        assert await site.value("SELECT count(*) FROM actions") == before + 2
 
 
 async def test_instances_that_stop_as_they_should_leave_nothing_to_do(
@@ -335,27 +360,6 @@ async def test_instances_that_stop_as_they_should_leave_nothing_to_do(
         await says(page, "#verdict", "All is well.")
         assert "stopped responding" not in await page.inner_text("#lanes")
         assert "app4" not in await page.inner_text("#lanes")
-
-
-async def test_two_outages_of_the_database_are_told_as_outages(
-    site: Site, browser: Browser
-) -> None:
-    """No instance is lost by them, and each has its place in the lanes."""
-    for server in ("app1", "app2"):
-        await add_instance(site.connection, server, up_seconds=2000)
-    await site.connection.execute(
-        "UPDATE instances SET silences = ARRAY[now() - interval '200 s', now() - interval '180 s',"
-        " now() - interval '400 s', now() - interval '370 s']"
-    )
-    async with tab(browser, site.instance.url) as page:
-        await live(page)
-        await says(page, "#verdict", "Recovered: no instance reached the database for 20 s")
-        assert "2 of 2 instances up" in await page.inner_text("#verdict")
-        assert await page.locator("#lanes .gap").count() == 4
-        title = await page.locator("#lanes .gap title").first.text_content()
-        assert title is not None
-        assert title.startswith("database unavailable from ")
-        assert await page.locator("#lanes .death").count() == 0
 
 
 async def test_the_tab_does_not_say_that_all_is_well_while_nothing_is_known(
