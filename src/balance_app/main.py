@@ -52,7 +52,6 @@ from balance_app.jobs.api.router import router as jobs_router
 from balance_app.jobs.api.router import verdict_router
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
-from balance_app.jobs.api.verdict import Audits
 from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.job import Registry
 from balance_app.jobs.scheduler import Scheduler
@@ -172,9 +171,10 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
         name: settings.job_min_seconds if job.min_seconds is None else job.min_seconds
         for name, job in registry.items()
     }
-    audits = Audits(frozenset(each.name for each in AUDITS), LedgerMismatchError.__name__)
-    status_reader = StatusReader(database, settings, audits=audits, least_seconds=minimums)
-    verdict_reader = VerdictReader(status_reader, database)
+    status_reader = StatusReader(database, settings, least_seconds=minimums)
+    verdict_reader = VerdictReader(
+        status_reader, database, [each.name for each in AUDITS], LedgerMismatchError.__name__
+    )
     metrics.set_fleet_query(
         StatsReader(
             database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read

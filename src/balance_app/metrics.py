@@ -348,8 +348,6 @@ class _Fleet(Collector):
                     family.add_metric([job.name], float(number))
             yield family
         verdict, causes = self.stats.verdict, self.stats.causes
-        if self.success is False:  # nobody has to combine it with the scrape's success
-            verdict, causes = 2, {"database-unavailable": 1}
         if verdict is not None:
             yield GaugeMetricFamily(
                 "balance_app_fleet_verdict",

@@ -30,7 +30,9 @@ log = structlog.get_logger(__name__)
 
 HANG_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 0.2
-STOP_SECONDS: Final = 0.5
+# How long a stop waits for the thread, which says that the instance leaves.
+STOP_SECONDS: Final = 2.0
+LEAVE_SECONDS: Final = 0.5
 # After a write of logs that failed, until the next.
 LOGS_PAUSE_SECONDS: Final = 5.0
 
@@ -165,9 +167,11 @@ class HeartbeatThread:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._soon.wait(), rest)
                 self._soon.clear()
-            if connection is not None and not connection.is_closed():
-                with suppress(Exception):  # else it stays listed until its lease would have expired
-                    await connection.execute(LEAVE, self._me.id, timeout=0.5)
+            # Else it counts as gone against its will, until somebody dismisses it; so it is tried
+            # also after a heartbeat that failed.
+            with suppress(Exception):
+                connection = await self._connected(connection)
+                await connection.execute(LEAVE, self._me.id, timeout=LEAVE_SECONDS)
         finally:
             watch.cancel()
             if connection is not None:

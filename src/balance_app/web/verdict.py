@@ -63,7 +63,7 @@ def decide(
     attention = frozenset(
         each.subject
         for each in verdict.causes
-        if each.level == RED and each.subject in snapshot.causes
+        if each.level == RED and each.subject in snapshot.jobs
     )
     # What the sentence says in full is not said again.
     causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]

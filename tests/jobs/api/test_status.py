@@ -81,7 +81,7 @@ REASONS: dict[str, tuple[dict[str, object], str | None, str]] = {
     "lost": (
         {**running(uuid4(), "app7"), "lease_expires_at": -1 * SECOND},
         None,
-        "app7 stopped responding (no heartbeat).",
+        "app7 stopped responding, or can't reach the database",
     ),
 }
 LAST = {

@@ -10,9 +10,9 @@ import pytest
 from balance_app.jobs.api.fleet import Outage, judge
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.jobs.api.verdict import (
-    Audits,
     Cause,
     Code,
+    Difference,
     Level,
     Recent,
     Resumed,
@@ -24,7 +24,6 @@ from balance_app.jobs.api.verdict import (
 NOW = datetime(2026, 11, 29, 2, 44, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
 LEASE = 6 * SECOND
-AUDITS = Audits(frozenset({"audit-ledger"}), "LedgerMismatchError")
 
 
 def last(outcome: str, result: str | None = None) -> dict[str, Any]:
@@ -58,7 +57,6 @@ def paused(by: str, reason: str | None = "it failed 5 times in a row") -> dict[s
 
 
 RUNNING: dict[str, Any] = {"state": "running", "waiting": None}
-DIFFERS = last("failed", "LedgerMismatchError: user 7 differs")
 # job, code, what mends it
 JOBS: dict[str, tuple[dict[str, Any], Code | None, str]] = {
     "on time": (job(), None, ""),
@@ -104,23 +102,8 @@ JOBS: dict[str, tuple[dict[str, Any], Code | None, str]] = {
     "no room yet": (job(waiting=waits("no-capacity")), None, ""),
     "nobody has the code": (job(waiting=waits("no-code")), Code.NO_CODE, "open"),
     "cancelled": (job(lastRun=last("cancelled")), None, ""),
-    "an audit that differs": (
-        job("audit-ledger", failuresInARow=1, lastRun=DIFFERS),
-        Code.AUDIT_DIFFERS,
-        "open",
-    ),
-    "an audit that differs, paused by a person": (
-        job("audit-ledger", **paused("ada"), failuresInARow=1, lastRun=DIFFERS),
-        Code.AUDIT_DIFFERS,
-        "open",
-    ),
     "an audit that failed otherwise": (
         job("audit-ledger", failuresInARow=1, lastRun=last("failed", "OSError: no")),
-        Code.JOB_FAILING,
-        "run",
-    ),
-    "no audit, with the words of one": (
-        job(failuresInARow=1, lastRun=DIFFERS),
         Code.JOB_FAILING,
         "run",
     ),
@@ -131,7 +114,7 @@ JOBS: dict[str, tuple[dict[str, Any], Code | None, str]] = {
 def test_a_job_needs_a_hand_or_does_not(kind: str) -> None:
     """What is wrong now has a code and an action; what is history, or wanted, has none."""
     state, code, action = JOBS[kind]
-    cause = cause_of_job(state, AUDITS)
+    cause = cause_of_job(state)
     assert (cause and cause.code) == code
     if cause is not None:
         assert cause.level is Level.RED
@@ -219,7 +202,10 @@ def test_all_silent_at_once_is_no_death_of_each() -> None:
     assert codes(snapshot(*at_once)) == ("red", ["no-instances"])
     # The control
     one_by_one = [instance("app1", seen=20), instance("app2", seen=90)]
-    assert codes(snapshot(*one_by_one))[1] == ["no-instances", "instance-gone", "instance-gone"]
+    assert codes(snapshot(*one_by_one))[1] == ["no-instances", "instance-gone"]
+    # One that died long before is no reason to count the others as dead.
+    day_ago = instance("app6", seen=86_400)
+    assert codes(snapshot(*at_once, day_ago))[1] == ["no-instances", "instance-gone"]
 
 
 def test_an_outage_of_the_database_is_told_as_that() -> None:
@@ -251,7 +237,12 @@ def test_a_frozen_instance_is_no_outage_of_the_database() -> None:
     frozen = instance("app1", silences=((60.0, 30.0),), up=900)
     assert snapshot(frozen, instance("app2")).outages == ()
     assert snapshot(frozen, instance("app2", silences=((90.0, 70.0),))).outages == ()
-    assert len(snapshot(frozen, instance("app2", up=40)).outages) == 1
+    # Nobody who is there has seen it, as the others were started again since.
+    assert snapshot(frozen, instance("app2", up=20)).outages == ()
+    assert snapshot(frozen, instance("app2", seen=300)).outages == ()
+    # Controls: it is the only one; the other fell silent with it, and is not back yet.
+    assert len(snapshot(frozen).outages) == 1
+    assert len(snapshot(frozen, instance("app2", seen=58)).outages) == 1
 
 
 def test_two_outages_are_two() -> None:
@@ -282,7 +273,7 @@ def test_an_instance_that_was_started_again_is_amber_for_a_quarter_of_an_hour() 
 
 def resumed(seconds: float, name: str = "moon") -> Resumed:
     at = NOW - timedelta(seconds=seconds)
-    return Resumed(1, name, "app4", at - 6 * SECOND, "app1", at)
+    return Resumed(name, "app4", "app1", at)
 
 
 def test_a_run_that_was_lost_and_resumed_is_amber_for_a_quarter_of_an_hour() -> None:
@@ -299,11 +290,27 @@ def test_a_run_that_was_lost_and_resumed_is_amber_for_a_quarter_of_an_hour() -> 
     assert codes(red, Recent((resumed(60, "sun"),))) == ("red", ["job-lost", "run-resumed"])
 
 
+def test_what_an_audit_has_found_stays_until_it_finds_nothing() -> None:
+    """Whatever became of its runs since, and also while somebody has paused it."""
+    found = Recent(differences=(Difference("audit-ledger", " user 7 differs", NOW),))
+    runs = ("timed_out", "lost", "released", "failed")
+    jobs = [job("audit-ledger", lastRun=last(each, "OSError"), failuresInARow=2) for each in runs]
+    jobs.append(job("audit-ledger", **paused("ada"), failuresInARow=2, lastRun=last("failed")))
+    for each in jobs:
+        cause_now = cause_of_job(each)
+        causes = {} if cause_now is None else {"audit-ledger": cause_now}
+        listed: Any = {"audit-ledger": None}
+        shot = snapshot(instance("app1"), causes=causes)._replace(jobs=listed)
+        (cause,) = decide(shot, found).causes
+        assert (cause.code, cause.subject) == ("audit-differs", "audit-ledger")
+        assert cause.text == "audit-ledger found a difference: user 7 differs"
+        # Control: without the history only what became of its last run is known.
+        assert Code.AUDIT_DIFFERS not in codes(shot)[1]
+
+
 def test_the_sentence_counts_what_it_does_not_name() -> None:
     """One cause is the sentence; of several the instances are named, and the jobs counted."""
-    jobs = {
-        name: cause_of_job(job(name, **paused("balance_app")), AUDITS) for name in ("moon", "sun")
-    }
+    jobs = {name: cause_of_job(job(name, **paused("balance_app"))) for name in ("moon", "sun")}
     causes: Any = jobs
     gone = [instance(f"app{n}", seen=100 * n) for n in range(2, 7)]
     verdict = decide(snapshot(instance("app1"), *gone, causes=causes))

@@ -218,7 +218,7 @@ class Controls:
         row = await self._database.run(
             lambda con: write(con, DISMISS, id_, by, self._status_reader.lease)
         )
-        if row is None:
+        if row is None or (row["gone"] and not row["dismissed"]):  # by somebody else
             raise InstanceNotFound
         if not row["dismissed"]:
             raise InstanceLive(row["server"])
@@ -423,7 +423,7 @@ WITH found AS (
            jsonb_build_object('id', found.id, 'lastHeartbeatAt', last_heartbeat_at)
     FROM found JOIN removed USING (id)
 )
-SELECT server, id IN (SELECT id FROM removed) AS dismissed FROM found
+SELECT server, gone, id IN (SELECT id FROM removed) AS dismissed FROM found
 """
 
 DISMISS_RECOVERED: Final = """

@@ -41,25 +41,37 @@ def judge(
         lease: how long after its last heartbeat an instance is live.
         back_at: when the reader's own connection was last found to be back.
     """
-    outages = find_outages([each for each in instances if each["live"]])
+    seen = {each["id"]: now - timedelta(seconds=each["seenSecondsAgo"]) for each in instances}
+    live = [each for each in instances if each["live"]]
+    dying = [seen[each["id"]] for each in instances if not each["live"]]
+    outages = find_outages(live, dying, lease)
     ends = [outage.until for outage in outages[:1]]
     settling = any(now < end + 2 * lease for end in (*ends, *([back_at] if back_at else [])))
-    seen = {each["id"]: now - timedelta(seconds=each["seenSecondsAgo"]) for each in instances}
-    at_once = bool(seen) and max(seen.values()) - min(seen.values()) <= lease
-    nobody = not any(each["live"] for each in instances)
+    latest = max(seen.values(), default=now)
     for each in instances:
         last = seen[each["id"]]
         forgiven = (
             (back_at is not None and last <= back_at and now < back_at + lease)
             or any(o.since - lease <= last <= o.until and now < o.until + lease for o in outages)
-            or (nobody and at_once)
+            or (not live and latest - last <= lease)
         )
         each["state"] = LIVE if each["live"] else SILENT if forgiven else GONE
     return Fleet(outages, settling)
 
 
-def find_outages(live: Sequence[Instance]) -> tuple[Outage, ...]:
-    """Return when all instances that were up, of these, were silent; the latest first."""
+def find_outages(
+    live: Sequence[Instance], others_seen: Sequence[datetime], lease: timedelta
+) -> tuple[Outage, ...]:
+    """Return when all instances that were up were silent; the latest first.
+
+    Args:
+        live: the instances that are there.
+        others_seen: the last heartbeats of those that are not, or not yet again.
+        lease: how long an instance is trusted after a heartbeat.
+
+    The silence of one instance is an outage if others fell silent with it, or if it is the only
+    one: else it may have been a freeze of its own, which nobody who is still there has seen.
+    """
     if not live:
         return ()
     eldest = min(live, key=lambda each: each["startedAt"])
@@ -67,6 +79,9 @@ def find_outages(live: Sequence[Instance]) -> tuple[Outage, ...]:
     for silence in eldest["silences"]:
         since, until = silence["from"], silence["until"]
         others = [each for each in live if each is not eldest and each["startedAt"] < since]
+        fell_silent = any(since - lease <= seen <= since + lease for seen in others_seen)
+        if not others and not fell_silent and len(live) + len(others_seen) > 1:
+            continue
         for other in others:
             both = [
                 (max(since, own["from"]), min(until, own["until"]))

@@ -20,13 +20,16 @@ from balance_app.errors import Problem
 from balance_app.formatting import exact
 from balance_app.jobs.api.fleet import Outage, judge
 from balance_app.jobs.api.fleet import parse as parse_instance
-from balance_app.jobs.api.verdict import Audits, Cause, cause_of_job
+from balance_app.jobs.api.verdict import Cause, cause_of_job
 from balance_app.jobs.declarations import LOST_LIMIT
 from balance_app.jobs.schedule import ScheduleError, parse
 from balance_app.settings import Settings
 from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
 
-_LOST: Final = "{} stopped responding (no heartbeat). Another instance resumes the run."
+_LOST: Final = "{} stopped responding, or can't reach the database (no heartbeat). "
+_RESUMES: Final = "Another instance resumes the run."
+_NOBODY: Final = "No instance has started it."
+_SOON: Final = "It starts within 2 seconds."
 _QUARANTINED: Final = (
     "The last {} runs were lost with their processes. The next try is at {}, or on request."
 )
@@ -123,7 +126,6 @@ class StatusReader:
         database: Database,
         settings: Settings,
         *,
-        audits: Audits = Audits(),  # noqa: B008 - it is immutable
         least_seconds: Mapping[str, float] | None = None,
     ) -> None:
         """Read the status.
@@ -131,12 +133,10 @@ class StatusReader:
         Args:
             database: where it is.
             settings: for the lease, and how long jobs last at least.
-            audits: the jobs whose failures may be differences in the ledger.
             least_seconds: how long runs of jobs last at least that declare that themselves.
         """
         self._database = database
-        self._audits = audits
-        # whether a read failed or was late, and when by PostgreSQL's clock the next one succeeded
+        # whether a read failed, and when by PostgreSQL's clock the next one succeeded
         self._was_unavailable = False
         self._back_at: datetime | None = None
         # how long after its last heartbeat an instance counts as live
@@ -292,7 +292,7 @@ class StatusReader:
             if _is_forgotten(self._rows[name]):
                 self._jobs.pop(name, None)
                 continue
-            status = _job_status(self._rows[name], now, fleet, self._limits, self._audits)
+            status = _job_status(self._rows[name], now, fleet, self._limits)
             if status.cause is not None:
                 self._causes[name] = status.cause
             self._in_order = self._in_order and previous is not None
@@ -352,10 +352,10 @@ FROM (
                 'missing', CASE WHEN id <> ALL ($4::uuid[]) THEN missing END
             ) ORDER BY server, started_at), '[]')::text
             FROM (
-                SELECT *, lag(last_heartbeat_at) OVER name_of AS replaces_seen_at,
+                SELECT id, lag(last_heartbeat_at) OVER name_of AS replaces_seen_at,
                        max(started_at) OVER (PARTITION BY server) AS latest
                 FROM instances WINDOW name_of AS (PARTITION BY server ORDER BY started_at)
-            ) AS listed
+            ) AS boot JOIN instances USING (id)
             WHERE last_heartbeat_at + $3 > now OR latest <= last_heartbeat_at) AS instances
     FROM header
 ) AS header
@@ -370,9 +370,7 @@ def _is_forgotten(row: asyncpg.Record) -> bool:
     )
 
 
-def _job_status(
-    row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits, audits: Audits
-) -> JobStatus:
+def _job_status(row: asyncpg.Record, now: datetime, fleet: Fleet, limits: Limits) -> JobStatus:
     """Return a job's status as of `now`."""
     state = State.WAITING
     if row["holder"] is not None and row["lease_expires_at"] > now:
@@ -448,7 +446,7 @@ def _job_status(
     }
     failed = row["last_outcome"] in FAILURES
     summary = JobSummary(state, bool(waiting and waiting["overdue"]), failed, holder)
-    return JobStatus(to_json(body), valid_until, summary, cause_of_job(body, audits))
+    return JobStatus(to_json(body), valid_until, summary, cause_of_job(body))
 
 
 def _waiting_reason(
@@ -466,12 +464,15 @@ def _waiting_reason(
     outcome = row["last_outcome"]
     ended = outcome and outcome_predicate(outcome)
     failures = row["failure_streak"]
+    overdue = overdue_at <= now
+    starts = _NOBODY if overdue else _SOON
     many = f" The last {failures} runs failed." if failures > 1 else ""
     until = None
     if not fleet.can_run(row["number"], row["name"]):
         reason, sentence = Reason.NO_CODE, "No running instance has the code of this job."
     elif lost:
-        reason, sentence = Reason.LOST, _LOST.format(row["server"])
+        resumes = "No instance has resumed the run." if overdue else _RESUMES
+        reason, sentence = Reason.LOST, _LOST.format(row["server"]) + resumes
     elif row["lost_streak"] >= LOST_LIMIT and ready_at > now:
         until = ready_at
         reason = Reason.QUARANTINED
@@ -497,15 +498,15 @@ def _waiting_reason(
     elif row["requested_by"] is not None:
         reason, sentence = (
             Reason.REQUESTED,
-            f"Queued by {row['requested_by']}. It starts within 2 seconds.",
+            f"Queued by {row['requested_by']}. {starts}",
         )
     elif row["attempt"] and outcome == Outcome.RELEASED:
         reason, sentence = (
             Reason.RELEASED,
-            f"{row['last_server']} released it. Another instance resumes it.",
+            f"{row['last_server']} released it. {_NOBODY if overdue else _RESUMES}",
         )
     elif row["attempt"]:
-        reason, sentence = Reason.RETRY, f"The last run {ended}. It is tried again now.{many}"
+        reason, sentence = Reason.RETRY, f"The last run {ended}. {starts}{many}"
     else:
         reason = Reason.DUE
         starts = (

@@ -54,13 +54,6 @@ class Code(StrEnum):
 _FOR_WANT_OF_INSTANCES: Final = {Code.NO_CODE, Code.JOB_OVERDUE, Code.JOB_LOST}
 
 
-class Audits(NamedTuple):
-    """The jobs that audit, and the error with which one that found a difference fails."""
-
-    names: frozenset[str] = frozenset()
-    mismatch: str = ""
-
-
 class Action(NamedTuple):
     """What mends a cause: `resume` or `run` a job, `open` its runs, `dismiss` an instance."""
 
@@ -83,19 +76,29 @@ class Cause(NamedTuple):
 class Resumed(NamedTuple):
     """A run that was lost, and the run of its job that came after it."""
 
-    id: int
     job: str
     server: str
-    lost_at: datetime
     resumed_on: str
     resumed_at: datetime
 
 
+class Difference(NamedTuple):
+    """An audit whose last result is that it found a difference."""
+
+    audit: str
+    result: str
+    at: datetime
+
+
 class Recent(NamedTuple):
-    """What has recovered lately, and until when somebody has dismissed that."""
+    """What the history says: what has recovered lately, and what audits found last.
+
+    `dismissed_at` is until when somebody has dismissed what had recovered.
+    """
 
     resumed: tuple[Resumed, ...] = ()
     dismissed_at: datetime | None = None
+    differences: tuple[Difference, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -156,15 +159,19 @@ class Situation(Protocol):
 
 def decide(snapshot: Situation, recent: Recent | None = None) -> Verdict:
     """Return the verdict on a snapshot, and on what has recovered lately."""
+    recent = recent or Recent()
     red = list(_of_instances(snapshot))
     nobody = not any(each["state"] == "live" for each in snapshot.instances)
+    # What an audit has found stays, whatever became of its runs since.
+    found = {each.audit: _differs(each) for each in recent.differences}
+    jobs = {**snapshot.causes, **{job: each for job, each in found.items() if job in snapshot.jobs}}
     red += [
         cause
-        for cause in snapshot.causes.values()
+        for _, cause in sorted(jobs.items())
         if not ((nobody or snapshot.settling) and cause.code in _FOR_WANT_OF_INSTANCES)
     ]
     amber = sorted(
-        _recovered(snapshot, recent or Recent()),
+        _recovered(snapshot, recent, jobs),
         key=lambda cause: cause.since or snapshot.now,
         reverse=True,
     )
@@ -185,15 +192,16 @@ def unavailable(since: datetime | None, now: datetime | None) -> Verdict:
     return Verdict(Level.RED, f"{text}{when}.", (cause,), now)
 
 
-def cause_of_job(job: Mapping[str, Any], audits: Audits) -> Cause | None:
+def _differs(found: Difference) -> Cause:
+    text = f"{found.audit} found a difference: {_cut(found.result)}"
+    return _red(Code.AUDIT_DIFFERS, found.audit, text, found.at, "open")
+
+
+def cause_of_job(job: Mapping[str, Any]) -> Cause | None:
     """Return why a job (a `JobAnswer` with its times) needs a hand; None: it needs none."""
     name, last, paused = job["name"], job["lastRun"], job["paused"]
     failures = job["failuresInARow"]
     result = (last and last["result"]) or ""
-    mismatch = f"{audits.mismatch}:"
-    if name in audits.names and failures and result.startswith(mismatch):
-        text = f"{name} found a difference: {_cut(result.removeprefix(mismatch))}"
-        return _red(Code.AUDIT_DIFFERS, name, text, last["endedAt"], "open")
     if paused is not None:
         if paused["by"] != BY_ITSELF:
             return None
@@ -273,7 +281,7 @@ def _red_sentence(red: list[Cause]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _recovered(snapshot: Situation, recent: Recent) -> Iterable[Cause]:
+def _recovered(snapshot: Situation, recent: Recent, red: Mapping[str, Cause]) -> Iterable[Cause]:
     """Yield what has healed by itself within the last quarter of an hour."""
     after = snapshot.now - RECENT
     if recent.dismissed_at is not None:
@@ -296,8 +304,8 @@ def _recovered(snapshot: Situation, recent: Recent) -> Iterable[Cause]:
             text = f"{each['server']} is back after {away}"
             yield Cause(Level.AMBER, Code.INSTANCE_BACK, each["server"], text, back_at)
     for run in recent.resumed:
-        # A run that a person or the verdict's red causes are about is not healed.
-        if run.resumed_at > after and run.job not in snapshot.causes:
+        # What is red is not healed.
+        if run.resumed_at > after and run.job not in red:
             # A lost run ends with its lease: how long nobody worked is not known.
             text = f"the run of {run.job} on {run.server} was lost and resumed on {run.resumed_on}"
             action = Action("open", run.job)

@@ -1,13 +1,24 @@
 """The verdict as of now: the status, and one statement more for what has recovered lately."""
 
-from datetime import datetime, timedelta
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Final
 
-from balance_app.db.pool import Database, read
-from balance_app.errors import DatabaseUnavailable
+from pydantic_core import from_json
+
+from balance_app.db.pool import Database, read_in_order
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs.api.status import StatusReader
-from balance_app.jobs.api.verdict import RECENT, Recent, Resumed, Verdict, decide, unavailable
+from balance_app.jobs.api.verdict import (
+    RECENT,
+    Difference,
+    Recent,
+    Resumed,
+    Verdict,
+    decide,
+    unavailable,
+)
 
 # What amber causes were dismissed: the subject of the action.
 RECOVERED: Final = "recovered"
@@ -16,16 +27,30 @@ RECOVERED: Final = "recovered"
 class VerdictReader:
     """Reads the verdict; it has one also while the database is unavailable."""
 
-    def __init__(self, status_reader: StatusReader, database: Database) -> None:
+    def __init__(
+        self,
+        status_reader: StatusReader,
+        database: Database,
+        audits: Iterable[str] = (),
+        mismatch: str = "",
+    ) -> None:
+        """Read with these; `audits` fail with the error `mismatch` when they find a difference."""
         self._status_reader = status_reader
         self._database = database
+        self._audits = list(audits)
+        self._mismatch = f"{mismatch}:"
+        self._last: Verdict | None = None
         # the database's time at the last verdict, and the moment of that (monotonic)
         self._read_at: tuple[datetime, float] | None = None
         # since when the database is unavailable; as it was last seen before that, if ever
         self._unavailable_since: datetime | None = None
 
     async def read(self) -> Verdict:
-        """Return the verdict."""
+        """Return the verdict; while there are too many requests, the last one.
+
+        Raises:
+            Overloaded: there was none before.
+        """
         try:
             snapshot = await self._status_reader.read()
             recent = await self.recent()
@@ -35,47 +60,91 @@ class VerdictReader:
                 then, at = self._read_at
                 now = then + timedelta(seconds=monotonic() - at)
             self._unavailable_since = self._unavailable_since or now
-            return unavailable(self._unavailable_since, now)
+            self._last = unavailable(self._unavailable_since, now)
+            return self._last
+        except Overloaded:
+            if self._last is None:
+                raise
+            return self._last
         self._unavailable_since = None
         self._read_at = snapshot.now, monotonic()
-        return decide(snapshot, recent)
+        self._last = decide(snapshot, recent)
+        return self._last
 
     async def recent(self) -> Recent:
-        """Return what has recovered lately."""
+        """Return what has recovered lately, and what the audits found last."""
         rows = await self._database.run(
-            lambda con: read(con, RESUMED, RECENT, RECOVERED), priority=True
+            lambda con: read_in_order(
+                con, RECENTLY, RECENT, RECOVERED, self._audits, self._mismatch
+            ),
+            priority=True,
         )
         return Recent(
             tuple(
                 Resumed(**{field: row[field] for field in Resumed._fields})
                 for row in rows
-                if row["id"] is not None
+                if row["job"] is not None
             ),
             rows[0]["dismissed_at"],
+            tuple(
+                Difference(
+                    found["audit"],
+                    found["result"].removeprefix(self._mismatch),
+                    datetime.fromisoformat(found["at"]).astimezone(UTC),
+                )
+                for found in from_json(rows[0]["differences"])
+            ),
         )
 
 
 # A bounded number of rows, by an index, as in `history.py`: the latest losses, and the run of each
 # job that came after (each claim raises the fence by one).
 #
-# $1 for how long something is recent, $2 the subject of the actions that dismiss
-RESUMED: Final = """
+# An audit that failed otherwise has no result: the result before it counts, searched through up to
+# 1000 failures.
+#
+# $1 for how long something is recent, $2 the subject of the actions that dismiss, $3 the audits,
+# $4 how a result begins that is a difference
+RECENTLY: Final = """
 WITH dismissed AS (
     SELECT at FROM actions
     WHERE (subject, id) < ($2, 9223372036854775807) AND (subject, id) > ($2, 0)
     ORDER BY subject DESC, id DESC LIMIT 1
 ), lost AS (
-    SELECT id, job, fence, server, ended_at FROM job_runs
+    SELECT job, fence, server FROM job_runs
     WHERE (outcome, id) < ('lost', 9223372036854775807) AND (outcome, id) > ('lost', 0)
     ORDER BY outcome DESC, id DESC LIMIT 100
 ), resumed AS (
-    SELECT lost.id, lost.job, lost.server, lost.ended_at AS lost_at,
+    SELECT lost.job, lost.server,
            next.server AS resumed_on, next.started_at AS resumed_at
     FROM lost JOIN job_runs AS next ON next.job = lost.job AND next.fence = lost.fence + 1
     WHERE next.started_at > clock_timestamp() - $1::interval
       AND next.outcome IS DISTINCT FROM 'lost'
+), difference AS (
+    SELECT audit.name, found.result, found.ended_at
+    FROM unnest($3::text[]) AS audit(name)
+    LEFT JOIN LATERAL (
+        SELECT id, outcome FROM job_runs
+        WHERE (job, outcome, id) < (audit.name, 'succeeded', 9223372036854775807)
+          AND (job, outcome, id) > (audit.name, '', 0)
+        ORDER BY job DESC, outcome DESC, id DESC LIMIT 1
+    ) AS success ON success.outcome = 'succeeded'
+    CROSS JOIN LATERAL (
+        SELECT id, result, ended_at FROM (
+            SELECT id, outcome, result, ended_at FROM job_runs
+            WHERE (job, outcome, id) < (audit.name, 'failed', 9223372036854775807)
+              AND (job, outcome, id) > (audit.name, '', 0)
+            ORDER BY job DESC, outcome DESC, id DESC LIMIT 1000
+        ) AS failure
+        WHERE outcome = 'failed' AND id > coalesce(success.id, 0) AND starts_with(result, $4)
+        ORDER BY id DESC LIMIT 1
+    ) AS found
 )
-SELECT (SELECT at FROM dismissed) AS dismissed_at, resumed.*
+SELECT (SELECT at FROM dismissed) AS dismissed_at,
+    (SELECT coalesce(json_agg(json_build_object(
+        'audit', name, 'result', result, 'at', ended_at
+     )), '[]')::text FROM difference) AS differences,
+    resumed.*
 FROM (SELECT) AS always LEFT JOIN resumed ON true
 ORDER BY resumed_at DESC
 """
