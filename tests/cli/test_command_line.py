@@ -90,9 +90,10 @@ async def test_the_page_is_opened_and_its_address_printed(
     assert (code, out) == (0, f"{instance.url}\n")
     assert err.startswith("There is no browser here")
     assert not opened.exists()
-    code, out, err = await run("--url", "http://127.0.0.1:9", "open", **desktop)
+    code, out, err = await run("--url", "http://ada:s3cret@127.0.0.1:9", "open", **desktop)
+    assert "s3cret" not in out + err
     assert (code, out) == (3, "")
-    assert err.startswith("Nobody answers at http://127.0.0.1:9: ")
+    assert err.startswith("No answer from http://127.0.0.1:9: ")
 
 
 def test_unknown_settings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ Exit codes:
 - 3: no answer, the service is unavailable, or an export broke off; nothing was changed
 - 4: what the account or the hold does not allow; nothing was changed
 - 5: it is not known whether it was done
+- 6: `status`: something has recovered by itself, within 15 minutes
+- 7: `status`: something needs a hand
 - 130: Ctrl-C
 """
 
@@ -292,11 +294,17 @@ def open_page(url: Url = None) -> None:
 
     It is the service at BALANCE_APP_URL, or the one that is configured here (HOST, PORT).
     """
-    where = service_url(url or global_options.get("url")).rstrip("/")
+    from balance_app.client import InvalidURL
+    from balance_app.client.transport import split_url
+
+    try:
+        where, _ = split_url(service_url(url or global_options.get("url")))
+    except InvalidURL as error:
+        fail(str(error), code=2)
     try:
         _probe_url(where)
     except ValueError as error:
-        fail(f"Nobody answers at {where}: {error}. `balance-app up` starts it.", code=3)
+        fail(f"No answer from {where}: {error}. `balance-app up` starts it.", code=3)
     typer.echo(where)
     if not _open_browser(where):
         typer.echo("There is no browser here that can be started: open it yourself.", err=True)

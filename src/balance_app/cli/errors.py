@@ -27,6 +27,9 @@ class Code(IntEnum):
     UNAVAILABLE = 3
     REFUSED = 4
     UNKNOWN = 5
+    # of `status`, as others are of what went wrong with a command
+    RECOVERED = 6
+    NEEDS_A_HAND = 7
 
 
 # Problems by the state of an account or a hold.

@@ -61,9 +61,11 @@ def status(
 ) -> None:
     """Show whether all is well, what every job is doing, where, and why the rest waits.
 
-    The first line is the verdict. Exit code 0: all is well; 1: something has recovered by itself
-    within 15 minutes; 2: something is wrong now; 3: the service or its database is unavailable.
+    The first line is the verdict. Exit code 0: all is well; 6: something has recovered by itself
+    within 15 minutes; 7: something needs a hand, also if it is the database.
     """
+    if watch and (search is not None or attention):
+        raise typer.BadParameter("it shows all jobs.", param_hint="--watch")
     with _open(url, as_json=json) as session:
         if watch:
             session.watch()

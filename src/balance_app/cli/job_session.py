@@ -23,7 +23,7 @@ from balance_app.formatting import duration, exact, visible
 from balance_app.states import Outcome, State
 
 COMPLETION_SECONDS: Final = 0.7
-_EXIT_CODES: Final = {"green": 0, "amber": 1, "red": 2}
+_EXIT_CODES: Final = {"amber": Code.RECOVERED, "red": Code.NEEDS_A_HAND}
 _RECOVERED: Final = "recovered"
 
 # After any other outcome another run goes on with the tick.
@@ -52,11 +52,12 @@ class JobSession(Session):
         """
         verdict = self._verdict()
         if verdict is not None and not self._as_json:
-            for line in output.verdict_lines(verdict, self._out):
+            for line in output.verdict_lines(verdict, self._command, self._out):
                 self._out.print(line)
         answer = self.read_status()
         if search is not None or attention:
-            needing = {each["subject"] for each in (verdict or {"causes": []})["causes"]}
+            causes = [] if verdict is None else verdict["causes"]
+            needing = {each["subject"] for each in causes if each["level"] == "red"}
             answer.body["jobs"] = [
                 job
                 for job in answer.body["jobs"]
@@ -64,7 +65,7 @@ class JobSession(Session):
             ]
         text = to_json(answer.body).decode() if search is not None or attention else answer.text
         self._report(text, lambda: output.status_table(answer.body, self._out))
-        return 0 if verdict is None else _EXIT_CODES.get(verdict["level"], 0)
+        return Code.DONE if verdict is None else _EXIT_CODES.get(verdict["level"], Code.DONE)
 
     def _verdict(self) -> dict[str, Any] | None:
         """Return the verdict; None: the release before has none."""

@@ -3,6 +3,7 @@
 Colour only repeats a symbol or a label. Control characters from outside become spaces.
 """
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
@@ -226,28 +227,33 @@ def _instances(status: Json, now: datetime, on: Console) -> list[Text]:
     return lines or [text("No instance is running jobs.", on, "red")]
 
 
-def verdict_lines(verdict: Json, on: Console) -> list[Text]:
-    """Return the verdict: its sentence, then a line per cause that the sentence does not say."""
+def verdict_lines(verdict: Json, command: Callable[..., str], on: Console) -> list[Text]:
+    """Return the verdict: its sentence, then a line per cause that the sentence does not say.
+
+    `command` makes the command that mends a cause, for the same service.
+    """
     style = {"green": "green", "amber": "yellow", "red": "red"}.get(verdict["level"], "")
     lines = [text(f"{verdict['symbol']} {verdict['sentence']}", on, f"bold {style}")]
-    causes = [each for each in verdict["causes"] if each["text"] not in verdict["sentence"]]
-    lines += [
-        text(f"  {cause['text']}{_mending(cause)}", on, style) for cause in causes[:CAUSES_SHOWN]
-    ]
+    told = [(each, _mending(each, command)) for each in verdict["causes"]]
+    causes = []
+    for each, mending in told:
+        if each["text"] not in verdict["sentence"]:
+            causes.append(f"  {each['text']}" + (f" ({mending})" if mending else ""))
+        elif mending:
+            causes.append(f"  {mending}")
+    lines += [text(cause, on, style) for cause in causes[:CAUSES_SHOWN]]
     more = len(causes) - CAUSES_SHOWN + verdict["more"]
     return [*lines, *([text(f"  and {more} more", on)] if more > 0 else [])]
 
 
-def _mending(cause: Json) -> str:
-    """Return the command that mends a cause."""
+def _mending(cause: Json, command: Callable[..., str]) -> str:
+    """Return the command that mends a cause; of one that is not red there is none."""
+    commands = {"resume": "resume", "run": "run", "open": "history", "dismiss": "dismiss"}
     action = cause["action"]
-    commands = {"resume": "resume", "run": "run", "open": "history"}
-    if action is None or cause["level"] != "red":
+    if action is None or cause["level"] != "red" or action["kind"] not in commands:
         return ""
-    if action["kind"] == "dismiss":
-        return f" (balance-app dismiss {cause['subject']})"
-    command = commands.get(action["kind"])
-    return "" if command is None else f" (balance-app {command} {action['target']})"
+    mending: str = command(commands[action["kind"]], cause["subject"])
+    return mending
 
 
 def history_table(runs: list[Json], now: datetime, on: Console) -> RenderableType:

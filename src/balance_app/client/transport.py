@@ -95,7 +95,7 @@ class Transport:
         http: httpx.AsyncClient | None,
         on_retry: Callable[[Unavailable], None] | None,
     ) -> None:
-        self.url, self._auth = _split(url)
+        self.url, self._auth = split_url(url)
         if key is None and http is None and self._auth is httpx.USE_CLIENT_DEFAULT:
             key = os.environ.get("BALANCE_APP_KEY")
         self._headers = _authorization(key, self.url, self._auth, checked=http is None)
@@ -278,7 +278,7 @@ _UNSENT: Final = (
 )
 
 
-def _split(url: str) -> tuple[str, Any]:
+def split_url(url: str) -> tuple[str, Any]:
     """Return a service's URL, and apart from it the user and password that are in it."""
     try:
         parsed = httpx.URL(url.rstrip("/"))

@@ -19,6 +19,7 @@ from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.history import History
 from balance_app.jobs.api.stats import StatsReader
 from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.job import Registry, job
 from balance_app.jobs.repository import Completion, JobRepository, Me
 from balance_app.jobs.run_log import Line, Unwritten
@@ -185,6 +186,21 @@ async def test_the_metrics_read_few_runs(
     assert succeeded == {MANY, ONCE, SKIPPING, SINGLE}
     # At most a thousand failures of each audit are read to find one with a mismatch.
     bounded(connection.touched, 1200)
+
+
+@both_plans
+async def test_the_verdict_reads_few_runs(
+    large: JobsDatabase,
+    statistics: Statistics,  # noqa: ARG001 - the same
+    mode: str,
+) -> None:
+    """The losses of late, and the last result of each audit."""
+    names = [each.name for each in AUDITS]
+    async with explaining(large.admin, mode, "job_run") as connection:
+        database = cast("Database", OneConnection(connection))
+        status = StatusReader(database, large.settings)
+        await VerdictReader(status, database, names, LedgerMismatchError.__name__).recent()
+    bounded(connection.touched, 1400)
 
 
 @both_plans

@@ -157,11 +157,18 @@ async def test_the_verdict_over_http_and_on_the_command_line(
         assert "balance_app_fleet_verdict 2.0" in metrics
         assert 'balance_app_fleet_verdict_causes{code="job-paused"} 1.0' in metrics
     code, out, _ = await run("status", "--attention", BALANCE_APP_URL=instance.url)
-    assert (code, out.splitlines()[0]) == (2, f"✕ {verdict['sentence']}")
+    assert (code, out.splitlines()[0]) == (7, f"✕ {verdict['sentence']}")
     assert "moon" in out
     assert "sun" not in out
+    assert "moon was paused (balance-app resume moon)\n" in out
+    code, _, err = await run("status", "moon", "--watch", BALANCE_APP_URL=instance.url)
+    assert (code, "shows all jobs" in err) == (2, True)
     code, out, _ = await run("dismiss", "app4", BALANCE_APP_URL=instance.url)
     assert (code, out) == (0, "Dismissed app4.\n")
+    # The only thing that is wrong has its command, too.
+    code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
+    assert (code, out.splitlines()[0]) == (7, "✕ moon was paused.")
+    assert "balance-app resume moon" in out
     await connection.execute("UPDATE jobs SET paused_at = NULL, paused_by = NULL")
     code, out, _ = await run("status", BALANCE_APP_URL=instance.url)
     assert (code, out.splitlines()[0]) == (0, "✓ All is well.")
