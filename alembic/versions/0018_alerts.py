@@ -22,6 +22,7 @@ CREATE TABLE alerts (
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
     ended_at timestamptz,
     tries integer NOT NULL DEFAULT 0,
+    refusals integer NOT NULL DEFAULT 0, -- tries that failed because of the event itself
     next_try_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     done_at timestamptz, -- accepted, or given up with an error
     error text,
@@ -40,7 +41,7 @@ CREATE TABLE pings (
     target text NOT NULL,
     fence bigint NOT NULL,
     phase text NOT NULL,
-    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    at timestamptz NOT NULL DEFAULT clock_timestamp(), -- of a job: when its URL was last tried
     CONSTRAINT pings_pkey PRIMARY KEY (target),
     CONSTRAINT pings_phase_check CHECK (phase IN ('start', 'success', 'fail'))
 );
@@ -60,7 +61,8 @@ BEGIN
     END IF;
     definition := replace(definition, tables, tables || '
             (''alerts'', ''SELECT, INSERT (code, subject, status, sentence, since),
-                        UPDATE (ended_at, tries, next_try_at, done_at, error), DELETE''),
+                        UPDATE (ended_at, tries, refusals, next_try_at, done_at, error),
+                        DELETE''),
             (''pings'', ''SELECT, INSERT (target, fence, phase), UPDATE (fence, phase, at)''),');
     EXECUTE replace(definition, sequences, sequences || '
             (''alerts'', ''id'', ''SELECT''),');

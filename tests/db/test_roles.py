@@ -101,7 +101,7 @@ TABLE: Final[dict[str, dict[str, str]]] = {
     "alerts": {
         "SELECT": ALL,
         "INSERT": "code subject status sentence since",
-        "UPDATE": "ended_at tries next_try_at done_at error",
+        "UPDATE": "ended_at tries refusals next_try_at done_at error",
         "DELETE": ALL,
     },
     "pings": {"SELECT": ALL, "INSERT": "target fence phase", "UPDATE": "fence phase at"},

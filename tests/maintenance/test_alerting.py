@@ -2,8 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Collection
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
@@ -13,7 +16,7 @@ from balance_app.jobs.job import DeclarationError, Registry, job
 from balance_app.jobs.repository import Completion
 from balance_app.jobs.run import Run
 from balance_app.jobs.transaction import LeaseLostError
-from balance_app.maintenance.alerting import Alerting, Cause, events, receiver, sender
+from balance_app.maintenance.alerting import Alerting, Cause, events, pings, receiver, sender
 from balance_app.maintenance.alerting.events import Event
 from balance_app.maintenance.alerting.receiver import NotAcceptedError, Receivers, ping_url, text
 from balance_app.maintenance.alerting.sender import AlertsNotSentError
@@ -25,8 +28,8 @@ from tests.mutants import replaced
 
 SINCE = datetime(2026, 11, 29, 4, 5, 6, tzinfo=UTC)
 FAILING = Cause("job-failing", "moon", "moon failed 3 times in a row: no light", SINCE)
-GONE = Cause("instance-gone", "app4", "app4 stopped responding: no heartbeat.", SINCE)
-PAUSED = Cause("job-paused", "sun", "sun is paused: its last 5 runs failed.", SINCE)
+GONE = Cause("instance-gone", "app4", "app4 stopped responding: no heartbeat", SINCE)
+PAUSED = Cause("job-paused", "sun", "sun is paused: its last 5 runs failed", SINCE)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +64,22 @@ class Fleet:
         values = {**jobs_db.settings.model_dump(exclude_unset=True), **settings}
         self.alerting = Alerting(Settings.model_validate(values))
         self.alerting.connect(self._read)
-        self.wrong: list[Cause] = []
+        # None: it can't be read
+        self.wrong: list[Cause] | None = []
+        self.known: Collection[Cause] = []
         self._jobs_db = jobs_db
 
-    async def _read(self) -> list[Cause]:
+    async def _read(self, known: Collection[Cause]) -> list[Cause] | None:
+        self.known = known
         return self.wrong
 
     async def send(self, *wrong: Cause) -> str:
         """Run the job once on a new instance; return its result."""
         self.wrong = list(wrong)
+        return await self.turn()
+
+    async def turn(self) -> str:
+        """Run the job once, whatever is wrong; return its result."""
         instance, run = await self.claim()
         try:
             return await self.execute(run)
@@ -124,17 +134,113 @@ async def test_what_is_wrong_is_sent_once_and_when_it_has_recovered(
     assert len({each["id"] for each in hook.alerts}) == 5
 
 
+async def test_a_job_that_gets_worse_has_not_recovered(
+    fleet: Fleet, hook: Receiver, jobs_db: JobsDatabase
+) -> None:
+    """It has one cause at a time; what is sent last is that it has none any more."""
+    failing = FAILING._replace(subject="sun")
+    await fleet.send(failing, GONE)
+    await fleet.send(PAUSED, GONE)
+    # An instance that has the name of a job is something else.
+    await fleet.send(PAUSED._replace(subject="app4"), PAUSED)
+    assert await jobs_db.admin.fetchval(OPEN) == ["job-paused app4", "job-paused sun"]
+    await fleet.send(failing)
+    await fleet.send()
+    assert hook.told == [
+        ("raised", "instance-gone", "app4"),
+        ("raised", "job-failing", "sun"),
+        ("raised", "job-paused", "sun"),
+        ("recovered", "instance-gone", "app4"),
+        ("raised", "job-paused", "app4"),
+        ("recovered", "job-paused", "app4"),
+        ("raised", "job-failing", "sun"),
+        ("recovered", "job-failing", "sun"),
+    ]
+
+
+OPEN = """
+SELECT array_agg(code || ' ' || subject ORDER BY code, subject) FROM alerts
+WHERE status = 'raised' AND ended_at IS NULL
+"""
+
+
+async def test_what_gets_worse_without_room_is_still_known(
+    fleet: Fleet, hook: Receiver, jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cause before ends only when the new one is recorded: else nothing would ever recover."""
+    await fleet.send(FAILING)
+    monkeypatch.setattr(events, "MOST_WAITING", 0)
+    worse = PAUSED._replace(subject="moon")
+    await fleet.send(worse)
+    assert await jobs_db.admin.fetchval(OPEN) == ["job-failing moon"]
+    monkeypatch.setattr(events, "MOST_WAITING", 10)
+    await fleet.send(worse)
+    assert await jobs_db.admin.fetchval(OPEN) == ["job-paused moon"]
+    assert len(hook.requests) == 2
+
+
+async def test_what_is_known_is_in_the_rows(fleet: Fleet) -> None:
+    """So it is what all instances have reported, wherever the job ran."""
+    await fleet.send(FAILING, GONE)
+    await fleet.send(GONE)
+    assert list(fleet.known) == [GONE, FAILING]
+    await fleet.send(GONE)
+    assert list(fleet.known) == [GONE]
+
+
+async def test_what_can_not_be_read_has_not_recovered(
+    jobs_db: JobsDatabase, hook: Receiver
+) -> None:
+    """Nothing is recorded, and no ping says that all is well; what waits is sent."""
+    fleet = Fleet(jobs_db, alert_url=secret(hook.url), ping_url=secret(hook.url))
+    await hook.stop()
+    with pytest.raises(AlertsNotSentError):
+        await fleet.send(GONE)
+    await hook.start()
+    fleet.wrong = None
+    assert await fleet.turn() == "what is wrong can't be read, sent 1 alert"
+    assert hook.told == [("raised", "instance-gone", "app4")]
+    assert hook.pings == []
+
+
 async def test_an_event_is_an_object_of_its_own(fleet: Fleet, hook: Receiver) -> None:
     """Bounded, with an id that is its idempotency key, too."""
-    await fleet.send(FAILING._replace(sentence="x" * 100_000))
-    (request,) = hook.requests
+    for n, character in enumerate("x\x01🌙"):
+        await fleet.send(FAILING._replace(subject=str(n), sentence=character * 100_000))
+    assert all(len(each.body) < 4000 for each in hook.requests)
+    request = hook.requests[0]
     assert request.path == PATH
     assert request.headers["content-type"] == "application/json"
     assert request.headers["idempotency-key"] == request.json["id"]
     assert request.headers["user-agent"].startswith("balance_app/")
     assert list(request.json) == ["id", "event", "cause", "subject", "text", "since", "at"]
     assert request.json["since"] == "2026-11-29T04:05:06.000Z"
-    assert len(request.body) < 1000
+
+
+EXAMPLE = Event(
+    number=1,
+    id=UUID("0c0e3fbd-6d1c-4f0e-9d6c-0e0f6f1f3d0a"),
+    code="job-failing",
+    subject="import-prices",
+    status="raised",
+    sentence="import-prices failed 3 times in a row: OSError: the exchange answers 502",
+    since=datetime(2026, 11, 29, 5, 16, 20, tzinfo=UTC),
+    at=datetime(2026, 11, 29, 5, 16, 31, 104_000, tzinfo=UTC),
+    tries=1,
+)
+
+
+def test_the_documented_event_is_what_is_sent() -> None:
+    """Member for member."""
+    page = (Path(__file__).parents[2] / "docs" / "alerts.md").read_text("utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert json.loads(receiver.as_json(EXAMPLE)) == json.loads(example)
+
+
+def test_the_time_of_the_begin_is_there_once() -> None:
+    """Also where the sentence has it, as that of an instance which stopped responding."""
+    sentence = "app4 stopped responding (last heartbeat at 2026-11-29 05:16:20 UTC)"
+    assert text(EXAMPLE._replace(sentence=sentence)) == sentence
 
 
 async def test_slack_gets_a_message(jobs_db: JobsDatabase, hook: Receiver) -> None:
@@ -228,6 +334,47 @@ async def test_an_event_that_is_refused_for_good_holds_up_no_other(
     assert all(row["done_at"] for row in rows)
 
 
+async def test_what_was_given_up_was_not_sent(
+    fleet: Fleet, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only refusals count: not the tries while the receiver was down."""
+    monkeypatch.setattr(sender, "MOST_REFUSALS", 3)
+    hook.status = "503 Service Unavailable"
+    with pytest.raises(AlertsNotSentError):
+        await fleet.send(FAILING)
+    before = len(hook.requests)
+    assert before >= 3
+    hook.status = "400 Bad Request"
+    monkeypatch.setattr(sender, "LONGEST_SECONDS", 60)
+    assert await fleet.send(FAILING) == "1 thing wrong, sent 0 alerts, gave up 1 alert"
+    assert len(hook.requests) - before == 3
+
+
+async def test_sending_leaves_time_for_pings(
+    jobs_db: JobsDatabase, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many alerts to a slow receiver are sent in several goes, with pings between them."""
+    monkeypatch.setattr(sender, "SENDING_SECONDS", 0)
+    fleet = Fleet(jobs_db, alert_url=secret(hook.url), ping_url=secret(hook.url))
+    assert await fleet.send(FAILING, GONE, PAUSED) == "3 things wrong, sent 3 alerts and 2 pings"
+    assert [each.method for each in hook.requests] == ["POST", "GET", "GET", "POST", "POST"]
+
+
+async def test_a_ping_that_fails_keeps_no_alert_back(
+    jobs_db: JobsDatabase, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its error is."""
+
+    async def fails(*_: object) -> None:
+        raise ValueError("not foreseen")
+
+    monkeypatch.setattr(Receivers, "ping", fails)
+    fleet = Fleet(jobs_db, alert_url=secret(hook.url), ping_url=secret(hook.url))
+    with pytest.raises(ExceptionGroup):
+        await fleet.send(GONE)
+    assert hook.told == [("raised", "instance-gone", "app4")]
+
+
 async def test_as_many_wait_as_may(
     fleet: Fleet, hook: Receiver, jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,10 +397,12 @@ async def test_as_many_wait_as_may(
     assert await jobs_db.admin.fetchval("SELECT count(*) FROM alerts") == 2
 
 
-async def test_of_itself_it_sends_nothing(fleet: Fleet, hook: Receiver) -> None:
-    """That alerts are not sent can't be sent."""
+async def test_of_itself_it_sends_no_alert(jobs_db: JobsDatabase, hook: Receiver) -> None:
+    """That alerts are not sent can't be sent; the fleet's ping says that something is wrong."""
+    fleet = Fleet(jobs_db, alert_url=secret(hook.url), ping_url=secret(hook.url))
     await fleet.send(FAILING._replace(subject=sender.NAME))
-    assert hook.requests == []
+    assert hook.told == []
+    assert hook.pings == [f"{PATH}/start", f"{PATH}/fail"]
 
 
 # -- one instance at a time ----------------------------------------------------------------------
@@ -389,6 +538,19 @@ async def test_what_a_receiver_may_do_is_bounded(
     assert len(hook.requests) == 1
 
 
+@pytest.mark.parametrize("host", ["a..example", "xn--", "256.1.1.1"])
+async def test_a_host_that_can_not_be_one_is_not_reached(host: str) -> None:
+    """It is refused at the start; here it is as one that is not there."""
+    receivers = Receivers()
+    for sending in (
+        receivers.post(f"http://{host}/T0PSECRET", EVENT, b"{}"),
+        receivers.ping(f"http://{host}/T0PSECRET", "start"),
+    ):
+        with pytest.raises(NotAcceptedError, match=f"^{host} "):
+            await sending
+    await receivers.close()
+
+
 async def test_a_host_that_is_not_there_is_named_without_its_path() -> None:
     """The host is no secret."""
     receivers = Receivers()
@@ -495,6 +657,31 @@ async def test_only_the_named_jobs_are_reported(jobs_db: JobsDatabase, hook: Rec
         await instance.claim()
     await fleet.send()
     assert hook.pings == [f"{PATH}/start"]
+
+
+async def test_targets_that_do_not_answer_leave_the_others_their_turn(
+    jobs_db: JobsDatabase, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was tried longest ago is next."""
+    monkeypatch.setattr(pings, "AT_ONCE", 1)
+    names = ["jupiter", "moon", "sun"]
+    fleet = Fleet(jobs_db, job_ping_urls=secret(f"{hook.url}/{{job}}"))
+    instance = jobs_db.instance("worker")
+    await instance.declare(*names)
+    for name in names:
+        await jobs_db.ready(name)
+        await instance.claim()
+    hook.status = "503 Service Unavailable"
+    for _ in range(4):
+        await fleet.send()
+    tried = [each.split("/")[-2] for each in hook.pings]
+    assert sorted(tried[:3]) == names
+    assert tried[3] == tried[0]
+    # That they were tried does not count as reported.
+    hook.status = "204 No Content"
+    for _ in range(4):
+        await fleet.send()
+    assert sorted(each.split("/")[-2] for each in hook.pings[4:]) == names
 
 
 # -- the eleventh job ----------------------------------------------------------------------------

@@ -2,35 +2,67 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
 import pytest
 
-from balance_app.jobs.api.status import StatusReader
-from balance_app.jobs.api.verdict import Cause, Code, Level, Verdict
-from balance_app.jobs.api.verdict_reader import VerdictReader
-from balance_app.maintenance.alerting import causes
+from balance_app.errors import DatabaseUnavailable
+from balance_app.jobs.api.status import JobStatus, StatusReader, StatusSnapshot
+from balance_app.jobs.api.verdict import Cause as Red
+from balance_app.jobs.api.verdict import Code, Level
+from balance_app.maintenance.alerting import Cause, causes
 from balance_app.maintenance.alerting.causes import CauseReader
 from tests.jobs.rows import add_instance
 from tests.jobs.support import JobsDatabase, on
 
 NOW = datetime(2026, 11, 29, 5, 30, tzinfo=UTC)
-GONE = Cause(Level.RED, Code.INSTANCE_GONE, "app2", "app2 stopped responding", NOW)
-FAILING = Cause(Level.RED, Code.JOB_FAILING, "moon", "moon failed: E: why", NOW)
-NO_CODE = Cause(Level.RED, Code.NO_CODE, "sun", "No running instance has the code of sun")
-RESUMED = Cause(Level.AMBER, Code.RUN_RESUMED, "moon", "the run of moon was resumed", NOW)
-UNAVAILABLE = Cause(Level.RED, Code.DATABASE_UNAVAILABLE, "", "Database unavailable", NOW)
+FAILING = Red(Level.RED, Code.JOB_FAILING, "moon", "moon failed: E: why", NOW)
+NO_CODE = Red(Level.RED, Code.NO_CODE, "sun", "No running instance has the code of sun")
+OVERDUE = Red(Level.RED, Code.JOB_OVERDUE, "mars", "mars is overdue", NOW)
+# the instance app2
+GONE = "app2"
 
 
-class Verdicts:
-    """The verdicts of each look; the last one stays."""
+def instance(name: str, state: str) -> dict[str, Any]:
+    more = {"startedAt": NOW - timedelta(hours=1), "replacesSeenAt": None, "seenSecondsAgo": 60}
+    return {"id": name, "server": name, "state": state, **more}
 
-    def __init__(self, *looks: tuple[Cause, ...]) -> None:
+
+def look(*wrong: Red | str, settling: bool = False, live: bool = True) -> StatusSnapshot:
+    """The status with jobs or instances that need a hand."""
+    reds = {each.subject: each for each in wrong if isinstance(each, Red)}
+    instances = [instance(each, "gone") for each in wrong if isinstance(each, str)]
+    if live:
+        instances.append(instance("app1", "live"))
+    jobs = {"moon": cast("JobStatus", None)}
+    return StatusSnapshot(NOW, b"", {}, instances, jobs, reds, (), settling)
+
+
+UNAVAILABLE = None
+
+
+class Looks:
+    """What each look finds; the last one stays. And what is known of the looks before."""
+
+    def __init__(self, *looks: StatusSnapshot | None) -> None:
         self.looks = list(looks)
+        self.known: list[Cause] = []
 
-    async def read(self) -> Verdict:
-        causes_now = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
-        return Verdict(Level.RED, "", causes_now, NOW)
+    async def _read(self) -> StatusSnapshot:
+        found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        if found is None:
+            raise DatabaseUnavailable("It did not answer in time.", applied="no")
+        return found
+
+    async def find(self) -> list[str] | None:
+        """Return the codes of what is wrong, which is known then."""
+        # A reader for each turn, as on an instance that takes over: it remembers nothing.
+        found = await CauseReader(self._read).read(self.known)
+        if found is None:
+            return None
+        self.known = found
+        return [each.code for each in found]
 
 
 @pytest.fixture
@@ -45,37 +77,55 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-async def found(reader: CauseReader) -> list[str]:
-    """Return the codes of what is wrong."""
-    return [each.code for each in await reader.read()]
-
-
 @pytest.mark.usefixtures("waits")
 async def test_what_needs_a_hand_is_alerted_about() -> None:
-    """Not what has healed by itself, nor what could not be recorded."""
-    reader = CauseReader(Verdicts((GONE, NO_CODE, UNAVAILABLE, RESUMED)).read)
-    gone, no_code = await reader.read()
-    assert gone == (Code.INSTANCE_GONE, "app2", "app2 stopped responding.", NOW)
-    # Since when is not known: since it was seen.
-    assert no_code == (Code.NO_CODE, "sun", "No running instance has the code of sun.", NOW)
+    """With the time when it was seen where the one of its begin is not known."""
+    looks = Looks(look(GONE, NO_CODE))
+    assert await looks.find() == [Code.INSTANCE_GONE, Code.NO_CODE]
+    gone, no_code = looks.known
+    sentence = "app2 stopped responding (last heartbeat at 2026-11-29 05:29:00 UTC)"
+    assert gone == (Code.INSTANCE_GONE, "app2", sentence, NOW - timedelta(minutes=1))
+    assert no_code == (Code.NO_CODE, "sun", "No running instance has the code of sun", NOW)
 
 
 async def test_what_is_new_is_looked_at_twice(waits: list[float]) -> None:
     """After an outage jobs are overdue, and instances silent, until they have had their moment."""
-    reader = CauseReader(Verdicts((GONE, FAILING), (FAILING,), (FAILING,)).read)
-    assert await found(reader) == [Code.JOB_FAILING]
+    looks = Looks(look(GONE, FAILING), look(FAILING))
+    assert await looks.find() == [Code.JOB_FAILING]
     assert waits == [causes.SECOND_LOOK_SECONDS]
     # What is known is not waited for.
-    assert await found(reader) == [Code.JOB_FAILING]
+    assert await looks.find() == [Code.JOB_FAILING]
     assert waits == [causes.SECOND_LOOK_SECONDS]
 
 
 async def test_what_only_the_second_look_finds_waits_for_its_own(waits: list[float]) -> None:
     """It is new then."""
-    reader = CauseReader(Verdicts((FAILING,), (FAILING, GONE), (FAILING, GONE)).read)
-    assert await found(reader) == [Code.JOB_FAILING]
-    assert await found(reader) == [Code.JOB_FAILING, Code.INSTANCE_GONE]
+    looks = Looks(look(FAILING), look(FAILING, GONE))
+    assert await looks.find() == [Code.JOB_FAILING]
+    assert await looks.find() == [Code.INSTANCE_GONE, Code.JOB_FAILING]
     assert len(waits) == 2
+
+
+@pytest.mark.usefixtures("waits")
+async def test_a_look_that_fails_does_not_find_that_nothing_is_wrong() -> None:
+    """Neither the first one nor the second: what is wrong is not known then."""
+    for looks in (Looks(UNAVAILABLE), Looks(look(GONE), UNAVAILABLE)):
+        assert await looks.find() is None
+
+
+@pytest.mark.usefixtures("waits")
+async def test_what_the_verdict_leaves_out_has_not_recovered() -> None:
+    """For two leases after an outage, and while no instance is there, it leaves out much."""
+    looks = Looks(look(NO_CODE, OVERDUE))
+    wrong = await looks.find()
+    assert wrong == [Code.NO_CODE, Code.JOB_OVERDUE]
+    looks.looks = [look(NO_CODE, OVERDUE, settling=True)]
+    assert await looks.find() == wrong
+    looks.looks = [look(NO_CODE, OVERDUE, live=False)]
+    assert await looks.find() == [*wrong, Code.NO_INSTANCES]
+    # When the instances have had their moment it counts.
+    looks.looks = [look(OVERDUE)]
+    assert await looks.find() == [Code.JOB_OVERDUE]
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +137,13 @@ async def shared_jobs_db(postgres: dict[str, str]) -> AsyncIterator[JobsDatabase
 @pytest.mark.usefixtures("waits")
 async def test_an_instance_that_is_gone_is_found_in_the_rows(jobs_db: JobsDatabase) -> None:
     """It stays wrong, also when it was hours ago."""
-    instance = jobs_db.instance("app1")
-    await instance.declare("audit-ledger")
-    await instance.renew(await jobs_db.connect())
+    running = jobs_db.instance("app1")
+    await running.declare("audit-ledger")
+    await running.renew(await jobs_db.connect())
     await add_instance(jobs_db.admin, "app2", up_seconds=20_000, seen_seconds_ago=18_000)
-    verdicts = VerdictReader(StatusReader(jobs_db.database, jobs_db.settings), jobs_db.database)
-    (cause,) = await CauseReader(verdicts.read).read()
+    status = StatusReader(jobs_db.database, jobs_db.settings)
+    found = await CauseReader(status.read).read([])
+    assert found is not None
+    (cause,) = found
     assert (cause.code, cause.subject) == ("instance-gone", "app2")
     assert cause.sentence.startswith("app2 stopped responding (last heartbeat at ")

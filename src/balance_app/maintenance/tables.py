@@ -91,6 +91,7 @@ alerts = Table(
     Column("at", DateTime(timezone=True), nullable=False, server_default=_NOW),
     Column("ended_at", DateTime(timezone=True)),
     Column("tries", Integer, nullable=False, server_default="0"),
+    Column("refusals", Integer, nullable=False, server_default="0"),
     Column("next_try_at", DateTime(timezone=True), nullable=False, server_default=_NOW),
     Column("done_at", DateTime(timezone=True)),
     Column("error", Text),

@@ -1,13 +1,15 @@
 """What is wrong now and needs a hand: the red causes of the verdict."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
-from balance_app.jobs.api.verdict import Code, Level, Verdict
+from balance_app.errors import DatabaseUnavailable
+from balance_app.jobs.api.verdict import Level, Situation, decide
 from balance_app.maintenance.alerting.events import Cause
 
 SECOND_LOOK_SECONDS: Final = 5.0
+_Causes = Mapping[tuple[str, str], Cause]
 
 
 class CauseReader:
@@ -17,29 +19,34 @@ class CauseReader:
     instances silent, for a moment.
     """
 
-    def __init__(self, read_verdict: Callable[[], Awaitable[Verdict]]) -> None:
-        self._read_verdict = read_verdict
-        self._known: set[tuple[str, str]] = set()
+    def __init__(self, read_status: Callable[[], Awaitable[Situation]]) -> None:
+        self._read_status = read_status
 
-    async def read(self) -> list[Cause]:
-        """Return what is wrong now.
-
-        That the database is unavailable is not among it: it could not be recorded.
-        """
-        found = await self._read()
-        if not found.keys() <= self._known:
-            seen = self._known | found.keys()
-            await asyncio.sleep(SECOND_LOOK_SECONDS)
-            found = {key: cause for key, cause in (await self._read()).items() if key in seen}
-        self._known = set(found)
+    async def read(self, known: Collection[Cause]) -> list[Cause] | None:
+        """Return what is wrong now, of which `known` is not new; None: that can't be read."""
+        reported = {(each.code, each.subject): each for each in known}
+        try:
+            found = await self._look(reported)
+            if not found.keys() <= reported.keys():
+                await asyncio.sleep(SECOND_LOOK_SECONDS)
+                again = await self._look(reported)
+                seen = reported.keys() | found.keys()
+                found = {key: cause for key, cause in again.items() if key in seen}
+        except DatabaseUnavailable:
+            return None
         return list(found.values())
 
-    async def _read(self) -> dict[tuple[str, str], Cause]:
-        verdict = await self._read_verdict()
-        return {
-            (each.code, each.subject): Cause(each.code, each.subject, f"{each.text}.", since)
-            for each in verdict.causes
+    async def _look(self, reported: _Causes) -> _Causes:
+        snapshot = await self._read_status()
+        found: _Causes = {
+            (each.code, each.subject): Cause(
+                each.code, each.subject, each.text, each.since or snapshot.now
+            )
+            for each in decide(snapshot).causes
             if each.level == Level.RED
-            and each.code != Code.DATABASE_UNAVAILABLE
-            and (since := each.since or verdict.now) is not None
         }
+        # After an outage, and without an instance, the verdict leaves out what may follow from it:
+        # that a cause is missing does not say that it has recovered.
+        if snapshot.settling or not any(each["state"] == "live" for each in snapshot.instances):
+            return {**reported, **found}
+        return found

@@ -44,6 +44,8 @@ class Event(NamedTuple):
     at: datetime
     # this one included
     tries: int
+    # how many of the others the receiver refused because of the event itself
+    refusals: int = 0
 
 
 class Waiting(NamedTuple):
@@ -59,6 +61,10 @@ class Waiting(NamedTuple):
 # A cause is open from its event `raised` until its event `recovered`; the unique index allows one
 # of both. What does not fit is left for later: it is still the difference then.
 #
+# A job has one cause at a time. When it has another one, as a failing job that is paused, nothing
+# has recovered: the one before ends without an event, once the other is open. (An instance may
+# have the name of a job.)
+#
 # $1 to $4 the causes, $5 how many events may wait
 RECORD: Final = """
 WITH wrong AS (  -- each kind of thing once for each subject
@@ -69,9 +75,14 @@ WITH wrong AS (  -- each kind of thing once for each subject
 ), open AS (
     SELECT id, code, subject, sentence, since FROM alerts
     WHERE status = 'raised' AND ended_at IS NULL
+), gone AS (
+    SELECT open.* FROM open LEFT JOIN wrong USING (code, subject) WHERE wrong.code IS NULL
+), replaced AS (
+    SELECT gone.id, wrong.code, wrong.subject FROM gone JOIN wrong USING (subject)
+    WHERE 'instance-gone' NOT IN (gone.code, wrong.code)
 ), change AS (
-    SELECT open.id, code, subject, 'recovered' AS status, open.sentence, open.since
-    FROM open LEFT JOIN wrong USING (code, subject) WHERE wrong.code IS NULL
+    SELECT id, code, subject, 'recovered' AS status, sentence, since
+    FROM gone WHERE id NOT IN (SELECT id FROM replaced)
     UNION ALL
     SELECT NULL, code, subject, 'raised', wrong.sentence, wrong.since
     FROM wrong LEFT JOIN open USING (code, subject) WHERE open.id IS NULL
@@ -79,7 +90,16 @@ WITH wrong AS (  -- each kind of thing once for each subject
     SELECT * FROM change ORDER BY id NULLS LAST, since, code, subject
     LIMIT greatest(0, $5::bigint - (SELECT count(*) FROM alerts WHERE done_at IS NULL))
 ), ended AS (
-    UPDATE alerts SET ended_at = clock_timestamp() FROM fitting WHERE alerts.id = fitting.id
+    UPDATE alerts SET ended_at = clock_timestamp()
+    WHERE id IN (SELECT id FROM fitting)
+       OR id IN (
+           SELECT replaced.id
+           FROM replaced JOIN (
+               SELECT code, subject FROM open
+               UNION ALL
+               SELECT code, subject FROM fitting WHERE status = 'raised'
+           ) AS others USING (code, subject)
+       )
 )
 INSERT INTO alerts (code, subject, status, sentence, since)
 SELECT code, subject, status, sentence, since FROM fitting
@@ -109,18 +129,31 @@ SET tries = tries + 1,
     next_try_at = clock_timestamp() + least($2::interval, $1::interval * power(2, least(tries, 20)))
 FROM oldest
 WHERE alerts.id = oldest.id AND done_at IS NULL AND next_try_at <= clock_timestamp()
-RETURNING alerts.id AS number, event AS id, code, subject, status, sentence, since, at, tries
+RETURNING alerts.id AS number, event AS id, code, subject, status, sentence, since, at, tries,
+          refusals
 """
 
 DONE: Final = "UPDATE alerts SET done_at = clock_timestamp(), error = $2 WHERE id = $1"
 
-FAILED: Final = "UPDATE alerts SET error = $2 WHERE id = $1 AND done_at IS NULL"
+FAILED: Final = """
+UPDATE alerts SET error = $2, refusals = refusals + $3::boolean::integer
+WHERE id = $1 AND done_at IS NULL
+"""
+
+OPEN: Final = """
+SELECT code, subject, sentence, since FROM alerts WHERE status = 'raised' AND ended_at IS NULL
+"""
 
 WAITING: Final = """
 SELECT (SELECT count(*) FROM alerts WHERE done_at IS NULL) AS events, tries,
        greatest(0, extract(epoch FROM next_try_at - clock_timestamp()))::float8 AS seconds, error
 FROM alerts WHERE done_at IS NULL ORDER BY id LIMIT 1
 """
+
+
+async def open_causes(connection: Connection) -> list[Cause]:
+    """Return what was reported, or waits for that, and has not recovered."""
+    return [Cause(**row) for row in await connection.fetch(OPEN)]
 
 
 async def record(connection: Connection, causes: Iterable[Cause]) -> None:
@@ -144,9 +177,9 @@ async def end(connection: Connection, event: Event, error: str | None = None) ->
     await connection.execute(DONE, event.number, error)
 
 
-async def fail(connection: Connection, event: Event, error: str) -> None:
-    """Record why an event was not accepted; it is sent again."""
-    await connection.execute(FAILED, event.number, error)
+async def fail(connection: Connection, event: Event, error: str, *, refused: bool) -> None:
+    """Record why an event was not accepted, or that it was refused itself; it is sent again."""
+    await connection.execute(FAILED, event.number, error, refused)
 
 
 async def waiting(connection: Connection) -> Waiting | None:

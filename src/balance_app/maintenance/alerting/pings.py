@@ -29,6 +29,8 @@ class Ping(NamedTuple):
 # at once has both to report. Row comparisons make the planner use the index in that order, as in
 # `jobs/api/history.py`. A run that was cancelled or released reports nothing.
 #
+# `at` is when the job's URL was last tried: so those that do not answer let the others go first.
+#
 # $1 the jobs, null for all; $2 the job that reports; $3 how old an end may be; $4 how many
 UNREPORTED: Final = """
 SELECT name AS target, run.fence, run.phase
@@ -67,6 +69,12 @@ SET fence = excluded.fence, phase = excluded.phase, at = clock_timestamp()
 WHERE had.fence <= excluded.fence
 """
 
+# Fence 0 is before each run.
+TRIED: Final = """
+INSERT INTO pings (target, fence, phase) SELECT target, 0, 'start' FROM unnest($1::text[]) AS target
+ON CONFLICT (target) DO UPDATE SET at = clock_timestamp()
+"""
+
 
 async def unreported(connection: Connection, jobs: Collection[str] | None, own: str) -> list[Ping]:
     """Return what to report of jobs (None: of all but this job itself), in order for each."""
@@ -88,3 +96,8 @@ async def reported(connection: Connection, pings: Iterable[Ping]) -> None:
     columns = list(zip(*pings, strict=True))
     if columns:
         await connection.execute(REPORTED, *map(list, columns))
+
+
+async def tried(connection: Connection, jobs: Iterable[str]) -> None:
+    """Record that pings of jobs were sent, accepted or not."""
+    await connection.execute(TRIED, sorted(jobs))

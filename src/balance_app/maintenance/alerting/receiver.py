@@ -6,6 +6,7 @@ An URL is a secret: who has it can write there. No text of this module has more 
 import asyncio
 from datetime import UTC, datetime
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic_core import to_json
@@ -40,7 +41,7 @@ class Receivers:
             NotAcceptedError: there was no answer, or no 2xx.
         """
         headers = {"Content-Type": "application/json", "Idempotency-Key": str(event.id)}
-        await self._send("POST", httpx.URL(url), headers, body)
+        await self._send("POST", url, headers, body)
 
     async def ping(self, url: str, phase: Phase) -> None:
         """Report that something starts, has succeeded or failed: URL/start, URL, URL/fail.
@@ -48,7 +49,7 @@ class Receivers:
         Raises:
             NotAcceptedError: there was no answer, or no 2xx.
         """
-        await self._send("GET", ping_url(url, phase), {}, None)
+        await self._send("GET", url, {}, None, phase)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -57,29 +58,36 @@ class Receivers:
             await http.aclose()
 
     async def _send(
-        self, method: str, url: httpx.URL, headers: dict[str, str], body: bytes | None
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes | None,
+        phase: Phase = "success",
     ) -> None:
         if self._http is None:
             self._http = httpx.AsyncClient(
                 headers=HEADERS, timeout=POST_SECONDS, follow_redirects=False
             )
+        host = urlsplit(url).hostname
         try:
+            address = ping_url(url, phase)
             # httpx limits each step alone. What the receiver answers is not read.
             async with (
                 asyncio.timeout(POST_SECONDS),
-                self._http.stream(method, url, headers=headers, content=body) as answer,
+                self._http.stream(method, address, headers=headers, content=body) as answer,
             ):
                 status = answer.status_code
         except (TimeoutError, httpx.TimeoutException):
-            raise NotAcceptedError(f"{url.host} did not answer within {POST_SECONDS:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            # Its text may have the address in it.
+            raise NotAcceptedError(f"{host} did not answer within {POST_SECONDS:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            # A host that IDNA refuses is a ValueError. The text may have the address in it.
             reason = "can't be reached" if isinstance(error, httpx.ConnectError) else "broke off"
-            raise NotAcceptedError(f"{url.host} {reason}") from None
+            raise NotAcceptedError(f"{host} {reason}") from None
         if answer.has_redirect_location:
-            raise NotAcceptedError(f"{url.host} answered {status}, a redirect", status)
+            raise NotAcceptedError(f"{host} answered {status}, a redirect", status)
         if not answer.is_success:
-            raise NotAcceptedError(f"{url.host} answered {status}", status)
+            raise NotAcceptedError(f"{host} answered {status}", status)
 
 
 def ping_url(url: str, phase: Phase) -> httpx.URL:
@@ -117,11 +125,12 @@ def as_slack(event: Event) -> bytes:
 
 
 def text(event: Event) -> str:
-    """Return an event in a sentence."""
+    """Return an event in a line, with the time of its begin once."""
     if event.status == "recovered":
         lasted = duration((event.at - event.since).total_seconds())
         return f"Recovered after {lasted}: {event.sentence}"
-    return f"{event.sentence} (since {exact(event.since.astimezone(UTC))} UTC)"
+    since = f"{exact(event.since.astimezone(UTC))} UTC"
+    return event.sentence if since in event.sentence else f"{event.sentence} (since {since})"
 
 
 def _iso(moment: datetime) -> str:
