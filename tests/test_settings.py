@@ -156,6 +156,12 @@ def test_the_url_of_a_receiver_is_a_secret(monkeypatch: pytest.MonkeyPatch, name
             "https://a.example:port/T0PSECRET",
             "https://[a/T0PSECRET",
         ),
+        *(
+            "https://a..example/T0PSECRET",
+            "https://xn--/T0PSECRET",
+            "https://256.1.1.1/T0PSECRET",
+            f"https://{'a' * 64}.example/T0PSECRET",
+        ),
         *("https://a.example/T0PSECRET#x", f"https://a.example/T0PSECRET{'x' * 2000}"),
     ],
 )
@@ -178,3 +184,32 @@ def test_the_urls_of_jobs() -> None:
     for wrong in ("https://a.example/ping", "https://a.example/{job} https://b.example/{job}"):
         with pytest.raises(ValueError, match="JOB=URL pairs"):
             job_urls(wrong)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("a=https://x.example/S3CRET b=https://y.example a=https://z.example", "one URL for each"),
+        ("a=https://x.example/S3CRET,b=https://y.example", "a space, and no comma"),
+        ("https://x.example/S3CRET/{job},https://y.example", "a space, and no comma"),
+    ],
+)
+def test_urls_of_jobs_that_nobody_means_are_refused(value: str, message: str) -> None:
+    """Two of one job, of which one would be ignored, and two that were read as one."""
+    with pytest.raises(ValueError, match=message) as error:
+        job_urls(value)
+    assert "S3CRET" not in str(error.value)
+
+
+def test_what_is_around_the_name_of_a_job_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same for all jobs, and lets everybody report them."""
+    url = "https://hc-ping.example/PROJ3CTKEY/{job}/run?of={job}&key=S3CRET%21"
+    monkeypatch.setenv("JOB_PING_URLS", url)
+    mask = mask_of(load_settings())
+    for name in ("moon", "sun"):
+        masked = mask(f"GET {url.replace('{job}', name)} failed")
+        assert "PROJ3CTKEY" not in masked
+        assert "S3CRET" not in masked
+        assert f"/{name}/run?of={name}" in masked
+    assert "S3CRET" not in mask("&key=S3CRET! is wrong")
+    assert mask("hc-ping.example can't be reached") == "hc-ping.example can't be reached"

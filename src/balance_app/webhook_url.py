@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 MAX_LENGTH: Final = 2000
 JOB: Final = "{job}"
 _INVALID: Final = re.compile(r"[^!-~]|[\\\"<>^`|]")
+_SEPARATED_OTHERWISE: Final = re.compile(r"[,;]([^/=]+=)?https?://")
 # Shorter texts, and names in a path such as "services", are in many texts.
 _SHORTEST_SECRET: Final = 8
 _SHORTEST_SEGMENT: Final = 16
@@ -47,10 +48,24 @@ def check(url: str) -> None:
         parts.port  # noqa: B018 - it is read to be checked
     except ValueError:
         raise ValueError("is not a URL") from None
+    if not _has_valid_host(url):
+        raise ValueError("has a host that can't be one")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must be a URL like https://hooks.example.com/...")
     if "#" in url:
         raise ValueError("has a #, behind which nothing is sent: write it as %23")
+
+
+def _has_valid_host(url: str) -> bool:
+    # Those who need no URL do without the time that its import takes.
+    from httpx import URL, InvalidURL  # noqa: PLC0415
+
+    try:
+        # As httpx reads it, and as the system's resolver gets it.
+        URL(url).host.encode("idna")
+    except (InvalidURL, ValueError):
+        return False
+    return True
 
 
 def job_urls(text: str) -> JobUrls:
@@ -63,7 +78,11 @@ def job_urls(text: str) -> JobUrls:
     by_job: dict[str, str] = {}
     for each in text.split():
         name, equals, url = each.partition("=")
+        if _SEPARATED_OTHERWISE.search(each):
+            raise ValueError("must have a space, and no comma, between two URLs")
         if equals and "/" not in name:
+            if name in by_job:
+                raise ValueError("must have one URL for each job, and has two for one of them")
             check(url)
             by_job[name] = url
         elif JOB in each and for_all is None:
@@ -78,6 +97,8 @@ def secrets(url: str) -> set[str]:
     """Return what no text may show: the URL, and those parts of it that are long enough."""
     parts = urlsplit(url)
     written = {parts.path.strip("/"), parts.query, parts.netloc.rpartition("@")[0]}
-    found = {each for each in written if len(each) >= _SHORTEST_SECRET}
+    # What is around the name of a job is the same for each.
+    around = {part.strip("/") for each in written for part in each.split(JOB)}
+    found = {each for each in around if len(each) >= _SHORTEST_SECRET}
     found |= {each for each in parts.path.split("/") if len(each) >= _SHORTEST_SEGMENT}
     return {form for each in {url, *found} if JOB not in each for form in (each, unquote(each))}
