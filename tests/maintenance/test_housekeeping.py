@@ -294,6 +294,35 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(runner: JobRunner) 
     assert sorted(await runner.rows("SELECT server FROM instances")) == [("1 s",), ("23:59",)]
 
 
+async def test_an_instance_that_is_gone_stays_until_it_is_replaced(runner: JobRunner) -> None:
+    """Or a month, so that the page does not forget it; one that came back goes after a day."""
+    await runner.connection.execute("""
+        INSERT INTO instances
+            (id, server, started_at, last_heartbeat_at, highest_number, missing)
+        SELECT gen_random_uuid(), server, clock_timestamp() - up::interval,
+               clock_timestamp() - seen::interval, 1, '{}'
+        FROM (VALUES
+            ('gone', '9 days', '2 days'),
+            ('gone long ago', '40 days', '31 days'),
+            ('replaced', '9 days', '2 days'),
+            ('replaced', '47 hours', '1 s'),
+            ('replaced lately', '9 days', '23 hours'),
+            ('replaced lately', '22 hours', '1 s')
+        ) AS instance (server, up, seen)
+    """)
+    await runner.run("prune-history")
+    left = await runner.rows("""
+        SELECT server, last_heartbeat_at > clock_timestamp() - interval '1 min'
+        FROM instances ORDER BY 1, 2
+    """)
+    assert left == [
+        ("gone", False),
+        ("replaced", True),
+        ("replaced lately", False),
+        ("replaced lately", True),
+    ]
+
+
 # -- recording --------------------------------------------------------------------------------
 
 
