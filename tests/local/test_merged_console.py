@@ -32,12 +32,21 @@ def as_json(level: str, event: str, **fields: str) -> bytes:
 class Shown:
     """A console, and the lines that it shows, without colours."""
 
-    def __init__(self, *, quiet: bool = True) -> None:
-        self.console = MergedConsole(NAMES, quiet=quiet)
+    def __init__(self, *, quiet: bool = True, as_json: bool = False) -> None:
+        self.console = MergedConsole(NAMES, quiet=quiet, as_json=as_json)
         self.stream = io.BytesIO()
 
     def write(self, name: str, *lines: bytes) -> None:
         self.console.write(name, list(lines), self.stream)
+
+    def end(self, name: str) -> None:
+        self.console.forget(name, self.stream)
+
+    async def until(self, number: int) -> None:
+        """Wait until so many lines are shown."""
+        async with asyncio.timeout(10):
+            while len(self.lines) < number:  # noqa: ASYNC110 - what is shown has no event
+                await asyncio.sleep(0.01)
 
     @property
     def lines(self) -> list[str]:
@@ -80,14 +89,54 @@ async def test_a_cause_that_somebody_must_remove_is_shown_too() -> None:
     assert "cause=password" in shown.lines[1]
 
 
+AGAIN = "The database is available again, after 0.0 s."
+
+
+async def test_an_instance_that_has_ended_does_not_prolong_an_outage() -> None:
+    """It is over when all that run have the database again; also if one has ended meanwhile."""
+    unavailable = on_a_terminal("warning", "database unavailable", cause="refused")
+    available = on_a_terminal("info", "database available")
+    # Before the others have it again.
+    shown = Shown()
+    for name in NAMES:
+        shown.write(name, unavailable)
+    shown.end("app3")
+    shown.write("app1", available)
+    assert len(shown.lines) == 1
+    shown.write("app2", available)
+    assert shown.lines[1:] == [AGAIN]
+    # After that.
+    shown.write("app1", unavailable)
+    shown.write("app2", unavailable)
+    shown.write("app2", available)
+    assert len(shown.lines) == 3
+    shown.end("app1")
+    assert shown.lines[3:] == [AGAIN]
+
+
+async def test_an_outage_is_not_over_because_all_have_ended() -> None:
+    """But when one that was started again has the database."""
+    shown = Shown()
+    for name in NAMES:
+        shown.write(name, on_a_terminal("warning", "database unavailable", cause="refused"))
+    for name in NAMES:
+        shown.end(name)
+    assert len(shown.lines) == 1
+    shown.write("app2", on_a_terminal("warning", "waiting for the database", cause="refused"))
+    assert len(shown.lines) == 1
+    shown.write("app2", on_a_terminal("info", "started"))
+    assert shown.lines[1:] == [AGAIN]
+    shown.write("app3", on_a_terminal("info", "started"))
+    assert len(shown.lines) == 2
+
+
 async def test_a_heartbeat_that_fails_alone_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A little later, when no outage has begun."""
     monkeypatch.setattr(merged_console, "HOLD_SECONDS", 0.01)
     shown = Shown()
     shown.write("app2", on_a_terminal("warning", "heartbeat failed", error="locked"))
     assert shown.lines == []
-    while not shown.lines:  # noqa: ASYNC110 - what is shown has no event
-        await asyncio.sleep(0.01)
+    await shown.until(1)
     assert "app2 | " in shown.lines[0]
     assert len(shown.lines) == 1
 
@@ -112,9 +161,33 @@ def test_of_a_traceback_the_error_is_shown(line: object) -> None:
     assert all(each.startswith("app2 | ") for each in shown.lines[1:])
 
 
-def test_json_that_was_asked_for_is_json() -> None:
-    """With LOG_FORMAT=json each line is an object, for another program."""
-    console, stream = MergedConsole(NAMES, quiet=False, as_json=True), io.BytesIO()
-    lines = [as_json("warning", "database unavailable")] * 2
-    console.write("app1", lines, stream)
-    assert stream.getvalue().splitlines() == lines
+async def test_an_error_that_arrives_later_is_shown() -> None:
+    """A long traceback comes in several reads; its last line is the error."""
+    shown = Shown()
+    shown.write("app1", on_a_terminal("error", "run failed", job="moon"))
+    shown.write("app1", b"  Traceback (most recent call last):", b'    File "x.py", line 1')
+    shown.write("app1", b"  ValueError: boom")
+    await shown.until(2)
+    assert shown.lines[1] == "app1 | ValueError: boom"
+    # The next line does not overtake it.
+    shown.write("app1", on_a_terminal("error", "run failed", job="sun"))
+    shown.write("app1", b"  ValueError: bang")
+    shown.write("app1", b"Killed")
+    assert shown.lines[3:] == ["app1 | ValueError: bang", "app1 | Killed"]
+    await asyncio.sleep(2 * merged_console.REST_SECONDS)
+    assert len(shown.lines) == 5
+    # Of an event that is not shown nothing is.
+    shown.write("app1", on_a_terminal("info", "released"))
+    shown.write("app1", b"  more")
+    await asyncio.sleep(2 * merged_console.REST_SECONDS)
+    assert len(shown.lines) == 5
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_json_that_was_asked_for_is_json(*, quiet: bool) -> None:
+    """With LOG_FORMAT=json each line is an object, for another program; levels count as ever."""
+    shown = Shown(quiet=quiet, as_json=True)
+    warnings = [as_json("warning", "database unavailable")] * 2
+    shown.write("app1", as_json("info", "started"), *warnings, b"Killed")
+    lines = shown.stream.getvalue().splitlines()
+    assert lines == [*([] if quiet else [as_json("info", "started")]), *warnings, b"Killed"]

@@ -131,9 +131,10 @@ class Output:
             self._copies.append(asyncio.create_task(self._copy(reader, console.buffer)))
 
     async def note(self, line: str) -> None:
-        """Write a line about the instance, after its own last ones."""
+        """Write a line about the instance's end, after its own last ones."""
         await asyncio.sleep(LAST_LINES_SECONDS)
         self._keep(f"{line}\n".encode())
+        self._console.forget(self._log.name, sys.stderr.buffer)
 
     async def close(self) -> None:
         """Copy what is left; a process that the instance has left behind is not waited for."""
