@@ -180,7 +180,7 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
             database, registry, AUDITS, LedgerMismatchError, read_table_bytes, verdict_reader.read
         ).read
     )
-    alerting.connect(CauseReader(status_reader.read).read)
+    alerting.connect(CauseReader(verdict_reader.look).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
     queries = PageQueries(database)
     guard = Guard(database, LOCKING)

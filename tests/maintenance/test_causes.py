@@ -10,7 +10,8 @@ import pytest
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.api.status import JobStatus, StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict import Cause as Red
-from balance_app.jobs.api.verdict import Code, Level
+from balance_app.jobs.api.verdict import Code, Difference, Level, Recent
+from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.maintenance.alerting import Cause, causes
 from balance_app.maintenance.alerting.causes import CauseReader
 from tests.jobs.rows import add_instance
@@ -48,12 +49,13 @@ class Looks:
     def __init__(self, *looks: StatusSnapshot | None) -> None:
         self.looks = list(looks)
         self.known: list[Cause] = []
+        self.differences: tuple[Difference, ...] = ()
 
-    async def _read(self) -> StatusSnapshot:
+    async def _read(self) -> tuple[StatusSnapshot, Recent]:
         found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
         if found is None:
             raise DatabaseUnavailable("It did not answer in time.", applied="no")
-        return found
+        return found, Recent(differences=self.differences)
 
     async def find(self) -> list[str] | None:
         """Return the codes of what is wrong, which is known then."""
@@ -62,7 +64,7 @@ class Looks:
         if found is None:
             return None
         self.known = found
-        return [each.code for each in found]
+        return sorted(each.code for each in found)
 
 
 @pytest.fixture
@@ -107,6 +109,16 @@ async def test_what_only_the_second_look_finds_waits_for_its_own(waits: list[flo
 
 
 @pytest.mark.usefixtures("waits")
+async def test_a_difference_that_an_audit_found_is_alerted_about_until_it_finds_none() -> None:
+    """It is in the history, also when a run after it was released."""
+    looks = Looks(look())
+    looks.differences = (Difference("moon", " user 7 differs", NOW),)
+    assert await looks.find() == [Code.AUDIT_DIFFERS]
+    looks.differences = ()
+    assert await looks.find() == []
+
+
+@pytest.mark.usefixtures("waits")
 async def test_a_look_that_fails_does_not_find_that_nothing_is_wrong() -> None:
     """Neither the first one nor the second: what is wrong is not known then."""
     for looks in (Looks(UNAVAILABLE), Looks(look(GONE), UNAVAILABLE)):
@@ -118,7 +130,7 @@ async def test_what_the_verdict_leaves_out_has_not_recovered() -> None:
     """For two leases after an outage, and while no instance is there, it leaves out much."""
     looks = Looks(look(NO_CODE, OVERDUE))
     wrong = await looks.find()
-    assert wrong == [Code.NO_CODE, Code.JOB_OVERDUE]
+    assert wrong == [Code.JOB_OVERDUE, Code.NO_CODE]
     looks.looks = [look(NO_CODE, OVERDUE, settling=True)]
     assert await looks.find() == wrong
     looks.looks = [look(NO_CODE, OVERDUE, live=False)]
@@ -142,7 +154,8 @@ async def test_an_instance_that_is_gone_is_found_in_the_rows(jobs_db: JobsDataba
     await running.renew(await jobs_db.connect())
     await add_instance(jobs_db.admin, "app2", up_seconds=20_000, seen_seconds_ago=18_000)
     status = StatusReader(jobs_db.database, jobs_db.settings)
-    found = await CauseReader(status.read).read([])
+    verdicts = VerdictReader(status, jobs_db.database)
+    found = await CauseReader(verdicts.look).read([])
     assert found is not None
     (cause,) = found
     assert (cause.code, cause.subject) == ("instance-gone", "app2")

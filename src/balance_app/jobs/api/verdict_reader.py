@@ -9,7 +9,7 @@ from pydantic_core import from_json
 
 from balance_app.db.pool import Database, read_in_order
 from balance_app.errors import DatabaseUnavailable, Overloaded
-from balance_app.jobs.api.status import StatusReader
+from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict import (
     RECENT,
     Difference,
@@ -52,8 +52,7 @@ class VerdictReader:
             Overloaded: there was none before.
         """
         try:
-            snapshot = await self._status_reader.read()
-            recent = await self.recent()
+            snapshot, recent = await self.look()
         except DatabaseUnavailable:
             now = None
             if self._read_at is not None:
@@ -70,6 +69,14 @@ class VerdictReader:
         self._read_at = snapshot.now, monotonic()
         self._last = decide(snapshot, recent)
         return self._last
+
+    async def look(self) -> tuple[StatusSnapshot, Recent]:
+        """Return what the verdict is decided on.
+
+        Raises:
+            DatabaseUnavailable: it can't be read.
+        """
+        return await self._status_reader.read(), await self.recent()
 
     async def recent(self) -> Recent:
         """Return what has recovered lately, and what the audits found last."""

@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs.api.verdict import Level, Situation, decide
+from balance_app.jobs.api.verdict import Level, Recent, Situation, decide
 from balance_app.maintenance.alerting.events import Cause
 
 SECOND_LOOK_SECONDS: Final = 5.0
+Look = Callable[[], Awaitable[tuple[Situation, Recent]]]
 _Causes = Mapping[tuple[str, str], Cause]
 
 
@@ -19,8 +20,9 @@ class CauseReader:
     instances silent, for a moment.
     """
 
-    def __init__(self, read_status: Callable[[], Awaitable[Situation]]) -> None:
-        self._read_status = read_status
+    def __init__(self, look: Look) -> None:
+        """Read with `look`, which returns what the verdict is decided on."""
+        self._read = look
 
     async def read(self, known: Collection[Cause]) -> list[Cause] | None:
         """Return what is wrong now, of which `known` is not new; None: that can't be read."""
@@ -37,12 +39,12 @@ class CauseReader:
         return list(found.values())
 
     async def _look(self, reported: _Causes) -> _Causes:
-        snapshot = await self._read_status()
+        snapshot, recent = await self._read()
         found: _Causes = {
             (each.code, each.subject): Cause(
                 each.code, each.subject, each.text, each.since or snapshot.now
             )
-            for each in decide(snapshot).causes
+            for each in decide(snapshot, recent).causes
             if each.level == Level.RED
         }
         # After an outage, and without an instance, the verdict leaves out what may follow from it:
