@@ -88,6 +88,12 @@ def wants_page(request: Request) -> bool:
     return prefers_html(request)
 
 
+def advice_on(problem: Problem, method: str) -> str:
+    """Return what to do about a problem, in Markdown's inline code."""
+    advice = explain(type(problem))[1]
+    return _NO_CHANGE.sub("", advice) if method in SAFE_METHODS else advice
+
+
 def explanation(kind: type[Problem]) -> Response:
     """Return the page that explains a kind of problem."""
     means, advice = explain(kind)
@@ -111,11 +117,7 @@ def index(kinds: Iterable[type[Problem]]) -> Response:
 
 
 def _problem_page(request: Request, problem: Problem) -> Response:
-    kind, method = type(problem), request.method
-    body = problem.body(method)
-    advice = explain(kind)[1]
-    if method in SAFE_METHODS:
-        advice = _NO_CHANGE.sub("", advice)
+    body = problem.body(request.method)
     return _page(
         answered=problem.status,
         headers=problem.headers,
@@ -124,7 +126,7 @@ def _problem_page(request: Request, problem: Problem) -> Response:
         heading=problem.title,
         detail=body["detail"],
         faults=[each["detail"] for each in body.get("errors", ()) if "detail" in each],
-        advice=advice,
+        advice=advice_on(problem, request.method),
         links=[*_ways_out(request, problem), Link(problem.address(), "What this means")],
         example=body,
         example_title="The same, as a program gets it",
@@ -170,7 +172,7 @@ def _page(
     )
 
 
-def _marked(text: str) -> Markup:
+def marked(text: str) -> Markup:
     """Return a text as HTML; what is in backticks in it is code."""
     parts = text.split("`")
     if len(parts) % 2 == 0:  # one without its other half
@@ -186,7 +188,7 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters["marked"] = _marked
+    environment.filters["marked"] = marked
     return environment.from_string((_HERE / "templates" / "problem.html").read_text())
 
 

@@ -13,9 +13,10 @@ from typing_extensions import override
 from balance_app.access.gate import Gate
 from balance_app.access.keys import ANYBODY, Principal, principal
 from balance_app.access.routes import READ, Needs
-from balance_app.errors import SAFE_METHODS, DatabaseUnavailable, Overloaded, Problem, explain
+from balance_app.errors import SAFE_METHODS, DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
 from balance_app.http.negotiation import prefers_html
+from balance_app.http.problem_pages import advice_on
 from balance_app.http.services import services
 from balance_app.settings import Settings
 from balance_app.web.rendering import page
@@ -72,7 +73,7 @@ def problem_page(request: Request, problem: Problem) -> Response:
     view = {
         "heading": problem.title,
         "sentence": sentence(problem, request.method) + reconnects,
-        "advice": explain(type(problem))[1],
+        "advice": advice_on(problem, request.method),
         "code": problem.code,
         "reconnects": temporary,
     }

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from balance_app import states
 from balance_app.formatting import ago, duration
+from balance_app.http.problem_pages import marked
 from balance_app.web import view_models
 
 # Scripts and styles come from the service's own files alone, and no other site may frame a page.
@@ -61,6 +62,7 @@ def templates() -> Environment:
         "clock_time": view_models.clock_time,
         "iso": view_models.iso,
         "number": view_models.number,
+        "marked": marked,
         "stamp": lambda moment: view_models.tenth(view_models.seconds_of(moment)),
     }
     environment.globals |= {
