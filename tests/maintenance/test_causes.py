@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from balance_app.errors import DatabaseUnavailable
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs.api.status import JobStatus, StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict import Cause as Red
 from balance_app.jobs.api.verdict import Code, Difference, Level, Recent
@@ -123,6 +123,11 @@ async def test_a_look_that_fails_does_not_find_that_nothing_is_wrong() -> None:
     """Neither the first one nor the second: what is wrong is not known then."""
     for looks in (Looks(UNAVAILABLE), Looks(look(GONE), UNAVAILABLE)):
         assert await looks.find() is None
+
+    async def is_overloaded() -> tuple[StatusSnapshot, Recent]:
+        raise Overloaded("Too many requests wait.")
+
+    assert await CauseReader(is_overloaded).read([]) is None
 
 
 @pytest.mark.usefixtures("waits")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
-from balance_app.errors import DatabaseUnavailable
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs.api.verdict import Level, Recent, Situation, decide
 from balance_app.maintenance.alerting.events import Cause
 
@@ -34,7 +34,7 @@ class CauseReader:
                 again = await self._look(reported)
                 seen = reported.keys() | found.keys()
                 found = {key: cause for key, cause in again.items() if key in seen}
-        except DatabaseUnavailable:
+        except (DatabaseUnavailable, Overloaded):
             return None
         return list(found.values())
 
