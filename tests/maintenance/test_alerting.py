@@ -284,17 +284,17 @@ async def test_a_try_has_the_same_id_and_bytes_as_the_one_before(
 ) -> None:
     """A receiver that answers 503 gets the event again; the next one waits behind it."""
     hook.status = "503 Service Unavailable"
-    with pytest.raises(AlertsNotSentError, match=r"2 alerts not sent yet: 127.* answered 503"):
-        await fleet.send(FAILING, PAUSED)
+    while len(hook.requests) < 3:
+        with pytest.raises(AlertsNotSentError, match=r"2 alerts not sent yet: 127.* answered 503"):
+            await fleet.send(FAILING, PAUSED)
     hook.status = "200 OK"
     await fleet.send(FAILING, PAUSED)
     *again, last = hook.requests
-    assert len(again) >= 3
     assert len({each.body for each in again}) == 1
     assert last.json["id"] != again[0].json["id"]
 
 
-PAUSE = "SELECT round(extract(epoch FROM next_try_at - clock_timestamp())) FROM alerts"
+PAUSE = "SELECT extract(epoch FROM next_try_at - clock_timestamp()) FROM alerts"
 
 
 async def test_the_pauses_between_tries_grow(
@@ -313,7 +313,9 @@ async def test_the_pauses_between_tries_grow(
         with pytest.raises(AlertsNotSentError):
             await fleet.send(FAILING)
         await jobs_db.admin.execute("UPDATE alerts SET next_try_at = clock_timestamp()")
-    assert pauses == [5, 10, 20, 40, 80, 120, 120, 120]
+    # What is left of each when it is looked at: more than the one before had.
+    longest = [5, 10, 20, 40, 80, 120, 120, 120]
+    assert all(most / 2 < left <= most for left, most in zip(pauses, longest, strict=True)), pauses
     assert await jobs_db.admin.fetchval("SELECT tries FROM alerts") == 8
 
 
@@ -340,10 +342,10 @@ async def test_what_was_given_up_was_not_sent(
     """And only refusals count: not the tries while the receiver was down."""
     monkeypatch.setattr(sender, "MOST_REFUSALS", 3)
     hook.status = "503 Service Unavailable"
-    with pytest.raises(AlertsNotSentError):
-        await fleet.send(FAILING)
+    while len(hook.requests) < sender.MOST_REFUSALS:
+        with pytest.raises(AlertsNotSentError):
+            await fleet.send(FAILING)
     before = len(hook.requests)
-    assert before >= 3
     hook.status = "400 Bad Request"
     monkeypatch.setattr(sender, "LONGEST_SECONDS", 60)
     assert await fleet.send(FAILING) == "1 thing wrong, sent 0 alerts, gave up 1 alert"
