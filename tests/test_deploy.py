@@ -56,7 +56,7 @@ async def series() -> dict[str, list[dict[str, str]]]:
 
     async def query() -> FleetStats:
         jobs = [JobStats(job.name, 1.0, 0.0, False, False, False) for job in JOBS.values()]  # noqa: FBT003 - a row
-        return FleetStats(jobs, {"entries": 8192})
+        return FleetStats(jobs, {"entries": 8192}, verdict=2, causes={"job-failing": 1})
 
     metrics.set_fleet_query(query)
     Database(load_settings(db_host="localhost"), metrics)  # never started
