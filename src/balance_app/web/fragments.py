@@ -137,6 +137,8 @@ class Fragments:
         # the jobs that have a row
         self.jobs: dict[str, view_models.Job] = {}
         self.snapshot: StatusSnapshot | None = None
+        # the last audit that came to a result; None: not known
+        self._audit: dict[str, Any] | None = None
         # what has recovered lately
         self.recent = Recent()
         # the primary and its standbys; None: not known
@@ -173,8 +175,8 @@ class Fragments:
         assert snapshot is not None  # noqa: S101 - `update` came before
         now = snapshot.now.timestamp()
         version = self.version + 1
-        audit = view_models.last_result(snapshot, activity, AUDIT, view_models.RESULTS)
-        self.verdict = decide(snapshot, self.recent, audit)
+        self._audit = view_models.last_result(snapshot, activity, AUDIT, view_models.RESULTS)
+        self.verdict = decide(snapshot, self.recent, self._audit)
         self.series.add(snapshot, activity)
         rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
         kept = {draft.id for draft in rows.values()}
@@ -377,9 +379,8 @@ class Fragments:
 
     def _totals(self, activity: Activity | None) -> list[Draft]:
         assert self.snapshot is not None  # noqa: S101 - `update` came before
-        result = partial(view_models.last_result, self.snapshot, activity)
-        audit = result(AUDIT, view_models.RESULTS)
-        counted = result(COUNT, (Outcome.SUCCEEDED,))
+        audit = self._audit
+        counted = view_models.last_result(self.snapshot, activity, COUNT, (Outcome.SUCCEEDED,))
         totals = None if activity is None else activity.totals
         at = None if counted is None else counted["ended"]
         replication = self.replication
@@ -395,7 +396,8 @@ class Fragments:
             ),
         ]
 
-    def _job(self, name: str) -> view_models.Job | None:
+    def job(self, name: str) -> view_models.Job | None:
+        """Return a job of the snapshot."""
         if name in self.jobs:
             return self.jobs[name]
         if self.snapshot is None or name not in self.snapshot.jobs:
@@ -407,10 +409,6 @@ class Fragments:
         job: view_models.Job = from_json(snapshot.jobs[name].text)
         del job["elapsedSeconds"]
         return job
-
-    def job(self, name: str) -> view_models.Job | None:
-        """Return a job of the snapshot."""
-        return self._job(name)
 
     # -- what is sent ------------------------------------------------------------------------
 

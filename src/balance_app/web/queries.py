@@ -122,16 +122,18 @@ class PageQueries:
             self._cut = None
         self._span = span
         row = await self._read_activity(stale, span)
-        if self._fleet and max(self._fleet) not in {run["id"] for run in from_json(row["fleet"])}:
+        fleet = from_json(row["fleet"])
+        if self._fleet and max(self._fleet) not in {run["id"] for run in fleet}:
             # It is no longer there, as in a database that was restored.
             self._fleet.clear()
             row = await self._read_activity(stale, span)
+            fleet = from_json(row["fleet"])
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in stale)
         for run in from_json(row["runs"]):
             self._runs[run["job"]].append(run)
         now = row["now"].timestamp()
-        self._fleet.update((run["id"], run) for run in from_json(row["fleet"]))
+        self._fleet.update((run["id"], run) for run in fleet)
         self._fleet = {
             id_: run
             for id_, run in sorted(self._fleet.items())

@@ -42,7 +42,6 @@ class StatsReader:
         """Return the statistics as of now; None while the database can't be queried."""
         try:
             stats = await self._database.run(self._read, priority=True)
-            # After that one, so it says that the database is unavailable only if it became so.
             verdict = None if self._read_verdict is None else await self._read_verdict()
         except Problem:
             return None
