@@ -182,12 +182,12 @@ async def _lifespan(  # noqa: PLR0913, PLR0917 - the composition root
     )
     alerting.connect(CauseReader(verdict_reader.look).read)
     streams = Seats("streams", most=MAX_STREAMS, per_client=settings.streams_per_client)
-    queries = PageQueries(database)
+    queries = PageQueries(database, verdict_reader)
     guard = Guard(database, LOCKING)
     keys = KeyRepository(database)
     broadcaster = EventBroadcaster(status_reader.read, stopping, streams)
     page_stream = PageStream(
-        status_reader, verdict_reader, queries, stopping, streams, root_path=settings.root_path
+        status_reader, queries, stopping, streams, root_path=settings.root_path
     )
     for stream in (broadcaster, page_stream):
         gate.when_changed(stream.wake)

@@ -842,6 +842,8 @@ async def read(connection: Connection, sql: str, *arguments: object) -> list[asy
 KEEP_TO_INDEX: Final = """
 SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)
 """
+# The same, whatever the arguments are: to plan for each of them takes longer than to read.
+PLANNED_ONCE: Final = f"{KEEP_TO_INDEX}, set_config('plan_cache_mode', 'force_generic_plan', true)"
 
 
 async def read_in_order(
@@ -852,10 +854,21 @@ async def read_in_order(
     Raises:
         DatabaseUnavailable: as `read` does.
     """
+    async with reading_in_order(connection):
+        return await connection.fetch(sql, *arguments)
+
+
+@asynccontextmanager
+async def reading_in_order(connection: Connection) -> AsyncIterator[None]:
+    """Keep the statements within to the order of an index, in one transaction.
+
+    Raises:
+        DatabaseUnavailable: as `read` does.
+    """
     try:
         async with connection.transaction(isolation="read_committed", readonly=True):
-            await connection.fetch(KEEP_TO_INDEX)
-            return await connection.fetch(sql, *arguments)
+            await connection.fetch(PLANNED_ONCE)
+            yield
     except Exception as error:
         cause = classify(error)
         if cause is None:

@@ -139,8 +139,8 @@ class Fragments:
         self.snapshot: StatusSnapshot | None = None
         # the last audit that came to a result; None: not known
         self._audit: dict[str, Any] | None = None
-        # what has recovered lately
-        self.recent = Recent()
+        # recent runs and totals; None: not read yet
+        self.activity: Activity | None = None
         # the primary and its standbys; None: not known
         self.replication: Replication | None = None
         self.series = view_models.Series()
@@ -153,8 +153,7 @@ class Fragments:
     def update(self, snapshot: StatusSnapshot, views: Iterable[View]) -> None:
         """Set the snapshot, the views that are looked at, and so the jobs that are shown."""
         self.snapshot = snapshot
-        # Which jobs need attention is in the snapshot alone.
-        self.verdict = decide(snapshot, self.recent, None)
+        self._decide(snapshot)
         attention = self.verdict.attention
         self._lists = {
             view: JobList([view.job] if view.job in snapshot.jobs else [], None, 1, ())
@@ -165,27 +164,36 @@ class Fragments:
         shown = dict.fromkeys(name for found in self._lists.values() for name in found.names)
         self.jobs = {name: self._read(snapshot, name) for name in shown}
 
+    def add(self, activity: Activity, replication: Replication | None) -> None:
+        """Set what was read after the snapshot."""
+        self.activity, self.replication = activity, replication
+        assert self.snapshot is not None  # noqa: S101 - `update` came before
+        self._decide(self.snapshot)
+
+    def _decide(self, snapshot: StatusSnapshot) -> None:
+        recent = Recent() if self.activity is None else self.activity.recent
+        self._audit = view_models.last_result(snapshot, self.activity, AUDIT, view_models.RESULTS)
+        self.verdict = decide(snapshot, recent, self._audit)
+
     def job_list(self, view: View) -> JobList:
         """Return the list of jobs of a view that is looked at."""
         return self._lists[view]
 
-    def render(self, activity: Activity | None) -> None:
+    def render(self) -> None:
         """Render what has changed since the last time."""
         snapshot = self.snapshot
         assert snapshot is not None  # noqa: S101 - `update` came before
         now = snapshot.now.timestamp()
         version = self.version + 1
-        self._audit = view_models.last_result(snapshot, activity, AUDIT, view_models.RESULTS)
-        self.verdict = decide(snapshot, self.recent, self._audit)
-        self.series.add(snapshot, activity)
-        rows = {name: self._row(job, activity) for name, job in self.jobs.items()}
+        self.series.add(snapshot, self.activity)
+        rows = {name: self._row(job) for name, job in self.jobs.items()}
         kept = {draft.id for draft in rows.values()}
         changed = sum([self._store(draft, version) for draft in rows.values()])
         sections: dict[View, dict[str, Section]] = {}
         for view in self._lists:
             known = self._sections.get(view, {})
             sections[view] = {}
-            for name, drafts in self._drafts(view, activity, now, rows).items():
+            for name, drafts in self._drafts(view, now, rows).items():
                 ids = tuple(draft.id for draft in drafts)
                 changed += sum(
                     [self._store(draft, version) for draft in drafts if draft.id not in kept]
@@ -216,9 +224,7 @@ class Fragments:
         self._rendered[draft.id] = Fragment(draft.seed, html, quiet, version)
         return True
 
-    def _drafts(
-        self, view: View, activity: Activity | None, now: float, rows: Mapping[str, Draft]
-    ) -> dict[str, list[Draft]]:
+    def _drafts(self, view: View, now: float, rows: Mapping[str, Draft]) -> dict[str, list[Draft]]:
         if view.kind == "job":
             return {}
         found = self._lists[view]
@@ -231,9 +237,9 @@ class Fragments:
             return shown
         return {
             "verdict": [self._verdict()],
-            **self._fleet(view, activity, now),
+            **self._fleet(view, now),
             "changes": [self._changes(now)],
-            "totals": self._totals(activity),
+            "totals": self._totals(),
             **shown,
         }
 
@@ -254,9 +260,9 @@ class Fragments:
         id_ = f"chip-{chip.state or 'all'}-{crc32(view.query().encode()):x}"
         return Draft(id_, chip, partial(self._macros.chip, id_, chip))
 
-    def _row(self, job: view_models.Job, activity: Activity | None) -> Draft:
+    def _row(self, job: view_models.Job) -> Draft:
         name = job["name"]
-        runs = [] if activity is None else activity.runs.get(name, [])
+        runs = [] if self.activity is None else self.activity.runs.get(name, [])
         seen = tuple((run["id"], run["outcome"]) for run in runs[-charts.SQUARES :])
         attention = "bad" if name in self.verdict.attention else ""
 
@@ -272,10 +278,10 @@ class Fragments:
 
     # -- the fleet -----------------------------------------------------------------------------
 
-    def _fleet(self, view: View, activity: Activity | None, now: float) -> dict[str, list[Draft]]:
+    def _fleet(self, view: View, now: float) -> dict[str, list[Draft]]:
         """Return the lanes, the heartbeats beside them, and the lines over them."""
         assert self.snapshot is not None  # noqa: S101 - `update` came before
-        span = view.seconds
+        span, activity = view.seconds, self.activity
         if now - self._origins.get(view.span, 0.0) > 2 * span:
             self._origins[view.span] = now - span
         origin = self._origins[view.span]
@@ -377,8 +383,9 @@ class Fragments:
         shown = self.series.shown(now)
         return Draft("changes-chart", shown, partial(charts.changes, shown))
 
-    def _totals(self, activity: Activity | None) -> list[Draft]:
+    def _totals(self) -> list[Draft]:
         assert self.snapshot is not None  # noqa: S101 - `update` came before
+        activity = self.activity
         audit = self._audit
         counted = view_models.last_result(self.snapshot, activity, COUNT, (Outcome.SUCCEEDED,))
         totals = None if activity is None else activity.totals

@@ -11,9 +11,11 @@ import asyncpg
 from pydantic_core import from_json
 
 from balance_app.balances.accounts import Account
-from balance_app.db.pool import Database, read, read_in_order
+from balance_app.db.pool import Connection, Database, read, read_in_order, reading_in_order
 from balance_app.db.replication import Replication
 from balance_app.http.body import MAX_INTEGER
+from balance_app.jobs.api.verdict import Recent
+from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.states import Outcome
 
 # The jobs whose results are shown with the balances.
@@ -92,6 +94,8 @@ class Activity(NamedTuple):
     changed: list[tuple[int, int, int]]
     # the last run of `AUDIT` and of `COUNT` that succeeded, and the last that failed
     concluded: Runs
+    # what has recovered lately
+    recent: Recent = Recent()
     # runs of the lanes that began before this moment were too many to read; None: all are there
     cut: float | None = None
     # whether an account has changed since the activity before
@@ -99,10 +103,11 @@ class Activity(NamedTuple):
 
 
 class PageQueries:
-    """What the page shows beside the status, each by one statement."""
+    """What the page shows beside the status."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, verdict_reader: VerdictReader) -> None:
         self._database = database
+        self._verdict_reader = verdict_reader
         self._changed: list[tuple[int, int, int]] = []
         self._runs: dict[str, Runs] = {}
         # of the lanes: the runs by their ids, and how long ago they may have ended
@@ -121,12 +126,12 @@ class PageQueries:
             self._fleet.clear()
             self._cut = None
         self._span = span
-        row = await self._read_activity(stale, span)
+        row, recent = await self._read_activity(stale, span)
         fleet = from_json(row["fleet"])
         if self._fleet and max(self._fleet) not in {run["id"] for run in fleet}:
             # It is no longer there, as in a database that was restored.
             self._fleet.clear()
-            row = await self._read_activity(stale, span)
+            row, recent = await self._read_activity(stale, span)
             fleet = from_json(row["fleet"])
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in stale)
@@ -159,11 +164,12 @@ class PageQueries:
             ),
             changed=self._changed,
             concluded=from_json(row["concluded"]),
+            recent=recent,
             cut=self._cut,
             busy=self._changed != before,
         )
 
-    async def _read_activity(self, stale: list[str], span: float) -> asyncpg.Record:
+    async def _read_activity(self, stale: list[str], span: float) -> tuple[asyncpg.Record, Recent]:
         known = max(self._fleet, default=0) - RUNS_AGAIN
         # What ended may still become another outcome: a loss that its instance takes back.
         newest = max((run["ended"] or 0.0 for run in self._fleet.values()), default=0.0)
@@ -174,14 +180,16 @@ class PageQueries:
             or (run["outcome"] == Outcome.LOST and run["ended"] > newest - RETRACTED_SECONDS)
         ]
         most = RUNS_OF_DAY if span > LONG_SECONDS else FLEET_RUNS
+
+        async def find(connection: Connection) -> tuple[asyncpg.Record, Recent]:
+            async with reading_in_order(connection):
+                (row,) = await connection.fetch(
+                    ACTIVITY, stale, RUNS_KEPT, known, under_way, most, span, [AUDIT, COUNT]
+                )
+                return row, await self._verdict_reader.fetch_recent(connection)
+
         # With priority, as the status: there is one such query at a time.
-        (row,) = await self._database.run(
-            lambda con: read_in_order(
-                con, ACTIVITY, stale, RUNS_KEPT, known, under_way, most, span, [AUDIT, COUNT]
-            ),
-            priority=True,
-        )
-        return row
+        return await self._database.run(find, priority=True)
 
     async def replication(self) -> Replication | None:
         """Return the primary and its standbys; None: not known."""

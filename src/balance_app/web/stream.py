@@ -1,6 +1,6 @@
 """The page's event stream: one query a second for all viewers of this instance, sent as changes.
 
-A poll is one statement: it reads the status, or the recent activity, never both. Viewers who have
+A poll is one transaction: it reads the status, or the recent activity, never both. Viewers who have
 the same version of the page are sent the same bytes, made and compressed once.
 """
 
@@ -22,10 +22,9 @@ from typing_extensions import override
 from balance_app.http.seats import Seats
 from balance_app.jobs.api.events import EventBroadcaster
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
-from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.web import view_models
 from balance_app.web.fragments import Fragments, View
-from balance_app.web.queries import Activity, PageQueries
+from balance_app.web.queries import PageQueries
 from balance_app.web.rendering import add_root_path
 
 _VERSION: Final = re.compile(r"[0-9]{1,15}", re.ASCII)
@@ -39,10 +38,9 @@ UNWATCHED_SECONDS: Final = 2 * ACTIVITY_SECONDS  # older activity does not match
 class PageStream:
     """Updates the page's fragments while there are viewers, and for each page requested."""
 
-    def __init__(  # noqa: PLR0913 - what a page is made from
+    def __init__(
         self,
         status_reader: StatusReader,
-        verdict_reader: VerdictReader,
         queries: PageQueries,
         stopping: asyncio.Event,
         seats: Seats,
@@ -51,13 +49,11 @@ class PageStream:
     ) -> None:
         self._root_path = root_path
         self._status_reader = status_reader
-        self._verdict_reader = verdict_reader
         self._queries = queries
         self._lock = asyncio.Lock()
         # when the reading of the status that is shown began
         self._began = 0.0
-        self._activity: Activity | None = None
-        # when its query began, and `_runs_of` each job then
+        # when the query of the activity began, and `_runs_of` each job then
         self._activity_began = 0.0
         self._runs_seen: dict[str, object] = {}
         # how long the lanes are that its runs fill
@@ -114,7 +110,7 @@ class PageStream:
         async with self._lock:
             now = monotonic()
             unwatched = self._activity_began < now - UNWATCHED_SECONDS
-            busy = self._activity is not None and self._activity.busy
+            busy = self.fragments.activity is not None and self.fragments.activity.busy
             oldest = now - (BUSY_SECONDS if busy else ACTIVITY_SECONDS)
             status_due = self._status_is_next or not self._activity_due(oldest)
             if status_due or unwatched:
@@ -130,7 +126,7 @@ class PageStream:
     def _activity_due(self, since: float) -> bool:
         """Say whether to read the activity: runs changed, or it was not read since that moment."""
         return (
-            self._activity is None
+            self.fragments.activity is None
             or self._activity_began < since
             or self._span(monotonic()) > self._span_read
             or any(
@@ -145,10 +141,9 @@ class PageStream:
         changed = [name for name, runs in runs_now.items() if runs != self._runs_seen.get(name)]
         began = monotonic()
         span = self._span(began)
-        self._activity = await self._queries.activity(runs_now, changed, span)
+        activity = await self._queries.activity(runs_now, changed, span)
         self._span_read = span
-        self.fragments.recent = await self._verdict_reader.recent()
-        self.fragments.replication = await self._queries.replication()
+        self.fragments.add(activity, await self._queries.replication())
         self._runs_seen = runs_now
         self._activity_began = began
         self._status_is_next = True
@@ -158,7 +153,7 @@ class PageStream:
         return max((view.seconds for view in self._views(now)), default=0.0)
 
     def _render(self) -> None:
-        self.fragments.render(self._activity)
+        self.fragments.render()
         self._events.clear()
         self._compressed.clear()
 

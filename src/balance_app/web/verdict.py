@@ -98,11 +98,8 @@ def _facts(
 ) -> tuple[str, ...]:
     live = {each["server"] for each in snapshot.instances if each["live"]}
     known = {each["server"] for each in snapshot.instances}
-    paused = sum(
-        job.summary.state == State.PAUSED
-        for name, job in snapshot.jobs.items()
-        if name not in attention
-    )
+    blamed = sum(snapshot.jobs[name].summary.state == State.PAUSED for name in attention)
+    paused = snapshot.counts["paused"] - blamed
     on_time = len(snapshot.jobs) - len(attention) - paused
     facts = [f"{len(live)} of {len(known)} {'instance' if len(known) == 1 else 'instances'} up"]
     if live:

@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic_core import from_json
 
-from balance_app.db.pool import Database, read_in_order
+from balance_app.db.pool import Connection, Database, reading_in_order
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict import (
@@ -79,13 +79,21 @@ class VerdictReader:
         return await self._status_reader.read(), await self.recent()
 
     async def recent(self) -> Recent:
-        """Return what has recovered lately, and what the audits found last."""
-        rows = await self._database.run(
-            lambda con: read_in_order(
-                con, RECENTLY, RECENT, RECOVERED, self._audits, self._mismatch
-            ),
-            priority=True,
-        )
+        """Return what has recovered lately, and what the audits found last.
+
+        Raises:
+            DatabaseUnavailable: it can't be read.
+        """
+
+        async def find(connection: Connection) -> Recent:
+            async with reading_in_order(connection):
+                return await self.fetch_recent(connection)
+
+        return await self._database.run(find, priority=True)
+
+    async def fetch_recent(self, connection: Connection) -> Recent:
+        """Return the same within a transaction that reads in order."""
+        rows = await connection.fetch(RECENTLY, RECENT, RECOVERED, self._audits, self._mismatch)
         return Recent(
             tuple(
                 Resumed(**{field: row[field] for field in Resumed._fields})
