@@ -1,7 +1,10 @@
 """Instances as rows: gone, back, left, dismissed; their counters; and the verdict over HTTP."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import NoReturn
 from uuid import uuid4
 
 import pytest
@@ -13,12 +16,15 @@ from balance_app.jobs.api.controls import Controls
 from balance_app.jobs.api.errors import InstanceLive, InstanceNotFound
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict_reader import VerdictReader
-from balance_app.jobs.leases import LEAVE, Changes, renew_leases
+from balance_app.jobs.heartbeat import HeartbeatThread
+from balance_app.jobs.leases import LEAVE, Changes, HeldLeases, renew_leases
 from balance_app.jobs.repository import Me
+from balance_app.metrics import Metrics
+from balance_app.sessions import Session
 from balance_app.states import job_sign
 from tests.cli.test_jobs import add_run
 from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
-from tests.jobs.support import JobsDatabase, on
+from tests.jobs.support import JobsDatabase, on, until
 from tests.processes import Instance, connect, http_client
 from tests.terminal import run
 
@@ -118,6 +124,40 @@ async def test_a_heartbeat_carries_counters_and_the_gap_before_it(
     pairs = zip(silences[::2], silences[1::2], strict=True)
     assert all(until - since >= 9 * SECOND for since, until in pairs)
     assert silences[1] == max(silences)
+
+
+@pytest.mark.parametrize("reconnects", [True, False])
+async def test_an_instance_leaves_also_after_a_heartbeat_that_failed(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, reconnects: bool
+) -> None:
+    """Its connection is closed then, so a new one says that it leaves.
+
+    The control: without a new connection it stays, as an instance that is gone.
+    """
+    instance = jobs_db.instance("app8")
+    failed = threading.Event()
+
+    async def fail(*_arguments: object) -> NoReturn:
+        failed.set()
+        raise ConnectionResetError
+
+    async def keep(_thread: HeartbeatThread, connection: Session | None) -> Session | None:
+        return connection
+
+    # Without runs a heartbeat that failed is tried again after this time.
+    settings = jobs_db.settings.model_copy(update={"job_heartbeat_seconds": 600.0})
+    leases = HeldLeases(settings, watchdog=False)
+    thread = HeartbeatThread(settings, instance.me, leases, Metrics())
+    thread.start(await instance.declare("moon"))
+    present = "SELECT count(*) FROM instances WHERE server = 'app8' HAVING count(*) = 1"
+    assert await until(lambda: jobs_db.admin.fetchval(present)) == 1
+    monkeypatch.setattr("balance_app.jobs.heartbeat.renew_leases", fail)
+    thread.renew_soon()
+    assert await asyncio.to_thread(failed.wait, 10)
+    if not reconnects:
+        monkeypatch.setattr(HeartbeatThread, "_connected", keep)
+    await thread.stop()
+    assert (await jobs_db.admin.fetchval(present) == 1) is not reconnects
 
 
 async def test_what_recovered_is_told_by_one_statement_and_can_be_dismissed(
