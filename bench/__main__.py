@@ -1,7 +1,7 @@
 """Measure the parts that are named, or all, and write docs/performance.md: `make bench`.
 
 `python -m bench burst hot` measures two parts; `python -m bench page` only writes the page, from
-the last results of each part, which are kept in `.bench/`.
+the last results of each part, which are kept in `bench/results`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from bench.machine import facts
 from bench.report import Report
 
 ROOT: Final = Path(__file__).parents[1]
-RESULTS: Final = ROOT / ".bench"
+RESULTS: Final = ROOT / "bench" / "results"
 DOCS: Final = ROOT / "docs"
 Part = Callable[[Report], Awaitable[None]]
 # Each part's title on the page, and what measures it, in the order of the page.

@@ -161,6 +161,9 @@ async def test_an_outage_is_shown_and_the_page_recovers(browser: Browser) -> Non
         assert await late.evaluate(MARKED) == 1
         await kill(server)
         await says(late, "#state", "database unavailable")
+        # What the header says then is long; on a phone it takes two lines.
+        await late.set_viewport_size({"width": 360, "height": 700})
+        assert await late.evaluate("document.documentElement.scrollWidth") <= 360
         await server.start()
         await says(late, "#state", "live")
 

@@ -7,15 +7,21 @@ from balance_app.formatting import MINUTE, ago
 from balance_app.jobs.api import verdict as decided
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.states import Outcome, State
+from balance_app.web.view_models import number
 
 RED: Final = decided.Level.RED
 CAUSES_SHOWN: Final = 6
 
 
 class Cause(NamedTuple):
-    """Why the verdict is not green, and what mends it: a button for `target`, or a page."""
+    """Why the verdict is not green, and what mends it: a button for `target`, or a page.
+
+    Its text is empty where the sentence says it.
+    """
 
     level: str
+    # a job, or the name of an instance
+    subject: str
     text: str
     since: float | None = None
     button: str | None = None
@@ -65,8 +71,12 @@ def decide(
         for each in verdict.causes
         if each.level == RED and each.subject in snapshot.jobs
     )
-    # What the sentence says in full is not said again.
-    causes = [each for each in map(_cause, verdict.causes) if not _is_told(each, verdict.sentence)]
+    # What the sentence says in full is not said again: what is left of it is when, and what to do.
+    causes = [
+        each._replace(text="") if each.text in verdict.sentence else each
+        for each in map(_cause, verdict.causes)
+    ]
+    causes = [each for each in causes if each.text or each.button or each.href]
     facts = _facts(snapshot, attention, audit)
     shown, more = tuple(causes[:CAUSES_SHOWN]), max(0, len(causes) - CAUSES_SHOWN)
     recovered = any(each.level == decided.Level.AMBER for each in verdict.causes)
@@ -74,15 +84,12 @@ def decide(
     return Verdict(level, symbol, sentence, facts, shown, more, recovered, attention)
 
 
-def _is_told(cause: Cause, sentence: str) -> bool:
-    return cause.text in sentence and cause.button is None and cause.href is None
-
-
 def _cause(cause: decided.Cause) -> Cause:
     action = cause.action
     opens = action is not None and action.kind == "open"
     return Cause(
         cause.level,
+        cause.subject,
         cause.text,
         None if cause.since is None else cause.since.timestamp(),
         None if action is None or opens else action.kind,
@@ -103,9 +110,9 @@ def _facts(
     on_time = len(snapshot.jobs) - len(attention) - paused
     facts = [f"{len(live)} of {len(known)} {'instance' if len(known) == 1 else 'instances'} up"]
     if live:
-        facts.append(f"{on_time} {'job' if on_time == 1 else 'jobs'} on time")
+        facts.append(f"{number(on_time)} {'job' if on_time == 1 else 'jobs'} on time")
     if paused:
-        facts.append(f"{paused} paused")
+        facts.append(f"{number(paused)} paused")
     if audit is not None and audit["outcome"] == Outcome.SUCCEEDED:
         since = snapshot.now.timestamp() - audit["ended"]
         # No seconds: it would change with each of them.

@@ -508,11 +508,7 @@ def _waiting_reason(
     elif row["attempt"]:
         reason, sentence = Reason.RETRY, f"The last run {ended}. {starts}{many}"
     else:
-        reason = Reason.DUE
-        starts = (
-            "No instance has started it." if overdue_at <= now else "It starts within 2 seconds."
-        )
-        sentence = f"Due since {_utc(ready_at)}. {starts}"
+        reason, sentence = Reason.DUE, f"Due since {_utc(ready_at)}. {starts}"
     return _waiting(reason, sentence, until, overdue=overdue_at <= now), valid_until
 
 
