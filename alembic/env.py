@@ -9,7 +9,8 @@ import balance_app.access.tables
 import balance_app.balances.tables
 import balance_app.jobs.tables
 import balance_app.maintenance.tables  # noqa: F401 - each declares tables in `metadata`
-from balance_app.db.migrations import VERSION_TABLE, metadata, migrate
+from balance_app.db.metadata import metadata
+from balance_app.db.migrations import VERSION_TABLE, migrate
 from balance_app.settings import load_settings
 
 

@@ -5,7 +5,8 @@ from typing import Final, NamedTuple
 import pytest
 
 import balance_app.main  # noqa: F401 - with it every table is known
-from balance_app.db.migrations import metadata, migrate
+from balance_app.db.metadata import metadata
+from balance_app.db.migrations import migrate
 from tests.db.test_pool import settings_for
 from tests.processes import connect
 

@@ -18,6 +18,7 @@ import asyncpg
 import httpx
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app.db import migrations
@@ -55,6 +56,39 @@ def test_a_new_migration_passes_the_linters(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout
+
+
+def test_the_names_of_the_scripts_are_their_revisions() -> None:
+    """In their order: an instance reads the names alone."""
+    scripts = ScriptDirectory.from_config(alembic_config())
+    revisions = [script.revision for script in scripts.walk_revisions()]
+    assert migrations._known_revisions() == tuple(revisions)
+    assert alembic_head() == scripts.get_current_head()
+
+
+async def test_an_instance_imports_alembic_only_to_migrate(database: dict[str, str]) -> None:
+    """Neither it nor SQLAlchemy, a quarter of its memory; nor the client of alerts without any.
+
+    The control: who migrates has imported the two.
+    """
+    program = """
+import asyncio, sys
+import balance_app.main
+from balance_app.db.migrations import migrate
+from balance_app.settings import load_settings
+asyncio.run(migrate(load_settings()))
+print(*sorted({"alembic", "httpx", "sqlalchemy"} & {*sys.modules}))
+"""
+    for imported in ("alembic sqlalchemy\n", "\n"):
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", program],
+            env={**os.environ, **database},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == imported
 
 
 async def test_the_tables_are_as_declared(database: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from balance_app.db.migrations import metadata
+from balance_app.db.metadata import metadata
 
 access_state = Table(
     "access_state",

@@ -19,7 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-from balance_app.db.migrations import metadata
+from balance_app.db.metadata import metadata
 from balance_app.http.body import MAX_INTEGER
 
 users = Table(

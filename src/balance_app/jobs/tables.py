@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from balance_app.db.migrations import metadata
+from balance_app.db.metadata import metadata
 
 _ZERO = text("0")
 

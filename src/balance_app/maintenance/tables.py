@@ -20,7 +20,7 @@ from sqlalchemy import (
     text,
 )
 
-from balance_app.db.migrations import metadata
+from balance_app.db.metadata import metadata
 
 daily_totals = Table(
     "daily_totals",

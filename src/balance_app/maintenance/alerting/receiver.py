@@ -5,15 +5,17 @@ An URL is a secret: who has it can write there. No text of this module has more 
 
 import asyncio
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 from urllib.parse import urlsplit
 
-import httpx
 from pydantic_core import to_json
 
 from balance_app import __version__
 from balance_app.formatting import duration, exact
 from balance_app.maintenance.alerting.events import Event
+
+if TYPE_CHECKING:
+    import httpx
 
 POST_SECONDS: Final = 5.0
 HEADERS: Final = {"User-Agent": f"balance_app/{__version__}"}
@@ -65,6 +67,8 @@ class Receivers:
         body: bytes | None,
         phase: Phase = "success",
     ) -> None:
+        import httpx  # noqa: PLC0415 - imported with the settings, where there is a receiver
+
         if self._http is None:
             self._http = httpx.AsyncClient(
                 headers=HEADERS, timeout=POST_SECONDS, follow_redirects=False
@@ -90,8 +94,10 @@ class Receivers:
             raise NotAcceptedError(f"{host} answered {status}", status)
 
 
-def ping_url(url: str, phase: Phase) -> httpx.URL:
+def ping_url(url: str, phase: Phase) -> "httpx.URL":
     """Return the address of a phase; that of success is the URL itself."""
+    import httpx  # noqa: PLC0415 - the same
+
     given = httpx.URL(url)
     if phase == "success":
         return given
