@@ -72,6 +72,9 @@ class OneConnection:
     ) -> object:
         return await operation(self._connection)
 
+    async def replication(self) -> None:
+        """Say that nothing is known of standbys."""
+
 
 def _literal(value: object) -> str:
     """Return an argument as an SQL literal, typed by its parameter."""

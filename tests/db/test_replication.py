@@ -111,6 +111,9 @@ async def test_readyz_and_the_page_show_them() -> None:
             answer = await _until(client, required=1, present=0)
             assert answer["standbys"] == []
             assert any("none of them is connected" in each for each in answer["warnings"])
+            verdict = (await client.get("/api/verdict")).json()
+            assert [each["code"] for each in verdict["causes"]] == ["standby-missing"]
+            assert verdict["sentence"] in (await client.get("/")).text
             await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await admin.execute("SELECT pg_reload_conf()")
             await _until(client, required=0, present=0)

@@ -43,14 +43,22 @@ class Replication(NamedTuple):
         """How many standbys there are for which commits wait."""
         return sum(each.synchronous and each.state == "streaming" for each in self.standbys)
 
-    def warning(self) -> str | None:
-        """Return a sentence if commits wait for standbys that are not there."""
+    def shortage(self) -> str | None:
+        """Return, in a few words, what is missing if commits wait for standbys that are not there.
+
+        A role that may not read about them does not know.
+        """
         if self.hidden or self.present >= self.required:
             return None
         return (
-            f"Each commit waits for {_standbys(self.required)} (synchronous_standby_names), and "
-            f"{self.present or 'none'} of them is connected: no change is acknowledged until then."
+            f"No change is acknowledged: each commit waits for {_standbys(self.required)}, "
+            f"and {self.present or 'none'} of them is connected"
         )
+
+    def warning(self) -> str | None:
+        """Return a sentence if commits wait for standbys that are not there."""
+        shortage = self.shortage()
+        return None if shortage is None else f"{shortage} (synchronous_standby_names)."
 
     def sentences(self) -> tuple[str, ...]:
         """Return what there is to show, for people."""

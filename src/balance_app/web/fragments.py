@@ -20,7 +20,6 @@ from zlib import crc32
 from markupsafe import Markup
 from pydantic_core import from_json
 
-from balance_app.db.replication import Replication
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.jobs.api.verdict import Recent
 from balance_app.states import Outcome
@@ -141,8 +140,6 @@ class Fragments:
         self._audit: dict[str, Any] | None = None
         # recent runs and totals; None: not read yet
         self.activity: Activity | None = None
-        # the primary and its standbys; None: not known
-        self.replication: Replication | None = None
         self.series = view_models.Series()
 
     @property
@@ -164,9 +161,9 @@ class Fragments:
         shown = dict.fromkeys(name for found in self._lists.values() for name in found.names)
         self.jobs = {name: self._read(snapshot, name) for name in shown}
 
-    def add(self, activity: Activity, replication: Replication | None) -> None:
+    def add(self, activity: Activity) -> None:
         """Set what was read after the snapshot."""
-        self.activity, self.replication = activity, replication
+        self.activity = activity
         assert self.snapshot is not None  # noqa: S101 - `update` came before
         self._decide(self.snapshot)
 
@@ -390,7 +387,7 @@ class Fragments:
         counted = view_models.last_result(self.snapshot, activity, COUNT, (Outcome.SUCCEEDED,))
         totals = None if activity is None else activity.totals
         at = None if counted is None else counted["ended"]
-        replication = self.replication
+        replication = None if activity is None else activity.replication
         servers = () if replication is None else replication.sentences()
         missing = None if replication is None else replication.warning()
         return [

@@ -96,6 +96,8 @@ class Activity(NamedTuple):
     concluded: Runs
     # what has recovered lately
     recent: Recent = Recent()
+    # the primary and its standbys; None: not known
+    replication: Replication | None = None
     # runs of the lanes that began before this moment were too many to read; None: all are there
     cut: float | None = None
     # whether an account has changed since the activity before
@@ -138,6 +140,7 @@ class PageQueries:
         for run in from_json(row["runs"]):
             self._runs[run["job"]].append(run)
         now = row["now"].timestamp()
+        replication = await self._database.replication()
         self._fleet.update((run["id"], run) for run in fleet)
         self._fleet = {
             id_: run
@@ -164,7 +167,8 @@ class PageQueries:
             ),
             changed=self._changed,
             concluded=from_json(row["concluded"]),
-            recent=recent,
+            recent=recent.on(replication),
+            replication=replication,
             cut=self._cut,
             busy=self._changed != before,
         )
@@ -190,10 +194,6 @@ class PageQueries:
 
         # With priority, as the status: there is one such query at a time.
         return await self._database.run(find, priority=True)
-
-    async def replication(self) -> Replication | None:
-        """Return the primary and its standbys; None: not known."""
-        return await self._database.replication()
 
     async def checkpoint(self, job: str) -> str | None:
         """Return the checkpoint from which the next run of a job resumes, as JSON."""

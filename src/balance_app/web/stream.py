@@ -141,9 +141,8 @@ class PageStream:
         changed = [name for name, runs in runs_now.items() if runs != self._runs_seen.get(name)]
         began = monotonic()
         span = self._span(began)
-        activity = await self._queries.activity(runs_now, changed, span)
+        self.fragments.add(await self._queries.activity(runs_now, changed, span))
         self._span_read = span
-        self.fragments.add(activity, await self._queries.replication())
         self._runs_seen = runs_now
         self._activity_began = began
         self._status_is_next = True

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+from balance_app.db.replication import Replication
 from balance_app.jobs.api.fleet import Outage, judge
 from balance_app.jobs.api.status import StatusSnapshot
 from balance_app.jobs.api.verdict import (
@@ -194,6 +195,24 @@ def test_without_instances_nothing_more_is_said_of_their_jobs() -> None:
     assert codes(snapshot(causes=both)) == ("red", ["no-instances", "job-failing"])
     # The control: with one, they are told.
     assert codes(snapshot(instance("app1"), causes=cause(Code.NO_CODE))) == ("red", ["no-code"])
+
+
+def test_a_missing_standby_is_the_cause_of_all_that_seems_to_be_gone() -> None:
+    """No heartbeat is committed without it: instances only seem to have stopped responding.
+
+    The control: where nothing is missing they are gone.
+    """
+    short = Recent().on(Replication("a port 1", (), 1, 3, 0))
+    enough = Recent().on(Replication("a port 1", (), 0, 0, 0))
+    silent = snapshot(instance("app1", seen=30), instance("app2", seen=31))
+    assert codes(silent, short) == ("red", ["standby-missing"])
+    assert codes(silent, enough) == ("red", ["no-instances"])
+    assert codes(snapshot(instance("app1")), short) == ("red", ["standby-missing"])
+    assert decide(silent, short).sentence == (
+        "No change is acknowledged: each commit waits for 1 standby, and none of them is connected."
+    )
+    failing = snapshot(instance("app1"), causes=cause(Code.JOB_FAILING))
+    assert codes(failing, short)[1] == ["standby-missing", "job-failing"]
 
 
 def test_all_silent_at_once_is_no_death_of_each() -> None:

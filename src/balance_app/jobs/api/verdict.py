@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, Protocol
 
+from balance_app.db.replication import Replication
 from balance_app.formatting import duration, exact
 from balance_app.jobs.api.fleet import Outage
 from balance_app.states import FAILURES, Outcome, Reason, State, outcome_predicate
@@ -37,6 +38,7 @@ class Code(StrEnum):
     """What is wrong, or has recovered."""
 
     DATABASE_UNAVAILABLE = "database-unavailable"
+    STANDBY_MISSING = "standby-missing"
     NO_INSTANCES = "no-instances"
     INSTANCE_GONE = "instance-gone"
     AUDIT_DIFFERS = "audit-differs"
@@ -50,6 +52,7 @@ class Code(StrEnum):
     DATABASE_BACK = "database-back"
 
 
+_OF_ALL: Final = {Code.NO_INSTANCES, Code.STANDBY_MISSING}
 # What follows from it that no instance is there, or was, until the database was back just now.
 _FOR_WANT_OF_INSTANCES: Final = {Code.NO_CODE, Code.JOB_OVERDUE, Code.JOB_LOST}
 
@@ -91,14 +94,21 @@ class Difference(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """What the history says: what has recovered lately, and what audits found last.
+    """What is read beside the status: what has recovered lately, and what audits found last.
 
-    `dismissed_at` is until when somebody has dismissed what had recovered.
+    `dismissed_at` is until when somebody has dismissed what had recovered. `commits_wait` says why
+    no commit is acknowledged, not even a heartbeat's; None: they are.
     """
 
     resumed: tuple[Resumed, ...] = ()
     dismissed_at: datetime | None = None
     differences: tuple[Difference, ...] = ()
+    commits_wait: str | None = None
+
+    def on(self, replication: Replication | None) -> "Recent":
+        """Return the same on a primary with these standbys; None: not known."""
+        wait = None if replication is None else replication.shortage()
+        return self._replace(commits_wait=wait)
 
 
 class Verdict(NamedTuple):
@@ -160,7 +170,10 @@ class Situation(Protocol):
 def decide(snapshot: Situation, recent: Recent | None = None) -> Verdict:
     """Return the verdict on a snapshot, and on what has recovered lately."""
     recent = recent or Recent()
-    red = list(_of_instances(snapshot))
+    if recent.commits_wait is None:
+        red = list(_of_instances(snapshot))
+    else:  # so instances seem to be gone
+        red = [Cause(Level.RED, Code.STANDBY_MISSING, "", recent.commits_wait)]
     nobody = not any(each["state"] == "live" for each in snapshot.instances)
     # What an audit has found stays, whatever became of its runs since.
     found = {each.audit: _differs(each) for each in recent.differences}
@@ -272,7 +285,7 @@ def _red_sentence(red: list[Cause]) -> str:
         return f"{red[0].text}."
     gone = [cause.subject for cause in red if cause.code == Code.INSTANCE_GONE]
     jobs = sum(cause.action is not None and cause.action.kind != "dismiss" for cause in red)
-    parts = [cause.text for cause in red if cause.code == Code.NO_INSTANCES]
+    parts = [cause.text for cause in red if cause.code in _OF_ALL]
     if gone and not parts:
         more = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
         parts.append(f"{', '.join(gone[:NAMED])}{more} stopped responding")

@@ -89,10 +89,11 @@ class VerdictReader:
             async with reading_in_order(connection):
                 return await self.fetch_recent(connection)
 
-        return await self._database.run(find, priority=True)
+        recent = await self._database.run(find, priority=True)
+        return recent.on(await self._database.replication())
 
     async def fetch_recent(self, connection: Connection) -> Recent:
-        """Return the same within a transaction that reads in order."""
+        """Return the same but for replication, within a transaction that reads in order."""
         rows = await connection.fetch(RECENTLY, RECENT, RECOVERED, self._audits, self._mismatch)
         return Recent(
             tuple(
