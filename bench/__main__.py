@@ -24,6 +24,7 @@ PARTS: Final[dict[str, tuple[str, Part]]] = {
     "burst": ("The burst", loads.burst),
     "hot": ("One account, without a pause", loads.hot),
     "accounts": ("More connections, more accounts, refusals", loads.accounts),
+    "pool": ("How many connections an instance has", loads.pool),
     "slow": ("One account, when a flush is slow", loads.slow_flush),
     "mixed": ("Other accounts, while one is stormed", loads.mixed),
     "growth": ("Growth", growth.measure),

@@ -17,6 +17,7 @@ from bench.report import Report, percentile, ratios, spread
 from bench.servers import (
     ARMS,
     PLENTY,
+    POOL_SIZES,
     Server,
     cpu_of_tree,
     pgbench,
@@ -286,6 +287,27 @@ async def accounts(report: Report) -> None:
                         found[kind][name].append(shot)
     for kind, load in loads.items():
         tabulate(report, found[kind], load, "bare", f"{kind}: ")
+
+
+async def pool(report: Report) -> None:
+    """How many connections an instance has to PostgreSQL, under three loads."""
+    number = scaled(10_000, 100)
+    loads = {
+        "one": Load(f"{number} changes of one account, 100 connections", number, 100),
+        "many": Load(f"{number} changes of 10 000 accounts, 100 connections", number, 100, 10_000),
+        "burst": Load(f"{number} requests at one moment", number, number, balance=number),
+    }
+    names = [f"pool of {size}" for size in POOL_SIZES]
+    async with postgres_server() as postgres:
+        found: dict[str, Shots] = {each: {name: [] for name in names} for each in loads}
+        for _ in range(ROUNDS):
+            async with warmed_up(names, postgres) as servers:
+                for kind, load in loads.items():
+                    for name in random.sample(names, len(names)):
+                        shot = await shoot(servers[name], postgres, load, constant=False)
+                        found[kind][name].append(shot)
+    for kind, load in loads.items():
+        tabulate(report, found[kind], load, names[1], f"{kind}: ")
 
 
 async def slow_flush(report: Report) -> None:

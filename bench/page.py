@@ -38,6 +38,9 @@ change is a transaction of its own, and waits for the flush of the one before: w
 reaches with the same statement is the limit.""",
     "accounts": """\
 As above; 5 instances share the connections evenly.""",
+    "pool": """\
+The default is 3 (`DB_POOL_SIZE`): changes of one account have two, one that works and one that
+waits for the row, and one is left for others.""",
     "slow": """\
 What a slower disk, or a synchronous standby, does to one account.""",
     "mixed": """\
@@ -217,7 +220,10 @@ def _aims(reports: Sequence[Report]) -> str:
         middle = statistics.median(values)
         met = middle >= aim.bound if aim.least else middle <= aim.bound
         rows.append([aim.title, bound, spread(values), "met" if met else "**missed**"])
-    text = "Ratios are medians of those within a round."
+    text = (
+        "Ratios are medians of those within a round. What is missed, and why: "
+        "[bench/README.md](../bench/README.md#what-is-missed-and-why)."
+    )
     return f"## Aims\n\n{text}\n\n{_table(['', 'aim', 'found', ''], rows)}"
 
 

@@ -85,6 +85,8 @@ class Arm(NamedTuple):
     needs_node: bool = False
 
 
+# of which the second is the default
+POOL_SIZES: Final = (2, 3, 5, 10)
 _GROUP: Final = (("BALANCE_GROUP_COMMIT", "true"),)
 _NODE: Final = shutil.which("node") or "node"
 _FASTIFY: Final = (_NODE, str(PEERS / "fastify.js"))
@@ -97,6 +99,15 @@ ARMS: Final = {
     "grouped x5": Arm(
         "balance_app, group commit, 5 instances", (*STAND_IN, "service"), "service", 5, _GROUP
     ),
+    **{
+        f"pool of {size}": Arm(
+            f"{size} connections",
+            (*STAND_IN, "service"),
+            "service",
+            environment=(("DB_POOL_SIZE", str(size)),),
+        )
+        for size in POOL_SIZES
+    },
     "constant": Arm("balance_app, no database call", (*STAND_IN, "constant"), "service"),
     "unchained": Arm("balance_app, no hash chain", (*STAND_IN, "unchained"), "unchained"),
     "bare": Arm("bare ASGI callable: the floor", (*STAND_IN, "bare"), "service"),

@@ -21,7 +21,7 @@ from tests.processes import query
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 20
-PARTS = {"slow": 0, "growth": 3, "doors": 0, "chain": 0}  # and their pictures
+PARTS = {"slow": 0, "pool": 0, "growth": 3, "doors": 0, "chain": 0}  # and their pictures
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_the_names_of_the_scripts_are_their_revisions() -> None:
 
 
 async def test_an_instance_imports_alembic_only_to_migrate(database: dict[str, str]) -> None:
-    """Neither it nor SQLAlchemy, a quarter of its memory; nor the client of alerts without any.
+    """Neither it nor SQLAlchemy, a fifth of its memory; nor the client of alerts without any.
 
     The control: who migrates has imported the two.
     """

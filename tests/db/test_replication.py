@@ -1,16 +1,19 @@
 """The primary, its standbys and what commits wait for are shown to people."""
 
 import asyncio
+import os
+import sys
 from typing import Any
 
 import httpx
 import pytest
 
+from balance_app.db.pool import REPLICATION_SECONDS
 from balance_app.db.replication import Replication, Standby
 from balance_app.db.replication import _required as required
 from balance_app.http.health import _replication as as_json
 from tests.processes import connect, served
-from tests.system.databases import hosts, own_postgres, standby_of
+from tests.system.databases import hosts, kill, own_postgres, standby_of
 
 SYNCHRONOUS = Standby(
     "b", "10.0.0.2", "streaming", synchronous=True, behind_bytes=0, behind_seconds=0
@@ -117,7 +120,41 @@ async def test_readyz_and_the_page_show_them() -> None:
             await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await admin.execute("SELECT pg_reload_conf()")
             await _until(client, required=0, present=0)
+            await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+            await admin.execute("SELECT pg_reload_conf()")
+            await _until(client, required=1, present=0)
             await admin.close()
+            # Of a primary that is away nothing is known; what was missing before is not told.
+            await kill(primary)
+            await asyncio.sleep(REPLICATION_SECONDS)
+            answer = (await client.get("/readyz")).json()
+            assert answer["status"] == "unavailable"
+            assert not any("is connected" in each for each in answer.get("warnings", []))
+
+
+async def test_a_command_says_that_it_waits_for_a_standby() -> None:
+    """Its commit is done when one is there, or none is asked for any more."""
+    async with own_postgres() as server:
+        for command in (("migrate",), ("restored", "--yes")):
+            admin = await connect(server.environment())
+            await admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'absent'")
+            await admin.execute("SELECT pg_reload_conf()")
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "balance_app", *command),
+                env={**os.environ, **server.environment()},
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            assert process.stderr is not None
+            async with asyncio.timeout(60):
+                while not (line := await process.stderr.readline()).startswith(b"No change is"):
+                    assert line, command
+            await admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await admin.execute("SELECT pg_reload_conf()")
+            await admin.close()
+            async with asyncio.timeout(60):
+                await process.communicate()
+            assert process.returncode == 0, command
 
 
 async def test_a_role_without_the_right_sees_that_there_are_standbys() -> None:

@@ -407,6 +407,7 @@ def restored(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] =
 
     async def work(owner: Settings) -> None:
         from balance_app.db.migrations import require_schema
+        from balance_app.db.replication import shortage_on
         from balance_app.sessions import open_session
 
         connection = await open_session(owner.connect_arguments())
@@ -418,6 +419,8 @@ def restored(*, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] =
                     "count as lost, and everybody has to log in again",
                     abort=True,
                 )
+            if (shortage := await shortage_on(connection)) is not None:
+                typer.echo(shortage, err=True)
             lease = timedelta(seconds=owner.job_lease_seconds)
             made = await make_safe(connection, by=principal(), lease=lease)
         except asyncpg.InsufficientPrivilegeError as error:

@@ -36,7 +36,7 @@ from balance_app.db.outages import (
 from balance_app.db.pooled import open_pooled
 from balance_app.db.replication import Replication, read_replication
 from balance_app.db.wait_queue import Lane, WaitQueue
-from balance_app.errors import DatabaseUnavailable, Overloaded
+from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.metrics import Metrics
 from balance_app.sessions import Session, StandbyError, connect, open_session, pin, reset
 from balance_app.settings import Settings
@@ -183,7 +183,11 @@ class Database:
         """
         if monotonic() - self._replication_at >= REPLICATION_SECONDS:
             self._replication_at = monotonic()
-            await self.run(self._check_replication, priority=True)
+            try:
+                await self.run(self._check_replication, priority=True)
+            except Problem:
+                self._replication = None  # what was read before is of another time
+                raise
         return self._replication
 
     async def _check_replication(self, connection: Connection) -> None:

@@ -134,6 +134,12 @@ async def read_replication(
     )
 
 
+async def shortage_on(connection: "asyncpg.Connection[asyncpg.Record]") -> str | None:
+    """Return a sentence if what this connection commits will wait for a standby; else None."""
+    found = await read_replication(connection, "")
+    return found.warning()
+
+
 def _required(names: str) -> int:
     """Return for how many standbys a commit waits: of `a, b`, `FIRST 2 (a, b)`, `ANY 2 (...)`."""
     if not names.strip():

@@ -135,12 +135,12 @@ class PageQueries:
             self._fleet.clear()
             row, recent = await self._read_activity(stale, span)
             fleet = from_json(row["fleet"])
+        replication = await self._database.replication()
         self._runs = {name: runs for name, runs in self._runs.items() if name in names}
         self._runs.update((name, []) for name in stale)
         for run in from_json(row["runs"]):
             self._runs[run["job"]].append(run)
         now = row["now"].timestamp()
-        replication = await self._database.replication()
         self._fleet.update((run["id"], run) for run in fleet)
         self._fleet = {
             id_: run
