@@ -51,9 +51,10 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
          + $9::interval * greatest(0, $8::bigint - (SELECT coalesce(max(round), 0) FROM jobs))
            AS backoff
 ), eligible AS NOT MATERIALIZED (  -- the policy: when this instance may claim each job, if known
+    -- With a volatile function (clock_timestamp) it would be materialized, and all jobs be read.
     SELECT name, claimable_at, startup_marked_at, holder,
            (holder IS NULL AND attempt = 0 AND requested_by IS NULL
-            AND claimable_at + start_within < clock_timestamp()) IS TRUE AS late,
+            AND claimable_at + start_within < statement_timestamp()) IS TRUE AS late,
            (SELECT backoff FROM own)
            + CASE WHEN last_heartbeat_at > $4 THEN claimable_at
                   WHEN startup_marked_at <= $4 + $11::interval
