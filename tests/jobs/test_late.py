@@ -66,7 +66,8 @@ async def test_without_the_guard_a_late_tick_runs(
     jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A claim that does not look at it takes it."""
-    monkeypatch.setattr(statements, "CLAIM", replaced(statements.CLAIM, " AND NOT late", ""))
+    guard = "AND (late_at < (SELECT clock_timestamp())) IS NOT TRUE"
+    monkeypatch.setattr(statements, "CLAIM", replaced(statements.CLAIM, guard, ""))
     assert "succeeded 1: it ran" in await found_after(jobs_db, MOON, 7500)
 
 

@@ -49,7 +49,10 @@ async def test_a_claim_reads_few_of_many_jobs(
     The control: with a volatile function in the policy all are read.
     """
     if not guarded:
-        volatile = statements.CLAIM.replace("statement_timestamp()", "clock_timestamp()")
+        volatile = statements.CLAIM.replace(
+            "END AS late_at", "+ (clock_timestamp() - clock_timestamp()) END AS late_at"
+        )
+        assert volatile != statements.CLAIM
         monkeypatch.setattr(statements, "CLAIM", volatile)
     admin = jobs_db.admin
     await admin.execute(FILL, MANY, timedelta(hours=hours))

@@ -53,8 +53,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
 ), eligible AS NOT MATERIALIZED (  -- the policy: when this instance may claim each job, if known
     -- With a volatile function (clock_timestamp) it would be materialized, and all jobs be read.
     SELECT name, claimable_at, startup_marked_at, holder,
-           (holder IS NULL AND attempt = 0 AND requested_by IS NULL
-            AND claimable_at + start_within < statement_timestamp()) IS TRUE AS late,
+           CASE WHEN holder IS NULL AND attempt = 0 AND requested_by IS NULL
+                THEN claimable_at + start_within END AS late_at,
            (SELECT backoff FROM own)
            + CASE WHEN last_heartbeat_at > $4 THEN claimable_at
                   WHEN startup_marked_at <= $4 + $11::interval
@@ -72,7 +72,8 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
            jobs.holder IS NULL
            OR (paused_at IS NULL AND (releasing OR lost_streak + 1 < $6)) AS claimable
     FROM eligible JOIN jobs USING (name)
-    WHERE eligible.claimable_at <= (SELECT clock_timestamp()) AND NOT late
+    WHERE eligible.claimable_at <= (SELECT clock_timestamp())
+      AND (late_at < (SELECT clock_timestamp())) IS NOT TRUE
       AND eligible_at <= (SELECT clock_timestamp())
       AND (eligible.holder IS NULL OR clock_timestamp() <= $12::timestamptz)
       AND jobs.claimable_at <= eligible.claimable_at
@@ -121,7 +122,7 @@ WITH own AS (  -- this instance's backoff, with the tie break if it has claimed 
     SELECT * FROM eligible ORDER BY claimable_at LIMIT 20
 ), next AS (  -- when the next could be eligible here, or, if unknown, when to try again
     SELECT min(coalesce(eligible_at, claimable_at)) AS at, bool_or(holder IS NOT NULL) AS busy,
-           coalesce(array_agg(name) FILTER (WHERE late), '{}') AS late
+           coalesce(array_agg(name) FILTER (WHERE late_at < clock_timestamp()), '{}') AS late
     FROM head
 )
 SELECT clock_timestamp() AS now,
