@@ -5,6 +5,7 @@ import shutil
 from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
+import alembic.command  # noqa: F401 - a migration imports it: not in a test's time
 import httpx
 import pytest
 

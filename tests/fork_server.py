@@ -176,7 +176,7 @@ def main() -> None:
 
 def _prepare() -> None:
     """Do once what every instance would do again."""
-    for module in (*FORKABLE.values(), "balance_app.maintenance"):
+    for module in (*FORKABLE.values(), "balance_app.maintenance", "alembic.command"):
         import_module(module)
     alembic_head()
     for name in templates().list_templates():
