@@ -36,7 +36,7 @@ from balance_app.db.outages import (
 from balance_app.db.pooled import open_pooled
 from balance_app.db.replication import Replication, read_replication
 from balance_app.db.wait_queue import Lane, WaitQueue
-from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.metrics import Metrics
 from balance_app.sessions import Session, StandbyError, connect, open_session, pin, reset
 from balance_app.settings import Settings
@@ -166,8 +166,11 @@ class Database:
         found = [*self._server_warnings]
         if self._read_only is not None:
             found.append(self._read_only.sentence)
-        if self._replication is not None and (missing := self._replication.warning()) is not None:
-            found.append(missing)
+        # While the database is unavailable nothing is known of its standbys.
+        if self._outage is None and self._replication is not None:
+            missing = self._replication.warning()
+            if missing is not None:
+                found.append(missing)
         if self._refusal is not None and self._outage is None:
             found.append(
                 f"{len(self._open)} of {self.settings.db_pool_size} connections are open, no more "
@@ -183,11 +186,7 @@ class Database:
         """
         if monotonic() - self._replication_at >= REPLICATION_SECONDS:
             self._replication_at = monotonic()
-            try:
-                await self.run(self._check_replication, priority=True)
-            except Problem:
-                self._replication = None  # what was read before is of another time
-                raise
+            await self.run(self._check_replication, priority=True)
         return self._replication
 
     async def _check_replication(self, connection: Connection) -> None:
