@@ -6,13 +6,12 @@ checked and each change is hashed; and one with no key and the statement without
 
 import asyncio
 import os
-import random
 import statistics
 import sys
 from typing import Final
 
 from balance_app.local.postgres import EmbeddedPostgres
-from bench.loads import ROUNDS, Load, Shot, scaled, shoot, warmed_up
+from bench.loads import Load, alternate, scaled
 from bench.report import Report, ratios, spread
 from bench.servers import postgres_server
 
@@ -28,16 +27,9 @@ async def measure(report: Report) -> None:
     """Measure both loads."""
     async with postgres_server() as postgres:
         key = await make_key(postgres)
-        shots: dict[tuple[str, str], list[Shot]] = {}
-        for _ in range(ROUNDS):
-            async with warmed_up([*KINDS], postgres, keys={"service": key}) as servers:
-                for load in LOADS:
-                    for name in random.sample([*KINDS], len(KINDS)):
-                        shot = await shoot(servers[name], postgres, load, constant=False)
-                        shots.setdefault((load.title, name), []).append(shot)
-    for load in LOADS:
+        found = await alternate([*KINDS], postgres, *LOADS, keys={"service": key})
+    for load, each in zip(LOADS, found, strict=True):
         report.text(f"**{load.title}**")
-        each = {name: shots[load.title, name] for name in KINDS}
         rows = []
         for what in ("wall", "server", "postgres"):
             values = {name: [getattr(shot, what) for shot in each[name]] for name in KINDS}

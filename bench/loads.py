@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 from balance_app.local.postgres import EmbeddedPostgres
+from balance_app.settings import Settings
 from bench.fire import Volley
 from bench.report import Report, percentile, ratios, spread
 from bench.servers import (
@@ -120,16 +121,22 @@ async def warmed_up(
         yield servers
 
 
-async def alternate(names: Sequence[str], postgres: EmbeddedPostgres, load: Load) -> Shots:
-    """Measure arms in alternating rounds."""
-    shots: Shots = {name: [] for name in names}
+async def alternate(
+    names: Sequence[str],
+    postgres: EmbeddedPostgres,
+    *loads: Load,
+    keys: Mapping[str, str] | None = None,
+) -> list[Shots]:
+    """Measure arms in alternating rounds, under each of the loads; to some a key is sent."""
+    found: list[Shots] = [{name: [] for name in names} for _ in loads]
     for _ in range(ROUNDS):
-        async with warmed_up(names, postgres) as servers:
-            for name in random.sample([*servers], len(servers)):
-                shot = await shoot(servers[name], postgres, load, constant=name in CONSTANT)
-                shots[name].append(shot)
-                print(f"    {name}: {shot.wall:.2f} s", flush=True)
-    return shots
+        async with warmed_up(names, postgres, keys=keys) as servers:
+            for load, shots in zip(loads, found, strict=True):
+                for name in random.sample([*servers], len(servers)):
+                    shot = await shoot(servers[name], postgres, load, constant=name in CONSTANT)
+                    shots[name].append(shot)
+                    print(f"    {name}: {shot.wall:.2f} s", flush=True)
+    return found
 
 
 def tabulate(report: Report, shots: Shots, load: Load, floor: str, prefix: str) -> None:
@@ -173,7 +180,7 @@ async def burst(report: Report) -> None:
     )._replace(balance=number)
     async with postgres_server() as postgres:
         names = present(report, (*SERVICES, "constant", "bare", *PEERS))
-        shots = await alternate(names, postgres, load)
+        (shots,) = await alternate(names, postgres, load)
     tabulate(report, shots, load, "bare", "")
     latencies = []
     rates = []
@@ -277,16 +284,9 @@ async def accounts(report: Report) -> None:
     }
     async with postgres_server() as postgres:
         names = present(report, (*SERVICES, "fastify", "bare"))
-        found: dict[str, Shots] = {each: {name: [] for name in names} for each in loads}
-        for _ in range(ROUNDS):
-            async with warmed_up(names, postgres) as servers:
-                for kind, load in loads.items():
-                    for name in random.sample(names, len(names)):
-                        constant = name in CONSTANT
-                        shot = await shoot(servers[name], postgres, load, constant=constant)
-                        found[kind][name].append(shot)
-    for kind, load in loads.items():
-        tabulate(report, found[kind], load, "bare", f"{kind}: ")
+        found = await alternate(names, postgres, *loads.values())
+    for (kind, load), shots in zip(loads.items(), found, strict=True):
+        tabulate(report, shots, load, "bare", f"{kind}: ")
 
 
 async def pool(report: Report) -> None:
@@ -297,17 +297,12 @@ async def pool(report: Report) -> None:
         "many": Load(f"{number} changes of 10 000 accounts, 100 connections", number, 100, 10_000),
         "burst": Load(f"{number} requests at one moment", number, number, balance=number),
     }
-    names = [f"pool of {size}" for size in POOL_SIZES]
+    default = Settings.model_fields["db_pool_size"].default
     async with postgres_server() as postgres:
-        found: dict[str, Shots] = {each: {name: [] for name in names} for each in loads}
-        for _ in range(ROUNDS):
-            async with warmed_up(names, postgres) as servers:
-                for kind, load in loads.items():
-                    for name in random.sample(names, len(names)):
-                        shot = await shoot(servers[name], postgres, load, constant=False)
-                        found[kind][name].append(shot)
-    for kind, load in loads.items():
-        tabulate(report, found[kind], load, names[1], f"{kind}: ")
+        names = [f"pool of {size}" for size in POOL_SIZES]
+        found = await alternate(names, postgres, *loads.values())
+    for (kind, load), shots in zip(loads.items(), found, strict=True):
+        tabulate(report, shots, load, f"pool of {default}", f"{kind}: ")
 
 
 async def slow_flush(report: Report) -> None:
@@ -316,7 +311,7 @@ async def slow_flush(report: Report) -> None:
     load = Load(f"{number} changes of one account, 100 connections, slow flush", number, 100)
     async with postgres_server(commit_delay="1000", commit_siblings="0") as postgres:
         names = present(report, ("service", "grouped", "fastify"))
-        shots = await alternate(names, postgres, load)
+        (shots,) = await alternate(names, postgres, load)
     report.text("PostgreSQL runs with `commit_delay` 1000 µs and `commit_siblings` 0.")
     tabulate(report, shots, load, "service", "")
 

@@ -85,7 +85,6 @@ class Arm(NamedTuple):
     needs_node: bool = False
 
 
-# of which the second is the default
 POOL_SIZES: Final = (2, 3, 5, 10)
 _GROUP: Final = (("BALANCE_GROUP_COMMIT", "true"),)
 _NODE: Final = shutil.which("node") or "node"

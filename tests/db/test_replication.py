@@ -124,7 +124,7 @@ async def test_readyz_and_the_page_show_them() -> None:
             await admin.execute("SELECT pg_reload_conf()")
             await _until(client, required=1, present=0)
             await admin.close()
-            # Of a primary that is away nothing is known; what was missing before is not told.
+            # While the primary is unavailable nothing is known; no earlier warning is reported.
             await kill(primary)
             await asyncio.sleep(REPLICATION_SECONDS)
             answer = (await client.get("/readyz")).json()

@@ -1,7 +1,6 @@
 """What a claim costs does not depend on how many jobs there are."""
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from typing import cast
 from uuid import uuid4
 
@@ -12,18 +11,11 @@ from balance_app.db.pool import Database
 from balance_app.jobs import statements
 from balance_app.jobs.declarations import Capabilities
 from balance_app.jobs.repository import JobRepository, Me
+from bench.jobs import FILL
 from tests.explaining import OneConnection, both_plans, bounded, explaining
 from tests.jobs.support import AT_ONCE, LEASE, JobsDatabase, on
 
 MANY = 20_000
-
-# $1 how many, $2 how long ago the first was due
-FILL = """
-INSERT INTO jobs (name, schedule, description, due_at, ready_at)
-SELECT 'job-' || n, 'every 3600 s', 'a job', at, at
-FROM generate_series(1, $1::integer) AS n,
-     LATERAL (SELECT clock_timestamp() - $2::interval + n * interval '1 ms') AS due (at)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ async def test_a_claim_reads_few_of_many_jobs(
         assert volatile != statements.CLAIM
         monkeypatch.setattr(statements, "CLAIM", volatile)
     admin = jobs_db.admin
-    await admin.execute(FILL, MANY, timedelta(hours=hours))
+    await admin.execute(FILL, MANY, -3600 * hours)
     await admin.execute("VACUUM ANALYZE jobs")
     booted_at = await admin.fetchval("SELECT clock_timestamp() - interval '1 day'")
     everything = Capabilities(booted_at, MANY, [], [asyncpg.Range(1, 2**62)])

@@ -143,7 +143,7 @@ async def test_a_heartbeat_that_fails_alone_is_shown(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("line", [on_a_terminal, as_json])
 def test_of_a_traceback_the_error_is_shown(line: object) -> None:
-    """In the line of its event; the log has all of it. Other output is passed through unchanged."""
+    """Beside its event; the log has the traceback. Other output is passed through unchanged."""
     assert callable(line)
     shown = Shown()
     trace = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: boom"]

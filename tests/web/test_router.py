@@ -93,7 +93,7 @@ async def test_a_lost_instance_is_shown_with_where_its_run_resumed(site: Site) -
     )
     html = await site.page()
     assert re.search(r"stopped responding 3\d s ago", text(html, "beat-30-i-app3"))
-    # Said once, with its button, by the name of the instance: in the verdict and beside its lane.
+    # Shown once; with a button named after the instance in the verdict, and one beside its lane.
     assert text(html, "verdict-now").count("app3 stopped responding") == 1
     assert html.count('aria-label="Dismiss: app3"') == 2
     assert "app3 stopped responding before" in text(html, "lane-30-i-app3")

@@ -22,7 +22,7 @@ from balance_app.jobs.schedule import LONGEST, Cron, Every, Schedule
 Function = Callable[..., Any]
 
 MOST_BACKOFF: Final = 10
-# An instance that has nothing to run looks for ready jobs every 1.75 s.
+# More than two polls of an instance that has nothing to run (`IDLE_POLL_SECONDS`).
 SHORTEST_START: Final = timedelta(seconds=5)
 # Installed packages name their modules of jobs, or single jobs, under this group of entry points.
 ENTRY_POINTS: Final = "balance_app.jobs"

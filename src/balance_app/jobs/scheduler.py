@@ -42,7 +42,7 @@ from balance_app.settings import Settings
 log = structlog.get_logger(__name__)
 
 # How often to try a claim while a job runs on any instance, as it may end at any moment, and while
-# none does: people are told that a job they asked for starts within two seconds.
+# none does: the page reports of a job that was requested that it starts within two seconds.
 BUSY_POLL_SECONDS: Final = 0.25
 IDLE_POLL_SECONDS: Final = 1.75
 # The wait before a claim that lost a race is tried again.

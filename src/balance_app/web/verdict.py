@@ -16,7 +16,7 @@ CAUSES_SHOWN: Final = 6
 class Cause(NamedTuple):
     """Why the verdict is not green, and what mends it: a button for `target`, or a page.
 
-    Its text is empty where the sentence says it.
+    Its text is empty where the sentence has it.
     """
 
     level: str
@@ -71,7 +71,7 @@ def decide(
         for each in verdict.causes
         if each.level == RED and each.subject in snapshot.jobs
     )
-    # What the sentence says in full is not said again: what is left of it is when, and what to do.
+    # The text of a cause that the sentence has in full is left out; its time and action stay.
     causes = [
         each._replace(text="") if each.text in verdict.sentence else each
         for each in map(_cause, verdict.causes)

@@ -52,6 +52,7 @@ class Code(StrEnum):
     DATABASE_BACK = "database-back"
 
 
+# What concerns all instances.
 _OF_ALL: Final = {Code.NO_INSTANCES, Code.STANDBY_MISSING}
 # What follows from it that no instance is there, or was, until the database was back just now.
 _FOR_WANT_OF_INSTANCES: Final = {Code.NO_CODE, Code.JOB_OVERDUE, Code.JOB_LOST}
