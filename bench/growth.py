@@ -49,6 +49,10 @@ FROM generate_series(1, $1::bigint) AS n,
 
 
 DECLARED: Final = "SELECT count(*) = 10 FROM jobs"  # the service's
+NOTHING_DUE: Final = """
+UPDATE jobs SET anchor_at = at, due_at = at, ready_at = at
+FROM (SELECT clock_timestamp() + interval '1 day') AS tomorrow (at)
+"""
 TRANSACTIONS: Final = """
 SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()
 """
@@ -173,13 +177,18 @@ async def _running(instances: list[Instance]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _started(
-    postgres: EmbeddedPostgres, state: State, into: dict[str, list[float]]
+    postgres: EmbeddedPostgres,
+    state: State,
+    into: dict[str, list[float]],
+    *,
+    warm_up_seconds: int = 3600,
 ) -> AsyncIterator[tuple[dict[str, str], list[Instance]]]:
     """Run the instances of a state; note how long the start took, and their memory."""
     place = {**postgres.environment(), "DB_NAME": state.database}
-    # The jobs are declared, and not run: each would last two minutes and disturb the rest.
+    # While they warm up no job runs: each would last two minutes and disturb the rest.
+    warm_up = str(warm_up_seconds)
     instances = [
-        Instance(place, f"app{number}", JOB_WARM_UP_SECONDS="3600", LOG_LEVEL="warning")
+        Instance(place, f"app{number}", JOB_WARM_UP_SECONDS=warm_up, LOG_LEVEL="warning")
         for number in range(state.instances)
     ]
     began = perf_counter()
@@ -254,8 +263,9 @@ async def _audit(postgres: EmbeddedPostgres, state: State, into: dict[str, list[
 
 
 async def _idle(postgres: EmbeddedPostgres, state: State, into: dict[str, list[float]]) -> None:
-    """Measure what idle instances ask of the database."""
-    async with _started(postgres, state, {}) as (place, instances):
+    """Measure what idle instances ask of the database, while no job is due."""
+    await query({**postgres.environment(), "DB_NAME": state.database}, NOTHING_DUE)
+    async with _started(postgres, state, {}, warm_up_seconds=0) as (place, instances):
         await asyncio.sleep(5)
         processes = [psutil.Process(each.pid) for each in instances]
         connection = await connect(place)

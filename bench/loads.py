@@ -19,6 +19,7 @@ from bench.servers import (
     ARMS,
     PLENTY,
     POOL_SIZES,
+    PYTHONS,
     Server,
     cpu_of_tree,
     pgbench,
@@ -290,19 +291,29 @@ async def accounts(report: Report) -> None:
 
 
 async def pool(report: Report) -> None:
-    """How many connections an instance has to PostgreSQL, under three loads."""
+    """How many connections an instance has to PostgreSQL."""
+    default = Settings.model_fields["db_pool_size"].default
+    names = [f"pool of {size}" for size in POOL_SIZES]
+    await _under_three_loads(report, names, f"pool of {default}")
+
+
+async def pythons(report: Report) -> None:
+    """The service by this Python, and by those of BENCH_PYTHONS."""
+    names = [f"python {version}" for version in PYTHONS]
+    await _under_three_loads(report, names, names[0])
+
+
+async def _under_three_loads(report: Report, names: Sequence[str], floor: str) -> None:
     number = scaled(10_000, 100)
     loads = {
         "one": Load(f"{number} changes of one account, 100 connections", number, 100),
         "many": Load(f"{number} changes of 10 000 accounts, 100 connections", number, 100, 10_000),
         "burst": Load(f"{number} requests at one moment", number, number, balance=number),
     }
-    default = Settings.model_fields["db_pool_size"].default
     async with postgres_server() as postgres:
-        names = [f"pool of {size}" for size in POOL_SIZES]
         found = await alternate(names, postgres, *loads.values())
     for (kind, load), shots in zip(loads.items(), found, strict=True):
-        tabulate(report, shots, load, f"pool of {default}", f"{kind}: ")
+        tabulate(report, shots, load, floor, f"{kind}: ")
 
 
 async def slow_flush(report: Report) -> None:

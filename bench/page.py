@@ -39,8 +39,10 @@ reaches with the same statement is the limit.""",
     "accounts": """\
 As above; 5 instances share the connections evenly.""",
     "pool": """\
-The default is 3 (`DB_POOL_SIZE`): changes of one account have two, one that works and one that
-waits for the row, and one is left for others.""",
+The default is 5 (`DB_POOL_SIZE`): changes of one account have two, one that works and one that
+waits for the row, and three are left for others.""",
+    "pythons": """\
+The same service and packages by other releases of Python; the client is the same for all.""",
     "slow": """\
 What a slower disk, or a synchronous standby, does to one account.""",
     "mixed": """\

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -86,6 +87,11 @@ class Arm(NamedTuple):
 
 
 POOL_SIZES: Final = (2, 3, 5, 10)
+# This Python, and others that have the service's packages, by their versions.
+PYTHONS: Final = {
+    subprocess.check_output([path, "-V"], text=True).split()[1]: path
+    for path in (sys.executable, *os.environ.get("BENCH_PYTHONS", "").split())
+}
 _GROUP: Final = (("BALANCE_GROUP_COMMIT", "true"),)
 _NODE: Final = shutil.which("node") or "node"
 _FASTIFY: Final = (_NODE, str(PEERS / "fastify.js"))
@@ -106,6 +112,10 @@ ARMS: Final = {
             environment=(("DB_POOL_SIZE", str(size)),),
         )
         for size in POOL_SIZES
+    },
+    **{
+        f"python {version}": Arm(f"Python {version}", (path, STAND_IN[1], "service"), "service")
+        for version, path in PYTHONS.items()
     },
     "constant": Arm("balance_app, no database call", (*STAND_IN, "constant"), "service"),
     "unchained": Arm("balance_app, no hash chain", (*STAND_IN, "unchained"), "unchained"),

@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     )
 
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = Field(
-        3, description="connections per instance: one works, one waits for the row, one spare"
+        5, description="connections per instance: two for one account, the others for others"
     )
     db_connect_seconds: Seconds = 1.5
     db_statement_seconds: Seconds = Field(
