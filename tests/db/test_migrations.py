@@ -472,6 +472,24 @@ async def test_0018_and_back(database: dict[str, str]) -> None:
     await connection.close()
 
 
+async def test_0019_and_back(database: dict[str, str]) -> None:
+    """Both functions are as they were, and change again."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    functions = """
+        SELECT array_agg(prosrc ORDER BY proname) FROM pg_proc
+        WHERE proname IN ('require_entry', 'grant_to_instances')
+    """
+    after = await connection.fetchval(functions)
+    await _move(connection, "head", "0018")
+    before = await connection.fetchval(functions)
+    assert all("TEMPORARY ON" in grant for grant in (before[0], after[0]))
+    assert ("public.entries" in before[1], "public.entries" in after[1]) == (False, True)
+    await _move(connection, "0018", "head")
+    assert await connection.fetchval(functions) == after != before
+    await connection.close()
+
+
 async def test_0014_gives_the_first_account_of_a_new_database_its_hash(
     database: dict[str, str],
 ) -> None:

@@ -340,6 +340,31 @@ async def test_a_balance_without_its_entry_is_refused(
         await transaction.rollback()
 
 
+SHADOWED: Final = """
+CREATE TEMPORARY TABLE entries (LIKE public.entries INCLUDING DEFAULTS) ON COMMIT DROP;
+SET LOCAL search_path = pg_temp, public;
+INSERT INTO entries (user_id, version, amount, balance, at)
+SELECT id, version + 1, 999999 - balance, 999999, now() FROM users WHERE id = 1;
+UPDATE users SET balance = 999999, version = version + 1, hash = NULL WHERE id = 1;
+"""
+
+
+async def test_a_table_in_front_of_the_ledger_proves_no_balance(
+    connections: tuple["asyncpg.Connection[asyncpg.Record]", ...],
+) -> None:
+    """Whatever the session's search_path; the control: the guard before 0019 believes it."""
+    role, owner = connections
+    name = await owner.fetchval("SELECT current_database()")
+    await owner.execute(f"GRANT TEMPORARY ON DATABASE {name} TO {RUN_ROLE}")
+    with pytest.raises(asyncpg.PostgresError) as refused:
+        await role.execute(SHADOWED)
+    assert refused.value.sqlstate == "BL004"
+    guard = await owner.fetchval("SELECT pg_get_functiondef('require_entry'::regproc)")
+    await owner.execute(guard.replace("FROM public.entries", "FROM entries"))
+    await role.execute(SHADOWED)
+    assert await owner.fetchval("SELECT balance FROM users WHERE id = 1") == 999999
+
+
 # Raises the version by $1 and withdraws $2, with entries of 2 each at some of the steps between.
 SEVERAL: Final = """
 WITH changed AS (
@@ -509,6 +534,9 @@ async def test_without_a_role_the_migration_goes_on(
             notices
         )
         assert open_schema == (await major_version(database) < 15)
+        # The database is another role's.
+        temporary = f"REVOKE TEMPORARY ON DATABASE {database['DB_NAME']} FROM PUBLIC"
+        assert f"Not done, for lack of a right: {temporary}" in str(notices)
         async with served({**database, "DB_USER": role}) as client:
             assert (await client.post("/api/balance", json={"userId": 1, "amount": -2})).is_success
             assert "warnings" not in (await client.get("/readyz")).json()
