@@ -399,6 +399,24 @@ async def test_a_head_too_large_is_refused_after_the_requests_before_it() -> Non
 
 @on_its_loop
 @pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"X-Long: " + b"x" * 62_000 + b"\r\n"] * 2,
+        [b"A: 1\r\n" * 9_000, b"A: 1\r\n" * 9_000],
+        [b"A:\r\n" * 45_000],
+    ],
+    ids=["long ones", "many", "at once"],
+)
+async def test_a_large_head_that_is_whole_is_refused(pieces: list[bytes]) -> None:
+    """However it arrives: what counts is what the target and the headers have together."""
+    async with serving() as (_, server), server.client() as client:
+        await client.send(GET[:-2], *pieces[:-1], pieces[-1] + b"\r\n")
+        assert (await client.answer())[0] == 431
+        assert await client.rest() == b""
+
+
+@on_its_loop
+@pytest.mark.parametrize(
     "garbage",
     [b"}", b"\0\0", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"],
     ids=["brace", "NUL", "version", "no host"],

@@ -23,6 +23,7 @@ from balance_app.access.keys import Principal
 from balance_app.errors import InternalError, MethodNotAllowed, NotFound, Problem
 from balance_app.http.answer_headers import NO_STORE
 from balance_app.http.problem_pages import answer, json_answer, wants_page
+from balance_app.http.samples import EVENTS
 from balance_app.logs import REQUEST_ID, TRACE, Trace
 from balance_app.metrics import Metrics
 
@@ -86,6 +87,7 @@ class RequestMiddleware:
         else:
             headers.extend(_join(traceparent, self.new_span_id()))
         status = 0
+        sent: list[tuple[bytes, bytes]] = []
         started = perf_counter()
         method = scope["method"]
         if method == "HEAD" or self._root_path:
@@ -95,7 +97,7 @@ class RequestMiddleware:
         app: ASGIApp = self.app
 
         async def send_with_ids(message: Message) -> None:
-            nonlocal status
+            nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 sent = message["headers"]
@@ -107,7 +109,9 @@ class RequestMiddleware:
                     sent.append(NO_STORE)
                 sent.extend(headers)
             elif message.get("more_body") and principal and not self.gate.is_valid(principal):
-                await send({"type": "http.response.body", "body": b""})
+                # The end of an export would say that it is complete.
+                if any(value.startswith(EVENTS.encode()) for _, value in sent):
+                    await send({"type": "http.response.body", "body": b""})
                 raise _RevokedError
             await send(message)
 
@@ -223,9 +227,11 @@ def _headers_of(scope: Scope) -> dict[bytes, bytes]:
     """Return the request's headers by name; the values of one that came twice are joined."""
     headers = dict(scope["headers"])
     if len(headers) < len(scope["headers"]):
-        headers.clear()
+        values: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
-            headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
+            values.setdefault(name, []).append(value)
+        for name, each in values.items():
+            headers[name] = (b"; " if name == b"cookie" else b", ").join(each)
     return headers
 
 

@@ -76,6 +76,7 @@ _WITHOUT_BODY: Final = frozenset({204, 304})
 _CONTROLS: Final = bytes({*range(0x20), 0x7F} - {0x09})
 _RESET: Final = struct.pack("ii", 1, 0)  # linger for no time
 
+_HEAD_TOO_LARGE: Final = f"The head may have at most {MAX_HEAD_BYTES // 1024} KiB."
 _FULL: Final = Overloaded("This instance has no free file descriptor for more connections.")
 
 # A name, an address, or an address in brackets; perhaps a port (RFC 3986, 3.2).
@@ -250,6 +251,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _in_head = False
     _heads = 0
     _unfinished_bytes = 0
+    # of the target and the headers that are parsed
+    _head_bytes = 0
     # the last head that was read offers another protocol
     _upgrade_offered = False
     # further input is dropped; the client has sent its last byte
@@ -382,9 +385,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._unfinished_bytes + len(data) if heads == self._heads else 0
             )
             if self._unfinished_bytes > MAX_HEAD_BYTES:
-                self._refuse(
-                    HeadTooLarge(f"The head may have at most {MAX_HEAD_BYTES // 1024} KiB.")
-                )
+                self._refuse(HeadTooLarge(_HEAD_TOO_LARGE))
             elif self._on_deadline is None and not self._is_under_way():
                 self._set_deadline(self.head_seconds, self._head_timed_out)
         elif self.cycle is not None and self.cycle.more_body:
@@ -495,6 +496,11 @@ class LimitedProtocol(HttpToolsProtocol):
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # trailers are no headers (RFC 9110, 6.5.1)
+            if not self.headers:
+                self._head_bytes = len(self.url)
+            self._head_bytes += len(name) + len(value) + len(b": \r\n")
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._stop(HeadTooLarge(_HEAD_TOO_LARGE))
             self.headers.append((name.lower(), value))
 
     @override
