@@ -45,6 +45,7 @@ class Readiness:
         self._informational = informational
         self._shows_details = shows_details
         self._logged = "ok"
+        self._checking: asyncio.Task[dict[str, str]] | None = None
 
     async def standbys(self) -> dict[str, Any]:
         """Return the primary and its standbys; nothing when they are not known."""
@@ -57,13 +58,23 @@ class Readiness:
     async def check(self) -> tuple[dict[str, str], bool]:
         """Return the checks, each "ok" or a fault, and whether this instance is ready."""
         checks = {"stopping": "This instance is stopping." if self._stopping.is_set() else "ok"}
-        found = await _database_checks(self._database)
+        found = await self._database_checks()
         if found["database"] == "ok" and found["schema"] != self._logged:
             self._logged = found["schema"]
             log.warning("schema checked", result=self._logged)
         checks |= found if self._shows_details() else without_details(found)
         ready = all(found == "ok" for found in checks.values())
         return checks | {name: check() for name, check in self._informational.items()}, ready
+
+    async def _database_checks(self) -> dict[str, str]:
+        """Return the checks of the database; those who ask during a check share its result.
+
+        A check goes before all requests, and anybody may ask for one: however many do, the queue
+        has one.
+        """
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(_database_checks(self._database))
+        return {**await asyncio.shield(self._checking)}
 
 
 NOT_KNOWN: Final = "not known"
