@@ -28,6 +28,7 @@ _HOP: Final = re.compile(
     r"(?:\[(?P<bracketed>[0-9A-Fa-f:.]+)\]|(?P<v4>[0-9.]+))(?::(?P<port>[0-9]{1,5}))?"
     r"|(?P<v6>[0-9A-Fa-f:.]+)"
 )
+_INTERFACE_BITS: Final = 64
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
 
@@ -125,6 +126,17 @@ def _address(text: str) -> IPv4Address | IPv6Address | None:
 def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """Return the address of version 4 that one of version 6 stands for, if it is such a one."""
     return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
+
+
+def prefix_of(address: str) -> str:
+    """Return what limits of one client are counted by: an IPv4 address, or an IPv6 prefix of 64.
+
+    A host may take any address of its network's prefix (RFC 4291, 2.5.4; RFC 8981).
+    """
+    found = _address(address)
+    if isinstance(found, IPv6Address):
+        return str(IPv6Network((int(found), _INTERFACE_BITS), strict=False))
+    return address
 
 
 def _from_the_right(values: list[bytes] | None) -> list[bytes]:

@@ -6,12 +6,16 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from time import monotonic
-from typing import Final
+from types import SimpleNamespace
+from typing import Final, cast
 
 import asyncpg
 import pytest
+from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from balance_app.access import gate
+from balance_app.access.keys import Principal
 from balance_app.access.repository import KeyRepository
 from balance_app.http.middleware import RequestMiddleware
 from tests.access.application import client_at, keys_are_asked_for, serving
@@ -89,6 +93,17 @@ async def test_a_new_key_works_at_once(database: dict[str, str]) -> None:
         session = await log_in(database, key)
         assert await status(app, bearer(key)) == 200
         assert await status(app, cookie(session)) == 200
+
+
+async def test_a_session_in_the_value_of_another_cookie_is_none(database: dict[str, str]) -> None:
+    """A comma separates no cookies: a neighbouring host could put somebody into its own session."""
+    async with with_keys(database) as app:
+        session = await log_in(database, await make_key(database))
+        (name, pair), *_ = cookie(session).items()
+        assert await status(app, {name: f"x=y; {pair}"}) == 200
+        assert await status(app, {name: f"x=y,{pair}"}) == 401
+        foreign = pair.partition("=")[0] + "=" + unknown("bs").text
+        assert await status(app, {name: f"x=y,{foreign}; {pair}"}) == 200
 
 
 @pytest.mark.usefixtures("only_early")
@@ -350,3 +365,43 @@ async def test_a_form_asks_for_what_its_button_does(database: dict[str, str]) ->
                 if response.status_code != 403:
                     passed.add(name)
             assert passed == expected, scope
+
+
+# -- an answer that is under way when its key ends ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("media_type", "ends"),
+    [
+        ("text/event-stream; charset=utf-8", True),
+        ("text/csv; charset=utf-8; header=present", False),
+        ("application/jsonl", False),
+    ],
+)
+async def test_a_cut_export_has_no_end(media_type: str, *, ends: bool) -> None:
+    """The end of its message would say that it is complete; a stream of events has no other."""
+
+    async def stream(_scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", media_type.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while True:
+            await send({"type": "http.response.body", "body": b"some", "more_body": True})
+
+    revoked = SimpleNamespace(
+        admit_known=lambda *_: Principal("ada", frozenset({"read"}), "id"),
+        is_valid=lambda _: False,
+    )
+    application = RequestMiddleware(
+        cast("FastAPI", stream), gate=cast("gate.Gate", revoked), direct={}, log_requests=False
+    )
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "path": "/api/users/1/entries", "headers": []}
+    await application({**scope, "client": (A, 1)}, receive, send)
+    assert [message.get("body") for message in sent] == [None, b""][: 1 + ends]

@@ -35,6 +35,16 @@ def others_get_in(seats: Seats, taken: ExitStack) -> bool:
     return True
 
 
+def test_addresses_of_one_ipv6_network_are_one_client(taken: ExitStack) -> None:
+    """A host there has as many as it likes; the control is another network."""
+    seats = Seats("streams", most=10, per_client=2)
+    for address in ("2001:db8:1:2::1", "2001:db8:1:2:aaaa::9"):
+        taken.enter_context(seats.take(scope(address)))
+    with pytest.raises(TooManyRequests):
+        taken.enter_context(seats.take(scope("2001:db8:1:2:ffff::")))
+    taken.enter_context(seats.take(scope("2001:db8:1:3::1")))
+
+
 def test_one_client_does_not_take_all(taken: ExitStack) -> None:
     """Without a limit for each client (the control) it does."""
     assert others_get_in(Seats("streams", most=10, per_client=3), taken)

@@ -30,6 +30,7 @@ from balance_app.errors import (
     Problem,
 )
 from balance_app.metrics import Metrics
+from balance_app.proxies import prefix_of
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -44,9 +45,10 @@ WRONG_RATE: Final = 10
 ADDRESSES: Final = 10_000
 HOSTS: Final = 1_000
 
-# The one that only this host can have set over TLS counts before the other.
+# The one that only this host can have set over TLS counts before the other. A comma separates
+# nothing here: it may stand in the value of a cookie that a neighbouring host has set.
 _COOKIES: Final = [
-    re.compile(rb"(?:^|[;,])[ \t]*%b=([^;, \t]*)" % name) for name in (b"__Host-ba", b"ba")
+    re.compile(rb"(?:^|;)[ \t]*%b=([^;, \t]*)" % name) for name in (b"__Host-ba", b"ba")
 ]
 _BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([^ \t]+)")
 
@@ -274,7 +276,7 @@ class Gate:
         if found is not None:
             return found
         now = monotonic()
-        wait = self._wrong.take(client[0] if client else "", now)
+        wait = self._wrong.take(prefix_of(client[0]) if client else "", now)
         if wait > 0:
             raise TooManyRequests("Too many wrong keys came from this address.", seconds=wait)
         if is_token(token):

@@ -9,6 +9,7 @@ from starlette.types import Scope
 
 from balance_app.access.errors import TooManyRequests
 from balance_app.errors import Overloaded
+from balance_app.proxies import prefix_of
 
 Client: TypeAlias = tuple[str, str | None]
 
@@ -16,7 +17,8 @@ Client: TypeAlias = tuple[str, str | None]
 class Seats:
     """At most `most` at once, at most `per_client` of them for one client.
 
-    A client is an address and a key: behind a proxy all have its address. `what` they are is for
+    A client is an address (of IPv6: a prefix) and a key: behind a proxy that is not trusted all
+    have its address. `what` they are is for
     the refusal: "streams".
     """
 
@@ -56,4 +58,4 @@ class Seats:
 
 def _client_of(scope: Scope) -> Client:
     address, principal = scope.get("client"), scope.get("principal")
-    return address[0] if address else "", principal.key_id if principal else None
+    return prefix_of(address[0]) if address else "", principal.key_id if principal else None
