@@ -93,23 +93,27 @@ OLDEST_SERVER: Final = 14
 Host: TypeAlias = tuple[str, int]
 
 
-class PoolerError(Exception):
+class SessionError(Exception):
+    """The connection is no session of the primary, or it does not keep what it confirms."""
+
+
+class PoolerError(SessionError):
     """A pooler between this program and PostgreSQL breaks sessions."""
 
 
-class OldServerError(Exception):
+class OldServerError(SessionError):
     """The server's PostgreSQL is older than `OLDEST_SERVER`."""
 
 
-class StandbyError(Exception):
+class StandbyError(SessionError):
     """The server is a standby: it may lack changes that were acknowledged."""
 
 
-class CertificateRefusedError(Exception):
+class CertificateRefusedError(SessionError):
     """The server ended the connection when it had this service's certificate."""
 
 
-class NotReplicatedError(Exception):
+class NotReplicatedError(SessionError):
     """A commit is on the primary alone: its wait for a synchronous standby was cancelled."""
 
 

@@ -23,7 +23,8 @@ from balance_app.jobs.run import (
     RunStoppedError,
 )
 from balance_app.jobs.threads import ThreadRun
-from balance_app.jobs.transaction import LeaseLostError
+from balance_app.jobs.transaction import LeaseLostError, RunTransaction
+from balance_app.sessions import NotReplicatedError, StandbyError
 from tests.jobs.support import Instance, JobsDatabase, on, until
 from tests.processes import RUN_ROLE
 
@@ -483,6 +484,30 @@ async def test_a_connection_that_is_lost_is_an_outage(
     async with run.transaction() as connection:
         await connection.execute(NOTE, "at last")
     assert await notes(jobs_db) == ["at last"]
+
+
+@pytest.mark.parametrize(
+    ("error", "at_commit", "applied"),
+    [
+        (StandbyError("is a standby"), False, "no"),
+        (NotReplicatedError("canceled"), True, "unknown"),
+    ],
+    ids=["no primary", "not replicated"],
+)
+async def test_a_failover_is_an_outage(
+    monkeypatch: pytest.MonkeyPatch, run: Run, error: Exception, applied: str, *, at_commit: bool
+) -> None:
+    """The run is released for it, and does not fail: it is no error of the job."""
+
+    async def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(RunTransaction, "commit" if at_commit else "enter", fails)
+    with pytest.raises(DatabaseUnavailable) as unavailable:
+        async with run.transaction():
+            assert at_commit
+    assert unavailable.value.applied == applied
+    assert unavailable.value.__cause__ is error
 
 
 async def test_an_unavailable_database_is_an_outage(jobs_db: JobsDatabase, run: Run) -> None:

@@ -26,6 +26,7 @@ from balance_app.jobs.transaction import (
     RunTransaction,
     TransactionLimitError,
 )
+from balance_app.sessions import SessionError
 
 CHECKPOINT_BYTES: Final = 8192
 # in JSON, where an even number of backslashes is no escape
@@ -203,7 +204,7 @@ class Run:
                     with transaction.watch(connection), under(scope):
                         yield connection
                     await transaction.commit(connection)
-        except (asyncpg.PostgresError, *NO_ANSWER) as error:
+        except (asyncpg.PostgresError, SessionError, *NO_ANSWER) as error:
             problem = transaction.classify(error)
             if problem is None:
                 raise
