@@ -426,6 +426,25 @@ async def _migrate_in_a_process(database: dict[str, str], **env: str) -> asyncio
     )
 
 
+@pytest.mark.parametrize("limited", [True, False], ids=["limited", "control"])
+async def test_a_check_that_gets_no_answer_ends(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, limited: bool
+) -> None:
+    """A server that is frozen during the check would keep an instance from all others."""
+
+    async def frozen(connection: "asyncpg.Connection[Any]", *_: object) -> None:
+        await connection.execute("SELECT pg_sleep(600)")
+
+    monkeypatch.setattr(migrations, "_tables_and_version", frozen)
+    monkeypatch.setattr(migrations, "INSPECT_SECONDS", 0.3 if limited else None)
+    check = asyncio.create_task(migrations.find(settings_for(database)))
+    await asyncio.wait({check}, timeout=20 if limited else 2)
+    assert check.done() == limited
+    check.cancel()
+    with pytest.raises(TimeoutError if limited else asyncio.CancelledError):
+        await check
+
+
 async def test_a_schema_that_changes_meanwhile_is_not_incomplete(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

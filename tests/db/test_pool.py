@@ -9,8 +9,10 @@ import pytest
 
 from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
+from balance_app.db.outages import Cause, Kind
 from balance_app.db.wait_queue import Lane
 from balance_app.errors import DatabaseUnavailable
+from balance_app.sessions import Session
 from balance_app.settings import Settings, load_settings
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, as_instance, connect, http_client
@@ -30,13 +32,40 @@ async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str
         raise asyncio.CancelledError
 
     try:
-        for _ in range(5):  # more than there are connections
+        for _ in range(7):  # more than there are connections
             with pytest.raises(DatabaseUnavailable) as caught:
                 await asyncio.wait_for(line.run(cut_off), 10)
             assert caught.value.applied == "unknown"
         assert await line.run(lambda con: con.fetchval("SELECT 1")) == 1
     finally:
         await line.stop()
+
+
+@pytest.mark.parametrize("how", ["recovery", "former primary", "control"])
+async def test_an_idle_connection_for_jobs_is_not_trusted_for_ever(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """After an outage, or with another primary, it may lead to a server that is cut off."""
+    await migrate(settings_for(database).as_owner())
+    pool = db.Database(settings_for(database))
+    await pool.start()
+
+    async def pid() -> int:
+        async with pool.lend() as connection:
+            return int(await connection.fetchval("SELECT pg_backend_pid()"))
+
+    try:
+        first = await pid()
+        if how == "recovery":
+            pool._mark_unavailable(Cause(Kind.NO_ANSWER, "unknown"))
+            assert pool._recovery is not None
+            await asyncio.wait_for(pool._recovery, 20)
+        elif how == "former primary":
+            former = {*pool._lent_open}
+            monkeypatch.setattr(Session, "is_current", lambda session: session not in former)
+        assert (await pid() == first) == (how == "control")
+    finally:
+        await pool.stop()
 
 
 async def test_a_parked_operation_starts_no_worker(database: dict[str, str]) -> None:

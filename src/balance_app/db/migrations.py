@@ -263,7 +263,8 @@ async def migrate(settings: Settings, report: Callable[[str], None] = lambda _: 
     while True:
         connection = await _connect(settings)
         try:
-            found = await _inspect(connection, settings)
+            async with asyncio.timeout(INSPECT_SECONDS):
+                found = await _inspect(connection, settings)
             if isinstance(found, Schema):
                 return found
             report(f"Migrating {found.place} from {found.upgrade_from} to {alembic_head()}.")
@@ -367,7 +368,8 @@ async def find(settings: Settings) -> Installation | None:
     """
     connection = await _connect(settings)
     try:
-        found = await _inspect(connection, settings)
+        async with asyncio.timeout(INSPECT_SECONDS):
+            found = await _inspect(connection, settings)
     finally:
         connection.terminate()
     return found.installation if isinstance(found, Schema) else None
@@ -388,6 +390,10 @@ async def require_schema(connection: "asyncpg.Connection[Any]") -> None:
     fault = Version(row["version_num"], row["compatible_from"]).fault()
     if fault is not None:
         raise UnusableDatabaseError(fault)
+
+
+# A server that is frozen meanwhile gives no answer, and keeps nobody from another one.
+INSPECT_SECONDS: Final = 10.0
 
 
 async def _connect(settings: Settings) -> "asyncpg.Connection[asyncpg.Record]":

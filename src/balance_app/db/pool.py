@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
 import asyncpg
 import structlog
@@ -246,7 +246,11 @@ class Database:
         while True:
             try:
                 # ast-grep-ignore: acquire-without-timeout - the run that waits has its own
-                return await self._lent.acquire()
+                connection = await self._lent.acquire()
+                if cast("Session", connection).is_current():
+                    return connection
+                _terminate(connection)  # it leads to a former primary
+                await self._lent.release(connection)
             except asyncpg.TooManyConnectionsError as error:
                 cause = classify(error)
                 assert cause is not None  # noqa: S101 - it is one of its codes
@@ -584,6 +588,8 @@ class Database:
             tries += 1
         while (idle := self._take_idle()) is not None:
             idle.terminate()
+        # One that is idle may lead to a server that is cut off, and find out when a job uses it.
+        await self._lent.expire_connections()
         self._forget_closed()
         self._open.add(connection)
         self._idle = [connection]

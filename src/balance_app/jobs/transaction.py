@@ -70,11 +70,12 @@ class RunTransaction:
         self._job_error: Exception | None = None
 
     async def enter(self, connection: Connection) -> None:
-        """Begin, while the run holds its lease."""
-        milliseconds = round(self._longest_seconds * 1000)
-        # ast-grep-ignore: sql-from-pieces - several statements have no parameters; it is a number
-        await connection.execute(BEGIN.format(milliseconds=milliseconds))
-        if await connection.fetchrow(ENTER, self.name, self.fence, self._holder) is None:
+        """Begin, while the run holds its lease; longer than that it waits for no answer."""
+        # Several statements have no parameters.
+        begin = BEGIN.format(milliseconds=round(self._longest_seconds * 1000))
+        await connection.execute(begin, timeout=self._idle_seconds)
+        run = self.name, self.fence, self._holder
+        if await connection.fetchrow(ENTER, *run, timeout=self._idle_seconds) is None:
             raise LeaseLostError(f"{self.name} has lost its lease.")
 
     @contextmanager
