@@ -266,6 +266,14 @@ POOLER_REFUSED: list[tuple[dict[str, str], str]] = [
     ({"DB_POOLER": "transaction", "DB_DIRECT_URL": DIRECT}, "needs DATABASE_URL or DB_HOST"),
     ({"DB_HOST": "h", "DB_DIRECT_URL": DIRECT}, "with DB_POOLER=transaction"),
     (
+        {
+            "DATABASE_URL": "postgresql://me:geheim@h/d?options=-c%20work_mem%3D8MB",
+            "DB_POOLER": "transaction",
+            "DB_DIRECT_URL": DIRECT,
+        },
+        "passes no `options` on",
+    ),
+    (
         {"DB_HOST": "h", "DB_POOLER": "transaction", "DB_DIRECT_URL": "db:geheim"},
         "^DB_DIRECT_URL: must start with",
     ),

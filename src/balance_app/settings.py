@@ -363,6 +363,11 @@ class Settings(BaseSettings):
             )
         if self.pooled and not self.database_is_configured:
             raise ValueError("DB_POOLER=transaction needs DATABASE_URL or DB_HOST, the pooler's")
+        if self.pooled and "options" in self._target.server_settings:
+            raise ValueError(
+                "DB_POOLER=transaction: a pooler passes no `options` on; set them at the role "
+                "(ALTER ROLE ... SET), or in DB_DIRECT_URL for what goes past it"
+            )
         if not self.pooled and self.db_direct_url is not None:
             raise ValueError("DB_DIRECT_URL is used with DB_POOLER=transaction alone: set both")
         return self

@@ -129,6 +129,21 @@ async def test_no_job_starts_before_a_lease_is_over(jobs_db: JobsDatabase) -> No
     ]
 
 
+async def test_the_longest_lease_in_the_backup_counts(jobs_db: JobsDatabase) -> None:
+    """Whoever calls the command may not know what the instances were configured with."""
+    instance = jobs_db.instance()
+    await instance.declare("held", "waits")
+    await jobs_db.ready("held", seconds_ago=9)
+    assert (await instance.claim()).name == "held"
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET lease_expires_at = last_heartbeat_at + interval '5 min'"
+        " WHERE name = 'held'"
+    )
+    await _restore(jobs_db)
+    rows = await jobs_db.admin.fetch("SELECT ready_at - clock_timestamp() AS left FROM jobs")
+    assert all(row["left"] > timedelta(minutes=4) for row in rows)
+
+
 async def test_numbers_of_after_the_moment_are_not_given_again(database: dict[str, str]) -> None:
     """Ids of users, generations of keys, logins, the installation; the action says so."""
     assert (await run("migrate", **database))[0] == 0

@@ -31,7 +31,8 @@ SELECT job, server FROM ended ORDER BY job
 
 # Whatever a run of before the restore sends, with whatever fence it has, matches no row: neither
 # that of its own claim, nor that of a claim made here. No job is claimed for the length of a lease,
-# as runs may go on for that long on an old server that has just been stopped. A tick that is too
+# or of a longer one that stands in the backup, as runs may go on for that long on an old server
+# that has just been stopped. A tick that is too
 # late to start (see LATE in `jobs/statements.py`) stays as it is, to be skipped.
 #
 # $1 the leap, $2 the length of a lease, $3 the result of the runs
@@ -49,7 +50,9 @@ UPDATE jobs SET
     ready_at = CASE
         WHEN holder IS NULL AND attempt = 0 AND requested_by IS NULL
              AND ready_at + start_within < clock_timestamp()
-        THEN ready_at ELSE greatest(ready_at, clock_timestamp() + $2::interval) END
+        THEN ready_at ELSE greatest(ready_at, clock_timestamp() + greatest(
+            $2::interval, (SELECT max(lease_expires_at - last_heartbeat_at) FROM jobs)
+        )) END
 """
 
 # For people alone; those that live are listed again by their next heartbeat.
