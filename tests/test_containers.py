@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from balance_app.settings import Settings, load_settings
 
@@ -66,6 +67,22 @@ def test_the_example_is_valid_with_all_its_lines_uncommented(
     assert settings.db_host == "localhost"
     assert settings.db_password is not None
     assert settings.db_password.get_secret_value() == "PASSWORD"
+
+
+def test_compose_takes_from_the_example_what_it_says_of_the_database() -> None:
+    """What reaches another database must reach neither the migration nor the instances."""
+    of_database = re.split(r"^# --- .*$", EXAMPLE, flags=re.MULTILINE)[1]
+    names = set(re.findall(r"^#([A-Z_]+)=", of_database, re.MULTILINE))
+    said = re.search(r"database it takes (.*?) only", EXAMPLE.replace("\n#", ""))
+    assert said is not None
+    taken = set(re.findall("[A-Z_]{2,}", said[1]))
+    services = yaml.safe_load(COMPOSE)["services"]
+    for service in ("migrate", "app1", "app5"):
+        given = services[service]["environment"]
+        # What it says it takes is passed on from the file, or by the variable of that name.
+        assert names - given.keys() <= taken, service
+        own = {name for name in names & given.keys() if f"${{{name}" not in str(given[name])}
+        assert not own & (taken - {"DB_RUN_PASSWORD"}), service
 
 
 @pytest.mark.parametrize("file", ["Dockerfile", "docker-compose.yml"])
