@@ -1,5 +1,7 @@
 """The logs of the instances of `up`: what is written, how much of it, and how it is read."""
 
+import asyncio
+import errno
 import io
 import os
 import stat
@@ -143,6 +145,31 @@ async def test_the_console_shows_what_it_would_without_a_log(
     assert len(lines) == len(ends)
     assert all(line.endswith(end) for line, end in zip(lines, ends, strict=True))
     assert reported == []
+
+
+async def test_a_rotation_that_fails_stops_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a descriptor for the next file the last one is written on, and the pipe is read."""
+    log = InstanceLog(tmp_path, "app1", max_bytes=10)
+    reported: list[str] = []
+    output = Output(log, reported.append, MergedConsole(["app1"], quiet=True))
+    await output.open()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", full)
+        for _ in range(3):
+            os.write(output.descriptors[1], INFO * 2)
+            await asyncio.sleep(0.05)
+    os.write(output.descriptors[1], INFO)
+    await output.close()
+    assert reported == [f"{tmp_path}/app1.log can't be written: Too many open files"]
+    # the one that was opened then, which was moved at the next lines in turn
+    assert (tmp_path / "app1.log.1").read_bytes()
+    assert (tmp_path / "app1.log").exists()
 
 
 async def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:

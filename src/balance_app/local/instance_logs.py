@@ -84,9 +84,11 @@ class InstanceLog:
             OSError: the disk is full, or the like.
         """
         if self._file.tell() >= self._max_bytes:
-            self.path.replace(_older(self.path))
+            with suppress(FileNotFoundError):  # it was moved, and the next one not opened
+                self.path.replace(_older(self.path))
+            newer = self._open()
             self._file.close()
-            self._file = self._open()
+            self._file = newer
         self._file.write(_COLOUR.sub(b"", lines))
 
     def close(self) -> None:
