@@ -408,7 +408,7 @@ async def test_a_head_too_large_is_refused_after_the_requests_before_it() -> Non
     ids=["long ones", "many", "at once"],
 )
 async def test_a_large_head_that_is_whole_is_refused(pieces: list[bytes]) -> None:
-    """However it arrives: what counts is what the target and the headers have together."""
+    """However it arrives: what counts is what the headers have together."""
     async with serving() as (_, server), server.client() as client:
         await client.send(GET[:-2], *pieces[:-1], pieces[-1] + b"\r\n")
         assert (await client.answer())[0] == 431

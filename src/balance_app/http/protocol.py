@@ -251,7 +251,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _in_head = False
     _heads = 0
     _unfinished_bytes = 0
-    # of the target and the headers that are parsed
+    # of the headers that are parsed; a target of as much is none that `parse_url` accepts
     _head_bytes = 0
     # the last head that was read offers another protocol
     _upgrade_offered = False
@@ -497,7 +497,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # trailers are no headers (RFC 9110, 6.5.1)
             if not self.headers:
-                self._head_bytes = len(self.url)
+                self._head_bytes = 0
             self._head_bytes += len(name) + len(value) + len(b": \r\n")
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._stop(HeadTooLarge(_HEAD_TOO_LARGE))
