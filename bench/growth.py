@@ -75,6 +75,10 @@ class State(NamedTuple):
         filled = (self.accounts, self.deep, self.jobs, self.runs)
         return "growth_" + "_".join(map(str, filled))
 
+    def place(self, postgres: EmbeddedPostgres) -> dict[str, str]:
+        """Return the variables that lead to its database."""
+        return {**postgres.environment(), "DB_NAME": self.database}
+
 
 def states() -> list[State]:
     """Return all states at the scale of this run."""
@@ -131,7 +135,7 @@ async def measure(report: Report) -> None:
 
 
 async def _fill(postgres: EmbeddedPostgres, state: State) -> None:
-    place = {**postgres.environment(), "DB_NAME": state.database}
+    place = state.place(postgres)
     there = "SELECT count(*) FROM pg_database WHERE datname = $1"
     if (await query(postgres.environment(), there, state.database))[0][0]:
         return
@@ -184,7 +188,7 @@ async def _started(
     warm_up_seconds: int = 3600,
 ) -> AsyncIterator[tuple[dict[str, str], list[Instance]]]:
     """Run the instances of a state; note how long the start took, and their memory."""
-    place = {**postgres.environment(), "DB_NAME": state.database}
+    place = state.place(postgres)
     # While they warm up no job runs: each would last two minutes and disturb the rest.
     warm_up = str(warm_up_seconds)
     instances = [
@@ -254,7 +258,7 @@ async def _times(call: Callable[[], Awaitable[httpx.Response]], times: int) -> l
 
 async def _audit(postgres: EmbeddedPostgres, state: State, into: dict[str, list[float]]) -> None:
     """Measure the whole check of the ledger."""
-    connection = await connect({**postgres.environment(), "DB_NAME": state.database})
+    connection = await connect(state.place(postgres))
     await connection.execute("SET enable_seqscan = off; SET jit = off")
     began = perf_counter()
     await check_ledger(ReadOnly(connection, _quiet), folds=False)
@@ -264,7 +268,7 @@ async def _audit(postgres: EmbeddedPostgres, state: State, into: dict[str, list[
 
 async def _idle(postgres: EmbeddedPostgres, state: State, into: dict[str, list[float]]) -> None:
     """Measure what idle instances ask of the database, while no job is due."""
-    await query({**postgres.environment(), "DB_NAME": state.database}, NOTHING_DUE)
+    await query(state.place(postgres), NOTHING_DUE)
     async with _started(postgres, state, {}, warm_up_seconds=0) as (place, instances):
         await asyncio.sleep(5)
         processes = [psutil.Process(each.pid) for each in instances]

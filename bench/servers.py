@@ -7,6 +7,7 @@ have a database of their own; all are on one PostgreSQL.
 import asyncio
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -89,8 +90,11 @@ class Arm(NamedTuple):
 POOL_SIZES: Final = (2, 3, 5, 10)
 # This Python, and others that have the service's packages, by their versions.
 PYTHONS: Final = {
-    subprocess.check_output([path, "-V"], text=True).split()[1]: path
-    for path in (sys.executable, *os.environ.get("BENCH_PYTHONS", "").split())
+    platform.python_version(): sys.executable,
+    **{
+        subprocess.check_output([path, "-V"], text=True).split()[1]: path
+        for path in os.environ.get("BENCH_PYTHONS", "").split()
+    },
 }
 _GROUP: Final = (("BALANCE_GROUP_COMMIT", "true"),)
 _NODE: Final = shutil.which("node") or "node"

@@ -39,9 +39,9 @@ $guard$;
 # Before this comment in `grant_to_instances`, whatever else a migration in between has put there.
 PLACE = "    -- for watch-limits: the transactions of other roles"
 TEMPORARY = """\
-    IF has_database_privilege(instances, current_database(), ''TEMPORARY'') THEN
-        RAISE WARNING USING ERRCODE = ''BL003'', MESSAGE = format(
-            ''Not done, for lack of a right: REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC.'',
+    IF has_database_privilege(instances, current_database(), 'TEMPORARY') THEN
+        RAISE WARNING USING ERRCODE = 'BL003', MESSAGE = format(
+            'Not done, for lack of a right: REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC.',
             current_database()
         );
     END IF;
@@ -56,7 +56,7 @@ BEGIN
     IF strpos(definition, place) = 0 THEN
         RAISE EXCEPTION 'grant_to_instances has another text than expected';
     END IF;
-    EXECUTE replace(definition, place, '{TEMPORARY}' || place);
+    EXECUTE replace(definition, place, $text${TEMPORARY}$text$ || place);
 END
 $grant$;
 """
@@ -64,7 +64,9 @@ $grant$;
 SILENT = f"""
 DO $grant$
 BEGIN
-    EXECUTE replace(pg_get_functiondef('grant_to_instances'::regproc), '{TEMPORARY}', '');
+    EXECUTE replace(
+        pg_get_functiondef('grant_to_instances'::regproc), $text${TEMPORARY}$text$, ''
+    );
 END
 $grant$;
 """

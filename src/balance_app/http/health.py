@@ -74,7 +74,7 @@ class Readiness:
         """
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(_database_checks(self._database))
-        return {**await asyncio.shield(self._checking)}
+        return await asyncio.shield(self._checking)
 
 
 NOT_KNOWN: Final = "not known"

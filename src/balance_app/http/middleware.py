@@ -21,9 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from balance_app.access.gate import Gate
 from balance_app.access.keys import Principal
 from balance_app.errors import InternalError, MethodNotAllowed, NotFound, Problem
-from balance_app.http.answer_headers import NO_STORE
+from balance_app.http.answer_headers import NO_STORE, is_event_stream
 from balance_app.http.problem_pages import answer, json_answer, wants_page
-from balance_app.http.samples import EVENTS
 from balance_app.logs import REQUEST_ID, TRACE, Trace
 from balance_app.metrics import Metrics
 
@@ -110,7 +109,7 @@ class RequestMiddleware:
                 sent.extend(headers)
             elif message.get("more_body") and principal and not self.gate.is_valid(principal):
                 # The end of an export would say that it is complete.
-                if any(value.startswith(EVENTS.encode()) for _, value in sent):
+                if is_event_stream(sent):
                     await send({"type": "http.response.body", "body": b""})
                 raise _RevokedError
             await send(message)

@@ -48,7 +48,7 @@ from balance_app.errors import (
     RequestTimeout,
     UnsupportedTransferCoding,
 )
-from balance_app.http.answer_headers import NO_STORE
+from balance_app.http.answer_headers import NO_STORE, is_event_stream
 from balance_app.http.endings import Ending, Endings
 from balance_app.http.problem_pages import answer
 from balance_app.proxies import Proxies
@@ -70,7 +70,6 @@ HEADLESS_SECONDS: Final = 2.0
 IDLE_SECONDS: Final = 10.0
 GIVING_WAY: Final = 1 / 16
 SEARCH_EVERY_SECONDS: Final = 0.25
-_EVENTS: Final = b"text/event-stream"
 # Statuses of answers that have no body; bytes that no header has in it, but for a tab.
 _WITHOUT_BODY: Final = frozenset({204, 304})
 _CONTROLS: Final = bytes({*range(0x20), 0x7F} - {0x09})
@@ -166,7 +165,7 @@ class _Cycle(RequestResponseCycle):
         if not self.response_started:
             return self._start_answer(message)
         if message.get("more_body") and self.headers:
-            if self.on_events and any(value.startswith(_EVENTS) for _, value in self.headers):
+            if self.on_events and is_event_stream(self.headers):
                 self.on_events()
             self.headers = ()
         return RequestResponseCycle.send(self, message)
@@ -490,14 +489,13 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._heads:  # the first one's began with the connection
             self._clear_deadline()
         self._in_head = True
+        self._head_bytes = 0
         self._heads += 1
         super().on_message_begin()
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # trailers are no headers (RFC 9110, 6.5.1)
-            if not self.headers:
-                self._head_bytes = 0
             self._head_bytes += len(name) + len(value) + len(b": \r\n")
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._stop(HeadTooLarge(_HEAD_TOO_LARGE))

@@ -18,8 +18,7 @@ class Seats:
     """At most `most` at once, at most `per_client` of them for one client.
 
     A client is an address (of IPv6: a prefix) and a key: behind a proxy that is not trusted all
-    have its address. `what` they are is for
-    the refusal: "streams".
+    have its address. `what` they are is for the refusal: "streams".
     """
 
     def __init__(self, what: str, *, most: int, per_client: int) -> None:

@@ -32,8 +32,8 @@ SELECT job, server FROM ended ORDER BY job
 # Whatever a run of before the restore sends, with whatever fence it has, matches no row: neither
 # that of its own claim, nor that of a claim made here. No job is claimed for the length of a lease,
 # or of a longer one that stands in the backup, as runs may go on for that long on an old server
-# that has just been stopped. A tick that is too
-# late to start (see LATE in `jobs/statements.py`) stays as it is, to be skipped.
+# that has just been stopped. A tick that is too late to start (see LATE in `jobs/statements.py`)
+# stays as it is, to be skipped.
 #
 # $1 the leap, $2 the length of a lease, $3 the result of the runs
 RAISE_FENCES: Final = """
