@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -157,10 +158,11 @@ REFUSED: Final = [
 ]
 
 
-async def test_a_refusal_is_reported_in_a_sentence(instance: Instance) -> None:
-    """On stderr, with an exit code that a script can act on."""
+async def test_a_refusal_is_reported_in_a_sentence(instance: Instance, tmp_path: Path) -> None:
+    """On stderr, with an exit code that a script can act on; whatever runs in this checkout."""
     for line, code, message in REFUSED:
-        found = await run(*line.split(" "), BALANCE_APP_URL=instance.url)
+        env = {"BALANCE_APP_URL": instance.url, "BALANCE_APP_DATA": str(tmp_path)}
+        found = await run(*line.split(" "), **env)
         assert (found[0], found[1]) == (code, ""), line
         assert message in found[2], found[2]
         assert found[2].count("\n") == 1 or "╭─ Error" in found[2]

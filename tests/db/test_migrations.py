@@ -426,6 +426,65 @@ async def _migrate_in_a_process(database: dict[str, str], **env: str) -> asyncio
     )
 
 
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+@pytest.mark.parametrize("what", ["migrate", "grant"])
+async def test_grants_of_two_schemas_at_once(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, what: str, guarded: bool
+) -> None:
+    """Both are on the same database: PostgreSQL refuses the one that waited for the other."""
+    if not guarded:
+        monkeypatch.setattr(migrations, "CONFLICT", "never said")
+    settings = settings_for(database)
+    if what == "grant":
+        await migrate(settings)
+    other = await connect(database)
+    try:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute(f'REVOKE TEMPORARY ON DATABASE "{database["DB_NAME"]}" FROM PUBLIC')
+        said: list[str] = []
+        task = asyncio.ensure_future(getattr(migrations, what)(settings, said.append))
+        async with asyncio.timeout(30):
+            while True:
+                if await other.fetchval(WAITERS):
+                    break
+                await asyncio.sleep(0.01)
+        await transaction.commit()
+        if guarded:
+            async with asyncio.timeout(30):
+                await task
+            assert any("grants of another schema" in line for line in said)
+        else:
+            with pytest.raises(Exception, match="tuple concurrently updated"):
+                await task
+    finally:
+        await other.close()
+
+
+async def test_grants_wait_for_a_lock(database: dict[str, str]) -> None:
+    """For longer than the limit of a session, if need be."""
+    settings = settings_for(database)
+    await migrate(settings)
+    other = await connect(database)
+    try:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute(f'REVOKE TEMPORARY ON DATABASE "{database["DB_NAME"]}" FROM PUBLIC')
+        waits = asyncio.Event()
+        task = asyncio.create_task(migrations.grant(settings, lambda _: waits.set()))
+        async with asyncio.timeout(60):
+            await waits.wait()
+            await transaction.rollback()
+            await task
+    finally:
+        await other.close()
+
+
+WAITERS = """
+SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))
+"""
+
+
 @pytest.mark.parametrize("limited", [True, False], ids=["limited", "control"])
 async def test_a_check_that_gets_no_answer_ends(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, limited: bool

@@ -295,6 +295,17 @@ async def grant(settings: Settings, report: Callable[[str], None]) -> None:
     Raises:
         UnusableDatabaseError: the password can't be set.
     """
+    while True:
+        try:
+            return await _grant(settings, report)
+        except asyncpg.PostgresError as error:
+            if (wait := _wait_for_others(error)) is None:
+                raise
+        report(wait.reason)
+        await asyncio.sleep(wait.seconds)
+
+
+async def _grant(settings: Settings, report: Callable[[str], None]) -> None:
     connection = await _connect(settings)
     schema, role = settings.db_schema, settings.db_run_role
     names = {"schema": _quoted(schema), "run_role": role, "lock": _lock(schema)}
@@ -606,15 +617,13 @@ async def _upgrade(
     )
     try:
         await connection.execute(message)
-    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
-        return _Wait(
-            f"The migration waits for a table that is in use: {error.args[0]}.", LOCKED_SECONDS
-        )
     except asyncpg.PostgresError as error:
         if error.sqlstate == CONCURRENT_UPGRADE:
             await connection.execute("ROLLBACK")
             done = _Wait("Another instance has just migrated.", RETRY_SECONDS)
             return await _running_upgrade(connection, lock) or done
+        if (wait := _wait_for_others(error)) is not None:
+            return wait
         cause = classify(error)
         if cause is not None and cause.kind not in NOT_RETRIED:
             raise
@@ -624,6 +633,21 @@ async def _upgrade(
             + (WHAT_TO_DO if clash else "Nothing was changed.")
         ) from error
     return None
+
+
+def _wait_for_others(error: asyncpg.PostgresError) -> _Wait | None:
+    """Return the wait that an error asks for when another session is in the way."""
+    if isinstance(error, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):
+        reason = f"The migration waits for a table that is in use: {error.args[0]}."
+        return _Wait(reason, LOCKED_SECONDS)
+    if CONFLICT in str(error):
+        return _Wait("The migration waits for the grants of another schema.", RETRY_SECONDS)
+    return None
+
+
+# Grants concern the database and the role, too, which services in several schemas share.
+# PostgreSQL has no code of its own for it, and does not translate it.
+CONFLICT: Final = "tuple concurrently updated"
 
 
 async def _running_upgrade(connection: "asyncpg.Connection[Any]", lock: int) -> _Wait | None:
