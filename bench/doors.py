@@ -1,6 +1,6 @@
 """The cost of the key check and the hash chain together.
 
-Two instances of one PostgreSQL, in alternating rounds: one where each request sends a key that is
+Two instances of one PostgreSQL, in alternating turns: one where each request sends a key that is
 checked and each change is hashed; and one with no key and the statement without the hash.
 """
 
@@ -15,10 +15,11 @@ from bench.loads import Load, alternate, scaled
 from bench.report import Report, ratios, spread
 from bench.servers import postgres_server
 
-REQUESTS: Final = scaled(10_000, 100)
+TURN: Final = scaled(1000, 100)
+BURST: Final = scaled(10_000, 100)
 LOADS: Final = (
-    Load(f"{REQUESTS} changes of one account, 100 connections", REQUESTS, 100),
-    Load(f"{REQUESTS} requests at one moment", REQUESTS, REQUESTS, balance=REQUESTS),
+    Load(f"10 turns of {TURN} changes of one account, 100 connections", TURN, 100, turns=10),
+    Load(f"2 turns of {BURST} requests at one moment", BURST, BURST, balance=BURST, turns=2),
 )
 KINDS: Final = {"service": "key and chain", "unchained": "neither"}
 
@@ -34,10 +35,12 @@ async def measure(report: Report) -> None:
         for what in ("wall", "server", "postgres"):
             values = {name: [getattr(shot, what) for shot in each[name]] for name in KINDS}
             both, neither = values.values()
-            medians = statistics.median(both) / statistics.median(neither)
-            rounds = spread(ratios(both, neither), "{:.3f}")
-            rows.append([what, spread(both), spread(neither), f"{medians:.3f}", rounds])
-        report.table(["seconds", *KINDS.values(), "ratio of medians", "ratios of rounds"], rows)
+            rounds = ratios(both, neither)
+            error = statistics.stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else 0.0
+            mean = f"{statistics.mean(rounds):.3f} ± {error:.3f}"
+            rows.append([what, spread(both), spread(neither), spread(rounds, "{:.3f}"), mean])
+        head = ("seconds", *KINDS.values(), "ratios of rounds", "their mean and its standard error")
+        report.table(head, rows)
 
 
 async def make_key(postgres: EmbeddedPostgres) -> str:

@@ -53,6 +53,9 @@ class Load(NamedTuple):
     connections: int
     accounts: int = 1
     balance: int = PLENTY
+    # In how many turns a round sends it: many short ones show a difference that is smaller than
+    # what the machine's speed changes by from one second to the next.
+    turns: int = 1
 
     def volley(self, urls: list[str], first: int) -> Volley:
         """Return what is sent for accounts from this one on."""
@@ -133,11 +136,25 @@ async def alternate(
     for _ in range(ROUNDS):
         async with warmed_up(names, postgres, keys=keys) as servers:
             for load, shots in zip(loads, found, strict=True):
-                for name in random.sample([*servers], len(servers)):
-                    shot = await shoot(servers[name], postgres, load, constant=name in CONSTANT)
-                    shots[name].append(shot)
-                    print(f"    {name}: {shot.wall:.2f} s", flush=True)
+                turns: Shots = {name: [] for name in names}
+                for _ in range(load.turns):
+                    for name in random.sample([*servers], len(servers)):
+                        shot = await shoot(servers[name], postgres, load, constant=name in CONSTANT)
+                        turns[name].append(shot)
+                for name, each in turns.items():
+                    shots[name].append(_sum(each))
+                    print(f"    {name}: {shots[name][-1].wall:.2f} s", flush=True)
     return found
+
+
+def _sum(turns: Sequence[Shot]) -> Shot:
+    """Return what the turns of a round took together; its answers are those of the last one."""
+    wall, server, postgres, client = (
+        sum(column) for column in zip(*[t[:4] for t in turns], strict=True)
+    )
+    megabytes = max(turn.megabytes for turn in turns)
+    overloads = sum(turn.overloads for turn in turns)
+    return Shot(wall, server, postgres, client, megabytes, turns[-1].fired, overloads)
 
 
 def tabulate(report: Report, shots: Shots, load: Load, floor: str, prefix: str) -> None:
