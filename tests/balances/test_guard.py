@@ -1,14 +1,18 @@
 """Requests for a row that another session has locked are refused soon, and delay no others."""
 
 import asyncio
+from collections import Counter
 from time import monotonic
 from typing import Any
 
 import httpx
 import pytest
 
+from balance_app.balances import guard
 from balance_app.balances.guard import FORGET_SECONDS, Guard
+from balance_app.balances.model import Movement
 from balance_app.db.pool import Database
+from tests.balances.repositories import repositories
 from tests.balances.test_applied import KEYED, locked
 from tests.db.test_pool import settings_for
 from tests.jobs.support import until
@@ -116,6 +120,37 @@ async def test_many_locked_accounts_leave_room_for_others(database: dict[str, st
         await holder.close()
     assert seen == {503}
     assert slowest < 1
+
+
+class Uncounted(Counter[int]):
+    """Control: no account has more transfers than another, so each waits with its payer."""
+
+    def __getitem__(self, key: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_payers_of_one_payee_leave_room_for_others(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """Their transfers wait for each other; in lanes of their payers they take all connections."""
+    if not guarded:
+        monkeypatch.setattr(guard, "Counter", Uncounted)
+    async with repositories(database, DB_LOCK_SECONDS=20, DB_STATEMENT_SECONDS=30) as (app,):
+        payee, other = await app.opened(), await app.opened()
+        payers = [await app.opened(1) for _ in range(20)]
+        async with locked(database, f"SELECT FROM users WHERE id = {payee} FOR UPDATE"):
+            transfers = [
+                asyncio.create_task(app.balances.transfer(Movement(each, -1, to_user_id=payee)))
+                for each in payers
+            ]
+            await asyncio.sleep(0.5)
+            change = asyncio.create_task(app.balances.change(Movement(other, 1)))
+            await asyncio.wait({change}, timeout=10 if guarded else 1)
+            assert change.done() == guarded
+        await asyncio.gather(change, *transfers)
+        assert (await app.accounts.account(payee)).balance == len(payers)
+        assert not app.balances._guard._transfers
 
 
 async def test_known_locks_are_forgotten(database: dict[str, str]) -> None:

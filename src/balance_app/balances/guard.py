@@ -9,6 +9,7 @@ account (or for the key, if the wait was for that) are refused for a second; the
 whether it is free.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Final, TypeAlias, TypeVar
@@ -127,6 +128,8 @@ class Guard:
         settings = database.settings
         at_once = 1 if settings.balance_group_commit else 2
         self._at_once = max(1, min(at_once, settings.db_pool_size - 1))
+        # how many transfers of each account wait or run
+        self._transfers: Counter[int] = Counter()
         # accounts and keys that are refused: why, and until when (monotonic)
         self._held: dict[Name, tuple[str, float]] = {}
 
@@ -146,7 +149,24 @@ class Guard:
             Overloaded: as `Database.run`; or it was not decided in MAX_WAITING_SECONDS.
         """
         waits = _Wait(user_ids, key, self._database.settings.max_waiting_seconds)
-        lane = Lane(waits.names[0], self._at_once)
+        if len(user_ids) < 2:  # noqa: PLR2004 - it is no transfer
+            return await self._run(operation, waits, waits.names[0])
+        # It waits with the account that more transfers wait for: all payers of one payee, each in a
+        # lane of its own, would take every connection.
+        self._transfers.update(user_ids)
+        try:
+            name = max(user_ids, key=self._transfers.__getitem__)
+            return await self._run(operation, waits, name)
+        finally:
+            self._transfers.subtract(user_ids)
+            for user_id in user_ids:
+                if not self._transfers[user_id]:
+                    del self._transfers[user_id]
+
+    async def _run(
+        self, operation: Callable[[Connection], Awaitable[Result]], waits: _Wait, name: Name
+    ) -> Result:
+        lane = Lane(name, self._at_once)
         if self._held:
             self._refuse_held(waits.names)
             if any(name in self._held for name in waits.names):
