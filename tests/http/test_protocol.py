@@ -1077,6 +1077,41 @@ async def test_idle_connections_give_way_to_new_ones() -> None:
     assert await newest_of_a_crowd(Rigid) == 503
 
 
+class Polite(LimitedProtocol):
+    """Mutant, as in an earlier version: sends what is unsent before it gives way."""
+
+    def give_way(self) -> None:
+        self._note(Ending.REPLACED)
+        self._close()
+
+
+async def gives_way_at_once(kind: type[LimitedProtocol]) -> bool:
+    """Return whether a connection whose client reads nothing frees its descriptor for another."""
+    loop = asyncio.get_running_loop()
+    async with serving(kind=kind) as (_, server):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)  # noqa: FBT003 - socket's own
+            await loop.sock_connect(client, ("127.0.0.1", server.port))
+            while not server.state.connections:  # noqa: ASYNC110 - of the server
+                await asyncio.sleep(0.01)
+            (connection,) = server.state.connections
+            assert isinstance(connection, LimitedProtocol)
+            while not connection.transport.get_write_buffer_size():
+                connection.transport.write(bytes(8192))
+            server.state.connections.discard(connection)  # as `_make_room`
+            connection.give_way()
+            await asyncio.sleep(1)
+            return bool(connection.transport.get_extra_info("socket").fileno() < 0)
+
+
+@on_both_loops
+async def test_a_client_that_reads_nothing_gives_way_at_once() -> None:
+    """Or more descriptors than `max_connections` were in use; with the mutant they are."""
+    assert await gives_way_at_once(LimitedProtocol)
+    assert not await gives_way_at_once(Polite)
+
+
 @on_its_loop
 async def test_an_ending_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """What came meanwhile is counted in the next line; each kind has lines of its own."""

@@ -342,9 +342,13 @@ class LimitedProtocol(HttpToolsProtocol):
         return None
 
     def give_way(self) -> None:
-        """Close the connection for the sake of another."""
+        """Close the connection for the sake of another: its descriptor is free at once."""
         self._note(Ending.REPLACED)
-        self._close()
+        if self.transport.get_write_buffer_size():
+            # An idle client that has not read its answers would keep it for as long as it likes.
+            self._reset()
+        else:
+            self._close()
 
     def _note(self, why: Ending) -> None:
         self.endings.note(why, self.client, self.loop)
@@ -779,14 +783,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._taken_bytes, self._taken_at = taken, now
         elif now - self._taken_at >= self._reader_seconds():
             self._note(Ending.NOT_READING)
-            # Without a reset the kernel would keep the unsent bytes for minutes.
-            with suppress(OSError):
-                self.transport.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _RESET
-                )
-            self.transport.abort()
+            self._reset()
             return
         self._check_reader_later()
+
+    def _reset(self) -> None:
+        """End the connection with what is unsent: the kernel would keep that for minutes."""
+        with suppress(OSError):
+            self.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, _RESET
+            )
+        self.transport.abort()
 
     def _count_unsent(self) -> int:
         """Return how many bytes the client has not acknowledged, in this process and the kernel.
