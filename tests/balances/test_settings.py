@@ -224,3 +224,20 @@ async def test_without_the_comparison_several_are_made(
     monkeypatch.setattr(module, name, replaced(getattr(module, name), compared, "IS NOT NULL"))
     answers = await with_one_tag(database, what)
     assert answers["accepted"] > 1
+
+
+async def test_a_change_of_settings_is_answered_by_its_statement(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read after the commit could fail, or find the change of somebody else."""
+    async with repositories(database) as (app,):
+        user = await app.opened(7)
+        await app.balances.change(Movement(user, -2))
+        await app.balances.hold(Movement(user, -1, seconds=60))
+        patch = Patch(floor=-5, frozen=True, external_id="one", names=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(accounts, "ACCOUNT", "SELECT 1 / 0")
+            account = await app.accounts.change_settings(user, patch, "ada")
+        assert account == await app.accounts.account(user)
+        assert (account.balance, account.held, account.floor, account.frozen) == (5, 1, -5, True)
+        assert (account.version, account.settings_version, account.external_id) == (2, 2, "one")

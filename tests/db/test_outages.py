@@ -244,10 +244,13 @@ async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_pat
     log = tmp_path / "log"
     async with served(database, log=log) as client:
         await fire(client, 10)
+        hold = {"userId": 1, "amount": 1, "expiresInSeconds": 1}
+        assert (await client.post("/api/holds", json=hold)).status_code == 201
         admin = await connect({**database, "DB_NAME": "postgres"})
         name = database["DB_NAME"]
         await admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
         await _end_sessions(admin, name)
+        await asyncio.sleep(1.1)
         reads: list[int] = []
         for _ in range(20):
             refused = (await client.post("/api/balance", json={"userId": 1, "amount": -1})).json()
@@ -257,6 +260,13 @@ async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_pat
             ]
         assert reads.count(200) >= len(reads) - 16  # those whose session was ended
         assert set(reads[16:]) == {200}
+        # A hold that is overdue stays, as nothing can be changed: what is available is no less.
+        account = (await client.get("/api/users/1")).json()
+        assert account["held"] == 1
+        assert (await client.get("/api/users")).json()["users"][0] == account
+        (open_hold,) = (await client.get("/api/users/1/holds")).json()["holds"]
+        assert (await client.get("/api/holds/1-1")).json() == open_hold
+        assert open_hold["state"] == "open"
         assert "read-only" in refused["detail"]
         assert refused["applied"] == "no"
         ready = await client.get("/readyz")
@@ -267,6 +277,7 @@ async def test_a_read_only_server_serves_reads(database: dict[str, str], tmp_pat
             while (await fire(client, 3)) != {"200": 3}:  # noqa: ASYNC110 - of another process
                 await asyncio.sleep(0.05)
         await admin.close()
+        assert (await client.get("/api/users/1")).json()["held"] == 0
         assert "warnings" not in (await client.get("/readyz")).json()
     events = Counter(json.loads(line)["event"] for line in log.read_text().splitlines())
     assert events["database read-only"] <= 2

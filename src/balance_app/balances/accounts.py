@@ -15,7 +15,7 @@ from balance_app.balances.errors import (
     VersionConflict,
 )
 from balance_app.balances.guard import Guard
-from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
+from balance_app.balances.state import MAX_RACES, is_up_to_date, lost_every_race
 from balance_app.db.pool import Connection, Database, read, write
 from balance_app.errors import Problem
 
@@ -153,7 +153,7 @@ class AccountRepository:
 
         async def find(connection: Connection) -> list[Account]:
             for user in await read(connection, OVERDUE, after, limit):
-                await read_state(connection, user["id"])
+                await is_up_to_date(connection, user["id"])
             rows = await read(connection, ACCOUNTS, after, limit)
             return [Account(**row) for row in rows]
 
@@ -317,7 +317,9 @@ async def _account(connection: Connection, user_id: int) -> Account:
         rows = await read(connection, ACCOUNT, user_id)
         if rows:
             return Account(**rows[0])
-        await read_state(connection, user_id)
+        if not await is_up_to_date(connection, user_id):
+            (row,) = await read(connection, ACCOUNTS, user_id - 1, 1)
+            return Account(**row)
     raise lost_every_race()
 
 
@@ -347,8 +349,9 @@ WITH seen AS MATERIALIZED (
       AND balance - held >= coalesce($2, floor)
       AND ($6::bigint[] IS NULL OR users.settings_version = ANY ($6))
       AND holds_due_at > clock_timestamp()
-    RETURNING users.id, floor, frozen, users.settings_version, changed_at AS at,
-              CASE WHEN $4 THEN $5 ELSE external_id END AS external_id, before
+    RETURNING users.id, balance, held, floor, frozen, version, users.settings_version, hold_events,
+              CASE WHEN $4 THEN $5 ELSE external_id END AS external_id, created_at,
+              changed_at AS at, before
 ), named AS (
     INSERT INTO external_ids (external_id, user_id) SELECT $5, id FROM account
     WHERE $4 AND $5::text IS NOT NULL
@@ -369,7 +372,9 @@ WITH seen AS MATERIALIZED (
     ) AS settings
     WHERE before <> after
 )
-SELECT settings_version FROM kept
+SELECT id AS user_id, balance, held, floor, frozen, version, settings_version, hold_events,
+       external_id, created_at
+FROM account
 """
 
 SETTINGS: Final = """
@@ -398,9 +403,9 @@ async def _change_settings(
             if error.constraint_name not in EXTERNAL_IDS:
                 raise
             raise ExternalIdTaken from None
-        account = await _account(connection, user_id)
         if row is not None:
-            return account
+            return Account(**row)
+        account = await _account(connection, user_id)
         members = {
             "user_id": user_id,
             "balance": account.balance,

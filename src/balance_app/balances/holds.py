@@ -12,7 +12,7 @@ import asyncpg
 from balance_app.balances.errors import CaptureExceedsHold, HoldEnded, HoldNotFound, UserNotFound
 from balance_app.balances.guard import Guard
 from balance_app.balances.model import Accepted, Hold, Refused, State
-from balance_app.balances.state import MAX_RACES, lost_every_race, read_state
+from balance_app.balances.state import MAX_RACES, is_up_to_date, lost_every_race, read_state
 from balance_app.db.pool import Connection, Database, read, write
 
 # An attempt to end a hold: one statement. None: the account does not allow it, or it raced.
@@ -80,7 +80,7 @@ class HoldRepository:
         """
 
         async def find(connection: Connection) -> list[Hold]:
-            await read_state(connection, user_id)
+            await is_up_to_date(connection, user_id)
             rows = await read(connection, HOLDS, user_id, state, after, limit)
             return [Hold(**row) for row in rows]
 
@@ -207,7 +207,7 @@ async def _end(  # noqa: PLR0913 - the parts of a request
 
 async def _hold(connection: Connection, user_id: int, number: int) -> Hold:
     try:
-        await read_state(connection, user_id)
+        await is_up_to_date(connection, user_id)
     except UserNotFound:
         raise HoldNotFound from None
     rows = await read(connection, HOLD, user_id, number)

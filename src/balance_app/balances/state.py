@@ -7,10 +7,12 @@ other change of the account, although no job has to run for it.
 
 from typing import Final
 
+import asyncpg
+
 from balance_app.balances.errors import UserNotFound
 from balance_app.balances.model import State
 from balance_app.db.pool import Connection, read, write
-from balance_app.errors import Overloaded
+from balance_app.errors import DatabaseUnavailable, Overloaded
 
 MAX_RACES: Final = 1000
 # How many overdue holds of an account are ended by one statement.
@@ -70,6 +72,23 @@ async def read_state(connection: Connection, user_id: int) -> State:
             return state
         await write(connection, EXPIRE, user_id, HOLDS_AT_ONCE)
     raise lost_every_race()
+
+
+async def is_up_to_date(connection: Connection, user_id: int) -> bool:
+    """End the overdue holds of an account that is only read; False: the server is read-only.
+
+    Nothing can change there, so its holds stay open until one of their accounts can be written.
+
+    Raises:
+        UserNotFound, Overloaded: as `read_state`.
+    """
+    try:
+        await read_state(connection, user_id)
+    except DatabaseUnavailable as problem:
+        if not isinstance(problem.__cause__, asyncpg.ReadOnlySQLTransactionError):
+            raise
+        return False
+    return True
 
 
 def lost_every_race() -> Overloaded:
