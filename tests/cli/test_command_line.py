@@ -169,6 +169,23 @@ async def test_options_precede_the_environment_which_precedes_the_file(tmp_path:
     assert (code, output) == (2, "`migrate` takes no --url.\n")
 
 
+async def test_up_does_not_migrate_one_database_and_serve_another(tmp_path: Path) -> None:
+    """The owner's URL without a database to serve is refused, before anything starts."""
+    (tmp_path / ".env").write_text(
+        f"BALANCE_APP_DATA={tmp_path}/d\nHOST=192.0.2.1\n"  # where nothing can start, either
+        "MIGRATE_DATABASE_URL=postgresql://owner:geheim@127.0.0.1:9/d\n"
+    )
+    code, output = await balance_app(tmp_path, "up")
+    assert (code, output.count("\n")) == (2, 1), output
+    assert output.startswith("MIGRATE_DATABASE_URL is set, but neither DATABASE_URL nor DB_HOST: ")
+    assert "geheim" not in output
+    assert not (tmp_path / "d").exists()
+    # Control: with a database to serve it goes on, to the address that it can't have.
+    code, output = await balance_app(tmp_path, "up", **NOWHERE)
+    assert code == 1, output
+    assert "Can't listen on 192.0.2.1:" in output
+
+
 async def test_reset_shows_what_it_deletes(tmp_path: Path) -> None:
     """The confirmation has path, size and last use; a configured database is never deleted."""
     place = tmp_path / "postgres"

@@ -157,6 +157,12 @@ def up(
     from balance_app.local.reloading import ReloadError, places
 
     settings = load_settings()
+    if settings.migrate_database_url is not None and not settings.database_is_configured:
+        fail(
+            "MIGRATE_DATABASE_URL is set, but neither DATABASE_URL nor DB_HOST: the instances "
+            "would migrate that database, and serve the embedded one. Set both, or neither.",
+            code=2,
+        )
     registry = _load_jobs(settings)
     port = port or settings.port
     if port > MAX_SHARED_PORT:
