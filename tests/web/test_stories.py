@@ -1,7 +1,8 @@
 """What the page promises to those who look at it, each as one story in a real browser."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
@@ -23,6 +24,10 @@ IN_VIEW: Final = """(selector) => {
 START: Final = """
 UPDATE jobs SET holder = $1, server = 'app1', started_at = now(), fence = fence + 1,
     lease_expires_at = now() + interval '1 h', requested_by = NULL WHERE name = $2
+"""
+END: Final = """
+UPDATE jobs SET fence = fence + 1, last_outcome = 'succeeded', last_server = 'app1',
+    last_started_at = now() - interval '9 s', last_ended_at = now()
 """
 
 
@@ -446,8 +451,38 @@ async def test_durations_have_an_axis(site: Site, browser: Browser) -> None:
         assert (await page.inner_text(".scale")).split("\n") == ["1 min 30 s", "45 s", "0 s"]
 
 
+async def drop_answers(route: Route) -> None:
+    """Let forms be done, and their answers be lost."""
+    if route.request.method == "POST":
+        await route.fetch(max_redirects=0)
+        await route.abort()
+    else:
+        await route.continue_()
+
+
+def errors(status: int, body: str) -> Callable[[Route], Awaitable[None]]:
+    """Let forms be done, and an error be the answer."""
+
+    async def answer(route: Route) -> None:
+        if route.request.method == "POST":
+            await route.fetch(max_redirects=0)
+            await route.fulfill(status=status, content_type="text/html", body=body)
+        else:
+            await route.continue_()
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        pytest.param(drop_answers, id="none"),
+        pytest.param(errors(502, "<h1>Bad Gateway</h1>"), id="a proxy's"),
+        pytest.param(errors(500, '<main id="main">Internal error</main>'), id="an error page"),
+    ],
+)
 async def test_a_form_without_an_answer_may_be_sent_again(
-    database: dict[str, str], browser: Browser
+    database: dict[str, str], browser: Browser, lose: Callable[[Route], Awaitable[None]]
 ) -> None:
     """The page says what is not known; sent again as it is, the form takes effect once."""
     instance = Instance(database, JOBS_ENABLED="false")
@@ -455,7 +490,7 @@ async def test_a_form_without_an_answer_may_be_sent_again(
         await page.goto("/users/1")
         form = page.get_by_role("form", name="Withdraw or add")
         await form.get_by_label("Amount").fill("58")
-        await page.route("**/users/1", drop_answers)
+        await page.route("**/users/1", lose)
         await form.get_by_role("button", name="Withdraw 58").click()
         await says(page, "#toasts", "we don't know whether it was done.")
         await says(page, "#toasts", "it can't be applied twice.")
@@ -490,10 +525,55 @@ async def test_a_click_is_not_lost_while_the_page_is_loaded_again(
         answer.set()
 
 
-async def drop_answers(route: Route) -> None:
-    """Let forms be done, and their answers be lost."""
-    if route.request.method == "POST":
-        await route.fetch(max_redirects=0)
-        await route.abort()
-    else:
-        await route.continue_()
+@pytest.mark.parametrize("body", ["<h1>Bad Gateway</h1>", '<main id="main">Unavailable</main>'])
+async def test_a_live_page_does_not_give_way_to_an_error(
+    site: Site, browser: Browser, body: str
+) -> None:
+    """When it can't be loaded again at the end of a run, by a proxy's answer or the service's."""
+    await add_instance(site.connection)
+    await add_job(site.connection, "job-a")
+    asked = asyncio.Event()
+
+    async def refuse(route: Route) -> None:
+        await route.fulfill(status=502, content_type="text/html", body=body)
+        asked.set()
+
+    async with tab(browser, site.instance.url) as page:
+        await live(page, "/jobs/job-a")
+        await page.evaluate(MARK)
+        await page.route("**/jobs/job-a", refuse)
+        await site.connection.execute(END)
+        async with asyncio.timeout(20):
+            await asked.wait()
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
+        await says(page, "#job-job-a", "Paused by bob")
+        assert await page.evaluate(MARKED) == 1
+        assert await page.locator("#job-title").count() == 1
+
+
+async def test_a_problem_that_answers_a_form_is_shown_in_place(
+    site: Site, browser: Browser
+) -> None:
+    """As one outside of the page's own routes: what it says is not lost by a reload."""
+    user = await site.open(100)
+
+    async def answer_with_a_problem(route: Route) -> None:
+        if route.request.method == "GET":
+            await route.continue_()
+            return
+        problem = await site.client.get("/nothing", headers={"Accept": "text/html"})
+        # Its style, which the page's policy keeps out, would be reported as a breach.
+        body = re.sub(r"<style>.*</style>", "", problem.text, flags=re.DOTALL)
+        await route.fulfill(status=404, content_type="text/html", body=body)
+
+    async with tab(browser, site.instance.url) as page:
+        await page.goto(f"/users/{user}")
+        await page.evaluate(MARK)
+        await page.route(f"**/users/{user}", answer_with_a_problem)
+        form = page.get_by_role("form", name="Withdraw or add")
+        await form.get_by_label("Amount").fill("58")
+        await form.get_by_role("button", name="Withdraw 58").click()
+        await says(page, "#main .status", "404")
+        await says(page, "#state", "no data")
+        assert await page.locator("#toasts .message").count() == 0
+        assert await page.evaluate(MARKED) == 1

@@ -310,15 +310,18 @@ async function load(address, options) {
     const [answer, page] = await fetchPage(address, options ?? { signal: mine.signal });
     if (loading !== mine) return;
     const main = page.getElementById("main");
-    if (!main || answer.redirected && /\/login$/.test(new URL(answer.url).pathname)) { location.assign(answer.url); return; }
+    if (answer.redirected && (!main || /\/login$/.test(new URL(answer.url).pathname))) { location.assign(answer.url); return; }
+    // An error page does not know whether a form was done; what is only loaded gives way to none.
+    const failed = options ? answer.status > 499 && !("now" in page.body.dataset) : !answer.ok;
+    if (!main || failed) throw new Error(answer.status);
     Idiomorph.morph(byId("main"), main, { ignoreActiveValue: options === undefined });
-    for (const name of ["stream", "refresh"]) dataset[name] = page.body.dataset[name];
+    for (const name of ["stream", "refresh"]) dataset[name] = page.body.dataset[name] ?? "";
     verdict = null;
     showTab(page);
     if (page.body.dataset.now) { setClock(+page.body.dataset.now); asOf = +page.body.dataset.now; }
     lastEventAt = Date.now();
     if (dataset.refresh) setLive(asOf);
-    else if (!dataset.stream) setState("rest", "■", page.getElementById("state").childNodes[1].textContent.trim(), null);
+    else if (!dataset.stream) setState("rest", "■", page.getElementById("state")?.childNodes[1].textContent.trim() ?? "no data", null);
     if (options && answer.redirected) {
       const shown = new URL(answer.url);
       for (const name of ["did", "job", "entry", "hold", "again"]) shown.searchParams.delete(name);
@@ -328,7 +331,7 @@ async function load(address, options) {
     updateClocks(document);
     showPause();
     label(document);
-    connect(new URL(page.body.dataset.stream, location.href).searchParams.get("since"));
+    connect(new URL(dataset.stream, location.href).searchParams.get("since"));
   } catch {
     if (!options) return;
     const next = options.body.has("key") ? "Send the form again as it is: it can't be applied twice." : "Check before you repeat it.";
@@ -340,7 +343,7 @@ async function load(address, options) {
 
 /* A confirmation is shown where one looks, until its row shows the same; one may undo it until then. */
 function toast() {
-  const message = byId("message").querySelector("[data-toast]");
+  const message = byId("message")?.querySelector("[data-toast]");
   if (!message) return;
   toasts.replaceChildren(message);
   if (message.classList.contains("bad")) return;
