@@ -188,6 +188,34 @@ async def test_an_accounts_page_is_live_and_keeps_what_is_typed(
         assert await page.evaluate(MARKED) == 1
 
 
+async def test_a_jobs_page_keeps_what_is_typed_when_a_run_ends(
+    site: Site, browser: Browser
+) -> None:
+    """Its history grows; the forms are left as they are, each of which may come and go."""
+    await add_instance(site.connection)
+    await add_job(site.connection, "job-a")
+    async with tab(browser, site.instance.url) as page:
+        await live(page, "/jobs/job-a")
+        await page.evaluate(MARK)
+        await page.get_by_label("Why").fill("a full disk")
+        await page.get_by_label("Every, seconds").fill("60")
+        await page.get_by_label("in the zone").focus()
+        await add_run(site.connection, "job-a", result="the first")
+        await site.connection.execute(END)
+        await says(page, "table.history", "the first")
+        assert await page.get_by_label("Why").input_value() == "a full disk"
+        assert await page.get_by_label("Every, seconds").input_value() == "60"
+        # Once it is paused by somebody else, only its schedule can be set.
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
+        await says(page, "#job-job-a", "Paused by bob")
+        await add_run(site.connection, "job-a", result="the second")
+        await site.connection.execute(END)
+        await says(page, "table.history", "the second")
+        assert await page.get_by_label("Why").count() == 0
+        assert await page.get_by_label("Every, seconds").input_value() == "60"
+        assert await page.evaluate(MARKED) == 1
+
+
 async def test_a_change_is_undone_by_the_opposite_entry(site: Site, browser: Browser) -> None:
     """From the confirmation; both entries stay in the statement."""
     user = await site.open(100)

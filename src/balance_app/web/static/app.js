@@ -272,6 +272,15 @@ const fetchPage = async (address, options) => {
 const typed = (each) => each.matches("input:not([type=hidden])") && each.value !== each.defaultValue;
 
 /* What somebody types, and the key of a form that may be sent again, are left as they are. */
+function renew(page) {
+  const held = document.activeElement?.closest("td form");
+  Idiomorph.morph(byId("main"), page.getElementById("main"), {
+    callbacks: {
+      beforeNodeMorphed: (old) => !(old.nodeType === 1 && (old === held || typed(old) || old.matches(".forms, #message, [id^=said-], .fields"))),
+    },
+  });
+}
+
 async function refresh() {
   if (loading) return;
   const mine = loading = new AbortController(), late = setTimeout(() => mine.abort(), SILENCE);
@@ -281,12 +290,7 @@ async function refresh() {
     if (loading !== mine || paused) return;
     if (answer.status === 401 || /\/login$/.test(new URL(answer.url).pathname)) { showLogin(); return; }
     if (!answer.ok || !page.body.dataset.now) throw new Error(answer.status);
-    const held = document.activeElement?.closest("td form");
-    Idiomorph.morph(byId("main"), page.getElementById("main"), {
-      callbacks: {
-        beforeNodeMorphed: (old) => !(old.nodeType === 1 && (old === held || typed(old) || old.matches(".forms, #message, [id^=said-], .fields"))),
-      },
-    });
+    renew(page);
     dataset.refresh = page.body.dataset.refresh;
     showTab(page);
     setClock(+page.body.dataset.now);
@@ -314,7 +318,8 @@ async function load(address, options) {
     // An error page does not know whether a form was done; what is only loaded gives way to none.
     const failed = options ? answer.status > 499 && !("now" in page.body.dataset) : !answer.ok;
     if (!main || failed) throw new Error(answer.status);
-    Idiomorph.morph(byId("main"), main, { ignoreActiveValue: options === undefined });
+    if (options) Idiomorph.morph(byId("main"), main);
+    else renew(page);
     for (const name of ["stream", "refresh"]) dataset[name] = page.body.dataset[name] ?? "";
     verdict = null;
     showTab(page);
