@@ -398,6 +398,26 @@ async def test_settings_are_changed_and_shown(
     assert (code, json.loads(out)) == (0, (await client.get("/api/users/1")).json())
 
 
+async def test_options_before_a_command_of_users_count(
+    instance: Instance, client: httpx.AsyncClient
+) -> None:
+    """The service's URL and --json; what only the list has is refused, and changes nothing."""
+    nowhere = {"BALANCE_APP_URL": "http://127.0.0.1:9"}
+    code, out, err = await run(
+        *("users", "--url", instance.url, "--json", "set", "1", "--floor=-500"), **nowhere
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out) == (await client.get("/api/users/1")).json()
+    for option in ("--external-id=7", "--after=1", "--limit=20"):
+        code, out, err = await run(
+            *("users", f"--url={instance.url}", option, "set", "1", "--floor=0"), **nowhere
+        )
+        assert (code, out) == (2, "")
+        assert option.partition("=")[0] in err
+        assert "it is for the list" in err
+    assert (await client.get("/api/users/1")).json()["floor"] == -500
+
+
 async def test_a_conflict_of_settings_says_what_is_different(
     instance: Instance, client: httpx.AsyncClient
 ) -> None:

@@ -15,6 +15,7 @@ from balance_app.cli.remote import (
     Json,
     Limit,
     Url,
+    global_options,
     login_name,
     open_session,
     read_moment,
@@ -342,6 +343,16 @@ def users(  # noqa: PLR0913 - each is an option
 ) -> None:
     """List users by id, or find one by its external id; `users set` changes settings."""
     if context.invoked_subcommand is not None:
+        for name in ("external_id", "after", "limit"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise typer.BadParameter(
+                    f"it is for the list; options of `{context.invoked_subcommand}` come after it.",
+                    param_hint=f"--{name.replace('_', '-')}",
+                )
+        global_options.update(
+            url=url or global_options.get("url"), json=json or global_options.get("json")
+        )
         return
     with _open(url, as_json=json) as session:
         if external_id is None:
