@@ -188,6 +188,25 @@ async def test_an_accounts_page_is_live_and_keeps_what_is_typed(
         assert await page.evaluate(MARKED) == 1
 
 
+async def test_a_paused_page_stays_paused_when_a_form_is_sent(site: Site, browser: Browser) -> None:
+    """Nothing that comes later is shown, so it does not say that it is live."""
+    user = await site.open(100)
+    async with tab(browser, site.instance.url) as page:
+        await page.goto(f"/users/{user}")
+        await page.get_by_role("button", name="Pause", exact=True).click()
+        await says(page, "#state", "paused; data is")
+        form = page.get_by_role("form", name="Withdraw or add")
+        await form.get_by_label("Amount").fill("58")
+        await form.get_by_role("button", name="Withdraw 58").click()
+        await says(page, "#said-change", f"Withdrew 58. User {user} then had 42.")
+        await says(page, "#state", "paused; data is")
+        assert "icon-none" in (await page.get_attribute("link[rel=icon]", "href") or "")
+        await site.client.post("/api/balance", json={"userId": int(user), "amount": -2})
+        await page.get_by_role("button", name="Resume", exact=True).click()
+        await says(page, ".strip", "40")
+        await says(page, "#state", "live")
+
+
 async def test_a_jobs_page_keeps_what_is_typed_when_a_run_ends(
     site: Site, browser: Browser
 ) -> None:

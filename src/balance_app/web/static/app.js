@@ -243,12 +243,13 @@ function showLogin() {
 }
 
 const showPause = () => { button.hidden = !(dataset.stream || dataset.refresh); };
+const showPaused = () => setState("rest", "‖", "paused");
 button.addEventListener("click", () => {
   paused = !paused;
   button.textContent = paused ? "Resume" : "Pause";
   if (paused) {
     disconnect();
-    setState("rest", "‖", "paused");
+    showPaused();
   } else if (dataset.stream) connect(version);
   else refresh();
 });
@@ -297,7 +298,7 @@ async function refresh() {
     setLive(+page.body.dataset.now);
     if (!dataset.refresh) location.reload();
   } catch {
-    if (loading === mine) setState("warn", "↻", "reconnecting");
+    if (loading === mine && !paused) setState("warn", "↻", "reconnecting");
   } finally {
     clearTimeout(late);
     if (loading === mine) loading = null;
@@ -325,8 +326,9 @@ async function load(address, options) {
     showTab(page);
     if (page.body.dataset.now) { setClock(+page.body.dataset.now); asOf = +page.body.dataset.now; }
     lastEventAt = Date.now();
-    if (dataset.refresh) setLive(asOf);
-    else if (!dataset.stream) setState("rest", "■", page.getElementById("state")?.childNodes[1].textContent.trim() ?? "no data", null);
+    if (!dataset.stream && !dataset.refresh) setState("rest", "■", page.getElementById("state")?.childNodes[1].textContent.trim() ?? "no data", null);
+    else if (paused) showPaused();
+    else if (dataset.refresh) setLive(asOf);
     if (options && answer.redirected) {
       const shown = new URL(answer.url);
       for (const name of ["did", "job", "entry", "hold", "again"]) shown.searchParams.delete(name);
