@@ -13,6 +13,7 @@ import pytest
 
 from tests.jobs.rows import Connection, add_instance, add_job, insert, running
 from tests.processes import Instance, connect, http_client
+from tests.system.databases import kill, own_postgres
 from tests.terminal import PATIENCE_SECONDS, Screen, command, run
 
 SECOND: Final = timedelta(seconds=1)
@@ -120,6 +121,27 @@ async def test_why_a_job_waits_is_reported(instance: Instance, connection: Conne
         r"strange +\? no code +No running instance has the code of this job\.",
     ):
         assert re.search(pattern, re.sub(r", overdue", "", out)), (pattern, out)
+
+
+@pytest.mark.usefixtures("_fork_server")
+async def test_a_database_that_is_unavailable_needs_a_hand() -> None:
+    """The verdict and why there is no table; the exit code is the verdict's, also for programs."""
+    async with (
+        own_postgres() as server,
+        Instance(server.environment(), JOBS_ENABLED="false") as instance,
+    ):
+        assert (await run("status", BALANCE_APP_URL=instance.url))[0] == 0
+        await kill(server)
+        code, out, err = await run("status", BALANCE_APP_URL=instance.url)
+        assert code == 7, (out, err)
+        assert out.startswith("✕ ")
+        assert "JOB" not in out
+        assert "database" in err
+        assert err.count("\n") == 1
+        code, out, err = await run("status", "--json", BALANCE_APP_URL=instance.url)
+        assert (code, json.loads(out)["code"]) == (7, "database-unavailable"), err
+    # Control: without an answer there is no verdict, either.
+    assert (await run("status", BALANCE_APP_URL=instance.url))[0] == 3
 
 
 async def test_without_utf_8_symbols_are_ascii(instance: Instance, connection: Connection) -> None:

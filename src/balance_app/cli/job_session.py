@@ -54,7 +54,15 @@ class JobSession(Session):
         if verdict is not None and not self._as_json:
             for line in output.verdict_lines(verdict, self._command, self._out):
                 self._out.print(line)
-        answer = self.read_status()
+        try:
+            answer = self.read_status()
+        except RemoteError as error:
+            if error.code is not Code.UNAVAILABLE or verdict is None or verdict["level"] != "red":
+                raise
+            if self._as_json and error.answer is not None:
+                print_json(error.answer)
+            self._message(str(error))
+            return Code.NEEDS_A_HAND  # the verdict says so, without the database, too
         if search is not None or attention:
             causes = [] if verdict is None else verdict["causes"]
             needing = {each["subject"] for each in causes if each["level"] == "red"}
