@@ -126,6 +126,7 @@ REFUSED = [
     ("create x --scope read --expires 999999999d", "is not between"),
     ("create x --scope read --expires -1d", "is neither a time from now"),
     ("create x --scope read --expires 2020-01-01", "is in the past"),
+    ("create x --scope read --expires 9999-12-31T23:59-14:00", "is neither a time from now"),
     ("create used --scope read", "There was a key used already, and a name is used only once"),
     ("revoke usde", "There is no key usde. Did you mean used?"),
     ("revoke nothing", "There is no key nothing.\n"),

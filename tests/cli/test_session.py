@@ -130,6 +130,7 @@ REFUSED: Final = [
     ("reverse 1 9", 1, "User 1 has no entry 9.\n"),
     ("user 7", 1, "There is no user 7.\n"),
     ("user 1 --at yesterday", 2, "'yesterday' is no time"),
+    ("user 1 --at 0001-01-01T00:00+14:00", 2, "'0001-01-01T00:00+14:00' is no time"),
     ("user 1 --at 2020-01-01", 1, "User 1"),
     ("user 1 --at 2020-01-01 --version 1", 2, "give only one of --at and --version"),
     ("user 1 --version 9", 1, "User 1 has no entry 9.\n"),

@@ -103,6 +103,8 @@ async def test_wrong_filters_are_reported(site: Site) -> None:
         ("outcome=odd", "outcome"),
         ("job=A%20B", "must be the name of a job"),
         ("since=tomorrow", "A time is written as"),
+        ("since=0001-01-01T00:00%2B14:00", "A time is written as"),
+        ("until=9999-12-31T23:59-14:00", "A time is written as"),
         ("before=x", '"before" must be a whole number'),
         (f"server=a%00{HOSTILE}", "printable characters"),
     ):

@@ -168,11 +168,11 @@ def read_moment(text: str) -> datetime:
     """Read a moment; without a zone it is in UTC, as all that is shown."""
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):  # in UTC it may be out of range
         raise typer.BadParameter(
             f"{text!r} is no time: write it like 2026-11-21 or 2026-11-21T21:49:33Z."
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def fail(sentence: str, *, code: int = 1) -> NoReturn:

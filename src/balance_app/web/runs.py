@@ -106,9 +106,9 @@ def _moment(name: str, text: str) -> datetime | None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):  # in UTC it may be out of range
         raise InvalidRequest((f"query:{name}", "not-a-time"), sentence=_NO_TIME) from None
-    return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
 
 
 @router.get("/runs/{run}")
