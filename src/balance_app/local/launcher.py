@@ -300,23 +300,28 @@ class _Supervisor:
         ends = 0
         while not stop.is_set():
             started = monotonic()
-            process = await self._start()
-            ready = asyncio.create_task(self._report_ready(process))
-            await _first(process.wait(), stop.wait(), self._replaced.wait())
-            ready.cancel()
-            if stop.is_set() or self._replaced.is_set():
-                code = await _stop(process, kill)
-                if stop.is_set():
-                    return code
-                self._replaced.clear()
-                ends = 0
-                continue
+            try:
+                process = await self._start()
+            except OSError as error:  # the machine has no memory or process for it just now
+                reason = f"can't be started ({error.strerror})"
+            else:
+                ready = asyncio.create_task(self._report_ready(process))
+                await _first(process.wait(), stop.wait(), self._replaced.wait())
+                ready.cancel()
+                if stop.is_set() or self._replaced.is_set():
+                    code = await _stop(process, kill)
+                    if stop.is_set():
+                        return code
+                    self._replaced.clear()
+                    ends = 0
+                    continue
+                reason = _exit_reason(process)
             self._is_ready = False
             self._started.set()
             ends = 0 if monotonic() - started > HEALTHY_SECONDS else ends
             pause = PAUSES_SECONDS[min(ends, len(PAUSES_SECONDS) - 1)]
             ends += 1
-            await self._report_end(f"{_exit_reason(process)}; restart in {pause:g} s")
+            await self._report_end(f"{reason}; restart in {pause:g} s")
             await _first(asyncio.sleep(pause), stop.wait(), self._replaced.wait())
             self._replaced.clear()
         return 0
