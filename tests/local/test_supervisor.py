@@ -8,6 +8,7 @@ import re
 import pytest
 
 from balance_app.local.launcher import Instance, _Supervisor
+from balance_app.settings import Settings
 from tests.processes import free_port
 
 
@@ -27,7 +28,7 @@ async def test_an_instance_that_can_not_be_started_is_tried_again(
         return await start("sleep", "60")
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start_or_refuse)
-    supervisor = _Supervisor(Instance("app1", free_port()), "127.0.0.1", {}, None)
+    supervisor = _Supervisor(Instance("app1", free_port()), Settings(), {}, None)
     async with asyncio.timeout(60):
         assert await supervisor.run(stop, kill) == 0
     said = re.findall(r"app1 can't be started \((.+)\); restart in", capsys.readouterr().out)

@@ -82,6 +82,20 @@ async def test_a_killed_launcher_leaves_data_but_no_process(tmp_path: Path) -> N
     assert not (tmp_path / "postgres").exists()
 
 
+async def test_an_instance_has_stop_seconds_to_end(tmp_path: Path) -> None:
+    """One that needs more than the default to end its requests is not killed."""
+    async with _up(tmp_path, STOP_SECONDS="30", JOBS_ENABLED="false") as launched:
+        instance = psutil.Process(await launched.ready("app1"))
+        await launched.ready("app2")
+        instance.suspend()
+        launched.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(STOP_SECONDS)
+        assert instance.is_running()
+        instance.resume()
+        async with asyncio.timeout(30):
+            assert await launched.process.wait() == 0
+
+
 async def test_an_interrupted_first_start_is_made_good(tmp_path: Path) -> None:
     """Killed while the data directory is made, it leaves nothing that the next start trips over."""
     place, new = tmp_path / "postgres", tmp_path / "postgres.new"

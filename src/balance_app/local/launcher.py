@@ -38,7 +38,6 @@ from balance_app.local.unprivileged import why_root
 from balance_app.server import ListenError, listen
 from balance_app.settings import Settings
 
-STOP_SECONDS: Final = 4.0
 READY_SECONDS: Final = 60.0
 PAUSES_SECONDS: Final = (0.5, 1, 2, 4, 8, 16, 30)
 HEALTHY_SECONDS: Final = 30.0  # an instance that ran this long starts again without a long pause
@@ -144,7 +143,7 @@ async def _supervise(
         supervisors = [
             _Supervisor(
                 replace(instance, user=user),
-                settings.host,
+                settings,
                 environment,
                 outputs.get(instance.name),
             )
@@ -279,11 +278,16 @@ class _Supervisor:
     """Keeps one instance running: starts it again when it ends, or when it is to be replaced."""
 
     def __init__(
-        self, instance: Instance, host: str, environment: dict[str, str], output: Output | None
+        self,
+        instance: Instance,
+        settings: Settings,
+        environment: dict[str, str],
+        output: Output | None,
     ) -> None:
         self.name = instance.name
         self._instance = instance
-        self._where = url(host, instance.port)
+        self._where = url(settings.host, instance.port)
+        self._stop_seconds = settings.stop_seconds + 1
         self._environment = {
             **environment,
             "SERVER_ID": instance.name,
@@ -309,7 +313,7 @@ class _Supervisor:
                 await _first(process.wait(), stop.wait(), self._replaced.wait())
                 ready.cancel()
                 if stop.is_set() or self._replaced.is_set():
-                    code = await _stop(process, kill)
+                    code = await _stop(process, kill, self._stop_seconds)
                     if stop.is_set():
                         return code
                     self._replaced.clear()
@@ -405,11 +409,11 @@ def _named(files: list[Path]) -> str:
     return f"{name} and {len(others)} more" if others else name
 
 
-async def _stop(process: asyncio.subprocess.Process, kill: asyncio.Event) -> int:
+async def _stop(process: asyncio.subprocess.Process, kill: asyncio.Event, seconds: float) -> int:
     """Stop an instance by SIGTERM, or by SIGKILL when it takes too long; return 1 then."""
     if process.returncode is None:
         process.terminate()
-        await _first(process.wait(), asyncio.sleep(STOP_SECONDS), kill.wait())
+        await _first(process.wait(), asyncio.sleep(seconds), kill.wait())
     if process.returncode is None:
         process.kill()
         await process.wait()
