@@ -207,6 +207,56 @@ async def test_a_paused_page_stays_paused_when_a_form_is_sent(site: Site, browse
         await says(page, "#state", "live")
 
 
+HIDE: Final = """() => {
+    Object.defineProperty(document, "hidden", { value: true, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+SHOW_AFTER_A_MINUTE: Final = """() => {
+    asOf -= 60;
+    delete document.hidden;
+    document.dispatchEvent(new Event("visibilitychange"));
+    return document.getElementById("state").innerText;
+}"""
+CLOSED: Final = "() => stream === null"
+
+
+async def test_pages_that_nobody_sees_leave_others_their_connections(
+    site: Site, browser: Browser
+) -> None:
+    """A browser has six; a hidden page still has its title, and is caught up when it is shown."""
+    await add_instance(site.connection)
+    await add_job(site.connection, "job-a")
+    async with tab(browser, site.instance.url) as page:
+        await live(page)
+        for other in [page, *[await page.context.new_page() for _ in range(6)]]:
+            if other is not page:
+                await live(other)
+            await other.evaluate(HIDE)
+            await other.wait_for_function(CLOSED)
+        await add_instance(site.connection, "app3", up_seconds=900, seen_seconds_ago=90)
+        await page.wait_for_function("() => document.title.startsWith('✕ app3 stopped responding')")
+        await page.wait_for_function(CLOSED)
+        await site.connection.execute("UPDATE jobs SET paused_at = now(), paused_by = 'bob'")
+        assert "live" not in await page.evaluate(SHOW_AFTER_A_MINUTE)
+        await says(page, "#state", "live")
+        await says(page, "#job-job-a", "Paused by bob")
+
+
+async def test_an_account_that_was_hidden_is_read_before_it_is_live(
+    site: Site, browser: Browser
+) -> None:
+    """It is not read while nobody sees it."""
+    user = await site.open(100)
+    async with tab(browser, site.instance.url) as page:
+        await page.goto(f"/users/{user}")
+        await says(page, "#state", "live")
+        await page.evaluate(HIDE)
+        await site.client.post("/api/balance", json={"userId": int(user), "amount": -58})
+        assert "live" not in await page.evaluate(SHOW_AFTER_A_MINUTE)
+        await says(page, "#state", "live")
+        await says(page, ".strip", "42")
+
+
 async def test_a_jobs_page_keeps_what_is_typed_when_a_run_ends(
     site: Site, browser: Browser
 ) -> None:

@@ -5,7 +5,7 @@ focus and selection stay. A page of one run or account is loaded again every few
 (`data-refresh`). Clocks are updated here, by the server's clock. */
 "use strict";
 
-const RETRY = 1000, SILENCE = 5000, LINGER = 8000;
+const RETRY = 1000, SILENCE = 5000, LINGER = 8000, HIDDEN = 10000;
 const UNITS = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
 const byId = (id) => document.getElementById(id);
 const { dataset } = document.body;
@@ -184,6 +184,13 @@ function setAge() {
 
 /* -- the stream ---------------------------------------------------------------------------- */
 
+/* A browser has six connections to a server, for all its tabs: one that nobody sees keeps none, and takes
+an event now and then, for its title and icon. */
+function heard() {
+  lastEventAt = Date.now();
+  if (document.hidden) disconnect();
+}
+
 function connect(since) {
   disconnect();
   if (!dataset.stream || paused) return;
@@ -192,9 +199,9 @@ function connect(since) {
   else address.searchParams.delete("since");
   stream = new EventSource(address);
   lastEventAt = Date.now();
-  stream.addEventListener("status", (event) => { lastEventAt = Date.now(); apply(event); });
+  stream.addEventListener("status", (event) => { heard(); apply(event); });
   stream.addEventListener("unavailable", (event) => {
-    lastEventAt = Date.now();
+    heard();
     setState("bad", "✕", "database unavailable, retrying");
     state.title = JSON.parse(event.data).detail;
     setIcon("red");
@@ -250,11 +257,23 @@ button.addEventListener("click", () => {
   if (paused) {
     disconnect();
     showPaused();
-  } else if (dataset.stream) connect(version);
+  } else resume();
+});
+
+function resume() {
+  if (dataset.stream) connect(version);
   else refresh();
+}
+
+// What is on a page that was hidden may be old until it is heard of again.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden || paused || button.hidden) return;
+  if (now() - asOf > SILENCE / 1000) setState("warn", "↻", "reconnecting");
+  if (!stream) resume();
 });
 
 setInterval(() => {
+  if (document.hidden && !stream && !button.hidden && Date.now() - lastEventAt > HIDDEN) connect(version);
   if (stream && Date.now() - lastEventAt > SILENCE) reconnect();
   if (stale) setAge();
   else updateClocks(document);
