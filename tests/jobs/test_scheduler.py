@@ -1,6 +1,7 @@
 """How runs end and how that is recorded, with real schedulers on a real database."""
 
 import asyncio
+import math
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,17 +17,17 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs import completion
+from balance_app.jobs import completion, heartbeat, leases
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.repository import Completion
+from balance_app.jobs.repository import GONE, NOT_BEGUN, Completion
 from balance_app.jobs.run import Run
 from balance_app.jobs.scheduler import Scheduler, backoff
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
-from tests.jobs.support import JobsDatabase, on, until
+from tests.jobs.support import AT_ONCE, JobsDatabase, on, until
 from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
@@ -882,6 +883,67 @@ async def test_claiming_goes_on_when_the_database_is_back(jobs_db: JobsDatabase)
         await asyncio.sleep(0.5)
         await jobs_db.end_outage()
         await jobs_db.ended("sun")
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_an_outage_lasts_until_a_heartbeat_is_answered(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """Owners come first after it, and what was never begun is released, however long it was.
+
+    The control notes an outage by the claims alone, which are not tried without heartbeats.
+    """
+    prepare, renew = Scheduler._prepare, leases.renew_leases
+    silent = threading.Event()
+
+    async def by_claims_alone(scheduler: Scheduler) -> float:
+        outage_at = scheduler._outage_at
+        wait_seconds = await prepare(scheduler)
+        scheduler._outage_at = outage_at
+        return wait_seconds
+
+    async def unanswered(*heartbeat_: Any) -> Any:  # noqa: ANN401 - passed on
+        if silent.is_set():
+            raise TimeoutError
+        return await renew(*heartbeat_)
+
+    monkeypatch.setattr(heartbeat, "renew_leases", unanswered)
+    monkeypatch.setattr(scheduling, "OWNERS_FIRST_SECONDS", 20.0)
+    if not guarded:
+        monkeypatch.setattr(Scheduler, "_prepare", by_claims_alone)
+    owner = jobs_db.instance("owner")
+    await owner.declare("theirs", "mine")
+    await jobs_db.admin.execute(
+        "UPDATE jobs SET ready_at = ready_at + interval '30 min' WHERE name = 'mine'"
+    )
+    claimed = await owner.claim()
+    assert claimed.name == "theirs"
+    async with jobs_db.scheduler(
+        [declare(returns(None), name) for name in ("theirs", "mine")]
+    ) as scheduler:
+        silent.set()
+
+        async def has_fault() -> bool:
+            return scheduler.fault is not None
+
+        await until(has_fault)
+        scheduler._outage_at = -math.inf  # as if it had begun long ago
+        capabilities = scheduler._capabilities
+        assert capabilities is not None
+        await jobs_db.ready("mine")
+        lost_response = await scheduler._jobs.claim_next(capabilities, AT_ONCE)
+        assert lost_response.claimed is not None
+        assert lost_response.claimed.name == "mine"
+        await jobs_db.expire("theirs")
+        await jobs_db.expire("mine")
+        await asyncio.sleep(0.5)
+        silent.clear()
+        scheduler.wake()
+        await jobs_db.ended("mine")
+        (first, *_) = await jobs_db.outcomes("mine")
+        done = Completion(outcome="succeeded", result="in time", seconds_ago=0)
+        assert await owner.jobs.finish("theirs", claimed.fence, done) is guarded
+    assert first == (("released", NOT_BEGUN) if guarded else ("lost", GONE))
 
 
 async def test_a_run_that_loses_its_lease_is_stopped(jobs_db: JobsDatabase) -> None:

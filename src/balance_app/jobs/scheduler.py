@@ -103,7 +103,8 @@ class Scheduler:
         self._metrics.jobs_running.set_function(lambda: len(self._runs))
         self._round = 0
         self._booted = 0.0
-        # when the database was last unavailable, or a claim's response or a renewal was late
+        # when the database was last unavailable, no heartbeat was answered, or a claim's response
+        # was late
         self._outage_at = -math.inf
         self._reconciled_at = -math.inf
         # when the jobs were last declared, and when each lease with a heartbeat in the future was
@@ -241,7 +242,11 @@ class Scheduler:
         if self._capabilities is None:
             await self.declare()
         self.fault = self._heartbeat.fault()
-        return 0 if self.fault is None else RACE_SECONDS
+        if self.fault is None:
+            return 0
+        # No claim is tried meanwhile that would meet the outage, so its end is noted here.
+        self._outage_at = monotonic()
+        return RACE_SECONDS
 
     async def _maintain(self, now: float) -> None:
         if now - self._declared_at >= DECLARE_SECONDS:
