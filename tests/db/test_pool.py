@@ -11,15 +11,16 @@ from balance_app.db import pool as db
 from balance_app.db.migrations import migrate
 from balance_app.db.outages import Cause, Kind
 from balance_app.db.wait_queue import Lane
-from balance_app.errors import DatabaseUnavailable
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.sessions import Session
 from balance_app.settings import Settings, load_settings
 from tests.jobs.proxy import Proxy
 from tests.processes import Instance, as_instance, connect, http_client
 
 
-def settings_for(database: dict[str, str]) -> Settings:
-    return load_settings(**{name.lower(): value for name, value in as_instance(database).items()})
+def settings_for(database: dict[str, str], **more: object) -> Settings:
+    values = {name.lower(): value for name, value in as_instance(database).items()}
+    return load_settings(**values, **more)
 
 
 async def test_an_interrupted_operation_ends_its_callers_wait(database: dict[str, str]) -> None:
@@ -125,6 +126,35 @@ async def test_a_transaction_without_an_answer_is_an_outage(
         finally:
             proxy.heal()
             await line.stop()
+
+
+async def test_what_has_priority_waits_for_as_long_as_it_takes(database: dict[str, str]) -> None:
+    """What a request may not: the end of a run, which nobody would send again, is recorded late."""
+    await migrate(settings_for(database).as_owner())
+    pool = db.Database(settings_for(database, db_pool_size=1, max_waiting_seconds=0.1))
+    await pool.start()
+    begun, leave = asyncio.Event(), asyncio.Event()
+
+    async def hold(_connection: db.Connection) -> None:
+        begun.set()
+        await leave.wait()
+
+    async def ask(*, priority: bool) -> int:
+        return int(await pool.run(lambda con: con.fetchval("SELECT 1"), priority=priority))
+
+    try:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            group.create_task(pool.run(hold))
+            await begun.wait()
+            prior = group.create_task(ask(priority=True))
+            request = asyncio.create_task(ask(priority=False))
+            await asyncio.sleep(0.3)
+            leave.set()
+        assert await prior == 1
+        with pytest.raises(Overloaded):
+            await request
+    finally:
+        await pool.stop()
 
 
 async def test_overload_is_refused_at_once(database: dict[str, str]) -> None:

@@ -65,6 +65,45 @@ def statements(*sql: str) -> Callable[[Run], Any]:
     return function
 
 
+async def test_a_long_wait_for_a_connection_fails_no_run(postgres: dict[str, str]) -> None:
+    """The end of a run is recorded late; one whose checkpoint could not wait is released."""
+    running = asyncio.Semaphore(0)
+    go, held, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def ends(_run: Run) -> None:
+        running.release()
+        await go.wait()
+
+    async def notes(run: Run) -> None:
+        await ends(run)
+        await run.checkpoint({"done": 1})
+
+    async def hold(_connection: object) -> None:
+        held.set()
+        await leave.wait()
+
+    jobs = [job(name=each.__name__, every=timedelta(hours=1))(each) for each in (ends, notes)]
+    async with (
+        on(postgres, db_pool_size=1, max_waiting_seconds=0.2) as jobs_db,
+        jobs_db.scheduler(jobs),
+    ):
+        for _ in jobs:
+            await asyncio.wait_for(running.acquire(), 30)
+        holder = asyncio.create_task(jobs_db.database.run(hold))
+        await held.wait()
+        go.set()
+        await asyncio.sleep(0.5)
+        leave.set()
+        await holder
+        await jobs_db.ended("ends")
+        await jobs_db.ended("notes", runs=2)
+        assert await jobs_db.outcomes("ends") == [("succeeded", None)]
+        (released, succeeded) = await jobs_db.outcomes("notes")
+    assert released[0] == "released"
+    assert "no database connection was free in time" in str(released[1])
+    assert succeeded == ("succeeded", None)
+
+
 async def test_a_limit_of_the_server_is_the_jobs_failure(jobs_db: JobsDatabase) -> None:
     """The result names the limit; only a connection that was really lost is an outage."""
 

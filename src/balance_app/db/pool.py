@@ -182,7 +182,7 @@ class Database:
         """Return the standbys, as of a second ago at most; None: not known.
 
         Raises:
-            DatabaseUnavailable, Overloaded: as `run` does.
+            DatabaseUnavailable: as `run` does.
         """
         if monotonic() - self._replication_at >= REPLICATION_SECONDS:
             self._replication_at = monotonic()
@@ -274,13 +274,13 @@ class Database:
     ) -> Result:
         """Run `operation` on a connection, after those queued before it.
 
-        With `priority` it goes to the head of the queue, however long that is, and still runs while
-        the instance stops. Only a few operations of one `lane` are on connections at once; the
-        others wait without one.
+        With `priority` it goes to the head of the queue, however long that is, waits for as long as
+        it takes, and still runs while the instance stops. Only a few operations of one `lane` are
+        on connections at once; the others wait without one.
 
         Raises:
             DatabaseUnavailable: the database can't be used; nothing of the operation was sent.
-            Overloaded: too many operations wait, or this one waited too long.
+            Overloaded: too many operations wait, or this one waited too long; not with `priority`.
         """
         self.check(priority=priority)
         if len(self._queue) >= self.settings.max_waiting and not priority:
@@ -375,7 +375,7 @@ class Database:
         execute, answer, since, priority = operation
         if answer.done():  # the caller is gone
             return
-        if monotonic() - since > self.settings.max_waiting_seconds:
+        if not priority and monotonic() - since > self.settings.max_waiting_seconds:
             answer.set_exception(
                 Overloaded(
                     "Too many requests are waiting: no database connection was free in time."

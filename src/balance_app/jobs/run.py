@@ -136,6 +136,7 @@ class Run:
             CheckpointError: it is not JSON, has more than 8 KiB, or contains a NUL.
             LeaseLostError: the run has lost its lease.
             DatabaseUnavailable: the database can't be reached.
+            Overloaded: no connection was free in time.
         """
         try:
             text = as_json(state)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
-from balance_app.errors import DatabaseUnavailable
+from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.jobs.job import Job
 from balance_app.jobs.run import Run, RunStoppedError, Stopped
 from balance_app.jobs.run_log import describe, safe_str, storable
@@ -132,7 +132,7 @@ def classify(run: Run, task: "asyncio.Task[Any]") -> RunResult:
     match _outage(error):
         case LeaseLostError():
             return RunResult("released", "it had lost its lease")
-        case DatabaseUnavailable() as outage:
+        case DatabaseUnavailable() | Overloaded() as outage:
             return RunResult("released", storable(mask(outage.detail)))
     if error is None:
         return RunResult("failed", "it cancelled itself")
@@ -146,4 +146,4 @@ def _outage(error: BaseException | None) -> BaseException | None:
     if isinstance(error, BaseExceptionGroup):
         inside = [_outage(each) for each in error.exceptions]
         return inside[0] if all(inside) else None
-    return error if isinstance(error, LeaseLostError | DatabaseUnavailable) else None
+    return error if isinstance(error, LeaseLostError | DatabaseUnavailable | Overloaded) else None
