@@ -69,6 +69,32 @@ async def test_an_idle_connection_for_jobs_is_not_trusted_for_ever(
         await pool.stop()
 
 
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_a_server_that_vanishes_keeps_no_connection_for_jobs(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """One that is given back then is closed after a moment, and no longer counts as in use."""
+    monkeypatch.setattr(db, "PIN_SECONDS", 0.3 if guarded else None)
+    await migrate(settings_for(database).as_owner())
+    async with Proxy(database) as proxy:
+        pool = db.Database(settings_for(proxy.environment()))
+        await pool.start()
+
+        async def use() -> None:
+            async with pool.lend() as connection:
+                await connection.execute("SELECT")
+                proxy.freeze()
+
+        try:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(use(), 3)
+            in_use = pool._lent.get_size() - pool._lent.get_idle_size()
+            assert (in_use == 0) is guarded
+        finally:
+            proxy.heal()
+            await pool.stop()
+
+
 async def test_a_parked_operation_starts_no_worker(database: dict[str, str]) -> None:
     """What waits for its lane is no work for an idle connection; of another lane it is."""
     await migrate(settings_for(database).as_owner())

@@ -38,7 +38,15 @@ from balance_app.db.replication import Replication, read_replication
 from balance_app.db.wait_queue import Lane, WaitQueue
 from balance_app.errors import DatabaseUnavailable, Overloaded
 from balance_app.metrics import Metrics
-from balance_app.sessions import Session, StandbyError, connect, open_session, pin, reset
+from balance_app.sessions import (
+    PIN_SECONDS,
+    Session,
+    StandbyError,
+    connect,
+    open_session,
+    pin,
+    reset,
+)
 from balance_app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -234,7 +242,9 @@ class Database:
                 _terminate(connection)
             raise
         finally:
-            await self._lent.release(connection)
+            # It is reset first. A server that vanishes now would answer that never, and keep the
+            # connection in use until TCP gives up.
+            await self._lent.release(connection, timeout=PIN_SECONDS)
 
     async def _connect_lent(self, dsn: str | None = None, **arguments: Any) -> Session:  # noqa: ANN401
         connection = await connect(dsn, **arguments)
