@@ -153,6 +153,36 @@ async def test_many_jobs_make_no_claim_slow(jobs_db: JobsDatabase) -> None:
     assert min(took) < 1
 
 
+async def test_a_lock_on_the_declarations_stops_no_claim(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a foreign session holds their table no job is declared again; all run all the same."""
+    monkeypatch.setattr(scheduling, "DECLARE_SECONDS", 0.2)
+    blocker = await jobs_db.connect()
+
+    async def runs(_run: Run) -> None:
+        pass
+
+    async with jobs_db.scheduler([job(name="moon", every=timedelta(seconds=1))(runs)]) as scheduler:
+
+        async def held_up() -> bool:
+            return scheduler._held_up
+
+        async def declared() -> bool:
+            return not scheduler._held_up
+
+        await jobs_db.ended("moon")
+        transaction = blocker.transaction()
+        await transaction.start()
+        await blocker.execute("LOCK TABLE job_declarations IN EXCLUSIVE MODE")
+        await until(held_up)
+        before = len(await jobs_db.ended("moon"))
+        await jobs_db.ended("moon", runs=before + 2)
+        assert scheduler._held_up
+        await transaction.rollback()
+        await until(declared)
+
+
 # -- a clock that was set back ---------------------------------------------------------------------
 
 

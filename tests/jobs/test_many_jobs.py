@@ -1,7 +1,8 @@
 """What a claim costs does not depend on how many jobs there are."""
 
-from collections.abc import AsyncIterator
-from typing import cast
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
@@ -9,7 +10,7 @@ import pytest
 
 from balance_app.db.pool import Database
 from balance_app.jobs import statements
-from balance_app.jobs.declarations import Capabilities
+from balance_app.jobs.declarations import IN_EFFECT, LIVE, Capabilities
 from balance_app.jobs.repository import JobRepository, Me
 from bench.jobs import FILL
 from tests.explaining import OneConnection, both_plans, bounded, explaining
@@ -61,3 +62,29 @@ async def test_a_claim_reads_few_of_many_jobs(
     else:
         with pytest.raises(AssertionError):
             bounded(connection.touched, 150)
+
+
+async def test_a_declaration_takes_each_live_one_once(jobs_db: JobsDatabase) -> None:
+    """Not all of them again for each job: with thousands of jobs that took seconds."""
+    admin = jobs_db.admin
+    await admin.execute(FILL, 2000, 3600)
+    await admin.execute(
+        "INSERT INTO job_declarations (job, digest, schedule, description, first_declared_at)"
+        " SELECT name, version, 'every ' || version || ' s', '',"
+        " clock_timestamp() + version::integer * interval '1 s'"
+        " FROM jobs, unnest(ARRAY['1', '2', '3']) AS version"
+    )
+    arguments = [row["name"] for row in await admin.fetch("SELECT name FROM jobs")], LIVE
+    rows = await admin.fetch(IN_EFFECT, *arguments)
+    assert {(row["schedule"], *row["others"]) for row in rows} == {
+        ("every 3 s", "every 1 s", "every 2 s")
+    }
+    assert len(rows) == 2000
+    plan = await admin.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {IN_EFFECT}", *arguments)
+    assert {node["Actual Loops"] for node in _nodes(json.loads(plan)[0]["Plan"])} == {1}
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for each in plan.get("Plans", ()):
+        yield from _nodes(each)

@@ -148,6 +148,12 @@ def applied_if_unavailable(error: BaseException) -> Applied | None:
     return None if cause is None else cause.applied
 
 
+def ends_a_statement_only(problem: BaseException) -> bool:
+    """Return whether the error that a problem was made of leaves the database available."""
+    cause = None if problem.__cause__ is None else classify(problem.__cause__)
+    return cause is not None and cause.kind in OF_A_STATEMENT
+
+
 def is_fatal(error: BaseException) -> bool:
     """Return whether the server ended the session with this error, in whatever language."""
     severity = getattr(error, "severity_en", None) or getattr(error, "severity", None)

@@ -108,20 +108,20 @@ ON CONFLICT (job, digest) DO UPDATE SET last_declared_at = clock_timestamp()
 """
 
 # For each job the declaration in effect, and the other live schedules. A declaration dated further
-# ahead than a live one may be old was written before the clock was set back.
+# ahead than a live one may be old was written before the clock was set back. Each is read once,
+# without a join: with old statistics the planner would expect few, and compare each with all.
 IN_EFFECT: Final = """
 WITH live AS (
-    SELECT * FROM job_declarations
+    SELECT job, array_agg(DISTINCT schedule ORDER BY schedule) AS schedules,
+           (array_agg(job_declarations ORDER BY first_declared_at DESC, digest))[1] AS latest
+    FROM job_declarations
     WHERE job = ANY ($1)
       AND last_declared_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + $2
-), latest AS (
-    SELECT DISTINCT ON (job) job, schedule, description, args, start_within FROM live
-    ORDER BY job, first_declared_at DESC, digest
+    GROUP BY job
 )
-SELECT job, latest.schedule, latest.description, latest.args, latest.start_within,
-       array(SELECT DISTINCT schedule FROM live
-             WHERE live.job = latest.job AND schedule <> latest.schedule ORDER BY 1) AS others
-FROM latest
+SELECT job, (latest).schedule, (latest).description, (latest).args, (latest).start_within,
+       array_remove(schedules, (latest).schedule) AS others
+FROM live
 """
 
 # A changed schedule takes effect at its next tick. A tick that is due already stays, and so do the

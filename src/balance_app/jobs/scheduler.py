@@ -13,6 +13,7 @@ from uuid import uuid4
 import structlog
 
 from balance_app.db.migrations import Installation
+from balance_app.db.outages import ends_a_statement_only
 from balance_app.db.pool import Database
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.arguments import encode
@@ -95,6 +96,9 @@ class Scheduler:
         # declare them
         self._installation: Installation | None = None
         self._declare_at = 0.0
+        # when to declare them again (monotonic), and whether a time limit ended the last try
+        self._declare_again_at = 0.0
+        self._held_up = False
         # jobs that do not run as this program declares them, with the reason
         self.undeclared: dict[str, str] = {}
         # why this instance can claim no jobs; None: it can
@@ -249,10 +253,22 @@ class Scheduler:
         return RACE_SECONDS
 
     async def _maintain(self, now: float) -> None:
-        if now - self._declared_at >= DECLARE_SECONDS:
-            await self._declare_again(now)
-        if now - self._outage_at < 2 * self._settings.job_lease_seconds:
-            await self._reconcile(now)
+        """Declare again and reconcile, when it is time.
+
+        A foreign lock that keeps either from its tables or rows keeps no job from being claimed.
+        """
+        try:
+            if now >= self._declare_again_at:
+                await self._declare_again(now)
+            if now - self._outage_at < 2 * self._settings.job_lease_seconds:
+                await self._reconcile(now)
+        except DatabaseUnavailable as problem:
+            if not ends_a_statement_only(problem):
+                raise
+            self._declare_again_at = now + DECLARE_SECONDS
+            if not self._held_up:
+                log.warning("upkeep of the jobs is held up", reason=problem.detail)
+            self._held_up = True
 
     # -- after an outage ----------------------------------------------------------------------
 
@@ -329,6 +345,7 @@ class Scheduler:
         self._set_undeclared(self._jobs.undeclared)
         self._capabilities = capabilities
         self._booted = self._declared_at = monotonic()
+        self._declare_again_at = self._booted + DECLARE_SECONDS
         self._heartbeat.set_clock(capabilities.booted_at, self._booted)
         if not self._draining:
             self._heartbeat.start(capabilities)
@@ -351,7 +368,7 @@ class Scheduler:
         live = LIVE + timedelta(seconds=now - self._declared_at - DECLARE_SECONDS)
         await self._jobs.declare(*self._declared(), live=live)
         self._set_undeclared(self._jobs.undeclared)
-        self._declared_at = now
+        self._declared_at, self._declare_again_at = now, now + DECLARE_SECONDS
         ahead = await self._jobs.ahead()
         seen_at = monotonic()
         self._ahead = {lease: self._ahead.get(lease, seen_at) for lease in ahead}
@@ -360,6 +377,7 @@ class Scheduler:
                 await self._jobs.expire(lease)
             ):
                 log.warning("lease from before the clock was set back expired", job=lease.name)
+        self._held_up = False
 
     def condition(self) -> str:
         """Return why jobs do not run here as they are declared; "ok" if they do."""
