@@ -144,6 +144,17 @@ async def test_the_longest_lease_in_the_backup_counts(jobs_db: JobsDatabase) -> 
     assert all(row["left"] > timedelta(minutes=4) for row in rows)
 
 
+async def test_a_declaration_cuts_no_wait_for_a_long_lease_short(jobs_db: JobsDatabase) -> None:
+    """However short its interval, no job starts while runs may go on on the old server."""
+    lease = timedelta(minutes=20)
+    instance = jobs_db.instance(lease=lease)
+    await instance.declare("moon", schedule="every 60 s")
+    await make_safe(jobs_db.admin, by="ada", lease=lease)
+    waits = (await jobs_db.row("moon"))["ready_at"]
+    await instance.declare("moon", schedule="every 60 s")
+    assert (await jobs_db.row("moon"))["ready_at"] == waits
+
+
 async def test_numbers_of_after_the_moment_are_not_given_again(database: dict[str, str]) -> None:
     """Ids of users, generations of keys, logins, the installation; the action says so."""
     assert (await run("migrate", **database))[0] == 0

@@ -160,10 +160,12 @@ async def declare(
     jobs: Mapping[str, Declared],
     jitters: Mapping[str, timedelta],
     live: timedelta,
+    lease: timedelta,
 ) -> tuple[Capabilities, dict[str, str]]:
     """Declare jobs, by name, and update their rows to what is in effect.
 
-    A declaration that was not repeated for `live` is not in effect.
+    A declaration that was not repeated for `live` is not in effect. `lease` is the length of the
+    instances' leases.
 
     Returns:
         The capabilities, and the jobs that could not be declared, each with the reason.
@@ -187,7 +189,8 @@ async def declare(
         for in_effect in await read(connection, IN_EFFECT, list(rows), live):
             name = in_effect["job"]
             row = rows[name]
-            change = _change(row, in_effect, now, jitters.get(name, timedelta(0)))
+            jitter = jitters.get(name, timedelta(0))
+            change = _change(row, in_effect, now, jitter=jitter, lease=lease)
             if change is not None:
                 with _isolated(undeclared, name):
                     async with connection.transaction():
@@ -257,11 +260,17 @@ def _columns(rows: list[tuple[str, Declared]]) -> list[list[Any]]:
 
 
 def _change(
-    row: asyncpg.Record, in_effect: asyncpg.Record, now: datetime, jitter: timedelta
+    row: asyncpg.Record,
+    in_effect: asyncpg.Record,
+    now: datetime,
+    *,
+    jitter: timedelta,
+    lease: timedelta,
 ) -> tuple[Any, ...] | None:
     """Return the parameters $2 to $9 of REDECLARE for a row; None: it is up to date.
 
-    A row's tick is at most one tick ahead, and its start at most the longest wait after that.
+    A row's tick is at most one tick ahead, and its start at most the longest wait after that, or a
+    lease: for so long each job waits after a restore from a backup (`maintenance/restoration.py`).
     If either is later, PostgreSQL's clock was set back, and they are computed again. An override
     determines the ticks, if there is one.
     """
@@ -276,6 +285,7 @@ def _change(
     if row["free"]:
         next_at = ticks.next_after(now, anchor_at)
         longest = LONGEST_QUARANTINE if row["lost_streak"] >= LOST_LIMIT else LONGEST_RELEASE
+        longest = max(longest, lease)
         changed = override is None and in_effect["schedule"] != row["schedule"]
         if due_at > next_at or (changed and due_at > now):
             due_at = ready_at = next_at

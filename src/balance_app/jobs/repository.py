@@ -188,7 +188,7 @@ class JobRepository:
         keeps its row, if it has one; see `undeclared`.
         """
         capabilities, self.undeclared = await self._database.run(
-            lambda con: declare(con, jobs, jitters or {}, live), priority=True
+            lambda con: declare(con, jobs, jitters or {}, live, self.lease), priority=True
         )
         return capabilities
 
