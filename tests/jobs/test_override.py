@@ -15,7 +15,7 @@ from balance_app.jobs.api.schemas import ScheduleRequest
 from balance_app.jobs.api.status import StatusReader
 from balance_app.jobs.declarations import Declared
 from balance_app.jobs.job import job
-from balance_app.jobs.repository import Claimed, Completion
+from balance_app.jobs.repository import Changed, Claimed, Completion
 from balance_app.jobs.runner import RunResult
 from tests.jobs.support import JobsDatabase, on, until
 from tests.mutants import replaced
@@ -42,7 +42,7 @@ def ended(at: datetime) -> Completion:
     return Completion(outcome="succeeded", result="", seconds_ago=0, due_at=at, ready_at=at)
 
 
-async def run_until_override(jobs_db: JobsDatabase) -> tuple[Claimed, str | bool]:
+async def run_until_override(jobs_db: JobsDatabase) -> tuple[Claimed, Changed | bool]:
     """Run a job whose schedule is set while it runs; return the claim, and its completion."""
     instance = jobs_db.instance()
     await instance.declare("moon", schedule=DECLARED)
@@ -57,7 +57,7 @@ async def run_until_override(jobs_db: JobsDatabase) -> tuple[Claimed, str | bool
 async def test_a_run_ends_by_the_schedule_that_was_set_meanwhile(jobs_db: JobsDatabase) -> None:
     """Its completion is refused with the new schedule; the next claim begins with it."""
     claimed, done = await run_until_override(jobs_db)
-    assert (claimed.schedule, done) == (DECLARED, OVERRIDE)
+    assert (claimed.schedule, done) == (DECLARED, Changed(OVERRIDE, None))
     instance = jobs_db.instance()
     await jobs_db.expire("moon")
     await instance.declare("moon", schedule=DECLARED)

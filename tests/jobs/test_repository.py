@@ -17,7 +17,7 @@ import pytest
 from balance_app.jobs import declarations, leases, repository, statements, transaction
 from balance_app.jobs.declarations import LONGEST_QUARANTINE, LOST_LIMIT, QUARANTINE, Declared
 from balance_app.jobs.leases import Progress, Renewal, renew_leases
-from balance_app.jobs.repository import Completion, Skipped, claim_arguments
+from balance_app.jobs.repository import Changed, Completion, Skipped, claim_arguments
 from balance_app.jobs.schedule import TickRange
 from balance_app.jobs.transaction import COMMIT, LEASE_LOST
 from tests.jobs.support import AT_ONCE, Instance, JobsDatabase, on
@@ -1309,7 +1309,8 @@ async def test_a_schedule_that_changes_under_a_run(jobs_db: JobsDatabase) -> Non
     row = await jobs_db.row("moon")
     assert (row["due_at"], row["holder"]) == (claimed.due_at, instance.me.id)
     completion = DONE_UNTIL(claimed.due_at + timedelta(days=366))
-    assert await instance.jobs.finish("moon", 1, completion, claimed.schedule) == "every 60 s"
+    done = await instance.jobs.finish("moon", 1, completion, claimed.schedule)
+    assert done == Changed("every 60 s", None)
     assert await jobs_db.row("moon") == row
     completion = DONE_UNTIL(claimed.due_at + timedelta(seconds=60))
     assert await instance.jobs.finish("moon", 1, completion, "every 60 s") is True

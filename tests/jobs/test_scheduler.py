@@ -17,17 +17,19 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from balance_app.errors import DatabaseUnavailable
-from balance_app.jobs import completion, heartbeat, leases
+from balance_app.jobs import completion, heartbeat, leases, statements
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
-from balance_app.jobs.repository import GONE, NOT_BEGUN, Completion
+from balance_app.jobs.repository import GONE, NOT_BEGUN, STOPPED, Completion
 from balance_app.jobs.run import Run
+from balance_app.jobs.runner import stop
 from balance_app.jobs.scheduler import Scheduler, backoff
 from balance_app.jobs.threads import ThreadRun
 from balance_app.jobs.transaction import LeaseLostError
 from tests.jobs.support import AT_ONCE, JobsDatabase, on, until
+from tests.mutants import replaced
 from tests.system.sizes import report_figures, size
 
 HOUR = timedelta(hours=1)
@@ -306,6 +308,39 @@ async def test_a_cancel_request_outlives_its_instance(jobs_db: JobsDatabase) -> 
         await jobs_db.ended("moon", runs=2)
     assert begun == []
     assert [outcome for outcome, _ in await jobs_db.outcomes("moon")] == ["lost", "cancelled"]
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "control"])
+async def test_a_cancel_request_outlives_a_release(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """A run that is cancelled while its instance stops does not run again on another."""
+    if not guarded:
+        guard = "AND ($4 <> 'released' OR cancel_requested_by IS NULL)"
+        monkeypatch.setattr(statements, "FINISH", replaced(statements.FINISH, guard, ""))
+    go = asyncio.Event()
+
+    async def lingers(run: Run) -> None:
+        await run.checkpoint({"done": 5})
+        try:
+            await asyncio.sleep(600)
+        finally:
+            await go.wait()
+
+    async with jobs_db.scheduler([declare(lingers)]) as scheduler:
+        await _run_all(jobs_db, 1)
+        scheduler._draining = True  # it takes no other run
+        (run,) = scheduler._runs
+        stop(run, "released", STOPPED)
+        await jobs_db.admin.execute("UPDATE jobs SET cancel_requested_by = 'ada'")
+        go.set()
+        await jobs_db.ended("moon")
+    (end,) = await jobs_db.outcomes("moon")
+    row = await jobs_db.row("moon")
+    assert row["cancel_requested_by"] is None
+    assert (row["due_at"] == row["anchor_at"] + HOUR) is guarded
+    assert (row["checkpoint"] is None) is guarded
+    assert end == (("cancelled", "cancelled by ada") if guarded else ("released", STOPPED))
 
 
 async def _run_all(jobs_db: JobsDatabase, jobs: int) -> None:

@@ -127,6 +127,13 @@ class Completion:
     pause_reason: str | None = None
 
 
+class Changed(NamedTuple):
+    """By what a completion that was not recorded is to be computed again."""
+
+    schedule: str
+    cancel_requested_by: str | None
+
+
 class LateTick(NamedTuple):
     """A tick that nobody started in time, and its job's row as it was read."""
 
@@ -278,11 +285,11 @@ class JobRepository:
 
     async def finish(
         self, name: str, fence: int, completion: Completion, schedule: str | None = None
-    ) -> str | bool:
+    ) -> Changed | bool:
         """Record how a run ended and free its job; False: the run had lost its lease.
 
-        The completion was computed by `schedule`. If the job's schedule has changed since, nothing
-        is recorded, and the new schedule is returned.
+        The completion was computed by `schedule`. If the job's schedule has changed since, or the
+        run is released although somebody has cancelled it, nothing is recorded.
         """
         row = await self._database.run(
             lambda con: write(
@@ -308,7 +315,9 @@ class JobRepository:
             ),
             priority=True,
         )
-        return row is not None and (row["freed"] or row["schedule"])
+        if row is None:
+            return False
+        return row["freed"] or Changed(row["schedule"], row["cancel_requested_by"])
 
     async def abandoned(self, runs: Iterable[tuple[str, int]]) -> list[Abandoned]:
         """Return the leases that this instance holds for no run of `runs` (name, fence).

@@ -26,6 +26,7 @@ from balance_app.jobs.repository import (
     NOT_BEGUN,
     STOPPED,
     Ahead,
+    Changed,
     Claimed,
     ClaimPolicy,
     Completion,
@@ -309,7 +310,7 @@ class Scheduler:
                 releases=each.releases + 1,
                 retries=each.retries,
             )
-            if await self._jobs.finish(each.name, each.fence, completion):
+            if await self._jobs.finish(each.name, each.fence, completion) is True:
                 log.info("claim released", job=each.name, fence=each.fence)
                 self._metrics.run_ended(each.name, completion.outcome)
         retracted = await self._jobs.retract_losses()
@@ -512,8 +513,11 @@ class Scheduler:
                 instance_logger.debug("the end of a run is not recorded yet", reason=problem.detail)
                 await asyncio.sleep(OUTAGE_POLL_SECONDS / 2)
                 continue
-            if isinstance(done, str):  # its schedule has changed meanwhile
-                claimed = claimed._replace(schedule=done)
+            if isinstance(done, Changed):
+                claimed = claimed._replace(schedule=done.schedule)
+                if run_result.outcome == "released" and done.cancel_requested_by is not None:
+                    by = done.cancel_requested_by
+                    run_result = RunResult("cancelled", f"cancelled by {by}")
                 continue
             if done:
                 self._metrics.run_ended(run.name, completion.outcome)

@@ -132,7 +132,8 @@ FROM next LEFT JOIN taken ON true
 """
 
 # A run frees only its own lease: fence and holder must still match. The freed job is then ready for
-# its next tick, or for the same tick later or at once.
+# its next tick, or for the same tick later or at once. A run with a request to cancel it is not
+# released: its tick would run again elsewhere, although the request was accepted.
 FINISH: Final = """
 WITH freed AS (  -- ready for its next tick, or for the same tick again
     UPDATE jobs SET
@@ -159,6 +160,7 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
         last_ended_at = clock_timestamp() - $6::interval, last_result = $5
     WHERE name = $1 AND fence = $2 AND holder = $3
       AND (coalesce(schedule_override, schedule) <> $14) IS NOT TRUE
+      AND ($4 <> 'released' OR cancel_requested_by IS NULL)
     RETURNING last_ended_at
 ), ended AS (  -- end the run in the history
     UPDATE job_runs SET outcome = $4, ended_at = freed.last_ended_at, result = $5
@@ -170,7 +172,7 @@ WITH freed AS (  -- ready for its next tick, or for the same tick again
          AS range (first, last, ticks, reason)
 )
 SELECT freed.last_ended_at IS NOT NULL AS freed,
-       coalesce(schedule_override, schedule) AS schedule
+       coalesce(schedule_override, schedule) AS schedule, cancel_requested_by
 FROM jobs LEFT JOIN freed ON true
 WHERE name = $1 AND fence = $2 AND holder = $3
 """
