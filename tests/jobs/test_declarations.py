@@ -183,6 +183,35 @@ async def test_a_lock_on_the_declarations_stops_no_claim(
         await until(declared)
 
 
+async def test_a_job_whose_row_is_added_later_is_claimed(
+    jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number is none of those that the instance found at its start; its presence has it too."""
+    monkeypatch.setattr(scheduling, "DECLARE_SECONDS", 0.2)
+
+    async def runs(_run: Run) -> None:
+        pass
+
+    async with jobs_db.scheduler([_job(runs)]) as scheduler:
+        await jobs_db.ended("moon")
+        async with jobs_db.admin.transaction():
+            await jobs_db.admin.execute("DELETE FROM job_runs")
+            await jobs_db.admin.execute("DELETE FROM jobs")
+        await jobs_db.ended("moon")
+        number = (await jobs_db.row("moon"))["number"]
+
+        async def presence_is_right() -> bool | None:
+            rows = await jobs_db.admin.fetch("SELECT id, highest_number FROM instances")
+            return [tuple(row) for row in rows] == [(scheduler.me.id, number)]
+
+        await until(presence_is_right)
+        # after the tables were replaced, an old row may be in the new ones
+        await jobs_db.admin.execute("UPDATE instances SET highest_number = 99")
+        assert scheduler._capabilities is not None
+        scheduler._heartbeat.start(scheduler._capabilities)
+        await until(presence_is_right)
+
+
 # -- a clock that was set back ---------------------------------------------------------------------
 
 

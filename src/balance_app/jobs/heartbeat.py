@@ -55,6 +55,8 @@ class HeartbeatThread:
         self._thread: threading.Thread | None = None
         # whether the connection may lead to a database that was replaced
         self._connect_anew = False
+        # whether its row of `instances` says of other jobs that it has them
+        self._row_is_old = False
         # why the thread could not be started
         self._start_error: str | None = None
         # when the last successful heartbeat was sent (monotonic)
@@ -67,13 +69,26 @@ class HeartbeatThread:
     def start(self, capabilities: Capabilities) -> None:
         """Start to renew; called in the service's event loop, in the main thread.
 
-        If the thread can't be started, `fault` tries again.
+        If the thread can't be started, `fault` tries again. One that runs already may have written
+        into the new tables which jobs of the old ones it had.
         """
         self._leases.start()
         self._capabilities = capabilities
         self._service = asyncio.get_running_loop()
         if self._thread is None or not self._thread.is_alive():
             self._start_thread()
+        else:
+            self._write_row_anew()
+
+    def note_declared(self, capabilities: Capabilities) -> None:
+        """Write with the next heartbeat which jobs this instance has, if it has got others."""
+        before, self._capabilities = self._capabilities, capabilities
+        if before is not None and before.numbers != capabilities.numbers:
+            self._write_row_anew()
+
+    def _write_row_anew(self) -> None:
+        self._row_is_old = True
+        self.renew_soon()
 
     def fault(self) -> str | None:
         """Return why leases can't be renewed, so that none may be claimed; None: they can.
@@ -230,7 +245,22 @@ class HeartbeatThread:
             elif not result.renewed and not result.still_held:
                 self._leases.stop_run(lease, "released", "its lease expired")
         await self._write_logs(connection, leases.values())
+        if self._row_is_old:
+            await self._delete_row(connection)
         return all(result.renewed or not result.still_held for result in results)
+
+    async def _delete_row(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """Delete this instance's row of `instances`; a heartbeat writes it anew at once.
+
+        So none has to update the list of jobs that the instance lacks, which may be long.
+        """
+        self._row_is_old = False
+        try:
+            await connection.execute(LEAVE, self._me.id, timeout=LEAVE_SECONDS)
+        except BaseException:
+            self._row_is_old = True
+            raise
+        self.renew_soon()
 
     async def _write_logs(
         self, connection: "asyncpg.Connection[asyncpg.Record]", leases: Iterable[Lease]

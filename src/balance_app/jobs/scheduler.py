@@ -367,7 +367,14 @@ class Scheduler:
         declarations stay live for that much longer.
         """
         live = LIVE + timedelta(seconds=now - self._declared_at - DECLARE_SECONDS)
-        await self._jobs.declare(*self._declared(), live=live)
+        before = self._capabilities
+        assert before is not None  # noqa: S101 - declared before
+        found = await self._jobs.declare(*self._declared(), live=live)
+        # A job whose row was added only now has a number that it can be claimed by.
+        self._capabilities = found._replace(
+            booted_at=before.booted_at, max_running=before.max_running
+        )
+        self._heartbeat.note_declared(self._capabilities)
         self._set_undeclared(self._jobs.undeclared)
         self._declared_at, self._declare_again_at = now, now + DECLARE_SECONDS
         ahead = await self._jobs.ahead()
