@@ -1,6 +1,6 @@
 """The format of durations, moments and addresses for people; moments are in UTC, as everywhere."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 MINUTE: Final = 60
@@ -44,6 +44,19 @@ def exact(moment: datetime) -> str:
 def brief(moment: datetime, now: datetime) -> str:
     """Return a moment to the second, without its date if it is within half a day of `now`."""
     return f"{moment:%H:%M:%S}" if abs(moment - now) <= HALF_A_DAY else exact(moment)
+
+
+def typed_moment(text: str) -> datetime:
+    """Return a moment that somebody has typed, in UTC, where it also is without a zone.
+
+    Raises:
+        ValueError: it is none, or out of range in UTC.
+    """
+    moment = datetime.fromisoformat(text)
+    try:
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(text) from error
 
 
 def visible(text: str) -> str:

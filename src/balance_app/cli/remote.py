@@ -4,13 +4,14 @@ import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
+from balance_app.formatting import typed_moment
 from balance_app.formatting import url as address
 from balance_app.settings import Settings, is_in_environment, load_settings
 
@@ -167,9 +168,8 @@ def login_name() -> str:
 def read_moment(text: str) -> datetime:
     """Read a moment; without a zone it is in UTC, as all that is shown."""
     try:
-        moment = datetime.fromisoformat(text)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):  # in UTC it may be out of range
+        return typed_moment(text)
+    except ValueError:
         raise typer.BadParameter(
             f"{text!r} is no time: write it like 2026-11-21 or 2026-11-21T21:49:33Z."
         ) from None

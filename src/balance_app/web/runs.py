@@ -1,7 +1,7 @@
 """The pages of runs: those of all jobs, and one run with its attempts, log and traceback."""
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from balance_app.errors import InvalidRequest
+from balance_app.formatting import typed_moment
 from balance_app.http.params import PRINTABLE_PATTERN
 from balance_app.http.services import services
 from balance_app.jobs.api.errors import RunNotFound
@@ -105,9 +106,8 @@ def _moment(name: str, text: str) -> datetime | None:
     if not text:
         return None
     try:
-        moment = datetime.fromisoformat(text)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):  # in UTC it may be out of range
+        return typed_moment(text)
+    except ValueError:
         raise InvalidRequest((f"query:{name}", "not-a-time"), sentence=_NO_TIME) from None
 
 
