@@ -148,9 +148,14 @@ def applied_if_unavailable(error: BaseException) -> Applied | None:
     return None if cause is None else cause.applied
 
 
+def cause_of(problem: BaseException) -> Cause | None:
+    """Return the cause of the error that a problem was made of, if it was made of one."""
+    return None if problem.__cause__ is None else classify(problem.__cause__)
+
+
 def ends_a_statement_only(problem: BaseException) -> bool:
     """Return whether the error that a problem was made of leaves the database available."""
-    cause = None if problem.__cause__ is None else classify(problem.__cause__)
+    cause = cause_of(problem)
     return cause is not None and cause.kind in OF_A_STATEMENT
 
 

@@ -29,6 +29,7 @@ from balance_app.db.outages import (
     PERMANENT,
     Cause,
     Kind,
+    cause_of,
     classify,
     is_fatal,
     pause_seconds,
@@ -514,9 +515,7 @@ class Database:
 
     def _handle_failure(self, error: Exception, connection: Session) -> None:
         """Act on the error of an operation: for its connection, and for the database."""
-        cause = None
-        if isinstance(error, DatabaseUnavailable) and error.__cause__ is not None:
-            cause = classify(error.__cause__)
+        cause = cause_of(error) if isinstance(error, DatabaseUnavailable) else None
         if cause is None:
             return
         if cause.applied == "unknown":
