@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import httpx
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
+from asyncpg.transaction import Transaction
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from balance_app.db import migrations
@@ -437,11 +438,7 @@ async def test_grants_of_two_schemas_at_once(
     settings = settings_for(database)
     if what == "grant":
         await migrate(settings)
-    other = await connect(database)
-    try:
-        transaction = other.transaction()
-        await transaction.start()
-        await other.execute(f'REVOKE TEMPORARY ON DATABASE "{database["DB_NAME"]}" FROM PUBLIC')
+    async with granting(database) as (other, transaction):
         said: list[str] = []
         task = asyncio.ensure_future(getattr(migrations, what)(settings, said.append))
         async with asyncio.timeout(30):
@@ -457,25 +454,30 @@ async def test_grants_of_two_schemas_at_once(
         else:
             with pytest.raises(Exception, match="tuple concurrently updated"):
                 await task
-    finally:
-        await other.close()
 
 
 async def test_grants_wait_for_a_lock(database: dict[str, str]) -> None:
     """For longer than the limit of a session, if need be."""
     settings = settings_for(database)
     await migrate(settings)
-    other = await connect(database)
-    try:
-        transaction = other.transaction()
-        await transaction.start()
-        await other.execute(f'REVOKE TEMPORARY ON DATABASE "{database["DB_NAME"]}" FROM PUBLIC')
+    async with granting(database) as (_, transaction):
         waits = asyncio.Event()
         task = asyncio.create_task(migrations.grant(settings, lambda _: waits.set()))
         async with asyncio.timeout(60):
             await waits.wait()
             await transaction.rollback()
             await task
+
+
+@asynccontextmanager
+async def granting(database: dict[str, str]) -> AsyncIterator[tuple[Any, Transaction]]:
+    """Change rights on the database, as the grants of a schema do, and do not commit."""
+    other = await connect(database)
+    try:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute(f'REVOKE TEMPORARY ON DATABASE "{database["DB_NAME"]}" FROM PUBLIC')
+        yield other, transaction
     finally:
         await other.close()
 

@@ -548,40 +548,31 @@ async def test_durations_have_an_axis(site: Site, browser: Browser) -> None:
         assert (await page.inner_text(".scale")).split("\n") == ["1 min 30 s", "45 s", "0 s"]
 
 
-async def drop_answers(route: Route) -> None:
-    """Let forms be done, and their answers be lost."""
-    if route.request.method == "POST":
-        await route.fetch(max_redirects=0)
-        await route.abort()
-    else:
-        await route.continue_()
-
-
-def errors(status: int, body: str) -> Callable[[Route], Awaitable[None]]:
-    """Let forms be done, and an error be the answer."""
-
-    async def answer(route: Route) -> None:
-        if route.request.method == "POST":
-            await route.fetch(max_redirects=0)
-            await route.fulfill(status=status, content_type="text/html", body=body)
-        else:
-            await route.continue_()
-
-    return answer
+def error(status: int, body: str) -> Callable[[Route], Awaitable[None]]:
+    """Return what answers with an error page."""
+    return lambda route: route.fulfill(status=status, content_type="text/html", body=body)
 
 
 @pytest.mark.parametrize(
-    "lose",
+    "answer",
     [
-        pytest.param(drop_answers, id="none"),
-        pytest.param(errors(502, "<h1>Bad Gateway</h1>"), id="a proxy's"),
-        pytest.param(errors(500, '<main id="main">Internal error</main>'), id="an error page"),
+        pytest.param(Route.abort, id="none"),
+        pytest.param(error(502, "<h1>Bad Gateway</h1>"), id="a proxy's"),
+        pytest.param(error(500, '<main id="main">Internal error</main>'), id="an error page"),
     ],
 )
 async def test_a_form_without_an_answer_may_be_sent_again(
-    database: dict[str, str], browser: Browser, lose: Callable[[Route], Awaitable[None]]
+    database: dict[str, str], browser: Browser, answer: Callable[[Route], Awaitable[None]]
 ) -> None:
     """The page says what is not known; sent again as it is, the form takes effect once."""
+
+    async def lose(route: Route) -> None:
+        if route.request.method == "POST":  # it is done, and its answer is lost
+            await route.fetch(max_redirects=0)
+            await answer(route)
+        else:
+            await route.continue_()
+
     instance = Instance(database, JOBS_ENABLED="false")
     async with instance, tab(browser, instance.url) as page:
         await page.goto("/users/1")
