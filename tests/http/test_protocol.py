@@ -1056,6 +1056,8 @@ async def newest_of_a_crowd(kind: type[LimitedProtocol]) -> int:
         application.leave.clear()
         busy = await stack.enter_async_context(server.client())
         await busy.send(WHOLE)
+        while not application.scopes:  # noqa: ASYNC110 - of the server; before that it is idle
+            await asyncio.sleep(0.01)
         for _ in range(2):
             await stack.enter_async_context(server.client())
         while len(server.state.connections) < 3:  # noqa: ASYNC110 - of the server
