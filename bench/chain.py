@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 from balance_app.balances.chain import entry_hash
+from balance_app.balances.model import Movement
 from balance_app.balances.repository import CHANGE
 from balance_app.http.body import MAX_INTEGER
 from balance_app.maintenance import seals
@@ -34,8 +35,9 @@ DEPTH: Final = 20
 
 HASHES: Final = """
 SELECT count({}) FROM (
-    SELECT n, entry_hash('\\x{}'::bytea, n, n, n, n, 0, now(), 'key', 'till-1', NULL,
-                         NULL, NULL, NULL, 'reference', NULL) AS hash
+    SELECT n, chain_hash('\\x{}'::bytea, entry_content(
+                  n, n, 'key', 'till-1', NULL, NULL, NULL, NULL, 'reference', NULL
+              ), n, n, 0, now()) AS hash
     FROM generate_series(1, $1::bigint) AS n OFFSET 0
 ) AS each
 """
@@ -53,13 +55,13 @@ SELECT id, 1, 1000000, 1000000, $1 FROM opened RETURNING user_id
 # $1 how many, $2 the id of the first one, $3 entries of each
 FILL: Final = """
 WITH RECURSIVE entry AS (
-    SELECT id, 1::bigint AS version, at, entry_hash(
-        '', id, 1, 5, 5, 0, at, NULL, 'till-1', NULL, NULL, NULL, NULL, NULL, NULL) AS hash
+    SELECT id, 1::bigint AS version, at, chain_hash('', entry_content(
+        id, 5, NULL, 'till-1', NULL, NULL, NULL, NULL, NULL, NULL), 1, 5, 0, at) AS hash
     FROM generate_series($2::bigint, $2 + $1::bigint - 1) AS id, clock_timestamp() AS at
     UNION ALL
-    SELECT id, version + 1, at, entry_hash(
-        hash, id, version + 1, 5, 5 * (version + 1), 0, at, NULL, 'till-1', NULL, NULL, NULL, NULL,
-        NULL, NULL)
+    SELECT id, version + 1, at, chain_hash(hash, entry_content(
+        id, 5, NULL, 'till-1', NULL, NULL, NULL, NULL, NULL, NULL
+    ), version + 1, 5 * (version + 1), 0, at)
     FROM entry WHERE version < $3::bigint
 ), account AS (
     INSERT INTO users (id, balance, version, hash)
@@ -126,8 +128,9 @@ async def changes(report: Report, connection: Connection, *, waits: bool) -> Non
         begin = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
         before = await cpu_seconds(connection)
         for _ in range(CHANGES):
+            content = Movement(accounts[hashed], -1, by="till-1").content() if hashed else None
             await statement.fetch(
-                accounts[hashed], -1, MAX_INTEGER, None, None, None, None, "till-1"
+                accounts[hashed], -1, MAX_INTEGER, None, None, None, None, "till-1", content
             )
         cpu[hashed].append((await cpu_seconds(connection) - before) / CHANGES * 1e6)
         since = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), $1)::float8"

@@ -322,7 +322,7 @@ async def pgbench(
     `user` is an id, or a variable of pgbench that the `setup` before each statement sets.
     """
     # no entity tag, reversal, reference or note
-    values = {"$1": user, "$2": -2, "$3": MAX_INTEGER}
+    values = {"$1": user, "$2": -2, "$3": MAX_INTEGER, "$9": "sha256('')"}
     change = re.sub(r"\$\d", lambda name: str(values.get(name[0], "NULL")), CHANGE)
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
         script.write(f"{setup}{change};")

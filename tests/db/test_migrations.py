@@ -570,6 +570,21 @@ async def test_0019_and_back(database: dict[str, str]) -> None:
     await connection.close()
 
 
+async def test_0020_and_back(database: dict[str, str]) -> None:
+    """Group commit hashes as before, and again in two parts."""
+    await migrate(settings_for(database))
+    connection = await connect(database)
+    together = "SELECT pg_get_functiondef(to_regproc('change_together'))"
+    after = await connection.fetchval(together)
+    await _move(connection, "head", "0019")
+    before = await connection.fetchval(together)
+    assert ("entry_hash(" in before, "chain_hash(" in before) == (True, False)
+    assert ("entry_hash(" in after, "chain_hash(" in after) == (False, True)
+    await _move(connection, "0019", "head")
+    assert await connection.fetchval(together) == after
+    await connection.close()
+
+
 async def test_0014_gives_the_first_account_of_a_new_database_its_hash(
     database: dict[str, str],
 ) -> None:

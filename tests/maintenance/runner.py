@@ -9,7 +9,7 @@ import asyncpg
 from typing_extensions import override
 
 from balance_app.balances.accounts import AccountRepository, Opening, Patch
-from balance_app.balances.chain import entry_hash
+from balance_app.balances.chain import entry_hash, first_format_hash
 from balance_app.balances.guard import Guard
 from balance_app.balances.holds import HoldRepository
 from balance_app.balances.model import Accepted, Movement, Refused
@@ -222,7 +222,8 @@ async def hashes_of(connection: Connection) -> dict[tuple[int, int], bytes]:
     hashes: dict[tuple[int, int], bytes] = {}
     user, last = 0, b""
     for entry in await connection.fetch("SELECT * FROM entries ORDER BY user_id, version"):
-        last = entry_hash(last if entry["user_id"] == user else b"", entry)
+        made = first_format_hash if entry["hash"] is None else entry_hash
+        last = made(last if entry["user_id"] == user else b"", entry)
         user = entry["user_id"]
         hashes[user, entry["version"]] = last
     return hashes

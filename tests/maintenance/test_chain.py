@@ -4,13 +4,14 @@ import asyncio
 import random
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import asyncpg
 import pytest
 
 from balance_app.balances import repository
 from balance_app.balances.accounts import Opening
-from balance_app.balances.chain import entry_hash
+from balance_app.balances.chain import entry_hash, first_format_hash, is_hash
 from balance_app.balances.model import Accepted, Movement, Refused
 from balance_app.maintenance import batches, verification
 from balance_app.maintenance.audits import LedgerMismatchError, chain
@@ -19,6 +20,7 @@ from tests.maintenance import forgery
 from tests.maintenance.forgery import FORGERIES, audit, forge, seal_again, verify
 from tests.maintenance.runner import CutError, JobRunner
 from tests.mutants import replaced
+from tests.processes import unguarded
 
 # What finds each forgery, alone; then after every hash was computed anew; then after the seals were
 # made anew, too. With the digest of the last seal that was noted elsewhere all are found.
@@ -172,7 +174,9 @@ async def test_the_hash_is_that_of_the_database(runner: JobRunner) -> None:
         datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC) - timedelta(days=1),
     )
     sql = """
-        SELECT entry_hash($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+        SELECT chain_hash($1, entry_content($2, $4, $8, $9, $10, $11, $12, $13, $14, $15),
+                          $3, $5, $6, $7),
+               entry_hash($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
     """
     for _ in range(300):
         row = {
@@ -191,20 +195,81 @@ async def test_the_hash_is_that_of_the_database(runner: JobRunner) -> None:
             "note": source.choice(texts),
         }
         previous = source.choice((b"", source.randbytes(32)))
-        computed = await runner.connection.fetchval(sql, previous, *row.values())
-        assert computed == entry_hash(previous, row), (previous, row)
+        computed = await runner.connection.fetchrow(sql, previous, *row.values())
+        expected = (entry_hash(previous, row), first_format_hash(previous, row))
+        assert tuple(computed or ()) == expected, (previous, row)
+
+
+async def test_the_content_of_a_change_is_that_of_its_entry(runner: JobRunner) -> None:
+    """What the service computes before the statement, for texts of each kind."""
+    texts = (None, "", "a", "é\u2028\U0001f600", "e\u0301", "'; --\\x00", "x" * 255)
+    for number, text in enumerate(texts):
+        key = None if text is None else f"{number}{text}"
+        await runner.balances.change(Movement(1, 5, key, text, text, by=text))
+        reversed_one = await runner.balances.change(Movement(1, 7, None, text))
+        assert isinstance(reversed_one, Accepted)
+        assert reversed_one.entry is not None
+        await runner.balances.reverse(1, reversed_one.entry.version, reference=text, note=text)
+    entries = await runner.connection.fetch("SELECT * FROM entries ORDER BY version")
+    assert len(entries) == 1 + 3 * len(texts)
+    for before, entry in pairwise(entries):
+        assert entry["hash"] == entry_hash(before["hash"] or await first(runner), entry)
+
+
+async def first(runner: JobRunner) -> bytes:
+    """Return the hash of the first entry, which is older than the chain."""
+    row = await runner.connection.fetchrow("SELECT * FROM entries WHERE version = 1")
+    assert row is not None
+    return first_format_hash(b"", row)
 
 
 async def test_the_hash_covers_each_column(runner: JobRunner) -> None:
     """A column that is added to entries must be added to the hash, too."""
     await runner.populate(2, 2)
     entry = dict((await runner.connection.fetch("SELECT * FROM entries WHERE version = 2"))[0])
-    covered = entry_hash(b"", entry)
+    made = entry_hash(b"", entry), first_format_hash(b"", entry)
     for name in entry.keys() - {"hash"}:
         other = entry["at"] + timedelta(microseconds=1) if name == "at" else 7
         if name in {"key", "by", "reference", "note"}:
             other = "another"
-        assert entry_hash(b"", {**entry, name: other}) != covered, name
+        changed = {**entry, name: other}
+        for covered in made:
+            assert is_hash(covered, b"", entry)
+            assert not is_hash(covered, b"", changed), name
+            assert not is_hash(covered, b"another", entry)
+
+
+async def test_entries_of_the_first_format_are_checked(
+    runner: JobRunner, database: dict[str, str]
+) -> None:
+    """A ledger begins with hashes as before migration 0020, and goes on: each forgery is found."""
+    await runner.accounts.open(Opening(500), None, "ops")
+    await forgery.change(runner, 2, -10)
+    hashed = b""
+    async with unguarded(runner.connection):
+        for entry in await runner.connection.fetch(
+            "SELECT * FROM entries WHERE user_id = 2 ORDER BY version"
+        ):
+            hashed = first_format_hash(hashed, entry)
+            await runner.connection.execute(
+                "UPDATE entries SET hash = $2 WHERE (user_id, version) = (2, $1)",
+                entry["version"],
+                hashed,
+            )
+        await runner.connection.execute("UPDATE users SET hash = $1 WHERE id = 2", hashed)
+    await forgery.change(runner, 2, -20)
+    await forgery.change(runner, 2, -30)
+    await runner.run("note-daily-balances")
+    assert await audit(runner) is None
+    assert (await verify(database)).faults == []
+    for version in (1, 2, 3, 4):
+        note = f"UPDATE entries SET note = $1 WHERE (user_id, version) = (2, {version})"  # noqa: S608
+        await forge(runner.connection, note.replace("$1", "'gift'"))
+        found = f"user 2: entry {version} does not match its hash"
+        assert await audit(runner) == f"1 of 2 users differs: {found}"
+        assert found in (await verify(database)).faults
+        await forge(runner.connection, note.replace("$1", "NULL"))
+    assert (await verify(database)).faults == []
 
 
 async def test_the_chain_is_whole_under_concurrent_changes(
@@ -225,8 +290,12 @@ async def test_the_chain_is_whole_under_concurrent_changes(
         assert [entry["at"] for entry in entries] == sorted(entry["at"] for entry in entries)
         hashed = b""
         for entry in entries:
-            hashed = entry_hash(hashed, entry)
-            assert entry["hash"] == hashed or (user, entry["version"]) == (1, 1)
+            if (user, entry["version"]) == (1, 1):  # older than the chain
+                assert entry["hash"] is None
+                hashed = first_format_hash(hashed, entry)
+            else:
+                hashed = entry_hash(hashed, entry)
+                assert entry["hash"] == hashed
         account = await runner.connection.fetchrow("SELECT * FROM users WHERE id = $1", user)
         assert account is not None
         assert (account["hash"], account["version"]) == (hashed, len(entries))
@@ -270,7 +339,7 @@ async def test_the_hash_before_is_not_that_of_a_snapshot(
 ) -> None:
     """The control: read from the entry before, it is that of an older one."""
     before = "(SELECT hash FROM entries WHERE user_id = $1 ORDER BY version DESC LIMIT 1)"
-    statement = replaced(repository.CHANGE, "entry_hash(hash,", f"entry_hash({before},")
+    statement = replaced(repository.CHANGE, "chain_hash(hash,", f"chain_hash({before},")
     monkeypatch.setattr(repository, "CHANGE", statement)
     async with repositories(database, 5, DB_POOL_SIZE=2) as instances:
         user = await instances[0].opened(1000)

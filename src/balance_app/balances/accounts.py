@@ -199,7 +199,8 @@ WITH new AS MATERIALIZED (
 ), opened AS (
     INSERT INTO users (id, balance, version, floor, created_at, changed_at, hash)
     SELECT id, $1::bigint, 1, $2::bigint, at, at,
-           entry_hash('', id, 1, $1, $1, 0, at, $4, $6, NULL, NULL, NULL, NULL, NULL, NULL)
+           chain_hash('', entry_content(id, $1, $4, $6, NULL, NULL, NULL, NULL, NULL, NULL),
+                      1, $1, 0, at)
     FROM new
     ON CONFLICT (id) DO NOTHING
     RETURNING id, created_at, hash

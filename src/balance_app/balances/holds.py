@@ -106,9 +106,11 @@ WITH locked AS MATERIALIZED (
     UPDATE users SET balance = locked.balance - captured, held = locked.held - amount,
                      floor = locked.floor, version = locked.version + 1,
                      hold_events = locked.hold_events + 1, changed_at = hold.at,
-                     hash = entry_hash(locked.hash, locked.id, locked.version + 1, -captured,
-                                       locked.balance - captured, locked.held - amount, hold.at,
-                                       NULL, $6, NULL, NULL, NULL, $2, $4, $5)
+                     hash = chain_hash(locked.hash,
+                                       entry_content(locked.id, -captured, NULL, $6, NULL, NULL,
+                                                     NULL, $2, $4, $5),
+                                       locked.version + 1, locked.balance - captured,
+                                       locked.held - amount, hold.at)
     FROM locked CROSS JOIN hold
     WHERE users.id = locked.id AND captured <= amount AND NOT locked.frozen
       AND locked.holds_due_at > clock_timestamp()

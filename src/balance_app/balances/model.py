@@ -4,6 +4,7 @@ import json
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
 
+from balance_app.balances.chain import entry_content
 from balance_app.balances.errors import (
     BalanceLimitExceeded,
     InsufficientFunds,
@@ -164,6 +165,11 @@ class Movement(NamedTuple):
         }
         given = {name: value for name, value in members.items() if value is not None}
         return json.dumps(given, separators=(",", ":"), ensure_ascii=False) if given else None
+
+    def content(self, reverses: int | None = None) -> bytes:
+        """Return the digest of its entry's content, which the hash of the entry covers."""
+        said = (self.key, self.by, None, None, reverses, None, self.reference, self.note)
+        return entry_content(self.user_id, self.amount, said)
 
 
 class Accepted(NamedTuple):

@@ -271,10 +271,9 @@ WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
                      changed_at = greatest(changed_at + interval '1 microsecond',
                                            statement_timestamp()),
-                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
+                     hash = chain_hash(hash, $9, version + 1, balance + $2, held,
                                        greatest(changed_at + interval '1 microsecond',
-                                                statement_timestamp()), NULL, $8,
-                                       NULL, NULL, $5, NULL, $6, $7)
+                                                statement_timestamp()))
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -295,10 +294,9 @@ WITH changed AS (
     UPDATE users SET balance = balance + $2, version = version + 1,
                      changed_at = greatest(changed_at + interval '1 microsecond',
                                            statement_timestamp()),
-                     hash = entry_hash(hash, id, version + 1, $2, balance + $2, held,
+                     hash = chain_hash(hash, $10, version + 1, balance + $2, held,
                                        greatest(changed_at + interval '1 microsecond',
-                                                statement_timestamp()), $7, $9,
-                                       NULL, NULL, NULL, NULL, $5, $6)
+                                                statement_timestamp()))
     WHERE id = $1 AND balance - held + $2 >= floor AND balance + $2 <= $3 AND NOT frozen
       AND holds_due_at > clock_timestamp()
       AND ($4::text[] IS NULL
@@ -323,10 +321,11 @@ async def _change(
 ) -> Accepted | None:
     asked = movement.user_id, movement.amount, MAX_INTEGER, movement.tags
     said = movement.reference, movement.note
+    content = movement.content(reverses)
     if movement.key is None:
-        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by)
+        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by, content)
     else:
-        once = movement.key, movement.request, movement.by
+        once = movement.key, movement.request, movement.by, content
         row = await write(connection, CHANGE_ONCE, *asked, *said, *once)
     if row is None:
         return None
@@ -379,9 +378,11 @@ WITH locked AS MATERIALIZED (
 ), moved AS (
     UPDATE users SET balance = half.balance, held = half.held, floor = half.floor,
                      version = half.version, changed_at = half.at,
-                     hash = entry_hash(half.hash, half.id, half.version, half.amount, half.balance,
-                                       half.held, half.at, half.key, $12, half.other_id,
-                                       half.other_version, half.reverses, NULL, $10, $11)
+                     hash = chain_hash(half.hash,
+                                       entry_content(half.id, half.amount, half.key, $12,
+                                                     half.other_id, half.other_version,
+                                                     half.reverses, NULL, $10, $11),
+                                       half.version, half.balance, half.held, half.at)
     FROM half
     WHERE users.id = half.id
     RETURNING half.*, users.hash AS entry_hash

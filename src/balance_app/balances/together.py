@@ -37,12 +37,12 @@ _TAG: Final = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 # One row per change, in their order: see migration 0016.
 #
 # $1 user, $2 largest balance, and of each change $3 amount, $4 entity tags, $5 key, $6 request,
-# $7 reference, $8 note, $9 who
+# $7 reference, $8 note, $9 who, $10 the digest of its entry's content
 CHANGE_TOGETHER: Final = """
 SELECT verdict, (account).balance, (account).held, (account).floor, (account).frozen,
        (account).version, (account).settings_version, (account).hold_events,
        (account).changed_at AS at
-FROM change_together($1, $2, $3, $4, $5, $6, $7, $8, $9)
+FROM change_together($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
 """
 
 
@@ -50,6 +50,7 @@ class _Member(NamedTuple):
     """A change that waits in a batch; None answers it if it is to be decided alone."""
 
     movement: Movement
+    content: bytes
     answer: asyncio.Future[Outcome | None]
 
 
@@ -74,7 +75,9 @@ class GroupCommit:
             return None
         if self._waiting >= self._database.settings.max_waiting:
             raise Overloaded(f"Too many requests are waiting ({self._waiting}).")
-        member = _Member(movement, asyncio.get_running_loop().create_future())
+        answer = asyncio.get_running_loop().create_future()
+        # computed here, what can't be encoded fails alone
+        member = _Member(movement, movement.content(), answer)
         batch = self._gathering.get(movement.user_id)
         if batch is not None and len(batch) < AT_ONCE:
             batch.append(member)
@@ -99,7 +102,7 @@ class GroupCommit:
             if members is batch:
                 self._close(user_id, batch)
                 members = [each for each in batch if not each.answer.done()]
-            return await _change_together(connection, user_id, [one.movement for one in members])
+            return await _change_together(connection, user_id, members)
 
         try:
             outcomes = await self._guard.run(send, user_id)
@@ -131,10 +134,11 @@ class GroupCommit:
 
 
 async def _change_together(
-    connection: Connection, user_id: int, movements: list[Movement]
+    connection: Connection, user_id: int, members: list[_Member]
 ) -> list[Outcome | Exception | None]:
-    if not movements:
+    if not members:
         return []
+    movements = [member.movement for member in members]
     rows = await write_rows(
         connection,
         CHANGE_TOGETHER,
@@ -147,6 +151,7 @@ async def _change_together(
         [each.reference for each in movements],
         [each.note for each in movements],
         [each.by for each in movements],
+        [member.content for member in members],
     )
     if not rows:
         return [None] * len(movements)

@@ -13,7 +13,13 @@ from typing import Any, Final, NamedTuple
 
 import asyncpg
 
-from balance_app.balances.chain import entry_hash, moment, part_digest, seal_digest
+from balance_app.balances.chain import (
+    first_format_hash,
+    is_hash,
+    moment,
+    part_digest,
+    seal_digest,
+)
 from balance_app.db.pool import Connection
 from balance_app.maintenance.audits.daily_balances import check_daily_balances
 from balance_app.maintenance.audits.faults import LedgerMismatchError
@@ -116,7 +122,6 @@ class _Ledger:
 
     def add(self, entry: Any) -> None:  # noqa: ANN401 - a row
         version, stored = entry["version"], entry["hash"]
-        computed = entry_hash(self.hash, entry)
         if self.fault is not None:
             pass
         elif version != self.version + 1:
@@ -128,10 +133,11 @@ class _Ledger:
             )
         elif stored is None and self.is_stored:
             self.fault = f"entry {version} has no hash, but entry {version - 1} has"
-        elif stored is not None and stored != computed:
+        elif stored is not None and not is_hash(stored, self.hash, entry):
             self.fault = f"entry {version} does not match its hash"
         self.version, self.balance = version, entry["balance"]
-        self.hash, self.is_stored = stored or computed, stored is not None
+        self.hash = stored or first_format_hash(self.hash, entry)
+        self.is_stored = stored is not None
 
     def end(self, account: Any, chained_from: int) -> str | None:  # noqa: ANN401 - a row
         """Return the first fault of a user whose entries were all read."""
@@ -282,7 +288,7 @@ class Verification:
             for entry in entries:
                 version = entry["version"]
                 if version <= head["version"]:
-                    hashed = entry_hash(hashed, entry)
+                    hashed = first_format_hash(hashed, entry)
         return hashed
 
     # -- what the jobs audit -------------------------------------------------------------------

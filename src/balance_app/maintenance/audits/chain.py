@@ -17,10 +17,10 @@ ENTRIES_BESIDE: Final = 10_000
 FOLD_AT_ONCE: Final = 2000
 
 # Each entry after entry $2 of user $1, up to entry $5 of user $4, must have the hash of its content
-# and of the hash before; once one has a hash, each after it has. The hashes of the first ones that
-# have none are computed, as the chain goes on from them ($3: that of entry $2). An account of the
-# users from $1 on and before $4 must have the hash of its last entry. Only one that is older than
-# the chain may have none yet.
+# and of the hash before, in either format; once one has a hash, each after it has. The hashes of
+# the first ones that have none are computed in the first format, as the chain goes on from them
+# ($3: that of entry $2). An account of the users from $1 on and before $4 must have the hash of its
+# last entry. Only one that is older than the chain may have none yet.
 CHAIN: Final = """
 WITH RECURSIVE batch AS MATERIALIZED (
     SELECT * FROM entries
@@ -66,16 +66,24 @@ WITH RECURSIVE batch AS MATERIALIZED (
     SELECT l.user_id, l.version AS place, CASE
         WHEN l.hash IS NULL AND hash_before IS NOT NULL THEN
             format('entry %s has no hash, but entry %s has', l.version, l.version - 1)
-        WHEN l.hash IS NOT NULL AND l.hash IS DISTINCT FROM entry_hash(
-            CASE WHEN l.version = 1 THEN ''
-                 ELSE coalesce(hash_before, folded.hash, CASE WHEN l.user_id = $1 THEN $3 END) END,
-            l.user_id, l.version, amount, balance, held, at, key, by, other_user_id, other_version,
-            reverses, hold, reference, note
+        WHEN l.hash IS NOT NULL AND l.hash IS DISTINCT FROM chain_hash(
+            previous, entry_content(
+                l.user_id, amount, key, by, other_user_id, other_version, reverses, hold, reference,
+                note
+            ), l.version, balance, held, at
+        ) AND l.hash IS DISTINCT FROM entry_hash(
+            previous, l.user_id, l.version, amount, balance, held, at, key, by, other_user_id,
+            other_version, reverses, hold, reference, note
         ) THEN format('entry %s does not match its hash', l.version)
         END AS fault
     FROM linked AS l LEFT JOIN folded
     ON (folded.user_id, folded.version) = (l.user_id, l.version - 1)
        AND l.hash IS NOT NULL AND hash_before IS NULL
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN l.version = 1 THEN ''
+                    ELSE coalesce(hash_before, folded.hash, CASE WHEN l.user_id = $1 THEN $3 END)
+               END AS previous
+    ) AS before
     UNION ALL
     SELECT id, 9223372036854775807, CASE
         WHEN hash IS NULL AND last_hash IS NOT NULL THEN
