@@ -405,3 +405,49 @@ async def test_a_cut_export_has_no_end(media_type: str, *, ends: bool) -> None:
     scope = {"type": "http", "method": "GET", "path": "/api/users/1/entries", "headers": []}
     await application({**scope, "client": (A, 1)}, receive, send)
     assert [message.get("body") for message in sent] == [None, b""][: 1 + ends]
+
+
+# -- what is remembered of keys ---------------------------------------------------------------
+
+
+async def test_only_the_headers_of_valid_keys_are_remembered(database: dict[str, str]) -> None:
+    """One of each key, until a key changes: neither guesses nor odd forms take memory."""
+    async with with_keys(database) as app:
+        keys = [await make_key(database) for _ in range(2)]
+        texts = [key.text for key in keys]
+        forms = [f"{scheme}{key}" for scheme in ("Bearer  ", "bearer ", "Bearer ") for key in texts]
+        for form in forms * 2:
+            assert await status(app, {"Authorization": form}) == 200
+        assert await status(app, bearer(unknown())) == 401
+        remembered = app.gate._digests
+        assert remembered == {f"Bearer {key.text}".encode(): key.digest for key in keys}
+        await revoke(database, keys[0])
+        async with asyncio.timeout(10):
+            while await status(app, bearer(keys[0])) != 401:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        assert [await status(app, bearer(key)) for key in keys] == [401, 200]
+        assert app.gate._digests.keys() == {f"Bearer {texts[1]}".encode()}
+
+
+@pytest.mark.parametrize("other", ["Basic cHJveHk6cHJveHk=", "Bearer", "Bearer a b", "{session}"])
+async def test_what_comes_beside_a_session_is_not_remembered_as_its_key(
+    database: dict[str, str], other: str
+) -> None:
+    """A proxy may send the same header for everybody."""
+    async with with_keys(database) as app:
+        session = await log_in(database, await make_key(database))
+        beside = {"Authorization": other.format(session=session.text)}
+        for _ in range(2):
+            assert await status(app, cookie(session) | beside) == 200
+            assert await status(app, beside) == 401
+        assert app.gate._digests == {}
+
+
+async def test_a_header_that_were_remembered_would_be_believed(database: dict[str, str]) -> None:
+    """The control of both."""
+    async with with_keys(database) as app:
+        key = await make_key(database)
+        assert await status(app, bearer(key)) == 200
+        beside = {"Authorization": "Basic cHJveHk6cHJveHk="}
+        app.gate._digests[beside["Authorization"].encode()] = key.digest
+        assert await status(app, beside) == 200

@@ -80,6 +80,8 @@ class Gate:
         # by digest: who it is, and until when (monotonic); and by the ids of key and session
         self._valid: dict[bytes, tuple[Principal, float]] = {}
         self._ends: dict[tuple[str | None, str | None], float] = {}
+        # of the valid keys that were used, by their Authorization header
+        self._digests: dict[bytes, bytes] = {}
         self._early_at = 0.0
         self._refreshing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -174,6 +176,7 @@ class Gate:
                     each.digest: (each.principal, until)
                     for each, until in zip(valid, ends, strict=True)
                 }
+                self._digests = {}
                 self._ends = {
                     (principal.key_id, principal.session_id): until
                     for principal, until in self._valid.values()
@@ -233,7 +236,7 @@ class Gate:
         if self._keys_required is None:
             return None
         if self._keys_required:
-            found = self._find(_token_of(headers))
+            found = self._find(self._digest_in(headers))
             if found is not None:
                 return self._allow(found, needs, method, path, headers)
             return None
@@ -272,7 +275,8 @@ class Gate:
             TooManyRequests: too many wrong ones came from this address.
             DatabaseUnavailable: the keys can't be read.
         """
-        found = self._find(token)
+        digest = digest_of(token)
+        found = self._find(digest)
         if found is not None:
             return found
         now = monotonic()
@@ -284,7 +288,7 @@ class Gate:
             if self._refreshed_at < now:
                 self._early_at = monotonic()
                 await self._refresh(since=now)
-        found = self._find(token)
+        found = self._find(digest)
         if found is None:
             self._metrics.refused_keys.inc()
             raise Unauthorized("The key is wrong, expired or revoked.")
@@ -292,11 +296,24 @@ class Gate:
 
     def sender(self, headers: Mapping[bytes, bytes]) -> Principal:
         """Return whose valid key a request has, whatever it may do; for pages that are open."""
-        token = _token_of(headers)
-        principal, until = self._valid.get(digest_of(token or b""), (ANYBODY, 0.0))
+        principal, until = self._valid.get(self._digest_in(headers) or b"", (ANYBODY, 0.0))
         return principal if until > monotonic() else ANYBODY
 
-    def _find(self, token: bytes | None) -> Principal | None:
+    def _digest_in(self, headers: Mapping[bytes, bytes]) -> bytes | None:
+        """Return the digest of the key or session in a request."""
+        authorization = headers.get(b"authorization", b"")
+        digest = self._digests.get(authorization)
+        if digest is None:
+            token = _token_of(headers)
+            if token is None:
+                return None
+            digest = digest_of(token)
+            # Of a valid key, in the one form in which it is usual: there are no more than keys.
+            if digest in self._valid and authorization == b"Bearer " + token:
+                self._digests[authorization] = digest
+        return digest
+
+    def _find(self, digest: bytes | None) -> Principal | None:
         """Return whose valid key or session this is.
 
         Raises:
@@ -306,9 +323,9 @@ class Gate:
         now = monotonic()
         if now - self._refreshed_at > TRUST_SECONDS:
             raise DatabaseUnavailable(_AWAY, applied="no")
-        if token is None:
+        if digest is None:
             return None
-        principal, until = self._valid.get(digest_of(token), (None, 0.0))
+        principal, until = self._valid.get(digest, (None, 0.0))
         if principal is None or until <= now:
             return None
         if principal.key_id is not None:
