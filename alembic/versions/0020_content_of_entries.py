@@ -72,6 +72,10 @@ END
 $together$;
 """
 
+# Who may call it is not kept by a function that is made anew, and default privileges may have been
+# changed since the others were made.
+GRANT = "GRANT EXECUTE ON FUNCTION {} TO PUBLIC"
+
 # Audits of the release before report the entries that were hashed meanwhile.
 DROP = """
 DROP FUNCTION chain_hash, entry_content;
@@ -89,9 +93,11 @@ def upgrade() -> None:
     """Add the functions, and use them."""
     for statement in (HASHES, _replace(back=False)):
         op.execute(statement)
+    op.execute(GRANT.format("change_together, chain_hash, entry_content"))
 
 
 def downgrade() -> None:
     """Hash as before, and drop them."""
     for statement in (_replace(back=True), DROP):
         op.execute(statement)
+    op.execute(GRANT.format("change_together"))
