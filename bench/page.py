@@ -67,8 +67,8 @@ them.""",
 The service with a key that is checked in each request, against the same without key and without
 hashes.""",
     "chain": """\
-The hash of many rows takes 2 µs. In a change it takes more, as each execution of a statement
-looks up the types and output functions of the row that is hashed.""",
+What the hash of one entry takes, and a change with it and without. In a change, each execution of
+the statement also sets up the expression that is hashed.""",
     "scaling": """\
 [scaling.md](scaling.md) has the commands that this runs, and what follows from it.""",
 }
