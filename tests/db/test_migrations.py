@@ -506,6 +506,31 @@ async def test_a_check_that_gets_no_answer_ends(
         await check
 
 
+@pytest.mark.parametrize("encoding", ["EUC_JP", "EUC_KR", "LATIN1", "SQL_ASCII", "UTF8"])
+async def test_an_encoding_that_changes_characters_is_refused(
+    database: dict[str, str], encoding: str
+) -> None:
+    """Any of several bytes but UTF8; the control: EUC_JP gives back another character."""
+    other = {**database, "DB_NAME": f"encoded_{uuid4().hex}"}
+    admin = await connect(database)
+    await admin.execute(
+        f"CREATE DATABASE {other['DB_NAME']} TEMPLATE template0 ENCODING '{encoding}'"
+        " LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    try:
+        if encoding.startswith("EUC"):
+            with pytest.raises(UnusableDatabaseError, match=f"is {encoding}: .*ENCODING 'UTF8'"):
+                await migrate(settings_for(other))
+            if encoding == "EUC_JP":
+                ((back,),) = await query(other, "SELECT $1::text", "\xa6")
+                assert back == "\uffe4"
+        else:
+            await migrate(settings_for(other))
+    finally:
+        await admin.execute(f"DROP DATABASE {other['DB_NAME']}")
+        await admin.close()
+
+
 async def test_a_schema_that_changes_meanwhile_is_not_incomplete(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,16 +596,24 @@ async def test_0019_and_back(database: dict[str, str]) -> None:
 
 
 async def test_0020_and_back(database: dict[str, str]) -> None:
-    """Group commit hashes as before, and again in two parts."""
+    """Group commit hashes as before, and again in two parts; instances may call it either way."""
     await migrate(settings_for(database))
     connection = await connect(database)
+    await connection.execute("ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC")
+    callable_ones = """
+        SELECT array_agg(proname::text ORDER BY proname) FROM pg_proc
+        WHERE has_function_privilege($1, oid, 'EXECUTE')
+          AND proname IN ('chain_hash', 'change_together', 'entry_content')
+    """
     together = "SELECT pg_get_functiondef(to_regproc('change_together'))"
     after = await connection.fetchval(together)
     await _move(connection, "head", "0019")
     before = await connection.fetchval(together)
+    assert await connection.fetchval(callable_ones, RUN_ROLE) == ["change_together"]
     assert ("entry_hash(" in before, "chain_hash(" in before) == (True, False)
     assert ("entry_hash(" in after, "chain_hash(" in after) == (False, True)
     await _move(connection, "0019", "head")
+    assert len(await connection.fetchval(callable_ones, RUN_ROLE)) == 3
     assert await connection.fetchval(together) == after
     await connection.close()
 

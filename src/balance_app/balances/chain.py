@@ -10,8 +10,8 @@ type's OID, its length, -1 for NULL, and its value). So a change has its digest 
 statement evaluates little for each row. The account has the hash of its last entry.
 `entry_content` and `chain_hash` of migration 0020 compute the same.
 
-Entries that are older than that migration have hashes of the first format: of the hash before, and
-all columns as one row. Neither format has messages as long as the other's.
+Entries that programs of before that migration made have hashes of the first format: of the hash
+before, and all columns as one row. Neither format has messages as long as the other's.
 
 Accounts that are older than the chain begin without hashes. A job computes the hash of their last
 entry, in the first format, from which the chain goes on: so entries without a hash are the first of

@@ -321,11 +321,11 @@ async def _change(
 ) -> Accepted | None:
     asked = movement.user_id, movement.amount, MAX_INTEGER, movement.tags
     said = movement.reference, movement.note
-    content = movement.content(reverses)
     if movement.key is None:
-        row = await write(connection, CHANGE, *asked, reverses, *said, movement.by, content)
+        who = movement.by, movement.content(reverses)
+        row = await write(connection, CHANGE, *asked, reverses, *said, *who)
     else:
-        once = movement.key, movement.request, movement.by, content
+        once = movement.key, movement.request, movement.by, movement.content()
         row = await write(connection, CHANGE_ONCE, *asked, *said, *once)
     if row is None:
         return None
