@@ -319,6 +319,48 @@ async def test_the_pauses_between_tries_grow(
     assert await jobs_db.admin.fetchval("SELECT tries FROM alerts") == 8
 
 
+# What was written before PostgreSQL's clock was set back lies ahead of it.
+ALERTS_AHEAD = "UPDATE alerts SET next_try_at = next_try_at + interval '1 hour'"
+PINGS_AHEAD = "UPDATE pings SET at = at + interval '1 hour'"
+
+
+@pytest.mark.parametrize("tried", [True, False])
+async def test_no_alert_waits_for_a_clock_that_was_set_back(
+    fleet: Fleet,
+    hook: Receiver,
+    jobs_db: JobsDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tried: bool,
+) -> None:
+    """A try further ahead than the longest pause is due: in this go, or in the next one."""
+    monkeypatch.setattr(sender, "SENDING_SECONDS", 0)
+    if tried:
+        await hook.stop()
+        with pytest.raises(AlertsNotSentError):
+            await fleet.send(FAILING, GONE)
+        await hook.start()
+    else:
+        await events.record(jobs_db.admin, [FAILING, GONE])
+    await jobs_db.admin.execute(ALERTS_AHEAD)
+    async with asyncio.timeout(20):
+        assert await fleet.send(FAILING, GONE) == "2 things wrong, sent 2 alerts"
+    assert [subject for _, _, subject in hook.told] == ["app4", "moon"]
+
+
+async def test_a_run_ends_whatever_the_clock_says(
+    fleet: Fleet, hook: Receiver, jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time that has passed, also if what waits was not tried yet."""
+    monkeypatch.setattr(events, "LONGEST_PAUSE", timedelta(hours=2))
+    await events.record(jobs_db.admin, [FAILING])
+    await jobs_db.admin.execute(ALERTS_AHEAD)
+    async with asyncio.timeout(20):
+        with pytest.raises(AlertsNotSentError, match=r"^1 alert not sent yet$"):
+            await fleet.send(FAILING)
+    assert hook.requests == []
+
+
 async def test_an_event_that_is_refused_for_good_holds_up_no_other(
     fleet: Fleet, hook: Receiver, jobs_db: JobsDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,8 +475,10 @@ async def at_once(fleet: Fleet, hook: Receiver) -> list[str]:
 
 
 TRIES_ANYTHING = (
-    "WHERE alerts.id = oldest.id AND done_at IS NULL AND next_try_at <= clock_timestamp()",
-    "WHERE alerts.id = oldest.id",
+    """ AND done_at IS NULL
+  AND next_try_at NOT BETWEEN clock_timestamp() AND clock_timestamp() + $2::interval
+""",
+    "\n",
 )
 
 
@@ -597,6 +641,18 @@ async def test_the_fleet_is_reported(jobs_db: JobsDatabase, hook: Receiver) -> N
     await hook.stop()
     await jobs_db.admin.execute(AGED, timedelta(minutes=1))
     assert await fleet.send() == "nothing is wrong, sent 0 alerts"
+
+
+async def test_the_fleet_is_reported_though_the_clock_was_set_back(
+    jobs_db: JobsDatabase, hook: Receiver
+) -> None:
+    """A watcher that gets no ping until the clock has caught up would take the fleet for dead."""
+    fleet = Fleet(jobs_db, ping_url=secret(hook.url))
+    await fleet.send()
+    await jobs_db.admin.execute(PINGS_AHEAD)
+    for _ in range(2):  # the second time it is too soon
+        await fleet.send()
+    assert hook.pings == [f"{PATH}/start", PATH, PATH]
 
 
 async def test_the_runs_of_jobs_are_reported(jobs_db: JobsDatabase, hook: Receiver) -> None:

@@ -117,7 +117,8 @@ DELETE FROM alerts WHERE id IN (
 """
 
 # Only the oldest is sent, so they arrive in order. The row is locked and compared again: whoever
-# tries the same event at the same time finds that it may not be sent yet.
+# tries the same event at the same time finds that it may not be sent yet. A time further ahead than
+# the longest pause was written before PostgreSQL's clock was set back.
 #
 # $1 the first pause, $2 the longest
 TRY: Final = """
@@ -128,7 +129,8 @@ UPDATE alerts
 SET tries = tries + 1,
     next_try_at = clock_timestamp() + least($2::interval, $1::interval * power(2, least(tries, 20)))
 FROM oldest
-WHERE alerts.id = oldest.id AND done_at IS NULL AND next_try_at <= clock_timestamp()
+WHERE alerts.id = oldest.id AND done_at IS NULL
+  AND next_try_at NOT BETWEEN clock_timestamp() AND clock_timestamp() + $2::interval
 RETURNING alerts.id AS number, event AS id, code, subject, status, sentence, since, at, tries,
           refusals
 """
@@ -144,10 +146,13 @@ OPEN: Final = """
 SELECT code, subject, sentence, since FROM alerts WHERE status = 'raised' AND ended_at IS NULL
 """
 
+# $1 the longest pause
 WAITING: Final = """
 SELECT (SELECT count(*) FROM alerts WHERE done_at IS NULL) AS events, tries,
-       greatest(0, extract(epoch FROM next_try_at - clock_timestamp()))::float8 AS seconds, error
-FROM alerts WHERE done_at IS NULL ORDER BY id LIMIT 1
+       CASE WHEN next_try_at BETWEEN moment AND moment + $1::interval
+            THEN extract(epoch FROM next_try_at - moment)::float8 ELSE 0 END AS seconds, error
+FROM (SELECT clock_timestamp() AS moment) AS clock CROSS JOIN alerts
+WHERE done_at IS NULL ORDER BY id LIMIT 1
 """
 
 
@@ -184,5 +189,5 @@ async def fail(connection: Connection, event: Event, error: str, *, refused: boo
 
 async def waiting(connection: Connection) -> Waiting | None:
     """Return what waits to be sent; None: nothing does."""
-    row = await connection.fetchrow(WAITING)
+    row = await connection.fetchrow(WAITING, LONGEST_PAUSE)
     return None if row is None else Waiting(**row)

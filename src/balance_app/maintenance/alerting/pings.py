@@ -53,10 +53,11 @@ ORDER BY pings.at NULLS FIRST, name, run.fence
 LIMIT $4
 """
 
+# A ping in the future was sent before the clock was set back.
 FLEET_UNREPORTED: Final = """
 SELECT at IS NULL OR at < clock_timestamp() - $2::interval AS starts
 FROM (SELECT) AS always LEFT JOIN pings ON target = $1
-WHERE (at > clock_timestamp() - $3::interval) IS NOT TRUE
+WHERE (at BETWEEN clock_timestamp() - $3::interval AND clock_timestamp()) IS NOT TRUE
 """
 
 REPORTED: Final = """

@@ -116,7 +116,8 @@ class Alerting:
             sentence = _waiting_sentence(left)
             run.progress(done.alerts, done.alerts + left.events, sentence)
             rest = started + LONGEST_SECONDS - monotonic()
-            if left.tries and left.seconds > rest:
+            # What waits though it was not tried yet is from before the clock was set back.
+            if (left.tries or left.seconds) and left.seconds > rest:
                 raise AlertsNotSentError(sentence)
             await asyncio.sleep(min(left.seconds, EVERY.total_seconds()))
 
