@@ -271,6 +271,17 @@ def test_two_outages_are_two() -> None:
     assert [NOW - outage.until for outage in shot.outages] == [30 * SECOND, 180 * SECOND]
 
 
+def test_what_ended_ahead_of_the_clock_is_over() -> None:
+    """It was before the clock was set back, and hides nobody who is gone, nor an overdue job."""
+    gone = instance("app3", seen=28)
+    ahead = ((-3600.0, -3630.0),)  # as seconds ago
+    both = [instance("app1", silences=ahead), instance("app2", silences=ahead)]
+    overdue = cause(Code.JOB_OVERDUE)
+    red = ("red", ["instance-gone", "job-overdue"])
+    assert codes(snapshot(*both, gone, causes=overdue)) == red
+    assert codes(snapshot(instance("app1"), gone, causes=overdue, back=-3600)) == red
+
+
 def test_the_reader_knows_that_its_connection_was_back_just_now() -> None:
     """No heartbeat has arrived yet: nothing is red, nor is all well."""
     silent = [instance("app1", seen=20), instance("app2", seen=90)]

@@ -40,11 +40,15 @@ def judge(
         now: the time of the snapshot.
         lease: how long after its last heartbeat an instance is live.
         back_at: when the reader's own connection was last found to be back.
+
+    What ended later than `now` did so before PostgreSQL's clock was set back: it is over.
     """
+    if back_at is not None and back_at > now:
+        back_at = None
     seen = {each["id"]: now - timedelta(seconds=each["seenSecondsAgo"]) for each in instances}
     live = [each for each in instances if each["live"]]
     dying = [seen[each["id"]] for each in instances if not each["live"]]
-    outages = find_outages(live, dying, lease)
+    outages = tuple(each for each in find_outages(live, dying, lease) if each.until <= now)
     ends = [outage.until for outage in outages[:1]]
     settling = any(now < end + 2 * lease for end in (*ends, *([back_at] if back_at else [])))
     latest = max(seen.values(), default=now)
