@@ -176,7 +176,8 @@ def main() -> None:
 
 def _prepare() -> None:
     """Do once what every instance would do again."""
-    for module in (*FORKABLE.values(), "balance_app.maintenance", "alembic.command"):
+    modules = ("balance_app.maintenance", "alembic.command", "tests.jobs.rows")
+    for module in (*FORKABLE.values(), *modules):
         import_module(module)
     alembic_head()
     for name in templates().list_templates():

@@ -20,6 +20,7 @@ from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs import completion, heartbeat, leases, statements
 from balance_app.jobs import scheduler as scheduling
 from balance_app.jobs.api.controls import RUN
+from balance_app.jobs.api.status import AHEAD
 from balance_app.jobs.declarations import LOST_LIMIT, QUARANTINE
 from balance_app.jobs.job import Job, job
 from balance_app.jobs.repository import GONE, NOT_BEGUN, STOPPED, Completion
@@ -659,7 +660,7 @@ class SteppedJob:
         elif what == "outage":
             await self.jobs_db.shift(self.random.uniform(2, 500))
         elif what == "ask":
-            await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60), None)
+            await self.jobs_db.admin.execute(RUN, "moon", "ada", timedelta(seconds=60), None, AHEAD)
 
     async def end(self, scheduler: Scheduler) -> None:
         what = self.random.choices(["succeed", "fail", "lose", "outage", "lost"], [5, 4, 1, 1, 1])[

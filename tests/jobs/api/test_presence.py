@@ -13,7 +13,12 @@ from pydantic_core import from_json
 from balance_app.cli.output import moment
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.api.controls import Controls
-from balance_app.jobs.api.errors import InstanceLive, InstanceNotFound
+from balance_app.jobs.api.errors import (
+    InstanceLive,
+    InstanceNotFound,
+    JobHasCode,
+    JobWithoutCode,
+)
 from balance_app.jobs.api.status import StatusReader, StatusSnapshot
 from balance_app.jobs.api.verdict_reader import VerdictReader
 from balance_app.jobs.heartbeat import HeartbeatThread
@@ -23,7 +28,15 @@ from balance_app.metrics import Metrics
 from balance_app.sessions import Session
 from balance_app.states import job_sign
 from tests.cli.test_jobs import add_run
-from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
+from tests.jobs.rows import (
+    AHEAD,
+    Connection,
+    add_instance,
+    add_job,
+    migrated,
+    running,
+    settings_for,
+)
 from tests.jobs.support import JobsDatabase, on, until
 from tests.processes import Instance, connect, http_client
 from tests.terminal import run
@@ -79,6 +92,24 @@ async def test_an_instance_that_is_gone_stays_until_it_is_dismissed(
         await where.controls.dismiss(str(gone), "bob")
     rows = await connection.fetch("SELECT by, action, subject FROM actions WHERE by = 'ada'")
     assert [tuple(row) for row in rows] == [("ada", "instance dismissed", "instance app4")]
+
+
+async def test_a_dead_instance_from_before_a_clock_was_set_back_holds_nobody_up(
+    site: tuple[Site, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the code of no job, and can be dismissed. The control: as if it were live."""
+    where, connection = site
+    dead = str(await add_instance(connection, "app4"))
+    await add_job(connection, "moon")
+    with pytest.raises(JobHasCode):
+        await where.controls.forget("moon", "ada")
+    with pytest.raises(InstanceLive):
+        await where.controls.dismiss(dead, "ada")
+    monkeypatch.setattr(where.reader, "ahead", AHEAD)
+    with pytest.raises(JobWithoutCode):
+        await where.controls.run("moon", "ada")
+    await where.controls.forget("moon", "ada")
+    assert await where.controls.dismiss(dead, "ada") == "app4"
 
 
 async def test_an_instance_of_the_same_name_takes_the_place_of_one_that_is_gone(

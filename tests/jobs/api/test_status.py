@@ -17,7 +17,15 @@ from balance_app.db.pool import Connection as PoolConnection
 from balance_app.errors import DatabaseUnavailable
 from balance_app.jobs.api import status as status_module
 from balance_app.jobs.api.status import StatusReader
-from tests.jobs.rows import Connection, add_instance, add_job, migrated, running, settings_for
+from tests.jobs.rows import (
+    AHEAD,
+    Connection,
+    add_instance,
+    add_job,
+    migrated,
+    running,
+    settings_for,
+)
 from tests.mutants import replaced
 from tests.processes import connect
 
@@ -260,6 +268,28 @@ async def test_instances_are_listed_until_they_are_dismissed(
         assert (silent["server"], silent["live"]) == ("silent", False)
         assert 20 <= silent["seenSecondsAgo"] < 50
         assert live["startedAt"].endswith("Z")
+
+
+async def test_a_heartbeat_ahead_of_the_clock_is_not_live(
+    rows: tuple[StatusReader, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a dead instance has one: a live one writes the next by the clock that was set back."""
+    reader, connection = rows
+    await add_instance(connection, "app1", seen_seconds_ago=-30)
+    await add_instance(connection, "app2", seen_seconds_ago=-3600)
+    assert await states(reader) == {("app1", "live"), ("app2", "live")}  # as these tests have it
+    monkeypatch.setattr(reader, "ahead", 60 * SECOND)
+    assert await states(reader) == {("app1", "live"), ("app2", "gone")}
+    # Which of its name was there later is not known: it is not gone while one of them is live.
+    await add_instance(connection, "app2", up_seconds=10, seen_seconds_ago=-30)
+    assert await states(reader) == {("app1", "live"), ("app2", "live")}
+    monkeypatch.setattr(reader, "ahead", AHEAD)
+    assert "live" not in {state for _, state in await states(reader)}
+
+
+async def states(reader: StatusReader) -> set[tuple[str, str]]:
+    instances = (await reader.read()).instances
+    return {(each["server"], each["state"]) for each in instances}
 
 
 async def test_a_status_without_jobs_is_complete(rows: tuple[StatusReader, Connection]) -> None:

@@ -85,6 +85,7 @@ class Controls:
             by,
             self._status_reader.lease,
             encoded,
+            self._status_reader.ahead,
             refusal=partial(_refuses_run, args=args),
         )
 
@@ -111,9 +112,10 @@ class Controls:
             JobRunning: the job is running.
             JobHasCode: a live instance has its code.
         """
+        lease, ahead = self._status_reader.lease, self._status_reader.ahead
         for _ in range(MAX_RACES):
             row = await self._database.run(
-                lambda con: write(con, FORGET, name, by, self._status_reader.lease, NO_INSTANCE),
+                lambda con: write(con, FORGET, name, by, lease, NO_INSTANCE, ahead),
                 lane=_lane(name),
             )
             if row is not None:
@@ -215,9 +217,8 @@ class Controls:
             id_ = UUID(instance)
         except ValueError:
             raise InstanceNotFound from None
-        row = await self._database.run(
-            lambda con: write(con, DISMISS, id_, by, self._status_reader.lease)
-        )
+        lease, ahead = self._status_reader.lease, self._status_reader.ahead
+        row = await self._database.run(lambda con: write(con, DISMISS, id_, by, lease, ahead))
         if row is None or (row["gone"] and not row["dismissed"]):  # by somebody else
             raise InstanceNotFound
         if not row["dismissed"]:
@@ -300,8 +301,9 @@ def _refuses_cancel(job: dict[str, Any]) -> Problem | None:
 
 # A tick that is due already runs. One in the future is replaced by a new tick at this moment, so
 # its idempotency key for effects outside is new. A running job is left alone, and so is one whose
-# code no live instance has ($3: the lease), as its run would never start. Of two requests with
-# different arguments ($4) for one run the first is kept. A checkpoint belongs to other arguments.
+# code no live instance has ($3: the lease, $5: how far ahead a heartbeat may lie), as its run would
+# never start. Of two requests with different arguments ($4) for one run the first is kept. A
+# checkpoint belongs to other arguments.
 RUN: Final = """
 WITH before AS MATERIALIZED (
     SELECT due_at, ready_at, requested_by, clock_timestamp() AS moment FROM jobs
@@ -316,7 +318,9 @@ WITH before AS MATERIALIZED (
     WHERE name = $1 AND paused_at IS NULL
       AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
       AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
-      AND EXISTS (SELECT FROM instances WHERE last_heartbeat_at + $3::interval > clock_timestamp()
+      AND EXISTS (SELECT FROM instances
+                  WHERE last_heartbeat_at BETWEEN clock_timestamp() - $3::interval
+                                              AND clock_timestamp() + $5::interval
                   AND number <= highest_number AND name <> ALL (missing))
       AND (jobs.requested_by IS NULL OR $4::jsonb IS NULL OR requested_args = $4)
     RETURNING name, jobs.due_at
@@ -341,7 +345,8 @@ WITH candidate AS MATERIALIZED (
     WHERE name = $1 AND (holder IS NULL OR lease_expires_at <= clock_timestamp())
       AND (forgotten_at IS NULL OR last_heartbeat_at > forgotten_at)
       AND NOT EXISTS (SELECT FROM instances
-                      WHERE last_heartbeat_at + $3::interval > clock_timestamp()
+                      WHERE last_heartbeat_at BETWEEN clock_timestamp() - $3::interval
+                                                  AND clock_timestamp() + $5::interval
                       AND number <= highest_number AND name <> ALL (missing))
     FOR UPDATE
 ), lost AS (
@@ -406,11 +411,12 @@ SELECT name FROM cancelled
 # Only an instance that is gone, with those of its name that were gone before it started: the later
 # one had taken their place.
 #
-# $1 id, $2 who, $3 lease
+# $1 id, $2 who, $3 lease, $4 how far ahead a heartbeat may lie
 DISMISS: Final = """
 WITH found AS (
     SELECT id, server, started_at, last_heartbeat_at,
-           last_heartbeat_at + $3::interval <= clock_timestamp() AS gone
+           last_heartbeat_at NOT BETWEEN clock_timestamp() - $3::interval
+                                     AND clock_timestamp() + $4::interval AS gone
     FROM instances WHERE id = $1
 ), removed AS (
     DELETE FROM instances USING found

@@ -33,6 +33,9 @@ _SOON: Final = "It starts within 2 seconds."
 _QUARANTINED: Final = (
     "The last {} runs were lost with their processes. The next try is at {}, or on request."
 )
+# A heartbeat further ahead was sent before PostgreSQL's clock was set back, by an instance that is
+# dead: a live one sends the next within a moment.
+AHEAD: Final = timedelta(seconds=1)
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _YIELD_EVERY: Final = 200  # jobs rendered before the event loop's other tasks run
 _XIDS: Final = 2**32
@@ -141,6 +144,8 @@ class StatusReader:
         self._back_at: datetime | None = None
         # how long after its last heartbeat an instance counts as live
         self.lease: Final = timedelta(seconds=settings.job_lease_seconds)
+        # how far ahead that may lie
+        self.ahead: Final = AHEAD
         warm_up = timedelta(seconds=settings.job_warm_up_seconds)
         self._limits = Limits(
             warm_up,
@@ -246,7 +251,13 @@ class StatusReader:
         """Update the rows to the current ones; return the statement's header row."""
         rows = await self._database.run(
             lambda con: read(
-                con, CHANGED, self._horizon, self._booted_at, self.lease, list(self._missing)
+                con,
+                CHANGED,
+                self._horizon,
+                self._booted_at,
+                self.lease,
+                list(self._missing),
+                self.ahead,
             ),
             # There is one at a time, and a burst's requests must not delay it.
             priority=True,
@@ -308,10 +319,11 @@ class StatusReader:
 
 # The last read has seen each row that was written by a transaction older than all that ran during
 # it; this reads all others. The rows and the header are one snapshot. The missing jobs of an
-# instance never change, so they are read once.
+# instance never change, so they are read once. A dead instance whose heartbeat lies ahead is listed
+# as long as none that is live has its name: which of the two was there later is not known.
 #
 # $1 the last read's oldest transaction (null: read all rows), $2 the start of its server,
-# $3 the lease, $4 the instances whose missing jobs were read
+# $3 the lease, $4 the instances whose missing jobs were read, $5 how far ahead a heartbeat may lie
 CHANGED: Final = """
 WITH header AS (
     SELECT clock_timestamp() AS now, pg_postmaster_start_time() AS booted_at,
@@ -338,7 +350,7 @@ FROM (
                 'startedAt', started_at,
                 'seenSecondsAgo',
                 greatest(round(extract(epoch FROM now - last_heartbeat_at), 3), 0)::float8,
-                'live', last_heartbeat_at + $3::interval > now,
+                'live', live,
                 'running', 0,
                 'maxRunning', max_running,
                 'full', max_running IS NOT NULL AND max_running <= (
@@ -352,11 +364,17 @@ FROM (
                 'missing', CASE WHEN id <> ALL ($4::uuid[]) THEN missing END
             ) ORDER BY server, started_at), '[]')::text
             FROM (
-                SELECT id, lag(last_heartbeat_at) OVER name_of AS replaces_seen_at,
-                       max(started_at) OVER (PARTITION BY server) AS latest
-                FROM instances WINDOW name_of AS (PARTITION BY server ORDER BY started_at)
+                SELECT id, live, lag(seen_at) OVER name_of AS replaces_seen_at,
+                       CASE WHEN seen_at > now THEN bool_or(live) OVER (PARTITION BY server)
+                       ELSE max(started_at) OVER (PARTITION BY server) > seen_at END AS replaced
+                FROM (
+                    SELECT id, server, started_at, last_heartbeat_at AS seen_at,
+                           last_heartbeat_at BETWEEN now - $3::interval AND now + $5::interval
+                           AS live
+                    FROM instances
+                ) AS seen WINDOW name_of AS (PARTITION BY server ORDER BY started_at)
             ) AS boot JOIN instances USING (id)
-            WHERE last_heartbeat_at + $3 > now OR latest <= last_heartbeat_at) AS instances
+            WHERE live OR NOT replaced) AS instances
     FROM header
 ) AS header
 FULL JOIN changed ON false
