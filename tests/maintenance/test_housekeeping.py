@@ -294,6 +294,25 @@ async def test_old_runs_are_removed_but_the_last_of_each_job(runner: JobRunner) 
     assert sorted(await runner.rows("SELECT server FROM instances")) == [("1 s",), ("23:59",)]
 
 
+async def test_runs_that_ended_in_the_future_hold_up_no_others(
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that was ahead has dated them so; they stay until they are old by the right one."""
+    monkeypatch.setattr(housekeeping, "RUNS_AT_ONCE", 5)
+    await runner.connection.execute("""
+        INSERT INTO job_runs (job, fence, due_at, started_at, ended_at, outcome, server)
+        SELECT 'audit-keys', n, at, at, at, 'succeeded', server
+        FROM (VALUES ('ahead', 60, 1, 7), ('old', -60, 8, 40)) AS clock (server, days, first, last),
+             LATERAL (SELECT clock_timestamp() + days * interval '1 day' AS at) AS x,
+             generate_series(first, last) AS n ORDER BY n
+    """)
+    assert await runner.run("prune-history") == (
+        "removed 13 runs older than 30 days and 0 instances not seen for a day"
+    )
+    left = await runner.rows("SELECT server, count(*) FROM job_runs GROUP BY 1 ORDER BY 1")
+    assert left == [("ahead", 7), ("old", 20)]
+
+
 async def test_an_instance_that_is_gone_stays_until_it_is_replaced(runner: JobRunner) -> None:
     """Or a month, so that the page does not forget it; one that came back goes after a day."""
     await runner.connection.execute("""

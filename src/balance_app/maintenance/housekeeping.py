@@ -108,7 +108,8 @@ JOB_ROWS: Final = "SELECT count(*) FROM jobs"
 
 # Deletes the oldest runs of the first job after $1, except its last 20 and one in progress (it has
 # no end). Ids rise with the start, and the row comparisons use the index in this order (see
-# `jobs/api/history.py`), so the oldest are found without a scan.
+# `jobs/api/history.py`), so the oldest are found without a scan. Those that ended in the future,
+# before the clock was set back, hold up no later ones.
 PRUNE_RUNS: Final = """
 WITH next AS MATERIALIZED (
     SELECT name FROM jobs WHERE name > $1 ORDER BY name LIMIT 1
@@ -120,6 +121,7 @@ WITH next AS MATERIALIZED (
           AND (job, id) > ((SELECT name FROM next), 0)
         ORDER BY job DESC, id DESC OFFSET 19 LIMIT 1
     ))
+      AND (ended_at > (SELECT clock_timestamp())) IS NOT TRUE
     ORDER BY job, id LIMIT $2
 ), removed AS (
     DELETE FROM job_runs WHERE id = ANY (ARRAY(
