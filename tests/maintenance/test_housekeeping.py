@@ -434,6 +434,18 @@ async def test_sizes_are_recorded_and_removed_after_90_days(runner: JobRunner) -
     )
 
 
+async def test_sizes_dated_ahead_hide_no_newer_ones(runner: JobRunner) -> None:
+    """They are from before PostgreSQL's clock was set back."""
+    await runner.connection.execute("""
+        INSERT INTO table_sizes (at, name, bytes)
+        SELECT clock_timestamp() + interval '1 year', 'entries', 1
+    """)
+    await runner.run("record-sizes")
+    sizes = await summaries.read_table_bytes(runner.connection)
+    assert len(sizes) == TABLES
+    assert sizes["entries"] > 1
+
+
 # -- the planner, and limits ------------------------------------------------------------------
 
 

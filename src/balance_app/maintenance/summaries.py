@@ -247,10 +247,13 @@ async def _record_sizes(connection: Connection, state: State, _size: int) -> Sta
 
 
 # The latest size of each table that was in a list within a day of the latest. The latest list alone
-# may be incomplete.
+# may be incomplete. A list dated ahead is from before the clock was set back, so not the latest.
 SIZES: Final = """
+WITH latest AS (
+    SELECT max(at) AS at FROM table_sizes WHERE at <= (SELECT clock_timestamp())
+)
 SELECT DISTINCT ON (name) name, bytes FROM table_sizes
-WHERE at > (SELECT max(at) FROM table_sizes) - interval '1 day'
+WHERE at <= (SELECT at FROM latest) AND at > (SELECT at FROM latest) - interval '1 day'
 ORDER BY name, at DESC
 """
 
