@@ -20,6 +20,7 @@ from balance_app.settings import load_settings
 
 JOBS: Final = Registry.load("balance_app.maintenance")
 DEPLOY: Final = Path(__file__).parents[1] / "deploy"
+SOURCE: Final = Path(__file__).parents[1] / "src"
 ALERTS: Final = DEPLOY / "prometheus-alerts.yml"
 README: Final = (DEPLOY / "README.md").read_text(encoding="utf-8")
 DASHBOARD: Final[dict[str, Any]] = json.loads(
@@ -197,6 +198,16 @@ def test_alerts_are_complete() -> None:
         assert rule["annotations"]["summary"].endswith(".")
         assert rule["annotations"]["description"].endswith(".")
         assert re.fullmatch(r"\d+[smh]", rule.get("for", "1m"))
+
+
+def test_what_alerts_quote_of_the_log_is_logged() -> None:
+    """Whoever searches the log for it would find nothing else."""
+    source = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+    logged = set(re.findall(r'\blog\.\w+\(\s*"(.*?)"', source))
+    texts = [rule["annotations"]["description"] for rule in RULES]
+    quoted = [each for text in texts for each in re.findall(r'log has [^.]*?"(.+?)"', text)]
+    assert len(quoted) == 2
+    assert set(quoted) <= logged
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
