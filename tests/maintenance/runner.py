@@ -83,6 +83,10 @@ class JobRunner:
         self.holds = HoldRepository(database, guard)
         self.accounts = AccountRepository(database, guard)
 
+    def set_lease(self, lease: timedelta) -> None:
+        """Run the jobs under leases of this length, which limit their transactions."""
+        self._jobs = JobRepository(self._database, self._me, lease)
+
     async def declare(self) -> None:
         await self._jobs.declare({each.name: Declared(str(each.schedule)) for each in JOBS})
 

@@ -498,6 +498,42 @@ async def test_a_locked_table_is_skipped_until_the_next_run(
     await holder.close()
 
 
+# Calls a function for each row that ANALYZE samples.
+SLOW_ANALYZE = """
+CREATE FUNCTION slow(bigint) RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF current_query() LIKE 'ANALYZE%' THEN PERFORM pg_sleep(120); END IF;
+    RETURN $1;
+END$$;
+CREATE INDEX slow ON entries (slow(amount))
+"""
+
+
+@pytest.mark.parametrize("limit", ["of the transaction", "of the job"])
+async def test_a_table_that_takes_too_long_is_left_to_autovacuum(
+    maintainer: JobRunner, database: dict[str, str], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """The run says so, and goes on with the tables behind it."""
+    if limit == "of the job":
+        monkeypatch.setattr(housekeeping, "ANALYZE_SECONDS", 1)
+    elif await major_version(database) < 17:
+        pytest.skip("PostgreSQL 17 brought transaction_timeout")
+    else:
+        maintainer.set_lease(timedelta(seconds=2))
+    await maintainer.connection.execute(SLOW_ANALYZE)
+    others = len(ANALYZE) - 1
+    left = f"{others} of {len(ANALYZE)} tables; left entries to autovacuum: ANALYZE took too long"
+    assert await maintainer.run("refresh-statistics") == f"refreshed the statistics of {left}"
+    analyzed = "SELECT relname::text FROM pg_stat_user_tables WHERE last_analyze IS NOT NULL"
+    await flush_counters(maintainer.connection)
+    assert {name for (name,) in await maintainer.rows(analyzed)} == {*ANALYZE} - {"entries"}
+    # the control
+    await maintainer.connection.execute("DROP INDEX slow")
+    assert f"of {len(ANALYZE)} tables" in await maintainer.run("refresh-statistics")
+    await flush_counters(maintainer.connection)
+    assert ("entries",) in await maintainer.rows(analyzed)
+
+
 async def test_a_balance_near_the_limit_is_reported(runner: JobRunner) -> None:
     """It is no fault, but its next deposit may be refused."""
     await runner.populate(5, 1)

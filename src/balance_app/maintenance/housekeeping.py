@@ -3,6 +3,8 @@
 from datetime import timedelta
 from typing import Final
 
+import asyncpg
+
 from balance_app.balances.repository import REFUSALS_KEPT
 from balance_app.balances.state import EXPIRE, HOLDS_AT_ONCE
 from balance_app.db.pool import KEEP_TO_INDEX, Connection
@@ -20,7 +22,7 @@ from balance_app.maintenance.summaries import TABLES
 
 # The lines and the traceback of a run are deleted with it: up to 200 rows each.
 RUNS_AT_ONCE: Final = 200
-ANALYZE_SECONDS: Final = 60
+ANALYZE_SECONDS: Final = 60  # at most; see SETTINGS
 
 PRUNABLE: Final = """
 SELECT ((SELECT count(*) FROM (
@@ -208,8 +210,16 @@ ANALYZE: Final = {
     "users": "ANALYZE (SKIP_LOCKED) users",
 }
 
-# Sampling a large table from disk takes longer than the usual timeout.
-SETTINGS: Final = "SELECT set_config('statement_timeout', $1, true)"
+# Sampling a large table from disk takes long. From PostgreSQL 17 on the server ends the transaction
+# after three leases, and the run with it: ANALYZE has two of them.
+#
+# $1 milliseconds
+SETTINGS: Final = """
+SELECT set_config('statement_timeout', least($1::integer, (
+    SELECT nullif(setting, '0')::integer / 3 * 2 FROM pg_settings
+    WHERE name = 'transaction_timeout'
+))::text, true)
+"""
 
 # The counters must be read anew, not from the transaction's cache. Before PostgreSQL 15 they come
 # up to half a second late.
@@ -238,15 +248,17 @@ async def refresh_statistics(run: Run) -> str:
     state = await in_batches(
         run,
         _refresh_statistics,
-        {"table": "", "refreshed": 0, "left": 0, "most": 0, "most_in": None},
+        {"table": "", "refreshed": 0, "left": 0, "too_slow": [], "most": 0, "most_in": None},
         Rows("tables", TABLES, most=1),
     )
     sentence = (
         f"refreshed the statistics of {state['refreshed']} of {count(state['done'], 'table')}"
     )
     if state["left"]:
-        return f"{sentence}; left {state['left']} to autovacuum: only their owner may, before 17"
-    if state["most_in"] is None:
+        sentence += f"; left {state['left']} to autovacuum: only their owner may, before 17"
+    if state["too_slow"]:
+        sentence += f"; left {', '.join(state['too_slow'])} to autovacuum: ANALYZE took too long"
+    if state["left"] or state["too_slow"] or state["most_in"] is None:
         return sentence
     return f"{sentence}; most had changed in {state['most_in']}: {count(state['most'], 'row')}"
 
@@ -254,7 +266,7 @@ async def refresh_statistics(run: Run) -> str:
 async def _refresh_statistics(connection: Connection, state: State, _size: int) -> State:
     table = min(name for name in ANALYZE if name > state["table"])
     progress = {"done": 1, "table": table, "ended": table == max(ANALYZE)}
-    await connection.fetchrow(SETTINGS, f"{ANALYZE_SECONDS}s")
+    await connection.fetchrow(SETTINGS, ANALYZE_SECONDS * 1000)
     before = await connection.fetchrow(CHANGED, table)
     if before is not None and not before["may_analyze"]:
         if before["of_owners"]:
@@ -262,7 +274,12 @@ async def _refresh_statistics(connection: Connection, state: State, _size: int) 
         raise MissingRightError(f"MAINTAIN on {table}, or its ownership")
     if before is None or (before["last_analyze"] is not None and before["rows"] == 0):
         return progress
-    await connection.execute(ANALYZE[table], timeout=ANALYZE_SECONDS)
+    await connection.execute("SAVEPOINT before_analyze")
+    try:
+        await connection.execute(ANALYZE[table])
+    except asyncpg.QueryCanceledError:
+        await connection.execute("ROLLBACK TO before_analyze")
+        return progress | {"too_slow": [*state["too_slow"], table]}
     await connection.fetchrow(FORGET_COUNTERS)
     after = await connection.fetchrow(CHANGED, table)
     if after is None or after["last_analyze"] == before["last_analyze"]:
