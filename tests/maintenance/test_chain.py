@@ -20,7 +20,7 @@ from tests.maintenance import forgery
 from tests.maintenance.forgery import FORGERIES, audit, forge, seal_again, verify
 from tests.maintenance.runner import CutError, JobRunner
 from tests.mutants import replaced
-from tests.processes import unguarded
+from tests.processes import connect, unguarded
 
 # What finds each forgery, alone; then after every hash was computed anew; then after the seals were
 # made anew, too. With the digest of the last seal that was noted elsewhere all are found.
@@ -421,6 +421,29 @@ async def test_an_older_account_is_sealed_once_it_has_a_hash(
     assert fault == "seal 1: entries that it covers were rewritten: of user 3 up to 4"
 
 
+async def test_a_locked_account_hides_no_mismatch(
+    runner: JobRunner, database: dict[str, str]
+) -> None:
+    """While anything differs no account gets its first hash; then all do that are not locked."""
+    await runner.populate(5, 4)
+    unhashed = "SELECT id FROM users WHERE hash IS NULL ORDER BY id"
+    forged = "UPDATE entries SET balance = balance + {} WHERE (user_id, version) = (5, 2)"
+    await runner.rewrite(forged.format(1))
+    other = await connect(database)
+    async with other.transaction():
+        await other.execute("SELECT FROM users WHERE id = 3 FOR NO KEY UPDATE")
+        assert "user 5: entry 2 adds -1 to 1000 and leaves 1000" in (await audit(runner) or "")
+        assert len(await runner.rows(unhashed)) == 5
+        await runner.rewrite(forged.format(-1))
+        assert await runner.run("audit-ledger") == (
+            "checked 20 entries of 5 users: all balances match; 1 older account has no hash yet"
+        )
+        assert await runner.rows(unhashed) == [(3,)]
+    await other.close()
+    assert await audit(runner) is None
+    assert await runner.rows(unhashed) == []
+
+
 async def test_a_first_hash_misses_no_change_meanwhile(
     runner: JobRunner, database: dict[str, str]
 ) -> None:
@@ -449,7 +472,7 @@ async def test_without_the_lock_a_first_hash_is_never_given(
     runner: JobRunner, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: what is read without a lock is old when it is written."""
-    lock = chain.LOCK.replace("FOR NO KEY UPDATE", "")
+    lock = replaced(chain.LOCK, "FOR NO KEY UPDATE", "")
     monkeypatch.setattr(chain, "LOCK", lock)
     late = chain.GIVE.replace("AND version = $2 ", "AND $2 > 0 ")
     monkeypatch.setattr(chain, "GIVE", f"WITH slept AS MATERIALIZED (SELECT pg_sleep(0.05)) {late}")

@@ -228,7 +228,7 @@ async def audit_ledger(run: Run) -> str:
 
 
 async def check_ledger(run: Steps, *, folds: bool) -> str:
-    """Return what was checked; with `folds` give older accounts their first hash, too.
+    """Return what was checked; with `folds` give older accounts their first hash, if all agree.
 
     Raises:
         LedgerMismatchError: a user's rows differ.
@@ -311,7 +311,8 @@ async def _audit_holds(connection: Connection, state: State, size: int) -> State
         "hold": row["number"],
         "ended": row["ended"],
     }
-    if not (row["ended"] and state["folds"] and state["unhashed"]):
+    # What was found is reported at once, and no hash is given over what may be wrong.
+    if not (row["ended"] and state["folds"] and state["unhashed"]) or progress["wrong"]:
         return progress
     first = {"user": state["first_unhashed"] - 1, "version": 0, "hash": None, "folded": 0}
     return {**progress, **first, "ended": False}
