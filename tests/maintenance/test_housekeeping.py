@@ -236,6 +236,25 @@ async def test_many_overdue_holds_of_an_account_end_in_several_transactions(
     assert await runner.rows("SELECT held, hold_events FROM users WHERE id = 2") == [(0, 10)]
 
 
+async def test_a_locked_account_keeps_no_overdue_hold_of_others(
+    runner: JobRunner, database: dict[str, str]
+) -> None:
+    """Its own ends in a later run."""
+    await runner.populate(3, 1)
+    for user_id in (2, 3):
+        await runner.hold(5, user_id=user_id)
+        await runner.let_expire(user_id, 1)
+    other = await connect(database)
+    held = "SELECT id FROM users WHERE held > 0"
+    async with other.transaction():
+        await other.execute("SELECT FROM users WHERE id = 2 FOR NO KEY UPDATE")
+        assert (await runner.run("prune-refused-keys")).endswith(", ended 1 overdue hold")
+        assert await runner.rows(held) == [(2,)]
+    await other.close()
+    assert (await runner.run("prune-refused-keys")).endswith(", ended 1 overdue hold")
+    assert await runner.rows(held) == []
+
+
 def test_the_documented_retention_of_refusals_is_the_real_one() -> None:
     """The days in the documentation are those of the constant."""
     assert re.findall(r"(\d+) days", str(InsufficientFunds.__doc__)) == [str(REFUSALS_KEPT.days)]

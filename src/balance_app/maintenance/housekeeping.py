@@ -63,6 +63,9 @@ FROM few CROSS JOIN first WHERE first.id IS NULL OR few.id <= first.id
 GROUP BY first.id
 """
 
+# An account that somebody else has locked is left to the next run, and to who looks at it.
+LOCK: Final = "SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE SKIP LOCKED"
+
 
 @job(name="prune-refused-keys", every=timedelta(minutes=6))
 async def prune_refused_keys(run: Run) -> str:
@@ -97,7 +100,7 @@ async def _end_overdue_holds(connection: Connection, state: State, size: int) ->
     if row is None:
         return {"done": 0, "ended": True}
     ended = 0
-    if row["overdue"]:
+    if row["overdue"] and await connection.fetchval(LOCK, row["user_id"]) is not None:
         status = await connection.execute(EXPIRE, row["user_id"], HOLDS_AT_ONCE)
         ended = int(status.removeprefix("UPDATE "))
     holds = state["holds"] + ended
