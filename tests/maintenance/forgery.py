@@ -154,6 +154,20 @@ async def seal_again(connection: Connection) -> None:
             )
 
 
+async def add_parts(connection: Connection, first: int, last: int) -> None:
+    """Add parts to the first seal, each with 1000 heads that are in no ledger."""
+    await connection.execute(
+        """
+        INSERT INTO seal_parts (seal, part, user_ids, versions, digest)
+        SELECT 1, part, ARRAY(SELECT part * 1000 + n FROM generate_series(1, 1000) AS n),
+               array_fill(7, ARRAY[1000]), sha256('')
+        FROM generate_series($1::int, $2::int) AS part
+        """,
+        first,
+        last,
+    )
+
+
 async def audit(runner: JobRunner) -> str | None:
     """Return what the job finds."""
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import tracemalloc
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -599,3 +600,47 @@ async def test_ledgers_larger_than_a_page_are_checked(
             "user 9: there are entries, but no account",
         ]
         assert faults[3] == "seal 1: entries that it covers were rewritten: of user 5 up to 9"
+
+
+async def test_the_parts_of_a_seal_are_read_a_few_at_a_time(
+    runner: JobRunner, database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many that are, a part that is missing is named."""
+    monkeypatch.setattr(batches, "BATCHES", 7)
+    for balance in range(6):
+        await runner.accounts.open(Opening(balance), None)
+    await runner.run("note-daily-balances")
+    assert await runner.rows("SELECT count(*) FROM seal_parts WHERE seal = 1") == [(7,)]
+    sizes = (1, 3, 7)
+    for size in sizes:
+        monkeypatch.setattr(verification, "PARTS_AT_ONCE", size)
+        assert (await verify(database)).faults == []
+    await forge(runner.connection, "DELETE FROM seal_parts WHERE part = 4")
+    for size in sizes:
+        monkeypatch.setattr(verification, "PARTS_AT_ONCE", size)
+        assert (await verify(database)).faults == [
+            "seal 1: part 4 is missing",
+            "seal 1 does not match its digest",
+        ]
+
+
+async def test_memory_grows_neither_with_a_seal_nor_with_its_faults(
+    runner: JobRunner, database: dict[str, str]
+) -> None:
+    """Eight times as many heads, all of which are missing, take no more of it."""
+    parts = verification.PARTS_AT_ONCE
+    await forgery.add_parts(runner.connection, 1, parts)
+    await verify(database)  # what is made once
+    tracemalloc.start()
+    try:
+        await verify(database)
+        _, few = tracemalloc.get_traced_memory()
+        await forgery.add_parts(runner.connection, parts + 1, parts * 8)
+        tracemalloc.reset_peak()
+        checked = await verify(database)
+        _, many = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(checked.faults) == verification.MOST_FAULTS
+    assert checked.more_faults == parts * 8000 - verification.MOST_FAULTS
+    assert many < few * 2.5

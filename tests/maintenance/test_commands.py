@@ -64,6 +64,21 @@ async def test_a_forged_ledger_is_named(runner: JobRunner, database: dict[str, s
     assert out.startswith(f"no seal has the digest {noted}: what it covers was rewritten, or ")
 
 
+async def test_many_faults_are_counted(runner: JobRunner, database: dict[str, str]) -> None:
+    """The first ones are named: 50 on stdout, 1000 as JSON."""
+    await forgery.add_parts(runner.connection, 1, 2)
+    code, out, _ = await run("audit", **database)
+    assert code == 1
+    lines = out.splitlines()
+    assert len(lines) == 52
+    assert lines[49] == "user 1050: entry 7 is missing, which seal 1 covers"
+    assert lines[50:] == ["and 1 950 more", "Checked 1 entry of 1 user and 0 seals: 2 000 faults."]
+    code, out, _ = await run("audit", "--json", **database)
+    assert code == 1
+    found = json.loads(out)
+    assert (len(found["faults"]), found["moreFaults"]) == (1000, 1000)
+
+
 async def test_older_accounts_are_counted(runner: JobRunner, database: dict[str, str]) -> None:
     """Those that have no hash yet are no fault."""
     await runner.populate(3, 2)

@@ -65,6 +65,7 @@ def audit(
                 "lastSeal": _as_json(checked.last_seal),
                 "notedSeal": _as_json(checked.noted_seal),
                 "faults": checked.faults,
+                "moreFaults": checked.more_faults,
             }
         )
     else:
@@ -191,22 +192,23 @@ def _print_checked(checked: "Checked") -> None:
     from balance_app.formatting import exact, visible  # noqa: PLC0415 - slow to import
     from balance_app.maintenance.batches import count, number  # noqa: PLC0415
 
+    faults = len(checked.faults) + checked.more_faults
     for fault in checked.faults[:MOST_FAULTS]:
         typer.echo(visible(fault))
-    if len(checked.faults) > MOST_FAULTS:
-        typer.echo(f"and {number(len(checked.faults) - MOST_FAULTS)} more")
+    if faults > MOST_FAULTS:
+        typer.echo(f"and {number(faults - MOST_FAULTS)} more")
     read = (
         f"{count(checked.entries, 'entry', 'entries')} of {count(checked.users, 'user')} and "
         f"{count(checked.seals, 'seal')}"
     )
-    if checked.faults:
-        typer.echo(f"Checked {read}: {count(len(checked.faults), 'fault')}.")
+    if faults:
+        typer.echo(f"Checked {read}: {count(faults, 'fault')}.")
     else:
         typer.echo(f"Checked {read}: all agree.")
     if checked.unhashed:
         accounts = count(checked.unhashed, "older account has", "older accounts have")
         typer.echo(f"{accounts} no hash yet: the job audit-ledger gives it.")
-    if checked.noted_seal is not None and not checked.faults:
+    if checked.noted_seal is not None and not faults:
         typer.echo(
             f"All that seal {checked.noted_seal.number} of {exact(checked.noted_seal.at)} UTC "
             "covers is as it was."

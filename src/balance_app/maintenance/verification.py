@@ -28,6 +28,8 @@ from balance_app.maintenance.audits.ledger import check_ledger
 from balance_app.maintenance.batches import FIRST_ID
 
 ROWS_AT_ONCE: Final = 5000
+PARTS_AT_ONCE: Final = 10  # of up to 1000 heads each
+MOST_FAULTS: Final = 1000  # that are kept
 LAST_ID: Final = 2**63 - 1
 
 # What is checked, how far it is, and of how many.
@@ -58,9 +60,10 @@ SEALS: Final = """
 SELECT number, at, heads, digest FROM seals WHERE number > $1 ORDER BY number LIMIT 1000
 """
 
-# $1 the number of a seal
+# $1 the number of a seal, $2 the part before, $3 how many
 PARTS: Final = """
-SELECT part, user_ids, versions, digest FROM seal_parts WHERE seal = $1 ORDER BY part
+SELECT part, user_ids, versions, digest FROM seal_parts
+WHERE seal = $1 AND part > $2 ORDER BY part LIMIT $3
 """
 
 PARTS_BEYOND: Final = "SELECT min(seal) FROM seal_parts WHERE seal > $1"
@@ -104,8 +107,16 @@ class Checked:
     # the last seal, and the one that has the digest of a witness
     last_seal: Seal | None = None
     noted_seal: Seal | None = None
-    # sentences
+    # the first ones, as sentences, and how many more there are
     faults: list[str] = field(default_factory=list)
+    more_faults: int = 0
+
+    def add(self, fault: str) -> None:
+        """Add a fault; its sentence is kept if it is one of the first `MOST_FAULTS`."""
+        if len(self.faults) < MOST_FAULTS:
+            self.faults.append(fault)
+        else:
+            self.more_faults += 1
 
 
 @dataclass
@@ -209,14 +220,14 @@ class Verification:
             elif not ended:
                 user, version = last + 1, 0
             for stray in ledgers:
-                self.checked.faults.append(f"user {stray}: there are entries, but no account")
+                self.checked.add(f"user {stray}: there are entries, but no account")
             self.checked.entries += len(entries)
             self._report("entries", self.checked.entries, max(total, self.checked.entries))
 
     def _end_user(self, account: Any, fault: str | None) -> None:  # noqa: ANN401 - a row
         self.checked.users += 1
         if fault is not None:
-            self.checked.faults.append(f"user {account['id']}: {fault}")
+            self.checked.add(f"user {account['id']}: {fault}")
         elif account["hash"] is None:
             self.checked.unhashed += 1
 
@@ -224,17 +235,17 @@ class Verification:
 
     async def _check_seals(self, noted: bytes | None) -> None:
         digest, number = b"", 0
-        faults = self.checked.faults
+        add = self.checked.add
         while seals := await self._connection.fetch(SEALS, number):
             for seal in seals:
                 number += 1
                 if seal["number"] != number:
-                    faults.append(f"seal {number} is missing")
+                    add(f"seal {number} is missing")
                     number = seal["number"]
                 digest, heads = await self._check_parts(number, digest)
                 computed = seal_digest(digest, number, heads, seal["at"])
                 if (computed, heads) != (seal["digest"], seal["heads"]):
-                    faults.append(f"seal {number} does not match its digest")
+                    add(f"seal {number} does not match its digest")
                 if computed == noted:
                     self.checked.noted_seal = _seal(seal)
                 # Each seal is compared by itself: a fault of one is none of those after it.
@@ -246,34 +257,36 @@ class Verification:
         await self._check_parts(number + 1, digest)
         beyond = await self._connection.fetchval(PARTS_BEYOND, number)
         if beyond is None and not number and await self._connection.fetchval(SEALED_BALANCES):
-            faults.append("there are no seals, but balances that were sealed")
+            add("there are no seals, but balances that were sealed")
         if beyond is not None and beyond > number + 1:
-            faults.append(f"seal {number + 1} is missing, but there are parts of seal {beyond}")
+            add(f"seal {number + 1} is missing, but there are parts of seal {beyond}")
         if noted is not None and self.checked.noted_seal is None:
-            faults.append(
+            add(
                 f"no seal has the digest {noted.hex()}: what it covers was rewritten, or the seal "
                 "was deleted, or it is one of another database"
             )
 
     async def _check_parts(self, seal: int, digest: bytes) -> tuple[bytes, int]:
         """Return the digest of a seal's last part, from that of the seal before, and its heads."""
-        expected, total = 1, 0
-        for part in await self._connection.fetch(PARTS, seal):
-            rows = await self._connection.fetch(HEADS, part["user_ids"], part["versions"])
-            heads = [(row["user_id"], row["version"], await self._hash_of(row)) for row in rows]
-            total += len(heads)
-            missing = [(user, version) for user, version, hashed in heads if not hashed]
-            self.checked.faults += [
-                f"user {user}: entry {version} is missing, which seal {seal} covers"
-                for user, version in missing
-            ]
-            if part["part"] != expected:
-                self.checked.faults.append(f"seal {seal}: part {expected} is missing")
-            elif not missing and part_digest(digest, heads) != part["digest"]:
-                self.checked.faults.append(
-                    f"seal {seal}: entries that it covers were rewritten: {_named(heads)}"
-                )
-            digest, expected = part["digest"], part["part"] + 1
+        number, expected, total = FIRST_ID, 1, 0
+        while parts := await self._connection.fetch(PARTS, seal, number, PARTS_AT_ONCE):
+            for part in parts:
+                number = part["part"]
+                rows = await self._connection.fetch(HEADS, part["user_ids"], part["versions"])
+                heads = [(row["user_id"], row["version"], await self._hash_of(row)) for row in rows]
+                total += len(heads)
+                missing = [(user, version) for user, version, hashed in heads if not hashed]
+                for user, version in missing:
+                    self.checked.add(
+                        f"user {user}: entry {version} is missing, which seal {seal} covers"
+                    )
+                if number != expected:
+                    self.checked.add(f"seal {seal}: part {expected} is missing")
+                elif not missing and part_digest(digest, heads) != part["digest"]:
+                    self.checked.add(
+                        f"seal {seal}: entries that it covers were rewritten: {_named(heads)}"
+                    )
+                digest, expected = part["digest"], number + 1
         return digest, total
 
     async def _hash_of(self, head: Any) -> bytes:  # noqa: ANN401 - a row
@@ -303,7 +316,7 @@ class Verification:
             try:
                 await check
             except LedgerMismatchError as error:
-                self.checked.faults.append(f"{name}: {error}")
+                self.checked.add(f"{name}: {error}")
 
 
 class ReadOnly:
