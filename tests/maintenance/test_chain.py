@@ -14,7 +14,7 @@ from balance_app.balances import repository
 from balance_app.balances.accounts import Opening
 from balance_app.balances.chain import entry_hash, first_format_hash, is_hash
 from balance_app.balances.model import Accepted, Movement, Refused
-from balance_app.maintenance import batches, verification
+from balance_app.maintenance import batches, summaries, verification
 from balance_app.maintenance.audits import LedgerMismatchError, chain
 from tests.balances.repositories import Repositories, repositories
 from tests.maintenance import forgery
@@ -567,6 +567,38 @@ async def test_a_seal_covers_each_head_once(
         await runner.run("note-daily-balances")
     heads = "SELECT user_ids, versions FROM seal_parts ORDER BY seal, part"
     assert await runner.rows(heads) == [([1, 2], [1, 1]), ([2], [2]), ([2], [3]), ([2], [4])]
+
+
+@pytest.mark.parametrize("guard", ["greatest(latest.day, ", None])
+async def test_a_seal_covers_each_head_once_although_the_clock_is_set_back(
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch, guard: str | None
+) -> None:
+    """A balance keeps the later day and time; the control: with those of the clock, it does not."""
+    if guard is not None:
+        statement = replaced(summaries.RECORD_BALANCES, guard, "greatest(NULL::date, ")
+        monkeypatch.setattr(summaries, "RECORD_BALANCES", statement)
+    await forgery.change(runner, 1, -1)
+    await runner.run("note-daily-balances")
+    await runner.connection.execute(
+        "UPDATE daily_balances SET day = day + 2, at = at + interval '2 days'"
+    )
+    before = await runner.rows("SELECT day, at FROM daily_balances")
+    await forgery.change(runner, 1, -1)
+    for _ in range(3):
+        await runner.run("note-daily-balances")
+    versions = await runner.rows("SELECT versions FROM seal_parts ORDER BY seal, part")
+    if guard is not None:
+        assert versions == [([2],), ([3],), ([3],), ([3],)]
+        return
+    assert versions == [([2],), ([3],)]
+    assert await runner.rows("SELECT day, at FROM daily_balances WHERE version = 3") == before
+    # once the clock has come to that day
+    await runner.connection.execute(
+        "UPDATE daily_balances SET day = day - 3, at = at - interval '3 days'"
+    )
+    await forgery.change(runner, 1, -1)
+    await runner.run("note-daily-balances")
+    assert await runner.rows("SELECT version FROM daily_balances ORDER BY day") == [(3,), (4,)]
 
 
 # -- larger ledgers -------------------------------------------------------------------------------

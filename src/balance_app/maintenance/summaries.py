@@ -14,8 +14,10 @@ LISTS_AT_ONCE: Final = 50
 
 # Writes at most one row per user and UTC day, from the day's latest snapshot, and only if there is
 # a new version: there are never more rows than entries. The time is read after the snapshot was
-# taken, so a balance is never recorded for a day before it existed. A version that was recorded
-# while its account had no hash is sealed as soon as it has one, in the row that it has.
+# taken, so a balance is never recorded for a day before it existed. Days never go back, also when
+# PostgreSQL's clock does: otherwise the latest version would not be that of the latest day, and be
+# recorded and sealed by every run until that day. A version that was recorded while its account had
+# no hash is sealed as soon as it has one, in the row that it has.
 RECORD_BALANCES: Final = """
 WITH few AS MATERIALIZED (
     SELECT id, version, balance, hash FROM users WHERE id > $1 ORDER BY id LIMIT $2
@@ -25,8 +27,9 @@ WITH few AS MATERIALIZED (
     SELECT id AS user_id, few.version, few.balance, few.hash,
            latest.version IS DISTINCT FROM few.version AS is_new,
            CASE WHEN latest.version = few.version THEN latest.day
-                ELSE (snapshot.at AT TIME ZONE 'UTC')::date END AS day,
-           CASE WHEN latest.version = few.version THEN latest.at ELSE snapshot.at END AS at
+                ELSE greatest(latest.day, (snapshot.at AT TIME ZONE 'UTC')::date) END AS day,
+           CASE WHEN latest.version = few.version THEN latest.at
+                ELSE greatest(latest.at, snapshot.at) END AS at
     FROM few CROSS JOIN snapshot LEFT JOIN LATERAL (
         SELECT version, day, at, sealed FROM daily_balances
         WHERE user_id = id ORDER BY day DESC LIMIT 1
