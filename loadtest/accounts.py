@@ -71,10 +71,19 @@ class Accounts:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def create(self, balance: int) -> Account:
-        """Create a user with an opening balance."""
+        """Create a user with an opening balance, which is entry 1.
+
+        Another one than was asked for would move what is expected of the burst.
+        """
         async with self._client() as client:
             call = client.post("/api/users", json={"balance": balance})
-            return await self._read(Account, call, HTTPStatus.CREATED)
+            account = await self._read(Account, call, HTTPStatus.CREATED)
+        if account != account.model_copy(update={"balance": balance, "version": 1}):
+            raise CannotRunError(
+                f"{self._target.url} breaks its contract: asked for a user with balance {balance}, "
+                f"it created {account!r}."
+            )
+        return account
 
     async def find(self, user_id: int) -> Account:
         """Read a user."""

@@ -60,6 +60,11 @@ class Expectation:
         return self.requests - self.accepted
 
     @property
+    def versions(self) -> range:
+        """Return the versions that the user has had, from before the burst to after it."""
+        return range(self.before.version, self.before.version + self.accepted + 1)
+
+    @property
     def balance(self) -> int:
         """Return the balance after the burst."""
         return self.balance_at(self.before.version + self.accepted)
@@ -183,6 +188,8 @@ def _proves_itself(expected: Expectation, refusal: Refusal) -> bool:
         and refusal.applied == "no"
         and refusal.amount == expected.amount
         and refusal.user_id == expected.before.user_id
+        # Past the last version the chain of balances goes on below what may be withdrawn.
+        and refusal.version in expected.versions
         and refusal.balance == expected.balance_at(refusal.version)
     )
 

@@ -5,12 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
-from loadtest.__main__ import EXIT_FAILED, EXIT_PASSED, cli
+from loadtest.__main__ import EXIT_FAILED, EXIT_NOT_RUN, EXIT_PASSED, cli
 from tests.loadtest.fake_service import FakeService, Json
 
 REQUESTS = 200
+EXITS = {"pass": EXIT_PASSED, "fail": EXIT_FAILED, "not-run": EXIT_NOT_RUN}
 
 
 async def run_loadtest(service: FakeService, *options: str) -> Json:
@@ -20,7 +22,7 @@ async def run_loadtest(service: FakeService, *options: str) -> Json:
         # In a thread: the load test runs an event loop of its own, as it does on the command line.
         result = await asyncio.to_thread(CliRunner().invoke, cli, [*arguments, *options])
     report: Json = json.loads(result.stdout)
-    assert result.exit_code == (EXIT_PASSED if report["verdict"] == "pass" else EXIT_FAILED)
+    assert result.exit_code == EXITS[report["verdict"]]
     return report
 
 
@@ -64,6 +66,26 @@ async def test_existing_user() -> None:
     assert report["verdict"] == "pass", report["problems"]
     assert report["accepted"]["expected"] == 15
     assert report["balance"] == {"measured": 1, "expected": 1}
+
+
+@pytest.mark.parametrize(("balance", "version"), [(0, 1), (398, 1), (200, 2)])
+async def test_another_opening_than_was_asked_for_is_no_base(balance: int, version: int) -> None:
+    """It would move what is expected: nothing accepted of a balance of 0 would pass."""
+
+    class Another(FakeService):
+        async def answer(self, method: str, path: str, body: Json) -> tuple[int, Json] | None:
+            if path == "/api/users":
+                self.balance, self.version = balance, version
+                return 201, self.user()
+            return await super().answer(method, path, body)
+
+    service = Another()
+    report = await run_loadtest(service)
+    assert report["verdict"] == "not-run"
+    (problem,) = report["problems"]
+    assert "asked for a user with balance 200, it created" in problem
+    assert f"balance={balance}, version={version}" in problem
+    assert service.peers == set(), "no change was sent"
 
 
 async def test_several_pages_of_entries() -> None:
@@ -122,6 +144,18 @@ async def test_refusal_that_could_be_afforded_fails() -> None:
             return status, body | {"balance": 2, "version": self.version - 1}
 
     assert_failed(await run_loadtest(Contradicting()), "100 refusals do not prove themselves")
+
+
+async def test_refusal_by_a_version_that_never_was_fails() -> None:
+    """Also where its balance of -2 is what the chain of balances would go on with."""
+
+    class Inventing(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            status, body = super().refuse(amount)
+            body |= {"balance": self.balance + amount, "version": self.version + 1}
+            return status, body | {"shortfall": -(self.balance + 2 * amount)}
+
+    assert_failed(await run_loadtest(Inventing()), "100 refusals do not prove themselves")
 
 
 async def test_lost_entry_fails() -> None:
