@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loadtest import picture
-from loadtest.accounts import Account, Accounts, Ledger
+from loadtest.accounts import MAX_INTEGER, Account, Accounts, Ledger
 from loadtest.burst import BurstConfig, Progress, fire
 from loadtest.key import find_key
 from loadtest.preconditions import CannotRunError, Target, allow_open_files, find, locate
@@ -53,18 +53,30 @@ def main(  # noqa: PLR0913 - each is an option
         int, typer.Option(min=1, max=_REQUESTS_AT_MOST, help="number of requests")
     ] = 10_000,
     amount: Annotated[
-        int, typer.Option(callback=_not_zero, help="the change each makes; negative withdraws")
+        int,
+        typer.Option(
+            min=-MAX_INTEGER,
+            max=MAX_INTEGER,
+            callback=_not_zero,
+            help="the change each makes; negative withdraws",
+        ),
     ] = -2,
     balance: Annotated[
-        int, typer.Option(min=0, help="opening balance of the user that is created for the test")
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_INTEGER,
+            help="opening balance of the user that is created for the test",
+        ),
     ] = 10_000,
     user: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=MAX_INTEGER,
             metavar="ID",
-            help="use this user as it is instead of creating one; no other client may change it "
-            "meanwhile",
+            help="use this user as it is, with its floor and holds, instead of creating one; no "
+            "other client may change it, and no hold of it end, meanwhile",
         ),
     ] = None,
     connections: Annotated[
@@ -164,10 +176,10 @@ async def _run(
     accounts = Accounts(targets[0], config_for.keywords["api_key"])
     before = await (accounts.create(balance) if user is None else accounts.find(user))
     config = config_for(targets=targets, user_id=before.user_id)
+    expected = Expectation(before, config.amount, config.requests)
     progress = Progress()
     async with shown(progress, config, Console(stderr=True, quiet=quiet)):
         result = await fire(config, progress)
-    expected = Expectation(before, config.amount, config.requests)
     ledger = await _ledger(accounts, before, config.requests)
     return Report(config, expected, result, evaluate(expected, result.outcomes, ledger))
 

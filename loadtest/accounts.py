@@ -14,6 +14,7 @@ from loadtest.preconditions import CannotRunError, Target
 
 _CALL_TIMEOUT_SECONDS = 30
 _ENTRIES_PER_PAGE = 1000
+MAX_INTEGER = 2**53 - 1  # the largest balance, amount and id
 
 
 class ServiceModel(BaseModel):
@@ -29,11 +30,23 @@ Model = TypeVar("Model", bound=ServiceModel)
 
 
 class Account(ServiceModel):
-    """A user's balance as of a version; the version counts the user's entries."""
+    """A user's balance as of a version; the version counts the user's entries.
+
+    Of the balance `held` is reserved; what is left may not fall below the floor. The answer to a
+    change has neither floor nor `frozen`.
+    """
 
     user_id: int
     balance: int
     version: int
+    held: int = 0
+    floor: int = 0
+    frozen: bool = False
+
+    @property
+    def spendable(self) -> int:
+        """Return how much may be withdrawn."""
+        return self.balance - self.held - self.floor
 
 
 class Entry(ServiceModel):
@@ -78,7 +91,8 @@ class Accounts:
         async with self._client() as client:
             call = client.post("/api/users", json={"balance": balance})
             account = await self._read(Account, call, HTTPStatus.CREATED)
-        if account != account.model_copy(update={"balance": balance, "version": 1}):
+        opening = {"balance": balance, "version": 1, "held": 0, "floor": 0, "frozen": False}
+        if account != account.model_copy(update=opening):
             raise CannotRunError(
                 f"{self._target.url} breaks its contract: asked for a user with balance {balance}, "
                 f"it created {account!r}."

@@ -156,9 +156,11 @@ class Report:
             if config.connections >= config.requests
             else f"over {config.connections} connections"
         )
+        held = f", held {before.held}" if before.held else ""
+        floor = f", floor {before.floor}" if before.floor else ""
         return (
             f"{config.requests} {what} user {before.user_id} "
-            f"(balance {before.balance} before), {spread}"
+            f"(balance {before.balance} before{held}{floor}), {spread}"
         )
 
     def checks(self) -> list[Check]:

@@ -13,7 +13,7 @@ from itertools import islice
 
 from pydantic import ValidationError
 
-from loadtest.accounts import Account, Entry, Ledger, Model, ServiceModel
+from loadtest.accounts import MAX_INTEGER, Account, Entry, Ledger, Model, ServiceModel
 from loadtest.burst import Answer, NoAnswer, Outcome
 from loadtest.preconditions import CannotRunError
 
@@ -31,6 +31,8 @@ class Refusal(ServiceModel):
     amount: int
     shortfall: int
     applied: str
+    held: int = 0
+    floor: int = 0
 
 
 class Problem(ServiceModel):
@@ -41,18 +43,33 @@ class Problem(ServiceModel):
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """The result of `requests` changes of `amount` on a user that no other client changes."""
+    """The result of `requests` changes of `amount` on a user that no other client changes.
+
+    Raises:
+        CannotRunError: other refusals than for insufficient funds are right, too.
+    """
 
     before: Account
     amount: int
     requests: int
+
+    def __post_init__(self) -> None:
+        """Refuse a user whose changes the arithmetic here can't predict."""
+        user = f"User {self.before.user_id}"
+        if self.before.frozen:
+            raise CannotRunError(f"{user} is frozen, and refuses every change: unfreeze it first.")
+        if self.before.balance + max(0, self.amount) * self.requests > MAX_INTEGER:
+            raise CannotRunError(
+                f"{user} has {self.before.balance}, and {self.requests} deposits of {self.amount} "
+                "would pass the largest balance, 2^53-1: deposit less."
+            )
 
     @property
     def accepted(self) -> int:
         """Return how many must be accepted."""
         if self.amount > 0:
             return self.requests
-        return min(self.requests, self.before.balance // -self.amount)
+        return min(self.requests, self.before.spendable // -self.amount)
 
     @property
     def refused(self) -> int:
@@ -173,7 +190,8 @@ def _wrong_refusals(expected: Expectation, refused: list[Refusal]) -> Iterator[s
         "refusals do not prove themselves",
         (
             f"balance {refusal.balance} at version {refusal.version}, amount {refusal.amount}, "
-            f"shortfall {refusal.shortfall}, applied {refusal.applied!r}"
+            f"held {refusal.held}, floor {refusal.floor}, shortfall {refusal.shortfall}, "
+            f"applied {refusal.applied!r}"
             for refusal in refused
             if not _proves_itself(expected, refusal)
         ),
@@ -181,13 +199,15 @@ def _wrong_refusals(expected: Expectation, refused: list[Refusal]) -> Iterator[s
 
 
 def _proves_itself(expected: Expectation, refusal: Refusal) -> bool:
-    after = refusal.balance + refusal.amount
+    before = expected.before
+    after = refusal.balance - refusal.held + refusal.amount
     return (
-        after < 0
-        and refusal.shortfall == -after
+        after < refusal.floor
+        and refusal.shortfall == refusal.floor - after
         and refusal.applied == "no"
         and refusal.amount == expected.amount
-        and refusal.user_id == expected.before.user_id
+        and refusal.user_id == before.user_id
+        and (refusal.held, refusal.floor) == (before.held, before.floor)
         # Past the last version the chain of balances goes on below what may be withdrawn.
         and refusal.version in expected.versions
         and refusal.balance == expected.balance_at(refusal.version)
@@ -195,11 +215,17 @@ def _proves_itself(expected: Expectation, refusal: Refusal) -> bool:
 
 
 def _wrong_account(expected: Expectation, after: Account) -> Iterator[str]:
+    before = expected.before
     if after.balance != expected.balance:
         yield f"The final balance is {after.balance} instead of {expected.balance}."
-    version = expected.before.version + expected.accepted
+    version = before.version + expected.accepted
     if after.version != version:
         yield f"The final version is {after.version} instead of {version}."
+    if (after.held, after.floor, after.frozen) != (before.held, before.floor, before.frozen):
+        yield (
+            f"A hold ended or settings changed meanwhile: held {after.held}, floor {after.floor}, "
+            f"frozen {after.frozen} instead of {before.held}, {before.floor}, {before.frozen}."
+        )
 
 
 def _wrong_entries(

@@ -22,6 +22,8 @@ class FakeService:
         self.url = ""
         self.balance = 0
         self.version = 1
+        self.held = self.floor = 0
+        self.frozen = False
         self.entries: list[Json] = []
         self.keys: list[str] = []
         self.peers: set[object] = set()
@@ -44,7 +46,7 @@ class FakeService:
         return self.refuse(amount)
 
     def affords(self, amount: int) -> bool:
-        return self.balance + amount >= 0
+        return self.balance - self.held + amount >= self.floor
 
     def accept(self, amount: int) -> tuple[int, Json]:
         self.balance += amount
@@ -57,14 +59,23 @@ class FakeService:
             "code": "insufficient-funds",
             "userId": 7,
             "balance": self.balance,
+            "held": self.held,
+            "floor": self.floor,
             "version": self.version,
             "amount": amount,
-            "shortfall": -(self.balance + amount),
+            "shortfall": self.floor - (self.balance - self.held + amount),
             "applied": "no",
         }
 
     def user(self) -> Json:
-        return {"userId": 7, "balance": self.balance, "version": self.version}
+        return {
+            "userId": 7,
+            "balance": self.balance,
+            "version": self.version,
+            "held": self.held,
+            "floor": self.floor,
+            "frozen": self.frozen,
+        }
 
     def page(self, after: int, limit: int) -> tuple[int, Json]:
         newer = [entry for entry in self.entries if entry["version"] > after]

@@ -6,6 +6,7 @@ import resource
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -116,7 +117,10 @@ def test_too_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
         "--requests=0",
         "--requests=1000001",
         "--amount=0",
+        f"--amount={-(2**53)}",
         "--balance=-1",
+        f"--balance={2**53}",
+        f"--user={2**53}",
         "--timeout=nan",
         "--connections=x",
     ],
@@ -158,6 +162,33 @@ def test_the_key_is_read_from_a_file_or_the_environment(
         file.write_text(text, encoding="utf-8")
         with pytest.raises(CannotRunError):
             find_key(file, urls_are_given=True)
+
+
+async def test_a_user_with_a_hold_and_an_overdraft_is_judged(
+    instance: Instance, client: httpx.AsyncClient
+) -> None:
+    """As README makes them; a frozen one is not, and a sentence says so."""
+
+    async def fire(amount: int) -> Result:
+        options = ["--user=1", "--requests=20", f"--amount={amount}"]
+        return await asyncio.to_thread(CliRunner().invoke, cli, [instance.url, *options])
+
+    async def set_to(**settings: int) -> None:
+        made = await client.patch("/api/users/1", json=settings, headers={"If-Match": "*"})
+        assert made.status_code == 200
+
+    hold = {"userId": 1, "amount": 20, "expiresInSeconds": 3600}
+    assert (await client.post("/api/holds", json=hold)).status_code == 201
+    passed = await fire(-1000)
+    assert (passed.exit_code, "9 accepted, 11 refused" in passed.stdout) == (0, True), passed.output
+    await set_to(floor=-500)
+    passed = await fire(-100)
+    assert (passed.exit_code, "14 accepted, 6 refused" in passed.stdout) == (0, True), passed.output
+    assert "(balance 1000 before, held 20, floor -500)" in passed.stdout
+    await set_to(frozen=True)
+    refused = await fire(-100)
+    assert (refused.exit_code, refused.stdout) == (EXIT_NOT_RUN, "")
+    assert refused.stderr == "User 1 is frozen, and refuses every change: unfreeze it first.\n"
 
 
 async def test_a_service_with_keys_is_tested_with_one(

@@ -68,6 +68,85 @@ async def test_existing_user() -> None:
     assert report["balance"] == {"measured": 1, "expected": 1}
 
 
+@pytest.mark.parametrize(
+    ("held", "floor", "accepted", "left"), [(20, 0, 5, 21), (0, -10, 20, -9), (20, 5, 3, 25)]
+)
+async def test_existing_user_with_a_hold_and_a_floor(
+    held: int, floor: int, accepted: int, left: int
+) -> None:
+    """What is held, and what lies below the floor, is not withdrawn; an overdraft is."""
+    service = FakeService()
+    service.balance, service.held, service.floor = 31, held, floor
+    report = await run_loadtest(service, "--user=7")
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["accepted"]["measured"] == accepted
+    assert report["balance"]["measured"] == left
+
+
+async def test_a_hold_that_is_withdrawn_fails() -> None:
+    """A service that spends what is held fails."""
+
+    class Spending(FakeService):
+        def affords(self, amount: int) -> bool:
+            return self.balance + amount >= 0
+
+    service = Spending()
+    service.balance, service.held = 31, 20
+    assert_failed(await run_loadtest(service, "--user=7"), "15 were accepted instead of 5")
+
+
+@pytest.mark.parametrize("invented", [{"held": 2}, {"floor": 2}], ids=str)
+async def test_refusal_by_a_hold_or_floor_that_is_not_there_fails(invented: Json) -> None:
+    """Also where its shortfall counts it."""
+
+    class Inventing(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            status, body = super().refuse(amount)
+            return status, body | invented | {"shortfall": body["shortfall"] + 2}
+
+    assert_failed(await run_loadtest(Inventing()), "100 refusals do not prove themselves")
+
+
+@pytest.mark.parametrize(("member", "value"), [("held", 1), ("floor", 1), ("frozen", True)])
+async def test_another_hold_or_setting_after_the_burst_fails(member: str, value: int) -> None:
+    """A hold that ends meanwhile moves what is expected; the problem names it."""
+
+    class Changing(FakeService):
+        def refuse(self, amount: int) -> tuple[int, Json]:
+            setattr(self, member, value)
+            return super().refuse(amount)
+
+    assert_failed(await run_loadtest(Changing()), "A hold ended or settings changed meanwhile")
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "option", "reason"),
+    [
+        ("frozen", True, "--amount=-2", "User 7 is frozen"),
+        ("balance", 2**53 - REQUESTS, "--amount=1", "would pass the largest balance"),
+    ],
+)
+async def test_a_user_that_refuses_for_another_reason_is_not_judged(
+    member: str, value: int, option: str, reason: str
+) -> None:
+    """A right service refuses changes of it, too, so none is sent."""
+    service = FakeService()
+    setattr(service, member, value)
+    report = await run_loadtest(service, "--user=7", option)
+    assert report["verdict"] == "not-run"
+    assert reason in report["problems"][0]
+    assert service.peers == set()
+
+
+async def test_deposits_up_to_the_largest_balance() -> None:
+    """They are sent, and all accepted."""
+    service = FakeService()
+    service.balance = 2**53 - 1 - REQUESTS
+    report = await run_loadtest(service, "--user=7", "--amount=1")
+    assert report["verdict"] == "pass", report["problems"]
+    assert report["balance"]["measured"] == 2**53 - 1
+
+
 @pytest.mark.parametrize(("balance", "version"), [(0, 1), (398, 1), (200, 2)])
 async def test_another_opening_than_was_asked_for_is_no_base(balance: int, version: int) -> None:
     """It would move what is expected: nothing accepted of a balance of 0 would pass."""
