@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from balance_app.db.pool import Database
 from balance_app.jobs import Registry
+from balance_app.jobs.leases import HeldLeases
 from balance_app.metrics import FleetStats, JobStats, Metrics
 from balance_app.settings import load_settings
 
@@ -230,6 +231,23 @@ def _kept(part: promql_parser.Expr) -> set[str]:
             return set(TARGET)
         case _:
             return set()
+
+
+@pytest.mark.parametrize(("heartbeat", "bound"), [(1.0, 0.3), (2.0, 0.2)], ids=["default", "third"])
+def test_the_lease_margin_is_as_the_texts_say(heartbeat: float, bound: float) -> None:
+    """A heartbeat in time leaves over a tenth more than the bound, a run is stopped below it."""
+    settings = load_settings(db_host="localhost", job_heartbeat_seconds=heartbeat)
+    leases = HeldLeases(settings, watchdog=False)
+    in_time = (leases.trust_seconds - heartbeat) / settings.job_lease_seconds
+    stopped = leases.margin_seconds / settings.job_lease_seconds
+    assert stopped < bound < in_time - 0.1
+    (panel,) = (each for each in DASHBOARD["panels"] if each["title"] == "Lease margin")
+    rules = ALERTS.read_text(encoding="utf-8")
+    assert f'le="{bound}"' in rules
+    for share in (in_time, stopped):
+        words = {2: "a half", 3: "a third", 6: "a sixth"}[round(1 / share)]
+        assert words in panel["description"]
+        assert words in rules
 
 
 def test_the_dashboard_can_be_imported_anywhere() -> None:
