@@ -185,6 +185,14 @@ def test_the_table_has_every_metric(series: dict[str, list[dict[str, str]]]) -> 
     assert {name: sorted(re.findall(r"`(\w+)`", labels)) for name, labels in rows} == expected
 
 
+def test_the_table_has_every_result(series: dict[str, list[dict[str, str]]]) -> None:
+    """Of a change, which are all there from the start."""
+    row = r"^\| `balance_app_changes_total` \| `result` \| (.*)"
+    (meaning,) = re.findall(row, README, re.MULTILINE)
+    exported = {labels["result"] for labels in series["balance_app_changes_total"]}
+    assert set(re.findall(r"`(\w+)`", meaning)) == exported
+
+
 def _family(name: str) -> str:
     return re.sub(r"_(bucket|count|sum)$", "", name)
 

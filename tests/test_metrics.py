@@ -71,14 +71,19 @@ def changes(numbers: Samples) -> dict[str, float]:
 
 
 async def test_changes_are_counted_by_result(client: httpx.AsyncClient) -> None:
-    """Each result once; an invalid request is counted as a request, not as a change."""
+    """Each result once, from 0; an invalid request is counted as a request, not as a change."""
 
-    async def change(user: int, amount: object, key: str | None = None) -> int:
+    async def change(
+        user: int, amount: object, key: str | None = None, tag: str | None = None
+    ) -> int:
         headers = {"Idempotency-Key": key} if key else {}
+        if tag:
+            headers["If-Match"] = tag
         body = {"userId": user, "amount": amount}
         return (await client.post("/api/balance", json=body, headers=headers)).status_code
 
-    assert changes(await scrape(client)) == {}
+    before = await scrape(client)
+    assert changes(before) == {}
     assert await change(1, -1) == 200
     assert await change(1, -2, "k") == 200
     assert await change(1, -2, "k") == 200  # replayed
@@ -86,27 +91,32 @@ async def test_changes_are_counted_by_result(client: httpx.AsyncClient) -> None:
     assert await change(1, -20_000) == 409
     assert await change(1, -20_000, "l") == 409
     assert await change(2, 1) == 404
+    assert await change(1, -1, tag='"1.1.0"') == 412
     assert await change(1, "much") == 422
     found = await scrape(client)
+    # Prometheus sees no increase in a counter that begins with its first 1.
+    counters = [name for name in found if name.startswith("balance_app_changes_total")]
+    assert set(counters) <= set(before)
     assert changes(found) == {
         "accepted": 2,
         "replayed": 1,
         "key_reused": 1,
         "refused": 2,
         "no_user": 1,
+        "version_conflict": 1,
     }
     assert found["balance_app_change_seconds_count"] == 5
     assert 0 < found["balance_app_change_seconds_sum"] < 30
-    assert found["balance_app_connection_wait_seconds_count"] == 7
+    assert found["balance_app_connection_wait_seconds_count"] == 8
     statuses = {
         status: found.get(f'balance_app_requests_total{{status="{status}"}}')
-        for status in (200, 404, 409, 422, 500)
+        for status in (200, 404, 409, 412, 422, 500)
     }
     # The first scrape, and the readiness probes, were requests too.
     ready = statuses.pop(200)
     assert ready is not None
     assert ready >= 5
-    assert statuses == {404: 1, 409: 2, 422: 2, 500: 0}
+    assert statuses == {404: 1, 409: 2, 412: 1, 422: 2, 500: 0}
 
 
 async def test_the_wait_queue_is_measured(database: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import Context
 from itertools import accumulate
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 from prometheus_client import (
     Counter,
@@ -35,19 +35,21 @@ from typing_extensions import override
 
 from balance_app.states import Outcome
 
-# accepted, refused by the balance, replayed; no such user, key of another request; 503 with
-# applied "no", with "unknown", an overload; 500
-RESULTS: Final = (
+# accepted, refused by the balance, replayed; no such user, key of another request, `If-Match` of
+# another state; 503 with applied "no", with "unknown", an overload; 500
+Result = Literal[
     "accepted",
     "refused",
     "replayed",
     "no_user",
     "key_reused",
+    "version_conflict",
     "unavailable",
     "unknown",
     "overloaded",
     "error",
-)
+]
+RESULTS: Final[tuple[Result, ...]] = get_args(Result)
 # These are 0 from the start, so that the first answer with one is seen as an increase.
 STATUSES: Final = (200, 409, 422, 500, 503)
 FRESH_SECONDS: Final = 1.0
@@ -89,21 +91,24 @@ class FleetStats(NamedTuple):
 NOTHING: Final = FleetStats([], {})
 
 
-class Tally(Collector):
+LabelValue = TypeVar("LabelValue")
+
+
+class Tally(Collector, Generic[LabelValue]):
     """A counter with one label and no lock, for the event loop only.
 
     Every request increments one; a counter with a lock costs ten times as much.
     """
 
-    def __init__(self, name: str, text: str, *, label: str, values: Iterable[object]) -> None:
+    def __init__(self, name: str, text: str, *, label: str, values: Iterable[LabelValue]) -> None:
         self._name, self._text, self._label = name, text, label
         self._counts = dict.fromkeys(values, 0)
 
-    def inc(self, value: object) -> None:
+    def inc(self, value: LabelValue) -> None:
         """Increment the counter of a label's value."""
         self._counts[value] = self._counts.get(value, 0) + 1
 
-    def count(self, value: object) -> int:
+    def count(self, value: LabelValue) -> int:
         """Return the count of a label's value so far."""
         return self._counts.get(value, 0)
 
@@ -156,13 +161,13 @@ class Metrics:
         Info("balance_app", "The instance.", registry=registry).info(
             {"server": server, "version": version}
         )
-        self.requests: Final = Tally(
+        self.requests: Final = Tally[int](
             "balance_app_requests",
             "Requests answered, by HTTP status (0: the client had disconnected).",
             label="status",
             values=STATUSES,
         )
-        self.changes: Final = Tally(
+        self.changes: Final = Tally[Result](
             "balance_app_changes",
             "Requested changes of a balance, by result.",
             label="result",

@@ -36,7 +36,7 @@ from balance_app.balances.together import GroupCommit
 from balance_app.db.pool import Connection, Database, read, write, write_rows
 from balance_app.errors import DatabaseUnavailable, Overloaded, Problem
 from balance_app.http.body import MAX_INTEGER
-from balance_app.metrics import Metrics
+from balance_app.metrics import Metrics, Result
 
 # Accounts whose last refusal is remembered.
 REMEMBERED: Final = 1000
@@ -197,7 +197,7 @@ class BalanceRepository:
                 error.under(movement.key)
             self._metrics.changes.inc(_failure(error))
             raise
-        result = "accepted" if isinstance(outcome, Accepted) else "refused"
+        result: Result = "accepted" if isinstance(outcome, Accepted) else "refused"
         self._metrics.changes.inc("replayed" if outcome.replayed else result)
         self._metrics.change_seconds.observe(perf_counter() - started)
         return outcome
@@ -637,7 +637,7 @@ def _state(row: asyncpg.Record, user_id: int) -> State:
     return State(user_id, **members)
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: Exception) -> Result:
     """Return the metrics' result of a movement that ended in this error."""
     match error:
         case UserNotFound():
