@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,7 @@ import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from balance_app.db.pool import Database
 from balance_app.jobs import Registry
@@ -36,6 +37,7 @@ RULES: Final[list[dict[str, Any]]] = [
 # Labels that Prometheus adds to every series, and its own series about a scrape.
 TARGET: Final = {"job": "balance_app", "instance": "app1:3000"}
 OF_PROMETHEUS: Final = {"up"}
+STARTED: Final = "process_start_time_seconds"
 VARIABLES: Final = {"$__rate_interval": "5m", "$instance": "app1:3000"}
 
 
@@ -233,12 +235,106 @@ def _kept(part: promql_parser.Expr) -> set[str]:
     match part:
         case promql_parser.BinaryExpr():
             return _kept(part.lhs) | _kept(part.rhs)
+        case promql_parser.ParenExpr():
+            return _kept(part.expr)
         case promql_parser.AggregateExpr():
             return set(part.modifier.labels) if part.modifier is not None else set()
         case promql_parser.VectorSelector():
             return set(TARGET)
         case _:
             return set()
+
+
+async def scraped(stats: FleetStats | None) -> list[Sample]:
+    """Return what an instance exports; None: PostgreSQL does not answer."""
+    metrics = Metrics(jobs=list(JOBS))
+
+    async def query() -> FleetStats | None:
+        return stats
+
+    metrics.set_fleet_query(query)
+    text = (await metrics.render()).decode()
+    families = text_string_to_metric_families(text)
+    return [sample for family in families for sample in family.samples]
+
+
+async def test_which_alerts_read_what_a_new_fleet_lacks() -> None:
+    """A rule on a metric that is missing never fires: each of these has a reason."""
+    new = FleetStats([JobStats(name, None, 0.0, False, False, None) for name in JOBS], {}, 0)  # noqa: FBT003 - a row
+    exported = {sample.name for sample in await scraped(new)} | OF_PROMETHEUS
+    lacking = {
+        rule["alert"]: part.name
+        for rule in RULES
+        for part in parse(rule["expr"])
+        if isinstance(part, promql_parser.VectorSelector) and part.name not in exported
+    }
+    assert lacking == {
+        # without a result of an audit, BalanceAppLedgerNotAudited fires
+        "BalanceAppLedgerMismatch": "balance_app_fleet_job_audit_mismatch",
+        # counts from the start of the oldest instance
+        "BalanceAppLedgerNotAudited": "balance_app_fleet_job_last_success_timestamp_seconds",
+        # there is a cause whenever the verdict is 2
+        "BalanceAppNeedsAHand": "balance_app_fleet_verdict_causes",
+    }
+
+
+@pytest.mark.parametrize(
+    ("audited", "started", "fires"),
+    [(61, 99, True), (59, 99, False), (None, 61, True), (None, 59, False)],
+)
+async def test_a_ledger_that_is_not_audited_fires(
+    audited: int | None, started: int, *, fires: bool
+) -> None:
+    """An hour after the last audit, or after the start if there was none: minutes ago."""
+    (start,) = (each.value for each in await scraped(None) if each.name == STARTED)
+    now = start + started * 60
+    last = None if audited is None else now - audited * 60
+    stats = FleetStats([JobStats("audit-ledger", last, 0.0, False, False, None)], {}, 0)  # noqa: FBT003 - a row
+    (rule,) = (each for each in RULES if each["alert"] == "BalanceAppLedgerNotAudited")
+    expression = promql_parser.parse(rule["expr"])
+    found = evaluated(expression, await scraped(stats), now)
+    assert found == ([(audited or started) * 60] if fires else [])
+    assert evaluated(expression, await scraped(None), now) == [], "PostgreSQL does not answer"
+    assert evaluated(expression, [], now) == [], "no instance is scraped"
+
+
+OPERATORS: Final[dict[str, Callable[[list[float], list[float]], list[float]]]] = {
+    "or": lambda left, right: left or right,
+    "and": lambda left, right: left if right else [],
+    "-": lambda left, right: [a - b for a in left for b in right],
+    ">": lambda left, right: [a for a in left for b in right if a > b],
+    "==": lambda left, right: [a for a in left for b in right if a == b],
+}
+
+
+def evaluated(part: promql_parser.Expr, samples: list[Sample], now: float) -> list[float]:
+    """Evaluate an expression whose operands have at most one value each, or are aggregated."""
+    values: list[float] = []
+    match part:
+        case promql_parser.NumberLiteral():
+            values = [part.val]
+        case promql_parser.ParenExpr():
+            values = evaluated(part.expr, samples, now)
+        case promql_parser.Call():
+            assert part.func.name == "time"
+            values = [now]
+        case promql_parser.VectorSelector():
+            values = [
+                value
+                for name, labels, value, *_ in samples
+                if name == part.name
+                and all({**TARGET, **labels}[m.name] == m.value for m in part.matchers.matchers)
+            ]
+        case promql_parser.AggregateExpr():
+            if found := evaluated(part.expr, samples, now):
+                values = [{"max": max, "min": min}[str(part.op)](found)]
+        case promql_parser.BinaryExpr():
+            values = OPERATORS[str(part.op)](
+                evaluated(part.lhs, samples, now), evaluated(part.rhs, samples, now)
+            )
+        case _:
+            pytest.fail(f"{part}: teach this test what it means")
+    return values
 
 
 @pytest.mark.parametrize(("heartbeat", "bound"), [(1.0, 0.3), (2.0, 0.2)], ids=["default", "third"])
