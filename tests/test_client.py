@@ -48,7 +48,8 @@ from balance_app.client import (
 )
 from balance_app.client.failures import refusal
 from balance_app.client.service import Format
-from balance_app.client.transport import Call, _wait_seconds
+from balance_app.client.transport import Call, _is_problem, _wait_seconds
+from balance_app.errors import all_problems
 from tests.access.keyring import keys_are_needed, make_key, revoke
 from tests.processes import Instance, free_port, served
 from tests.terminal import ROOT, answering, http, losing, replacing
@@ -61,6 +62,9 @@ UNAVAILABLE: Final = http(
 UNKNOWN: Final = http(
     "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"unknown"}'
 )
+# What stands between client and service may answer by itself, also with a problem (RFC 9457).
+GATEWAYS: Final = '{"title":"No upstream","status":502,"detail":"No upstream."}'
+OWN: Final = '{"code":"some-problem","detail":"No."'
 FROZEN: Final = http(
     "409 Conflict",
     '{"code":"user-frozen","detail":"Frozen.","userId":1,"balance":5,"held":0,"available":5,'
@@ -381,6 +385,17 @@ async def test_an_outcome_that_stays_unknown_has_the_key_that_resolves_it(
         ([http("502 Bad Gateway", "<html>")], "void", OutcomeUnknown),
         ([http("502 Bad Gateway", "<html>")], "user", Unavailable),
         ([http("429 Too Many", "<html>")], "change", Unavailable),
+        # a gateway's error may be a problem, too; the service's own says what was applied
+        ([http("502 Bad Gateway", GATEWAYS)], "change", OutcomeUnknown),
+        ([http("503 Unavailable", GATEWAYS)], "change", OutcomeUnknown),
+        ([http("504 Timeout", GATEWAYS)], "void", OutcomeUnknown),
+        ([http("504 Timeout", GATEWAYS)], "outcome", Unavailable),
+        ([http("404 No", GATEWAYS)], "change", NotTheService),
+        ([UNKNOWN, http("404 No", GATEWAYS)], "change", OutcomeUnknown),
+        ([http("502 Bad Gateway", f"{OWN}}}")], "change", OutcomeUnknown),
+        ([http("501 No", f'{OWN},"applied":"no"}}')], "change", Refused),
+        ([http("500 No", f'{OWN},"applied":"unknown"}}')], "change", OutcomeUnknown),
+        ([http("500 No", f"{OWN}}}")], "user", Refused),
         # a refusal is recorded under the key; without one the first try may still be made
         ([UNKNOWN, FROZEN], "change", UserFrozen),
         ([UNKNOWN, FROZEN], "reverse", OutcomeUnknown),
@@ -397,10 +412,20 @@ async def test_only_what_is_certain_is_raised_as_such(
             "void": lambda: client.void("1-1"),
             "user": lambda: client.user(1),
             "reverse": lambda: client.reverse(1, 2),
+            "outcome": lambda: client.outcome(1, "k"),
         }
         with pytest.raises(ServiceFailure) as error:
             await calls[call]()
     assert type(error.value) is expected, error.value
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "GET"])
+def test_every_problem_of_the_service_is_known_as_one(method: str) -> None:
+    """Whoever answers: a route, the middleware, or the protocol before either."""
+    problems = [*all_problems()]
+    assert {"internal-error", "head-too-large", "insufficient-funds"} <= {p.code for p in problems}
+    call = Call(method, "/api/balance", None)
+    assert [p.code for p in problems if not _is_problem(p.example().body(method), call)] == []
 
 
 # -- retries -----------------------------------------------------------------------------------

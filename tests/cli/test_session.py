@@ -203,8 +203,9 @@ async def test_a_refused_connection_is_reported_in_a_sentence(line: str) -> None
         (http("404 No", "[]"), 3, r"The server at \S+ is not this service: status 404"),
         (http("404 No", '{"detail":5}'), 3, r"\S+ is not this service: status 404"),
         (UNAVAILABLE, 3, r"http://\S+ answers 503: It left\.$"),
-        (http("500 No", '{"detail":"A mistake.","applied":"no"}'), 1, "^A mistake.$"),
-        (http("404 No", '{"detail":"\\u001b[2J\\u0007no"}'), 1, r"^ \[2J no$"),
+        (http("500 No", '{"code":"internal-error","detail":"A mistake."}'), 1, "^A mistake.$"),
+        (http("404 No", '{"code":"x","detail":"\\u001b[2J\\u0007no"}'), 1, r"^ \[2J no$"),
+        (http("502 No", '{"detail":"No upstream."}'), 3, r"\S+ is not this service: status 502"),
     ],
 )
 async def test_an_invalid_answer_is_reported_in_a_sentence(

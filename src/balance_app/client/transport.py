@@ -245,9 +245,8 @@ class Transport:
     def _failure(self, call: Call, answer: httpx.Response) -> ServiceFailure:
         """Return the error for an answer that is not the one that was asked for."""
         body, status = _object(answer.content), answer.status_code
-        detail = body.get("detail")
         retry_after = _retry_after(answer)
-        if not isinstance(detail, str):
+        if not _is_problem(body, call):
             sentence = f"The server at {self.url} is not this service: status {status}."
             # A proxy that lost the service can't say whether a request was executed.
             if answer.is_server_error and not call.reads:
@@ -255,6 +254,7 @@ class Transport:
             if answer.is_server_error or status in _RETRIABLE:
                 return Unavailable(sentence, applied="no", retry_after=retry_after)
             return NotTheService(sentence)
+        detail = body["detail"]
         # There `applied` covers earlier calls with the key, of which this one knows nothing.
         unknown = body.get("applied") == "unknown" and status not in NOT_ADMITTED
         if unknown or status in _RETRIABLE:
@@ -367,6 +367,16 @@ def _object(text: bytes | str) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
+
+
+def _is_problem(body: dict[str, Any], call: Call) -> bool:
+    """Return whether an answer's body is a problem of the service.
+
+    Gateways and other programs have a `detail`, too. The service's problems have a `code`, and say
+    to what changes something whether it was applied.
+    """
+    is_one = all(isinstance(body.get(name), str) for name in ("detail", "code"))
+    return is_one and (call.reads or body.get("applied") in ("no", "unknown"))
 
 
 def _date(answer: httpx.Response) -> datetime:
