@@ -62,6 +62,9 @@ UNAVAILABLE: Final = http(
 UNKNOWN: Final = http(
     "503 Unavailable", '{"code":"database-unavailable","detail":"It left.","applied":"unknown"}'
 )
+TOO_MANY: Final = http(
+    "429 Too Many", '{"code":"too-many-requests","detail":"Too often.","applied":"unknown"}'
+)
 # What stands between client and service may answer by itself, also with a problem (RFC 9457).
 GATEWAYS: Final = '{"title":"No upstream","status":502,"detail":"No upstream."}'
 OWN: Final = '{"code":"some-problem","detail":"No."'
@@ -385,6 +388,10 @@ async def test_an_outcome_that_stays_unknown_has_the_key_that_resolves_it(
         ([http("502 Bad Gateway", "<html>")], "void", OutcomeUnknown),
         ([http("502 Bad Gateway", "<html>")], "user", Unavailable),
         ([http("429 Too Many", "<html>")], "change", Unavailable),
+        # its "unknown" is about earlier calls with the key
+        ([TOO_MANY], "change", TooManyRequests),
+        ([UNKNOWN, TOO_MANY], "change", OutcomeUnknown),
+        ([TOO_MANY, UNKNOWN, TOO_MANY], "change", OutcomeUnknown),
         # a gateway's error may be a problem, too; the service's own says what was applied
         ([http("502 Bad Gateway", GATEWAYS)], "change", OutcomeUnknown),
         ([http("503 Unavailable", GATEWAYS)], "change", OutcomeUnknown),
@@ -713,10 +720,11 @@ async def test_a_key_that_comes_too_often_waits_as_long_as_it_is_told(
             made = await asyncio.gather(*(client.change(1, -1) for _ in range(5)))
         assert sorted(each.account.balance for each in made) == list(range(9995, 10_000))
         async with Service(url, key=key, patience=0) as client:
-            calls = [client.user(1) for _ in range(8)]
+            calls = [call for _ in range(8) for call in (client.user(1), client.change(1, -1))]
             answers = await asyncio.gather(*calls, return_exceptions=True)
         refused = [each for each in answers if isinstance(each, TooManyRequests)]
         assert refused
+        assert not any(isinstance(each, OutcomeUnknown) for each in answers)
         assert {(each.applied, each.retry_after) for each in refused} == {("no", 1.0)}
 
 

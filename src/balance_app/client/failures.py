@@ -239,7 +239,7 @@ class InvalidRequest(Refused):
 
 
 # The request was refused before the service looked whether an earlier try was accepted.
-NOT_ADMITTED: Final = frozenset({401, 403, 421})
+NOT_ADMITTED: Final = frozenset({401, 403, 421, 429})
 # By a later state of the account another try of the same request may be accepted.
 ACCOUNT_REFUSED: Final = _AccountRefused
 
