@@ -42,7 +42,8 @@ class Target:
             if parts.scheme != "http" or parts.path.strip("/") or parts.query or parts.username:
                 host = None
         if host is None:
-            raise CannotRunError(f"{url} is not a base URL: write it like http://127.0.0.1:3000.")
+            shown = url.rpartition("@")[2]  # without a password
+            raise CannotRunError(f"{shown} is not a base URL: write it like http://127.0.0.1:3000.")
         if not _is_loopback(host):
             raise CannotRunError(
                 f"{host} is not this machine: the burst is only sent to a loopback address "

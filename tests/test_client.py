@@ -518,6 +518,23 @@ def test_a_wrong_url_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        *("http://ada:ge/heim@h", "http://ada:1/geheim@h", "http://ada/geheim@h", "ada:geheim@h"),
+        *("http://ada:ge@heim@h:x", "http://ada:ge?heim@h", "http://ada:ge#heim@h", "//ada:ge@h"),
+        *("http://ada:ge\nheim@h", "ftp://ada:ge@heim@h", "http:ada:geheim@h"),
+    ],
+)
+def test_a_password_in_a_wrong_url_is_not_repeated(url: str) -> None:
+    """Whatever is in it; nor is it sent to a host that is its beginning."""
+    with pytest.raises(InvalidURL, match="a / in a password as %2F") as error:
+        Service(url)
+    said = str(error.value)
+    assert not {part for part in ("ada", "ge", "heim") if part in said.partition(" is not ")[0]}
+    Service("http://ada:ge@heim%2F@h")
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         http("200 OK", "OK"),

@@ -149,6 +149,32 @@ def test_the_key_goes_through_tls_or_stays_on_this_machine(
         assert PART not in str(refused.value)
 
 
+async def test_no_message_has_the_password_of_a_url() -> None:
+    """Not the command for the next page, nor the one that sends a change again; it is sent."""
+    page = http("200 OK", '{"users":[],"next":5}')
+    lost = http("502 Bad Gateway", "<html>")
+    async with answering(page, lost, REFUSED) as service:
+        url = service.url.replace("//", "//ada:s3cr@et@")
+        said = [
+            await run("users", f"--url={url}"),
+            await run("change", "1", "-2", "--patience=0", f"--url={url}"),
+            await run("healthcheck", f"--url={url}"),
+        ]
+    assert [code for code, _, _ in said] == [0, 5, 1]
+    assert said[0][2] == f"More: balance-app users --after=5 --limit=20 --url={service.url}\n"
+    assert said[1][2].endswith(f" --url={service.url}\n")
+    assert all("authorization: basic " in each.lower() for each in service.requests)
+    for command in ("users", "healthcheck", "open", "change 1 -2"):
+        for wrong in ("", "/", "?"):
+            url = f"http://ada:s3cr{wrong}@et@127.0.0.1:9"
+            code, out, err = await run(*command.split(), f"--url={url}")
+            assert code == (2 if wrong else 3), err
+            said.append((code, out, err))
+    text = "".join(out + err for _, out, err in said)
+    assert "http://127.0.0.1:9" in text
+    assert not {part for part in ("ada", "s3cr", "et@") if part in text}
+
+
 def test_no_representation_has_the_key() -> None:
     """As in a traceback that shows variables."""
     assert repr(Credential(KEY, "BALANCE_APP_KEY")) == "Credential(BALANCE_APP_KEY)"

@@ -76,13 +76,16 @@ def test_reason_as_json() -> None:
         "127.0.0.1:3000",
         "http://127.0.0.1:99999",
         "http://[::1",
+        "http://ada:geheim@127.0.0.1:3000",
+        "http://ada:1/geheim@127.0.0.1",
         "",
     ],
 )
 def test_refused_urls(url: str) -> None:
-    """Only plain base URLs of loopback addresses are accepted."""
-    with pytest.raises(CannotRunError):
+    """Only plain base URLs of loopback addresses are accepted; no password is repeated."""
+    with pytest.raises(CannotRunError) as refused:
         Target.parse(url)
+    assert "geheim" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

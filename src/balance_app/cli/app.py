@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -300,15 +300,9 @@ def open_page(url: Url = None) -> None:
 
     It is the service at BALANCE_APP_URL, or the one that is configured here (HOST, PORT).
     """
-    from balance_app.client import InvalidURL
-    from balance_app.client.transport import split_url
-
+    where, auth = _split_url(service_url(url or global_options.get("url")))
     try:
-        where, _ = split_url(service_url(url or global_options.get("url")))
-    except InvalidURL as error:
-        fail(str(error), code=2)
-    try:
-        _probe_url(where)
+        _probe_url(where, auth)
     except ValueError as error:
         fail(f"No answer from {where}: {error}. `balance-app up` starts it.", code=3)
     typer.echo(where)
@@ -342,10 +336,10 @@ def healthcheck(
 
     url = url or global_options.get("url")
     settings = load_settings() if url is None else None
-    where = own_url(settings) if settings else str(url).rstrip("/")
+    where, auth = (own_url(settings), None) if settings else _split_url(str(url))
     try:
         if settings is None:
-            status, body = _probe_url(where)
+            status, body = _probe_url(where, auth)
         else:
             status, body = probe(settings.host, settings.port)
     except (OSError, ValueError) as error:
@@ -355,11 +349,22 @@ def healthcheck(
     raise typer.Exit(0 if status == READY else 1)
 
 
-def _probe_url(url: str) -> tuple[int, str]:
+def _split_url(url: str) -> tuple[str, Any]:
+    """Return a service's URL, and apart from it its user and password; end where it is none."""
+    from balance_app.client import InvalidURL
+    from balance_app.client.transport import split_url
+
+    try:
+        return split_url(url)
+    except InvalidURL as error:
+        fail(str(error), code=2)
+
+
+def _probe_url(url: str, auth: Any) -> tuple[int, str]:  # noqa: ANN401 - of the library
     import httpx
 
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=4, trust_env=False)
+        answer = httpx.get(f"{url}/readyz", auth=auth, timeout=4, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     return answer.status_code, answer.text

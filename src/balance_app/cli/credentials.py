@@ -4,7 +4,6 @@ It is never an argument, which every user of the machine can read, and stands in
 """
 
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,7 +12,7 @@ import httpx
 from typing_extensions import override
 
 from balance_app.client import KeyNotSent
-from balance_app.client.transport import is_private
+from balance_app.client.transport import is_private, without_user
 from balance_app.formatting import visible
 
 _NOT_THE_OWNERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -97,7 +96,7 @@ def _refused(url: Setting, *, key_from_file: bool) -> str | None:
 
 def _shown(url: Setting) -> str:
     """Return a URL without a password in it."""
-    return visible(re.sub(r"//[^/@]*@", "//", url.value or ""))
+    return without_user(url.value or "")
 
 
 def _read(path: Path) -> str:

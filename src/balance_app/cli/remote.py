@@ -98,10 +98,14 @@ def open_session(
     """Yield a session with a service; a refusal is reported, and ends the program."""
     from balance_app.cli.errors import Code, RemoteError, remote_error  # noqa: PLC0415 - slow
     from balance_app.client import KeyNotSent  # noqa: PLC0415 - the same
+    from balance_app.client.transport import without_user  # noqa: PLC0415 - the same
 
     url = url or global_options.get("url")
     as_json = as_json or bool(global_options.get("json"))
-    named = {"url": url, "key-file": global_options.get("key_file")}
+    named = {
+        "url": without_user(url) if url else None,
+        "key-file": global_options.get("key_file"),
+    }
     reached_by = tuple(f"--{name}={value}" for name, value in named.items() if value)
     try:
         with kind(

@@ -284,13 +284,21 @@ def split_url(url: str) -> tuple[str, Any]:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL:
         parsed = httpx.URL()
-    if parsed.scheme not in {"http", "https"} or not parsed.host or parsed.query or parsed.fragment:
-        shown = re.sub(r"//[^/@]*@", "//", url)
+    is_one = parsed.scheme in {"http", "https"} and parsed.host
+    # With a / in a password its rest would be a path, and its beginning the host or the port.
+    if not is_one or parsed.query or parsed.fragment or b"@" in parsed.raw_path:
+        hint = ", and a / in a password as %2F" if "@" in url else ""
         raise InvalidURL(
-            visible(f"{shown} is not the URL of a service: write it like http://127.0.0.1:3000.")
+            f"{without_user(url)} is not the URL of a service: write it like "
+            f"http://127.0.0.1:3000{hint}."
         )
     auth = httpx.BasicAuth(parsed.username, parsed.password) if parsed.userinfo else None
     return str(parsed.copy_with(userinfo=b"")).rstrip("/"), auth or httpx.USE_CLIENT_DEFAULT
+
+
+def without_user(url: str) -> str:
+    """Return a URL for people: without the user and password in it, even if it is wrong."""
+    return visible(re.sub(r"\A(\w+:/+)?.*@", r"\1", url, flags=re.DOTALL))
 
 
 def _authorization(key: str | None, url: str, auth: object, *, checked: bool) -> dict[str, str]:
