@@ -124,6 +124,20 @@ async def test_balances_are_shown(instance: Instance, client: httpx.AsyncClient)
     assert [line.split()[:6] for line in out.splitlines()][1:] == [["2", "5", "0", "5", "0", "1"]]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+async def test_json_loses_no_character(
+    instance: Instance, client: httpx.AsyncClient, encoding: str
+) -> None:
+    """Whatever the terminal's encoding has; in text for people they are replaced (the control)."""
+    change = {"userId": 1, "amount": -2, "note": "für 5 €"}
+    await client.post("/api/balance", json=change)
+    environment = {"BALANCE_APP_URL": instance.url, "PYTHONIOENCODING": encoding}
+    body = (await client.get("/api/users/1/entries?order=asc&limit=20")).text
+    assert await run("statement", "1", "--json", **environment) == (0, f"{body}\n", "")
+    if encoding == "ascii":
+        assert "f?r 5 ?" in (await run("statement", "1", **environment))[1]
+
+
 async def test_past_balances_are_shown(
     instance: Instance, client: httpx.AsyncClient, database: dict[str, str]
 ) -> None:

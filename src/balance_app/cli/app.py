@@ -275,6 +275,8 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
 
     It reads JOBS_MODULES and the entry points of installed packages; no database is needed.
     """
+    from pydantic_core import to_json
+
     from balance_app.cli import output
 
     registry = _load_jobs(load_settings())
@@ -289,7 +291,7 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
     ]
     on = output.console()
     if json or global_options["json"]:
-        on.print_json(data=found)
+        output.print_json(to_json(found, indent=2).decode())
     else:
         on.print(output.jobs_table(found, on))
 
@@ -345,7 +347,7 @@ def healthcheck(
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         fail(f"No answer from {where}: {reason}", code=3)
-    typer.echo(body)
+    typer.echo(body.encode())
     raise typer.Exit(0 if status == READY else 1)
 
 
@@ -534,7 +536,7 @@ def _warnings(settings: Settings) -> list[str]:
 
 def main() -> None:
     """Run the command line; report wrong settings, and what the system refuses, in sentences."""
-    # A character that this terminal's encoding does not have is replaced.
+    # A character that this terminal's encoding does not have is replaced (not in JSON, nor in CSV).
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")

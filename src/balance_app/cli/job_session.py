@@ -16,7 +16,7 @@ from balance_app.cli import output
 from balance_app.cli.credentials import Credential
 from balance_app.cli.errors import Code, RemoteError
 from balance_app.cli.events import Event, follow
-from balance_app.cli.session import Session, print_json
+from balance_app.cli.session import Session
 from balance_app.client.answers import Received
 from balance_app.client.transport import Call
 from balance_app.formatting import duration, exact, visible
@@ -60,7 +60,7 @@ class JobSession(Session):
             if error.code is not Code.UNAVAILABLE or verdict is None or verdict["level"] != "red":
                 raise
             if self._as_json and error.answer is not None:
-                print_json(error.answer)
+                output.print_json(error.answer)
             self._message(str(error))
             return Code.NEEDS_A_HAND  # the verdict says so, without the database, too
         if search is not None or attention:
@@ -110,7 +110,7 @@ class JobSession(Session):
                 if event.kind == "status":
                     last = event.body
                     if self._as_json:
-                        print_json(event.text)
+                        output.print_json(event.text)
                     else:
                         show(output.status_table(last, self._out))
                 elif self._as_json:

@@ -152,12 +152,14 @@ def list_keys(*, json: Annotated[bool, typer.Option("--json", help="print JSON")
     """List all keys that were ever made, without their secrets."""
 
     async def work(owner: "Owner") -> None:
-        from balance_app.cli import output  # noqa: PLC0415 - slow to import
+        from pydantic_core import to_json  # noqa: PLC0415 - slow to import
+
+        from balance_app.cli import output  # noqa: PLC0415 - the same
 
         known = await owner.list_keys()
         on = output.console()
         if json or global_options.get("json"):
-            on.print_json(data=[_as_json(each) for each in known])
+            output.print_json(to_json([_as_json(each) for each in known], indent=2).decode())
         elif known:
             on.print(output.keys_table([_as_json(each) for each in known], on))
         else:

@@ -1,7 +1,6 @@
 """The commands that read the ledger from the database itself: no service has to run."""
 
 import asyncio
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -225,4 +224,6 @@ def _as_json(seal: "Seal | None") -> dict[str, Any] | None:
 def _print_json(data: object) -> None:
     from pydantic_core import to_json  # noqa: PLC0415 - slow to import
 
-    sys.stdout.write(to_json(data, indent=2).decode() + "\n")
+    from balance_app.cli.output import print_json  # noqa: PLC0415
+
+    print_json(to_json(data, indent=2).decode())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
+import typer
 from pydantic_core import to_json
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -46,6 +47,14 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = max(made.width, PLAIN_WIDTH)
     return made
+
+
+def print_json(json: str) -> None:
+    """Print JSON as it is: rich would break its lines, and an encoding lacks characters.
+
+    JSON is in UTF-8 (RFC 8259), whatever the terminal has.
+    """
+    typer.echo(json.encode())
 
 
 def text(content: str, on: Console, style: str = "") -> Text:

@@ -97,6 +97,7 @@ def open_session(
 ) -> "Iterator[Used]":
     """Yield a session with a service; a refusal is reported, and ends the program."""
     from balance_app.cli.errors import Code, RemoteError, remote_error  # noqa: PLC0415 - slow
+    from balance_app.cli.output import print_json  # noqa: PLC0415 - the same
     from balance_app.client import KeyNotSent  # noqa: PLC0415 - the same
     from balance_app.client.transport import without_user  # noqa: PLC0415 - the same
 
@@ -120,7 +121,7 @@ def open_session(
         fail(str(error), code=remote_error(error).code)
     except RemoteError as error:
         if as_json and error.answer is not None:
-            typer.echo(error.answer)
+            print_json(error.answer)
         guessed = not url and load_settings().balance_app_url is None
         guessed = guessed and error.code is Code.UNAVAILABLE and error.answer is None
         hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""

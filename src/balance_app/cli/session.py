@@ -129,7 +129,7 @@ class Session:
 
     def _report(self, json: str, render: Callable[[], RenderableType]) -> None:
         if self._as_json:
-            print_json(json)
+            output.print_json(json)
         else:
             shown = render()
             self._out.print(shown, soft_wrap=isinstance(shown, Text))
@@ -150,8 +150,3 @@ class Session:
             if value is not None
         )
         return shlex.join(["balance-app", *map(str, arguments), *given, *self._reached_by])
-
-
-def print_json(json: str) -> None:
-    """Print JSON as it is: rich would break its lines."""
-    print(json, flush=True)  # noqa: T201 - the same
