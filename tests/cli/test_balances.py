@@ -4,9 +4,13 @@ import asyncio
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final
 
@@ -19,6 +23,7 @@ from tests.terminal import (
     Screen,
     answering,
     command,
+    environment,
     http,
     losing,
     replacing,
@@ -226,6 +231,77 @@ async def test_a_change_is_sent_again_while_its_outcome_is_unknown(
     # without a Retry-After it is sent again soon, until --patience ends
     assert len(other.requests) == sent or (sent is None and len(other.requests) > 1)
     assert len(set(other.keys)) == 1
+
+
+@asynccontextmanager
+async def _unwritable(kind: str) -> AsyncIterator[int]:
+    """Yield a file to which nothing can be written: on a full disk, or a pipe that nobody reads."""
+    if kind == "full":
+        file = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, file = os.pipe()
+        os.close(reader)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+async def _run_with(
+    *arguments: str, out: int, err: int = asyncio.subprocess.PIPE, url: str
+) -> tuple[int | None, str]:
+    """Run `balance-app` with this output; return its exit code (of the interpreter) and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balance_app", *arguments),
+        env=environment(BALANCE_APP_URL=url),
+        stdout=out,
+        stderr=err,
+    )
+    _, said = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+    return process.returncode, (said or b"").decode()
+
+
+@pytest.mark.parametrize("kind", ["full", "closed"])
+async def test_a_change_that_cannot_be_printed_is_done(
+    instance: Instance, client: httpx.AsyncClient, kind: str
+) -> None:
+    """Exit code 0: `|| retry` would make it twice. A command on stderr shows it."""
+    async with _unwritable(kind) as output:
+        for version, options in enumerate(([], ["--json"]), 2):
+            code, err = await _run_with(
+                *("change", "1", "-2", *options), out=output, url=instance.url
+            )
+            assert code == 0, err
+            assert err.startswith("It was done, but that can't be printed: ")
+            assert err.count("\n") == 1
+            again = shlex.split(err.rpartition(": ")[2])
+            code, said, _ = await run(*again[1:], BALANCE_APP_URL=instance.url)
+            assert code == 0
+            assert said.endswith("This change was already made with this key.\n")
+            assert (await client.get("/api/users/1")).json()["version"] == version
+        code, _ = await _run_with("change", "1", "-2", out=output, err=output, url=instance.url)
+        assert code == 0
+        assert (await client.get("/api/users/1")).json()["version"] == 4
+        # Control: what only reads has failed.
+        code, _ = await _run_with("users", out=output, url=instance.url)
+        assert code == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "closed"])
+async def test_an_output_that_cannot_be_written_changes_no_exit_code(kind: str) -> None:
+    """An unknown outcome stays one, with its key; a retry that can't be announced is made."""
+    async with _unwritable(kind) as output:
+        async with answering(UNKNOWN) as other:
+            change = ("change", "1", "-2", "--patience=0", "--json")
+            code, err = await _run_with(*change, out=output, url=other.url)
+            assert (code, f"--key={other.keys[0]}\n" in err) == (5, True)
+            code, _ = await _run_with(*change, out=output, err=output, url=other.url)
+            assert code == 5
+        async with answering(UNKNOWN, DONE) as other:
+            code, _ = await _run_with(
+                *("change", "1", "-2"), out=asyncio.subprocess.DEVNULL, err=output, url=other.url
+            )
+            assert (code, len(set(other.keys)), len(other.requests)) == (0, 1, 2)
 
 
 # -- transfers, holds, reversals ---------------------------------------------------------------

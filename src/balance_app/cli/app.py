@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 EXIT_CODES: Final = """
 Exit codes:
 
-- 0: done
+- 0: done, also if it moved money and that can't be printed (it says so on stderr)
 - 1: refused or failed, or a check found a fault
 - 2: wrong usage or settings
 - 3: no answer, the service is unavailable, or an export broke off; nothing was changed
@@ -549,6 +549,17 @@ def main() -> None:
         if os.environ.get("BALANCE_APP_TRACEBACK"):
             raise
         sys.exit(_sentence(error))
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Drop what can't be written: the interpreter would try again, and end with code 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _sentence(error: OSError | UnicodeError) -> str:

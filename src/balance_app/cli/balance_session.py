@@ -42,17 +42,14 @@ class BalanceSession(Session):
     ) -> None:
         """Change a balance once, however often the change must be sent."""
         key = str(uuid.uuid4()) if key is None else key
-        made = self._send(
+        self._make(
             self._service.change(user, amount, key=key, reference=reference, note=note),
-            "change",
-            user,
-            amount,
+            output.change,
+            "This change was already made with this key.",
+            *("change", user, amount),
             reference=reference,
             note=note,
             key=key,
-        )
-        self._report_made(
-            made, lambda: output.change(made), "This change was already made with this key."
         )
 
     def transfer(  # noqa: PLR0913 - the parts of a request
@@ -67,18 +64,15 @@ class BalanceSession(Session):
     ) -> None:
         """Move an amount from one user to another."""
         key = str(uuid.uuid4()) if key is None else key
-        made = self._send(
+        self._make(
             self._service.transfer(payer, payee, amount, key=key, reference=reference, note=note),
-            "transfer",
-            payer,
-            payee,
-            amount,
+            output.transfer,
+            "This transfer was already made with this key.",
+            *("transfer", payer, payee, amount),
             reference=reference,
             note=note,
             key=key,
         )
-        said = "This transfer was already made with this key."
-        self._report_made(made, lambda: output.transfer(made), said)
 
     def hold(  # noqa: PLR0913 - the parts of a request
         self,
@@ -92,65 +86,81 @@ class BalanceSession(Session):
     ) -> None:
         """Reserve an amount."""
         key = str(uuid.uuid4()) if key is None else key
-        made = self._send(
+        self._make(
             self._service.hold(
                 user, amount, expires_in_seconds=seconds, key=key, reference=reference, note=note
             ),
-            "hold",
-            user,
-            amount,
+            output.placed_hold,
+            "This hold was already placed with this key.",
+            *("hold", user, amount),
             **{"for": seconds},
             reference=reference,
             note=note,
             key=key,
         )
-        said = "This hold was already placed with this key."
-        self._report_made(made, lambda: output.placed_hold(made), said)
 
     def capture(
         self, hold: str, amount: int | None, *, reference: str | None, note: str | None
     ) -> None:
         """Withdraw a hold's amount, or a part of it."""
-        made = self._send(
+        self._make(
             self._service.capture(hold, amount, reference=reference, note=note),
-            "capture",
-            hold,
+            output.ended_hold,
+            "It was already captured.",
+            *("capture", hold),
             amount=amount,
             reference=reference,
             note=note,
         )
-        self._report_made(made, lambda: output.ended_hold(made), "It was already captured.")
 
     def void(self, hold: str) -> None:
         """Release a hold."""
-        made = self._send(self._service.void(hold), "void", hold)
-        self._report_made(made, lambda: output.ended_hold(made), "It was already voided.")
+        self._make(
+            self._service.void(hold), output.ended_hold, "It was already voided.", "void", hold
+        )
 
     def reverse(self, user: int, version: int, *, reference: str | None, note: str | None) -> None:
         """Undo an entry by an opposite one."""
-        made = self._send(
+        self._make(
             self._service.reverse(user, version, reference=reference, note=note),
-            "reverse",
-            user,
-            version,
+            output.reversal,
+            "It was already reversed.",
+            *("reverse", user, version),
             reference=reference,
             note=note,
         )
-        self._report_made(made, lambda: output.reversal(made), "It was already reversed.")
 
-    def _send(
+    def _make(
         self,
         call: Coroutine[Any, Any, Answered],
+        render: Callable[[Answered], str],
+        before: str,
         *command: str | int,
         **options: str | int | None,
-    ) -> Answered:
-        """Return the answer to a request that takes effect once; `command` sends it again.
+    ) -> None:
+        """Send a request that takes effect once, and report what was done.
+
+        `before` says that an earlier request did it; `command` sends it again.
 
         Raises:
             RemoteError: it is refused, or its outcome is not known.
         """
         how = "Send it again" + (" with its key" if "key" in options else "")
         again = f"{how}, and it takes effect once: {self._command(*command, **options)}"
+        made = self._send(call, again)
+        said = f" {before}" if _received(made).replayed else ""
+        try:
+            self._report(_received(made).text, lambda: Text(visible(render(made) + said)))
+        except OSError as error:
+            # It is done: by another exit code than 0 a script would do it once more.
+            self._message(f"It was done, but that can't be printed: {error.strerror}. {again}")
+
+    def _send(self, call: Coroutine[Any, Any, Answered], again: str) -> Answered:
+        """Return the answer to a request; `again` says how to send it once more.
+
+        Raises:
+            RemoteError: it is refused, or its outcome is not known.
+        """
         try:
             return self._runner.run(call)
         except KeyboardInterrupt:
@@ -164,11 +174,6 @@ class BalanceSession(Session):
             raise RemoteError("What is sent has to be text in UTF-8.", Code.WRONG) from None
         except ValueError as error:
             raise RemoteError(str(error), Code.WRONG) from None
-
-    def _report_made(self, made: Answered, render: Callable[[], str], before: str) -> None:
-        """Report what was done; `before` says that an earlier request did it."""
-        said = f" {before}" if _received(made).replayed else ""
-        self._report(_received(made).text, lambda: Text(visible(render() + said)))
 
     # -- users ---------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 Colour only repeats a symbol or a label. Control characters from outside become spaces.
 """
 
+import errno
+import os
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
@@ -12,6 +14,7 @@ from pydantic_core import to_json
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from balance_app.formatting import ago, brief, duration, exact, rough, visible
 from balance_app.states import Outcome, Reason, State, Tone, job_sign, outcome_sign
@@ -41,9 +44,16 @@ _ASCII: Final = str.maketrans(
 )  # fmt: skip
 
 
+class _Console(Console):
+    @override
+    def on_broken_pipe(self) -> None:
+        """Raise it, as any other failure of the output: rich would end the program."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def console(*, stderr: bool = False) -> Console:
     """Return the console for output; only on a terminal it has colours and cuts lines."""
-    made = Console(highlight=False, stderr=stderr)
+    made = _Console(highlight=False, stderr=stderr)
     if not made.is_terminal:
         made.width = max(made.width, PLAIN_WIDTH)
     return made

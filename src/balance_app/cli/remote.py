@@ -2,7 +2,7 @@
 
 import getpass
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -121,7 +121,8 @@ def open_session(
         fail(str(error), code=remote_error(error).code)
     except RemoteError as error:
         if as_json and error.answer is not None:
-            print_json(error.answer)
+            with suppress(OSError):  # the sentence has the key that resolves an unknown outcome
+                print_json(error.answer)
         guessed = not url and load_settings().balance_app_url is None
         guessed = guessed and error.code is Code.UNAVAILABLE and error.answer is None
         hint = " --url (or BALANCE_APP_URL) says where the service is." if guessed else ""
@@ -181,8 +182,9 @@ def read_moment(text: str) -> datetime:
 
 
 def fail(sentence: str, *, code: int = 1) -> NoReturn:
-    """Report why the program ends, and end it."""
-    typer.echo(sentence, err=True)
+    """Report why the program ends, and end it: with this code, even if nobody can read why."""
+    with suppress(OSError):
+        typer.echo(sentence, err=True)
     raise typer.Exit(code)
 
 

@@ -135,7 +135,9 @@ class Session:
             self._out.print(shown, soft_wrap=isinstance(shown, Text))
 
     def _message(self, sentence: str) -> None:
-        self._err.print(Text(visible(sentence)), soft_wrap=True)
+        # Where it can't be printed the command goes on: it may be moving money.
+        with suppress(OSError):
+            self._err.print(Text(visible(sentence)), soft_wrap=True)
 
     def _next_page(self, what: str, *arguments: str, **options: str | int | None) -> None:
         """Print the command that shows the page after this one."""
