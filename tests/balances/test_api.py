@@ -1,11 +1,14 @@
 """The contract of the balance routes, call by call."""
 
+import re
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
 
 from balance_app.maintenance.summaries import RECORD_BALANCES
 from tests.processes import connect
+from tests.terminal import ROOT
 
 LIMIT = 2**53 - 1
 
@@ -16,6 +19,17 @@ async def test_the_first_user_is_there(client: httpx.AsyncClient) -> None:
     assert answer.status_code == 200
     assert answer.json()["balance"] == 10_000
     assert answer.headers["etag"] == '"1.1.0"'
+
+
+async def test_the_readmes_calls_work_in_their_order(client: httpx.AsyncClient) -> None:
+    """On a new database; the second is the refusal that it shows."""
+    changes = Path(ROOT, "README.md").read_text().partition("## A change")[2].partition("\n## ")[0]
+    calls = re.findall(r"^curl --json '(.*)' http://127.0.0.1:3000(/\S+)$", changes, re.MULTILINE)
+    answers = [
+        await client.post(path, content=body, headers={"Content-Type": "application/json"})
+        for body, path in calls
+    ]
+    assert [answer.status_code for answer in answers] == [200, 409, 201, 200, 201, 200]
 
 
 async def test_a_withdrawal_is_answered_with_the_new_balance(client: httpx.AsyncClient) -> None:
