@@ -453,10 +453,10 @@ async def test_each_control_is_one_action(database: dict[str, str]) -> None:
 # The statements of controls: the column that has who did, and what they take besides the job and
 # who requests it.
 AT_ONCE: Final[dict[str, tuple[str, list[object]]]] = {
-    "RUN": ("requested_by", [timedelta(seconds=60), None]),
+    "RUN": ("requested_by", [timedelta(seconds=60), None, timedelta(hours=2)]),
     "PAUSE": ("paused_by", [None]),
     "CANCEL": ("cancel_requested_by", []),
-    "FORGET": ("forgotten_by", [timedelta(seconds=60), "no instance"]),
+    "FORGET": ("forgotten_by", [timedelta(seconds=60), "no instance", timedelta(hours=2)]),
 }
 
 
@@ -481,8 +481,9 @@ async def control_at_once(database: dict[str, str], statement: str, sql: str) ->
                 asyncio.create_task(each.fetch(sql, "moon", f"racer-{number}", *rest))
                 for number, each in enumerate(sessions)
             ]
-            while await connection.fetchval(WAITING, pids) < len(sessions):  # noqa: ASYNC110 - no event
-                await asyncio.sleep(0.02)
+            async with asyncio.timeout(30):
+                while await connection.fetchval(WAITING, pids) < len(sessions):  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(0.02)
         await asyncio.gather(*sent)
         for each in sessions:
             await each.close()
