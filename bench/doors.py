@@ -5,6 +5,7 @@ checked and each change is hashed; and one with no key and the statement without
 """
 
 import asyncio
+import math
 import os
 import statistics
 import sys
@@ -36,10 +37,13 @@ async def measure(report: Report) -> None:
             values = {name: [getattr(shot, what) for shot in each[name]] for name in KINDS}
             both, neither = values.values()
             rounds = ratios(both, neither)
-            error = statistics.stdev(rounds) / len(rounds) ** 0.5 if len(rounds) > 1 else 0.0
-            mean = f"{statistics.mean(rounds):.3f} ± {error:.3f}"
+            # that of the ratios themselves is raised by their spread
+            logs = [math.log(each) for each in rounds]
+            error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+            mean = f"{statistics.geometric_mean(rounds):.3f} ± {error:.3f}"
             rows.append([what, spread(both), spread(neither), spread(rounds, "{:.3f}"), mean])
-        head = ("seconds", *KINDS.values(), "ratios of rounds", "their mean and its standard error")
+        mean_title = "their geometric mean and its standard error"
+        head = ("seconds", *KINDS.values(), "ratios of rounds", mean_title)
         report.table(head, rows)
 
 
