@@ -275,8 +275,6 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
 
     It reads JOBS_MODULES and the entry points of installed packages; no database is needed.
     """
-    from pydantic_core import to_json
-
     from balance_app.cli import output
 
     registry = _load_jobs(load_settings())
@@ -291,7 +289,7 @@ def jobs(*, json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
     ]
     on = output.console()
     if json or global_options["json"]:
-        output.print_json(to_json(found, indent=2).decode())
+        output.print_as_json(found)
     else:
         on.print(output.jobs_table(found, on))
 

@@ -152,14 +152,12 @@ def list_keys(*, json: Annotated[bool, typer.Option("--json", help="print JSON")
     """List all keys that were ever made, without their secrets."""
 
     async def work(owner: "Owner") -> None:
-        from pydantic_core import to_json  # noqa: PLC0415 - slow to import
-
-        from balance_app.cli import output  # noqa: PLC0415 - the same
+        from balance_app.cli import output  # noqa: PLC0415 - slow to import
 
         known = await owner.list_keys()
         on = output.console()
         if json or global_options.get("json"):
-            output.print_json(to_json([_as_json(each) for each in known], indent=2).decode())
+            output.print_as_json([_as_json(each) for each in known])
         elif known:
             on.print(output.keys_table([_as_json(each) for each in known], on))
         else:

@@ -45,7 +45,8 @@ def audit(
     It reads the database itself (DB_HOST, DATABASE_URL), and needs to read only. What its owner has
     rewritten together with all hashes and seals is found by a seal that was noted elsewhere.
     """
-    from balance_app.maintenance.verification import Verification  # noqa: PLC0415 - slow to import
+    from balance_app.cli import output  # noqa: PLC0415 - slow to import
+    from balance_app.maintenance.verification import Verification  # noqa: PLC0415
 
     noted = None if seal is None else _digest(seal)
     with _progress() as report:
@@ -55,7 +56,7 @@ def audit(
 
         checked = _read(check)
     if json or global_options.get("json"):
-        _print_json(
+        output.print_as_json(
             {
                 "entries": checked.entries,
                 "users": checked.users,
@@ -88,7 +89,7 @@ def seals(
 
     found = _read(partial(newest_seals, before=before or 2**63 - 1, limit=limit))
     if json or global_options.get("json"):
-        _print_json([_as_json(each) for each in found])
+        output.print_as_json([_as_json(each) for each in found])
         return
     if not found:
         typer.echo("There is no seal yet: the job note-daily-balances makes them.")
@@ -219,11 +220,3 @@ def _print_checked(checked: "Checked") -> None:
 
 def _as_json(seal: "Seal | None") -> dict[str, Any] | None:
     return None if seal is None else {**seal._asdict(), "at": seal.at.isoformat()}
-
-
-def _print_json(data: object) -> None:
-    from pydantic_core import to_json  # noqa: PLC0415 - slow to import
-
-    from balance_app.cli.output import print_json  # noqa: PLC0415
-
-    print_json(to_json(data, indent=2).decode())

@@ -67,6 +67,11 @@ def print_json(json: str) -> None:
     typer.echo(json.encode())
 
 
+def print_as_json(data: object) -> None:
+    """Print what this program has found itself as JSON."""
+    print_json(to_json(data, indent=2).decode())
+
+
 def text(content: str, on: Console, style: str = "") -> Text:
     """Return one line without markup or control characters, in the encoding of the console.
 
