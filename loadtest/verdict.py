@@ -218,7 +218,7 @@ def _wrong_account(expected: Expectation, after: Account) -> Iterator[str]:
     before = expected.before
     if after.balance != expected.balance:
         yield f"The final balance is {after.balance} instead of {expected.balance}."
-    version = before.version + expected.accepted
+    version = expected.versions[-1]
     if after.version != version:
         yield f"The final version is {after.version} instead of {version}."
     if (after.held, after.floor, after.frozen) != (before.held, before.floor, before.frozen):
