@@ -17,6 +17,7 @@ from balance_app.balances import repository
 from balance_app.balances.api import holds as holds_api
 from balance_app.jobs.api import controls
 from balance_app.jobs.api import router as jobs_api
+from balance_app.jobs.api import status as status_module
 from balance_app.web import account_actions, accounts
 from tests.access.application import client_at, keys_are_asked_for, serving
 from tests.access.keyring import bearer, make_key
@@ -453,10 +454,10 @@ async def test_each_control_is_one_action(database: dict[str, str]) -> None:
 # The statements of controls: the column that has who did, and what they take besides the job and
 # who requests it.
 AT_ONCE: Final[dict[str, tuple[str, list[object]]]] = {
-    "RUN": ("requested_by", [timedelta(seconds=60), None, timedelta(hours=2)]),
+    "RUN": ("requested_by", [timedelta(seconds=60), None, status_module.AHEAD]),
     "PAUSE": ("paused_by", [None]),
     "CANCEL": ("cancel_requested_by", []),
-    "FORGET": ("forgotten_by", [timedelta(seconds=60), "no instance", timedelta(hours=2)]),
+    "FORGET": ("forgotten_by", [timedelta(seconds=60), "no instance", status_module.AHEAD]),
 }
 
 
